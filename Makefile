@@ -1,0 +1,65 @@
+# Two commands: `make demo` does the main job on real input, `make test` tests it.
+# Both set up .venv by themselves; all they need is Python 3.11 or newer with venv.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+PY := .venv/bin/python
+# Tests run on the CPU and fetch nothing.
+TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
+
+.PHONY: help demo test test-slow lint format clean
+
+help:
+	@echo 'make demo       train, evaluate, export and ask a small model (demo/run, demo/hf)'
+	@echo 'make test       the test suite on CPU'
+	@echo 'make test-slow  the tests marked slow'
+	@echo 'make lint       style, types and layers;  make format mends what it can'
+	@echo 'make clean      removes .venv and what the demo left'
+
+demo: .venv/.base
+	$(PY) demo/demo.py
+
+test: .venv/.test
+	$(TEST_ENV) $(PY) -m pytest -q -m 'not slow and not gpu' $(ARGS)
+
+test-slow: .venv/.test
+	$(TEST_ENV) $(PY) -m pytest -q -m 'slow and not gpu' $(ARGS)
+
+lint: .venv/.test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+	.venv/bin/lint-imports
+
+format: .venv/.test
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info demo/run demo/hf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# --- set-up -------------------------------------------------------------------------------------
+# .base and .test say which packages .venv holds; new pins or dependencies install again.
+PINS := pyproject.toml $(wildcard constraints/*.txt)
+# The pins of the .venv's own Python: newer ones than 3.12 take those of 3.12.
+INSTALL = $(PY) -m pip install --disable-pip-version-check \
+  -c constraints/$$($(PY) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
+
+.venv/.base: $(PINS) | .venv/bin/python
+	@$(call need_python,$(PY),make clean; then the same with PYTHON=/path/to/python3.11)
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.test: .venv/.base
+	$(INSTALL) -e '.[test]'
+	@touch $@
+
+.venv/bin/python:
+	@$(call need_python,$(PYTHON),the same with PYTHON=/path/to/python3.11)
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# $(call need_python,interpreter,mend): stop with a clear word unless it is Python 3.11 or newer.
+define need_python
+$(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+  echo "error: mice_jax needs Python 3.11 or newer; '$(1) --version' says:" \
+  "$$($(1) --version 2>&1). Try: $(2)" >&2; exit 2; }
+endef

@@ -1,0 +1,24 @@
+"""The demo: a small Llama from scratch on chat data made of Python's own documentation, stacked.
+
+Tests that the whole path works on real input, in minutes on a laptop.
+Data: demo/make_data.py. Launch: make demo
+"""
+
+from mice_jax.config import Config, Phase, Source
+
+PHASES = ("instructions", "knowledge", "skills")
+
+
+def get_config(arg: str = "demo/data") -> Config:
+    folder = arg or "demo/data"
+    c = Config()
+    c.model.init_from = f"random:{folder}/init/config.json"
+    c.data.max_length = 1024
+    sources = [Source(path=f"{folder}/{name}.jsonl") for name in PHASES]
+    c.data.phases = [Phase(name="stacked", num_epochs=12, sources=sources)]
+    c.data.validation = [Source(path=f"{folder}/{name}.heldout.jsonl", name=name) for name in PHASES]
+    c.optim.batch_size = 64
+    c.optim.learning_rate = 3e-3
+    c.checkpoint.every_samples = 25_000
+    c.log.every_steps = 20
+    return c

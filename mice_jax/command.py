@@ -1,0 +1,130 @@
+"""How every verb begins and ends: its flags, its short help, and errors turned into one paragraph and a code.
+
+A verb calls `run(__doc__, define_flags, main)`. Flags are absl's, kept in a set of their own, so that any number
+of verbs can live in one process; the config is a file read by ml_collections, with `--config.field=value` after.
+"""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from mice_jax.config import Config, ConfigError, field_names, nearest
+from mice_jax.errors import Preempted, StoppedByRule, UserError
+
+Values = flags.FlagValues
+
+
+def run(
+    doc: str, define: Callable[[Values, list[str]], None], main: Callable[[Values], None], argv: Sequence[str]
+) -> int:
+    """Runs a verb on its arguments (without the program's name) and returns its exit code.
+
+    0 done; 2 the user's input is wrong; 3 stopped by a rule; 75 preempted with its state saved.
+    """
+    arguments = ["mice", *argv]
+    try:
+        values = Values()
+        define(values, arguments)
+        if {"-h", "--help", "-help", "--helpfull"} & set(argv):
+            print(_help(doc, values))
+            return 0
+        _parse(values, arguments)
+        main(values)
+    except (UserError, ConfigError, StoppedByRule, Preempted) as e:
+        word = {2: "error", 3: "stopped", 75: "preempted"}[e.exit_code]
+        print(f"{word}: {e}", file=sys.stderr)
+        return e.exit_code
+    return 0
+
+
+def define_config(values: Values, argv: list[str]) -> None:
+    """Defines --config and, from what follows it, its overrides."""
+    config_flags.DEFINE_config_file(
+        "config", None, "FILE.py[:arg] that defines get_config(arg)", flag_values=values, sys_argv=argv
+    )
+
+
+def define_distributed(values: Values) -> None:
+    """Defines the flags by which several processes find each other."""
+    flags.DEFINE_string("coordinator_address", None, "host:port of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "how many processes make up the run", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values)
+
+
+def config_of(values: Values) -> Config:
+    """The validated config that --config and its overrides make."""
+    config = required(values, "config")
+    if not isinstance(config, Config):
+        kind = type(config).__name__
+        raise UserError(f"get_config of --config returned a {kind}; it must return a mice_jax.config.Config.")
+    config.validate()
+    return config
+
+
+def required(values: Values, name: str) -> Any:
+    """A flag's value; UserError where it was not given."""
+    if values[name].value is None:
+        raise UserError(f"--{name} is missing. See --help for an example.")
+    return values[name].value
+
+
+def _parse(values: Values, argv: list[str]) -> None:
+    _check_config_flags(argv)
+    try:
+        rest = values(argv)
+    except flags.UnrecognizedFlagError as e:
+        raise UserError(f"--{e.flagname} is no flag of this command{nearest(e.flagname, values)}.") from None
+    except flags.Error as e:
+        raise UserError(f"{e}.") from None
+    except Exception as e:
+        raise _config_error(e, argv) from e
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is no flag; every argument is given as --name=value. See --help.")
+
+
+def _check_config_flags(argv: list[str]) -> None:
+    """What ml_collections would only say in a traceback, or not at all: no such file, no such field."""
+    for i, argument in enumerate(argv):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if name == "config":
+            value = value if equals else " ".join(argv[i + 1 : i + 2])
+            file = Path(value if Path(value).exists() else value.split(":")[0])
+            if not file.is_file():
+                raise UserError(f"--config={value}: there is no file {file}.")
+        field = re.sub(r"^(no)?config\.", "", name)
+        if field != name and "[" not in field and field not in field_names():
+            raise ConfigError(f"--config.{field}: the config has no field {field}{nearest(field, field_names())}.")
+
+
+def _config_error(e: Exception, argv: list[str]) -> UserError:
+    """The config file's own failure, or an ill-typed override, in words: with the file's line if it has one."""
+    cause: BaseException = e
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    if isinstance(cause, SyntaxError):
+        return UserError(f"{cause.filename} line {cause.lineno} is not Python: {cause.msg}.")
+    files = [a.split("=", 1)[-1].split(":")[0] for a in argv]
+    frames = [f for f in traceback.extract_tb(cause.__traceback__) if _is_one_of(f.filename, files)]
+    where = f"{frames[-1].filename} line {frames[-1].lineno}: " if frames else ""
+    kind = "" if isinstance(cause, ConfigError) else f"{type(cause).__name__}: "
+    return UserError(f"{where}{kind}{str(cause).strip().rstrip('.')}.")
+
+
+def _is_one_of(filename: str, files: list[str]) -> bool:
+    return any(f.endswith(".py") and os.path.abspath(f) == os.path.abspath(filename) for f in files)
+
+
+def _help(doc: str, values: Values) -> str:
+    lines = [
+        f"  --{name}: {flag.help}"
+        for name, flag in sorted(values._flags().items())
+        if flag.help and "absl" not in str(type(flag.parser))[:8]
+    ]
+    return doc.strip() + "\n\nFlags:\n" + "\n".join(lines)

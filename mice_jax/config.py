@@ -1,0 +1,306 @@
+"""The typed run config: every field, its default and its check, in one place.
+
+A config file defines `get_config(arg="") -> Config` and sets fields; the command line overrides them
+(`--config.optim.learning_rate=1e-5`). The dataclasses are mutable and hold no derived field: whatever follows
+from a field is computed by the verb that needs it. 0 or "" says "off" or "chosen", never None, since a flag
+cannot set None. `Config.validate()` runs first in every main and reports all problems at once.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the text names every field at fault, its value and the mend."""
+
+    exit_code = 2
+
+
+class _Strict:
+    """Refuses a misspelt field where it is written, with the nearest name, instead of keeping it unread."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        names = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+        if name not in names:
+            raise ConfigError(f"{type(self).__name__} has no field {name!r}{nearest(name, names)}.")
+        object.__setattr__(self, name, value)
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `names`, or the list of them where none is close."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}"
+
+
+@dataclass
+class Source(_Strict):
+    path: str = ""  # a file or a glob: .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet
+    weight: float = 1.0  # 0.5 = half of it an epoch, 2 = twice
+    name: str = ""  # in reports and metrics; "" = the file's name without its suffix
+    format: str = "messages"  # how one record is read
+
+
+@dataclass
+class Phase(_Strict):
+    name: str = "stacked"
+    num_epochs: float = 1.0
+    sources: list[Source] = field(default_factory=list)
+
+
+@dataclass
+class Model(_Strict):
+    init_from: str = ""  # HF folder | "random:path/to/config.json" | another run's workdir
+    compute_dtype: str = "auto"  # auto | float32 | bfloat16; auto is float32 on CPU, else bfloat16
+    attention: str = "auto"  # auto | one backend's name
+    remat: str = "auto"  # auto | none | full | dots
+
+
+@dataclass
+class Data(_Strict):
+    tokenizer: str = ""  # "" = that of init_from
+    chat_template: str = ""  # "" = the tokenizer's own; else a .jinja file's path
+    max_length: int = 4096  # tokens; the longest row, and the longest sample that is kept whole
+    overlong: str = "drop"  # drop | truncate | error; always counted
+    phases: list[Phase] = field(default_factory=list)
+    validation: list[Source] = field(default_factory=list)  # held-out sources, or:
+    validation_fraction: float = 0.0  # held out of every source by the hash of its content
+    drop_remainder: bool = False  # leave out the short last step of an epoch
+    skip_bad: bool = False  # count bad lines instead of stopping at the first
+    cache_dir: str = ""  # token stores; "" = $MICE_JAX_CACHE, or mice_jax in the user's cache folder
+    num_workers: int = 0  # loader processes; 0 = a thread in this one
+
+
+@dataclass
+class Optim(_Strict):
+    batch_size: int = 3840  # samples a step, exactly
+    learning_rate: float = 2e-5
+    schedule: str = "constant"  # constant | linear | cosine | wsd
+    warmup_steps: int = 0
+    warmup_ratio: float = 0.0  # of the horizon, instead of warmup_steps
+    final_ratio: float = 0.0  # of learning_rate, at the end of linear, cosine and wsd
+    decay_ratio: float = 0.1  # of the horizon, the falling end of wsd
+    max_steps: int = 0  # 0 = run the phases to their end
+    grad_clip: float = 1.0  # global norm; 0 = off
+    loss_reduction: str = "token"  # token | sample (each sample weighs the same)
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class Mesh(_Strict):
+    data: int = 1  # whole copies of the model
+    fsdp: int = -1  # parameters sharded, samples split; -1 = the devices that are left
+    tensor: int = 1  # heads, MLP and vocabulary split
+
+
+@dataclass
+class Train(_Strict):
+    rows_per_device: int = 0  # rows of a microbatch on one device; 0 = chosen
+    deterministic: bool = False  # bit-equal reruns on GPU too, at some cost
+
+
+@dataclass
+class Checkpoint(_Strict):
+    every_samples: int = 250_000  # 0 = at the end only
+    keep_last: int = 0  # 0 = all
+
+
+@dataclass
+class Log(_Strict):
+    every_steps: int = 1  # terminal and TensorBoard; metrics.jsonl has every step
+
+
+@dataclass
+class Eval(_Strict):
+    every_samples: int = 0  # held-out loss; 0 = at the end only
+    tasks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Config(_Strict):
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    mesh: Mesh = field(default_factory=Mesh)
+    train: Train = field(default_factory=Train)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    eval: Eval = field(default_factory=Eval)
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming every problem: field, value, mend."""
+        problems = _type_problems(self, Config, "")
+        if not problems:  # values are only worth checking once they have their types
+            problems = _value_problems(self)
+        if not problems:
+            return
+        if len(problems) == 1:
+            raise ConfigError(f"in the config, {problems[0]}.")
+        listed = "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
+        raise ConfigError(f"the config has {len(problems)} problems: {listed}.")
+
+
+# Fields that a resumed run may change: they alter neither what is trained on nor the arithmetic of a step.
+RESUMABLE = ("mesh", "train.rows_per_device", "model.attention", "model.remat", "data.cache_dir",
+             "data.num_workers", "checkpoint", "log", "eval")  # fmt: skip
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain dicts, lists and scalars, for config.json."""
+    return dataclasses.asdict(config)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """`field: old -> new` for each field that keeps a run from being resumed under `new`."""
+    a, b = _flatten(old), _flatten(new)
+    changed = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    refused = [k for k in changed if not any(k == r or k.startswith(r + ".") for r in RESUMABLE)]
+    return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in refused]
+
+
+def field_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """The dotted name of every field that is set by one flag (lists counted as one)."""
+    names = []
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = dataclasses.is_dataclass(hint)
+        names += field_names(hint, f"{prefix}{name}.") if inner else [prefix + name]
+    return names
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = ((str(i), v) for i, v in enumerate(tree))
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for k, v in items:
+        flat |= _flatten(v, f"{prefix}.{k}" if prefix else str(k))
+    return flat
+
+
+def _type_problems(value: Any, hint: Any, name: str) -> list[str]:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, hint):  # type: ignore[arg-type]
+            return [f"{name}={value!r} must be a {hint.__name__}(...)"]  # type: ignore[union-attr]
+        hints = typing.get_type_hints(hint)
+        dot = f"{name}." if name else ""
+        return [p for k, h in hints.items() for p in _type_problems(getattr(value, k), h, dot + k)]
+    if isinstance(hint, types.GenericAlias):
+        if not isinstance(value, list):
+            return [f"{name}={value!r} must be a list"]
+        (inner,) = typing.get_args(hint)
+        return [p for i, v in enumerate(value) for p in _type_problems(v, inner, f"{name}[{i}]")]
+    wanted = (int, float) if hint is float else (hint,)
+    right = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
+    kind = type(value).__name__
+    return [] if right else [f"{name}={value!r} is of type {kind} and must be {hint.__name__}"]
+
+
+CHOICES = {
+    "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "model.remat": ("auto", "none", "full", "dots"),
+    "data.overlong": ("drop", "truncate", "error"),
+    "optim.schedule": ("constant", "linear", "cosine", "wsd"),
+    "optim.loss_reduction": ("token", "sample"),
+}
+# Inclusive bounds.
+BOUNDS = {
+    "data.max_length": (2, math.inf),
+    "data.num_workers": (0, math.inf),
+    "optim.batch_size": (1, math.inf),
+    "optim.learning_rate": (0, math.inf),
+    "optim.warmup_steps": (0, math.inf),
+    "optim.warmup_ratio": (0, 1),
+    "optim.final_ratio": (0, 1),
+    "optim.decay_ratio": (0, 1),
+    "optim.max_steps": (0, math.inf),
+    "optim.grad_clip": (0, math.inf),
+    "optim.eps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "train.rows_per_device": (0, math.inf),
+    "checkpoint.every_samples": (0, math.inf),
+    "checkpoint.keep_last": (0, math.inf),
+    "log.every_steps": (1, math.inf),
+    "eval.every_samples": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def _value_problems(c: Config) -> list[str]:
+    flat = _flatten(to_dict(c))
+    problems = []
+    for name, choices in CHOICES.items():
+        if flat[name] not in choices:
+            problems.append(f"{name}={flat[name]!r} is not one of {', '.join(choices)}")
+    for name, (low, high) in BOUNDS.items():
+        if not low <= flat[name] <= high:  # also false for NaN
+            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            problems.append(f"{name}={flat[name]} must be {bound}")
+    for name in ("optim.beta1", "optim.beta2", "data.validation_fraction"):
+        if not 0 <= flat[name] < 1:
+            problems.append(f"{name}={flat[name]} must be at least 0 and less than 1")
+    if not math.isfinite(c.optim.learning_rate):
+        problems.append(f"optim.learning_rate={c.optim.learning_rate} must be finite")
+    if c.optim.warmup_steps and c.optim.warmup_ratio:
+        problems.append(
+            f"optim.warmup_steps={c.optim.warmup_steps} and optim.warmup_ratio={c.optim.warmup_ratio} "
+            "are both set: set one of them to 0"
+        )
+    if not c.model.init_from:
+        problems.append(
+            'model.init_from="" says nothing to start from: give a Hugging Face folder, '
+            '"random:path/to/config.json", or another run\'s workdir'
+        )
+    if c.data.validation and c.data.validation_fraction:
+        problems.append(
+            f"data.validation and data.validation_fraction={c.data.validation_fraction} are both set: "
+            "hold out by sources or by fraction, not both"
+        )
+    return problems + _mesh_problems(c.mesh) + _phase_problems(c.data)
+
+
+def _mesh_problems(m: Mesh) -> list[str]:
+    sizes = {"data": m.data, "fsdp": m.fsdp, "tensor": m.tensor}
+    problems = [
+        f"mesh.{k}={v} must be at least 1, or -1 for the devices that are left"
+        for k, v in sizes.items()
+        if v < 1 and v != -1
+    ]
+    left = [f"mesh.{k}" for k, v in sizes.items() if v == -1]
+    if len(left) > 1:
+        problems.append(f"{' and '.join(left)} are both -1: only one axis can take what is left")
+    return problems
+
+
+def _phase_problems(d: Data) -> list[str]:
+    problems = []
+    if not d.phases:
+        problems.append("data.phases is empty: give at least one Phase(sources=[Source(path=...)])")
+    names = [p.name for p in d.phases]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        problems.append(f"data.phases has {names.count(name)} phases named {name!r}: name each once")
+    for i, phase in enumerate(d.phases):
+        where = f"data.phases[{i}]"
+        if not (phase.num_epochs > 0 and math.isfinite(phase.num_epochs)):
+            problems.append(f"{where}.num_epochs={phase.num_epochs} must be more than 0")
+        if not phase.sources:
+            problems.append(f"{where}.sources is empty: give at least one Source(path=...)")
+    lists = [(f"data.phases[{i}].sources", p.sources) for i, p in enumerate(d.phases)]
+    for where, sources in [*lists, ("data.validation", d.validation)]:
+        for j, s in enumerate(sources):
+            if not s.path:
+                problems.append(f'{where}[{j}].path="" must name a file')
+            if not (s.weight > 0 and math.isfinite(s.weight)):
+                problems.append(f"{where}[{j}].weight={s.weight} must be more than 0")
+    return problems

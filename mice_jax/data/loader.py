@@ -1,0 +1,111 @@
+"""From a step's number to the arrays of its microbatches; Grain runs it ahead of the training loop.
+
+Element i of the source is step i, made from nothing but i: so a loader's state is one integer, and the number of
+hosts, workers or rows a device changes nothing in what a step holds.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from mice_jax.data.mixture import Corpus, Mixture
+from mice_jax.data.packing import Microbatch, Shape, pack_step
+
+PREFETCH_STEPS = 2
+
+# One microbatch of this host: tokens, targets, segment_ids, positions (int32) and loss_weights (float32), each
+# [local rows, slots].
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSource:
+    """Random access to the steps of a mixture, as the rows of this host's shards.
+
+    `shards` are this host's numbers among the `num_shards` that split a microbatch's rows between them.
+    """
+
+    corpus: Corpus
+    mixture: Mixture
+    shapes: tuple[Shape, ...]
+    num_shards: int
+    shards: tuple[int, ...]
+    loss_reduction: str
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.mixture)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Step i: where it stands, its counts over all hosts, and this host's microbatches."""
+        step = self.mixture.step(int(i))
+        plan = self.plan(int(i))
+        lengths = self.corpus.lengths[step.samples].astype(np.int64)
+        return {
+            "phase": step.phase,
+            "epoch": step.epoch,
+            "samples": len(step.samples),
+            "tokens": int(lengths.sum()),
+            "squared_lengths": int((lengths**2).sum()),  # what attention's cost follows
+            "loss_tokens": int(self.corpus.num_trained[step.samples].sum()),
+            "slots": sum(len(m.rows) * m.shape.slots for m in plan),
+            "microbatches": [self._fill(m, step.samples) for m in plan],
+        }
+
+    def plan(self, i: int) -> list[Microbatch]:
+        """How step i is packed."""
+        step = self.mixture.step(i)
+        rng = np.random.default_rng([self.seed, 0, step.phase, step.epoch, i])
+        return pack_step(self.corpus.lengths[step.samples], self.shapes, self.num_shards, rng)
+
+    def _fill(self, microbatch: Microbatch, samples: np.ndarray) -> Arrays:
+        count = microbatch.shape.rows
+        rows = [r for s in self.shards for r in microbatch.rows[s * count : (s + 1) * count]]
+        arrays = empty_rows(len(rows), microbatch.shape.slots)
+        for r, row in enumerate(rows):
+            at = 0
+            for segment, sample in enumerate(row, 1):
+                tokens, trained = self.corpus.sample(samples[sample])
+                put_sample(arrays, r, at, segment, tokens, trained, self.loss_reduction)
+                at += len(tokens)
+        return arrays
+
+
+def empty_rows(rows: int, slots: int) -> Arrays:
+    """Rows of padding: segment 0, weight 0."""
+    names = ("tokens", "targets", "segment_ids", "positions")
+    arrays = {name: np.zeros((rows, slots), np.int32) for name in names}
+    return arrays | {"loss_weights": np.zeros((rows, slots), np.float32)}
+
+
+def put_sample(
+    arrays: Arrays,
+    row: int,
+    at: int,
+    segment: int,
+    tokens: np.ndarray,
+    trained: np.ndarray,
+    loss_reduction: str,
+) -> None:
+    """Writes one sample into a row from slot `at`. Slot t predicts token t+1 of its own sample; the last, nothing."""
+    n = len(tokens)
+    span = slice(at, at + n)
+    arrays["tokens"][row, span] = tokens
+    arrays["segment_ids"][row, span] = segment
+    arrays["positions"][row, span] = np.arange(n)
+    arrays["targets"][row, at : at + n - 1] = tokens[1:]
+    share = max(1, int(trained[1:].sum())) if loss_reduction == "sample" else 1
+    arrays["loss_weights"][row, at : at + n - 1] = trained[1:].astype(np.float32) / np.float32(share)
+
+
+def load_steps(source: Sequence[Any], start: int, num_workers: int) -> Iterator[dict[str, Any]]:
+    """Steps from number `start` on, made ahead by a thread, or by `num_workers` processes."""
+    steps = grain.MapDataset.source(source)[start:].to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_STEPS)
+    )
+    if num_workers:
+        steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    return iter(steps)

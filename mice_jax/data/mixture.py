@@ -1,0 +1,135 @@
+"""Which samples make up each step: a pure function of the seed, the phase and the epoch.
+
+A corpus numbers the samples of all stores in one line; phases draw from pools of those numbers. A step is
+exactly `batch_size` samples, never across an epoch or a phase; only an epoch's last step may hold fewer.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mice_jax.data.store import TokenStore
+
+
+class Corpus:
+    """All samples of a run under one numbering, as they are trained on: cut at `max_length`."""
+
+    def __init__(self, stores: Sequence[TokenStore], max_length: int):
+        self._stores = list(stores)
+        self._first = np.cumsum([0] + [len(s) for s in stores])
+        self.full_lengths = np.concatenate([s.lengths for s in stores])
+        self.lengths = np.minimum(self.full_lengths, max_length)
+        self.num_trained = np.concatenate([s.num_trained for s in stores])
+        for i in np.flatnonzero(self.full_lengths > max_length):
+            self.num_trained[i] = self.sample(int(i))[1][1:].sum()  # what the cut has left
+
+    def ids(self, store: int) -> np.ndarray:
+        """The numbers of a store's samples."""
+        return np.arange(self._first[store], self._first[store + 1])
+
+    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and trained marks of sample number i, cut to its length here."""
+        store = int(np.searchsorted(self._first, i, side="right")) - 1
+        tokens, trained = self._stores[store].sample(int(i - self._first[store]))
+        return tokens[: self.lengths[i]], trained[: self.lengths[i]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Sample numbers that a phase draws from, `weight` times an epoch."""
+
+    ids: np.ndarray
+    weight: float = 1.0
+
+    @property
+    def per_epoch(self) -> int:
+        return round(self.weight * len(self.ids))
+
+
+@dataclasses.dataclass(frozen=True)
+class PhasePools:
+    name: str
+    num_epochs: float
+    pools: tuple[Pool, ...]
+
+    @property
+    def per_epoch(self) -> int:
+        return sum(p.per_epoch for p in self.pools)
+
+    def epoch_sizes(self) -> list[int]:
+        """Samples of each epoch; the last one may be a part."""
+        whole = math.floor(self.num_epochs)
+        rest = round((self.num_epochs - whole) * self.per_epoch)
+        return [self.per_epoch] * whole + [rest] * (rest > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One optimizer update's samples, in the order drawn."""
+
+    phase: int
+    epoch: int
+    samples: np.ndarray
+
+
+class Mixture:
+    """The steps of a run, by number; the same on every host, whatever came before."""
+
+    def __init__(
+        self,
+        phases: Sequence[PhasePools],
+        *,
+        batch_size: int,
+        seed: int,
+        drop_remainder: bool = False,
+    ):
+        self.phases = tuple(phases)
+        self._batch_size, self._seed = batch_size, seed
+        self._epochs: list[tuple[int, int, int]] = []  # phase, epoch, samples
+        steps = [0]
+        self.samples_left_out = 0
+        for p, phase in enumerate(self.phases):
+            for e, size in enumerate(phase.epoch_sizes()):
+                rest = size % batch_size
+                self.samples_left_out += rest * drop_remainder
+                self._epochs.append((p, e, size))
+                steps.append(steps[-1] + size // batch_size + (rest > 0 and not drop_remainder))
+        self._first_step = np.array(steps)
+        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    def __len__(self) -> int:
+        return int(self._first_step[-1])
+
+    def step(self, i: int) -> Step:
+        """Step i, counted from 0 over the whole run."""
+        assert 0 <= i < len(self)
+        at = int(np.searchsorted(self._first_step, i, side="right")) - 1
+        phase, epoch, size = self._epochs[at]
+        start = int(i - self._first_step[at]) * self._batch_size
+        return Step(phase, epoch, self._order(phase, epoch)[:size][start : start + self._batch_size])
+
+    def shortest_epoch(self) -> int:
+        return min(size for _, _, size in self._epochs)
+
+    def _epoch_order(self, phase: int, epoch: int) -> np.ndarray:
+        drawn = [self._draw(phase, i, epoch) for i in range(len(self.phases[phase].pools))]
+        samples = np.concatenate(drawn)
+        return self._rng(phase, epoch).permutation(samples)
+
+    def _draw(self, phase: int, pool: int, epoch: int) -> np.ndarray:
+        """A pool's samples of one epoch: the next `per_epoch` of an endless line of shuffled passes over it.
+
+        So a weight of 0.5 sees every sample once in two epochs, and one of 1 every sample once an epoch.
+        """
+        ids, count = self.phases[phase].pools[pool].ids, self.phases[phase].pools[pool].per_epoch
+        first, last = epoch * count, (epoch + 1) * count
+        passes = range(first // len(ids), -(-last // len(ids))) if count else range(0)
+        line = [self._rng(phase, p, pool).permutation(ids) for p in passes]
+        skip = first % len(ids)
+        return np.concatenate([ids[:0], *line])[skip : skip + count]
+
+    def _rng(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, len(key), *key])

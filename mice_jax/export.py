@@ -1,0 +1,81 @@
+"""Write a run's model as a Hugging Face folder: safetensors, config, tokenizer, chat template.
+
+  mice export --workdir=runs/demo --output=demo_hf
+  mice export --workdir=runs/demo --step=400 --dtype=bfloat16 --output=demo_hf_400
+
+The dtype is that of the weights the run started from, unless --dtype says float32 or bfloat16.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from mice_jax import command
+from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.errors import UserError
+from mice_jax.models import hf
+from mice_jax.models.transformer import make_decoder
+from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.start import find_origin, load_params
+
+DTYPES = ("float32", "bfloat16")
+
+
+def define(values: command.Values, argv: list[str]) -> None:
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("output", None, "folder to write; it must not hold anything yet", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint to export; default the newest", flag_values=values)
+    flags.DEFINE_string("dtype", None, "float32 or bfloat16; default as in init_from", flag_values=values)
+
+
+def export(values: command.Values) -> None:
+    workdir, output = Path(command.required(values, "workdir")), Path(command.required(values, "output"))
+    if not (workdir / "model" / "config.json").exists():
+        raise UserError(f"--workdir={workdir} is no run's folder: it has no model/config.json.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output={output} is there already. Remove it, or give another folder.")
+    origin = find_origin(str(workdir))
+    dtype = values.dtype or origin.config.get("dtype", "float32")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}.")
+    mesh = make_mesh(1, -1, 1)
+    decoder = make_decoder(origin.spec)
+    params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh), step=values.step)
+    tokenizer = load_tokenizer(str(origin.folder))
+    # Written beside its place and renamed once whole: a reader never sees half an export.
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    hf.save_params(partial, params, decoder, origin.config, dtype)
+    tokenizer.save_pretrained(partial)
+    generation = _generation_config(origin.config, ChatEncoder(tokenizer).stop_ids(), tokenizer.pad_token_id)
+    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"exported {count:,} parameters in {dtype} to {output}")
+
+
+def _generation_config(config: dict[str, Any], stop_ids: list[int], pad_id: int | None) -> dict[str, Any]:
+    """Stops where the training stopped: at the token that ends an assistant's turn, besides the model's own."""
+    own = config.get("eos_token_id")
+    ids = [*stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])]
+    generation = {"eos_token_id": list(dict.fromkeys(ids)), "do_sample": False}
+    if config.get("bos_token_id") is not None:
+        generation["bos_token_id"] = config["bos_token_id"]
+    return generation | ({"pad_token_id": pad_id} if pad_id is not None else {})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(__doc__, define, export, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

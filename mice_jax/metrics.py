@@ -1,0 +1,146 @@
+"""What a run says while it runs: metrics.jsonl, TensorBoard, the terminal; and its share of the machine's peak."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from mice_jax.models.spec import ModelSpec
+
+# Dense peak of one device in bfloat16, FLOP/s, from the makers' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def train_flops(spec: ModelSpec, tokens: int, squared_lengths: int) -> float:
+    """Model FLOPs of forward and backward over real tokens, recomputation not counted.
+
+    Each weight of a matrix product costs 2 FLOPs a token forward and 4 backward; the embedding look-up costs
+    nothing, the output projection its product whether tied or not. Causal attention over a sample of n tokens has
+    n^2/2 pairs, each with head_dim multiply-adds for the score and as many for the value, in every head.
+    """
+    s = spec
+    attention = 2 * s.d_model * s.head_dim * (s.num_heads + s.num_kv_heads)
+    weights = s.num_layers * (attention + 3 * s.d_model * s.d_ff) + s.vocab_size * s.d_model
+    pairs = s.num_layers * s.num_heads * s.head_dim * squared_lengths / 2
+    return 3 * (2 * weights * tokens + 4 * pairs)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """FLOP/s that one device could do at most; None for one that the table lacks.
+
+    A CPU's is measured, as the rate of a large float32 matrix product over all of the process's CPU devices.
+    """
+    if device.platform == "cpu":
+        return _measured_matmul() / jax.local_device_count()
+    known = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def _measured_matmul(n: int = 1024) -> float:
+    x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
+    product = jax.jit(jnp.matmul)
+    product(x, x).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
+
+
+class Writer(Protocol):
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonlWriter:
+    """One object a step; a line is handed to the system whole, so a killed process leaves no half of one."""
+
+    def __init__(self, file: Path):
+        self._file: TextIO = file.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Every number of a record, by samples seen."""
+
+    def __init__(self, folder: Path, every_steps: int):
+        self._writer, self._every = SummaryWriter(str(folder)), every_steps
+
+    def write(self, record: dict[str, Any]) -> None:
+        if record["step"] % self._every:
+            return
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, record["samples"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class TerminalWriter:
+    """A bar on a terminal, a line every so many steps elsewhere: loss, gradient norm, tokens/s, time left."""
+
+    def __init__(self, console: Console, first_step: int, total_steps: int, every_steps: int):
+        self._console, self._total, self._every = console, total_steps, every_steps
+        self._last, self._seconds = total_steps, 0.0
+        self._done = 0
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+            )
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
+            self._task = self._bar.add_task("starting", total=total_steps, completed=first_step)
+            self._bar.start()
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._done += 1
+        if self._done > 1:  # the first step compiles
+            self._seconds += record["step_time_s"]
+        step = record["step"]
+        if step % self._every and step != self._total:
+            return
+        numbers = f"loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}  {record['tokens_per_s']:,.0f} tok/s"
+        held_out = f"  eval/loss {record['eval/loss']:.4f}" if "eval/loss" in record else ""
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=numbers + held_out)
+            return
+        left = (self._total - step) * self._seconds / max(1, self._done - 1)
+        self._console.print(
+            f"step {step}/{self._total}  {numbers}  {left:.0f} s left{held_out}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()

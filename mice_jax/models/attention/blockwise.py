@@ -1,0 +1,144 @@
+"""Attention block by block in plain JAX, for any backend: memory linear in T, cost following the segments.
+
+The softmax is built up over key blocks and recomputed in the backward pass (FlashAttention, arXiv 2205.14135).
+A query block visits only the key blocks between the start of its first segment and itself, so packed short
+samples cost what they would alone. Rows are taken one after another, since each has its own blocks to visit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK = 128  # slots of a query or key block
+LOWEST = float(jnp.finfo(jnp.float32).min)
+
+# T slots, N query heads, K key heads, G = N/K, H head_dim; J blocks of C slots, X = G*C query rows of one block
+
+
+def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float) -> jax.Array:
+    """As `attention.attend`."""
+    t = q.shape[1]
+    size = min(BLOCK, t)
+    pad = -t % size
+    if pad:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    out = lax.map(lambda row: _row(*row, size, scale), (q, k, v, segment_ids))
+    return out[:, :t]
+
+
+def _row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, size: int, scale: float) -> jax.Array:
+    """One row: [T N H], [T K H], [T] -> [T N H]."""
+    t, n, h = q.shape
+    kv_heads = k.shape[1]
+    blocks, group = t // size, n // kv_heads
+
+    def queries(x: jax.Array) -> jax.Array:  # [T N H] -> [J K X H]
+        return x.reshape(blocks, size, kv_heads, group, h).transpose(0, 2, 3, 1, 4).reshape(
+            blocks, kv_heads, group * size, h
+        )  # fmt: skip
+
+    def keys(x: jax.Array) -> jax.Array:  # [T K H] -> [J K C H]
+        return x.reshape(blocks, size, kv_heads, h).transpose(0, 2, 1, 3)
+
+    out = _attend_blocks(queries(q), keys(k), keys(v), segments.reshape(blocks, size), scale)
+    out = out.reshape(blocks, kv_heads, group, size, h).transpose(0, 3, 1, 2, 4)
+    return out.reshape(t, n, h)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float) -> jax.Array:
+    return _forward(q, k, v, segments, scale)[0]
+
+
+def _first_blocks(segments: jax.Array) -> jax.Array:
+    """[J C] -> [J]: the first key block that each query block has to visit; J for a block of padding."""
+    blocks, size = segments.shape
+    flat = segments.reshape(-1)
+    slots = jnp.arange(flat.size, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.ones(1, bool), flat[1:] != flat[:-1]])
+    first = lax.cummax(jnp.where(starts, slots, 0))[::size] // size
+    return jnp.where(segments.max(axis=1) > 0, first, blocks)
+
+
+def _scores(
+    q_block: jax.Array, k_block: jax.Array, q_seg: jax.Array, k_seg: jax.Array, i: jax.Array, j: jax.Array,
+    scale: float,
+) -> jax.Array:  # fmt: skip
+    """[K X H] and [K C H] -> masked float32 scores [K X C]."""
+    size = k_seg.size
+    slots = jnp.arange(size, dtype=jnp.int32)
+    causal = (i * size + slots)[:, None] >= (j * size + slots)[None, :]
+    mask = causal & (q_seg[:, None] == k_seg[None, :]) & (q_seg > 0)[:, None]
+    group = q_block.shape[1] // size
+    scores = jnp.einsum("kxh,kch->kxc", q_block, k_block, preferred_element_type=jnp.float32)
+    return jnp.where(jnp.tile(mask, (group, 1))[None], scores * scale, LOWEST)
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """The output [J K X H], and the log of each query's softmax denominator [J K X]."""
+    first = _first_blocks(segments)
+    rows = q.shape[1:3]
+
+    def query_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            top, total, out = carry
+            scores = _scores(q[i], k[j], segments[i], segments[j], i, j, scale)
+            new_top = jnp.maximum(top, scores.max(axis=-1))
+            weights = jnp.where(scores == LOWEST, 0.0, jnp.exp(scores - new_top[..., None]))
+            shrink = jnp.exp(top - new_top)
+            total = total * shrink + weights.sum(axis=-1)
+            mixed = jnp.einsum("kxc,kch->kxh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+            return new_top, total, out * shrink[..., None] + mixed
+
+        zeros = jnp.zeros(rows, jnp.float32)
+        empty = (zeros + LOWEST, zeros, jnp.zeros((*rows, q.shape[3]), jnp.float32))
+        top, total, out = lax.fori_loop(first[i], i + 1, key_block, empty)
+        safe = jnp.where(total > 0, total, 1.0)  # padding: nothing was summed
+        return (out / safe[..., None]).astype(q.dtype), top + jnp.log(safe)
+
+    return lax.map(query_block, jnp.arange(q.shape[0], dtype=jnp.int32))
+
+
+def _save(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    out, log_total = _forward(q, k, v, segments, scale)
+    return out, (q, k, v, segments, out, log_total)
+
+
+def _backward(
+    scale: float, saved: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, segments, out, log_total = saved
+    first = _first_blocks(segments)
+    # sum over keys of weight * d_weight, from the output alone
+    row_dots = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+    def query_block(grads: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            dq, dk, dv = carry
+            scores = _scores(q[i], k[j], segments[i], segments[j], i, j, scale)
+            weights = jnp.where(scores == LOWEST, 0.0, jnp.exp(scores - log_total[i][..., None]))
+            d_weights = jnp.einsum("kxh,kch->kxc", d_out[i], v[j], preferred_element_type=jnp.float32)
+            d_scores = (weights * (d_weights - row_dots[i][..., None]) * scale).astype(q.dtype)
+            sums = {"preferred_element_type": jnp.float32}
+            dv = dv.at[j].add(jnp.einsum("kxc,kxh->kch", weights.astype(v.dtype), d_out[i], **sums))
+            dk = dk.at[j].add(jnp.einsum("kxc,kxh->kch", d_scores, q[i], **sums))
+            dq += jnp.einsum("kxc,kch->kxh", d_scores, k[j], **sums)
+            return dq, dk, dv
+
+        dq = jnp.zeros(q.shape[1:], jnp.float32)
+        dq, dk, dv = lax.fori_loop(first[i], i + 1, key_block, (dq, *grads))
+        return (dk, dv), dq
+
+    zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+    (dk, dv), dq = lax.scan(query_block, zeros, jnp.arange(q.shape[0], dtype=jnp.int32))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend_blocks.defvjp(_save, _backward)

@@ -1,0 +1,372 @@
+"""Fine-tune a model, or resume a run that was interrupted.
+
+  mice train --config=configs/demo.py --workdir=runs/demo
+  mice train --config=configs/demo.py --config.optim.learning_rate=1e-3 --workdir=runs/demo_1e-3
+
+The same command again resumes the run. It leaves in the workdir: config.json, data_report.json, metrics.jsonl (a
+line a step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and summary.json.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import Mesh
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from mice_jax import command, distributed, fit, metrics
+from mice_jax.checkpoint import Checkpoints
+from mice_jax.config import Config, differences, to_dict
+from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.dataset import Dataset, build_dataset
+from mice_jax.data.loader import StepSource, load_steps
+from mice_jax.data.mixture import Mixture, PhasePools, Pool
+from mice_jax.data.packing import microbatch_shapes
+from mice_jax.errors import Preempted, StoppedByRule, UserError
+from mice_jax.models.attention import choose_backend
+from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.optim import make_optimizer, make_schedule
+from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_rows, replicated_dims
+from mice_jax.start import Origin, find_origin, load_params
+from mice_jax.step import StepFunctions, TrainState, make_step
+from mice_jax.workdir import METRICS, Workdir, environment
+
+EVAL_SAMPLES = 512  # held-out samples that are packed together
+
+
+def define(values: command.Values, argv: list[str]) -> None:
+    command.define_config(values, argv)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    command.define_distributed(values)
+
+
+def train(values: command.Values) -> None:
+    # ---- Config and workdir ---------------------------------------------------------------------------------
+    config = command.config_of(values)
+    run = Workdir(Path(command.required(values, "workdir")))
+    origin = find_origin(config.model.init_from)
+    tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
+    _check_vocabulary(origin, tokenizer)
+    encoder = ChatEncoder(tokenizer)
+
+    # ---- Host and mesh --------------------------------------------------------------------------------------
+    distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
+    leave = distributed.LeaveRequest()
+    lead = distributed.is_lead()
+    console = Console(stderr=not sys.stdout.isatty(), quiet=not lead)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if lead:
+        run.lock()
+        _check_same_config(run, config)
+
+    # ---- Data -----------------------------------------------------------------------------------------------
+    data = build_dataset(config.data, encoder, lambda what: console.print(f"[dim]{what}[/dim]"))
+    mixture = Mixture(
+        data.phases,
+        batch_size=config.optim.batch_size,
+        seed=config.seed,
+        drop_remainder=config.data.drop_remainder,
+    )
+    total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
+
+    # ---- Model ----------------------------------------------------------------------------------------------
+    decoder = make_decoder(origin.spec, mesh.shape["tensor"])
+    compute, rows = _choose(config, origin, mesh, data, decoder_params := _count(decoder.abstract))
+    shapes = microbatch_shapes(config.data.max_length, rows)
+
+    def source(mixture: Mixture) -> StepSource:
+        shards = local_shards(mesh)
+        reduction = config.optim.loss_reduction
+        return StepSource(data.corpus, mixture, shapes, num_shards(mesh), shards, reduction, config.seed)
+
+    steps = source(mixture)
+
+    # ---- Optimizer ------------------------------------------------------------------------------------------
+    o = config.optim
+    schedule = make_schedule(
+        o.schedule,
+        o.learning_rate,
+        o.max_steps or len(mixture),
+        warmup_steps=o.warmup_steps,
+        warmup_ratio=o.warmup_ratio,
+        final_ratio=o.final_ratio,
+        decay_ratio=o.decay_ratio,
+    )
+    optimizer = make_optimizer(
+        schedule, grad_clip=o.grad_clip, beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=o.weight_decay
+    )
+    fns = make_step(decoder, optimizer, schedule, mesh, compute)
+
+    # ---- Restore or start: 1 this workdir's newest checkpoint, 2 what init_from names -------------------------
+    checkpoints = Checkpoints(run.path, config.checkpoint.keep_last)
+    start = checkpoints.latest()
+    if start is None:
+        shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
+        state = fns.start(load_params(origin, decoder, shardings, seed=config.seed))
+        progress: dict[str, Any] = {"samples": 0, "tokens": 0, "loss_tokens": 0}
+    else:
+        state, progress = checkpoints.restore(start, fns.abstract_state)
+    start = start or 0
+    if lead:
+        run.cut_metrics(start)
+        resolved = {"mesh": dict(mesh.shape), "rows_per_device": rows, "remat": compute.remat}
+        resolved |= {"attention": compute.attention, "compute_dtype": jnp.dtype(compute.dtype).name}
+        run.write_json("config.json", to_dict(config) | {"resolved": resolved})
+        run.write_json("data_report.json", _data_report(data, mixture, steps, total_steps))
+        _keep_model(run.path / "model", origin, tokenizer)
+    _say_plan(console, config, origin, mesh, data, mixture, total_steps, start, decoder_params, rows, compute)
+    for said in replicated_dims(decoder.abstract, decoder.axes, mesh):
+        console.print(f"[yellow]held whole on every device, since the mesh does not divide it: {said}[/yellow]")
+
+    # ---- Train ----------------------------------------------------------------------------------------------
+    # The order within a step: draw, accumulate, apply, await the numbers, stop if they are not finite, evaluate,
+    # write the line, save. So a checkpoint never knows of a step whose line is not written.
+    writers: list[metrics.Writer] = []
+    if lead:
+        writers = [
+            metrics.JsonlWriter(run.path / METRICS),
+            metrics.TensorBoardWriter(run.path / "tensorboard", config.log.every_steps),
+            metrics.TerminalWriter(console, start, total_steps, config.log.every_steps),
+        ]
+    peak = metrics.peak_flops(jax.local_devices()[0])
+    record: dict[str, Any] = {}
+    saved = start
+    status, reason = "completed", ""
+    sums = fns.zero_sums()
+    ended = time.perf_counter()
+    try:
+        loader = load_steps(steps, start, config.data.num_workers)
+        for step in range(start + 1, total_steps + 1):
+            batch = next(loader)
+            for rows_of_microbatch in batch["microbatches"]:
+                sums = fns.accumulate(state.params, sums, put_rows(rows_of_microbatch, mesh))
+            state, sums, on_device = fns.apply(state, sums)
+            measured = {name: x.item() for name, x in jax.device_get(on_device).items()}
+            if not measured.pop("finite"):
+                saved = _save(checkpoints, state, progress, saved)
+                raise StoppedByRule(
+                    f"the loss ({measured['loss']}) or the gradient norm ({measured['grad_norm']}) of step {step} is "
+                    f"not finite; the update was not made. The last good checkpoint is {checkpoints.folder / str(saved)}."
+                )
+            ended, step_time = time.perf_counter(), time.perf_counter() - ended
+            before, progress = progress, {k: progress[k] + batch[k] for k in progress}
+            phase = data.phases[batch["phase"]].name
+            record = {"step": step, "phase": phase, "epoch": batch["epoch"]} | progress | measured
+            record |= _rates(origin, batch, step_time, peak)
+            last = step == total_steps
+            if data.validation and (last or _crosses(before, progress, config.eval.every_samples)):
+                record |= _evaluate(fns, state, data, source, mesh)
+            for writer in writers:
+                writer.write(record)
+            if leaving := distributed.any_process(leave.signal is not None):
+                status, reason = "preempted", f"{leave.signal or 'another process was asked to leave'}"
+            if last or leaving or _crosses(before, progress, config.checkpoint.every_samples):
+                saved = _save(checkpoints, state, progress, saved)
+            if leaving and not last:
+                raise Preempted(f"{reason} after step {step}; its state is saved, run the same command to go on.")
+        status, reason = "completed", ""
+    except BaseException as e:
+        kinds = {StoppedByRule: "stopped", Preempted: "preempted"}
+        status, reason = kinds.get(type(e), "failed"), str(e) or type(e).__name__
+        raise
+    finally:
+        for writer in writers:
+            writer.close()
+        checkpoints.wait()
+        if lead:
+            run.write_json("summary.json", _summary(status, reason, saved, progress, record, run))
+        checkpoints.close()
+    console.print(_ending(config, run, record, start, total_steps), highlight=False)
+
+
+def _choose(config: Config, origin: Origin, mesh: Mesh, data: Dataset, num_params: int) -> tuple[Compute, int]:
+    """What "auto" and 0 stand for on this mesh."""
+    device = mesh.devices.flat[0]
+    dtype = config.model.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    sources = data.report["sources"].values()
+    mean = sum(s["tokens"] for s in sources) / sum(s["kept"] for s in sources)
+    wanted = mean * config.optim.batch_size / (config.data.max_length * num_shards(mesh))
+    rows, remat = fit.choose(
+        origin.spec,
+        num_params=num_params,
+        ways=mesh.shape["fsdp"] * mesh.shape["tensor"],
+        itemsize=jnp.dtype(dtype).itemsize,
+        max_length=config.data.max_length,
+        rows=config.train.rows_per_device,
+        remat=config.model.remat,
+        rows_wanted=max(1, round(wanted)),
+        device=device,
+    )
+    return Compute(jnp.dtype(dtype), choose_backend(config.model.attention), remat), rows
+
+
+def _count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _check_vocabulary(origin: Origin, tokenizer: PreTrainedTokenizerFast) -> None:
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= origin.spec.vocab_size:
+        raise UserError(
+            f"the tokenizer's ids go up to {highest}, but the model's vocabulary in {origin.folder / 'config.json'} "
+            f"has {origin.spec.vocab_size} rows. Give the tokenizer that belongs to the model (data.tokenizer)."
+        )
+
+
+def _check_same_config(run: Workdir, config: Config) -> None:
+    old = run.read_json("config.json")
+    if old is None:
+        return
+    old.pop("resolved", None)
+    changed = differences(old, to_dict(config))
+    if changed:
+        raise UserError(
+            f"--workdir={run.path} was made with another config, which differs in {'; '.join(changed)} (there -> "
+            "here). Run it with the config that made it, or give another --workdir."
+        )
+
+
+def _keep_model(folder: Path, origin: Origin, tokenizer: PreTrainedTokenizerFast) -> None:
+    """config.json, tokenizer and template, with which the run can be exported and asked."""
+    if (folder / "config.json").exists():
+        return
+    folder.mkdir(exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    stored = origin.config | {"dtype": origin.stored_dtype(), "torch_dtype": origin.stored_dtype()}
+    Workdir(folder).write_json("config.json", stored)  # last: it says that the folder is whole
+
+
+def _crosses(before: dict[str, int], after: dict[str, int], every: int) -> bool:
+    """Whether this step is the first at or past a multiple of `every` samples; 0 = never."""
+    return bool(every) and after["samples"] // every > before["samples"] // every
+
+
+def _save(checkpoints: Checkpoints, state: TrainState, progress: dict[str, int], saved: int) -> int:
+    """Saves unless this step is saved already; returns the step."""
+    step = int(state.step)
+    if step != saved:
+        checkpoints.save(state, progress)
+    return step
+
+
+def _rates(origin: Origin, batch: dict[str, Any], seconds: float, peak: float | None) -> dict[str, Any]:
+    flops = metrics.train_flops(origin.spec, batch["tokens"], batch["squared_lengths"])
+    return {
+        "num_microbatches": len(batch["microbatches"]),
+        "slot_efficiency": batch["tokens"] / batch["slots"],
+        "tokens_per_s": batch["tokens"] / seconds,
+        "mfu": flops / (seconds * peak * jax.device_count()) if peak else None,
+        "step_time_s": seconds,
+    }
+
+
+def _evaluate(fns: StepFunctions, state: TrainState, data: Dataset, source: Any, mesh: Mesh) -> dict[str, float]:
+    """Held-out loss by source, and over all of them as `eval/loss`: each one ratio of sums over all samples."""
+    total_loss = total_weight = 0.0
+    values = {}
+    for name, ids in data.validation.items():
+        held_out = Mixture([PhasePools(name, 1.0, (Pool(ids),))], batch_size=EVAL_SAMPLES, seed=0)
+        loss_sum = weight_sum = 0.0
+        batches = source(held_out)
+        for i in range(len(batches)):
+            for rows in batches[i]["microbatches"]:
+                sums = jax.device_get(fns.evaluate(state.params, put_rows(rows, mesh)))
+                loss_sum, weight_sum = loss_sum + float(sums[0]), weight_sum + float(sums[1])
+        values[f"eval/{name}/loss"] = loss_sum / weight_sum
+        total_loss, total_weight = total_loss + loss_sum, total_weight + weight_sum
+    return {"eval/loss": total_loss / total_weight} | values
+
+
+def _data_report(data: Dataset, mixture: Mixture, steps: StepSource, total_steps: int) -> dict[str, Any]:
+    packed = [steps.plan(i) for i in range(min(total_steps, 16))]
+    slots = sum(len(m.rows) * m.shape.slots for plan in packed for m in plan)
+    tokens = sum(int(data.corpus.lengths[mixture.step(i).samples].sum()) for i in range(len(packed)))
+    phases = [{"name": p.name, "num_epochs": p.num_epochs, "samples_per_epoch": p.per_epoch} for p in data.phases]
+    return data.report | {
+        "phases": phases,
+        "steps": len(mixture),
+        "samples_left_out_by_drop_remainder": mixture.samples_left_out,
+        "packing_efficiency_of_first_steps": tokens / slots,
+    }
+
+
+def _say_plan(
+    console: Console, config: Config, origin: Origin, mesh: Mesh, data: Dataset, mixture: Mixture,
+    total_steps: int, start: int, num_params: int, rows: int, compute: Compute,
+) -> None:  # fmt: skip
+    """What will be done, and what the user would want to know before it is."""
+    o = config.optim
+    sources = data.report["sources"]
+    tokens = sum(s["tokens"] * s["weight"] for s in sources.values())
+    loss_tokens = sum(s["loss_tokens"] * s["weight"] for s in sources.values())
+    lines = {
+        "model": f"{origin.architecture}, {num_params:,} parameters, from {config.model.init_from}",
+        "mesh": ", ".join(f"{k} {v}" for k, v in mesh.shape.items()) + f" on {mesh.devices.flat[0].device_kind}",
+        "data": f"{sum(s['kept'] for s in sources.values()):,} samples, {tokens:,.0f} tokens, "
+        f"{loss_tokens / max(1, tokens):.0%} of them trained on",
+        "step": f"{o.batch_size:,} samples, microbatches of {rows} rows a device by {config.data.max_length} slots, "
+        f"{jnp.dtype(compute.dtype).name}, {compute.attention} attention, remat {compute.remat}",
+        "run": f"{total_steps:,} steps, {o.schedule} learning rate {o.learning_rate:g}"
+        + (f", resumed after step {start:,}" if start else ""),
+    }
+    for name, line in lines.items():
+        console.print(f"[bold]{name:<6}[/bold] {line}", highlight=False, soft_wrap=True)
+    warnings = [
+        f"{name}: {n:,} samples dropped, {reason}" for name, s in sources.items() for reason, n in s["dropped"].items()
+    ]
+    warnings += [f"{n}: {s['truncated']:,} samples truncated" for n, s in sources.items() if s["truncated"]]
+    if o.batch_size > mixture.shortest_epoch():
+        warnings.append(
+            f"optim.batch_size={o.batch_size} is larger than an epoch of {mixture.shortest_epoch()} samples: each of "
+            "its steps is a whole epoch"
+        )
+    if mixture.samples_left_out:
+        warnings.append(f"{mixture.samples_left_out:,} samples left out by data.drop_remainder")
+    if config.data.max_length > origin.spec.max_positions:
+        warnings.append(
+            f"data.max_length={config.data.max_length} is beyond the max_position_embeddings="
+            f"{origin.spec.max_positions} that the model was made for"
+        )
+    if o.max_steps > len(mixture):
+        warnings.append(f"optim.max_steps={o.max_steps} is beyond the {len(mixture)} steps that the phases have")
+    for warning in warnings:
+        console.print(f"[yellow]warning: {warning}[/yellow]", highlight=False, soft_wrap=True)
+
+
+def _summary(
+    status: str, reason: str, step: int, progress: dict[str, int], record: dict[str, Any], run: Workdir
+) -> dict[str, Any]:
+    last = record or (run.read_json("summary.json") or {}).get("last_metrics", {})
+    return {
+        "status": status,
+        "reason": reason,
+        "step": step,
+        "samples": progress["samples"],
+        "last_metrics": last,
+    } | environment()
+
+
+def _ending(config: Config, run: Workdir, record: dict[str, Any], start: int, total_steps: int) -> str:
+    if not record:
+        return f"the run in {run.path} was complete already, at step {start} of {total_steps}"
+    held_out = f", held-out loss {record['eval/loss']:.4f}" if "eval/loss" in record else ""
+    return (
+        f"done: step {record['step']}, {record['samples']:,} samples, loss {record['loss']:.4f}{held_out}\n"
+        f"next: mice export --workdir={run.path} --output=HF_DIR"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(__doc__, define, train, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,626 @@
+"""Ids against transformers, masks against strings written out by hand, for templates of every kind."""
+
+import dataclasses
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.sources import Sample
+from mice_jax.errors import UserError
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+LLAMA3 = """{{ bos_token }}{% for m in messages -%}
+<|start_header_id|>{{ m.role }}<|end_header_id|>
+
+{{ m.content | trim }}<|eot_id|>
+{%- endfor %}
+{%- if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+
+# The system message goes into the first user turn; roles must alternate; no generation prompt.
+MISTRAL = """{{ bos_token }}
+{%- if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}
+{%- set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}
+{%- for m in turns %}
+{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Roles must alternate user/assistant') }}{% endif %}
+{%- if m.role == 'user' %}
+{{- '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}
+{%- else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}
+{%- endfor %}"""
+
+GRANITE = """{% for m in messages -%}
+<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>
+{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"""
+
+GEMMA = """{{ bos_token }}
+{%- if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{% for m in messages %}
+{%- set role = 'model' if m.role == 'assistant' else m.role %}
+{{- '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+
+ZEPHYR = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+
+# Its end token swallows the newline after it, and the whole ends with another one.
+PHI3 = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
+
+PLAIN = """{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"""
+
+TAGGED = """{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant
+{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
+
+{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+TAGGED_SHORT = TAGGED.replace("<|im_end|>{% endgen", "{% endgen").replace(
+    "{% endgeneration %}\n", "{% endgeneration %}<|im_end|>\n"
+)
+
+# As Qwen 3: reasoning before the last user message is dropped, the last turn always has a block.
+QWEN3 = """{%- set ns = namespace(last=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}
+{%- for m in messages %}
+{%- set content = m.content if m.content is string else '' %}
+{%- if m.role == 'assistant' %}
+{%- set thought = '' %}
+{%- if m.reasoning_content is string %}{% set thought = m.reasoning_content %}
+{%- elif '</think>' in content %}
+{%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}
+{{- '<|im_start|>assistant\n' }}
+{%- if loop.index0 > ns.last and (loop.last or thought) %}
+{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+{%- else %}{{ content }}{% endif %}
+{%- for call in m.tool_calls or [] %}
+{{- ('\n' if loop.index0 or content else '') + '<tool_call>\n' + call | tojson + '\n</tool_call>' }}
+{%- endfor %}{{ '<|im_end|>\n' }}
+{%- elif m.role == 'tool' %}
+{{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response><|im_end|>\n' }}
+{%- else %}{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+# Template, special tokens (the first is eos), and what ends a turn.
+CHATS: dict[str, tuple[str, list[str], str]] = {
+    "chatml": (CHATML, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
+    "llama3": (
+        LLAMA3,
+        ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
+        "<|eot_id|>",
+    ),
+    "mistral": (MISTRAL, ["</s>", "<s>", "[INST]", "[/INST]"], "</s>"),
+    "granite": (
+        GRANITE,
+        ["<|end_of_text|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"],
+        "<|end_of_text|>",
+    ),
+    "gemma": (GEMMA, ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>"),
+    "zephyr": (ZEPHYR, ["</s>", "<s>"], "</s>"),
+    "phi3": (PHI3, ["<|endoftext|>", "<s>", "<|end|>", "<|user|>", "<|assistant|>"], "<|end|>"),
+    "plain": (PLAIN, ["<eos>"], "\n"),
+    "tagged": (TAGGED, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
+    "tagged_short": (TAGGED_SHORT, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
+    "qwen3": (QWEN3, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
+}
+TRIMMING = {"llama3", "gemma"}  # assistant and user alike
+WORDS = ["Hello there, how are you?", "I am fine, thank you.", "Red and blue.", "What is it?\n\n"]
+WORDS += ["a Red Blue Hello And Bye I am loud one"]
+
+
+def make_tokenizer(template: str | None, special: list[str]) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
+    backend.train_from_iterator(WORDS * 5, trainer)
+    backend.add_special_tokens([AddedToken(s, rstrip=s == "<|end|>", normalized=False) for s in dict.fromkeys(special)])
+    backend.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=special[0],
+        bos_token=special[1] if len(special) > 1 else None,
+        pad_token=special[0],
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def encoders() -> dict[str, ChatEncoder]:
+    return {k: ChatEncoder(make_tokenizer(t, special)) for k, (t, special, _) in CHATS.items()}
+
+
+def chat(*turns: str, system: str = "", **keys: Any) -> Sample:
+    roles = ["user", "assistant"] * len(turns)
+    messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return make(messages, **keys)
+
+
+def make(messages: list[dict[str, Any]], tools: Any = None, unmask: bool = False) -> Sample:
+    return Sample(messages, tools, unmask, "chats.jsonl line 7")
+
+
+def runs(encoder: ChatEncoder, sample: Sample, shift: int = 0) -> list[str]:
+    """The text of each run of trained tokens, once the ids are seen to be transformers' own."""
+    (encoded,) = encoder.encode([sample])
+    wanted = encoder.tokenizer.apply_chat_template(sample.messages, tools=sample.tools, return_dict=False)
+    assert encoded.ids.tolist() == wanted
+    assert (encoded.ids.dtype, encoded.trained.dtype) == (np.int32, np.uint8)
+    assert encoded.ids.shape == encoded.trained.shape
+    found: list[list[int]] = []
+    trained = np.roll(encoded.trained, shift)
+    for i, is_trained in enumerate(trained):
+        if is_trained:
+            if not i or not trained[i - 1]:
+                found.append([])
+            found[-1].append(int(encoded.ids[i]))
+    return [encoder.tokenizer.decode(r, clean_up_tokenization_spaces=False) for r in found]
+
+
+def expected(name: str, *contents: str) -> list[str]:
+    """Contents with their end of turn; old Mistral and plain have a space before that joins in."""
+    end = CHATS[name][2]
+    before = {"mistral": " ", "plain": " "}.get(name, "")
+    return [(before if c[:1].isalpha() else "") + c + end for c in contents]
+
+
+@pytest.fixture(params=CHATS)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# ---------------------------------------------------------------------------------------- masks
+def test_one_turn_trains_the_answer_and_the_token_that_ends_it(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    assert runs(encoders[name], chat("What is it?", "Blue.")) == expected(name, "Blue.")
+
+
+def test_every_answer_of_many_turns_is_trained(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    sample = chat("Hello", "Red.", "And?", "I am fine", "Bye", "Blue and red")
+    wanted = expected(name, "Red.", "I am fine", "Blue and red")
+    assert runs(encoders[name], sample) == wanted
+
+
+def test_the_system_message_is_not_trained(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    if name == "gemma":
+        pytest.skip("its template refuses a system message, see below")
+    sample = chat("Hello", "Red.", "And?", "Blue.", system="Be kind.")
+    assert runs(encoders[name], sample) == expected(name, "Red.", "Blue.")
+
+
+def test_a_shifted_mask_is_seen_by_this_checker(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    sample = chat("Hello there", "I am fine", "And", "Red")
+    for shift in (-1, 1):
+        assert runs(encoders[name], sample, shift) != expected(name, "I am fine", "Red")
+
+
+def test_the_header_and_the_newline_after_the_end_are_not_trained(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    encoder = encoders["chatml"]
+    (encoded,) = encoder.encode([chat("Hi", "Red")])
+    assert encoder.show(encoded.ids, encoded.trained, color=False) == (
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Red<|im_end|>⟧\n"
+    )
+
+
+def test_an_end_of_turn_that_is_also_bos_and_pad_is_trained_after_answers_alone(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    encoder = encoders["granite"]
+    tokenizer = encoder.tokenizer
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == tokenizer.pad_token_id
+    (encoded,) = encoder.encode([chat("Hi", "Red", "And", "Blue")])
+    ends = encoded.trained[encoded.ids == tokenizer.eos_token_id]
+    assert ends.tolist() == [0, 1, 0, 1]
+
+
+def test_the_second_token_at_the_very_end_of_phi3_is_not_trained(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    encoder = encoders["phi3"]
+    (encoded,) = encoder.encode([chat("Hi", "Red")])
+    tail = [encoder.tokenizer.decode([i]) for i in encoded.ids[-2:]]
+    assert tail == ["<|end|>", "<|endoftext|>"]
+    assert encoded.trained[-2:].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("answer", ["héllo 🤖", "日本語です", "👨‍👩‍👧", "a\u0301 ﬁ", "🤖"])
+def test_every_byte_of_a_character_is_trained(name: str, answer: str, encoders: dict[str, ChatEncoder]) -> None:
+    found = runs(encoders[name], chat("Was ist das? 🤔", answer))
+    end = CHATS[name][2]
+    assert [r.lstrip(" ") for r in found] == [answer + end]
+
+
+@pytest.mark.parametrize("answer", ["  Red  ", "\nRed\n", "\n\n Red \n\n", "Red\n", "\tRed", "\n\nRed"])
+def test_spaces_around_an_answer_follow_the_template(name: str, answer: str, encoders: dict[str, ChatEncoder]) -> None:
+    found = "".join(runs(encoders[name], chat("  What \n", answer, "\nAnd\n", "Blue")))
+    shown = answer.strip() if name in {*TRIMMING, "mistral"} else answer
+    if name == "qwen3":  # as the real one, it keeps what history has and strips the last turn
+        assert found.lstrip("\n") == answer.lstrip("\n") + "<|im_end|>Blue<|im_end|>"
+        return
+    end = CHATS[name][2]
+    if name == "plain":
+        assert found.split() == ["Red", "Blue"]
+        assert shown.lstrip(" ") + end in found  # a space before joins the header's
+        return
+    # A newline before the answer may be one token with the header's own.
+    found, shown = found.lstrip("\n"), shown.lstrip("\n")
+    assert found.replace(" ", "") == f"{shown}{end}Blue{end}".replace(" ", "").lstrip("\n")
+
+
+def test_an_empty_answer_trains_the_end_alone(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    found = runs(encoders[name], chat("Hello", "", "And?", "Blue."))
+    end = CHATS[name][2]
+    # Where the header ends in a space, the token of that space is not part of the turn's end.
+    assert [r.lstrip(" ") for r in found] == [end, "Blue." + end]
+
+
+def test_contents_that_look_like_the_template_do_not_mislead(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    tricks = ["assistant\n", "user: Red", "Assistant: Blue", "MiceSlot000003End", "{{ m.content }}"]
+    for trick in tricks:
+        answer = trick.strip()
+        found = runs(encoders[name], chat(trick, answer, answer, trick.strip()))
+        assert [r.lstrip(" ") for r in found] == [answer + CHATS[name][2]] * 2
+
+
+def test_an_answer_equal_to_the_question_is_told_from_it(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    assert runs(encoders[name], chat("Blue", "Blue")) == expected(name, "Blue")
+
+
+def test_an_end_of_turn_written_inside_an_answer_stays_inside(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    answer = "one<|im_end|>\n<|im_start|>assistant\ntwo"
+    for name in ("chatml", "tagged", "tagged_short"):
+        assert runs(encoders[name], chat("Hi", answer)) == [answer + "<|im_end|>"]
+
+
+# ---------------------------------------------------------------------------------------- flags
+def test_train_flags_choose_among_messages(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    sample = chat("Hello", "Red.", "And?", "Blue.")
+    sample.messages[1]["train"] = False
+    assert runs(encoders[name], sample) == expected(name, "Blue.")
+    sample.messages[1]["train"], sample.messages[3]["train"] = True, False
+    assert runs(encoders[name], sample) == expected(name, "Red.")
+
+
+def test_a_message_of_the_user_can_be_trained(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    sample = chat("Hello", "Red.")
+    sample.messages[0]["train"], sample.messages[1]["train"] = True, False
+    end = " [/INST]" if name == "mistral" else CHATS[name][2]
+    before = expected(name, "Hello")[0].partition("Hello")[0]
+    assert runs(encoders[name], sample) == [f"{before}Hello{end}"]
+
+
+def test_no_flag_left_gives_a_mask_of_zeros(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    sample = chat("Hello", "Red.")
+    sample.messages[1]["train"] = False
+    assert runs(encoders[name], sample) == []
+    assert runs(encoders[name], chat("Hello")) == []
+
+
+def test_unmask_trains_all_but_the_system_and_the_headers(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    sample = chat("Hello", "Red.", "And?", "Blue.", system="Be kind.", unmask=True)
+    for name in ("chatml", "llama3", "granite", "zephyr", "phi3", "tagged", "plain"):
+        wanted = expected(name, "Hello", "Red.", "And?", "Blue.")
+        assert runs(encoders[name], sample) == wanted, name
+
+
+def test_a_folded_system_message_stays_untrained_under_unmask(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    sample = chat("Hello", "Red.", system="Be kind.", unmask=True)
+    found = runs(encoders["mistral"], sample)
+    assert found == ["Hello [/INST] Red.</s>"]
+
+
+# ---------------------------------------------------------------------------------------- documents
+def test_a_document_is_trained_whole_with_the_special_tokens_of_its_tokenizer() -> None:
+    tokenizer = make_tokenizer(None, ["</s>", "<s>"])
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    )
+    encoder = ChatEncoder(tokenizer)
+    texts = ["Red and blue.", "Blue</s>", ""]
+    samples = [make([{"role": "pretraining", "content": t}]) for t in texts]
+    encoded = encoder.encode(samples)
+    decoded = [tokenizer.decode(e.ids) for e in encoded]
+    assert decoded == ["<s>Red and blue.</s>", "<s>Blue</s>", "<s></s>"]
+    assert all(e.trained.all() for e in encoded)
+    assert encoded[0].ids[:-1].tolist() == tokenizer("Red and blue.").input_ids
+
+
+def test_documents_and_chats_of_one_batch_keep_their_places(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    encoder = encoders["chatml"]
+    document = make([{"role": "pretraining", "content": "Red and blue."}])
+    samples = [chat("a", "b"), document, chat("c", "d"), document]
+    together = encoder.encode(samples)
+    for sample, encoded in zip(samples, together, strict=True):
+        (alone,) = encoder.encode([sample])
+        assert alone.ids.tolist() == encoded.ids.tolist()
+        assert alone.trained.tolist() == encoded.trained.tolist()
+    assert encoder.encode([]) == []
+
+
+# ---------------------------------------------------------------------------------------- tools
+def test_reasoning_is_trained_where_the_template_keeps_it(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    sample = chat("Hello", "Red.", "And?", "Blue.")
+    sample.messages[1]["reasoning_content"] = "Think of red."
+    sample.messages[3]["reasoning_content"] = "\nThink of blue.\n"
+    last = "<think>\nThink of blue.\n</think>\n\nBlue.<|im_end|>"
+    assert runs(encoders["qwen3"], sample) == ["Red.<|im_end|>", last]
+
+
+def test_reasoning_written_into_the_content_is_found_too(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    sample = chat("Hello", "<think>\nOf red.\n</think>\n\nRed.", "And?", "<think>\nOf blue.\n</think>\n\nBlue.")
+    last = "<think>\nOf blue.\n</think>\n\nBlue.<|im_end|>"
+    assert runs(encoders["qwen3"], sample) == ["Red.<|im_end|>", last]
+    open_ended = chat("Hello", "Of red.</think>Red.", "And?", "Of blue.\n</think>\n\nBlue.")
+    assert runs(encoders["qwen3"], open_ended) == ["Red.<|im_end|>", last]
+    spaced = chat("Hi", "Of red.</think>Red. ")  # its last space is its own, and ends no turn
+    assert runs(encoders["plain"], spaced) == ["Of red.</think>Red. \n"]
+    whole = [m["content"] + "<|im_end|>" for m in sample.messages[1::2]]
+    assert runs(encoders["chatml"], sample) == whole
+
+
+def test_an_empty_thinking_block_of_the_template_is_a_header(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    encoder = encoders["qwen3"]
+    (encoded,) = encoder.encode([chat("Hi", "Red")])
+    text = encoder.show(encoded.ids, encoded.trained, color=False)
+    assert text.endswith("assistant\n<think>\n\n</think>\n\n⟦Red<|im_end|>⟧\n")
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLED = "<tool_call>\n" + json.dumps(CALL) + "\n</tool_call><|im_end|>"
+
+
+@pytest.mark.parametrize("content", [None, "", "I will add."])
+def test_tool_calls_are_trained_with_the_text_before_them(
+    content: str | None, encoders: dict[str, ChatEncoder]
+) -> None:
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    messages = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": content, "tool_calls": [CALL]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    before = "I will add.\n" if content else ""
+    last = "It is 2.<|im_end|>"
+    assert runs(encoders["qwen3"], make(messages, tools)) == [before + CALLED, last]
+    assert runs(encoders["qwen3"], make(messages[:2], tools))[-1].endswith(before + CALLED)
+
+
+def test_tool_calls_of_earlier_turns_are_found_after_their_reasoning_was_dropped(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    messages = [
+        {"role": "user", "content": "Add."},
+        {"role": "assistant", "content": None, "reasoning_content": "Use it.", "tool_calls": [CALL]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2.", "reasoning_content": "Good."},
+        {"role": "user", "content": "Thanks."},
+        {"role": "assistant", "content": "Bye."},
+    ]
+    found = runs(encoders["qwen3"], make(messages))
+    assert found == [CALLED, "It is 2.<|im_end|>", "Bye.<|im_end|>"]
+    thought = ["<think>\nUse it.\n</think>\n\n" + CALLED, "<think>\nGood.\n</think>\n\nIt is 2.<|im_end|>"]
+    assert runs(encoders["qwen3"], make(messages[:4])) == thought
+
+
+# ---------------------------------------------------------------------------------------- other ways
+def custom(template: str, special: tuple[str, ...] = ("<|im_end|>", "<|im_start|>")) -> ChatEncoder:
+    return ChatEncoder(make_tokenizer(template, list(special)))
+
+
+def test_a_template_that_looks_into_the_users_words_is_still_derived() -> None:
+    looks = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '!!' if 'loud' in m.content }}")
+    assert runs(custom(looks), chat("Be loud", "Red", "Hi", "Blue")) == ["Red<|im_end|>", "Blue<|im_end|>"]
+
+
+def test_a_template_that_looks_into_the_answer_is_derived_by_what_each_turn_adds() -> None:
+    looks = CHATML.replace("{{ m.content }}", "{{ '# ' if 'loud' in m.content }}{{ m.content }}")
+    encoder = custom(looks)
+    assert runs(encoder, chat("Hi", "loud", "Hi", "Blue")) == [" loud<|im_end|>", "Blue<|im_end|>"]
+
+
+def test_a_skeleton_kept_from_yesterday_is_made_anew_today() -> None:
+    encoder = custom("{{ strftime_now('%d') }}|" + CHATML)
+    sample = chat("Hi", "Red")
+    (today,) = encoder.encode([sample])
+    ((key, kept),) = encoder._skeletons.items()
+    encoder._skeletons[key] = dataclasses.replace(kept, text="99" + kept.text[2:])
+    (again,) = encoder.encode([sample])
+    assert again.trained.tolist() == today.trained.tolist()
+    assert encoder._skeletons[key] == kept
+
+
+def test_an_end_only_after_the_last_answer_is_trained_there() -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{{ eos_token if loop.last }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    assert runs(custom(template), chat("Hi", "Red", "Hi", "Blue")) == ["Red", "Blue<|im_end|>"]
+
+
+def test_the_space_before_an_end_of_turn_is_trained_with_it() -> None:
+    spaced = CHATML.replace("<|im_end|>", " <|im_end|>")
+    assert runs(custom(spaced), chat("Hi", "Red", "Hi", "Blue")) == ["Red <|im_end|>", "Blue <|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}", "would never stop"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "{% generation %}"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content + m.content }}"), "more than once"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}"), "leaves out"),
+        (TAGGED.replace("m.role == 'assistant'", "false"), "0 of its {% generation %} spans"),
+    ],
+)
+def test_a_template_whose_spans_cannot_be_told_is_an_error(template: str, words: str) -> None:
+    with pytest.raises(UserError) as e:
+        custom(template).encode([chat("Hi", "Red")])
+    assert words in str(e.value)
+    assert "chats.jsonl line 7" in str(e.value)
+
+
+def test_a_template_that_refuses_a_chat_is_quoted_with_file_and_line(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    with pytest.raises(UserError, match=r"chats.jsonl line 7: .*System role not supported"):
+        encoders["gemma"].encode([chat("Hi", "Red", system="Be kind.")])
+    with pytest.raises(UserError, match=r"chats.jsonl line 7: .*must alternate"):
+        encoders["mistral"].encode([make([{"role": "assistant", "content": "Red"}])])
+
+
+def test_train_flags_need_a_tagged_span_for_each_answer() -> None:
+    joined = "{% generation %}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}{% endgeneration %}"
+    encoder = custom(joined)
+    assert runs(encoder, chat("Hi", "Red", "Hi", "Blue")) == ["Hi<|im_end|>Red<|im_end|>Hi<|im_end|>Blue<|im_end|>"]
+    sample = chat("Hi", "Red", "Hi", "Blue")
+    sample.messages[1]["train"] = False
+    with pytest.raises(UserError, match=r"1 of its .* spans for 2 assistant messages"):
+        encoder.encode([sample])
+
+
+# ---------------------------------------------------------------------------------------- the rest
+def test_stop_ids_are_what_ends_a_turn(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    encoder = encoders[name]
+    assert [encoder.tokenizer.decode([i]) for i in encoder.stop_ids()] == [CHATS[name][2]]
+
+
+def test_prompt_ids_are_those_of_transformers(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    encoder, messages = encoders[name], [{"role": "user", "content": " Hello\n"}]
+    wanted = encoder.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert encoder.prompt_ids(messages) == wanted
+
+
+def test_show_marks_what_is_trained_by_colour_or_brackets(
+    encoders: dict[str, ChatEncoder],
+) -> None:
+    encoder = encoders["plain"]
+    (encoded,) = encoder.encode([chat("Hi 🤖", "Red é🤖 a")])
+    shown = encoder.show(encoded.ids, encoded.trained, color=False)
+    assert shown == "User: Hi 🤖\nAssistant:⟦ Red é🤖 a\n⟧"
+    green = encoder.show(encoded.ids, encoded.trained, color=True)
+    assert green == shown.replace("⟦", "\x1b[32m").replace("⟧", "\x1b[0m")
+
+
+def test_the_fingerprint_follows_tokenizer_and_template_and_not_their_use() -> None:
+    first = custom(CHATML)
+    prints = [first.fingerprint()]
+    first.tokenizer("Hello", padding="max_length", truncation=True, max_length=4)
+    (encoded,) = first.encode([chat("Hello there", "I am fine, thank you.")])
+    assert len(encoded.ids) > 4
+    assert custom(CHATML).fingerprint() == first.fingerprint() == prints[0]
+    others = [custom(CHATML + " "), custom(CHATML, ("<|im_end|>", "<|im_start|>", "<x>"))]
+    others += [ChatEncoder(first.tokenizer, LLAMA3)]
+    assert len({*prints, *(o.fingerprint() for o in others)}) == 4
+
+
+def test_an_encoder_can_be_sent_to_a_worker(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    sample = chat("Hello", "Red.")
+    sent = pickle.loads(pickle.dumps(encoders[name]))
+    assert runs(sent, sample) == runs(encoders[name], sample)
+
+
+def metaspace(template: str) -> ChatEncoder:
+    """As Llama 2's: spaces are "▁", one is put before a text, and unknown letters become bytes."""
+    words = ["▁", "▁Hello", "▁Red", "▁Hi", "a", "b", *(f"<0x{i:02X}>" for i in range(256))]
+    vocab = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *words])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    return ChatEncoder(tokenizer)
+
+
+def test_prefix_spaces_and_byte_fallback_are_trained_whole() -> None:
+    template = "{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}"
+    encoder = metaspace(template)
+    assert runs(encoder, chat("ab", "ba")) == [" ba</s>"]
+    assert runs(encoder, chat("ab", "b🤖a")) == [" b🤖a</s>"]
+
+
+# ---------------------------------------------------------------------------------------- loading
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[str | None], str]:
+    def save(template: str | None) -> str:
+        make_tokenizer(template, ["<|im_end|>", "<|im_start|>"]).save_pretrained(tmp_path / "tok")
+        return str(tmp_path / "tok")
+
+    return save
+
+
+def test_a_saved_tokenizer_is_loaded_with_its_template_or_a_files(
+    saved: Callable[[str | None], str], tmp_path: Path
+) -> None:
+    path = saved(CHATML)
+    assert runs(ChatEncoder(load_tokenizer(path)), chat("Hi", "Red")) == ["Red<|im_end|>"]
+    file = tmp_path / "other.jinja"
+    file.write_text(ZEPHYR, encoding="utf-8")
+    tokenizer = load_tokenizer(path, str(file))
+    assert tokenizer.chat_template == ZEPHYR
+    assert runs(ChatEncoder(tokenizer), chat("Hi", "Red")) == ["Red<|im_end|>"]
+
+
+def test_what_is_missing_to_load_is_named(saved: Callable[[str | None], str], tmp_path: Path) -> None:
+    path = saved(None)
+    with pytest.raises(UserError, match="is not a folder"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds nothing: .*tokenizer\.json"):
+        load_tokenizer(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match=r"chat_template='nowhere\.jinja' cannot be read"):
+        load_tokenizer(path, "nowhere.jinja")
+    bad = tmp_path / "bad.jinja"
+    bad.write_text("a\n{% for %}")
+    with pytest.raises(UserError, match=r"bad\.jinja line 2 does not parse"):
+        load_tokenizer(path, str(bad))
+
+
+def test_a_base_tokenizer_without_template_encodes_documents_and_asks_for_one_for_chats(
+    saved: Callable[[str | None], str],
+) -> None:
+    encoder = ChatEncoder(load_tokenizer(saved(None)))
+    (document,) = encoder.encode([make([{"role": "pretraining", "content": "Red"}])])
+    assert document.trained.all()
+    with pytest.raises(UserError, match=r"line 7: .*no chat template.*data\.chat_template=path\.jinja"):
+        encoder.encode([chat("Hi", "Red")])
