@@ -1,9 +1,16 @@
-"""Weighted next-token cross-entropy, as the two sums of which a step's loss is the ratio."""
+"""Weighted next-token cross-entropy, as the two sums of which a step's loss is the ratio.
+
+Logits exist for a chunk of slots at a time. Their gradient is taken while they are there, so the backward pass
+neither recomputes nor keeps them: it scales what the forward pass has already summed.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-# B rows, T slots, D d_model, V vocabulary rows
+# B rows, T slots, D d_model, V vocabulary rows, C slots of a chunk, X = B * C tokens of a chunk
 
 
 def cross_entropy_sums(
@@ -14,36 +21,139 @@ def cross_entropy_sums(
     *,
     vocab_size: int,
     chunk: int,
+    batch_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of weight * CE and the sum of weights, both float32 scalars.
 
-    Logits exist for `chunk` slots of every row at a time, forward and backward, so memory does not grow with
-    T * V. `hidden` is [B T D], `output_weight` [D V] of which the first `vocab_size` columns are real, `targets`
-    and `loss_weights` [B T]; a slot of weight 0 adds nothing, whatever its target.
+    `hidden` is [B T D], `output_weight` [D V] of which the first `vocab_size` columns are real, `targets` and
+    `loss_weights` [B T]; a slot of weight 0 adds nothing, whatever its target. `batch_axes` are the mesh axes that
+    split the rows: each device sums over its own, and the sums meet once, not once a chunk. Differentiable in
+    `hidden` and `output_weight`.
     """
-    b, t, d = hidden.shape
+    t = hidden.shape[1]
     chunk = min(chunk, t)
     pad = -t % chunk
     if pad:
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
         targets, loss_weights = (jnp.pad(x, ((0, 0), (0, pad))) for x in (targets, loss_weights))
-    output_weight = output_weight.astype(hidden.dtype)
+    weight = output_weight.astype(hidden.dtype)
+    loss_sum = _loss_sum(hidden, weight, targets, loss_weights, vocab_size, chunk, batch_axes)
+    return loss_sum, jnp.sum(loss_weights)
 
-    @jax.checkpoint
-    def add_chunk(loss_sum: jax.Array, chunked: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        h, target, weight = chunked
-        logits = jnp.einsum("bcd,dv->bcv", h, output_weight, preferred_element_type=jnp.float32)
-        column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-        if output_weight.shape[1] > vocab_size:
-            logits = jnp.where(column < vocab_size, logits, jnp.finfo(jnp.float32).min)
-        # Compared, not gathered: a gather along a split vocabulary would collect the logits on one device.
-        at_target = jnp.sum(jnp.where(column == target[..., None], logits, 0.0), axis=-1)
-        ce = jax.nn.logsumexp(logits, axis=-1) - at_target
-        return loss_sum + jnp.sum(ce * weight), None
 
-    def chunks(x: jax.Array) -> jax.Array:  # [B T ...] -> [T/chunk B chunk ...]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _loss_sum(
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    loss_weights: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    batch_axes: tuple[str, ...],
+) -> jax.Array:
+    scan = functools.partial(_scan_chunks, vocab_size=vocab_size, chunk=chunk, with_gradient=False)
+    return _on_rows(scan, batch_axes)(hidden, weight, targets, loss_weights)[0]
+
+
+def _forward(
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    loss_weights: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    batch_axes: tuple[str, ...],
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    scan = functools.partial(_scan_chunks, vocab_size=vocab_size, chunk=chunk, with_gradient=True)
+    loss_sum, d_hidden, d_weight = _on_rows(scan, batch_axes)(hidden, weight, targets, loss_weights)
+    return loss_sum, (d_hidden, d_weight, jnp.zeros((), weight.dtype))
+
+
+def _backward(
+    vocab_size: int,
+    chunk: int,
+    batch_axes: tuple[str, ...],
+    saved: tuple[jax.Array, jax.Array, jax.Array],
+    d_loss_sum: jax.Array,
+) -> tuple[jax.Array, jax.Array, None, None]:
+    d_hidden, d_weight, like_weight = saved
+    d_hidden = (d_hidden * d_loss_sum.astype(d_hidden.dtype)).astype(d_hidden.dtype)
+    return d_hidden, (d_weight * d_loss_sum).astype(like_weight.dtype), None, None
+
+
+_loss_sum.defvjp(_forward, _backward)
+
+
+def _on_rows(scan, batch_axes: tuple[str, ...]):  # noqa: ANN001, ANN202
+    """The scan over each device's own rows, its sums added up over `batch_axes` at the end."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not batch_axes or mesh.empty or mesh.size == 1:
+        return scan
+
+    def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        loss_sum, d_hidden, d_weight = scan(*arrays)
+        return jax.lax.psum(loss_sum, batch_axes), d_hidden, jax.lax.psum(d_weight, batch_axes)
+
+    rows, whole = PartitionSpec(batch_axes), PartitionSpec()
+    return jax.shard_map(
+        local,
+        in_specs=(rows, whole, rows, rows),
+        out_specs=(whole, rows, whole),
+        axis_names=set(batch_axes),
+        check_vma=False,
+    )
+
+
+def _scan_chunks(
+    hidden: jax.Array,
+    weight: jax.Array,
+    targets: jax.Array,
+    loss_weights: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int,
+    with_gradient: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """loss_sum, and its gradients by hidden [B T D] and by weight [D V] float32 (empty without gradient)."""
+    b, t, d = hidden.shape
+
+    def add_chunk(
+        sums: tuple[jax.Array, jax.Array], chunked: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        loss_sum, d_weight = sums
+        h, target, token_weight = (x.reshape(b * chunk, *x.shape[2:]) for x in chunked)
+        loss, probabilities, at_target = _chunk_loss(h, weight, target, vocab_size)
+        loss_sum += jnp.sum(loss * token_weight)
+        if not with_gradient:
+            return (loss_sum, d_weight), jnp.zeros((0,), hidden.dtype)
+        d_logits = (probabilities - at_target.astype(jnp.float32)) * token_weight[:, None]
+        d_logits = d_logits.astype(hidden.dtype)
+        d_weight += jnp.dot(h.T, d_logits, preferred_element_type=jnp.float32)
+        return (loss_sum, d_weight), jnp.dot(d_logits, weight.T).reshape(b, chunk, d)
+
+    def chunks(x: jax.Array) -> jax.Array:  # [B T ...] -> [T/C B C ...]
         return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
 
+    zeros = jnp.zeros(weight.shape if with_gradient else (0,), jnp.float32)
     scanned = (chunks(hidden), chunks(targets), chunks(loss_weights))
-    loss_sum, _ = jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), scanned)
-    return loss_sum, jnp.sum(loss_weights)
+    (loss_sum, d_weight), d_hidden = jax.lax.scan(add_chunk, (jnp.zeros((), jnp.float32), zeros), scanned)
+    if with_gradient:
+        d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(b, t, d)
+    return loss_sum, d_hidden, d_weight
+
+
+def _chunk_loss(
+    h: jax.Array, weight: jax.Array, target: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[X D] hidden states -> CE [X], probabilities [X V], and which column is the target's [X V]."""
+    logits = jnp.dot(h, weight, preferred_element_type=jnp.float32)
+    column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    if weight.shape[1] > vocab_size:
+        logits = jnp.where(column < vocab_size, logits, jnp.finfo(jnp.float32).min)
+    # Compared, not gathered: a gather along a split vocabulary would collect the logits on one device.
+    at_target = column == target[:, None]
+    top = logits.max(axis=-1, keepdims=True)
+    powers = jnp.exp(logits - top)
+    total = powers.sum(axis=-1, keepdims=True)
+    ce = (jnp.log(total) + top)[:, 0] - jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
+    return ce, powers / total, at_target

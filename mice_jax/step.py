@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mice_jax.loss import cross_entropy_sums
 from mice_jax.models.transformer import Compute, Decoder, Params
-from mice_jax.sharding import constrain, num_shards, param_shardings
+from mice_jax.sharding import BATCH_AXES, constrain, num_shards, param_shardings
 
-LOGIT_TOKENS = 1024  # tokens of one device whose logits exist at a time
+LOGIT_TOKENS = 512  # tokens of one device whose logits exist at a time
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weights: each [B T]
 
@@ -64,6 +64,7 @@ def batch_loss(
         batch["loss_weights"],
         vocab_size=decoder.spec.vocab_size,
         chunk=chunk,
+        batch_axes=BATCH_AXES,
     )
 
 

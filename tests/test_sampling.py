@@ -26,7 +26,7 @@ def write_model(folder: Path, vocab_size: int = VOCAB, **more: Any) -> LlamaForC
     torch.manual_seed(0)
     sizes = {"vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    rest = {"max_position_embeddings": 640, "initializer_range": 0.3} | more
+    rest = {"max_position_embeddings": 640, "initializer_range": 0.3, "eos_token_id": None} | more
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **rest)).eval()
     model.save_pretrained(folder)
     return model

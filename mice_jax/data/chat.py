@@ -491,8 +491,9 @@ def _blanked(messages: list[Message], chosen: Iterable[int]) -> tuple[list[Messa
         message = blank[i]
         content, said, thought = message.get("content"), _slot(2 * i), _slot(2 * i + 1)
         reasoning = next((message[k] for k in REASONING if message.get(k)), None)
-        may_think = message["role"] == "assistant" and content and "</think>" in content
-        inline = _THOUGHT.fullmatch(content) if may_think else None
+        inline = None
+        if message["role"] == "assistant" and content and "</think>" in content:
+            inline = _THOUGHT.fullmatch(content)
         if reasoning is not None:
             values[2 * i + 1] = reasoning
             message.update({k: thought for k in REASONING if message.get(k) == reasoning})
