@@ -54,7 +54,8 @@ def export(values: command.Values) -> None:
     partial.mkdir(parents=True)
     hf.save_params(partial, params, decoder, origin.config, dtype)
     tokenizer.save_pretrained(partial)
-    generation = _generation_config(origin.config, ChatEncoder(tokenizer).stop_ids(), tokenizer.pad_token_id)
+    stop_ids = ChatEncoder(tokenizer).stop_ids() if tokenizer.chat_template else []
+    generation = _generation_config(origin.config, stop_ids, tokenizer.pad_token_id)
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if output.exists():
         output.rmdir()

@@ -202,9 +202,8 @@ def test_every_answer_of_many_turns_is_trained(name: str, encoders: dict[str, Ch
     assert runs(encoders[name], sample) == wanted
 
 
+@pytest.mark.parametrize("name", [n for n in CHATS if n != "gemma"])  # whose template refuses one, see below
 def test_the_system_message_is_not_trained(name: str, encoders: dict[str, ChatEncoder]) -> None:
-    if name == "gemma":
-        pytest.skip("its template refuses a system message, see below")
     sample = chat("Hello", "Red.", "And?", "Blue.", system="Be kind.")
     assert runs(encoders[name], sample) == expected(name, "Red.", "Blue.")
 

@@ -66,8 +66,10 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 def reference(model: LlamaForCausalLM, prompt: list[int], n: int, stop: int | None = None) -> list[int]:
     config = GenerationConfig(do_sample=False, max_new_tokens=n, eos_token_id=stop, pad_token_id=0)
+    tokens = torch.tensor([prompt])
+    # Without a mask it takes token 0, which stands in the prompts, for padding.
     with torch.no_grad():
-        ids = model.generate(torch.tensor([prompt]), generation_config=config)
+        ids = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
     return ids[0, len(prompt) :].tolist()
 
 

@@ -123,7 +123,6 @@ def _write(
         "samples": samples,
         "tokens": tokens,
         "bad_lines": dict(bad or {}),
-        "stop_ids": encoder.stop_ids(),
     }
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 

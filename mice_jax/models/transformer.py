@@ -83,14 +83,14 @@ class Attention(nnx.Module):
 
     def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B T D] -> rotated queries [B T N H], rotated keys and values [B T K H]."""
-        q, k, v = (jnp.einsum("btd,dnh->btnh", x, w[...].astype(x.dtype)) for w in (self.q, self.k, self.v))
+        q, k, v = (_product(x, w) for w in (self.q, self.k, self.v))
         if self.bias:
             q, k, v = (y + b[...].astype(x.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         return _rotate(q, positions, self.rope_theta), _rotate(k, positions, self.rope_theta), v
 
     def output(self, mixed: jax.Array) -> jax.Array:
         """[B T N H] -> [B T D]."""
-        y = jnp.einsum("btnh,nhd->btd", mixed, self.o[...].astype(mixed.dtype))
+        y = _product(mixed, self.o, in_dims=2)
         return y + self.o_bias[...].astype(y.dtype) if self.bias else y
 
 
@@ -107,11 +107,11 @@ class MLP(nnx.Module):
             self.down_bias = _param(rngs, (d,), ("embed",), 0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = (jnp.einsum("btd,df->btf", x, w[...].astype(x.dtype)) for w in (self.gate, self.up))
+        gate, up = _product(x, self.gate), _product(x, self.up)
         if self.bias:
             gate, up = gate + self.gate_bias[...].astype(x.dtype), up + self.up_bias[...].astype(x.dtype)
         inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-        y = jnp.einsum("btf,fd->btd", inner, self.down[...].astype(x.dtype))
+        y = _product(inner, self.down)
         return y + self.down_bias[...].astype(x.dtype) if self.bias else y
 
 
@@ -252,6 +252,17 @@ def make_decoder(spec: ModelSpec, tensor: int = 1) -> Decoder:
     graph, state = nnx.split(module, nnx.Param)
     axes = nnx.to_pure_dict(nnx.get_partition_spec(state))
     return Decoder(spec, rows, nnx.to_pure_dict(state), jax.tree.map(tuple, axes), graph, state)
+
+
+def _product(x: jax.Array, weight: nnx.Param, in_dims: int = 1) -> jax.Array:
+    """The last `in_dims` dims of x [B T ...] against the first of the weight, as one product of two matrices.
+
+    An einsum says the same, but on CPU its gradient by the weight takes twice the time.
+    """
+    w = weight[...].astype(x.dtype)
+    inputs = math.prod(w.shape[:in_dims])
+    y = x.reshape(-1, inputs) @ w.reshape(inputs, -1)
+    return y.reshape(*x.shape[:2], *w.shape[in_dims:])
 
 
 def _rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:

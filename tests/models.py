@@ -1,0 +1,118 @@
+"""Small models, meshes and batches that the tests of the model path share."""
+
+import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from jax.sharding import Mesh
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from mice_jax import sharding
+from mice_jax.data.loader import Arrays, empty_rows, put_sample
+from mice_jax.models import hf
+from mice_jax.models.spec import ModelSpec
+from mice_jax.models.transformer import Decoder, Params, make_decoder
+
+VOCAB = 101  # no multiple of what it is padded to, nor of a tensor axis
+
+Sample = tuple[np.ndarray, np.ndarray]  # token ids, and which of them are trained
+
+
+def mesh_of(*sizes: int) -> Mesh:
+    """A (data, fsdp, tensor) mesh of the first so many devices."""
+    return sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
+
+
+def spec_of(**changes: Any) -> ModelSpec:
+    """A tiny spec with every feature on: grouped queries, head_dim != d_model / heads, biases."""
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "d_ff": 48, "num_layers": 2}
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "max_positions": 640}
+    rest = {"rope_theta": 10000.0, "norm_eps": 1e-5, "tie_embeddings": False}
+    biases = {"attention_bias": True, "mlp_bias": True, "init_std": 0.2}
+    return ModelSpec(**(sizes | heads | rest | biases | changes))
+
+
+def random_params(decoder: Decoder, seed: int = 0) -> Params:
+    """Fresh parameters with norms and biases, which start as ones and zeros, drawn too: each then shows."""
+    rng = np.random.default_rng(seed)
+
+    def drawn(path: tuple, x: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if name == "scale" or name.endswith("bias"):
+            return x + rng.normal(0, 0.2, x.shape).astype(np.float32)
+        return x
+
+    return jax.tree_util.tree_map_with_path(drawn, decoder.init(jax.random.key(seed)))
+
+
+def llama(folder: Path | None = None, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """transformers' torch Llama, random in every parameter, norms and biases too; saved where a folder is given."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 640}
+    rest = {"attention_bias": True, "mlp_bias": True, "initializer_range": 0.2, "rms_norm_eps": 1e-5}
+    ends = {"bos_token_id": None, "eos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | heads | rest | ends | changes))).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.copy_(0.2 * torch.randn_like(p) + (0 if name.endswith("bias") else 1))
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model
+
+
+def in_float64(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same model in float64 throughout: its own norms would work in float32."""
+    wide = copy.deepcopy(model).double()
+    for parent in list(wide.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, LlamaRMSNorm):
+                norm = torch.nn.RMSNorm(child.weight.shape, child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
+    return wide
+
+
+def load(folder: Path, mesh: Mesh, **changes: Any) -> tuple[Decoder, Params]:
+    """A folder's decoder and parameters; `changes` replace keys of its config."""
+    config = hf.read_config(folder / "config.json") | changes
+    decoder = make_decoder(hf.spec_from_config(config, folder / "config.json"), mesh.shape["tensor"])
+    shardings = sharding.param_shardings(decoder.abstract, decoder.axes, mesh)
+    return decoder, hf.load_params(folder, decoder, config["architectures"][0], shardings)
+
+
+def sample_of(n: int, trained: Sequence[int] | slice, rng: np.random.Generator, vocab: int = VOCAB) -> Sample:
+    """n random tokens of which those at `trained` are trained."""
+    mask = np.zeros(n, bool)
+    mask[trained] = True
+    return rng.integers(0, vocab, n), mask
+
+
+def packed(rows: Sequence[Sequence[Sample]], slots: int, loss_reduction: str = "token") -> Arrays:
+    """Rows of samples as the loader writes them."""
+    arrays = empty_rows(len(rows), slots)
+    for r, row in enumerate(rows):
+        at = 0
+        for segment, (tokens, trained) in enumerate(row, 1):
+            put_sample(arrays, r, at, segment, tokens, trained, loss_reduction)
+            at += len(tokens)
+    return arrays
+
+
+def gap(a: Any, b: Any) -> float:
+    """The largest difference between two arrays, or two trees of them."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)))) for x, y in pairs)
+
+
+def relative_gap(a: Any, b: Any) -> float:
+    """The largest difference between two trees, each leaf's in units of the largest entry of b's."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max(gap(x, y) / float(np.max(np.abs(np.asarray(y)))) for x, y in pairs)

@@ -1,0 +1,172 @@
+"""What tests of whole runs are built from: tiny chat data, a tokenizer, a model of 16,000 parameters, config files."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mice_jax import export, prepare, train
+
+REPOSITORY = Path(__file__).parents[1]
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+WORDS = "mice learn to compete with elephants when large batches meet low learning rates in the cold red barn".split()
+TIMES = ("tokens_per_s", "mfu", "step_time_s")  # of metrics.jsonl: what no two runs have in common
+# What packages we call do, by the message of the warning.
+DEPRECATED = ["the load_module.. method is deprecated"]  # ml_collections reads config files with it, until 3.12
+
+Record = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------- data
+def chat(*turns: str, **keys: Any) -> Record:
+    """A sample whose turns are the user's and the assistant's, by turns."""
+    roles = ["user", "assistant"] * len(turns)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]} | keys
+
+
+def make_chats(count: int, seed: int = 0, longest: int = 24) -> list[Record]:
+    """Chats of very unequal lengths, no two alike."""
+    rng = random.Random(seed)
+
+    def words(least: int) -> str:
+        most = max(least, round(longest * rng.random() ** 3))
+        return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
+
+    return [chat(f"{seed} {i}: {words(0)}", words(1)) for i in range(count)]
+
+
+def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+# ---------------------------------------------------------------------------------------- model
+def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ids below 300, whose end of a turn is its eos token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=296, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
+    backend.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def write_init(folder: Path, template: str | None = CHATML, **keys: Any) -> Path:
+    """A folder that `random:` starts from: config.json and tokenizer."""
+    make_tokenizer(template).save_pretrained(folder)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config | keys))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------- configs
+def write_config(path: Path, data: Path, init: Path, body: str = "") -> Path:
+    """A config file of 8 samples a step, whose `body` may set more on `c`."""
+    lines = [
+        '"""A run of a test."""',
+        "",
+        "from mice_jax.config import Config, Eval, Mesh, Model, Phase, Source",
+        "",
+        "",
+        'def get_config(arg: str = "") -> Config:',
+        "c = Config()",
+        f"c.model.init_from = 'random:{init}'",
+        "c.data.max_length = 128",
+        f"c.data.phases = [Phase(name='stacked', num_epochs=1.0, sources=[Source(path='{data}')])]",
+        "c.optim.batch_size = 8",
+        "c.optim.learning_rate = 1e-2",
+        "c.train.rows_per_device = 1",
+        *body.splitlines(),
+        "return c",
+    ]
+    path.write_text("\n".join([*lines[:6], *("    " + line for line in lines[6:])]) + "\n")
+    return path
+
+
+def setting(folder: Path, body: str = "", *, samples: int = 40, **init: Any) -> Path:
+    """Data, init folder and config file of a run, in `folder`; returns the config file."""
+    folder.mkdir(exist_ok=True)
+    data = write_jsonl(folder / "chats.jsonl", make_chats(samples))
+    return write_config(folder / "run.py", data, write_init(folder / "init", **init), body)
+
+
+# ---------------------------------------------------------------------------------------- commands
+def run_train(config: Path, workdir: Path, *flags: str) -> int:
+    """`mice train` in this process, whose signal handlers it leaves as they were; returns the exit code."""
+    return _in_process(train.main, [f"--config={config}", f"--workdir={workdir}", *flags])
+
+
+def run_prepare(config: Path, *flags: str) -> int:
+    return _in_process(prepare.main, [f"--config={config}", *flags])
+
+
+def run_export(workdir: Path, output: Path, *flags: str) -> int:
+    return _in_process(export.main, [f"--workdir={workdir}", f"--output={output}", *flags])
+
+
+def _in_process(main: Any, arguments: list[str]) -> int:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {n: signal.getsignal(n) for n in numbers}
+    try:
+        with warnings.catch_warnings():  # nested: the caller's filters hold for all else
+            for message in DEPRECATED:
+                warnings.filterwarnings("ignore", message, DeprecationWarning)
+            return main(arguments)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def start_train(config: Path, workdir: Path, *flags: str, devices: int = 8, **more: str) -> subprocess.Popen[str]:
+    """`mice train` as a process of its own, to be killed; warnings are errors there too."""
+    command = [sys.executable, "-m", "mice_jax.train", f"--config={config}", f"--workdir={workdir}", *flags]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | more
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
+
+
+# ---------------------------------------------------------------------------------------- what a run left
+def read_metrics(workdir: Path) -> list[Record]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(records: Sequence[Record]) -> list[Record]:
+    """Lines of metrics.jsonl without what no two runs have in common."""
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+
+
+def read_json(workdir: Path, name: str) -> Any:
+    return json.loads((workdir / name).read_text())
