@@ -15,7 +15,7 @@ def get_config(arg: str = "demo/data") -> Config:
     c.model.init_from = f"random:{folder}/init/config.json"
     c.data.max_length = 1024
     sources = [Source(path=f"{folder}/{name}.jsonl") for name in PHASES]
-    c.data.phases = [Phase(name="stacked", num_epochs=12, sources=sources)]
+    c.data.phases = [Phase(name="stacked", num_epochs=6.0, sources=sources)]
     c.data.validation = [Source(path=f"{folder}/{name}.heldout.jsonl", name=name) for name in PHASES]
     c.optim.batch_size = 64
     c.optim.learning_rate = 3e-3

@@ -267,6 +267,11 @@ def _value_problems(c: Config) -> list[str]:
             f"data.validation and data.validation_fraction={c.data.validation_fraction} are both set: "
             "hold out by sources or by fraction, not both"
         )
+    if c.eval.tasks:
+        problems.append(
+            f"eval.tasks={c.eval.tasks}: benchmarks are not run in training yet; leave it empty and evaluate what "
+            "`mice export` writes"
+        )
     return problems + _mesh_problems(c.mesh) + _phase_problems(c.data)
 
 

@@ -33,6 +33,11 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
         jax.distributed.initialize()
 
 
+def ask_for_determinism() -> None:
+    """Bit-equal reruns on GPU, at some cost; CPU and TPU have them anyway. Before anything touches a device."""
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+
+
 def _in_cluster() -> bool:
     """Whether an environment variable says that this is one of several processes."""
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
@@ -64,8 +69,13 @@ class LeaveRequest:
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+
+    def forget(self) -> None:
+        """Gives the signals back to whoever had them."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name

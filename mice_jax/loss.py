@@ -84,7 +84,7 @@ def _backward(
 _loss_sum.defvjp(_forward, _backward)
 
 
-def _on_rows(scan, batch_axes: tuple[str, ...]):  # noqa: ANN001, ANN202
+def _on_rows(scan, batch_axes: tuple[str, ...]):
     """The scan over each device's own rows, its sums added up over `batch_axes` at the end."""
     mesh = jax.sharding.get_abstract_mesh()
     if not batch_axes or mesh.empty or mesh.size == 1:

@@ -109,8 +109,7 @@ class TerminalWriter:
 
     def __init__(self, console: Console, first_step: int, total_steps: int, every_steps: int):
         self._console, self._total, self._every = console, total_steps, every_steps
-        self._last, self._seconds = total_steps, 0.0
-        self._done = 0
+        self._seconds, self._done = 0.0, 0
         self._bar: Progress | None = None
         if console.is_terminal:
             columns = (

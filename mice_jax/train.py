@@ -50,16 +50,18 @@ def train(values: command.Values) -> None:
     # ---- Config and workdir ---------------------------------------------------------------------------------
     config = command.config_of(values)
     run = Workdir(Path(command.required(values, "workdir")))
+    attention = choose_backend(config.model.attention)
     origin = find_origin(config.model.init_from)
     tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
     _check_vocabulary(origin, tokenizer)
     encoder = ChatEncoder(tokenizer)
 
     # ---- Host and mesh --------------------------------------------------------------------------------------
+    if config.train.deterministic:
+        distributed.ask_for_determinism()
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
-    leave = distributed.LeaveRequest()
     lead = distributed.is_lead()
-    console = Console(stderr=not sys.stdout.isatty(), quiet=not lead)
+    console = Console(quiet=not lead, highlight=False, soft_wrap=True)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if lead:
         run.lock()
@@ -77,15 +79,18 @@ def train(values: command.Values) -> None:
 
     # ---- Model ----------------------------------------------------------------------------------------------
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])
-    compute, rows = _choose(config, origin, mesh, data, decoder_params := _count(decoder.abstract))
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract))
+    resolved = _resolve(config, origin, mesh, data, num_params, run)
+    rows = resolved["rows_per_device"]
+    compute = Compute(jnp.dtype(resolved["compute_dtype"]), attention, resolved["remat"])
     shapes = microbatch_shapes(config.data.max_length, rows)
 
-    def source(mixture: Mixture) -> StepSource:
-        shards = local_shards(mesh)
-        reduction = config.optim.loss_reduction
-        return StepSource(data.corpus, mixture, shapes, num_shards(mesh), shards, reduction, config.seed)
+    def source(mixture: Mixture, loss_reduction: str) -> StepSource:
+        return StepSource(
+            data.corpus, mixture, shapes, num_shards(mesh), local_shards(mesh), loss_reduction, config.seed
+        )
 
-    steps = source(mixture)
+    steps = source(mixture, config.optim.loss_reduction)
 
     # ---- Optimizer ------------------------------------------------------------------------------------------
     o = config.optim
@@ -115,12 +120,10 @@ def train(values: command.Values) -> None:
     start = start or 0
     if lead:
         run.cut_metrics(start)
-        resolved = {"mesh": dict(mesh.shape), "rows_per_device": rows, "remat": compute.remat}
-        resolved |= {"attention": compute.attention, "compute_dtype": jnp.dtype(compute.dtype).name}
-        run.write_json("config.json", to_dict(config) | {"resolved": resolved})
+        run.write_json("config.json", to_dict(config) | {"resolved": resolved | {"attention": attention}})
         run.write_json("data_report.json", _data_report(data, mixture, steps, total_steps))
         _keep_model(run.path / "model", origin, tokenizer)
-    _say_plan(console, config, origin, mesh, data, mixture, total_steps, start, decoder_params, rows, compute)
+    _say_plan(console, config, origin, mesh, data, mixture, total_steps, start, num_params, rows, compute)
     for said in replicated_dims(decoder.abstract, decoder.axes, mesh):
         console.print(f"[yellow]held whole on every device, since the mesh does not divide it: {said}[/yellow]")
 
@@ -135,6 +138,7 @@ def train(values: command.Values) -> None:
             metrics.TerminalWriter(console, start, total_steps, config.log.every_steps),
         ]
     peak = metrics.peak_flops(jax.local_devices()[0])
+    leave = distributed.LeaveRequest()
     record: dict[str, Any] = {}
     saved = start
     status, reason = "completed", ""
@@ -150,10 +154,7 @@ def train(values: command.Values) -> None:
             measured = {name: x.item() for name, x in jax.device_get(on_device).items()}
             if not measured.pop("finite"):
                 saved = _save(checkpoints, state, progress, saved)
-                raise StoppedByRule(
-                    f"the loss ({measured['loss']}) or the gradient norm ({measured['grad_norm']}) of step {step} is "
-                    f"not finite; the update was not made. The last good checkpoint is {checkpoints.folder / str(saved)}."
-                )
+                raise StoppedByRule(_not_finite(step, measured, checkpoints, saved))
             ended, step_time = time.perf_counter(), time.perf_counter() - ended
             before, progress = progress, {k: progress[k] + batch[k] for k in progress}
             phase = data.phases[batch["phase"]].name
@@ -176,17 +177,23 @@ def train(values: command.Values) -> None:
         status, reason = kinds.get(type(e), "failed"), str(e) or type(e).__name__
         raise
     finally:
+        leave.forget()
         for writer in writers:
             writer.close()
         checkpoints.wait()
         if lead:
             run.write_json("summary.json", _summary(status, reason, saved, progress, record, run))
         checkpoints.close()
-    console.print(_ending(config, run, record, start, total_steps), highlight=False)
+    console.print(_ending(run, record, start, total_steps))
 
 
-def _choose(config: Config, origin: Origin, mesh: Mesh, data: Dataset, num_params: int) -> tuple[Compute, int]:
-    """What "auto" and 0 stand for on this mesh."""
+def _resolve(
+    config: Config, origin: Origin, mesh: Mesh, data: Dataset, num_params: int, run: Workdir
+) -> dict[str, Any]:
+    """What "auto" and 0 stand for on this mesh: as recorded where the run has been on it before."""
+    recorded = (run.read_json("config.json") or {}).get("resolved", {})
+    if recorded.get("mesh") != dict(mesh.shape):
+        recorded = {}
     device = mesh.devices.flat[0]
     dtype = config.model.compute_dtype
     if dtype == "auto":
@@ -200,16 +207,20 @@ def _choose(config: Config, origin: Origin, mesh: Mesh, data: Dataset, num_param
         ways=mesh.shape["fsdp"] * mesh.shape["tensor"],
         itemsize=jnp.dtype(dtype).itemsize,
         max_length=config.data.max_length,
-        rows=config.train.rows_per_device,
-        remat=config.model.remat,
+        rows=config.train.rows_per_device or recorded.get("rows_per_device", 0),
+        remat=config.model.remat if config.model.remat != "auto" else recorded.get("remat", "auto"),
         rows_wanted=max(1, round(wanted)),
         device=device,
     )
-    return Compute(jnp.dtype(dtype), choose_backend(config.model.attention), remat), rows
+    return {"mesh": dict(mesh.shape), "compute_dtype": dtype, "rows_per_device": rows, "remat": remat}
 
 
-def _count(params: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+def _not_finite(step: int, measured: dict[str, Any], checkpoints: Checkpoints, saved: int) -> str:
+    good = f"The last good checkpoint is {checkpoints.folder / str(saved)}" if saved else "There is no checkpoint yet"
+    return (
+        f"the loss ({measured['loss']}) or the gradient norm ({measured['grad_norm']}) of step {step} is not finite; "
+        f"the update was not made. {good}."
+    )
 
 
 def _check_vocabulary(origin: Origin, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -269,13 +280,16 @@ def _rates(origin: Origin, batch: dict[str, Any], seconds: float, peak: float | 
 
 
 def _evaluate(fns: StepFunctions, state: TrainState, data: Dataset, source: Any, mesh: Mesh) -> dict[str, float]:
-    """Held-out loss by source, and over all of them as `eval/loss`: each one ratio of sums over all samples."""
+    """Held-out loss by source, and over all of them as `eval/loss`: each one ratio of sums over all their tokens.
+
+    Token-weighted whatever the training's reduction, so that runs can be compared.
+    """
     total_loss = total_weight = 0.0
     values = {}
     for name, ids in data.validation.items():
         held_out = Mixture([PhasePools(name, 1.0, (Pool(ids),))], batch_size=EVAL_SAMPLES, seed=0)
         loss_sum = weight_sum = 0.0
-        batches = source(held_out)
+        batches = source(held_out, "token")
         for i in range(len(batches)):
             for rows in batches[i]["microbatches"]:
                 sums = jax.device_get(fns.evaluate(state.params, put_rows(rows, mesh)))
@@ -318,7 +332,7 @@ def _say_plan(
         + (f", resumed after step {start:,}" if start else ""),
     }
     for name, line in lines.items():
-        console.print(f"[bold]{name:<6}[/bold] {line}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name:<6}[/bold] {line}")
     warnings = [
         f"{name}: {n:,} samples dropped, {reason}" for name, s in sources.items() for reason, n in s["dropped"].items()
     ]
@@ -338,7 +352,7 @@ def _say_plan(
     if o.max_steps > len(mixture):
         warnings.append(f"optim.max_steps={o.max_steps} is beyond the {len(mixture)} steps that the phases have")
     for warning in warnings:
-        console.print(f"[yellow]warning: {warning}[/yellow]", highlight=False, soft_wrap=True)
+        console.print(f"[yellow]warning: {warning}[/yellow]")
 
 
 def _summary(
@@ -354,7 +368,7 @@ def _summary(
     } | environment()
 
 
-def _ending(config: Config, run: Workdir, record: dict[str, Any], start: int, total_steps: int) -> str:
+def _ending(run: Workdir, record: dict[str, Any], start: int, total_steps: int) -> str:
     if not record:
         return f"the run in {run.path} was complete already, at step {start} of {total_steps}"
     held_out = f", held-out loss {record['eval/loss']:.4f}" if "eval/loss" in record else ""

@@ -199,11 +199,13 @@ def _padded(prompts: Sequence[Sequence[int]], batch_size: int) -> tuple[np.ndarr
 
 
 def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return 1 << max(n - 1, 0).bit_length()
 
 
 def _stop_array(stop_ids: Iterable[int]) -> np.ndarray:
-    return np.array(sorted(set(stop_ids)), np.int32)
+    """Padded with -1, which is no token, so that few stop ids more or less compile nothing."""
+    stops = sorted(set(stop_ids))
+    return np.array(stops + [-1] * (max(8, _power_of_two(len(stops))) - len(stops)), np.int32)
 
 
 def _chance(sampling: Sampling, numbers: np.ndarray) -> _Chance:

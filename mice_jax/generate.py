@@ -1,0 +1,347 @@
+"""Answer prompts with a model, or chat with it.
+
+  mice generate --model=runs/demo --prompt="Why do mice run?"
+  mice generate --model=hf_folder --input=questions.jsonl --output=answers.jsonl --max_new_tokens=512
+  mice generate --model=runs/demo --step=400          a chat; /reset begins anew, /exit ends it
+
+A line of --input is {"messages": [...]}, with "tools" if there are any, or {"prompt": "..."}. A line of --output is
+that of the input with its "response", and "stopped": whether the model ended it by itself. An output that is there
+already is continued after its last whole line.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from transformers import PreTrainedTokenizerFast
+
+from mice_jax import command
+from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.sources import ROLES
+from mice_jax.errors import UserError
+from mice_jax.evals.sampling import Sampler, Sampling, cast_params, check_fits
+from mice_jax.models.spec import ModelSpec
+from mice_jax.models.transformer import Params, make_decoder
+from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.start import RANDOM, Origin, find_origin, load_params
+
+DTYPES = ("auto", "float32", "bfloat16")
+ADDED = ("response", "stopped")  # what an output's line has besides its input's
+
+Message = dict[str, Any]
+
+
+def define(values: command.Values, argv: list[str]) -> None:
+    flags.DEFINE_string("model", None, "Hugging Face folder, or folder of a run", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint of a run; default the newest", flag_values=values)
+    flags.DEFINE_string("prompt", None, "what the user says; the answer is printed", flag_values=values)
+    flags.DEFINE_string("input", None, "questions, F.jsonl", flag_values=values)
+    flags.DEFINE_string("output", None, "answers to --input, F.jsonl", flag_values=values)
+    flags.DEFINE_string("system", None, "system message of a conversation that has none", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 256, "an answer is cut here (256)", flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token each time (0)", flag_values=values)
+    flags.DEFINE_float(
+        "top_p", 1.0, "draw from the likeliest tokens that hold this probability (1)", flag_values=values
+    )
+    flags.DEFINE_integer("top_k", 0, "draw from this many of the likeliest tokens; 0 = all (0)", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the draws (0)", flag_values=values)
+    flags.DEFINE_string(
+        "compute_dtype", "auto", "auto, float32 or bfloat16; auto is float32 on CPU only", flag_values=values
+    )
+    flags.DEFINE_string("chat_template", "", "F.jinja, in place of the tokenizer's own", flag_values=values)
+    flags.DEFINE_integer("batch_size", 16, "how many lines of --input are answered at once (16)", flag_values=values)
+
+
+def generate(values: command.Values) -> None:
+    # ------------------------------------------------------------------------------------ what is asked
+    origin = _origin(values)
+    sampling = Sampling(values.max_new_tokens, values.temperature, values.top_p, values.top_k, values.seed)
+    if values.prompt is not None and values.input is not None:
+        raise UserError("--prompt and --input are both given; give one of them.")
+    if (values.input is None) != (values.output is None):
+        raise UserError("--input and --output go together: the answers to one file are written to another.")
+    if values.batch_size < 1:
+        raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
+    tokenizer = load_tokenizer(str(origin.folder), values.chat_template)
+    encoder = ChatEncoder(tokenizer)
+    stop_ids = _stop_ids(encoder, origin)
+    system = [] if values.system is None else [{"role": "system", "content": values.system}]
+    job = None  # read before the model is, so that what is wrong is said at once
+    if values.input is not None:
+        job = _Job.open(Path(values.input), Path(values.output), system, encoder, sampling, origin.spec)
+        if job.num_kept:
+            print(f"{job.output} has {job.num_kept} of {len(job.records)} answers already: they are kept.")
+        if job.num_kept == len(job.records):
+            return
+    elif values.prompt is not None:
+        check_fits(encoder.prompt_ids(_asked(system, values.prompt)), sampling, origin.spec, "--prompt")
+
+    # ------------------------------------------------------------------------------------ model
+    mesh = make_mesh(1, -1, 1)
+    dtype = _dtype(values.compute_dtype)
+    decoder = make_decoder(origin.spec, mesh.shape["tensor"])
+    shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
+    params = cast_params(decoder, load_params(origin, decoder, shardings, step=values.step), dtype)
+    speaker = _Speaker(Sampler(decoder, dtype), params, encoder, tokenizer, sampling, stop_ids)
+
+    # ------------------------------------------------------------------------------------ answers
+    with jax.set_mesh(mesh):
+        if job is not None:
+            _answer_file(job, speaker, values.batch_size)
+        elif values.prompt is not None:
+            speaker.say(_asked(system, values.prompt))
+        else:
+            _chat(speaker, system)
+
+
+def _origin(values: command.Values) -> Origin:
+    model = command.required(values, "model")
+    if model.startswith(RANDOM):
+        raise UserError(f"--model={model}: random weights have nothing to say. Give a folder with weights.")
+    try:
+        origin = find_origin(model)
+    except UserError as e:
+        raise UserError(f"--model: {e}") from None
+    if values.step is not None and origin.kind != "run":
+        raise UserError(f"--step={values.step} is for a run's folder; --model={model} is a Hugging Face folder.")
+    return origin
+
+
+def _dtype(name: str) -> Any:
+    if name not in DTYPES:
+        raise UserError(f"--compute_dtype={name} is not one of {', '.join(DTYPES)}.")
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _stop_ids(encoder: ChatEncoder, origin: Origin) -> list[int]:
+    """What ends a turn in the chat template, and what the model's own generation config adds."""
+    file, own = origin.folder / "generation_config.json", None
+    if file.exists():
+        try:
+            own = json.loads(file.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as e:
+            raise UserError(f"{file} is no JSON object: {e}. Mend it, or take it away.") from None
+    ids = own if isinstance(own, list) else [own] if own is not None else []
+    if not all(type(i) is int for i in ids):
+        raise UserError(f"{file} has eos_token_id={own!r}; it must be a token id or a list of them.")
+    return [*encoder.stop_ids(), *ids]
+
+
+def _asked(system: list[Message], prompt: str) -> list[Message]:
+    return [*system, {"role": "user", "content": prompt}]
+
+
+# ---------------------------------------------------------------------------------------- one at a time
+@dataclasses.dataclass(frozen=True)
+class _Speaker:
+    """A model with all that its answers depend on."""
+
+    sampler: Sampler
+    params: Params
+    encoder: ChatEncoder
+    tokenizer: PreTrainedTokenizerFast
+    sampling: Sampling
+    stop_ids: list[int]
+
+    def text(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def say(self, messages: list[Message]) -> str:
+        """Prints the answer as it comes, and returns it; an interrupt ends it early."""
+        prompt = self.encoder.prompt_ids(messages)
+        check_fits(prompt, self.sampling, self.sampler.spec, "the conversation")
+        ids: list[int] = []
+        shown = ""
+        with contextlib.suppress(KeyboardInterrupt):
+            for token in self.sampler.stream(self.params, prompt, self.sampling, self.stop_ids):
+                ids.append(token)
+                text = self.text(ids)
+                if not text.endswith("\ufffd"):  # else a character of which only some bytes are there
+                    print(text[len(shown) :], end="", flush=True)
+                    shown = text
+        text = self.text(ids)
+        print(text[len(shown) :])
+        if len(ids) == self.sampling.max_new_tokens:
+            print(f"(cut at max_new_tokens={len(ids)})", file=sys.stderr)
+        return text
+
+
+def _chat(speaker: _Speaker, system: list[Message]) -> None:
+    print("A chat: /reset begins anew, /exit ends it.")
+    messages = list(system)
+    while True:
+        try:
+            said = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if said == "/exit":
+            return
+        if said == "/reset":
+            messages = list(system)
+        elif said:
+            asked = _asked(messages, said)
+            try:
+                messages = [*asked, {"role": "assistant", "content": speaker.say(asked)}]
+            except UserError as e:  # too long by now, or more than the template takes: what was said before stands
+                print(f"{e} /reset begins anew.", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------- a file
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """Lines to answer, and the file that answers are added to."""
+
+    records: list[dict[str, Any]]
+    prompts: list[list[int]]
+    output: Path
+    num_kept: int  # answers that are there
+
+    @classmethod
+    def open(
+        cls,
+        source: Path,
+        output: Path,
+        system: list[Message],
+        encoder: ChatEncoder,
+        sampling: Sampling,
+        spec: ModelSpec,
+    ) -> "_Job":
+        """Reads both files, checks every line, and cuts an output's last line where it is not whole."""
+        records, prompts = [], []
+        for where, record in _records(source):
+            try:
+                prompt = encoder.prompt_ids(_messages(record, system), record.get("tools"))
+            except UserError as e:
+                raise UserError(f"{where}: {e}") from None
+            check_fits(prompt, sampling, spec, where)
+            records.append(record)
+            prompts.append(prompt)
+        if not records:
+            raise UserError(f"--input={source} holds no line.")
+        return cls(records, prompts, output, _kept(source, output, records))
+
+
+def _answer_file(job: _Job, speaker: _Speaker, batch_size: int) -> None:
+    records, prompts = job.records[job.num_kept :], job.prompts[job.num_kept :]
+    answers = speaker.sampler.generate(
+        speaker.params, prompts, speaker.sampling, speaker.stop_ids, batch_size=batch_size, first=job.num_kept
+    )
+    with job.output.open("a", encoding="utf-8") as f:
+        for record, answer in zip(records, answers, strict=True):
+            line = record | {"response": speaker.text(answer.ids), "stopped": answer.stopped}
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+            f.flush()
+    print(f"answered {len(records)} lines in {job.output}")
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's object and its place."""
+    for number, line in enumerate(_read(file).split(b"\n"), 1):
+        if line.strip():
+            where = f"{file} line {number}"
+            try:
+                record = json.loads(line)
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{where} holds half of a character (a lone surrogate).") from None
+            except (ValueError, RecursionError) as e:
+                raise UserError(f"{where} is not JSON: {e}.") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{where} is no object; it must be one with `messages` or `prompt`.")
+            yield where, record
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as e:
+        raise UserError(f"{file} cannot be read: {e.strerror}.") from None
+
+
+def _messages(record: dict[str, Any], system: list[Message]) -> list[Message]:
+    """The conversation to go on with; UserError says what is wrong with it."""
+    if ("messages" in record) == ("prompt" in record):
+        raise UserError("it must have either `messages` or `prompt`.")
+    if "prompt" in record:
+        if not isinstance(record["prompt"], str):
+            raise UserError("`prompt` must be a string.")
+        return _asked(system, record["prompt"])
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UserError("`messages` must be a list of at least one message.")
+    messages = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
+    last = messages[-1]["role"]
+    if last not in ("user", "tool"):
+        raise UserError(f"the last message is of role {last!r}; only a user's or a tool's is answered.")
+    return messages if messages[0]["role"] == "system" else [*system, *messages]
+
+
+def _message(message: Any, at: str) -> Message:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        raise UserError(f"{at} must be an object whose `role` is one of {', '.join(ROLES)}.")
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+            raise UserError(f'{at}.content must be a string or a list of {{"type": "text", "text": "..."}}.')
+        content = "".join(p["text"] for p in content)
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        raise UserError(f"{at}.content must be a string.")
+    return message | {"content": content}
+
+
+def _kept(source: Path, output: Path, records: list[dict[str, Any]]) -> int:
+    """How many answers an output holds, its cut last line removed; UserError where they are not to these records."""
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no folder {output.parent}.")
+    if output.exists() and output.samefile(source):
+        raise UserError(f"--output={output} is --input itself; give another file.")
+    content = _read(output) if output.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    lines = whole.split(b"\n")[:-1]
+    if len(lines) > len(records):
+        raise UserError(f"--output={output} has {len(lines)} lines, --input={source} {len(records)}: {_MEND}")
+    for number, (line, record) in enumerate(zip(lines, records, strict=False), 1):
+        if not _answers(line, record):
+            raise UserError(f"--output={output} line {number} is no answer to prompt {number} of {source}: {_MEND}")
+    try:
+        with output.open("ab") as f:
+            f.truncate(len(whole))
+    except OSError as e:
+        raise UserError(f"--output={output} cannot be written: {e.strerror}.") from None
+    return len(lines)
+
+
+_MEND = "it was written from another input. Give another --output, or remove the file."
+
+
+def _answers(line: bytes, record: dict[str, Any]) -> bool:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return False
+    if not isinstance(found, dict) or not found.keys() >= set(ADDED):
+        return False
+    return _asks(found) == _asks(record)
+
+
+def _asks(record: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if k not in ADDED}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(__doc__ or "", define, generate, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
