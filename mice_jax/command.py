@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from mice_jax.config import Config, ConfigError, field_names, nearest
@@ -22,13 +22,14 @@ Values = flags.FlagValues
 
 
 def run(
-    doc: str, define: Callable[[Values, list[str]], None], main: Callable[[Values], None], argv: Sequence[str]
+    doc: str | None, define: Callable[[Values, list[str]], None], main: Callable[[Values], None], argv: Sequence[str]
 ) -> int:
     """Runs a verb on its arguments (without the program's name) and returns its exit code.
 
     0 done; 2 the user's input is wrong; 3 stopped by a rule; 75 preempted with its state saved.
     """
     arguments = ["mice", *argv]
+    logging.set_verbosity(logging.ERROR)  # libraries' warnings to each other are not the user's
     try:
         values = Values()
         define(values, arguments)
@@ -121,10 +122,10 @@ def _is_one_of(filename: str, files: list[str]) -> bool:
     return any(f.endswith(".py") and os.path.abspath(f) == os.path.abspath(filename) for f in files)
 
 
-def _help(doc: str, values: Values) -> str:
+def _help(doc: str | None, values: Values) -> str:
     lines = [
         f"  --{name}: {flag.help}"
         for name, flag in sorted(values._flags().items())
         if flag.help and "absl" not in str(type(flag.parser))[:8]
     ]
-    return doc.strip() + "\n\nFlags:\n" + "\n".join(lines)
+    return (doc or "").strip() + "\n\nFlags:\n" + "\n".join(lines)

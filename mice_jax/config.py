@@ -171,8 +171,8 @@ def field_names(cls: type = Config, prefix: str = "") -> list[str]:
     """The dotted name of every field that is set by one flag (lists counted as one)."""
     names = []
     for name, hint in typing.get_type_hints(cls).items():
-        inner = dataclasses.is_dataclass(hint)
-        names += field_names(hint, f"{prefix}{name}.") if inner else [prefix + name]
+        is_part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        names += field_names(hint, f"{prefix}{name}.") if is_part else [prefix + name]
     return names
 
 

@@ -64,7 +64,7 @@ def export(values: command.Values) -> None:
     print(f"exported {count:,} parameters in {dtype} to {output}")
 
 
-def _generation_config(config: dict[str, Any], stop_ids: list[int], pad_id: int | None) -> dict[str, Any]:
+def _generation_config(config: dict[str, Any], stop_ids: list[int], pad_id: Any) -> dict[str, Any]:
     """Stops where the training stopped: at the token that ends an assistant's turn, besides the model's own."""
     own = config.get("eos_token_id")
     ids = [*stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])]

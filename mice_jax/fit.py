@@ -1,6 +1,7 @@
 """What fits a device: rows of a microbatch and rematerialisation, from an analytic estimate of memory."""
 
 import os
+from typing import Any
 
 import jax
 
@@ -11,7 +12,7 @@ STATE_BYTES = 20  # a parameter: itself, two moments, the summed gradient and on
 USABLE = 0.85  # of a device's memory; the rest is the runtime's and fragments
 
 
-def device_memory(device: jax.Device) -> int:
+def device_memory(device: Any) -> int:
     """Bytes of a device; a CPU device has its share of the machine."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
@@ -40,7 +41,7 @@ def choose(
     rows: int,
     remat: str,
     rows_wanted: int,
-    device: jax.Device,
+    device: Any,
 ) -> tuple[int, str]:
     """Rows of a microbatch on one device, and the remat policy, where they are not given (0, "auto").
 

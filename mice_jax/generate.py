@@ -47,14 +47,10 @@ def define(values: command.Values, argv: list[str]) -> None:
     flags.DEFINE_string("system", None, "system message of a conversation that has none", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 256, "an answer is cut here (256)", flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token each time (0)", flag_values=values)
-    flags.DEFINE_float(
-        "top_p", 1.0, "draw from the likeliest tokens that hold this probability (1)", flag_values=values
-    )
-    flags.DEFINE_integer("top_k", 0, "draw from this many of the likeliest tokens; 0 = all (0)", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "draw from the likeliest that hold this probability (1)", flag_values=values)
+    flags.DEFINE_integer("top_k", 0, "draw from this many of the likeliest; 0 = all (0)", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the draws (0)", flag_values=values)
-    flags.DEFINE_string(
-        "compute_dtype", "auto", "auto, float32 or bfloat16; auto is float32 on CPU only", flag_values=values
-    )
+    flags.DEFINE_string("compute_dtype", "auto", "float32, bfloat16 or auto (float32 on CPU only)", flag_values=values)
     flags.DEFINE_string("chat_template", "", "F.jinja, in place of the tokenizer's own", flag_values=values)
     flags.DEFINE_integer("batch_size", 16, "how many lines of --input are answered at once (16)", flag_values=values)
 

@@ -5,6 +5,8 @@ neither recomputes nor keeps them: it scales what the forward pass has already s
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ def cross_entropy_sums(
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
         targets, loss_weights = (jnp.pad(x, ((0, 0), (0, pad))) for x in (targets, loss_weights))
     weight = output_weight.astype(hidden.dtype)
-    loss_sum = _loss_sum(hidden, weight, targets, loss_weights, vocab_size, chunk, batch_axes)
+    loss_sum: Any = _loss_sum(hidden, weight, targets, loss_weights, vocab_size, chunk, batch_axes)
     return loss_sum, jnp.sum(loss_weights)
 
 
@@ -84,7 +86,7 @@ def _backward(
 _loss_sum.defvjp(_forward, _backward)
 
 
-def _on_rows(scan, batch_axes: tuple[str, ...]):
+def _on_rows(scan: Callable[..., Any], batch_axes: tuple[str, ...]) -> Callable[..., Any]:
     """The scan over each device's own rows, its sums added up over `batch_axes` at the end."""
     mesh = jax.sharding.get_abstract_mesh()
     if not batch_axes or mesh.empty or mesh.size == 1:

@@ -44,7 +44,7 @@ def train_flops(spec: ModelSpec, tokens: int, squared_lengths: int) -> float:
     return 3 * (2 * weights * tokens + 4 * pairs)
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """FLOP/s that one device could do at most; None for one that the table lacks.
 
     A CPU's is measured, as the rate of a large float32 matrix product over all of the process's CPU devices.

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mice_jax.errors import UserError
 
@@ -32,7 +32,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices; one size may be -1 and takes what is left.
 
     Raises UserError where the sizes do not multiply to the devices there are.
@@ -62,7 +62,7 @@ def local_shards(mesh: Mesh) -> tuple[int, ...]:
     return tuple(i for i, devices in enumerate(by_shard) if any(d.process_index == here for d in devices))
 
 
-def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> PartitionSpec:
+def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where a parameter's dims lie; a dim that is not divided stays whole."""
     return PartitionSpec(*(_mesh_axis(n, a, mesh) for n, a in zip(shape, axes, strict=True)))
 
@@ -108,7 +108,7 @@ def put_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     def put(rows: np.ndarray) -> jax.Array:
         per_shard = rows.shape[0] // len(shards)
 
-        def block(index: tuple[slice, ...]) -> np.ndarray:
+        def block(index: Any) -> np.ndarray:
             at = shards.index((index[0].start or 0) // per_shard) * per_shard
             return rows[at : at + per_shard]
 

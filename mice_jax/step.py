@@ -7,7 +7,7 @@ its tokens divided by the sum of their weights, and `apply` is the only place wh
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -82,8 +82,9 @@ def make_step(
     opt_shardings = optax.tree_map_params(
         optimizer, lambda _, s: s, abstract_opt, shardings, transform_non_params=lambda _: whole
     )
-    state_shardings = TrainState(whole, shardings, opt_shardings)
-    sums_shardings = Sums(shardings, whole, whole)
+    # Trees of shardings in the places of the arrays that they are for.
+    state_shardings = TrainState(cast(Any, whole), shardings, opt_shardings)
+    sums_shardings = Sums(shardings, cast(Any, whole), cast(Any, whole))
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         rows = batch["tokens"].shape[0] // num_shards(mesh)
@@ -142,7 +143,8 @@ def apply_sums(
     grad_norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    updated = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    params = cast(Params, optax.apply_updates(state.params, updates))
+    updated = TrainState(state.step + 1, params, opt_state)
     new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
     metrics = {
         "loss": loss,

@@ -39,10 +39,10 @@ class StepSource:
     def __len__(self) -> int:
         return len(self.mixture)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        """Step i: where it stands, its counts over all hosts, and this host's microbatches."""
-        step = self.mixture.step(int(i))
-        plan = self.plan(int(i))
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Step number `index`: where it stands, its counts over all hosts, and this host's microbatches."""
+        step = self.mixture.step(int(index))
+        plan = self.plan(int(index))
         lengths = self.corpus.lengths[step.samples].astype(np.int64)
         return {
             "phase": step.phase,
@@ -101,7 +101,7 @@ def put_sample(
     arrays["loss_weights"][row, at : at + n - 1] = trained[1:].astype(np.float32) / np.float32(share)
 
 
-def load_steps(source: Sequence[Any], start: int, num_workers: int) -> Iterator[dict[str, Any]]:
+def load_steps(source: StepSource, start: int, num_workers: int) -> Iterator[dict[str, Any]]:
     """Steps from number `start` on, made ahead by a thread, or by `num_workers` processes."""
     steps = grain.MapDataset.source(source)[start:].to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_STEPS)

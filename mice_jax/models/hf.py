@@ -94,7 +94,7 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
     def load(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         tensors = by_path[_dotted(path)]
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             return _read_part(files, tensors, leaf.shape, index)
 
         return jax.make_array_from_callback(leaf.shape, sharding, part)
@@ -136,7 +136,7 @@ def stored_dtype(folder: Path) -> str:
 
 
 def _family(config: dict[str, Any], file: Path) -> ModuleType:
-    names = config.get("architectures") or [None]
+    names = config.get("architectures") or [""]
     if names[0] not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise UserError(f"{file} says architectures={names}; the families that can be trained are: {known}.")

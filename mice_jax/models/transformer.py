@@ -50,7 +50,7 @@ def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: f
         value = jnp.zeros(shape, jnp.float32)
     else:
         value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, sharding_names=axes, eager_sharding=False)
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
 class RMSNorm(nnx.Module):
@@ -212,7 +212,7 @@ class Transformer(nnx.Module):
         return constrain(jnp.take(table, tokens, axis=0), "batch", "length", "hidden")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Decoder:
     """A transformer split once into its structure and a pytree of parameters, by shape and by logical axes."""
 

@@ -6,6 +6,7 @@ samples cost what they would alone. Rows are taken one after another, since each
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, 
     if pad:
         q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    out = lax.map(lambda row: _row(*row, size, scale), (q, k, v, segment_ids))
+    out = lax.map(lambda row: _row(row[0], row[1], row[2], row[3], size, scale), (q, k, v, segment_ids))
     return out[:, :t]
 
 
@@ -43,7 +44,7 @@ def _row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, size: in
     def keys(x: jax.Array) -> jax.Array:  # [T K H] -> [J K C H]
         return x.reshape(blocks, size, kv_heads, h).transpose(0, 2, 1, 3)
 
-    out = _attend_blocks(queries(q), keys(k), keys(v), segments.reshape(blocks, size), scale)
+    out: Any = _attend_blocks(queries(q), keys(k), keys(v), segments.reshape(blocks, size), scale)
     out = out.reshape(blocks, kv_heads, group, size, h).transpose(0, 3, 1, 2, 4)
     return out.reshape(t, n, h)
 
