@@ -19,10 +19,11 @@ fastest among a few (tried first, unmeasured). It is measured with three sampler
 The order of the data is arranged so that step i holds the same samples on both sides (but for group_by_length).
 
 The figures: tokens/s are real tokens (padding is none) over the wall clock of whole steps, data and update included,
-on both sides from the end of one step to the end of the next. Left out on all sides are the first WARM_UP steps
-and those in which this project compiled a shape (it says how many, and the seconds that compiling took). "real" is the share of
-computed slots that held a token. peak is VmHWM of the whole process (with a checkpoint saved at its end), growth
-what of it came after the imports, since the runtimes differ. ratio is ours over theirs, by pair: median (least, most).
+on both sides from the end of one step to the end of the next. Left out on all sides are the first WARM_UP steps and
+those in which this project compiled a shape (it says how many, and the seconds that compiling took). "real" is the
+share of computed slots that held a token. peak is VmHWM of the whole process (with a checkpoint saved at its end),
+growth what of it came after the imports, since the runtimes differ. ratio is ours over theirs, by pair: median
+(least, most). On a machine that others use too, read the ratios only.
 The losses of the first step must agree to 1e-3: same weights, same samples, same trained tokens.
 """
 
@@ -116,7 +117,9 @@ def spawn(args: argparse.Namespace, task: str, sampler: str = "", per_device: in
     command += [f"--{n}={getattr(args, n)}" for n in names] + [f"--per_device={per_device}"]
     quiet = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_HOME": f"{args.folder}/hf", "TQDM_DISABLE": "1"}
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | quiet | {"PYTHONPATH": str(ROOT)}
+    started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(f"{task} {sampler}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     if done.returncode or not out.exists():
         sys.exit(f"the {task} of {sampler or 'both sides'} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return json.loads(out.read_text())
@@ -179,7 +182,7 @@ def write_model(args: argparse.Namespace, init: Path, out: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- our side
 def get_config(arg: str = "") -> Config:
-    """Our side's run: `arg` is folder,batch,seed-of-nothing; every choice of speed is left to "auto"."""
+    """Our side's run: `arg` is folder,batch; every choice of speed is left to "auto"."""
     folder, batch = arg.rsplit(",", 1)
     c = Config()
     c.model.init_from = f"{folder}/model"
@@ -203,9 +206,9 @@ def run_ours(args: argparse.Namespace) -> None:
     workdir = Path(args.folder) / f"run{args.number}"
     compiled: list[tuple[int, float]] = []  # the step during which it happened, seconds
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
-            compiled.append((1 + len(metrics_of(workdir)), seconds))
+            compiled.append((1 + len(metrics_of(workdir)), duration_secs))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     code = train.main([f"--config={Path(__file__).resolve()}:{args.folder},{args.batch}", f"--workdir={workdir}"])
@@ -253,7 +256,8 @@ def calibrate(args: argparse.Namespace) -> None:
 
 def train_trl(args: argparse.Namespace, per_device: int, steps: int) -> dict[str, Any]:
     from transformers import AutoTokenizer, LlamaForCausalLM
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     folder = Path(args.folder)
     config = SFTConfig(

@@ -1,6 +1,8 @@
 """The demo: a small Llama from scratch on chat data made of Python's own documentation, stacked.
 
-Tests that the whole path works on real input, in minutes on a laptop.
+Tests that the whole path works on real input. Expected: held-out loss from 7.0 to about 2.3, and about half of the
+held-out skills right word for word. Cost: about two minutes on two CPU cores.
+Every sample weighs the same: the answers of skills have two or three tokens, those of knowledge up to 800.
 Data: demo/make_data.py. Launch: make demo
 """
 
@@ -19,6 +21,8 @@ def get_config(arg: str = "demo/data") -> Config:
     c.data.validation = [Source(path=f"{folder}/{name}.heldout.jsonl", name=name) for name in PHASES]
     c.optim.batch_size = 64
     c.optim.learning_rate = 3e-3
-    c.checkpoint.every_samples = 25_000
+    c.optim.loss_reduction = "sample"
+    c.checkpoint.every_samples = 20_000
+    c.eval.every_samples = 6_000
     c.log.every_steps = 20
     return c

@@ -33,6 +33,7 @@ from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.start import RANDOM, Origin, find_origin, load_params
 
 DTYPES = ("auto", "float32", "bfloat16")
+MAX_NEW_TOKENS = 256
 ADDED = ("response", "stopped")  # what an output's line has besides its input's
 
 Message = dict[str, Any]
@@ -45,7 +46,8 @@ def define(values: command.Values, argv: list[str]) -> None:
     flags.DEFINE_string("input", None, "questions, F.jsonl", flag_values=values)
     flags.DEFINE_string("output", None, "answers to --input, F.jsonl", flag_values=values)
     flags.DEFINE_string("system", None, "system message of a conversation that has none", flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 256, "an answer is cut here (256)", flag_values=values)
+    longest = f"an answer is cut here ({MAX_NEW_TOKENS}, or half of the model's positions if they are few)"
+    flags.DEFINE_integer("max_new_tokens", None, longest, flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token each time (0)", flag_values=values)
     flags.DEFINE_float("top_p", 1.0, "draw from the likeliest that hold this probability (1)", flag_values=values)
     flags.DEFINE_integer("top_k", 0, "draw from this many of the likeliest; 0 = all (0)", flag_values=values)
@@ -58,7 +60,10 @@ def define(values: command.Values, argv: list[str]) -> None:
 def generate(values: command.Values) -> None:
     # ------------------------------------------------------------------------------------ what is asked
     origin = _origin(values)
-    sampling = Sampling(values.max_new_tokens, values.temperature, values.top_p, values.top_k, values.seed)
+    max_new_tokens = values.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = min(MAX_NEW_TOKENS, origin.spec.max_positions // 2)
+    sampling = Sampling(max_new_tokens, values.temperature, values.top_p, values.top_k, values.seed)
     if values.prompt is not None and values.input is not None:
         raise UserError("--prompt and --input are both given; give one of them.")
     if (values.input is None) != (values.output is None):

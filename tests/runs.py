@@ -1,16 +1,23 @@
-"""What tests of whole runs are built from: tiny chat data, a tokenizer, a model of 16,000 parameters, config files."""
+"""What tests of whole runs are built from: tiny chat data, a tokenizer, a model of 18,512 parameters, config files.
 
+Compiled programs are kept for the session, in a folder that the runs of all tests and their processes share: most
+tests run the same few programs, and on two cores compiling them takes ten times as long as running them.
+"""
+
+import atexit
 import json
 import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -25,6 +32,12 @@ WORDS = "mice learn to compete with elephants when large batches meet low learni
 TIMES = ("tokens_per_s", "mfu", "step_time_s")  # of metrics.jsonl: what no two runs have in common
 # What packages we call do, by the message of the warning.
 DEPRECATED = ["the load_module.. method is deprecated"]  # ml_collections reads config files with it, until 3.12
+
+PROGRAMS = tempfile.mkdtemp(prefix="mice_jax_programs_")
+atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
+KEEP_PROGRAMS = {"jax_compilation_cache_dir": PROGRAMS, "jax_persistent_cache_min_compile_time_secs": 0}
+for _name, _value in KEEP_PROGRAMS.items():
+    jax.config.update(_name, _value)
 
 Record = dict[str, Any]
 
@@ -104,6 +117,7 @@ def write_config(path: Path, data: Path, init: Path, body: str = "") -> Path:
         'def get_config(arg: str = "") -> Config:',
         "c = Config()",
         f"c.model.init_from = 'random:{init}'",
+        f"c.data.cache_dir = '{path.parent / 'stores'}'",
         "c.data.max_length = 128",
         f"c.data.phases = [Phase(name='stacked', num_epochs=1.0, sources=[Source(path='{data}')])]",
         "c.optim.batch_size = 8",
@@ -125,7 +139,7 @@ def setting(folder: Path, body: str = "", *, samples: int = 40, **init: Any) -> 
 
 # ---------------------------------------------------------------------------------------- commands
 def run_train(config: Path, workdir: Path, *flags: str) -> int:
-    """`mice train` in this process, whose signal handlers it leaves as they were; returns the exit code."""
+    """`mice train` in this process; returns the exit code."""
     return _in_process(train.main, [f"--config={config}", f"--workdir={workdir}", *flags])
 
 
@@ -138,22 +152,17 @@ def run_export(workdir: Path, output: Path, *flags: str) -> int:
 
 
 def _in_process(main: Any, arguments: list[str]) -> int:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {n: signal.getsignal(n) for n in numbers}
-    try:
-        with warnings.catch_warnings():  # nested: the caller's filters hold for all else
-            for message in DEPRECATED:
-                warnings.filterwarnings("ignore", message, DeprecationWarning)
-            return main(arguments)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with warnings.catch_warnings():  # nested: the caller's filters hold for all else
+        for message in DEPRECATED:
+            warnings.filterwarnings("ignore", message, DeprecationWarning)
+        return main(arguments)
 
 
 def start_train(config: Path, workdir: Path, *flags: str, devices: int = 8, **more: str) -> subprocess.Popen[str]:
-    """`mice train` as a process of its own, to be killed; warnings are errors there too."""
+    """`mice train` as a process of its own, to be killed; its output is one pipe."""
     command = [sys.executable, "-m", "mice_jax.train", f"--config={config}", f"--workdir={workdir}", *flags]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | more
+    kept = {name.upper(): str(value) for name, value in KEEP_PROGRAMS.items()}
+    environment = os.environ | kept | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | more
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
 

@@ -1,44 +1,47 @@
 """The attention backends: the plain one against numpy in float64, the others against the plain one."""
 
+import functools
 import importlib
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import gap, mesh_of
 
 from mice_jax.errors import UserError
 from mice_jax.models.attention import BACKENDS, attend, choose_backend
-from mice_jax.models.attention.blockwise import BLOCK, blockwise
+from mice_jax.models.attention.blockwise import blockwise
 from mice_jax.models.attention.reference import reference
+from models import gap, mesh_of
+
+BLOCKWISE = importlib.import_module("mice_jax.models.attention.blockwise")  # a function hides it by its name
 
 # Entries are of order 1, and sums of up to 300 of them are kept in float32 (6e-8): their errors, in random
 # directions, stay near 1e-6 forward. A gradient entry adds such sums over heads and queries and is of order 10.
 FORWARD = 1e-5
 GRADIENT = 1e-4
 
-# [rows, slots] of segments, written as (segment, slots) pairs. `SMALL` are for blocks of 16 slots.
-SMALL = {
-    "one segment fills whole blocks": [[(1, 48)]],
-    "the last block is cut": [[(1, 43)]],
-    "less than one block": [[(1, 5)]],
-    "segments start and end inside blocks": [[(1, 21), (2, 6), (3, 20), (0, 3)]],
-    "segments start and end at block edges": [[(1, 16), (2, 32), (3, 2)]],
-    "single-token segments": [[(i + 1, 1) for i in range(37)]],
-    "single-token segments between long ones": [[(1, 15), (2, 1), (3, 1), (4, 19), (5, 1), (0, 4)]],
-    "a row of padding among others": [[(1, 40)], [(0, 40)], [(1, 3), (2, 20), (0, 17)]],
-    "padding alone": [[(0, 40)]],
-    "a whole block of padding at the end": [[(1, 7), (0, 36)]],
-    "padding before and between segments": [[(0, 3), (1, 20), (0, 18), (2, 2), (0, 1), (3, 10)]],
+# Rows of 43 slots, written as (segment, slots) pairs; blocks are of 16 slots, so that the last one is cut.
+ROWS = {
+    "one segment through all blocks": [(1, 43)],
+    "segments start and end inside blocks": [(1, 21), (2, 6), (3, 13), (0, 3)],
+    "segments start and end at block edges": [(1, 16), (2, 16), (3, 11)],
+    "single-token segments": [(i + 1, 1) for i in range(43)],
+    "single-token segments between long ones": [(1, 15), (2, 1), (3, 1), (4, 19), (5, 1), (0, 6)],
+    "padding alone": [(0, 43)],
+    "whole blocks of padding at the end": [(1, 7), (0, 36)],
+    "padding before and between segments": [(0, 3), (1, 20), (0, 10), (2, 2), (0, 1), (3, 7)],
+    "one token at the very end": [(0, 42), (1, 1)],
 }
-REAL = {
-    "blocks of their real size": [[(1, 100), (2, 130), (3, 1), (4, 60), (0, 9)], [(1, 290), (0, 10)]],
-}
+INSIDE = "segments start and end inside blocks"
 
 
 def segments_of(rows: list[list[tuple[int, int]]]) -> np.ndarray:
     return np.stack([np.concatenate([np.full(n, s, np.int32) for s, n in row]) for row in rows])
+
+
+SEGMENTS = segments_of(list(ROWS.values()))
 
 
 def draw(segments: np.ndarray, n: int, k: int, h: int = 8, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -63,30 +66,32 @@ def in_numpy(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray, 
     return out
 
 
-def with_gradients(f, arrays: tuple[np.ndarray, ...], segments: np.ndarray, scale: float = 0.3):  # noqa: ANN001, ANN201
-    """The output, and the gradients by q, k and v."""
-    *qkv, d_out = (jnp.asarray(x) for x in arrays)
+@functools.cache
+def _jitted(f, scale: float, block: int):
+    """`block`, which is read where `f` is traced, keeps two sizes of it apart."""
 
-    def run(q, k, v, segments):  # noqa: ANN001, ANN202
+    def run(q, k, v, segments, d_out):
         out, pull = jax.vjp(lambda *x: f(*x, segments, scale), q, k, v)
         return out, pull(d_out)
 
-    return jax.jit(run)(*qkv, jnp.asarray(segments))
+    return jax.jit(run)
+
+
+def with_gradients(f, arrays: tuple[np.ndarray, ...], segments: np.ndarray, scale: float = 0.3):
+    """The output, and the gradients by q, k and v."""
+    q, k, v, d_out = arrays
+    return _jitted(f, scale, BLOCKWISE.BLOCK)(q, k, v, segments, d_out)
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The function hides the module of its name, hence by import_module.
-    monkeypatch.setattr(importlib.import_module("mice_jax.models.attention.blockwise"), "BLOCK", 16)
+    monkeypatch.setattr(BLOCKWISE, "BLOCK", 16)
 
 
 # ---------------------------------------------------------------------------------------- reference
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("name", ["segments start and end inside blocks", "a row of padding among others"])
-def test_reference_equals_attention_written_out_in_float64(
-    name: str, heads: tuple[int, int], strict_dtypes: None
-) -> None:
-    segments = segments_of(SMALL[name])
+def test_reference_equals_attention_written_out_in_float64(heads: tuple[int, int], strict_dtypes: None) -> None:
+    segments = segments_of([ROWS[INSIDE], ROWS["padding before and between segments"], ROWS["padding alone"]])
     q, k, v, _ = draw(segments, *heads)
     expected = in_numpy(q, k, v, segments, 0.3)
     assert gap(reference(q, k, v, jnp.asarray(segments), 0.3), expected) < FORWARD
@@ -115,113 +120,121 @@ def test_gradients_of_reference_are_the_slopes_of_attention_in_float64(strict_dt
 
 
 # ---------------------------------------------------------------------------------------- blockwise
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("name", SMALL)
-def test_blockwise_equals_reference_and_so_do_its_gradients(
-    name: str, heads: tuple[int, int], small_blocks: None, strict_dtypes: None
-) -> None:
-    segments = segments_of(SMALL[name])
+def assert_blockwise_is_reference(segments: np.ndarray, heads: tuple[int, int], names: Iterable[str]) -> None:
     arrays = draw(segments, *heads)
     out, grads = with_gradients(blockwise, arrays, segments)
     expected, expected_grads = with_gradients(reference, arrays, segments)
-    assert gap(out, expected) < FORWARD
-    for g, e in zip(grads, expected_grads, strict=True):
-        assert gap(g, e) < GRADIENT
+    for row, name in enumerate(names):
+        assert gap(out[row], expected[row]) < FORWARD, name
+        for which, g, e in zip("qkv", grads, expected_grads, strict=True):
+            assert gap(g[row], e[row]) < GRADIENT, f"{name}: gradient by {which}"
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_blockwise_equals_reference_at_the_block_size_of_a_run(name: str, strict_dtypes: None) -> None:
-    segments = segments_of(REAL[name])
-    assert segments.shape[1] > 2 * BLOCK and segments.shape[1] % BLOCK
-    arrays = draw(segments, 4, 2)
-    out, grads = with_gradients(blockwise, arrays, segments)
-    expected, expected_grads = with_gradients(reference, arrays, segments)
-    assert gap(out, expected) < FORWARD
-    for g, e in zip(grads, expected_grads, strict=True):
-        assert gap(g, e) < GRADIENT
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+def test_blockwise_equals_reference_and_so_do_its_gradients(
+    heads: tuple[int, int], small_blocks: None, strict_dtypes: None
+) -> None:
+    assert_blockwise_is_reference(SEGMENTS, heads, ROWS)
+
+
+@pytest.mark.parametrize("slots", [1, 5, 32])
+def test_blockwise_equals_reference_whatever_the_number_of_slots(
+    slots: int, small_blocks: None, strict_dtypes: None
+) -> None:
+    assert_blockwise_is_reference(SEGMENTS[:, :slots], (4, 2), ROWS)
+
+
+def test_blockwise_equals_reference_at_the_block_size_of_a_run(strict_dtypes: None) -> None:
+    size = BLOCKWISE.BLOCK
+    packed = [(1, size - 20), (2, size + 10), (3, 1), (4, size // 2), (0, 5)]
+    slots = sum(n for _, n in packed)
+    assert 2 * size < slots < 3 * size
+    segments = segments_of([packed, [(1, slots - 3), (0, 3)]])
+    assert_blockwise_is_reference(segments, (4, 2), ["packed", "one long segment"])
 
 
 @pytest.mark.parametrize("wrong", ["merged", "an edge one slot late", "padding seen"])
 def test_blockwise_given_wrong_segments_differs_in_its_output_and_in_each_gradient(
     wrong: str, small_blocks: None
 ) -> None:
-    segments = segments_of(SMALL["segments start and end inside blocks"])
+    segments = SEGMENTS
     arrays = draw(segments, 4, 2)
     expected, expected_grads = with_gradients(reference, arrays, segments)
     if wrong == "merged":
-        changed = np.where(segments > 0, 1, 0).astype(np.int32)
+        changed = np.minimum(segments, 1)
     elif wrong == "padding seen":
         changed = np.where(segments > 0, segments, 3).astype(np.int32)
     else:
         changed = np.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
     out, grads = with_gradients(blockwise, arrays, changed)
-    assert gap(out, expected) > 10 * FORWARD
+    row = list(ROWS).index(INSIDE)
+    assert gap(out[row], expected[row]) > 10 * FORWARD
     for g, e in zip(grads, expected_grads, strict=True):
-        assert gap(g, e) > 10 * GRADIENT
+        assert gap(g[row], e[row]) > 10 * GRADIENT
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_gives_zeros_and_takes_no_gradient(backend: str, small_blocks: None) -> None:
-    segments = segments_of(SMALL["a row of padding among others"])
-    out, grads = with_gradients(BACKENDS[backend], draw(segments, 4, 2), segments)
+def test_padding_gives_zeros_takes_no_gradient_and_has_no_influence(backend: str, small_blocks: None) -> None:
+    arrays = draw(SEGMENTS, 4, 2)
+    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS)
     for x in (out, *grads):
-        assert not np.asarray(x)[segments == 0].any()
-        assert np.asarray(x)[segments > 0].any(axis=(1, 2)).mean() > 0.9  # and elsewhere it is not all zero
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_stands_in_padding_has_no_influence(backend: str, small_blocks: None) -> None:
-    segments = segments_of(SMALL["padding before and between segments"])
-    arrays = draw(segments, 4, 2)
-    other = tuple(np.where((segments == 0)[..., None, None], 1e4, x).astype(np.float32) for x in arrays)
-    (out, grads), (out2, grads2) = (with_gradients(BACKENDS[backend], a, segments) for a in (arrays, other))
-    assert gap(out, out2) == 0
-    assert gap(grads, grads2) == 0
+        assert not np.asarray(x)[SEGMENTS == 0].any()
+        assert np.asarray(x)[SEGMENTS > 0].any(axis=(1, 2)).mean() > 0.7  # a lone token's q and k take none either
+    other = tuple(np.where((SEGMENTS == 0)[..., None, None], 1e4, x).astype(np.float32) for x in arrays)
+    assert gap(with_gradients(BACKENDS[backend], other, SEGMENTS), (out, grads)) == 0
+    seen = with_gradients(BACKENDS[backend], other, np.where(SEGMENTS == 0, 1, SEGMENTS).astype(np.int32))
+    assert gap(seen[0], out) > 1e3  # what stands there is large: seen, it would show
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_very_large_scores_do_not_overflow(backend: str, small_blocks: None) -> None:
-    segments = segments_of(SMALL["the last block is cut"])
-    arrays = draw(segments, 4, 2)
-    scale = 1e3  # scores of several thousand: exp of one is infinite in float32
-    out, grads = with_gradients(BACKENDS[backend], arrays, segments, scale)
+    arrays = draw(SEGMENTS, 4, 2)
+    scale = 1e3  # scores of up to 1e4: exp of one is infinite in float32
+    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scale)
     # A score of 1e4 is rounded by 5e-4, and a weight with it: by far the largest error here.
-    assert gap(out, in_numpy(*arrays[:3], segments, scale)) < 5e-3
+    tolerance = 5e-3
+    assert gap(out, in_numpy(*arrays[:3], SEGMENTS, scale)) < tolerance
+    assert gap(out, in_numpy(*arrays[:3], SEGMENTS, scale / 10)) > 10 * tolerance
     assert all(np.isfinite(np.asarray(g)).all() for g in grads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_in_bfloat16_attention_differs_by_the_rounding_of_its_weights_and_values(
+def test_in_bfloat16_attention_differs_by_the_rounding_of_its_weights_and_output(
     backend: str, small_blocks: None, strict_dtypes: None
 ) -> None:
-    segments = segments_of(SMALL["segments start and end inside blocks"])
-    arrays = tuple(np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32) for x in draw(segments, 4, 2))
-    narrow = tuple(jnp.asarray(x, jnp.bfloat16) for x in arrays)
-    out = jax.jit(lambda q, k, v: BACKENDS[backend](q, k, v, jnp.asarray(segments), 0.3))(*narrow[:3])
-    assert out.dtype == jnp.bfloat16
-    # Scores are float32. Each weight is rounded to bfloat16 (2^-9 of itself) and so is the output: together they
-    # err by at most 2^-8 of the largest value in reach.
-    bound = 2**-8 * np.abs(arrays[2]).max()
-    expected = in_numpy(*arrays[:3], segments, 0.3)
+    narrow = tuple(jnp.asarray(x, jnp.bfloat16) for x in draw(SEGMENTS, 4, 2))
+    out, grads = with_gradients(BACKENDS[backend], narrow, SEGMENTS)
+    assert {x.dtype for x in (out, *grads)} == {jnp.dtype(jnp.bfloat16)}
+    q, k, v, _ = (np.asarray(x, np.float64) for x in narrow)
+    # Scores are float32. Each weight is rounded to bfloat16 (2^-8 of itself) and so is the output: together they
+    # err by at most 2^-7 of the largest value in reach.
+    bound = 2**-7 * np.abs(v).max()
+    expected = in_numpy(q, k, v, SEGMENTS, 0.3)
     assert gap(out, expected) < bound
-    # Scores in bfloat16 would not do: those of a few units err by 2^-7, and weights by as much of themselves.
-    rounded = in_numpy(*arrays[:3], np.minimum(segments, 1), 0.3)
-    assert gap(rounded, expected) > 10 * bound  # nor wrong segments
+    assert gap(out, in_numpy(q, k, v, np.minimum(SEGMENTS, 1), 0.3)) > 10 * bound
 
 
 # ---------------------------------------------------------------------------------------- meshes
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("heads", [(4, 2), (4, 1), (6, 3), (3, 1)])
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("sizes", "heads", "backend"),
+    [
+        ((1, 8, 1), (4, 2), "blockwise"),
+        ((1, 4, 2), (4, 2), "blockwise"),
+        ((2, 2, 2), (4, 2), "reference"),
+        ((1, 4, 2), (6, 3), "blockwise"),  # key heads that the tensor axis does not divide
+        ((2, 2, 2), (6, 3), "reference"),
+        ((1, 2, 4), (8, 2), "blockwise"),
+        ((2, 2, 2), (3, 1), "blockwise"),  # nor does it divide the query heads
+    ],
+)
 def test_attention_on_a_mesh_equals_attention_on_one_device(
     sizes: tuple[int, int, int], heads: tuple[int, int], backend: str, small_blocks: None, strict_dtypes: None
 ) -> None:
-    rows = [[(1, 21), (2, 6), (0, 6)], [(0, 33)], [(i + 1, 1) for i in range(33)], [(1, 33)]] * 2
-    segments = segments_of(rows)
+    segments = SEGMENTS[:8]
     arrays = draw(segments, *heads)
     expected, expected_grads = with_gradients(reference, arrays, segments)
 
-    def on_mesh(q, k, v, s, scale):  # noqa: ANN001, ANN202
+    def on_mesh(q, k, v, s, scale):
         return attend(q, k, v, s, scale=scale, backend=backend)
 
     with jax.set_mesh(mesh_of(*sizes)):

@@ -1,0 +1,369 @@
+"""What the user got wrong, told in one paragraph with the place and the mend; never a traceback."""
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import (
+    CHATML,
+    chat,
+    make_tokenizer,
+    run_export,
+    run_prepare,
+    run_train,
+    setting,
+    start_train,
+    write_init,
+    write_jsonl,
+)
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mice_jax import train as train_module
+
+Spoil = Callable[[Path], list[str]]  # breaks something in a folder made by `setting`; returns flags
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """data (chats.jsonl), init and run.py, which together are a good run."""
+    setting(tmp_path / "run", samples=16)
+    return tmp_path / "run"
+
+
+def refused(code: int, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one paragraph that is all of stderr."""
+    err = capsys.readouterr().err
+    assert code == 2, err
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert "Traceback" not in err and "Error:" not in err.replace("ZeroDivisionError:", ""), err
+    return err
+
+
+def train(folder: Path, *flags: str) -> int:
+    return run_train(folder / "run.py", folder / "work", *flags)
+
+
+# ---------------------------------------------------------------------------------------- data
+GOOD = chat("who?", "mice")
+USER = {"role": "user", "content": "who?"}
+
+
+def with_lines(*records: Any) -> Spoil:
+    def spoil(folder: Path) -> list[str]:
+        text = "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
+        (folder / "chats.jsonl").write_text(text)
+        return []
+
+    return spoil
+
+
+def with_template(template: str) -> Spoil:
+    def spoil(folder: Path) -> list[str]:
+        (folder / "chat.jinja").write_text(template)
+        return [f"--config.data.chat_template={folder}/chat.jinja"]
+
+    return spoil
+
+
+def gone(folder: Path) -> list[str]:
+    (folder / "chats.jsonl").unlink()
+    return []
+
+
+MUTE = {"messages": [USER, {"role": "assistant", "content": "mice", "train": False}]}
+DATA: dict[str, tuple[Spoil, list[str]]] = {
+    "a line that is not JSON": (with_lines(GOOD, '{"messages": ['), ["chats.jsonl line 2", "not JSON", "skip_bad"]),
+    "a line that is no object": (with_lines(GOOD, GOOD, "[1]"), ["chats.jsonl line 3", "an object"]),
+    "no messages": (with_lines({"conversations": []}), ["chats.jsonl line 1", "messages", "sharegpt"]),
+    "a message without role": (
+        with_lines(GOOD, {"messages": [{"content": "x"}]}),
+        ["chats.jsonl line 2", "messages[0]", "role"],
+    ),
+    "a message without content": (
+        with_lines({"messages": [USER, {"role": "assistant"}]}),
+        ["chats.jsonl line 1", "messages[1]", "content"],
+    ),
+    "an unknown role": (
+        with_lines({"messages": [{"role": "asistant", "content": "x"}]}),
+        ["chats.jsonl line 1", "asistant", "did you mean 'assistant'"],
+    ),
+    "an empty data set": (with_lines(), ["chats.jsonl", "no sample"]),
+    "a source that is not there": (gone, ["chats.jsonl", "Source.path"]),
+    "a format that is not known": (
+        lambda f: ["--config.data.phases[0].sources[0].format=share_gpt"],
+        ["share_gpt", "did you mean 'sharegpt'"],
+    ),
+    "a kind of file that is not read": (
+        lambda f: [f"--config.data.phases[0].sources[0].path={(f / 'chats.jsonl').rename(f / 'chats.csv')}"],
+        ["chats.csv", ".jsonl"],
+    ),
+    "every sample too long": (
+        lambda f: ["--config.data.max_length=4"],
+        ["stacked", "longer than max_length", "data.max_length=4", "16"],
+    ),
+    "one sample too long": (
+        lambda f: ["--config.data.max_length=40", "--config.data.overlong=error"],
+        ["chats.jsonl", "data.max_length=40", "drop"],
+    ),
+    "nothing to train on": (with_lines(MUTE, MUTE), ["stacked", "'no trained token': 2"]),
+    "a template that changes contents": (
+        with_template(CHATML.replace("{{ m.content }}", "{{ m.content | upper | reverse }}")),
+        ["chats.jsonl line 1", "generation", "data.chat_template"],
+    ),
+    "a template that ends no turn": (
+        with_template("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"),
+        ["chats.jsonl line 1", "never stop"],
+    ),
+    "a template that does not parse": (with_template("{% for m in %}"), ["chat.jinja line 1"]),
+    "a template that is not there": (
+        lambda f: [f"--config.data.chat_template={f}/none.jinja"],
+        ["data.chat_template", "none.jinja"],
+    ),
+    "a template that refuses the chat": (
+        with_template("{{ raise_exception('no chats today') }}"),
+        ["chats.jsonl line 1", "no chats today"],
+    ),
+    "held-out data that is not there": (
+        lambda f: ["--config.data.validation_fraction=0.999"],
+        ["stacked", "no sample to train on"],
+    ),
+    "no whole step": (
+        lambda f: ["--config.data.drop_remainder=true", "--config.optim.batch_size=17"],
+        ["optim.batch_size=17", "data.drop_remainder"],
+    ),
+    "less than a sample": (lambda f: ["--config.data.phases[0].num_epochs=0.001"], ["num_epochs", "stacked"]),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_bad_data_is_told(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, words = DATA[name]
+    said = refused(train(folder, *spoil(folder)), capsys)
+    assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("name", ["a line that is not JSON", "nothing to train on", "a template that ends no turn"])
+def test_preparing_tells_bad_data_too(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, words = DATA[name]
+    said = refused(run_prepare(folder / "run.py", *spoil(folder)), capsys)
+    assert all(word in said for word in words), said
+
+
+def test_a_tokenizer_without_a_template_says_where_to_give_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(folder / "init")
+    write_init(folder / "init", template=None)
+    said = refused(train(folder), capsys)
+    assert "no chat template" in said and "data.chat_template" in said
+
+
+# ---------------------------------------------------------------------------------------- config
+CONFIG: dict[str, tuple[list[str], list[str]]] = {
+    "a misspelt field": (["--config.optim.learning_rte=1"], ["optim.learning_rte", "'optim.learning_rate'"]),
+    "a misspelt flag": (["--wrkdir=x"], ["--wrkdir", "'workdir'"]),
+    "an ill-typed field": (["--config.optim.batch_size=many"], ["optim.batch_size", "many"]),
+    "a value out of bounds": (["--config.optim.batch_size=0"], ["optim.batch_size=0", "at least 1"]),
+    "two problems": (["--config.optim.eps=-1", "--config.data.overlong=cut"], ["optim.eps=-1", "data.overlong='cut'"]),
+    "a mesh that does not divide": (["--config.mesh.tensor=3"], ["mesh.tensor=3", "8 devices"]),
+    "a mesh that is too small": (["--config.mesh.fsdp=4"], ["mesh.fsdp=4", "8 devices"]),
+    "a mesh that is too large": (["--config.mesh.data=16", "--config.mesh.fsdp=1"], ["mesh.data=16", "8 devices"]),
+    "an unknown backend": (["--config.model.attention=magic"], ["model.attention='magic'", "auto"]),
+    "half a cluster": (["--num_processes=2"], ["--coordinator_address", "--process_id"]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG)
+def test_a_bad_setting_is_told(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags, words = CONFIG[name]
+    said = refused(train(folder, *flags), capsys)
+    assert all(word in said for word in words), said
+
+
+FILES: dict[str, tuple[str, list[str]]] = {
+    "not Python": ("def get_config(:\n", ["run.py line 1"]),
+    "raising": ("def get_config(arg=''):\n    return 1 / 0\n", ["run.py line 2", "division by zero"]),
+    "a dict": ("def get_config(arg=''):\n    return {'seed': 1}\n", ["dict", "Config"]),
+    "misspelt": (
+        "from mice_jax.config import Config\ndef get_config(arg=''):\n    c = Config()\n    c.optim.batchsize = 8\n",
+        ["run.py line 4", "batchsize", "'batch_size'"],
+    ),
+    "ill-typed": (
+        "from mice_jax.config import Config\ndef get_config(arg=''):\n"
+        "    c = Config()\n    c.optim.batch_size = '8'\n    return c\n",
+        ["optim.batch_size='8'", "int"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_config_file_is_told(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, words = FILES[name]
+    (folder / "run.py").write_text(text)
+    err = capsys.readouterr().err
+    code = train(folder)
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    assert all(word in err for word in words), err
+
+
+def test_a_config_that_is_not_there_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "run.py").unlink()
+    assert f"there is no file {folder}/run.py" in refused(train(folder), capsys)
+
+
+def test_a_missing_flag_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--workdir is missing" in refused(train_module.main([f"--config={folder}/run.py"]), capsys)
+    assert "--config is missing" in refused(train_module.main([f"--workdir={folder}/work"]), capsys)
+
+
+# ---------------------------------------------------------------------------------------- model
+@pytest.fixture
+def hf(folder: Path) -> Path:
+    """A Hugging Face folder, made by transformers."""
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder / "hf")
+    make_tokenizer().save_pretrained(folder / "hf")
+    return folder / "hf"
+
+
+def edit(file: Path, **keys: Any) -> None:
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in (config | keys).items() if v is not ...}))
+
+
+def cut(hf: Path) -> None:
+    data = (hf / "model.safetensors").read_bytes()
+    (hf / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def scribble(hf: Path) -> None:
+    (hf / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+MODEL: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "weights that are not there": (lambda hf: (hf / "model.safetensors").unlink(), ["hf", "model.safetensors"]),
+    "weights cut short": (cut, ["hf/model.safetensors", "cut short"]),
+    "weights that are none": (scribble, ["hf/model.safetensors", "damaged"]),
+    "a file that the index names": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
+        ["model.safetensors.index.json", "model-1.safetensors"],
+    ),
+    "another shape": (
+        lambda hf: edit(hf / "config.json", intermediate_size=64),
+        ["mlp.gate_proj.weight", "[48, 16]", "[64, 16]"],
+    ),
+    "more layers": (lambda hf: edit(hf / "config.json", num_hidden_layers=3), ["model.layers.2", "is missing"]),
+    "fewer layers": (lambda hf: edit(hf / "config.json", num_hidden_layers=1), ["model.layers.1", "is unexpected"]),
+    "no config": (lambda hf: (hf / "config.json").unlink(), ["hf/config.json"]),
+    "a config that is not JSON": (lambda hf: (hf / "config.json").write_text("{"), ["hf/config.json", "JSON"]),
+    "a family that is not known": (
+        lambda hf: edit(hf / "config.json", architectures=["MouseForCausalLM"]),
+        ["config.json", "MouseForCausalLM", "LlamaForCausalLM"],
+    ),
+    "a key that is missing": (lambda hf: edit(hf / "config.json", hidden_size=...), ["config.json", "hidden_size"]),
+    "a key that is not known": (lambda hf: edit(hf / "config.json", whiskers=6), ["config.json", "whiskers=6"]),
+    "a vocabulary too small": (
+        lambda hf: edit(hf / "config.json", vocab_size=280),
+        ["config.json", "280", "298", "data.tokenizer"],
+    ),
+    "no tokenizer": (
+        lambda hf: [f.unlink() for f in (hf / "tokenizer.json", hf / "tokenizer_config.json")],
+        ["hf", "tokenizer.json", "data.tokenizer"],
+    ),
+    "no folder": (lambda hf: shutil.rmtree(hf), ["hf", "Hugging Face folder"]),
+}
+
+
+@pytest.mark.parametrize("name", MODEL)
+def test_a_bad_model_is_told(name: str, folder: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, words = MODEL[name]
+    spoil(hf)
+    capsys.readouterr()
+    said = refused(train(folder, f"--config.model.init_from={hf}"), capsys)
+    assert all(word in said for word in words), said
+
+
+def test_the_good_model_of_these_tests_is_trained(folder: Path, hf: Path) -> None:
+    """What the tests above spoil is right, and so are the run's data and config."""
+    assert train(folder, f"--config.model.init_from={hf}") == 0
+
+
+def test_a_tokenizer_of_another_model_is_told(folder: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(folder / "init" / "config.json", vocab_size=200)
+    said = refused(train(folder, f"--config.data.tokenizer={hf}"), capsys)
+    assert "298" in said and "200" in said and str(folder / "init" / "config.json") in said
+
+
+# ---------------------------------------------------------------------------------------- workdir
+def test_a_workdir_of_another_config_is_refused_field_by_field(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(folder) == 0
+    metrics = (folder / "work" / "metrics.jsonl").read_bytes()
+    capsys.readouterr()
+    said = refused(train(folder, "--config.optim.learning_rate=0.5", "--config.data.phases[0].name=late"), capsys)
+    assert "optim.learning_rate: 0.01 -> 0.5" in said and "'stacked' -> 'late'" in said
+    assert str(folder / "work") in said and "batch_size" not in said
+    assert (folder / "work" / "metrics.jsonl").read_bytes() == metrics
+    assert train(folder, "--config.log.every_steps=3") == 0  # of the harmless few
+
+
+def test_a_workdir_whose_metrics_are_gone_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(folder) == 0
+    (folder / "work" / "metrics.jsonl").unlink()
+    capsys.readouterr()
+    assert "metrics.jsonl does not hold the steps 1 to 2" in refused(train(folder), capsys)
+
+
+def test_a_workdir_that_is_a_file_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "work").write_text("")
+    assert f"--workdir={folder}/work cannot be written" in refused(train(folder), capsys)
+
+
+def test_starting_from_a_run_without_a_checkpoint_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(folder) == 0
+    for checkpoint in (folder / "work" / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)
+    capsys.readouterr()
+    code = run_train(folder / "run.py", folder / "next", f"--config.model.init_from={folder}/work")
+    said = refused(code, capsys)
+    assert "checkpoint" in said and str(folder / "work") in said
+
+
+# ---------------------------------------------------------------------------------------- export and whole processes
+def test_bad_exports_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "out"
+    assert "no run's folder" in refused(run_export(folder, out), capsys)
+    assert train(folder) == 0
+    capsys.readouterr()
+    work = folder / "work"
+    said = refused(run_export(work, out, "--step=1"), capsys)
+    assert "no step 1" in said and "it has 2" in said and not out.exists()
+    assert "--dtype=float16" in refused(run_export(work, out, "--dtype=float16"), capsys)
+    assert "--step" in refused(run_export(work, out, "--step=last"), capsys)
+    write_jsonl(folder / "file", [])
+    for there in (folder / "file", folder / "init"):
+        assert f"--output={there} is there already" in refused(run_export(work, there), capsys)
+    assert (folder / "init" / "config.json").exists()
+    assert not list(folder.glob(".*partial"))
+
+
+def test_a_process_says_no_more_than_its_paragraph(folder: Path) -> None:
+    (folder / "chats.jsonl").write_text("{not json\n")
+    process = start_train(folder / "run.py", folder / "work", devices=1, TF_CPP_MIN_LOG_LEVEL="0")
+    try:
+        said, _ = process.communicate(timeout=120)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == 2
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "chats.jsonl line 1" in errors[0]
+    assert "Traceback" not in said and said.splitlines()[-1] == errors[0]

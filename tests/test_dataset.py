@@ -1,0 +1,178 @@
+"""Which samples are dropped and why, what is held out, and what the report counts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from runs import Record, chat, make_chats, make_tokenizer, write_jsonl
+
+from mice_jax.config import Data, Phase, Source
+from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.dataset import Dataset, build_dataset
+from mice_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def encoder() -> ChatEncoder:
+    return ChatEncoder(make_tokenizer())
+
+
+@pytest.fixture
+def build(tmp_path: Path, encoder: ChatEncoder) -> Any:
+    def build(records: list[Record] | Path, **fields: Any) -> Dataset:
+        path = records if isinstance(records, Path) else write_jsonl(tmp_path / "chats.jsonl", records)
+        data = Data(phases=[Phase(sources=[Source(path=str(path))])])
+        for name, value in fields.items():
+            setattr(data, name, value)
+        return build_dataset(data, encoder, lambda what: None)
+
+    return build
+
+
+def length(encoder: ChatEncoder, record: Record) -> int:
+    return len(encoder.tokenizer.apply_chat_template(record["messages"], return_dict=False))
+
+
+def texts(data: Dataset, ids: np.ndarray, encoder: ChatEncoder) -> set[str]:
+    return {encoder.tokenizer.decode(data.corpus.sample(int(i))[0]) for i in ids}
+
+
+SHORT, LONG = chat("who?", "mice"), chat("who?", "mice and elephants " * 20)
+MUTE = {"messages": [SHORT["messages"][0], {"role": "assistant", "content": "mice", "train": False}]}
+LATE = chat("who and what and where? " * 10, "mice")  # its only answer is past the cut
+
+
+# ---------------------------------------------------------------------------------------- overlong
+def test_overlong_samples_are_dropped_and_counted(build: Any, encoder: ChatEncoder) -> None:
+    most = length(encoder, SHORT)
+    data = build([SHORT, LONG, chat("who ?", "mice")], max_length=most)
+    (source,) = data.report["sources"].values()
+    assert (source["read"], source["kept"], source["truncated"]) == (3, 1, 0)
+    assert source["dropped"] == {"longer than max_length": 2}
+    assert data.phases[0].pools[0].ids.tolist() == [0]  # of exactly max_length tokens: kept
+    assert (source["tokens"], source["length_percentiles"]["100"]) == (most, most)
+    ids, trained = data.corpus.sample(0)
+    assert source["loss_tokens"] == int(trained[1:].sum()) > 0
+
+
+def test_overlong_samples_are_truncated_and_counted(build: Any, encoder: ChatEncoder) -> None:
+    most = length(encoder, SHORT) + 2
+    data = build([SHORT, LONG], max_length=most, overlong="truncate")
+    (source,) = data.report["sources"].values()
+    assert (source["kept"], source["truncated"], source["dropped"]) == (2, 1, {})
+    assert data.corpus.lengths.tolist() == [most - 2, most]
+    whole = encoder.tokenizer.apply_chat_template(LONG["messages"], return_dict=False)
+    ids, trained = data.corpus.sample(1)
+    assert ids.tolist() == whole[:most] and len(trained) == most
+    assert data.corpus.num_trained[1] == trained[1:].sum()
+    assert source["tokens"] == 2 * most - 2
+
+
+def test_overlong_samples_are_an_error_where_asked(build: Any, encoder: ChatEncoder) -> None:
+    most = length(encoder, SHORT)
+    with pytest.raises(UserError, match="chats.jsonl has 1 samples above data.max_length") as raised:
+        build([SHORT, LONG], max_length=most, overlong="error")
+    assert str(length(encoder, LONG)) in str(raised.value)
+    assert build([SHORT], max_length=most, overlong="error").report["sources"]["chats"]["kept"] == 1
+
+
+# ---------------------------------------------------------------------------------------- untrained
+def test_a_sample_without_a_trained_token_is_dropped_and_counted(build: Any) -> None:
+    data = build([SHORT, MUTE, SHORT])
+    assert data.report["sources"]["chats"]["dropped"] == {"no trained token": 1}
+    assert data.phases[0].pools[0].ids.tolist() == [0, 2]
+
+
+def test_a_sample_whose_trained_tokens_were_cut_off_is_dropped_and_counted(build: Any, encoder: ChatEncoder) -> None:
+    most = length(encoder, LATE) - 10
+    data = build([SHORT, LATE], max_length=most, overlong="truncate")
+    source = data.report["sources"]["chats"]
+    assert (source["kept"], source["truncated"], source["dropped"]) == (1, 0, {"no trained token": 1})
+    assert build([SHORT, LATE]).report["sources"]["chats"]["kept"] == 2  # whole, it has some
+
+
+@pytest.mark.parametrize(
+    ("records", "fields", "words"),
+    [
+        ([MUTE, MUTE], {}, ["'no trained token': 2"]),
+        ([SHORT, LONG], {"max_length": 4}, ["'longer than max_length': 2", "data.max_length=4"]),
+        ([LATE], {"max_length": 20, "overlong": "truncate"}, ["'no trained token': 1"]),
+    ],
+)
+def test_a_phase_without_a_sample_left_says_what_became_of_them(
+    build: Any, records: list[Record], fields: Record, words: list[str]
+) -> None:
+    with pytest.raises(UserError, match="'stacked' has no sample to train on") as raised:
+        build(records, **fields)
+    assert all(word in str(raised.value) for word in words)
+
+
+# ---------------------------------------------------------------------------------------- held out
+def test_what_is_held_out_is_not_trained_on_and_does_not_move(build: Any, encoder: ChatEncoder, tmp_path: Path) -> None:
+    records = make_chats(200)
+
+    def split(records: list[Record]) -> tuple[set[str], set[str]]:
+        data = build(write_jsonl(tmp_path / "split.jsonl", records), validation_fraction=0.2)
+        trained, held = (texts(data, ids, encoder) for ids in (data.phases[0].pools[0].ids, data.validation["split"]))
+        assert not trained & held and len(trained | held) == len(records)
+        report = data.report
+        assert (report["sources"]["split"]["read"], report["validation"]["split"]["read"]) == (len(trained), len(held))
+        return trained, held
+
+    trained, held = split(records)
+    assert 20 <= len(held) <= 60  # 40 on average, with a deviation of 5.7
+    more = split(make_chats(50, seed=1) + records[::-1])
+    assert trained < more[0] and held < more[1]
+
+
+def test_a_larger_fraction_holds_out_the_same_and_more(build: Any) -> None:
+    few, many = (build(make_chats(100), validation_fraction=f).validation["chats"].tolist() for f in (0.1, 0.5))
+    assert set(few) < set(many)
+
+
+def test_the_same_sample_twice_is_on_one_side(build: Any) -> None:
+    data = build(make_chats(60) * 2, validation_fraction=0.3)
+    held = set(data.validation["chats"].tolist())
+    assert held and all((i in held) == (i + 60 in held) for i in range(60))
+
+
+def test_nothing_is_held_out_by_default(build: Any) -> None:
+    data = build(make_chats(20))
+    assert data.validation == {} and data.report["validation"] == {}
+    assert len(data.phases[0].pools[0].ids) == 20
+
+
+def test_held_out_sources_are_counted_by_name(build: Any, tmp_path: Path) -> None:
+    held = [Source(path=str(write_jsonl(tmp_path / f"{n}.jsonl", make_chats(5, seed=n))), name="late") for n in (1, 2)]
+    data = build(make_chats(20), validation=held)
+    assert {name: len(ids) for name, ids in data.validation.items()} == {"late": 10}
+    assert sorted(s["kept"] for s in data.report["validation"].values()) == [5, 5]
+    assert not set(data.validation["late"]) & set(data.phases[0].pools[0].ids)
+
+
+# ---------------------------------------------------------------------------------------- several sources
+def test_a_source_in_two_phases_is_tokenised_once_and_reported_twice(build: Any, tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "both.jsonl", make_chats(7)))
+    phases = [Phase(name="a", sources=[Source(path=path)]), Phase(name="b", sources=[Source(path=path, weight=2.0)])]
+    data = build([SHORT], phases=phases)
+    assert len(data.corpus.lengths) == 7
+    assert [p.per_epoch for p in data.phases] == [7, 14]
+    assert len(data.report["sources"]) == 2
+
+
+def test_bad_lines_are_counted_by_reason_where_they_may_be_skipped(build: Any, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "bad.jsonl", [SHORT, SHORT])
+    role = json.dumps({"messages": [{"role": "boss", "content": "x"}]})
+    file.write_text(file.read_text() + f"{{not json\n{role}\n[1]\n{{oh\n")
+    with pytest.raises(UserError, match="bad.jsonl line 3"):
+        build(file)
+    data = build(file, skip_bad=True)
+    source = data.report["sources"]["bad"]
+    assert (source["read"], source["kept"]) == (6, 2)
+    assert source["dropped"] == {
+        "bad line: not JSON": 2,
+        "bad line: unknown role": 1,
+        "bad line: not an object": 1,
+    }

@@ -1,0 +1,243 @@
+"""The verb on a small folder: a prompt, a file of them, a chat; and what it says of input that is wrong."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM
+
+from mice_jax import step
+from mice_jax.checkpoint import Checkpoints
+from mice_jax.generate import main
+from models import llama, load, mesh_of
+from runs import make_tokenizer, write_init, write_jsonl
+
+NUM = 12  # tokens of an answer
+QUESTIONS: list[dict[str, Any]] = [
+    {"prompt": "large batches meet low rates in the cold red barn", "id": 7},
+    {"messages": [{"role": "user", "content": "the cold barn"}], "note": "é"},
+    {"messages": [{"role": "system", "content": "be"}, {"role": "user", "content": [{"type": "text", "text": "red"}]}]},
+    {"prompt": "mice"},
+    {"prompt": ""},
+]
+CONVERSATIONS = [
+    [{"role": "user", "content": QUESTIONS[0]["prompt"]}],
+    [{"role": "user", "content": "the cold barn"}],
+    [{"role": "system", "content": "be"}, {"role": "user", "content": "red"}],
+    [{"role": "user", "content": "mice"}],
+    [{"role": "user", "content": ""}],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("model")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(folder: Path) -> LlamaForCausalLM:
+    made = llama(folder, vocab_size=300, initializer_range=0.3)
+    make_tokenizer().save_pretrained(folder)
+    return made
+
+
+def expected(model: LlamaForCausalLM, messages: list[dict[str, str]], stops: list[int] | None = None) -> str:
+    """What transformers answers."""
+    tokenizer = make_tokenizer()
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    stops = [tokenizer.eos_token_id, *(stops or [])]
+    config = GenerationConfig(do_sample=False, max_new_tokens=NUM, eos_token_id=stops, pad_token_id=0)
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        new = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
+    answer = [i for i in new[0, len(ids) :].tolist() if i not in stops]
+    return tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def run(folder: Path, *flags: str) -> int:
+    return main([f"--model={folder}", f"--max_new_tokens={NUM}", *flags])
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------------------------------- answers
+def test_a_prompt_is_answered_as_by_transformers(
+    folder: Path, model: LlamaForCausalLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, "--prompt=mice", "--system=be") == 0
+    asked = [{"role": "system", "content": "be"}, {"role": "user", "content": "mice"}]
+    out, err = capsys.readouterr()
+    assert out == expected(model, asked) + "\n"
+    assert err == f"(cut at max_new_tokens={NUM})\n"
+
+
+def test_a_file_is_answered_in_order_and_an_output_cut_short_is_continued(
+    folder: Path, model: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions, answers = write_jsonl(tmp_path / "q.jsonl", QUESTIONS), tmp_path / "a.jsonl"
+    flags = [f"--input={questions}", f"--output={answers}", "--batch_size=2"]
+    assert run(folder, *flags) == 0
+    lines = read(answers)
+    assert [{k: v for k, v in a.items() if k not in ("response", "stopped")} for a in lines] == QUESTIONS
+    assert [a["response"] for a in lines] == [expected(model, c) for c in CONVERSATIONS]
+    assert len({a["response"] for a in lines}) == len(QUESTIONS)
+    assert all(a["stopped"] is False for a in lines)
+    assert "answered 5 lines" in capsys.readouterr().out
+
+    whole = answers.read_bytes()
+    answers.write_bytes(b"".join(whole.splitlines(True)[:2]) + whole.splitlines(True)[2][:20])
+    assert run(folder, *flags) == 0
+    assert answers.read_bytes() == whole
+    out = capsys.readouterr().out
+    assert f"{answers} has 2 of 5 answers already" in out
+    assert "answered 3 lines" in out
+
+    assert run(folder, *flags) == 0
+    assert answers.read_bytes() == whole
+    assert "has 5 of 5" in capsys.readouterr().out
+
+
+def test_what_the_generation_config_names_ends_an_answer(folder: Path, model: LlamaForCausalLM, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    tokenizer = make_tokenizer()
+    whole = expected(model, CONVERSATIONS[3])
+    stop = tokenizer.encode(whole, add_special_tokens=False)[4]
+    (own / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop, 299]}))
+    questions, answers = write_jsonl(tmp_path / "q.jsonl", QUESTIONS[3:4]), tmp_path / "a.jsonl"
+    assert run(own, f"--input={questions}", f"--output={answers}") == 0
+    response = expected(model, CONVERSATIONS[3], [stop])
+    assert read(answers) == [{"prompt": "mice", "response": response, "stopped": True}]
+    assert whole.startswith(response)
+    assert response != whole
+
+
+def test_a_run_answers_from_its_newest_checkpoint_or_the_one_asked_for(
+    folder: Path, model: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, params = load(folder, mesh_of(1, 1, 1))
+    (tmp_path / "run").mkdir()
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    checkpoints = Checkpoints(tmp_path / "run")
+    for number, scale in ((1, 1.0), (2, -1.0)):
+        scaled = jax.tree.map(lambda p, scale=scale: p * scale, params)
+        checkpoints.save(step.TrainState(jnp.asarray(number, jnp.int32), scaled, {"none": jnp.zeros(())}), {"a": 1})
+    checkpoints.wait()
+    checkpoints.close()
+    assert run(tmp_path / "run", "--step=1", "--prompt=mice") == 0
+    answer = capsys.readouterr().out
+    assert answer == expected(model, CONVERSATIONS[3]) + "\n"
+    assert run(tmp_path / "run", "--prompt=mice") == 0
+    assert capsys.readouterr().out != answer
+    assert run(tmp_path / "run", "--step=3", "--prompt=mice") == 2
+    assert "has no step 3; it has 1, 2" in capsys.readouterr().err
+
+
+def test_a_chat_remembers_until_it_is_reset(
+    folder: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("mice\nred\n/reset\n\nmice\n/exit\nunseen\n"))
+    assert run(folder) == 0
+    out = capsys.readouterr().out
+    first = expected(model, CONVERSATIONS[3])
+    both = [*CONVERSATIONS[3], {"role": "assistant", "content": first}, {"role": "user", "content": "red"}]
+    assert out == f"A chat: /reset begins anew, /exit ends it.\n> {first}\n> {expected(model, both)}\n> > > {first}\n> "
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert run(folder) == 0
+
+
+# ---------------------------------------------------------------------------------------- wrong input
+def said(capsys: pytest.CaptureFixture[str], folder: Path, *flags: str) -> str:
+    """What the one paragraph on stderr says; the exit code is 2."""
+    capsys.readouterr()
+    assert run(folder, *flags) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_flags_that_do_not_go_together_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--prompt=a"]) == 2
+    assert "--model is missing" in capsys.readouterr().err
+    assert f"{tmp_path}/none is no folder" in said(capsys, tmp_path / "none", "--prompt=a")
+    assert "random weights" in said(capsys, Path(f"random:{write_init(tmp_path)}"), "--prompt=a")
+    assert "is for a run's folder" in said(capsys, folder, "--prompt=a", "--step=3")
+    assert "--prompt and --input are both given" in said(capsys, folder, "--prompt=a", "--input=b")
+    assert "--input and --output go together" in said(capsys, folder, "--input=b")
+    assert "--input and --output go together" in said(capsys, folder, "--prompt=a", "--output=b")
+    assert "temperature=-1.0 must be" in said(capsys, folder, "--prompt=a", "--temperature=-1")
+    assert "--compute_dtype=half is not one of" in said(capsys, folder, "--prompt=a", "--compute_dtype=half")
+    assert "--batch_size=0" in said(capsys, folder, "--prompt=a", "--batch_size=0")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": ', "is not JSON"),
+        ("[1]", "is no object"),
+        ('{"prompt": "\\ud83d"}', "lone surrogate"),
+        ("{}", "either `messages` or `prompt`"),
+        ('{"prompt": "a", "messages": []}', "either `messages` or `prompt`"),
+        ('{"prompt": 3}', "`prompt` must be a string"),
+        ('{"messages": []}', "at least one message"),
+        ('{"messages": [{"role": "elephant", "content": "a"}]}', "messages[0] must be an object whose `role`"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "messages[0].content must be a string"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "last message is of role 'assistant'"),
+        (json.dumps({"prompt": "x" * 700}), "max_new_tokens=12 make 7"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, words: str
+) -> None:
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"prompt": "a"}\n\n' + line + "\n")
+    error = said(capsys, folder, f"--input={questions}", f"--output={tmp_path / 'a.jsonl'}")
+    assert f"{questions} line 3" in error
+    assert words in error
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_a_prompt_too_long_for_the_model_is_refused_with_both_numbers(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = said(capsys, folder, "--prompt=" + "x" * 700)
+    assert "max_new_tokens=12 make" in error
+    assert "the model has 640 positions" in error
+
+
+def test_an_output_of_other_prompts_is_left_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions, answers = write_jsonl(tmp_path / "q.jsonl", QUESTIONS), tmp_path / "a.jsonl"
+    flags = [f"--input={questions}", f"--output={answers}"]
+    done = {"response": "r", "stopped": True}
+    write_jsonl(answers, [QUESTIONS[0] | done, QUESTIONS[2] | done])
+    before = answers.read_bytes()
+    assert f"{answers} line 2 is no answer to prompt 2" in said(capsys, folder, *flags)
+    assert answers.read_bytes() == before
+    write_jsonl(answers, [QUESTIONS[0]])
+    assert f"{answers} line 1 is no answer" in said(capsys, folder, *flags)
+    write_jsonl(answers, [q | done for q in [*QUESTIONS, QUESTIONS[0]]])
+    assert "has 6 lines" in said(capsys, folder, *flags)
+    assert "is --input itself" in said(capsys, folder, f"--input={questions}", f"--output={questions}")
+    assert "there is no folder" in said(capsys, folder, f"--input={questions}", f"--output={tmp_path}/no/a.jsonl")
+    assert "cannot be read" in said(capsys, folder, f"--input={tmp_path}/no.jsonl", f"--output={answers}")
+
+
+def test_help_is_short_and_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "mice generate --model=runs/demo" in out
+    assert out.count("\n") < 35

@@ -1,0 +1,193 @@
+"""The arrays of a step, slot by slot by hand; the same samples however many shards, hosts or workers there are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mice_jax.data.loader import StepSource, load_steps
+from mice_jax.data.mixture import Corpus, Mixture, PhasePools, Pool
+from mice_jax.data.packing import Shape, microbatch_shapes
+
+Sample = tuple[list[int], list[int]]  # tokens, trained
+
+
+class ListStore:
+    """What a corpus reads, from lists."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+        self.lengths = np.array([len(t) for t, _ in samples], np.int32)
+        self.num_trained = np.array([sum(m[1:]) for _, m in samples], np.int32)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        tokens, trained = self._samples[i]
+        return np.array(tokens, np.int32), np.array(trained, np.uint8)
+
+
+def make_source(
+    samples: Sequence[Sample],
+    *,
+    batch_size: int = 100,
+    shapes: tuple[Shape, ...] = (Shape(1, 8),),
+    num_shards: int = 1,
+    shards: tuple[int, ...] | None = None,
+    loss_reduction: str = "token",
+    num_epochs: float = 1.0,
+) -> StepSource:
+    corpus: Any = Corpus([ListStore(samples)], max_length=shapes[0].slots)  # type: ignore[list-item]
+    mixture = Mixture([PhasePools("a", num_epochs, (Pool(corpus.ids(0)),))], batch_size=batch_size, seed=0)
+    here = tuple(range(num_shards)) if shards is None else shards
+    return StepSource(corpus, mixture, shapes, num_shards, here, loss_reduction, 0)
+
+
+def random_samples(count: int, longest: int = 200) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(count):
+        n = int(rng.integers(2, longest))
+        trained = rng.integers(0, 2, n)
+        trained[-1] = 1
+        samples.append((rng.integers(1, 1000, n).tolist(), trained.tolist()))
+    return samples
+
+
+def found(step: dict[str, Any]) -> list[tuple]:
+    """Every sample of a step as its slots hold it, wherever in the step; sorted."""
+    names = ("tokens", "targets", "positions", "loss_weights")
+    samples = []
+    for m in step["microbatches"]:
+        for row in range(len(m["tokens"])):
+            segments = m["segment_ids"][row]
+            for segment in range(1, segments.max(initial=0) + 1):
+                at = segments == segment
+                samples.append(tuple(tuple(m[name][row][at].tolist()) for name in names))
+    return sorted(samples)
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two steps are equal, bit for bit."""
+    counts = {k: v for k, v in a.items() if k != "microbatches"} == {k: v for k, v in b.items() if k != "microbatches"}
+    pairs = zip(a["microbatches"], b["microbatches"], strict=True)
+    return counts and all(np.array_equal(x[k], y[k]) for x, y in pairs for k in x.keys() | y.keys())
+
+
+# ---------------------------------------------------------------------------------------- by hand
+# The longer sample is packed first. Of the shorter, the first token is trained, which nothing can predict.
+LONG: Sample = ([11, 12, 13, 14], [0, 0, 1, 1])
+SHORT: Sample = ([21, 22, 23], [1, 0, 1])
+
+
+def test_two_samples_in_a_row_slot_by_slot() -> None:
+    step = make_source([SHORT, LONG])[0]
+    (arrays,) = step["microbatches"]
+    assert {k: v.tolist() for k, v in arrays.items()} == {
+        "tokens": [[11, 12, 13, 14, 21, 22, 23, 0]],
+        "targets": [[12, 13, 14, 0, 22, 23, 0, 0]],
+        "segment_ids": [[1, 1, 1, 1, 2, 2, 2, 0]],
+        "positions": [[0, 1, 2, 3, 0, 1, 2, 0]],
+        "loss_weights": [[0, 1, 1, 0, 0, 1, 0, 0]],
+    }
+    kinds = {k: v.dtype for k, v in arrays.items()}
+    assert kinds.pop("loss_weights") == np.float32 and set(kinds.values()) == {np.dtype(np.int32)}
+
+
+def test_the_counts_of_a_step_by_hand() -> None:
+    step = make_source([SHORT, LONG], num_shards=2)[0]
+    counts = {k: v for k, v in step.items() if k != "microbatches"}
+    assert counts == {
+        "phase": 0,
+        "epoch": 0,
+        "samples": 2,
+        "tokens": 7,
+        "loss_tokens": 3,  # 13, 14 and 23; 21 is the first of its sample
+        "squared_lengths": 16 + 9,
+        "slots": 16,
+    }
+
+
+def test_by_sample_each_sample_weighs_one() -> None:
+    arrays = make_source([SHORT, LONG], loss_reduction="sample")[0]["microbatches"][0]
+    assert arrays["loss_weights"].tolist() == [[0, 0.5, 0.5, 0, 0, 1, 0, 0]]
+    samples = random_samples(50)
+    for step in (make_source(samples, shapes=microbatch_shapes(256, 2), loss_reduction="sample")[0],):
+        total = sum(float(m["loss_weights"].sum()) for m in step["microbatches"])
+        assert total == pytest.approx(50, rel=1e-6)  # float32 shares
+        assert step["loss_tokens"] > 1000  # by token it would be this
+
+
+def test_a_sample_is_cut_at_the_rows_length() -> None:
+    source = make_source([([1, 2, 3, 4, 5], [0, 1, 1, 1, 1])], shapes=(Shape(1, 3),))
+    step = source[0]
+    assert step["microbatches"][0]["targets"].tolist() == [[2, 3, 0]]
+    assert (step["tokens"], step["loss_tokens"], step["microbatches"][0]["loss_weights"].sum()) == (3, 2, 2)
+
+
+def test_what_a_step_counts_is_what_its_slots_hold() -> None:
+    source = make_source(random_samples(60), batch_size=16, shapes=microbatch_shapes(256, 2), num_shards=2)
+    for i in range(len(source)):
+        step = source[i]
+        held = [m for m in step["microbatches"]]
+        assert step["tokens"] == sum(int((m["segment_ids"] > 0).sum()) for m in held)
+        assert step["loss_tokens"] == sum(int((m["loss_weights"] > 0).sum()) for m in held)
+        assert step["slots"] == sum(m["tokens"].size for m in held)
+        assert step["samples"] == len(found(step))
+        for m in held:
+            padding = m["segment_ids"] == 0
+            assert not any(m[name][padding].any() for name in m)
+
+
+# ---------------------------------------------------------------------------------------- shards and hosts
+@pytest.mark.parametrize("num_shards", [2, 8])
+def test_a_step_holds_the_same_samples_on_any_number_of_shards(num_shards: int) -> None:
+    samples, shapes = random_samples(70), microbatch_shapes(256, 2)
+    one = make_source(samples, batch_size=20, shapes=shapes, num_epochs=2)
+    many = make_source(samples, batch_size=20, shapes=shapes, num_shards=num_shards, num_epochs=2)
+    assert len(one) == len(many) == 8
+    for i in range(len(one)):
+        assert found(one[i]) == found(many[i])
+        counts = ("phase", "epoch", "samples", "tokens", "loss_tokens", "squared_lengths")
+        assert [one[i][k] for k in counts] == [many[i][k] for k in counts]
+    assert found(one[0]) != found(one[1])
+
+
+def test_hosts_together_hold_what_one_host_would() -> None:
+    samples, shapes = random_samples(70), microbatch_shapes(256, 2)
+    alone = make_source(samples, batch_size=30, shapes=shapes, num_shards=4)
+    hosts = [
+        make_source(samples, batch_size=30, shapes=shapes, num_shards=4, shards=s) for s in ((0, 1), (2,), (3,))
+    ]
+    for i in range(len(alone)):
+        parts = [host[i] for host in hosts]
+        assert [p["slots"] for p in parts] == [alone[i]["slots"]] * 3  # counts are of all hosts
+        for number, m in enumerate(alone[i]["microbatches"]):
+            for name, whole in m.items():
+                joined = np.concatenate([p["microbatches"][number][name] for p in parts])
+                assert np.array_equal(joined, whole)
+
+
+# ---------------------------------------------------------------------------------------- onward
+def test_loading_from_a_step_on_is_loading_all_and_skipping() -> None:
+    source = make_source(random_samples(60), batch_size=8, shapes=microbatch_shapes(256, 1), num_epochs=2)
+    every = list(load_steps(source, 0, 0))
+    assert len(every) == len(source) == 16
+    assert all(same(step, source[i]) for i, step in enumerate(every))
+    for start in (1, 7, 15):
+        rest = list(load_steps(source, start, 0))
+        assert len(rest) == 16 - start
+        assert all(same(a, b) for a, b in zip(rest, every[start:], strict=True))
+    assert not same(every[0], every[1])  # the comparison can fail
+    assert list(load_steps(source, 16, 0)) == []
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing() -> None:
+    source = make_source(random_samples(40), batch_size=8, shapes=microbatch_shapes(256, 1))
+    here = list(load_steps(source, 1, 0))
+    there = list(load_steps(source, 1, 2))
+    assert len(here) == len(there) == 4
+    assert all(same(a, b) for a, b in zip(here, there, strict=True))

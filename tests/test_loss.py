@@ -1,0 +1,196 @@
+"""The chunked cross-entropy and its gradients against torch's in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from mice_jax.loss import cross_entropy_sums
+from mice_jax.sharding import BATCH_AXES
+from models import gap, mesh_of
+
+# float32 keeps a sum of some 200 terms, and each term, a difference of logits of order 10, to a few 1e-7 of itself.
+SUM = 1e-6  # of the value
+GRADIENT = 1e-5  # entries are of order 1
+
+B, T, D, VOCAB = 8, 30, 16, 37
+
+
+@functools.cache
+def jitted(chunk: int, batch_axes: tuple[str, ...], vocab_size: int, factor: float):
+    def loss(hidden, weight, targets, loss_weights):
+        loss_sum, weight_sum = cross_entropy_sums(
+            hidden, weight, targets, loss_weights, vocab_size=vocab_size, chunk=chunk, batch_axes=batch_axes
+        )
+        return loss_sum * jnp.float32(factor), weight_sum
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+class Case:
+    """Random inputs, with large differences between the rows' weights."""
+
+    def __init__(self, seed: int = 0, columns: int = VOCAB, scale: float = 1.0):
+        rng = np.random.default_rng(seed)
+        self.hidden = (scale * rng.normal(size=(B, T, D))).astype(np.float32)
+        self.weight = rng.normal(size=(D, columns)).astype(np.float32)
+        self.targets = rng.integers(0, VOCAB, (B, T)).astype(np.int32)
+        self.loss_weights = rng.choice([0, 0.25, 1, 3], (B, T)).astype(np.float32)
+        self.loss_weights[2] = 0
+
+    def ours(self, chunk: int = 8, batch_axes: tuple[str, ...] = (), vocab_size: int = VOCAB, factor: float = 1.0):
+        """loss_sum, weight_sum and the gradients of factor * loss_sum by hidden and weight."""
+
+        grad = jitted(chunk, batch_axes, vocab_size, factor)
+        sums, grads = grad(self.hidden, self.weight, self.targets, self.loss_weights)
+        return *sums, *grads
+
+    def in_torch(self, factor: float = 1.0):
+        """The same, in float64."""
+        hidden = torch.tensor(np.asarray(self.hidden, np.float64), requires_grad=True)
+        weight = torch.tensor(np.asarray(self.weight, np.float64), requires_grad=True)
+        logits = (hidden @ weight[:, :VOCAB]).reshape(-1, VOCAB)
+        ce = torch.nn.functional.cross_entropy(logits, torch.tensor(self.targets).long().reshape(-1), reduction="none")
+        loss_weights = torch.tensor(self.loss_weights).double()
+        loss = (ce * loss_weights.reshape(-1)).sum()
+        (factor * loss).backward()
+        return loss.item() * factor, loss_weights.sum().item(), hidden.grad.numpy(), weight.grad.numpy()
+
+
+def assert_equal(ours, expected) -> None:
+    assert [x.dtype for x in ours[:2]] == [jnp.float32] * 2
+    for a, b in zip(ours[:2], expected[:2], strict=True):
+        assert abs(float(a) - b) <= SUM * abs(b)
+    assert gap(ours[2:], expected[2:]) < GRADIENT * max(1, np.abs(expected[3]).max())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 10, 29, 30, 512])
+def test_sums_and_gradients_are_torch_s_whether_or_not_the_chunk_divides_the_slots(
+    chunk: int, strict_dtypes: None
+) -> None:
+    assert_equal(Case().ours(chunk), Case().in_torch())
+
+
+def test_weights_of_one_targets_off_by_one_and_another_seed_are_told_apart() -> None:
+    expected = Case().in_torch()
+    for change in ("weights", "targets", "inputs"):
+        case = Case(seed=1 if change == "inputs" else 0)
+        if change == "weights":
+            case.loss_weights = (case.loss_weights > 0).astype(np.float32)
+        if change == "targets":
+            case.targets = (case.targets + 1) % VOCAB
+        wrong = case.ours()
+        assert abs(float(wrong[0]) - expected[0]) > 10 * SUM * expected[0]
+        assert gap(wrong[2:3], expected[2:3]) > 10 * GRADIENT
+        assert gap(wrong[3:], expected[3:]) > 10 * GRADIENT * np.abs(expected[3]).max()
+
+
+def test_a_factor_on_the_loss_scales_its_gradients(strict_dtypes: None) -> None:
+    assert_equal(Case().ours(factor=-2.5), Case().in_torch(factor=-2.5))
+
+
+def test_the_vocabulary_s_padding_has_no_influence_and_no_gradient(strict_dtypes: None) -> None:
+    case = Case(columns=64)
+    case.weight[:, VOCAB:] *= 50  # were they seen, these columns would be predicted
+    ours, expected = case.ours(), case.in_torch()
+    assert_equal(ours, expected)
+    assert not np.asarray(ours[3])[:, VOCAB:].any()
+    seen = case.ours(vocab_size=64)
+    assert abs(float(seen[0]) - expected[0]) > 10 * SUM * expected[0]
+    assert np.asarray(seen[3])[:, VOCAB:].any()
+
+
+def test_weights_of_zero_give_sums_and_gradients_of_zero(strict_dtypes: None) -> None:
+    case = Case()
+    assert all(np.asarray(x).any() for x in case.ours())
+    case.loss_weights[:] = 0
+    assert not any(np.asarray(x).any() for x in case.ours())
+
+
+def test_the_target_of_a_slot_without_weight_does_not_matter(strict_dtypes: None) -> None:
+    case = Case()
+    expected = case.in_torch()
+    case.targets[case.loss_weights == 0] = -100
+    assert_equal(case.ours(), expected)
+    case.targets[case.loss_weights > 0] = 0
+    assert abs(float(case.ours()[0]) - expected[0]) > 10 * SUM * expected[0]
+
+
+def test_large_logits_do_not_overflow(strict_dtypes: None) -> None:
+    case = Case(scale=1e3)
+    logits = case.hidden @ case.weight
+    with np.errstate(over="ignore"):
+        assert np.isinf(np.exp(logits)).mean() > 0.1  # without the shift by the largest
+    expected = case.in_torch()
+    assert expected[0] > 1e5
+    ours = case.ours()
+    assert abs(float(ours[0]) - expected[0]) <= SUM * expected[0]
+    # Logits of 1e4 are rounded by 1e-3, and so are probabilities; those of a token move its gradient by hidden = 1e3
+    # times that, and by the columns of the weight.
+    assert gap(ours[2], expected[2]) < 1e-2
+    assert gap(ours[3], expected[3]) < 1e-5 * np.abs(expected[3]).max()
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
+@pytest.mark.parametrize("columns", [VOCAB, 64])
+def test_sums_and_gradients_on_a_mesh_are_those_without_one(
+    sizes: tuple[int, int, int], columns: int, strict_dtypes: None
+) -> None:
+    case = Case(columns=columns)  # on a mesh of 8 rows, the third device has no token to learn from
+    expected = case.in_torch()
+    with jax.set_mesh(mesh_of(*sizes)):
+        assert_equal(case.ours(batch_axes=BATCH_AXES), expected)
+        case.loss_weights[5] = 0
+        without_a_row = case.ours(batch_axes=BATCH_AXES)
+    assert abs(float(without_a_row[0]) - expected[0]) > 10 * SUM * expected[0]
+
+
+# ---------------------------------------------------------------------------------------- bfloat16
+# bfloat16 keeps 8 bits: rounding moves a number by at most 2^-8 of itself.
+ROUNDING = 2.0**-8
+
+
+def in_bfloat16(case: Case) -> Case:
+    case.hidden, case.weight = jnp.asarray(case.hidden, jnp.bfloat16), jnp.asarray(case.weight, jnp.bfloat16)
+    return case
+
+
+def test_with_bfloat16_hidden_states_the_loss_errs_by_their_rounding_alone(strict_dtypes: None) -> None:
+    exact, case = Case(), in_bfloat16(Case())
+    ours, expected = case.ours(), case.in_torch()
+    # From the rounded inputs on, everything is float32.
+    assert abs(float(ours[0]) - expected[0]) <= SUM * expected[0]
+    # The rounding itself: a logit moves by at most (2 * 2^-8 + 2^-16) * sum |h||w|, and CE by twice the largest move.
+    moves = (2 + ROUNDING) * ROUNDING * (np.abs(exact.hidden) @ np.abs(exact.weight)).max(axis=-1)
+    bound = float((2 * moves * exact.loss_weights).sum())
+    assert abs(float(ours[0]) - exact.in_torch()[0]) < bound
+    # Logits rounded to bfloat16 are what the first bound is there to forbid.
+    logits = np.asarray(case.hidden, np.float64) @ np.asarray(case.weight, np.float64)
+    rounded = torch.tensor(np.asarray(jnp.asarray(logits, jnp.bfloat16), np.float64)).reshape(-1, VOCAB)
+    ce = torch.nn.functional.cross_entropy(rounded, torch.tensor(case.targets).long().reshape(-1), reduction="none")
+    wrong = float((ce.numpy() * case.loss_weights.reshape(-1)).sum())
+    assert abs(wrong - expected[0]) > 10 * SUM * expected[0]
+
+
+def test_gradients_by_bfloat16_hidden_states_err_by_two_roundings(strict_dtypes: None) -> None:
+    case = in_bfloat16(Case())
+    *_, d_hidden, d_weight = case.ours()
+    *_, expected_hidden, expected_weight = case.in_torch()
+    assert d_hidden.dtype == d_weight.dtype == jnp.bfloat16
+    hidden, weight = np.asarray(case.hidden, np.float64), np.asarray(case.weight, np.float64)
+    logits = hidden @ weight
+    probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    d_logits = (probabilities - np.eye(VOCAB)[case.targets]) * case.loss_weights[..., None]
+    # One rounding of each logit's gradient, one of the sum; float32 between them.
+    slack = 1 + 1e-3
+    hidden_bound = slack * ROUNDING * (np.abs(d_logits) @ np.abs(weight.T) + np.abs(expected_hidden)) + 1e-6
+    sums = np.einsum("btd,btv->dv", np.abs(hidden), np.abs(d_logits))
+    weight_bound = slack * ROUNDING * (sums + np.abs(expected_weight)) + 1e-6
+    assert (np.abs(np.asarray(d_hidden, np.float64) - expected_hidden) <= hidden_bound).all()
+    assert (np.abs(np.asarray(d_weight, np.float64) - expected_weight) <= weight_bound).all()
+    shifted = np.roll(expected_hidden, 1, axis=1)
+    assert (np.abs(np.asarray(d_hidden, np.float64) - shifted) > 10 * hidden_bound).mean() > 0.5

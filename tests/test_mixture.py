@@ -1,0 +1,176 @@
+"""What each step holds, for every step of small runs, counted by hand."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mice_jax.data.mixture import Mixture, PhasePools, Pool, Step
+
+
+def phase(*pools: tuple[Sequence[int], float], name: str = "stacked", num_epochs: float = 1.0) -> PhasePools:
+    return PhasePools(name, num_epochs, tuple(Pool(np.array(ids), weight) for ids, weight in pools))
+
+
+def mix(*phases: PhasePools, batch_size: int, seed: int = 0, **options: bool) -> Mixture:
+    return Mixture(phases, batch_size=batch_size, seed=seed, **options)
+
+
+def steps_of(mixture: Mixture) -> list[Step]:
+    return [mixture.step(i) for i in range(len(mixture))]
+
+
+def drawn(mixture: Mixture, phase: int, epoch: int) -> list[int]:
+    """All samples of one epoch, in order."""
+    return [int(i) for s in steps_of(mixture) if (s.phase, s.epoch) == (phase, epoch) for i in s.samples]
+
+
+# ---------------------------------------------------------------------------------------- exact batches
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 24])
+def test_each_step_holds_exactly_its_samples_over_two_epochs_and_every_sample_once_an_epoch(batch_size: int) -> None:
+    ids = range(100, 124)
+    mixture = mix(phase((ids, 1.0), num_epochs=2), batch_size=batch_size)
+    per_epoch = -(-24 // batch_size)
+    assert len(mixture) == 2 * per_epoch
+    for epoch in (0, 1):
+        sizes = [len(s.samples) for s in steps_of(mixture) if s.epoch == epoch]
+        assert sizes[:-1] == [batch_size] * (per_epoch - 1)
+        assert sizes[-1] == 24 - batch_size * (per_epoch - 1)  # only the last may hold fewer
+        assert sorted(drawn(mixture, 0, epoch)) == list(ids)
+    assert drawn(mixture, 0, 0) != drawn(mixture, 0, 1)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.sampled_from([0.25, 0.5, 1.0, 1.5, 3.0])), min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.sampled_from([0.5, 1.0, 2.0, 2.5]),
+    st.booleans(),
+)
+def test_no_step_mixes_epochs_and_none_but_an_epoch_s_last_is_short(
+    sizes: list[tuple[int, float]], batch_size: int, num_epochs: float, drop: bool
+) -> None:
+    first = np.cumsum([0] + [n for n, _ in sizes])
+    pools = [(range(a, a + n), w) for a, (n, w) in zip(first, sizes, strict=False)]
+    mixture = mix(phase(*pools, num_epochs=num_epochs), batch_size=batch_size, drop_remainder=drop)
+    steps = steps_of(mixture)
+    for step, following in itertools.zip_longest(steps, steps[1:]):
+        ends = following is None or following.epoch != step.epoch
+        assert len(step.samples) == batch_size or (ends and not drop and 0 < len(step.samples) < batch_size)
+    assert [s.epoch for s in steps] == sorted(s.epoch for s in steps)
+    per_epoch = sum(round(n * w) for n, w in sizes)
+    planned = per_epoch * int(num_epochs) + round(per_epoch * (num_epochs % 1))
+    assert sum(len(s.samples) for s in steps) + mixture.samples_left_out == planned
+
+
+def test_the_rest_of_an_epoch_is_left_out_and_counted_where_asked() -> None:
+    ids = range(10)
+    mixture = mix(phase((ids, 1.0), num_epochs=3), batch_size=4, drop_remainder=True)
+    assert [len(s.samples) for s in steps_of(mixture)] == [4] * 6
+    assert mixture.samples_left_out == 6  # two of each epoch
+    assert mix(phase((ids, 1.0), num_epochs=3), batch_size=4).samples_left_out == 0
+    # Others every epoch: nothing is left out for good.
+    left_out = [set(ids) - set(drawn(mixture, 0, e)) for e in range(3)]
+    assert len(set(map(frozenset, left_out))) > 1
+
+
+def test_a_batch_larger_than_an_epoch_is_the_epoch() -> None:
+    mixture = mix(phase((range(5), 1.0), num_epochs=2), batch_size=100)
+    assert [sorted(s.samples.tolist()) for s in steps_of(mixture)] == [list(range(5))] * 2
+    assert mixture.shortest_epoch() == 5
+    assert len(mix(phase((range(5), 1.0)), batch_size=100, drop_remainder=True)) == 0
+
+
+# ---------------------------------------------------------------------------------------- weights
+def test_weight_a_half_sees_each_sample_once_in_two_epochs() -> None:
+    mixture = mix(phase((range(10), 0.5), (range(10, 14), 1.0), num_epochs=4), batch_size=3)
+    for epoch in range(4):
+        counts = Counter(drawn(mixture, 0, epoch))
+        assert sum(counts[i] for i in range(10)) == 5 and all(counts[i] == 1 for i in range(10, 14))
+    for pair in ((0, 1), (2, 3)):
+        both = [i for e in pair for i in drawn(mixture, 0, e) if i < 10]
+        assert sorted(both) == list(range(10))
+
+
+def test_weight_two_sees_each_sample_twice_an_epoch() -> None:
+    mixture = mix(phase((range(6), 2.0), (range(6, 9), 1.0), num_epochs=2), batch_size=4)
+    for epoch in (0, 1):
+        assert Counter(drawn(mixture, 0, epoch)) == Counter([*range(6), *range(6), *range(6, 9)])
+
+
+def test_weight_one_and_a_half_sees_each_sample_three_times_in_two_epochs() -> None:
+    mixture = mix(phase((range(8), 1.5), num_epochs=2), batch_size=5)
+    both = Counter(drawn(mixture, 0, 0) + drawn(mixture, 0, 1))
+    assert both == Counter({i: 3 for i in range(8)})
+    assert set(Counter(drawn(mixture, 0, 0)).values()) == {1, 2}
+
+
+def test_pools_are_mixed_within_an_epoch() -> None:
+    first = drawn(mix(phase((range(50), 1.0), (range(50, 100), 1.0)), batch_size=100), 0, 0)
+    assert 15 < sum(i < 50 for i in first[:50]) < 35  # 25 on average, with a deviation of 2.5
+
+
+# ---------------------------------------------------------------------------------------- epochs and phases
+def test_a_part_of_an_epoch_is_a_part_of_its_samples() -> None:
+    mixture = mix(phase((range(10), 1.0), num_epochs=2.5), batch_size=4)
+    assert [len(s.samples) for s in steps_of(mixture)] == [4, 4, 2, 4, 4, 2, 4, 1]
+    last = drawn(mixture, 0, 2)
+    assert len(set(last)) == len(last) == 5
+    whole = mix(phase((range(10), 1.0), num_epochs=3), batch_size=4)
+    assert drawn(whole, 0, 2)[:5] == last  # as the whole epoch would have begun
+    assert len(mix(phase((range(10), 1.0), num_epochs=0.25), batch_size=4)) == 1
+
+
+def test_phases_follow_each_other_and_never_mix() -> None:
+    phases = [phase((range(10), 1.0), name="a", num_epochs=2), phase((range(10, 17), 1.0), name="b")]
+    mixture = mix(*phases, batch_size=4)
+    assert [(s.phase, s.epoch, len(s.samples)) for s in steps_of(mixture)] == [
+        (0, 0, 4), (0, 0, 4), (0, 0, 2), (0, 1, 4), (0, 1, 4), (0, 1, 2), (1, 0, 4), (1, 0, 3),
+    ]  # fmt: skip
+    for step in steps_of(mixture):
+        assert all((i >= 10) == (step.phase == 1) for i in step.samples)
+
+
+def test_one_source_in_two_phases_is_drawn_in_another_order() -> None:
+    mixture = mix(phase((range(20), 1.0), name="a"), phase((range(20), 1.0), name="b"), batch_size=20)
+    assert drawn(mixture, 0, 0) != drawn(mixture, 1, 0)
+
+
+# ---------------------------------------------------------------------------------------- a pure function
+def runs(seed: int, batch_size: int = 3) -> Mixture:
+    return mix(
+        phase((range(17), 0.5), (range(17, 30), 2.0), name="a", num_epochs=2.5),
+        phase((range(30), 1.0), name="b", num_epochs=2),
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+def test_a_step_does_not_depend_on_what_was_asked_before() -> None:
+    onward, backward, fresh = runs(0), runs(0), [runs(0).step(i) for i in range(len(runs(0)))]
+    there = [onward.step(i) for i in range(len(onward))]
+    back = [backward.step(i) for i in reversed(range(len(backward)))][::-1]
+    for a, b, c in zip(there, back, fresh, strict=True):
+        assert (a.phase, a.epoch) == (b.phase, b.epoch) == (c.phase, c.epoch)
+        assert a.samples.tolist() == b.samples.tolist() == c.samples.tolist()
+
+
+def test_another_seed_draws_another_order_of_the_same_samples() -> None:
+    a, b = drawn(runs(0), 1, 0), drawn(runs(1), 1, 0)
+    assert a != b and sorted(a) == sorted(b)
+
+
+def test_the_order_of_an_epoch_does_not_depend_on_the_batch() -> None:
+    for at in ((0, 0), (0, 1), (1, 1)):
+        assert drawn(runs(0, 3), *at) == drawn(runs(0, 11), *at)
+
+
+def test_an_order_is_random() -> None:
+    """Places of neighbours are far apart: by about a third of the epoch, and not by one as in no order."""
+    order = np.array(drawn(mix(phase((range(300), 1.0)), batch_size=300), 0, 0))
+    apart = np.abs(np.diff(np.argsort(order))).mean()
+    assert 80 < apart < 120

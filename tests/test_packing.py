@@ -1,0 +1,162 @@
+"""Every sample once, within the rows' room, in few shapes with few empty slots: properties, and the figures claimed."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mice_jax.data.packing import Microbatch, Shape, microbatch_shapes, pack_step, slot_efficiency
+
+# The study's lengths, as notes/tech.md models them.
+MEAN_LOG, SIGMA, SHORTEST, LONGEST = 6.2, 0.9, 16, 4096
+
+
+def study_lengths(count: int, seed: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).lognormal(MEAN_LOG, SIGMA, count)
+    return np.clip(drawn, SHORTEST, LONGEST).astype(np.int32)
+
+
+def pack(lengths: np.ndarray, shapes: tuple[Shape, ...], num_shards: int, seed: int = 0) -> list[Microbatch]:
+    return pack_step(lengths, shapes, num_shards, np.random.default_rng(seed))
+
+
+def problems(plan: list[Microbatch], lengths: np.ndarray, shapes: tuple[Shape, ...], num_shards: int) -> list[str]:
+    """What is wrong with a plan, counted by hand."""
+    found = []
+    if sorted(i for m in plan for row in m.rows for i in row) != list(range(len(lengths))):
+        found.append("not every sample once")
+    if any(sum(lengths[i] for i in row) > m.shape.slots for m in plan for row in m.rows):
+        found.append("a row above its room")
+    if any(len(m.rows) != m.shape.rows * num_shards for m in plan):
+        found.append("a microbatch without its rows")
+    if any(m.shape not in shapes for m in plan):
+        found.append("a shape of its own")
+    return found
+
+
+CASES = st.tuples(
+    st.integers(2, 600),  # max_length
+    st.integers(1, 5),  # rows of a shard
+    st.sampled_from([1, 2, 3, 8]),  # shards
+).flatmap(lambda c: st.tuples(st.just(c), st.lists(st.integers(1, c[0]), min_size=1, max_size=60)))
+
+
+# ---------------------------------------------------------------------------------------- properties
+@settings(deadline=None, max_examples=150)
+@given(CASES, st.integers(0, 5))
+def test_a_plan_holds_every_sample_once_within_its_rows(case: tuple, seed: int) -> None:
+    (max_length, rows, num_shards), listed = case
+    lengths, shapes = np.array(listed, np.int32), microbatch_shapes(max_length, rows)
+    plan = pack(lengths, shapes, num_shards, seed)
+    assert problems(plan, lengths, shapes, num_shards) == []
+    again = pack(lengths, shapes, num_shards, seed)
+    assert again == plan
+
+
+def test_the_checks_of_a_plan_see_what_is_wrong_with_one() -> None:
+    lengths, shapes = np.array([100, 60, 60], np.int32), (Shape(1, 128),)
+    assert problems([Microbatch(shapes[0], [[0]]), Microbatch(shapes[0], [[1, 2]])], lengths, shapes, 1) == []
+    assert problems([Microbatch(shapes[0], [[0, 1]]), Microbatch(shapes[0], [[2]])], lengths, shapes, 1) == [
+        "a row above its room"
+    ]
+    twice = [Microbatch(shapes[0], [[0]]), Microbatch(shapes[0], [[0]])]
+    assert "not every sample once" in problems(twice, lengths, shapes, 1)
+    assert "a microbatch without its rows" in problems(twice, lengths, shapes, 2)
+    assert "a shape of its own" in problems([Microbatch(Shape(1, 256), [[0, 1, 2]])], lengths, shapes, 1)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 40_000), st.integers(1, 64))
+def test_a_run_has_at_most_six_shapes_and_none_longer_than_its_rows(max_length: int, rows: int) -> None:
+    shapes = microbatch_shapes(max_length, rows)
+    assert shapes[0] == Shape(rows, max_length)
+    assert len(set(shapes)) == len(shapes) <= 6
+    areas = [s.rows * s.slots for s in shapes]
+    assert areas == sorted(areas, reverse=True)
+    for shape in shapes:
+        assert 1 <= shape.rows <= rows
+        assert shape.slots == max_length or (shape.slots < max_length and shape.slots % 128 == 0)
+
+
+def test_the_shapes_of_two_common_runs_are_these() -> None:
+    assert microbatch_shapes(4096, 1) == tuple(Shape(1, s) for s in (4096, 3072, 2048, 1536, 1024, 512))
+    assert [(s.rows, s.slots) for s in microbatch_shapes(1024, 4)] == [
+        (4, 1024),
+        (2, 1024),
+        (1, 1024),
+        (1, 512),
+        (1, 256),
+        (1, 128),
+    ]
+
+
+# ---------------------------------------------------------------------------------------- by hand
+def test_three_samples_by_hand() -> None:
+    # 100 + 28 and 128 fill two rows of 128: no slot is empty.
+    plan = pack(np.array([28, 128, 100], np.int32), (Shape(1, 128),), 1)
+    assert sorted(sorted(row) for m in plan for row in m.rows) == [[0, 2], [1]]
+    assert slot_efficiency(256, plan) == 1.0
+
+
+def test_slots_of_padding_rows_count_as_computed() -> None:
+    plan = pack(np.array([64], np.int32), (Shape(1, 128),), 8)
+    assert [len(m.rows) for m in plan] == [8]
+    assert slot_efficiency(64, plan) == 64 / (8 * 128)
+
+
+def test_a_short_step_takes_a_small_shape() -> None:
+    shapes = microbatch_shapes(4096, 4)
+    (only,) = pack(np.array([300], np.int32), shapes, 1)
+    assert only.shape == min(shapes, key=lambda s: s.rows * s.slots)
+
+
+def test_samples_just_above_half_a_row_take_a_row_each() -> None:
+    lengths = np.full(50, 2100, np.int32)
+    shapes = microbatch_shapes(4096, 2)
+    plan = pack(lengths, shapes, 4)
+    assert problems(plan, lengths, shapes, 4) == []
+    assert max(len(row) for m in plan for row in m.rows) == 1
+
+
+# ---------------------------------------------------------------------------------------- order
+def test_another_seed_deals_the_same_rows_in_another_order() -> None:
+    lengths, shapes = study_lengths(500, 0), microbatch_shapes(4096, 2)
+    a, b = (pack(lengths, shapes, 4, seed) for seed in (0, 1))
+    rows = [Counter(tuple(sorted(row)) for m in plan for row in m.rows) for plan in (a, b)]
+    assert rows[0] == rows[1]
+    assert [m.rows for m in a] != [m.rows for m in b]
+    assert [m.shape for m in a] == [m.shape for m in b]
+
+
+def test_microbatches_are_comparable_samples_of_their_step() -> None:
+    """Packed by length, the first rows hold the longest samples: dealt in that order, microbatches would differ."""
+
+    def spread(by_microbatch: np.ndarray) -> float:
+        return float(np.abs(np.corrcoef(np.arange(len(by_microbatch)), by_microbatch)[0, 1]))
+
+    lengths, shapes = study_lengths(3840, 0), microbatch_shapes(4096, 2)
+    plan = [m for m in pack(lengths, shapes, 8) if m.shape == shapes[0]]
+    mean = np.array([np.mean([lengths[i] for row in m.rows for i in row]) for m in plan])
+    assert len(mean) > 30 and spread(mean) < 0.4
+    rows = sorted((row for m in plan for row in m.rows if row), key=lambda r: -max(lengths[i] for i in r))
+    undealt = np.array([np.mean([lengths[i] for i in r]) for r in rows])
+    assert spread(undealt) > 0.6  # the negative control: in the order of packing it shows
+
+
+# ---------------------------------------------------------------------------------------- efficiency
+@pytest.mark.parametrize(("samples", "least"), [(3840, 0.995), (128, 0.95)])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_few_slots_are_empty_with_the_study_s_lengths(samples: int, least: float, rows: int) -> None:
+    shapes = microbatch_shapes(LONGEST, rows)
+    tokens = slots = 0
+    for seed in range(3 if samples > 1000 else 12):
+        lengths = study_lengths(samples, seed)
+        plan = pack(lengths, shapes, 8, seed)
+        assert problems(plan, lengths, shapes, 8) == []
+        tokens += int(lengths.sum())
+        slots += sum(len(m.rows) * m.shape.slots for m in plan)
+    assert tokens / slots >= least
+    # One sample a row, the negative control, is what padding costs.
+    assert tokens / (samples * LONGEST * (3 if samples > 1000 else 12)) < 0.25

@@ -1,0 +1,363 @@
+"""The step: sums over microbatches and devices, one division, clip, AdamW; against torch in float64."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from mice_jax.models.transformer import Compute, Params
+from mice_jax.optim import make_optimizer
+from mice_jax.sharding import num_shards, put_rows
+from mice_jax.step import StepFunctions, Sums, TrainState, make_step
+from models import Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of
+
+# Losses and norms are sums of thousands of float32 terms, each right to some 1e-6 after the layers before it.
+LOSS = 1e-5  # of the value
+NORM = 1e-5  # of the value
+# AdamW's first steps are g / |g|: an entry whose gradient is as small as the rounding of its terms may come out as
+# anything, so updates are compared by the norm of the difference, in units of the update's norm.
+UPDATE = 1e-3
+
+RATE = 1e-2
+SLOTS = 24
+ADAM = {"grad_clip": 1.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+
+Rows = list[list[Sample]]
+
+
+def schedule(step: Any) -> jax.Array:
+    return RATE / (1 + jnp.asarray(step, jnp.float32))  # 0.01, then 0.005
+
+
+@dataclasses.dataclass
+class Run:
+    fns: StepFunctions
+    mesh: jax.sharding.Mesh
+    params: Params  # as loaded
+
+    def batches(self, rows: Rows, rows_per_microbatch: int, loss_reduction: str = "token") -> list[dict]:
+        arrays = packed(rows, SLOTS, loss_reduction)
+        starts = range(0, len(rows), rows_per_microbatch)
+        parts = [{k: x[i : i + rows_per_microbatch] for k, x in arrays.items()} for i in starts]
+        return [put_rows(part, self.mesh) for part in parts]
+
+    def state(self) -> TrainState:
+        return self.fns.start(jax.tree.map(jnp.copy, self.params))
+
+    def steps(
+        self, steps: Sequence[Rows], rows_per_microbatch: int, loss_reduction: str = "token"
+    ) -> tuple[TrainState, list[dict[str, float]]]:
+        state, sums, metrics = self.state(), self.fns.zero_sums(), []
+        for rows in steps:
+            for batch in self.batches(rows, rows_per_microbatch, loss_reduction):
+                sums = self.fns.accumulate(state.params, sums, batch)
+            state, sums, measured = self.fns.apply(state, sums)
+            metrics.append({k: float(x) for k, x in measured.items()})
+        return state, metrics
+
+
+def run_on(folder: Path, sizes: tuple[int, int, int], attention: str = "reference", **adam: float) -> Run:
+    mesh = mesh_of(*sizes)
+    decoder, params = load(folder, mesh)
+    optimizer = make_optimizer(schedule, **(ADAM | adam))
+    compute = Compute(jnp.dtype("float32"), attention, "none")
+    return Run(make_step(decoder, optimizer, schedule, mesh, compute), mesh, params)
+
+
+# ---------------------------------------------------------------------------------------- data and reference
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LlamaForCausalLM:
+    return in_float64(llama(folder))
+
+
+@pytest.fixture(scope="module")
+def two_steps() -> list[Rows]:
+    """Two steps of 16 rows: from 0 to 46 trained tokens a row, four rows with none; the second step's losses are
+    of few tokens, so that its gradient is larger."""
+    rng = np.random.default_rng(0)
+
+    def row(kind: int) -> list[Sample]:
+        if kind == 0:
+            return []  # padding
+        if kind == 1:
+            return [sample_of(20, slice(0, 0), rng)]  # nothing trained
+        if kind == 2:
+            return [sample_of(SLOTS, slice(1, SLOTS), rng)]  # everything
+        return [sample_of(7, [6], rng), sample_of(1, slice(0, 0), rng), sample_of(12, slice(10 - kind, 12), rng)]
+
+    first = [2, 3, 1, 0, 4, 3, 3, 4, 3, 5, 0, 1, 3, 4, 3, 2]
+    second = [3, 3, 1, 0, 4, 3, 3, 3, 3, 3, 0, 1, 3, 4, 3, 2]
+    return [[row(k) for k in kinds] for kinds in (first, second)]
+
+
+def torch_loss(model: LlamaForCausalLM, rows: Rows, loss_reduction: str = "token") -> torch.Tensor:
+    """Every sample by itself; the sum of their weighted losses over the sum of the weights."""
+    losses, weights = [], []
+    for tokens, trained in (s for row in rows for s in row if s[1][1:].any()):
+        ids = torch.tensor(tokens)
+        ce = torch.nn.functional.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        ce = ce[torch.tensor(trained[1:])]
+        losses.append(ce.mean() if loss_reduction == "sample" else ce.sum())
+        weights.append(1 if loss_reduction == "sample" else len(ce))
+    return sum(losses) / sum(weights)
+
+
+def torch_steps(model: LlamaForCausalLM, steps: list[Rows], weight_decay: float = 0.0) -> tuple[Any, list[dict]]:
+    """The model after torch's clipping and AdamW, and each step's loss and gradient norm."""
+    model, metrics = copy.deepcopy(model), []
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
+    for i, rows in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE / (1 + i)
+        optimizer.zero_grad()
+        loss = torch_loss(model, rows)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        metrics.append({"loss": loss.item(), "grad_norm": norm.item()})
+    return model, metrics
+
+
+def in_our_form(model: LlamaForCausalLM, folder: Path) -> Params:
+    model.float().save_pretrained(folder)
+    return load(folder, mesh_of(1, 1, 1))[1]
+
+
+@pytest.fixture(scope="module")
+def expected(
+    model: LlamaForCausalLM, two_steps: list[Rows], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Params, list[dict]]:
+    """Parameters after two steps of torch, and its metrics."""
+    updated, metrics = torch_steps(model, two_steps)
+    return in_our_form(updated, tmp_path_factory.mktemp("updated")), metrics
+
+
+def norm(tree: Any) -> float:
+    return float(np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree))))
+
+
+def difference(a: Params, b: Params) -> Params:
+    return jax.tree.map(lambda x, y: np.asarray(x, np.float64) - np.asarray(y, np.float64), a, b)
+
+
+def update_gap(params: Params, expected: Params, start: Params) -> float:
+    """How far from `expected`, in units of how far that is from `start`."""
+    return norm(difference(params, expected)) / norm(difference(expected, start))
+
+
+# ---------------------------------------------------------------------------------------- exactness
+@pytest.mark.parametrize(
+    ("sizes", "rows_per_microbatch", "attention"),
+    [
+        ((1, 1, 1), 1, "reference"),
+        ((1, 1, 1), 16, "blockwise"),
+        ((1, 8, 1), 8, "blockwise"),
+        ((1, 8, 1), 16, "reference"),
+        ((1, 4, 2), 4, "reference"),
+        ((1, 4, 2), 8, "blockwise"),
+        ((2, 2, 2), 16, "reference"),
+    ],
+)
+def test_loss_norm_and_weights_are_torch_s_whatever_the_mesh_and_the_rows_of_a_microbatch(
+    sizes: tuple[int, int, int],
+    rows_per_microbatch: int,
+    attention: str,
+    folder: Path,
+    two_steps: list[Rows],
+    expected: tuple[Params, list[dict]],
+    strict_dtypes: None,
+) -> None:
+    with jax.numpy_dtype_promotion("standard"):  # optax's update asks for it
+        run = run_on(folder, sizes, attention)
+        state, metrics = run.steps(two_steps, rows_per_microbatch)
+    for ours, theirs in zip(metrics, expected[1], strict=True):
+        assert theirs["grad_norm"] > 1.5  # so that clipping matters
+        assert abs(ours["loss"] - theirs["loss"]) < LOSS * theirs["loss"]
+        assert abs(ours["grad_norm"] - theirs["grad_norm"]) < NORM * theirs["grad_norm"]
+        assert ours["finite"] == 1
+    assert update_gap(state.params, expected[0], run.params) < UPDATE
+    assert int(state.step) == 2
+    shards = num_shards(run.mesh)
+    weights = packed(two_steps[0], SLOTS)["loss_weights"].reshape(-1, shards, rows_per_microbatch // shards, SLOTS)
+    tokens_of_devices = weights.sum(axis=(0, 2, 3))
+    if shards == 8 or (sizes, rows_per_microbatch) == ((1, 4, 2), 8):
+        assert tokens_of_devices.min() == 0 and tokens_of_devices.max() > 20
+
+
+def test_a_mean_of_the_microbatches_means_would_give_another_loss_norm_and_update(
+    folder: Path, two_steps: list[Rows], model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    [rows] = two_steps[:1]
+    run = run_on(folder, (1, 8, 1))
+    state, means = run.state(), []
+    for batch in run.batches(rows, 8):
+        sums = run.fns.accumulate(state.params, run.fns.zero_sums(), batch)
+        means.append(jax.tree.map(lambda x, s=sums: x / s.weight_sum, sums))
+    mean = jax.tree.map(lambda *x: sum(x) / len(x), *means)
+    shardings = jax.tree.map(lambda x: x.sharding, run.fns.zero_sums())
+    wrong, _, metrics = run.fns.apply(state, jax.device_put(mean, shardings))
+    updated, [theirs] = torch_steps(model, [rows])
+    assert abs(float(metrics["loss"]) - theirs["loss"]) > 10 * LOSS * theirs["loss"]
+    assert abs(float(metrics["grad_norm"]) - theirs["grad_norm"]) > 10 * NORM * theirs["grad_norm"]
+    assert update_gap(wrong.params, in_our_form(updated, tmp_path), run.params) > 10 * UPDATE
+
+
+def test_without_clipping_or_with_other_betas_the_updates_are_others(
+    folder: Path, two_steps: list[Rows], expected: tuple[Params, list[dict]]
+) -> None:
+    for change in ({"grad_clip": 0.0}, {"beta1": 0.8}, {"beta2": 0.999}, {"eps": 1e-3}, {"weight_decay": 0.1}):
+        run = run_on(folder, (1, 1, 1), **change)
+        state, metrics = run.steps(two_steps, 16)
+        assert update_gap(state.params, expected[0], run.params) > 10 * UPDATE, change
+        assert abs(metrics[0]["grad_norm"] - expected[1][0]["grad_norm"]) < NORM * expected[1][0]["grad_norm"], change
+
+
+def test_weight_decay_is_torch_s_with_norms_and_biases_in_a_group_without_it(
+    folder: Path, two_steps: list[Rows], model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    run = run_on(folder, (1, 8, 1), weight_decay=1.0)
+    state, _ = run.steps(two_steps, 16)
+    updated, _ = torch_steps(model, two_steps, weight_decay=1.0)
+    assert update_gap(state.params, in_our_form(updated, tmp_path), run.params) < UPDATE
+
+
+def test_what_a_step_measures_is_what_it_did(folder: Path, two_steps: list[Rows]) -> None:
+    run = run_on(folder, (1, 8, 1))
+    state, metrics = run.steps(two_steps[:1], 16)
+    assert abs(metrics[0]["param_norm"] / norm(state.params) - 1) < NORM
+    assert abs(metrics[0]["param_norm"] / norm(run.params) - 1) > 10 * NORM  # after the update, not before
+    # An update of 0.01 is read off weights of order 1, which are rounded to 6e-8.
+    assert abs(metrics[0]["update_norm"] / norm(difference(state.params, run.params)) - 1) < NORM
+    assert metrics[0]["learning_rate"] == np.float32(RATE)
+    _, metrics = run.steps(two_steps, 16)
+    assert metrics[1]["learning_rate"] == np.float32(RATE / 2)
+
+
+def test_evaluating_gives_the_sums_of_accumulating(folder: Path, two_steps: list[Rows], expected: Any) -> None:
+    run = run_on(folder, (1, 4, 2))
+    state = run.state()
+    parts = [run.fns.evaluate(state.params, b) for b in run.batches(two_steps[0], 4)]
+    loss, weight = (sum(float(p[i]) for p in parts) for i in (0, 1))
+    assert abs(loss / weight - expected[1][0]["loss"]) < LOSS * expected[1][0]["loss"]
+    assert weight == packed(two_steps[0], SLOTS)["loss_weights"].sum()
+    mean = np.mean([float(p[0]) / float(p[1]) for p in parts])
+    assert abs(mean - expected[1][0]["loss"]) > 10 * LOSS * expected[1][0]["loss"]
+
+
+# ---------------------------------------------------------------------------------------- loss reduction
+def test_each_sample_weighs_the_same_under_loss_reduction_sample(folder: Path, model: LlamaForCausalLM) -> None:
+    rng = np.random.default_rng(1)
+    # 1, 11 and 6 predicted tokens: the first token of the last is trained, but nothing predicts it.
+    samples = [sample_of(8, [5], rng), sample_of(12, slice(1, 12), rng), sample_of(9, [0, 2, 3, 4, 6, 7, 8], rng)]
+    rows = [[samples[0], samples[1]], [samples[2]]]
+    arrays = packed(rows, SLOTS, "sample")
+    by_hand = np.zeros((2, SLOTS))
+    by_hand[0, 4] = 1  # slot 4 predicts token 5
+    by_hand[0, 8:19] = 1 / 11
+    by_hand[1, [1, 2, 3, 5, 6, 7]] = 1 / 6
+    assert gap(arrays["loss_weights"], by_hand) < 1e-7
+    assert arrays["positions"][0, :20].tolist() == [*range(8), *range(12)]  # they restart
+    assert arrays["segment_ids"][0].tolist() == [1] * 8 + [2] * 12 + [0] * 4
+    run = run_on(folder, (1, 1, 1))
+    with torch.no_grad():
+        by_sample, by_token = (float(torch_loss(model, rows, r)) for r in ("sample", "token"))
+    _, [metrics] = run.steps([rows], 1, "sample")
+    assert abs(metrics["loss"] - by_sample) < LOSS * by_sample
+    assert abs(metrics["loss"] - by_token) > 10 * LOSS * by_token
+    _, [metrics] = run.steps([rows], 1, "token")
+    assert abs(metrics["loss"] - by_token) < LOSS * by_token
+
+
+# ---------------------------------------------------------------------------------------- not finite
+@pytest.mark.parametrize("bad", ["an infinite weight", "a gradient that is not a number", "no weight at all"])
+def test_a_loss_or_gradient_that_is_not_finite_leaves_the_state_as_it_was(
+    bad: str, folder: Path, two_steps: list[Rows]
+) -> None:
+    run = run_on(folder, (1, 8, 1))
+    state, sums = run.steps(two_steps, 16)[0], run.fns.zero_sums()  # moments and counts that are not zero
+    before = jax.tree.map(np.asarray, jax.device_get(state))
+    [batch] = run.batches(two_steps[0], 16)
+    if bad == "an infinite weight":
+        batch["loss_weights"] = batch["loss_weights"].at[0, 3].set(jnp.inf)
+    sums = run.fns.accumulate(state.params, sums, batch)
+    if bad == "a gradient that is not a number":
+        grads = dict(sums.grads, final_norm={"scale": sums.grads["final_norm"]["scale"].at[5].set(jnp.nan)})
+        sums = Sums(grads, sums.loss_sum, sums.weight_sum)
+    if bad == "no weight at all":
+        sums = run.fns.zero_sums()
+    state, sums, metrics = run.fns.apply(state, sums)
+    assert not metrics["finite"]
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, jax.device_get(state))))
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(sums))  # nothing of it enters the next step
+    state, _, metrics = run.fns.apply(state, run.fns.accumulate(state.params, sums, run.batches(two_steps[0], 16)[0]))
+    assert metrics["finite"]
+    same = jax.tree.leaves(jax.tree.map(np.array_equal, before, jax.device_get(state)))
+    assert not any(same), "a good step changes everything"
+
+
+# ---------------------------------------------------------------------------------------- compilation, memory
+def test_each_shape_is_compiled_once_over_many_steps(folder: Path, two_steps: list[Rows]) -> None:
+    run = run_on(folder, (1, 4, 2))
+    state, sums = run.state(), run.fns.zero_sums()
+    for _ in range(3):
+        for rows_per_microbatch in (8, 4):
+            for batch in run.batches(two_steps[0], rows_per_microbatch):
+                sums = run.fns.accumulate(state.params, sums, batch)
+        state, sums, _ = run.fns.apply(state, sums)
+    assert run.fns.accumulate.jitted._cache_size() == 2
+    assert run.fns.apply.jitted._cache_size() == 1
+    run.fns.accumulate(state.params, sums, run.batches(two_steps[0], 16)[0])
+    assert run.fns.accumulate.jitted._cache_size() == 3
+
+
+def test_what_is_donated_is_deleted_and_parameters_outlive_accumulation(folder: Path, two_steps: list[Rows]) -> None:
+    run = run_on(folder, (1, 8, 1))
+
+    def deleted(tree: Any) -> set[bool]:
+        return {x.is_deleted() for x in jax.tree.leaves(tree)}
+
+    given = jax.tree.map(jnp.copy, run.params)
+    state = run.fns.start(given)
+    assert deleted(given) == {True}
+    sums = run.fns.zero_sums()
+    [batch] = run.batches(two_steps[0], 16)
+    more = run.fns.accumulate(state.params, sums, batch)
+    assert deleted(sums) == {True}
+    assert deleted(state) == deleted(batch) == {False}
+    new_state, new_sums, _ = run.fns.apply(state, more)
+    assert deleted((state, more)) == {True}
+    assert deleted((new_state, new_sums)) == {False}
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
+def test_parameters_moments_and_sums_lie_on_the_mesh_as_the_abstract_state_says(
+    sizes: tuple[int, int, int], folder: Path
+) -> None:
+    run = run_on(folder, sizes)
+    state, sums = run.fns.init(jax.random.key(0)), run.fns.zero_sums()
+    for a, x in zip(jax.tree.leaves(run.fns.abstract_state), jax.tree.leaves(state), strict=True):
+        assert (a.shape, a.dtype) == (x.shape, x.dtype) and a.sharding.is_equivalent_to(x.sharding, x.ndim)
+    [moments] = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    trees = zip(*(jax.tree.leaves(t) for t in (state.params, moments.mu, moments.nu, sums.grads)), strict=True)
+    for leaves in trees:
+        assert {x.dtype for x in leaves} == {jnp.dtype("float32")}
+        assert all(x.sharding.is_equivalent_to(leaves[0].sharding, x.ndim) for x in leaves)
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.params))
+    total = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    assert held < total / (sizes[1] * sizes[2]) * 1.1  # biases of heads are small, and not split by fsdp

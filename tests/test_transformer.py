@@ -1,0 +1,210 @@
+"""The decoder: a packed row is its samples run alone; remat, meshes and a cache change nothing but rounding."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mice_jax.models.transformer import Compute, Decoder, make_decoder
+from mice_jax.sharding import param_shardings
+from mice_jax.step import batch_loss
+from models import VOCAB, Sample, gap, mesh_of, packed, random_params, relative_gap, sample_of, spec_of
+
+# Logits are of order 10 and gradients are compared in units of the largest entry of their parameter: a few tens of
+# float32 roundings (6e-8) of values added in another order.
+LOGITS = 1e-4
+GRADIENT = 1e-5
+LOSS = 1e-6  # of the value
+
+DECODER = make_decoder(spec_of())
+PARAMS = random_params(DECODER)
+PLAIN = Compute(jnp.dtype("float32"), "reference", "none")
+BLOCKED = dataclasses.replace(PLAIN, attention="blockwise")
+
+Result = tuple[jax.Array, jax.Array, Any]  # logits [B T V], loss_sum, its gradients
+
+
+@functools.cache
+def _jitted(decoder: Decoder, compute: Compute):
+    def loss(params, batch):
+        loss_sum, _ = batch_loss(decoder, params, batch, compute, chunk=32)
+        return loss_sum
+
+    def run(params, batch):
+        model = decoder.bind(params)
+        hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
+        return model.logits(hidden), *jax.value_and_grad(loss)(params, batch)
+
+    return jax.jit(run)
+
+
+def run(batch: dict[str, np.ndarray], compute: Compute = PLAIN, decoder: Decoder = DECODER, params=PARAMS) -> Result:
+    return _jitted(decoder, compute)(params, batch)
+
+
+def alone(sample: Sample) -> dict[str, np.ndarray]:
+    """One sample as a row of its own, written without the loader."""
+    tokens, trained = (x[None] for x in sample)
+    n = tokens.shape[1]
+    return {
+        "tokens": tokens.astype(np.int32),
+        "targets": np.roll(tokens, -1, axis=1).astype(np.int32),
+        "segment_ids": np.ones((1, n), np.int32),
+        "positions": np.arange(n, dtype=np.int32)[None],
+        "loss_weights": np.append(trained[:, 1:], [[False]], axis=1).astype(np.float32),
+    }
+
+
+# ---------------------------------------------------------------------------------------- packing
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    """They start and end inside attention's blocks; one is a lone token, one starts with a trained token."""
+    rng = np.random.default_rng(0)
+    parts = [(70, slice(30, 70)), (1, slice(0, 0)), (40, slice(0, 40)), (70, [69])]
+    return [sample_of(n, trained, rng) for n, trained in parts]
+
+
+@pytest.fixture(scope="module")
+def row(samples: list[Sample]) -> dict[str, np.ndarray]:
+    return packed([samples], 190)  # nine slots of padding
+
+
+@pytest.fixture(scope="module")
+def run_alone(samples: list[Sample]) -> Result:
+    results = [run(alone(s)) for s in samples]
+    logits = jnp.concatenate([r[0] for r in results], axis=1)
+    return logits, sum(r[1] for r in results), jax.tree.map(lambda *g: sum(g), *(r[2] for r in results))
+
+
+@pytest.mark.parametrize("compute", [PLAIN, BLOCKED], ids=lambda c: c.attention)
+def test_a_packed_row_gives_the_logits_loss_and_every_gradient_of_its_samples_run_alone(
+    compute: Compute, row: dict[str, np.ndarray], run_alone: Result, strict_dtypes: None
+) -> None:
+    logits, loss, grads = run(row, compute)
+    expected_logits, expected_loss, expected_grads = run_alone
+    assert gap(logits[:, :181], expected_logits) < LOGITS
+    assert abs(loss - expected_loss) < LOSS * expected_loss
+    assert relative_gap(grads, expected_grads) < GRADIENT
+
+
+@pytest.mark.parametrize("wrong", ["segments merged", "an edge one slot late", "positions that stand still"])
+def test_a_wrong_mask_or_wrong_positions_make_a_packed_row_differ_from_its_samples(
+    wrong: str, row: dict[str, np.ndarray], run_alone: Result
+) -> None:
+    segments = row["segment_ids"]
+    if wrong == "segments merged":
+        changed = {"segment_ids": np.minimum(segments, 1)}
+    elif wrong == "an edge one slot late":
+        changed = {"segment_ids": np.roll(segments, 1, axis=1) * (segments > 0)}
+    else:
+        changed = {"positions": row["positions"] // 2}
+    logits, loss, grads = run(row | changed, BLOCKED)
+    assert gap(logits[:, :181], run_alone[0]) > 10 * LOGITS
+    assert abs(loss - run_alone[1]) > 10 * LOSS * run_alone[1]
+    # Not one parameter's gradient is right, but for the norms' and biases' it is a matter of degree.
+    gaps = jax.tree.leaves(jax.tree.map(relative_gap, grads, run_alone[2]))
+    assert min(gaps) > 10 * GRADIENT
+
+
+def test_positions_that_do_not_restart_change_rounding_alone_since_rotations_are_relative(
+    row: dict[str, np.ndarray], run_alone: Result
+) -> None:
+    """So no test of logits can tell them; tests/test_step.py looks at the positions themselves."""
+    logits, _, _ = run(row | {"positions": np.arange(190, dtype=np.int32)[None]}, BLOCKED)
+    assert 0 < gap(logits[:, :181], run_alone[0]) < LOGITS
+
+
+def test_what_stands_in_padding_changes_neither_loss_nor_gradients(row: dict[str, np.ndarray]) -> None:
+    before = run(row, BLOCKED)
+    tokens, targets, positions = row["tokens"].copy(), row["targets"].copy(), row["positions"].copy()
+    tokens[:, 181:], targets[:, 181:], positions[:, 181:] = 7, 9, 100
+    after = run(row | {"tokens": tokens, "targets": targets, "positions": positions}, BLOCKED)
+    assert float(before[1]) == float(after[1])
+    assert gap(before[2], after[2]) == 0
+    tokens[:, 180] = (tokens[:, 180] + 1) % VOCAB  # the last real token is no padding
+    assert gap(run(row | {"tokens": tokens}, BLOCKED)[0][:, :181], before[0][:, :181]) > 10 * LOGITS
+
+
+# ---------------------------------------------------------------------------------------- remat
+def test_every_remat_policy_gives_the_same_gradients_and_recomputes_what_it_says(
+    row: dict[str, np.ndarray], strict_dtypes: None
+) -> None:
+    batch = {name: x[:, :64] for name, x in row.items()}
+    results, products = {}, {}
+    for remat in ("none", "dots", "full"):
+        compute = dataclasses.replace(PLAIN, remat=remat)
+        results[remat] = run(batch, compute)
+        products[remat] = str(jax.make_jaxpr(_jitted(DECODER, compute))(PARAMS, batch)).count("dot_general")
+    assert products["none"] < products["dots"] < products["full"]
+    for remat in ("dots", "full"):
+        assert gap(results[remat][0], results["none"][0]) < LOGITS
+        assert relative_gap(results[remat][2], results["none"][2]) < GRADIENT
+    other = make_decoder(spec_of(norm_eps=1e-3))
+    assert relative_gap(run(batch, PLAIN, other)[2], results["none"][2]) > 10 * GRADIENT
+
+
+# ---------------------------------------------------------------------------------------- init
+@pytest.mark.parametrize("tied", [False, True])
+def test_fresh_parameters_are_the_same_on_every_mesh_though_it_does_not_divide_the_vocabulary(tied: bool) -> None:
+    spec = spec_of(vocab_size=1001, d_model=48, tie_embeddings=tied)
+    alone = make_decoder(spec)
+    expected = alone.init(jax.random.key(3))
+    for sizes in [(1, 8, 1), (2, 2, 2), (1, 2, 3)]:
+        mesh = mesh_of(*sizes)
+        assert sizes[2] == 1 or spec.vocab_size % sizes[2]
+        decoder = make_decoder(spec, mesh.shape["tensor"])
+        assert decoder.vocab_rows % mesh.shape["tensor"] == 0
+        shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
+        fresh = jax.jit(decoder.init, out_shardings=shardings)(jax.random.key(3))
+        assert not fresh["embed"]["table"].sharding.is_fully_replicated
+        assert not np.asarray(fresh["embed"]["table"])[1001:].any()
+        trees = [jax.tree.map(np.asarray, tree) for tree in (fresh, expected)]
+        for tree in trees:
+            tree["embed"]["table"] = tree["embed"]["table"][:1001]
+            if not tied:
+                tree["head"]["weight"] = tree["head"]["weight"][:, :1001]
+        assert gap(*trees) == 0
+    assert gap(alone.init(jax.random.key(4)), expected) > 0.1
+
+
+def test_fresh_parameters_are_normal_with_the_spec_s_deviation_and_no_two_layers_alike() -> None:
+    params = make_decoder(spec_of(vocab_size=1001)).init(jax.random.key(0))
+    assert set(params) == {"embed", "layers", "final_norm", "head"}
+    for weight in (params["embed"]["table"][:1001], params["layers"]["mlp"]["gate"]):
+        n = weight.size  # the deviation of n draws is right to 1 / sqrt(2n); four of those
+        assert abs(float(jnp.std(weight)) / 0.2 - 1) < 4 / np.sqrt(2 * n)
+        assert abs(float(jnp.mean(weight))) < 4 * 0.2 / np.sqrt(n)
+    gate = params["layers"]["mlp"]["gate"]
+    assert gap(gate[0], gate[1]) > 0.2
+    assert gap(params["layers"]["mlp_norm"]["scale"], 1) == 0
+    assert not np.asarray(params["layers"]["attention"]["q_bias"]).any()
+
+
+# ---------------------------------------------------------------------------------------- decoding
+def test_decoding_with_a_cache_gives_the_hidden_states_of_the_whole_sequence(strict_dtypes: None) -> None:
+    spec = DECODER.spec
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (3, 12)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(12, dtype=np.int32), (3, 12))
+    model = DECODER.bind(PARAMS)
+    expected = model.hidden(tokens, positions, np.ones((3, 12), np.int32), PLAIN)
+
+    def decoded(late: int = 0) -> jax.Array:
+        """Five tokens at once, then three, then one by one; `late` slots too far from the sixth on."""
+        shape = (spec.num_layers, 3, 20, spec.num_kv_heads, spec.head_dim)
+        cache = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+        step = jax.jit(lambda t, p, c: DECODER.bind(PARAMS).decode(t, p, c))
+        out = []
+        for start, stop in [(0, 5), (5, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
+            shifted = positions[:, start:stop] + np.int32(late if start else 0)
+            hidden, cache = step(tokens[:, start:stop], shifted, cache)
+            out.append(hidden)
+        return jnp.concatenate(out, axis=1)
+
+    hidden_tolerance = 1e-5  # normalised: of order 1
+    assert gap(decoded(), expected) < hidden_tolerance
+    wrong = decoded(late=1)
+    assert gap(wrong[:, :5], expected[:, :5]) < hidden_tolerance < gap(wrong[:, 5:], expected[:, 5:]) / 10
