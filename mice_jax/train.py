@@ -25,19 +25,20 @@ from mice_jax.checkpoint import Checkpoints
 from mice_jax.config import Config, differences, to_dict
 from mice_jax.data.chat import ChatEncoder, load_tokenizer
 from mice_jax.data.dataset import Dataset, build_dataset
-from mice_jax.data.loader import StepSource, load_steps
+from mice_jax.data.loader import StepSource, empty_rows, load_steps
 from mice_jax.data.mixture import Mixture, PhasePools, Pool
-from mice_jax.data.packing import microbatch_shapes
+from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.errors import Preempted, StoppedByRule, UserError
 from mice_jax.models.attention import choose_backend
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.optim import make_optimizer, make_schedule
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_rows, replicated_dims
 from mice_jax.start import Origin, find_origin, load_params
-from mice_jax.step import StepFunctions, TrainState, make_step
+from mice_jax.step import StepFunctions, Sums, TrainState, make_step
 from mice_jax.workdir import METRICS, Workdir, environment
 
 EVAL_SAMPLES = 512  # held-out samples that are packed together
+PLANNED_AHEAD = 2_000_000  # samples whose steps are planned before the first, about two seconds
 
 
 def define(values: command.Values, argv: list[str]) -> None:
@@ -142,7 +143,7 @@ def train(values: command.Values) -> None:
     record: dict[str, Any] = {}
     saved = start
     status, reason = "completed", ""
-    sums = fns.zero_sums()
+    sums = _compile(fns, state, steps, start, total_steps, mesh, console)
     ended = time.perf_counter()
     try:
         loader = load_steps(steps, start, config.data.num_workers)
@@ -213,6 +214,33 @@ def _resolve(
         device=device,
     )
     return {"mesh": dict(mesh.shape), "compute_dtype": dtype, "rows_per_device": rows, "remat": remat}
+
+
+def _compile(
+    fns: StepFunctions, state: TrainState, steps: StepSource, start: int, stop: int, mesh: Mesh, console: Console
+) -> Sums:
+    """Compiles each microbatch shape that the run will need, on rows of padding; returns the sums, still zero.
+
+    So no step later in the run waits for a compilation. Only the steps of the first PLANNED_AHEAD samples are
+    looked at: beyond them, a shape that none of them needed may still come up.
+    """
+    began = time.perf_counter()
+    shapes: set[Shape] = set()
+    samples = 0
+    for i in range(start, stop):
+        if samples > PLANNED_AHEAD:
+            break
+        plan = steps.plan(i)
+        shapes |= {m.shape for m in plan}
+        samples += sum(len(row) for m in plan for row in m.rows)
+    sums = fns.zero_sums()
+    for shape in sorted(shapes, key=steps.shapes.index):
+        rows = empty_rows(shape.rows * len(steps.shards), shape.slots)
+        sums = fns.accumulate(state.params, sums, put_rows(rows, mesh))
+    jax.block_until_ready(sums)
+    if shapes:
+        console.print(f"[dim]compiled {len(shapes)} microbatch shapes in {time.perf_counter() - began:.0f} s[/dim]")
+    return sums
 
 
 def _not_finite(step: int, measured: dict[str, Any], checkpoints: Checkpoints, saved: int) -> str:

@@ -140,18 +140,18 @@ def setting(folder: Path, body: str = "", *, samples: int = 40, **init: Any) -> 
 # ---------------------------------------------------------------------------------------- commands
 def run_train(config: Path, workdir: Path, *flags: str) -> int:
     """`mice train` in this process; returns the exit code."""
-    return _in_process(train.main, [f"--config={config}", f"--workdir={workdir}", *flags])
+    return run_verb(train.main, [f"--config={config}", f"--workdir={workdir}", *flags])
 
 
 def run_prepare(config: Path, *flags: str) -> int:
-    return _in_process(prepare.main, [f"--config={config}", *flags])
+    return run_verb(prepare.main, [f"--config={config}", *flags])
 
 
 def run_export(workdir: Path, output: Path, *flags: str) -> int:
-    return _in_process(export.main, [f"--workdir={workdir}", f"--output={output}", *flags])
+    return run_verb(export.main, [f"--workdir={workdir}", f"--output={output}", *flags])
 
 
-def _in_process(main: Any, arguments: list[str]) -> int:
+def run_verb(main: Any, arguments: list[str]) -> int:
     with warnings.catch_warnings():  # nested: the caller's filters hold for all else
         for message in DEPRECATED:
             warnings.filterwarnings("ignore", message, DeprecationWarning)

@@ -16,6 +16,7 @@ from runs import (
     run_export,
     run_prepare,
     run_train,
+    run_verb,
     setting,
     start_train,
     write_init,
@@ -129,7 +130,7 @@ DATA: dict[str, tuple[Spoil, list[str]]] = {
         ["chats.jsonl line 1", "no chats today"],
     ),
     "held-out data that is not there": (
-        lambda f: ["--config.data.validation_fraction=0.999"],
+        lambda f: ["--config.data.validation_fraction=0.9999"],
         ["stacked", "no sample to train on"],
     ),
     "no whole step": (
@@ -205,7 +206,6 @@ FILES: dict[str, tuple[str, list[str]]] = {
 def test_a_bad_config_file_is_told(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, words = FILES[name]
     (folder / "run.py").write_text(text)
-    err = capsys.readouterr().err
     code = train(folder)
     err = capsys.readouterr().err
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
@@ -218,8 +218,8 @@ def test_a_config_that_is_not_there_is_told(folder: Path, capsys: pytest.Capture
 
 
 def test_a_missing_flag_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--workdir is missing" in refused(train_module.main([f"--config={folder}/run.py"]), capsys)
-    assert "--config is missing" in refused(train_module.main([f"--workdir={folder}/work"]), capsys)
+    assert "--workdir is missing" in refused(run_verb(train_module.main, [f"--config={folder}/run.py"]), capsys)
+    assert "--config is missing" in refused(run_verb(train_module.main, [f"--workdir={folder}/work"]), capsys)
 
 
 # ---------------------------------------------------------------------------------------- model

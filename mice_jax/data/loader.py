@@ -5,7 +5,7 @@ hosts, workers or rows a device changes nothing in what a step holds.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import grain

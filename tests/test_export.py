@@ -1,0 +1,160 @@
+"""An exported folder gives transformers the run's own logits, tokenizer, template and stop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from runs import chat, make_tokenizer, read_json, run_export, run_train, setting
+from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.start import find_origin, load_params
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="module")
+def workdir(folder: Path) -> Path:
+    """A run of two steps, each saved."""
+    config = setting(folder, "c.checkpoint.every_samples = 8", samples=16)
+    assert run_train(config, folder / "run") == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(workdir: Path, folder: Path) -> Path:
+    assert run_export(workdir, folder / "hf") == 0
+    return folder / "hf"
+
+
+def our_logits(workdir: Path, ids: np.ndarray, step: int | None = None) -> np.ndarray:
+    origin = find_origin(str(workdir))
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    decoder = make_decoder(origin.spec)
+    params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh), step=step)
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    model = decoder.bind(params)
+    compute = Compute(jnp.dtype("float32"), "reference", "none")
+    hidden = model.hidden(jnp.asarray(ids), jnp.asarray(positions), jnp.ones(ids.shape, jnp.int32), compute)
+    return np.asarray(hidden @ model.output_weight())[..., : origin.spec.vocab_size]
+
+
+def torch_logits(folder: Path, ids: np.ndarray, dtype: Any = torch.float32) -> np.ndarray:
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        return model(torch.tensor(ids, dtype=torch.long)).logits.float().numpy()
+
+
+IDS = np.random.default_rng(0).integers(0, 298, (2, 60), dtype=np.int32)
+
+
+def test_transformers_gives_our_logits(workdir: Path, exported: Path, tmp_path: Path) -> None:
+    theirs, ours = torch_logits(exported, IDS), our_logits(workdir, IDS)
+    assert theirs.shape == (2, 60, 300)
+    # Float32 on both sides, logits of some units: about 1e-6 each, by sums in another order.
+    np.testing.assert_allclose(theirs, ours, atol=2e-5)
+    # One step of training makes far more of a difference: it is the newest checkpoint that was exported.
+    assert np.abs(theirs - our_logits(workdir, IDS, step=1)).max() > 1e-2
+    assert run_export(workdir, tmp_path / "first", "--step=1") == 0
+    np.testing.assert_allclose(torch_logits(tmp_path / "first", IDS), our_logits(workdir, IDS, step=1), atol=2e-5)
+
+
+def test_the_folder_is_whole_and_in_the_dtype_of_the_start(exported: Path, folder: Path) -> None:
+    tensors = load_file(exported / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {np.dtype(np.float32)}
+    assert tensors["model.embed_tokens.weight"].shape == (300, 16)  # without the padding of the vocabulary
+    assert sum(t.size for t in tensors.values()) == 18_512 - 2 * 16 * (-300 % 128)
+    config = AutoConfig.from_pretrained(exported)
+    assert (config.architectures, config.vocab_size) == (["LlamaForCausalLM"], 300)
+    assert config.dtype == torch.float32
+    assert not list(folder.glob(".*partial"))
+
+
+def test_bfloat16_is_the_same_weights_rounded(workdir: Path, exported: Path, tmp_path: Path) -> None:
+    assert run_export(workdir, tmp_path / "small", "--dtype=bfloat16") == 0
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
+    whole = LlamaForCausalLM.from_pretrained(exported, dtype="auto")
+    assert (model.dtype, whole.dtype) == (torch.bfloat16, torch.float32)
+    for (name, small), large in zip(model.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(small, large.to(torch.bfloat16)), name
+    assert not torch.equal(model.lm_head.weight.float(), whole.lm_head.weight)
+    assert read_json(tmp_path / "small", "config.json")["dtype"] == "bfloat16"
+
+
+def test_the_tokenizer_and_its_template_come_along(exported: Path) -> None:
+    messages = chat("who?", "mice")["messages"]
+    theirs, ours = AutoTokenizer.from_pretrained(exported), make_tokenizer()
+    for prompt in (False, True):
+        options = {"add_generation_prompt": prompt, "return_dict": False}
+        assert theirs.apply_chat_template(messages, **options) == ours.apply_chat_template(messages, **options)
+    assert theirs.get_vocab() == ours.get_vocab()
+
+
+def test_generation_stops_where_a_turn_ends(exported: Path) -> None:
+    generation, tokenizer = GenerationConfig.from_pretrained(exported), make_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert generation.eos_token_id == [end] or generation.eos_token_id == end
+    assert generation.pad_token_id == tokenizer.pad_token_id != end
+    model = LlamaForCausalLM.from_pretrained(exported)
+    with torch.no_grad():  # made to say nothing but the end
+        model.model.norm.weight.zero_()
+        model.lm_head = torch.nn.Linear(16, 300)
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[end] = 1.0
+    prompt = torch.tensor([[5, 6]])
+    assert model.generate(prompt, max_new_tokens=9).tolist() == [[5, 6, end]]
+
+
+def test_a_run_with_another_template_exports_that_one(folder: Path, workdir: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ '<|endoftext|>' }}{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    flags = [f"--config.data.chat_template={tmp_path}/chat.jinja", "--config.optim.max_steps=1"]
+    assert run_train(folder / "run.py", tmp_path / "run", *flags) == 0
+    assert run_export(tmp_path / "run", tmp_path / "hf") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.chat_template == template
+    stops = GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    assert tokenizer.convert_tokens_to_ids("<|endoftext|>") in stops
+
+
+def test_an_export_is_a_start_for_another_run(exported: Path, folder: Path, workdir: Path, tmp_path: Path) -> None:
+    """Tensor for tensor: in, no update, out."""
+    flags = [f"--config.model.init_from={exported}", "--config.optim.max_steps=1", "--config.optim.learning_rate=0"]
+    assert run_train(folder / "run.py", tmp_path / "run", *flags) == 0
+    assert run_export(tmp_path / "run", tmp_path / "hf") == 0
+    before, after = (load_file(f / "model.safetensors") for f in (exported, tmp_path / "hf"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_what_is_there_is_not_written_over(workdir: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {f.name: f.stat().st_mtime_ns for f in exported.iterdir()}
+    assert run_export(workdir, exported) == 2
+    assert f"--output={exported} is there already" in capsys.readouterr().err
+    assert {f.name: f.stat().st_mtime_ns for f in exported.iterdir()} == before
+
+
+def test_an_empty_folder_is_filled(workdir: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run_export(workdir, tmp_path / "empty") == 0
+    assert json.loads((tmp_path / "empty" / "config.json").read_text())["vocab_size"] == 300
+
+
+def test_an_unknown_step_is_answered_with_those_there_are(
+    workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_export(workdir, tmp_path / "hf", "--step=7") == 2
+    assert "has no step 7; it has 1, 2." in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()

@@ -1,0 +1,79 @@
+"""`mice prepare`: builds the stores that a run then finds, and shows what will be trained on."""
+
+import re
+from pathlib import Path
+
+import pytest
+from runs import chat, make_chats, run_prepare, run_train, setting, write_jsonl
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return setting(tmp_path / "run", samples=16)
+
+
+def stores(config: Path) -> dict[str, int]:
+    return {f.parent.name: f.stat().st_mtime_ns for f in (config.parent / "stores").glob("*/tokens.arrow")}
+
+
+def row(out: str, source: str) -> list[str]:
+    """A source's row of the table, as read by eye."""
+    (line,) = [line for line in out.splitlines() if source in line and "│" in line]
+    return [cell.strip() for cell in line.strip("│ ").split("│")]
+
+
+def test_a_run_finds_the_store_that_was_prepared(config: Path, tmp_path: Path) -> None:
+    assert stores(config) == {}
+    assert run_prepare(config) == 0
+    built = stores(config)
+    assert len(built) == 1
+    assert run_prepare(config) == 0
+    assert run_train(config, tmp_path / "work", "--config.optim.max_steps=1") == 0
+    assert stores(config) == built
+
+
+def test_the_table_counts_each_source(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    held = write_jsonl(tmp_path / "held.jsonl", make_chats(5, seed=3))
+    mute = {"messages": [{"role": "user", "content": "who?"}]}
+    long = chat("who?", "elephants " * 60)
+    write_jsonl(config.parent / "chats.jsonl", [*make_chats(16), mute, long, long])
+    config.write_text(config.read_text().replace("return c", f"c.data.validation = [Source(path='{held}')]\n    return c"))
+    assert run_prepare(config, "--config.data.max_length=200") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    cells = row(out, "chats ")
+    assert cells[:3] == ["chats", "19", "16"]
+    assert "2 longer than max_length" in cells[3] and "1 no trained token" in cells[3]
+    assert row(out, "held (held out)")[1:4] == ["5", "5", "0"]
+
+
+def test_samples_are_shown_with_their_trained_tokens_marked(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_prepare(config, "--inspect=3") == 0
+    out, err = capsys.readouterr()
+    assert err == "" and len(re.findall(r"stacked: sample \d+, \d+ tokens, \d+ trained on", out)) == 3
+    shown = re.findall(r"<\|im_start\|>user\n(.*)<\|im_end\|>\n<\|im_start\|>assistant\n⟦(.*)<\|im_end\|>⟧", out)
+    asked = {tuple(m["content"] for m in record["messages"]) for record in make_chats(16)}
+    assert len(shown) == 3 and set(shown) <= asked
+
+
+def test_the_samples_shown_are_those_of_each_phase_s_first_step(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    late = write_jsonl(tmp_path / "late.jsonl", [chat("late?", f"yes {i}") for i in range(4)])
+    phase = f"c.data.phases.append(Phase(name='late', sources=[Source(path='{late}')]))"
+    config.write_text(config.read_text().replace("return c", f"{phase}\n    return c"))
+    assert run_prepare(config, "--inspect=2") == 0
+    out = capsys.readouterr().out
+    first, second = out.split("late: sample", 1)
+    assert first.count("stacked: sample") == 2 and "⟦yes" not in first
+    assert second.count("⟦yes") == 2
+
+
+def test_nothing_is_shown_unasked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_prepare(config) == 0
+    assert "⟦" not in capsys.readouterr().out

@@ -1,0 +1,223 @@
+"""Runs killed anywhere and started again are equal, bit for bit, to one that was left alone."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from runs import make_chats, read_json, read_metrics, run_train, setting, start_train, timeless, write_jsonl
+
+SAMPLES, EPOCHS = 36, 16  # five steps an epoch
+STEPS = 5 * EPOCHS
+EVERY_STEP = "--config.checkpoint.every_samples=1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> Path:
+    held = write_jsonl(folder / "held.jsonl", make_chats(6, seed=5))
+    body = [
+        f"c.data.phases[0].num_epochs = {EPOCHS - 2}",
+        f"c.data.phases.append(Phase(name='late', num_epochs=2, sources=c.data.phases[0].sources))",
+        f"c.data.validation = [Source(path='{held}')]",
+        "c.eval.every_samples = 100",
+        "c.checkpoint.every_samples = 180",  # every 25 steps
+        "c.optim.schedule = 'cosine'",
+        "c.optim.weight_decay = 0.1",
+    ]
+    return setting(folder, "\n".join(body), samples=SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: Path, folder: Path) -> Path:
+    assert run_train(config, folder / "undisturbed") == 0
+    return folder / "undisturbed"
+
+
+def arrays(workdir: Path, step: int = STEPS) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, parameters and optimizer state, as orbax reads it by itself."""
+    found = {}
+    for item in ("params", "opt_state"):
+        folder = workdir.resolve() / "checkpoints" / str(step) / item
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree)
+            tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=whole))
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        found |= {f"{item}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+    return found
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    assert timeless(read_metrics(a)) == timeless(read_metrics(b))
+    left, right = arrays(a), arrays(b)
+    assert left.keys() == right.keys() and len(left) > 30
+    for name in left:
+        assert left[name].dtype == right[name].dtype and left[name].tobytes() == right[name].tobytes(), name
+    assert read_json(a, "summary.json")["status"] == read_json(b, "summary.json")["status"] == "completed"
+
+
+def lines_of(workdir: Path) -> int:
+    file = workdir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def saving(workdir: Path) -> bool:
+    """Whether a checkpoint is being written at this moment."""
+    try:
+        return any("tmp" in entry.name for entry in os.scandir(workdir / "checkpoints"))
+    except FileNotFoundError:
+        return False
+
+
+def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    """SIGKILL at the moment at which `ready` holds; fails where the run ends before it."""
+    try:
+        while not ready():
+            assert process.poll() is None, process.stdout.read() if process.stdout else ""
+            time.sleep(0.0005)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# ---------------------------------------------------------------------------------------- the comparison itself
+def test_runs_that_differ_are_seen_to_differ(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The negative control of all the tests below: one bit of a rate, and one step more."""
+    rate = float(np.nextafter(np.float32(1e-2), np.float32(1)))
+    assert run_train(config, tmp_path / "run", f"--config.optim.learning_rate={rate!r}") == 0
+    with pytest.raises(AssertionError):
+        assert_equal_runs(tmp_path / "run", undisturbed)
+    assert arrays(undisturbed)["params['embed']['table']"].any()
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    assert_equal_runs(tmp_path / "copy", undisturbed)
+    with (tmp_path / "copy" / "metrics.jsonl").open("a") as f:
+        f.write((undisturbed / "metrics.jsonl").read_text().splitlines()[-1] + "\n")
+    with pytest.raises(AssertionError):
+        assert_equal_runs(tmp_path / "copy", undisturbed)
+
+
+# ---------------------------------------------------------------------------------------- killed
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Killed between saves: some steps past its last checkpoint are done again."""
+    run = tmp_path / "run"
+    kill_when(start_train(config, run), lambda: lines_of(run) >= 30)
+    assert 30 <= lines_of(run) < STEPS
+    checkpoints = {p.name for p in (run / "checkpoints").iterdir() if p.name.isdecimal()}
+    assert checkpoints and str(lines_of(run)) not in checkpoints
+    assert not (run / "summary.json").exists()
+    assert run_train(config, run) == 0
+    assert_equal_runs(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    kill_when(start_train(config, run), lambda: lines_of(run) >= 3)
+    shutil.rmtree(run / "checkpoints")  # should it have come so far
+    assert run_train(config, run) == 0
+    assert_equal_runs(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_killed_during_a_save_goes_on_as_if_nothing_had_happened(
+    config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Killed again and again, each time in the middle of a save, and started again each time."""
+    run, amid = tmp_path / "run", 0
+    for kill in range(4):
+        process = start_train(config, run, EVERY_STEP)
+        kill_when(process, lambda: saving(run) and lines_of(run) >= 15 * (kill + 1))  # noqa: B023
+        left = [p.name for p in (run / "checkpoints").iterdir() if not p.name.isdecimal()]
+        amid += bool(left)
+    assert amid >= 2  # what half-written saves leave was there
+    assert run_train(config, run, EVERY_STEP) == 0
+    assert all(p.name.isdecimal() for p in (run / "checkpoints").iterdir())
+    assert_equal_runs(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_time_of_its_start_goes_on(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Killed while data is tokenised, while programs are compiled, after the first line: by time, not by what it did."""
+    run = tmp_path / "run"
+    for seconds in (3.0, 5.0, 7.0, 9.0):
+        until = time.monotonic() + seconds
+        process = start_train(config, run, EVERY_STEP)
+        while time.monotonic() < until and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    assert run_train(config, run, EVERY_STEP) == 0
+    assert_equal_runs(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_terminated_leaves_with_75_and_goes_on(
+    config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start_train(config, run)
+    try:
+        while lines_of(run) < 10:
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, said
+    assert "preempted: SIGTERM after step" in said.splitlines()[-1] and "Traceback" not in said
+    summary = read_json(run, "summary.json")
+    assert summary["status"] == "preempted" and summary["step"] == lines_of(run) < STEPS
+    assert run_train(config, run) == 0
+    assert_equal_runs(run, undisturbed)
+
+
+# ---------------------------------------------------------------------------------------- on another mesh
+MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [MESH, ["--config.train.rows_per_device=3"]], ids=["mesh", "rows"])
+def test_a_run_resumed_on_another_mesh_sees_the_same_samples(
+    flags: list[str], config: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for step in (50, STEPS):  # back to its first checkpoint
+        shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
+    (start,) = [int(p.name) for p in (run / "checkpoints").iterdir()]
+    assert 0 < start < 40
+    assert run_train(config, run, *flags) == 0
+    there, here = read_metrics(run), read_metrics(undisturbed)
+    assert timeless(there[:start]) == timeless(here[:start])
+    for key in ("step", "phase", "epoch", "samples", "tokens", "loss_tokens", "learning_rate"):
+        assert [line[key] for line in there] == [line[key] for line in here]
+    losses, wanted = (np.array([line["loss"] for line in lines[start:]]) for lines in (there, here))
+    # Sums in another order: 1e-7 a step to begin with, which the updates of 50 steps make larger.
+    np.testing.assert_allclose(losses, wanted, atol=1e-5 * wanted.max())
+    assert (losses != wanted).any()  # it did compute in another way
+    assert np.abs(np.roll(wanted, 1) - wanted).min() > 1e-4 * wanted.max() or len(set(wanted)) == len(wanted)
+
+
+def test_one_device_sees_the_samples_of_eight(undisturbed: Path, folder: Path, tmp_path: Path) -> None:
+    """The same run from the start on a mesh of one: the first steps agree to rounding."""
+    process = start_train(folder / "run.py", tmp_path / "run", devices=1)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    there, here = read_metrics(tmp_path / "run"), read_metrics(undisturbed)
+    for key in ("step", "phase", "epoch", "samples", "tokens", "loss_tokens"):
+        assert [line[key] for line in there] == [line[key] for line in here]
+    assert [line["loss"] for line in there[:10]] == pytest.approx([line["loss"] for line in here[:10]], rel=1e-5)
+    assert there[0]["num_microbatches"] > here[0]["num_microbatches"]
