@@ -12,8 +12,9 @@ It needs the peer: pip install -e '.[bench]' -c constraints/py311.txt
 
 TRL runs padded, as without FlashAttention its packing lets documents see each other, and with what a competent user
 would choose on a CPU: no gradient checkpointing, no bf16, the fused optimizer, and the per-device batch that is
-fastest among a few (tried first, unmeasured). torch's threads wait passively (OMP_WAIT_POLICY, which you may set): on a
-machine that others use they otherwise hold each other up, up to 15 times slower. It is measured with three samplers of its `train_sampling_strategy`:
+fastest among a few (tried first, unmeasured). torch's threads wait passively (OMP_WAIT_POLICY; yours counts where you
+set one): spinning, they hold each other up on a machine that others use. It is measured with three samplers, its
+`train_sampling_strategy`:
   random           its default: microbatches are samples in the order they are drawn in
   group_by_length  alike lengths beside each other: steps are no longer random samples of the data
   batch_rebalance  sorted within a step: each step holds the same samples, with little padding

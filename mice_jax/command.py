@@ -81,7 +81,7 @@ def _parse(values: Values, argv: list[str]) -> None:
     try:
         rest = values(argv)
     except flags.UnrecognizedFlagError as e:
-        raise UserError(f"--{e.flagname} is no flag of this command{nearest(e.flagname, values)}.") from None
+        raise UserError(f"--{e.flagname} is no flag of this command{nearest(e.flagname, values)}") from None
     except flags.Error as e:
         raise UserError(f"{e}.") from None
     except Exception as e:
@@ -101,7 +101,7 @@ def _check_config_flags(argv: list[str]) -> None:
                 raise UserError(f"--config={value}: there is no file {file}.")
         field = re.sub(r"^(no)?config\.", "", name)
         if field != name and "[" not in field and field not in field_names():
-            raise ConfigError(f"--config.{field}: the config has no field {field}{nearest(field, field_names())}.")
+            raise ConfigError(f"--config.{field}: the config has no field {field}{nearest(field, field_names())}")
 
 
 def _config_error(e: Exception, argv: list[str]) -> UserError:
@@ -115,7 +115,8 @@ def _config_error(e: Exception, argv: list[str]) -> UserError:
     frames = [f for f in traceback.extract_tb(cause.__traceback__) if _is_one_of(f.filename, files)]
     where = f"{frames[-1].filename} line {frames[-1].lineno}: " if frames else ""
     kind = "" if isinstance(cause, ConfigError) else f"{type(cause).__name__}: "
-    return UserError(f"{where}{kind}{str(cause).strip().rstrip('.')}.")
+    said = str(cause).strip()
+    return UserError(f"{where}{kind}{said}{'' if said.endswith(('.', '?')) else '.'}")
 
 
 def _is_one_of(filename: str, files: list[str]) -> bool:

@@ -27,15 +27,15 @@ class _Strict:
     def __setattr__(self, name: str, value: Any) -> None:
         names = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
         if name not in names:
-            raise ConfigError(f"{type(self).__name__} has no field {name!r}{nearest(name, names)}.")
+            raise ConfigError(f"{type(self).__name__} has no field {name!r}{nearest(name, names)}")
         object.__setattr__(self, name, value)
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the closest of `names`, or the list of them where none is close."""
+    """The end of a sentence: `; did you mean 'x'?` for the closest of `names`, or all of them where none is close."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}."
 
 
 @dataclass

@@ -133,12 +133,10 @@ class TerminalWriter:
         if self._bar:
             self._bar.update(self._task, completed=step, description=numbers + held_out)
             return
-        left = (self._total - step) * self._seconds / max(1, self._done - 1)
-        self._console.print(
-            f"step {step}/{self._total}  {numbers}  {left:.0f} s left{held_out}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        left = ""
+        if self._done > 1:
+            left = f"  {(self._total - step) * self._seconds / (self._done - 1):.0f} s left"
+        self._console.print(f"step {step}/{self._total}  {numbers}{left}{held_out}")
 
     def close(self) -> None:
         if self._bar:

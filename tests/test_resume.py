@@ -28,7 +28,7 @@ def config(folder: Path) -> Path:
     held = write_jsonl(folder / "held.jsonl", make_chats(6, seed=5))
     body = [
         f"c.data.phases[0].num_epochs = {EPOCHS - 2}",
-        f"c.data.phases.append(Phase(name='late', num_epochs=2, sources=c.data.phases[0].sources))",
+        "c.data.phases.append(Phase(name='late', num_epochs=2, sources=c.data.phases[0].sources))",
         f"c.data.validation = [Source(path='{held}')]",
         "c.eval.every_samples = 100",
         "c.checkpoint.every_samples = 180",  # every 25 steps
@@ -195,22 +195,23 @@ def test_a_run_resumed_on_another_mesh_sees_the_same_samples(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
-    for step in (50, STEPS):  # back to its first checkpoint
-        shutil.rmtree(run / "checkpoints" / str(step), ignore_errors=True)
-    (start,) = [int(p.name) for p in (run / "checkpoints").iterdir()]
-    assert 0 < start < 40
+    start, *later = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
+    for step in later:
+        shutil.rmtree(run / "checkpoints" / str(step))
+    assert start == 25
     assert run_train(config, run, *flags) == 0
     there, here = read_metrics(run), read_metrics(undisturbed)
     assert timeless(there[:start]) == timeless(here[:start])
     for key in ("step", "phase", "epoch", "samples", "tokens", "loss_tokens", "learning_rate"):
         assert [line[key] for line in there] == [line[key] for line in here]
     losses, wanted = (np.array([line["loss"] for line in lines[start:]]) for lines in (there, here))
-    # Sums in another order: 1e-7 a step to begin with, which the updates of 50 steps make larger.
-    np.testing.assert_allclose(losses, wanted, atol=1e-5 * wanted.max())
+    # Sums in another order: 1e-7 of the loss in a step, which the updates of 55 steps make larger.
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     assert (losses != wanted).any()  # it did compute in another way
-    assert np.abs(np.roll(wanted, 1) - wanted).min() > 1e-4 * wanted.max() or len(set(wanted)) == len(wanted)
+    assert not np.allclose(wanted[:-1], wanted[1:], rtol=1e-3)  # and a step's loss is not its neighbour's
 
 
+@pytest.mark.slow
 def test_one_device_sees_the_samples_of_eight(undisturbed: Path, folder: Path, tmp_path: Path) -> None:
     """The same run from the start on a mesh of one: the first steps agree to rounding."""
     process = start_train(folder / "run.py", tmp_path / "run", devices=1)
