@@ -4,6 +4,7 @@ A verb calls `run(__doc__, define_flags, main)`. Flags are absl's, kept in a set
 of verbs can live in one process; the config is a file read by ml_collections, with `--config.field=value` after.
 """
 
+import dataclasses
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 from absl import flags, logging
 from ml_collections import config_flags
 
+from mice_jax import config
 from mice_jax.config import Config, ConfigError, field_names, nearest
 from mice_jax.errors import Preempted, StoppedByRule, UserError
 
@@ -61,12 +63,12 @@ def define_distributed(values: Values) -> None:
 
 def config_of(values: Values) -> Config:
     """The validated config that --config and its overrides make."""
-    config = required(values, "config")
-    if not isinstance(config, Config):
-        kind = type(config).__name__
+    made = values.config if values["config"].present else required(values, "config")
+    if not isinstance(made, Config):
+        kind = type(made).__name__
         raise UserError(f"get_config of --config returned a {kind}; it must return a mice_jax.config.Config.")
-    config.validate()
-    return config
+    made.validate()
+    return made
 
 
 def required(values: Values, name: str) -> Any:
@@ -78,11 +80,14 @@ def required(values: Values, name: str) -> Any:
 
 def _parse(values: Values, argv: list[str]) -> None:
     _check_config_flags(argv)
+    sys.modules.pop("config_config", None)  # ml_collections would run a second file on top of a first one's names
     try:
         rest = values(argv)
     except flags.UnrecognizedFlagError as e:
         raise UserError(f"--{e.flagname} is no flag of this command{nearest(e.flagname, values)}") from None
     except flags.Error as e:
+        if "parsing config file" in str(e):  # the file's own error, wrapped in absl's
+            raise _config_error(e, argv) from e
         raise UserError(f"{e}.") from None
     except Exception as e:
         raise _config_error(e, argv) from e
@@ -92,15 +97,12 @@ def _parse(values: Values, argv: list[str]) -> None:
 
 def _check_config_flags(argv: list[str]) -> None:
     """What ml_collections would only say in a traceback, or not at all: no such file, no such field."""
-    for i, argument in enumerate(argv):
-        name, equals, value = argument.lstrip("-").partition("=")
-        if name == "config":
-            value = value if equals else " ".join(argv[i + 1 : i + 2])
-            file = Path(value if Path(value).exists() else value.split(":")[0])
-            if not file.is_file():
-                raise UserError(f"--config={value}: there is no file {file}.")
+    for argument in argv:
+        name = argument.lstrip("-").partition("=")[0]
+        if name == "config" and not Path(_config_file(argv)).is_file():
+            raise UserError(f"--config: there is no file {_config_file(argv)!r}.")
         field = re.sub(r"^(no)?config\.", "", name)
-        if field != name and "[" not in field and field not in field_names():
+        if field != name and re.sub(r"\[-?[0-9]+\]", "[]", field) not in field_names():
             raise ConfigError(f"--config.{field}: the config has no field {field}{nearest(field, field_names())}")
 
 
@@ -109,18 +111,33 @@ def _config_error(e: Exception, argv: list[str]) -> UserError:
     cause: BaseException = e
     while cause.__cause__ or cause.__context__:
         cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    file = os.path.abspath(_config_file(argv))
+    frames = [f for f in traceback.extract_tb(cause.__traceback__) if os.path.abspath(f.filename) == file]
+    indexed = [a for a in argv if re.match(r"-{1,2}config\..*\[", a)]
+    if isinstance(cause, IndexError) and indexed and not frames:
+        return UserError(f"a list of the config is shorter than one of these says: {', '.join(indexed)}.")
+    if isinstance(cause, AttributeError) and "get_config" in str(cause):
+        return UserError(f"{_config_file(argv)} defines no get_config(arg) that returns the config.")
     if isinstance(cause, SyntaxError):
         return UserError(f"{cause.filename} line {cause.lineno} is not Python: {cause.msg}.")
-    files = [a.split("=", 1)[-1].split(":")[0] for a in argv]
-    frames = [f for f in traceback.extract_tb(cause.__traceback__) if _is_one_of(f.filename, files)]
     where = f"{frames[-1].filename} line {frames[-1].lineno}: " if frames else ""
     kind = "" if isinstance(cause, ConfigError) else f"{type(cause).__name__}: "
-    said = str(cause).strip()
+    said = str(cause).strip() + _nearest_keyword(str(cause))
     return UserError(f"{where}{kind}{said}{'' if said.endswith(('.', '?')) else '.'}")
 
 
-def _is_one_of(filename: str, files: list[str]) -> bool:
-    return any(f.endswith(".py") and os.path.abspath(f) == os.path.abspath(filename) for f in files)
+def _nearest_keyword(said: str) -> str:
+    """What Python 3.11 leaves out of its word on an unexpected argument of one of the config's classes."""
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", said)
+    part = getattr(config, match[1], None) if match else None
+    return nearest(match[2], [f.name for f in dataclasses.fields(part)]) if match and part else ""
+
+
+def _config_file(argv: list[str]) -> str:
+    """The file that --config names."""
+    at = next(i for i, a in enumerate(argv) if a.lstrip("-").partition("=")[0] == "config")
+    value = argv[at].partition("=")[2] or " ".join(argv[at + 1 : at + 2])
+    return value if Path(value).exists() else value.split(":")[0]
 
 
 def _help(doc: str | None, values: Values) -> str:

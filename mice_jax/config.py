@@ -168,11 +168,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def field_names(cls: type = Config, prefix: str = "") -> list[str]:
-    """The dotted name of every field that is set by one flag (lists counted as one)."""
+    """The dotted name of every field that a flag can set; `[]` stands for an index into a list."""
     names = []
     for name, hint in typing.get_type_hints(cls).items():
         is_part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         names += field_names(hint, f"{prefix}{name}.") if is_part else [prefix + name]
+        (element,) = typing.get_args(hint) or (None,)
+        if isinstance(element, type) and dataclasses.is_dataclass(element):
+            names += field_names(element, f"{prefix}{name}[].")
     return names
 
 
@@ -250,7 +253,7 @@ def _value_problems(c: Config) -> list[str]:
     for name in ("optim.beta1", "optim.beta2", "data.validation_fraction"):
         if not 0 <= flat[name] < 1:
             problems.append(f"{name}={flat[name]} must be at least 0 and less than 1")
-    if not math.isfinite(c.optim.learning_rate):
+    if c.optim.learning_rate == math.inf:
         problems.append(f"optim.learning_rate={c.optim.learning_rate} must be finite")
     if c.optim.warmup_steps and c.optim.warmup_ratio:
         problems.append(

@@ -28,7 +28,7 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 def prepare(values: command.Values) -> None:
     config = command.config_of(values)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     origin_folder = config.data.tokenizer or str(find_origin(config.model.init_from).folder)
     encoder = ChatEncoder(load_tokenizer(origin_folder, config.data.chat_template))
     data = build_dataset(config.data, encoder, lambda what: console.print(f"[dim]{what}[/dim]"))

@@ -140,7 +140,7 @@ def apply_sums(
     """
     grads = jax.tree.map(lambda g: g / sums.weight_sum, sums.grads)
     loss = sums.loss_sum / sums.weight_sum
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = cast(Params, optax.apply_updates(state.params, updates))
@@ -149,8 +149,8 @@ def apply_sums(
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "param_norm": optax.global_norm(new_state.params),
-        "update_norm": optax.global_norm(updates),
+        "param_norm": optax.tree.norm(new_state.params),
+        "update_norm": optax.tree.norm(updates),
         "learning_rate": schedule(state.step),
         "finite": finite,
     }

@@ -47,10 +47,14 @@ def define(values: command.Values, argv: list[str]) -> None:
     command.define_distributed(values)
 
 
-def train(values: command.Values) -> None:
-    # ---- Config and workdir ---------------------------------------------------------------------------------
+def begin(values: command.Values) -> None:
     config = command.config_of(values)
-    run = Workdir(Path(command.required(values, "workdir")))
+    with Workdir(Path(command.required(values, "workdir"))) as run:
+        train(config, run, values)
+
+
+def train(config: Config, run: Workdir, values: command.Values) -> None:
+    # ---- What it starts from --------------------------------------------------------------------------------
     attention = choose_backend(config.model.attention)
     origin = find_origin(config.model.init_from)
     tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
@@ -76,6 +80,11 @@ def train(values: command.Values) -> None:
         seed=config.seed,
         drop_remainder=config.data.drop_remainder,
     )
+    if not len(mixture):
+        raise UserError(
+            f"there is no step to take: optim.batch_size={config.optim.batch_size} is more than any epoch has, and "
+            "data.drop_remainder=True leaves short steps out. Take a smaller batch, or keep the remainder."
+        )
     total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
 
     # ---- Model ----------------------------------------------------------------------------------------------
@@ -139,11 +148,11 @@ def train(values: command.Values) -> None:
             metrics.TerminalWriter(console, start, total_steps, config.log.every_steps),
         ]
     peak = metrics.peak_flops(jax.local_devices()[0])
-    leave = distributed.LeaveRequest()
     record: dict[str, Any] = {}
     saved = start
     status, reason = "completed", ""
     sums = _compile(fns, state, steps, start, total_steps, mesh, console)
+    leave = distributed.LeaveRequest()
     ended = time.perf_counter()
     try:
         loader = load_steps(steps, start, config.data.num_workers)
@@ -370,6 +379,8 @@ def _say_plan(
             f"optim.batch_size={o.batch_size} is larger than an epoch of {mixture.shortest_epoch()} samples: each of "
             "its steps is a whole epoch"
         )
+    if config.data.validation_fraction and not data.validation:
+        warnings.append(f"data.validation_fraction={config.data.validation_fraction} holds out no sample of these few")
     if mixture.samples_left_out:
         warnings.append(f"{mixture.samples_left_out:,} samples left out by data.drop_remainder")
     if config.data.max_length > origin.spec.max_positions:
@@ -407,7 +418,7 @@ def _ending(run: Workdir, record: dict[str, Any], start: int, total_steps: int) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(__doc__, define, train, sys.argv[1:] if argv is None else argv)
+    return command.run(__doc__, define, begin, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,18 @@ METRICS = "metrics.jsonl"
 
 
 class Workdir:
-    """The folder of one run, opened for writing by one process at a time."""
+    """The folder of one run, written by one process at a time; as a context it gives its lock back at the end."""
 
     def __init__(self, path: Path):
         self.path = path
         self._lock: TextIO | None = None
+
+    def __enter__(self) -> "Workdir":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._lock:
+            self._lock.close()
 
     def lock(self) -> None:
         """Takes the folder; the system gives it back with the process, so a dead writer's lock is never in the way.
@@ -38,8 +45,10 @@ class Workdir:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
+            writer = file.read().strip()
+            file.close()
             raise UserError(
-                f"--workdir={self.path} is being written by another live process ({file.read().strip()}). "
+                f"--workdir={self.path} is being written by another live process ({writer}). "
                 "Wait for it, end it, or give another --workdir."
             ) from None
         file.truncate(0)

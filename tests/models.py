@@ -21,6 +21,9 @@ from mice_jax.models.transformer import Decoder, Params, make_decoder
 
 VOCAB = 101  # no multiple of what it is padded to, nor of a tensor axis
 
+# For functions that a test jits by itself: compiling is most of its time, and this halves it.
+QUICK = {"xla_backend_optimization_level": 0}
+
 Sample = tuple[np.ndarray, np.ndarray]  # token ids, and which of them are trained
 
 
@@ -48,7 +51,7 @@ def random_params(decoder: Decoder, seed: int = 0) -> Params:
             return x + rng.normal(0, 0.2, x.shape).astype(np.float32)
         return x
 
-    return jax.tree_util.tree_map_with_path(drawn, decoder.init(jax.random.key(seed)))
+    return jax.tree_util.tree_map_with_path(drawn, jax.jit(decoder.init, compiler_options=QUICK)(jax.random.key(seed)))
 
 
 def llama(folder: Path | None = None, seed: int = 0, **changes: Any) -> LlamaForCausalLM:

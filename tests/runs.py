@@ -28,7 +28,7 @@ CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-WORDS = "mice learn to compete with elephants when large batches meet low learning rates in the cold red barn".split()
+WORDS = ["mice", "learn", "compete", "with", "elephants", "large", "batches", "low", "rates", "cold", "red", "barn"]
 TIMES = ("tokens_per_s", "mfu", "step_time_s")  # of metrics.jsonl: what no two runs have in common
 # What packages we call do, by the message of the warning.
 DEPRECATED = ["the load_module.. method is deprecated"]  # ml_collections reads config files with it, until 3.12

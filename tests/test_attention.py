@@ -13,7 +13,7 @@ from mice_jax.errors import UserError
 from mice_jax.models.attention import BACKENDS, attend, choose_backend
 from mice_jax.models.attention.blockwise import blockwise
 from mice_jax.models.attention.reference import reference
-from models import gap, mesh_of
+from models import QUICK, gap, mesh_of
 
 BLOCKWISE = importlib.import_module("mice_jax.models.attention.blockwise")  # a function hides it by its name
 
@@ -74,7 +74,7 @@ def _jitted(f, scale: float, block: int):
         out, pull = jax.vjp(lambda *x: f(*x, segments, scale), q, k, v)
         return out, pull(d_out)
 
-    return jax.jit(run)
+    return jax.jit(run, compiler_options=QUICK)
 
 
 def with_gradients(f, arrays: tuple[np.ndarray, ...], segments: np.ndarray, scale: float = 0.3):

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mice_jax import train as train_module
 from runs import (
     CHATML,
     chat,
@@ -22,9 +25,6 @@ from runs import (
     write_init,
     write_jsonl,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from mice_jax import train as train_module
 
 Spoil = Callable[[Path], list[str]]  # breaks something in a folder made by `setting`; returns flags
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import Record, chat, make_chats, make_tokenizer, write_jsonl
 
 from mice_jax.config import Data, Phase, Source
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.errors import UserError
+from runs import Record, chat, make_chats, make_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_overlong_samples_are_dropped_and_counted(build: Any, encoder: ChatEncod
     assert source["dropped"] == {"longer than max_length": 2}
     assert data.phases[0].pools[0].ids.tolist() == [0]  # of exactly max_length tokens: kept
     assert (source["tokens"], source["length_percentiles"]["100"]) == (most, most)
-    ids, trained = data.corpus.sample(0)
+    _, trained = data.corpus.sample(0)
     assert source["loss_tokens"] == int(trained[1:].sum()) > 0
 
 
@@ -72,7 +72,7 @@ def test_overlong_samples_are_truncated_and_counted(build: Any, encoder: ChatEnc
 
 def test_overlong_samples_are_an_error_where_asked(build: Any, encoder: ChatEncoder) -> None:
     most = length(encoder, SHORT)
-    with pytest.raises(UserError, match="chats.jsonl has 1 samples above data.max_length") as raised:
+    with pytest.raises(UserError, match=r"chats\.jsonl has 1 samples above data\.max_length") as raised:
         build([SHORT, LONG], max_length=most, overlong="error")
     assert str(length(encoder, LONG)) in str(raised.value)
     assert build([SHORT], max_length=most, overlong="error").report["sources"]["chats"]["kept"] == 1
@@ -166,7 +166,7 @@ def test_bad_lines_are_counted_by_reason_where_they_may_be_skipped(build: Any, t
     file = write_jsonl(tmp_path / "bad.jsonl", [SHORT, SHORT])
     role = json.dumps({"messages": [{"role": "boss", "content": "x"}]})
     file.write_text(file.read_text() + f"{{not json\n{role}\n[1]\n{{oh\n")
-    with pytest.raises(UserError, match="bad.jsonl line 3"):
+    with pytest.raises(UserError, match=r"bad\.jsonl line 3"):
         build(file)
     data = build(file, skip_bad=True)
     source = data.report["sources"]["bad"]

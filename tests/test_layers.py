@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import REPOSITORY
 
 from mice_jax.cli import VERBS
+from runs import REPOSITORY
 
 PACKAGE = REPOSITORY / "mice_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))

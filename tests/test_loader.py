@@ -158,9 +158,7 @@ def test_a_step_holds_the_same_samples_on_any_number_of_shards(num_shards: int) 
 def test_hosts_together_hold_what_one_host_would() -> None:
     samples, shapes = random_samples(70), microbatch_shapes(256, 2)
     alone = make_source(samples, batch_size=30, shapes=shapes, num_shards=4)
-    hosts = [
-        make_source(samples, batch_size=30, shapes=shapes, num_shards=4, shards=s) for s in ((0, 1), (2,), (3,))
-    ]
+    hosts = [make_source(samples, batch_size=30, shapes=shapes, num_shards=4, shards=s) for s in ((0, 1), (2,), (3,))]
     for i in range(len(alone)):
         parts = [host[i] for host in hosts]
         assert [p["slots"] for p in parts] == [alone[i]["slots"]] * 3  # counts are of all hosts

@@ -10,7 +10,7 @@ import torch
 
 from mice_jax.loss import cross_entropy_sums
 from mice_jax.sharding import BATCH_AXES
-from models import gap, mesh_of
+from models import QUICK, gap, mesh_of
 
 # float32 keeps a sum of some 200 terms, and each term, a difference of logits of order 10, to a few 1e-7 of itself.
 SUM = 1e-6  # of the value
@@ -27,7 +27,7 @@ def jitted(chunk: int, batch_axes: tuple[str, ...], vocab_size: int, factor: flo
         )
         return loss_sum * jnp.float32(factor), weight_sum
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
 
 
 class Case:

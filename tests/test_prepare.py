@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from runs import chat, make_chats, run_prepare, run_train, setting, write_jsonl
 
 
@@ -40,7 +41,9 @@ def test_the_table_counts_each_source(
     mute = {"messages": [{"role": "user", "content": "who?"}]}
     long = chat("who?", "elephants " * 60)
     write_jsonl(config.parent / "chats.jsonl", [*make_chats(16), mute, long, long])
-    config.write_text(config.read_text().replace("return c", f"c.data.validation = [Source(path='{held}')]\n    return c"))
+    config.write_text(
+        config.read_text().replace("return c", f"c.data.validation = [Source(path='{held}')]\n    return c")
+    )
     assert run_prepare(config, "--config.data.max_length=200") == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -50,9 +53,7 @@ def test_the_table_counts_each_source(
     assert row(out, "held (held out)")[1:4] == ["5", "5", "0"]
 
 
-def test_samples_are_shown_with_their_trained_tokens_marked(
-    config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_samples_are_shown_with_their_trained_tokens_marked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_prepare(config, "--inspect=3") == 0
     out, err = capsys.readouterr()
     assert err == "" and len(re.findall(r"stacked: sample \d+, \d+ tokens, \d+ trained on", out)) == 3

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+
 from runs import make_chats, read_json, read_metrics, run_train, setting, start_train, timeless, write_jsonl
 
 SAMPLES, EPOCHS = 36, 16  # five steps an epoch
@@ -50,7 +51,9 @@ def arrays(workdir: Path, step: int = STEPS) -> dict[str, np.ndarray]:
     for item in ("params", "opt_state"):
         folder = workdir.resolve() / "checkpoints" / str(step) / item
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree)
+            whole = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
+            )
             tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=whole))
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         found |= {f"{item}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
@@ -74,7 +77,7 @@ def lines_of(workdir: Path) -> int:
 def saving(workdir: Path) -> bool:
     """Whether a checkpoint is being written at this moment."""
     try:
-        return any("tmp" in entry.name for entry in os.scandir(workdir / "checkpoints"))
+        return any("tmp" in name for name in os.listdir(workdir / "checkpoints"))
     except FileNotFoundError:
         return False
 
@@ -120,9 +123,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(config: Path, undisturb
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_its_first_checkpoint_begins_again(
-    config: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_before_its_first_checkpoint_begins_again(config: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     kill_when(start_train(config, run), lambda: lines_of(run) >= 3)
     shutil.rmtree(run / "checkpoints")  # should it have come so far
@@ -136,9 +137,9 @@ def test_a_run_killed_during_a_save_goes_on_as_if_nothing_had_happened(
 ) -> None:
     """Killed again and again, each time in the middle of a save, and started again each time."""
     run, amid = tmp_path / "run", 0
-    for kill in range(4):
+    for kill in range(3):
         process = start_train(config, run, EVERY_STEP)
-        kill_when(process, lambda: saving(run) and lines_of(run) >= 15 * (kill + 1))  # noqa: B023
+        kill_when(process, lambda: saving(run) and lines_of(run) >= 20 * (kill + 1))  # noqa: B023
         left = [p.name for p in (run / "checkpoints").iterdir() if not p.name.isdecimal()]
         amid += bool(left)
     assert amid >= 2  # what half-written saves leave was there
@@ -149,9 +150,9 @@ def test_a_run_killed_during_a_save_goes_on_as_if_nothing_had_happened(
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_time_of_its_start_goes_on(config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Killed while data is tokenised, while programs are compiled, after the first line: by time, not by what it did."""
+    """While data is tokenised, while programs are compiled, after the first line: by time, not by what it did."""
     run = tmp_path / "run"
-    for seconds in (3.0, 5.0, 7.0, 9.0):
+    for seconds in (5.0, 9.0):
         until = time.monotonic() + seconds
         process = start_train(config, run, EVERY_STEP)
         while time.monotonic() < until and process.poll() is None:
@@ -189,17 +190,14 @@ MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [MESH, ["--config.train.rows_per_device=3"]], ids=["mesh", "rows"])
-def test_a_run_resumed_on_another_mesh_sees_the_same_samples(
-    flags: list[str], config: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_run_resumed_on_another_mesh_sees_the_same_samples(config: Path, undisturbed: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     start, *later = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
     for step in later:
         shutil.rmtree(run / "checkpoints" / str(step))
     assert start == 25
-    assert run_train(config, run, *flags) == 0
+    assert run_train(config, run, *MESH) == 0
     there, here = read_metrics(run), read_metrics(undisturbed)
     assert timeless(there[:start]) == timeless(here[:start])
     for key in ("step", "phase", "epoch", "samples", "tokens", "loss_tokens", "learning_rate"):

@@ -18,14 +18,14 @@ from mice_jax.models.transformer import Compute, Params
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import num_shards, put_rows
 from mice_jax.step import StepFunctions, Sums, TrainState, apply_sums, make_step
-from models import Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of
+from models import QUICK, Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of
 
-# Losses and norms are sums of thousands of float32 terms, each right to some 1e-6 after the layers before it.
-LOSS = 1e-5  # of the value
-NORM = 1e-5  # of the value
+# Losses and norms are sums of hundreds of float32 terms (6e-8) whose errors largely cancel.
+LOSS = 1e-6  # of the value
+NORM = 2e-6  # of the value
 # AdamW's first steps are g / |g|: an entry whose gradient is as small as the rounding of its terms may come out as
 # anything, so updates are compared by the norm of the difference, in units of the update's norm.
-UPDATE = 1e-3
+UPDATE = 3e-4
 
 RATE = 1e-2
 SLOTS = 24
@@ -77,9 +77,11 @@ class Run:
         """The same with another optimizer, on what `accumulate` gives, 16 rows at once."""
         optimizer, metrics = make_optimizer(schedule, **(ADAM | adam)), []
         state = TrainState(jnp.zeros((), jnp.int32), self.params, optimizer.init(self.params))
-        apply = jax.jit(lambda state, sums: apply_sums(state, sums, optimizer, schedule))
+        apply = jax.jit(lambda state, sums: apply_sums(state, sums, optimizer, schedule), compiler_options=QUICK)
+        shardings = jax.tree.map(lambda x: x.sharding, self.params)
         for rows in steps:
             state, measured = apply(state, self.accumulate(state, self.fns.zero_sums(), self.batches(rows, 16)))
+            state = dataclasses.replace(state, params=jax.device_put(state.params, shardings))
             metrics.append({k: float(x) for k, x in measured.items()})
         return state, metrics
 
@@ -106,8 +108,9 @@ def model(folder: Path) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def two_steps() -> list[Rows]:
-    """Two steps of 16 rows: from 0 to 46 trained tokens a row, four rows with none; the second step's losses are
-    of few tokens, so that its gradient is larger."""
+    """Two steps of 16 rows, with from 0 to 23 trained tokens a row; those of the longest samples, most of which stand
+    in the first half, come from 12 ids and have a loss of their own. The second step has few, and a larger gradient.
+    """
     rng = np.random.default_rng(0)
 
     def row(kind: int) -> list[Sample]:
@@ -116,11 +119,11 @@ def two_steps() -> list[Rows]:
         if kind == 1:
             return [sample_of(20, slice(0, 0), rng)]  # nothing trained
         if kind == 2:
-            return [sample_of(SLOTS, slice(1, SLOTS), rng)]  # everything
-        return [sample_of(7, [6], rng), sample_of(1, slice(0, 0), rng), sample_of(12, slice(10 - kind, 12), rng)]
+            return [sample_of(SLOTS, slice(1, SLOTS), rng, vocab=12)]
+        return [sample_of(7, [6], rng), sample_of(1, slice(0, 0), rng), sample_of(12, slice(11 - kind, 12), rng)]
 
-    first = [2, 3, 1, 0, 4, 3, 3, 4, 3, 5, 0, 1, 3, 4, 3, 2]
-    second = [3, 3, 1, 0, 4, 3, 3, 3, 3, 3, 0, 1, 3, 4, 3, 2]
+    first = [2, 3, 1, 0, 4, 2, 3, 4, 3, 5, 0, 1, 3, 4, 3, 4]
+    second = [0, 1, 1, 0, 1, 0, 3, 0, 1, 0, 0, 1, 0, 1, 0, 0]
     return [[row(k) for k in kinds] for kinds in (first, second)]
 
 
@@ -233,7 +236,7 @@ def test_without_clipping_or_with_other_betas_the_updates_are_others(
 ) -> None:
     run = run_on(folder, ALONE)
     assert update_gap(run.steps_with(two_steps)[0].params, expected[0], run.params) < UPDATE
-    for change in ({"grad_clip": 0.0}, {"beta1": 0.8}, {"beta2": 0.999}, {"eps": 1e-3}, {"weight_decay": 0.1}):
+    for change in ({"grad_clip": 0.0}, {"beta1": 0.8}, {"beta2": 0.5}, {"eps": 1e-3}):
         state, metrics = run.steps_with(two_steps, **change)
         assert update_gap(state.params, expected[0], run.params) > 10 * UPDATE, change
         # The norm is that before clipping, whatever comes after.
@@ -252,8 +255,9 @@ def test_weight_decay_is_torch_s_with_norms_and_biases_in_a_group_without_it(
 def test_what_a_step_measures_is_what_it_did(folder: Path, two_steps: list[Rows]) -> None:
     run = run_on(folder, (1, 8, 1))
     state, metrics = run.steps(two_steps[:1], 16)
-    assert abs(metrics[0]["param_norm"] / norm(state.params) - 1) < NORM
-    assert abs(metrics[0]["param_norm"] / norm(run.params) - 1) > 10 * NORM  # after the update, not before
+    exact = 1e-6  # of the same float32 numbers: their sum of squares alone is rounded
+    assert abs(metrics[0]["param_norm"] / norm(state.params) - 1) < exact
+    assert abs(metrics[0]["param_norm"] / norm(run.params) - 1) > 10 * exact  # after the update, not before
     # An update of 0.01 is read off weights of order 1, which are rounded to 6e-8.
     assert abs(metrics[0]["update_norm"] / norm(difference(state.params, run.params)) - 1) < NORM
     assert metrics[0]["learning_rate"] == np.float32(RATE)
@@ -363,7 +367,7 @@ def test_parameters_moments_and_sums_lie_on_the_mesh_as_the_abstract_state_says(
     sizes: tuple[int, int, int], folder: Path
 ) -> None:
     run = run_on(folder, sizes)
-    state, sums = run.fns.init(jax.random.key(0)), run.fns.zero_sums()
+    state, sums = run.state(), run.fns.zero_sums()
     for a, x in zip(jax.tree.leaves(run.fns.abstract_state), jax.tree.leaves(state), strict=True):
         assert (a.shape, a.dtype) == (x.shape, x.dtype) and a.sharding.is_equivalent_to(x.sharding, x.ndim)
     [moments] = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]

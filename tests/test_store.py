@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import CHATML, REPOSITORY, chat, make_chats, make_tokenizer, write_jsonl
 
 from mice_jax.data import store as store_module
 from mice_jax.data.chat import ChatEncoder, load_tokenizer
 from mice_jax.data.sources import read_samples
 from mice_jax.data.store import TokenStore, build_store
 from mice_jax.errors import UserError
+from runs import CHATML, REPOSITORY, chat, make_chats, make_tokenizer, write_jsonl
 
 Build = Callable[..., TokenStore]
 
@@ -153,7 +153,7 @@ def test_a_failed_build_leaves_nothing_to_be_read(build: Build, cache: Path, dat
     good = data.read_bytes()
     data.write_bytes(good + b"{not json\n")
     for _ in range(2):
-        with pytest.raises(UserError, match="chats.jsonl line 31"):
+        with pytest.raises(UserError, match=r"chats\.jsonl line 31"):
             build()
     assert stamps(cache).keys() == set() or all(k.endswith(".partial") for k in stamps(cache))
     data.write_bytes(good)

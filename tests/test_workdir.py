@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import REPOSITORY
 
 from mice_jax.errors import UserError
 from mice_jax.workdir import Workdir, environment
+from runs import REPOSITORY
 
 HOLDER = """
 import sys, time

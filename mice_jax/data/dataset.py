@@ -69,6 +69,11 @@ def build_dataset(data: config.Data, encoder: ChatEncoder, say: Callable[[str], 
                 f"A sample is kept when its tokens are at most data.max_length={data.max_length} and at least one "
                 "of them is trained on."
             )
+        if not phase.epoch_sizes():
+            raise UserError(
+                f"the phase {phase.name!r} has no sample to train on: num_epochs={phase.num_epochs} of "
+                f"{phase.per_epoch} samples an epoch is less than one. Give it more."
+            )
     return Dataset(corpus, phases, _validation(data, pool), report)
 
 
@@ -80,6 +85,12 @@ def source_name(source: config.Source) -> str:
 def _validation(data: config.Data, pool: Callable[..., np.ndarray]) -> dict[str, np.ndarray]:
     if data.validation:
         held = [(source_name(s), pool(s, True)) for s in data.validation]
+        empty = [s.path for s, (_, ids) in zip(data.validation, held, strict=True) if not len(ids)]
+        if empty:
+            raise UserError(
+                f"data.validation has no sample to measure in {', '.join(empty)}: every one is longer than "
+                f"data.max_length={data.max_length} or has no trained token."
+            )
     elif data.validation_fraction:
         unique = {(s.path, s.format): s for p in data.phases for s in p.sources}
         held = [(source_name(s), pool(s, True)) for s in unique.values()]

@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from mice_jax.data.mixture import Corpus, Mixture
 from mice_jax.data.packing import Microbatch, Shape, pack_step
@@ -107,5 +108,6 @@ def load_steps(source: StepSource, start: int, num_workers: int) -> Iterator[dic
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_STEPS)
     )
     if num_workers:
+        flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own; ours are parsed elsewhere
         steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(steps)

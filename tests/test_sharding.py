@@ -1,0 +1,149 @@
+"""The mesh, and what lies where on it."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from mice_jax import sharding
+from mice_jax.errors import UserError
+from mice_jax.models.transformer import make_decoder
+from models import mesh_of, spec_of
+
+
+# ---------------------------------------------------------------------------------------- mesh
+@pytest.mark.parametrize(
+    ("sizes", "made"),
+    [
+        ((1, -1, 1), (1, 8, 1)),
+        ((-1, 1, 1), (8, 1, 1)),
+        ((2, 2, -1), (2, 2, 2)),
+        ((1, 4, 2), (1, 4, 2)),
+        ((2, 4, -1), (2, 4, 1)),
+    ],
+)
+def test_a_mesh_has_the_sizes_asked_for_and_one_of_them_takes_what_is_left(
+    sizes: tuple[int, int, int], made: tuple[int, int, int]
+) -> None:
+    mesh = sharding.make_mesh(*sizes)
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), made, strict=True))
+    assert set(mesh.devices.flat) == set(jax.devices())
+    assert sharding.num_shards(mesh) == made[0] * made[1]
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (3, -1, 1), (1, 16, 1), (1, -1, 16), (2, 8, 1)])
+def test_sizes_that_do_not_make_the_devices_are_refused_with_both_numbers_and_the_mend(
+    sizes: tuple[int, int, int],
+) -> None:
+    data, fsdp, tensor = sizes
+    with pytest.raises(UserError) as e:
+        sharding.make_mesh(*sizes)
+    assert f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor}" in str(e.value)
+    assert "the 8 devices there are" in str(e.value)
+    assert "-1" in str(e.value)
+
+
+# ---------------------------------------------------------------------------------------- parameters
+def test_parameters_lie_as_the_rules_say_and_a_dim_that_is_not_divided_stays_whole() -> None:
+    mesh = sharding.make_mesh(1, 4, 2)
+
+    def spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+        return sharding.param_spec(shape, axes, mesh)
+
+    assert spec((3, 32, 4, 12), "layers", "embed", "heads", "head_dim") == PartitionSpec(None, "fsdp", "tensor", None)
+    assert spec((3, 32, 3, 12), "layers", "embed", "kv_heads", "head_dim") == PartitionSpec(None, "fsdp", None, None)
+    assert spec((128, 30), "vocab", "embed") == PartitionSpec("tensor", None)
+    assert spec((8, 24, 32), "batch", "length", "hidden") == PartitionSpec(("data", "fsdp"), None, None)
+    assert spec((6, 24), "batch", None) == PartitionSpec(None, None)
+
+
+def test_replicated_dims_names_each_dim_that_is_held_whole_and_no_other() -> None:
+    decoder = make_decoder(spec_of(d_model=36, num_heads=6, num_kv_heads=3, mlp_bias=False, attention_bias=False))
+
+    def held_whole(*sizes: int) -> set[str]:
+        return set(sharding.replicated_dims(decoder.abstract, decoder.axes, mesh_of(*sizes)))
+
+    assert held_whole(1, 4, 2) == {"layers.attention.k kv_heads=3", "layers.attention.v kv_heads=3"}
+    # 8 does not divide 36, which every parameter has.
+    over_eight = held_whole(1, 8, 1)
+    assert over_eight == {
+        f"{name} embed=36"
+        for name in (
+            "embed.table", "final_norm.scale", "head.weight", "layers.attention_norm.scale", "layers.mlp_norm.scale",
+            "layers.attention.q", "layers.attention.k", "layers.attention.v", "layers.attention.o",
+            "layers.mlp.gate", "layers.mlp.up", "layers.mlp.down",
+        )
+    }  # fmt: skip
+    assert held_whole(1, 1, 1) == held_whole(8, 1, 1) == set()  # nothing is to be split there
+
+
+def test_what_replicated_dims_leaves_out_is_really_split() -> None:
+    decoder, mesh = make_decoder(spec_of()), mesh_of(1, 4, 2)
+    assert sharding.replicated_dims(decoder.abstract, decoder.axes, mesh) == []
+    shardings = sharding.param_shardings(decoder.abstract, decoder.axes, mesh)
+    table = jax.device_put(np.zeros(decoder.abstract["embed"]["table"].shape, np.float32), shardings["embed"]["table"])
+    assert {s.data.shape for s in table.addressable_shards} == {(64, 8)}
+    assert shardings["layers"]["attention"]["q"].shard_shape((2, 32, 4, 12)) == (2, 8, 2, 12)
+
+
+# ---------------------------------------------------------------------------------------- batches
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2), (4, 1, 2)])
+def test_each_device_holds_the_rows_of_its_shard(sizes: tuple[int, int, int]) -> None:
+    mesh = mesh_of(*sizes)
+    shards = sizes[0] * sizes[1]
+    assert sharding.local_shards(mesh) == tuple(range(shards))  # one process has them all
+    rows = np.arange(shards * 3 * 5, dtype=np.int32).reshape(shards * 3, 5)
+    put = sharding.put_rows({"tokens": rows, "loss_weights": rows.astype(np.float32)}, mesh)
+    assert {name: x.dtype for name, x in put.items()} == {"tokens": np.int32, "loss_weights": np.float32}
+    by_device = {s.device: np.asarray(s.data) for s in put["tokens"].addressable_shards}
+    for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
+        shard = data * sizes[1] + fsdp
+        assert np.array_equal(by_device[device], rows[shard * 3 : shard * 3 + 3])
+    assert np.array_equal(put["tokens"], rows)
+
+
+def test_a_process_puts_the_rows_of_its_own_shards_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the process had shards 2 and 3 of four: the callback is asked for those blocks, by their global place."""
+    mesh = mesh_of(1, 4, 1)
+    rows = np.arange(4 * 5, dtype=np.int32).reshape(4, 5)  # two rows a shard
+    blocks: dict[int, np.ndarray] = {}
+
+    def ask(shape, sharding_, callback):
+        assert shape == (8, 5)
+        for start in (4, 6):
+            blocks[start] = callback((slice(start, start + 2), slice(None)))
+
+    monkeypatch.setattr(sharding, "local_shards", lambda mesh: (2, 3))
+    monkeypatch.setattr(jax, "make_array_from_callback", ask)
+    sharding.put_rows({"tokens": rows}, mesh)
+    assert np.array_equal(blocks[4], rows[:2])
+    assert np.array_equal(blocks[6], rows[2:])
+
+
+def test_local_shards_are_those_with_a_device_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def __init__(self, i: int):
+            self.process_index = i // 4  # two processes of four devices
+
+    class FakeMesh:
+        def __init__(self, *sizes: int):
+            self.shape = dict(zip(sharding.AXES, sizes, strict=True))
+            self.devices = np.array([Device(i) for i in range(8)]).reshape(sizes)
+
+    def shards_of(process: int, *sizes: int) -> tuple[int, ...]:
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        return sharding.local_shards(FakeMesh(*sizes))
+
+    assert shards_of(0, 1, 8, 1) == (0, 1, 2, 3)
+    assert shards_of(1, 1, 8, 1) == (4, 5, 6, 7)
+    assert shards_of(1, 2, 2, 2) == (2, 3)
+    # A tensor axis over both processes: both hold the rows.
+    assert shards_of(0, 1, 1, 8) == shards_of(1, 1, 1, 8) == (0,)
+
+
+def test_constrain_does_nothing_outside_a_mesh_and_places_inside_one() -> None:
+    x = np.zeros((8, 4), np.float32)
+    assert sharding.constrain(x, "batch", "hidden") is x
+    with jax.set_mesh(mesh_of(1, 8, 1)):
+        y = jax.jit(lambda x: sharding.constrain(x, "batch", "hidden"))(x)
+    assert y.sharding.spec[0] in (("data", "fsdp"), "fsdp")
