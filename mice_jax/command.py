@@ -100,7 +100,7 @@ def _check_config_flags(argv: list[str]) -> None:
     for argument in argv:
         name = argument.lstrip("-").partition("=")[0]
         if name == "config" and not Path(_config_file(argv)).is_file():
-            raise UserError(f"--config: there is no file {_config_file(argv)!r}.")
+            raise UserError(f"--config: there is no file {_config_file(argv)}.")
         field = re.sub(r"^(no)?config\.", "", name)
         if field != name and re.sub(r"\[-?[0-9]+\]", "[]", field) not in field_names():
             raise ConfigError(f"--config.{field}: the config has no field {field}{nearest(field, field_names())}")

@@ -240,7 +240,7 @@ def test_every_problem_is_told_at_once() -> None:
 def test_a_config_as_a_dict_holds_every_field_and_no_object() -> None:
     config = good()
     tree = to_dict(config)
-    for name in field_names():
+    for name in (n for n in field_names() if "[]" not in n):
         value: Any = tree
         for part in name.split("."):
             value = value[part]

@@ -129,7 +129,7 @@ def stored_dtype(folder: Path) -> str:
     files = set(_tensor_files(folder).values())
     counts = {"bfloat16": 0, "float32": 0}
     for file in files:
-        with safe_open(file, framework="numpy") as f:
+        with _open(file) as f:
             for name in f.keys():  # noqa: SIM118  (safe_open is no mapping)
                 counts["bfloat16" if f.get_slice(name).get_dtype() == "BF16" else "float32"] += 1
     return max(counts, key=lambda d: counts[d])
@@ -202,11 +202,12 @@ def _check_headers(folder: Path, files: dict[str, Path], wanted: list[HFTensor],
     for file in sorted(set(files.values())):
         with _open(file) as f:
             for name in f.keys():  # noqa: SIM118
-                s = f.get_slice(name)
-                found[name] = tuple(s.get_shape()), s.get_dtype()
+                if files.get(name) == file:  # where the index says it is; elsewhere nobody will look
+                    s = f.get_slice(name)
+                    found[name] = tuple(s.get_shape()), s.get_dtype()
     by_name = {t.name: t for t in wanted}
     ignorable = BUFFERS + (("lm_head.weight",) if tied else ())  # transformers ties over a stored copy too
-    problems = [f"{n} is missing" for n in by_name if n not in found]
+    problems = [f"{n} is missing from {files.get(n, folder).name}" for n in by_name if n not in found]
     problems += [f"{n} is unexpected" for n in found if n not in by_name and not n.endswith(ignorable)]
     for name, (shape, dtype) in found.items():
         if name in by_name and shape != by_name[name].shape:
