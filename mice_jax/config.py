@@ -55,7 +55,7 @@ class Phase(_Strict):
 
 @dataclass
 class Model(_Strict):
-    init_from: str = ""  # HF folder | "random:path/to/config.json" | another run's workdir
+    init_from: str = ""  # HF folder | "random:path/to/config.json" | another run's workdir or one of its checkpoints
     compute_dtype: str = "auto"  # auto | float32 | bfloat16; auto is float32 on CPU, else bfloat16
     attention: str = "auto"  # auto | one backend's name
     remat: str = "auto"  # auto | none | full | dots

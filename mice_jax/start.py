@@ -26,6 +26,7 @@ class Origin:
     kind: str  # hf | random | run
     folder: Path  # holds config.json and, by default, the tokenizer
     workdir: Path | None  # of a run
+    step: int | None  # of one of its checkpoints, where that was named
     config: dict[str, Any]  # config.json
     spec: ModelSpec
 
@@ -34,8 +35,8 @@ class Origin:
         return self.config["architectures"][0]
 
     def stored_dtype(self) -> str:
-        """The dtype in which its parameters are stored: float32 where there is no such folder."""
-        return hf.stored_dtype(self.folder) if self.kind == "hf" else "float32"
+        """The dtype in which the weights that it goes back to are stored; float32 for a fresh model."""
+        return hf.stored_dtype(self.folder) if self.kind == "hf" else self.config.get("dtype", "float32")
 
 
 def find_origin(init_from: str) -> Origin:
@@ -43,19 +44,23 @@ def find_origin(init_from: str) -> Origin:
     if init_from.startswith(RANDOM):
         file = Path(init_from.removeprefix(RANDOM))
         file = file / "config.json" if file.is_dir() else file
-        kind, workdir = "random", None
-    else:
-        folder = Path(init_from)
-        if not folder.is_dir():
-            raise UserError(
-                f"{init_from} is no folder: a model is given as a Hugging Face folder, a run's workdir, or "
-                "random:path/to/config.json."
-            )
-        is_run = (folder / "checkpoints").is_dir()
-        kind, workdir = ("run", folder) if is_run else ("hf", None)
-        file = folder / "model" / "config.json" if is_run else folder / "config.json"
+        config = hf.read_config(file) | {"dtype": "float32"}
+        return Origin("random", file.parent, None, None, config, hf.spec_from_config(config, file))
+    folder, step = Path(init_from), None
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        folder, step = folder.parent.parent, int(folder.name)
+    if not folder.is_dir():
+        raise UserError(
+            f"{init_from} is no folder: a model is given as a Hugging Face folder, a run's workdir (or one of its "
+            "checkpoints/<step>), or random:path/to/config.json."
+        )
+    is_run = (folder / "checkpoints").is_dir()
+    file = folder / "model" / "config.json" if is_run else folder / "config.json"
     config = hf.read_config(file)
-    return Origin(kind, file.parent, workdir, config, hf.spec_from_config(config, file))
+    spec = hf.spec_from_config(config, file)
+    if is_run:
+        return Origin("run", file.parent, folder, step, config, spec)
+    return Origin("hf", folder, None, None, config, spec)
 
 
 def load_params(
@@ -71,6 +76,6 @@ def load_params(
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), decoder.abstract, shardings
     )
-    params = checkpoints.restore_params(pick_step(checkpoints, step), abstract)
+    params = checkpoints.restore_params(pick_step(checkpoints, origin.step if step is None else step), abstract)
     checkpoints.close()
     return params
