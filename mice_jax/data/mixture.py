@@ -5,7 +5,6 @@ exactly `batch_size` samples, never across an epoch or a phase; only an epoch's 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -98,7 +97,7 @@ class Mixture:
                 self._epochs.append((p, e, size))
                 steps.append(steps[-1] + size // batch_size + (rest > 0 and not drop_remainder))
         self._first_step = np.array(steps)
-        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+        self._latest: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.zeros(0, int))
 
     def __len__(self) -> int:
         return int(self._first_step[-1])
@@ -113,6 +112,14 @@ class Mixture:
 
     def shortest_epoch(self) -> int:
         return min(size for _, _, size in self._epochs)
+
+    def _order(self, phase: int, epoch: int) -> np.ndarray:
+        """All samples of an epoch as they are drawn; the latest epoch's is kept, since its steps come together."""
+        key, order = self._latest
+        if key != (phase, epoch):
+            order = self._epoch_order(phase, epoch)
+            self._latest = ((phase, epoch), order)
+        return order
 
     def _epoch_order(self, phase: int, epoch: int) -> np.ndarray:
         drawn = [self._draw(phase, i, epoch) for i in range(len(self.phases[phase].pools))]

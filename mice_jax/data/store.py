@@ -42,6 +42,7 @@ class TokenStore:
     """Read access to a store; arrays are views of the mapped file, nothing is copied."""
 
     def __init__(self, folder: Path):
+        self._folder = folder
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
         table = pa.ipc.open_file(pa.memory_map(str(folder / "tokens.arrow"))).read_all()
         self._tokens = [c.values.to_numpy(zero_copy_only=True) for c in table["tokens"].chunks]
@@ -52,6 +53,10 @@ class TokenStore:
         self.content_hashes = np.asarray(table["content_hash"])
         self.lengths = _joined([np.diff(o) for o in offsets], np.int32)
         self.num_trained = _joined(list(map(_count_trained, self._trained, offsets)), np.int32)
+
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
+        """A worker process maps the file itself; nothing is sent to it."""
+        return TokenStore, (self._folder,)
 
     def __len__(self) -> int:
         return len(self.lengths)
