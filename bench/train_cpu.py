@@ -416,7 +416,7 @@ def print_table(summary: dict[str, dict[str, Any]]) -> None:
     for side, s in summary.items():
         name = side if side == OURS else f"trl {side}"
         ratio = "" if side == OURS else f"{s['ratio']:.2f} ({min(s['ratios']):.2f}, {max(s['ratios']):.2f})"
-        memory = f"{s['peak_mib']:>5,} MiB{s['growth_mib']:>5,} MiB"
+        memory = f"{s['peak_mib']:>7,} MiB{s['growth_mib']:>7,} MiB"
         tokens = statistics.median(s["tokens_per_s"])
         print(f"{name:<20}{tokens:>8,.0f}{s['real']:>7.2f}{memory:>18}{s['first_loss']:>12.5f}   {ratio}")
 
