@@ -412,13 +412,13 @@ def report(args: argparse.Namespace, per_device: dict[str, int], rounds: list[di
 
 
 def print_table(summary: dict[str, dict[str, Any]]) -> None:
-    print(f"{'':<18}{'tokens/s':>10}{'real':>7}{'peak':>9}{'growth':>9}{'first loss':>12}   ours / theirs")
+    print(f"{'':<18}{'tokens/s':>10}{'real':>7}{'peak':>11}{'growth':>11}{'first loss':>12}   ours / theirs")
     for side, s in summary.items():
         name = side if side == OURS else f"trl {side}"
         ratio = "" if side == OURS else f"{s['ratio']:.2f} ({min(s['ratios']):.2f}, {max(s['ratios']):.2f})"
         memory = f"{s['peak_mib']:>7,} MiB{s['growth_mib']:>7,} MiB"
         tokens = statistics.median(s["tokens_per_s"])
-        print(f"{name:<20}{tokens:>8,.0f}{s['real']:>7.2f}{memory:>18}{s['first_loss']:>12.5f}   {ratio}")
+        print(f"{name:<20}{tokens:>8,.0f}{s['real']:>7.2f}{memory:>22}{s['first_loss']:>12.5f}   {ratio}")
 
 
 TASKS: dict[str, Callable[[argparse.Namespace], None]] = {
