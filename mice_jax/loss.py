@@ -39,51 +39,28 @@ def cross_entropy_sums(
         hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
         targets, loss_weights = (jnp.pad(x, ((0, 0), (0, pad))) for x in (targets, loss_weights))
     weight = output_weight.astype(hidden.dtype)
-    loss_sum: Any = _loss_sum(hidden, weight, targets, loss_weights, vocab_size, chunk, batch_axes)
+
+    def scan(with_gradient: bool) -> Callable[..., Any]:
+        static = {"vocab_size": vocab_size, "chunk": chunk, "with_gradient": with_gradient}
+        return _on_rows(functools.partial(_scan_chunks, **static), batch_axes)
+
+    @jax.custom_vjp
+    def loss_sum_of(*arrays: jax.Array) -> jax.Array:
+        return scan(with_gradient=False)(*arrays)[0]
+
+    def forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        loss_sum, d_hidden, d_weight = scan(with_gradient=True)(*arrays)
+        return loss_sum, (d_hidden, d_weight)
+
+    def backward(
+        gradients: tuple[jax.Array, jax.Array], d_loss_sum: jax.Array
+    ) -> tuple[jax.Array, jax.Array, None, None]:
+        d_hidden, d_weight = gradients
+        return d_hidden * d_loss_sum.astype(d_hidden.dtype), (d_weight * d_loss_sum).astype(weight.dtype), None, None
+
+    loss_sum_of.defvjp(forward, backward)
+    loss_sum: Any = loss_sum_of(hidden, weight, targets, loss_weights)
     return loss_sum, jnp.sum(loss_weights)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _loss_sum(
-    hidden: jax.Array,
-    weight: jax.Array,
-    targets: jax.Array,
-    loss_weights: jax.Array,
-    vocab_size: int,
-    chunk: int,
-    batch_axes: tuple[str, ...],
-) -> jax.Array:
-    scan = functools.partial(_scan_chunks, vocab_size=vocab_size, chunk=chunk, with_gradient=False)
-    return _on_rows(scan, batch_axes)(hidden, weight, targets, loss_weights)[0]
-
-
-def _forward(
-    hidden: jax.Array,
-    weight: jax.Array,
-    targets: jax.Array,
-    loss_weights: jax.Array,
-    vocab_size: int,
-    chunk: int,
-    batch_axes: tuple[str, ...],
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    scan = functools.partial(_scan_chunks, vocab_size=vocab_size, chunk=chunk, with_gradient=True)
-    loss_sum, d_hidden, d_weight = _on_rows(scan, batch_axes)(hidden, weight, targets, loss_weights)
-    return loss_sum, (d_hidden, d_weight, jnp.zeros((), weight.dtype))
-
-
-def _backward(
-    vocab_size: int,
-    chunk: int,
-    batch_axes: tuple[str, ...],
-    saved: tuple[jax.Array, jax.Array, jax.Array],
-    d_loss_sum: jax.Array,
-) -> tuple[jax.Array, jax.Array, None, None]:
-    d_hidden, d_weight, like_weight = saved
-    d_hidden = (d_hidden * d_loss_sum.astype(d_hidden.dtype)).astype(d_hidden.dtype)
-    return d_hidden, (d_weight * d_loss_sum).astype(like_weight.dtype), None, None
-
-
-_loss_sum.defvjp(_forward, _backward)
 
 
 def _on_rows(scan: Callable[..., Any], batch_axes: tuple[str, ...]) -> Callable[..., Any]:

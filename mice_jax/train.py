@@ -175,13 +175,12 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
                 record |= _evaluate(fns, state, data, source, mesh)
             for writer in writers:
                 writer.write(record)
-            if leaving := distributed.any_process(leave.signal is not None):
-                status, reason = "preempted", f"{leave.signal or 'another process was asked to leave'}"
+            leaving = distributed.any_process(leave.signal is not None)
             if last or leaving or _crosses(before, progress, config.checkpoint.every_samples):
                 saved = _save(checkpoints, state, progress, saved)
             if leaving and not last:
-                raise Preempted(f"{reason} after step {step}; its state is saved, run the same command to go on.")
-        status, reason = "completed", ""
+                asked = leave.signal or "another process was asked to leave"
+                raise Preempted(f"{asked} after step {step}; its state is saved, run the same command to go on.")
     except BaseException as e:
         kinds = {StoppedByRule: "stopped", Preempted: "preempted"}
         status, reason = kinds.get(type(e), "failed"), str(e) or type(e).__name__
