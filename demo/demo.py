@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from make_data import PHASES, make_data, train_tokenizer, write_model_config
 
 from mice_jax import export, train
-from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.evals.sampling import Sampler, Sampling
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings

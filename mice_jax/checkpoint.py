@@ -47,9 +47,10 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state at a step, laid out as `abstract` says, and its progress."""
+        # Not strict about shapes: a vocabulary is padded to what the tensor axis divides, with zeros here as there.
         items = {
-            "params": ocp.args.StandardRestore(abstract.params),
-            "opt_state": ocp.args.StandardRestore(abstract.opt_state),
+            "params": ocp.args.StandardRestore(abstract.params, strict=False),
+            "opt_state": ocp.args.StandardRestore(abstract.opt_state, strict=False),
             "progress": ocp.args.JsonRestore(),
         }
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -58,7 +59,7 @@ class Checkpoints:
 
     def restore_params(self, step: int, abstract: Params) -> Params:
         """The parameters alone, laid out as `abstract` says."""
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract, strict=False))
         return self._manager.restore(step, args=items)["params"]
 
     def steps(self) -> list[int]:

@@ -17,7 +17,8 @@ import jax
 from absl import flags
 
 from mice_jax import command
-from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.transformer import make_decoder

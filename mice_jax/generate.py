@@ -20,17 +20,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from mice_jax import command
-from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
+from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.evals.sampling import Sampler, Sampling, cast_params, check_fits
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Params, make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import RANDOM, Origin, find_origin, load_params
+from mice_jax.start import RANDOM, Origin, check_vocabulary, find_origin, load_params
 
 DTYPES = ("auto", "float32", "bfloat16")
 MAX_NEW_TOKENS = 256
@@ -71,6 +72,7 @@ def generate(values: command.Values) -> None:
     if values.batch_size < 1:
         raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
     tokenizer = load_tokenizer(str(origin.folder), values.chat_template)
+    check_vocabulary(origin, tokenizer.get_vocab())
     encoder = ChatEncoder(tokenizer)
     stop_ids = _stop_ids(encoder, origin)
     system = [] if values.system is None else [{"role": "system", "content": values.system}]
@@ -89,7 +91,7 @@ def generate(values: command.Values) -> None:
     dtype = _dtype(values.compute_dtype)
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-    params = cast_params(decoder, load_params(origin, decoder, shardings, step=values.step), dtype)
+    params = cast_params(load_params(origin, decoder, shardings, step=values.step), dtype)
     speaker = _Speaker(Sampler(decoder, dtype), params, encoder, tokenizer, sampling, stop_ids)
 
     # ------------------------------------------------------------------------------------ answers
@@ -149,7 +151,7 @@ class _Speaker:
     sampler: Sampler
     params: Params
     encoder: ChatEncoder
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     stop_ids: list[int]
 

@@ -23,14 +23,17 @@ def cross_entropy_sums(
     *,
     vocab_size: int,
     chunk: int,
+    logit_scale: float,
+    softcap: float | None,
     batch_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of weight * CE and the sum of weights, both float32 scalars.
 
     `hidden` is [B T D], `output_weight` [D V] of which the first `vocab_size` columns are real, `targets` and
-    `loss_weights` [B T]; a slot of weight 0 adds nothing, whatever its target. `batch_axes` are the mesh axes that
-    split the rows: each device sums over its own, and the sums meet once, not once a chunk. Differentiable in
-    `hidden` and `output_weight`.
+    `loss_weights` [B T]; a slot of weight 0 adds nothing, whatever its target. Logits are, in float32,
+    hidden @ output_weight * logit_scale, and with a soft cap softcap * tanh(logits / softcap). `batch_axes` are the
+    mesh axes that split the rows: each device sums over its own, and the sums meet once, not once a chunk.
+    Differentiable in `hidden` and `output_weight`.
     """
     t = hidden.shape[1]
     chunk = min(chunk, t)
@@ -41,8 +44,8 @@ def cross_entropy_sums(
     weight = output_weight.astype(hidden.dtype)
 
     def scan(with_gradient: bool) -> Callable[..., Any]:
-        static = {"vocab_size": vocab_size, "chunk": chunk, "with_gradient": with_gradient}
-        return _on_rows(functools.partial(_scan_chunks, **static), batch_axes)
+        static = {"vocab_size": vocab_size, "chunk": chunk, "logit_scale": logit_scale, "softcap": softcap}
+        return _on_rows(functools.partial(_scan_chunks, **static, with_gradient=with_gradient), batch_axes)
 
     @jax.custom_vjp
     def loss_sum_of(*arrays: jax.Array) -> jax.Array:
@@ -91,6 +94,8 @@ def _scan_chunks(
     *,
     vocab_size: int,
     chunk: int,
+    logit_scale: float,
+    softcap: float | None,
     with_gradient: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """loss_sum, and its gradients by hidden [B T D] and by weight [D V] float32 (empty without gradient)."""
@@ -101,14 +106,15 @@ def _scan_chunks(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         loss_sum, d_weight = sums
         h, target, token_weight = (x.reshape(b * chunk, *x.shape[2:]) for x in chunked)
-        loss, probabilities, at_target = _chunk_loss(h, weight, target, vocab_size)
+        products = jnp.dot(h, weight, preferred_element_type=jnp.float32)
+        logits, slopes = _logits(products, logit_scale, softcap)
+        loss, d_logits = _chunk_loss(logits, target, vocab_size)
         loss_sum += jnp.sum(loss * token_weight)
         if not with_gradient:
             return (loss_sum, d_weight), jnp.zeros((0,), hidden.dtype)
-        d_logits = (probabilities - at_target.astype(jnp.float32)) * token_weight[:, None]
-        d_logits = d_logits.astype(hidden.dtype)
-        d_weight += jnp.dot(h.T, d_logits, preferred_element_type=jnp.float32)
-        return (loss_sum, d_weight), jnp.dot(d_logits, weight.T).reshape(b, chunk, d)
+        d_products = (d_logits * slopes * token_weight[:, None]).astype(hidden.dtype)
+        d_weight += jnp.dot(h.T, d_products, preferred_element_type=jnp.float32)
+        return (loss_sum, d_weight), jnp.dot(d_products, weight.T).reshape(b, chunk, d)
 
     def chunks(x: jax.Array) -> jax.Array:  # [B T ...] -> [T/C B C ...]
         return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
@@ -121,13 +127,19 @@ def _scan_chunks(
     return loss_sum, d_hidden, d_weight
 
 
-def _chunk_loss(
-    h: jax.Array, weight: jax.Array, target: jax.Array, vocab_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[X D] hidden states -> CE [X], probabilities [X V], and which column is the target's [X V]."""
-    logits = jnp.dot(h, weight, preferred_element_type=jnp.float32)
+def _logits(products: jax.Array, logit_scale: float, softcap: float | None) -> tuple[jax.Array, jax.Array | float]:
+    """Products [X V] of hidden states and weight -> logits [X V], and their derivatives by the products."""
+    logits = products * logit_scale
+    if softcap is None:
+        return logits, logit_scale
+    bent = jnp.tanh(logits / softcap)
+    return softcap * bent, logit_scale * (1 - jnp.square(bent))
+
+
+def _chunk_loss(logits: jax.Array, target: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """Logits [X V] and targets [X] -> CE [X], and its derivatives by the logits [X V]."""
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    if weight.shape[1] > vocab_size:
+    if logits.shape[1] > vocab_size:
         logits = jnp.where(column < vocab_size, logits, jnp.finfo(jnp.float32).min)
     # Compared, not gathered: a gather along a split vocabulary would collect the logits on one device.
     at_target = column == target[:, None]
@@ -135,4 +147,4 @@ def _chunk_loss(
     powers = jnp.exp(logits - top)
     total = powers.sum(axis=-1, keepdims=True)
     ce = (jnp.log(total) + top)[:, 0] - jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
-    return ce, powers / total, at_target
+    return ce, powers / total - at_target.astype(jnp.float32)

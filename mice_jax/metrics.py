@@ -7,6 +7,7 @@ from typing import Any, Protocol, TextIO
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
@@ -30,18 +31,21 @@ PEAK_FLOPS = {
 }
 
 
-def train_flops(spec: ModelSpec, tokens: int, squared_lengths: int) -> float:
-    """Model FLOPs of forward and backward over real tokens, recomputation not counted.
+def train_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
+    """Model FLOPs of forward and backward over samples of so many tokens, recomputation not counted.
 
     Each weight of a matrix product costs 2 FLOPs a token forward and 4 backward; the embedding look-up costs
     nothing, the output projection its product whether tied or not. Causal attention over a sample of n tokens has
-    n^2/2 pairs, each with head_dim multiply-adds for the score and as many for the value, in every head.
+    n^2/2 pairs, each with head_dim multiply-adds for the score and as many for the value, in every head; a window
+    of w leaves wn - w^2/2 of them.
     """
     s = spec
     attention = 2 * s.d_model * s.head_dim * (s.num_heads + s.num_kv_heads)
     weights = s.num_layers * (attention + 3 * s.d_model * s.d_ff) + s.vocab_size * s.d_model
-    pairs = s.num_layers * s.num_heads * s.head_dim * squared_lengths / 2
-    return 3 * (2 * weights * tokens + 4 * pairs)
+    n = lengths.astype(np.float64)
+    seen = [np.minimum(n, window or np.inf) for window in s.windows]
+    pairs = s.num_heads * s.head_dim * sum(float((w * n - w * w / 2).sum()) for w in seen)
+    return 3 * (2 * weights * float(n.sum()) + 4 * pairs)
 
 
 def peak_flops(device: Any) -> float | None:

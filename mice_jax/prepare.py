@@ -15,9 +15,10 @@ from rich.table import Table
 
 from mice_jax import command
 from mice_jax.config import Config
-from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.mixture import Mixture
+from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.start import find_origin
 
 

@@ -31,6 +31,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "hidden": None,  # an activation's width; `embed` is a parameter's
 }
 
+# Where the first of a parameter's axes is not divided by its mesh axis, the second is split in its place.
+INSTEAD = {"heads": "head_dim"}
+
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of all devices; one size may be -1 and takes what is left.
@@ -62,9 +65,19 @@ def local_shards(mesh: Mesh) -> tuple[int, ...]:
     return tuple(i for i, devices in enumerate(by_shard) if any(d.process_index == here for d in devices))
 
 
-def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Where a parameter's dims lie; a dim that is not divided stays whole."""
+def array_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Where an array's dims lie; a dim that is not divided stays whole."""
     return PartitionSpec(*(_mesh_axis(n, a, mesh) for n, a in zip(shape, axes, strict=True)))
+
+
+def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """As `array_spec`; heads that are not divided are split within, so that no device holds them whole."""
+    split = list(array_spec(shape, axes, mesh))
+    for first, second in INSTEAD.items():
+        if first in axes and second in axes and split[axes.index(first)] is None:
+            rule, at = RULES[first], axes.index(second)
+            split[at] = rule if shape[at] % mesh.shape[rule] == 0 else None
+    return PartitionSpec(*split)
 
 
 def replicated_dims(params: Any, axes: Any, mesh: Mesh) -> list[str]:
@@ -73,9 +86,10 @@ def replicated_dims(params: Any, axes: Any, mesh: Mesh) -> list[str]:
     flat = jax.tree_util.tree_leaves_with_path(params)
     names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
     for (path, leaf), dims in zip(flat, names, strict=True):
+        split = param_spec(leaf.shape, dims, mesh)
         for size, name in zip(leaf.shape, dims, strict=True):
             rule = RULES[name] if name else None
-            if rule and mesh.shape[rule] > 1 and _mesh_axis(size, name, mesh) is None:
+            if rule and mesh.shape[rule] > 1 and rule not in split:
                 said.append(f"{jax.tree_util.keystr(path, simple=True, separator='.')} {name}={size}")
     return said
 
@@ -90,7 +104,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, param_spec(x.shape, axes, mesh))
+    return jax.lax.with_sharding_constraint(x, array_spec(x.shape, axes, mesh))
+
+
+def gather_split_heads(x: jax.Array, *axes: str | None) -> jax.Array:
+    """A parameter as it is used: heads that `param_spec` splits within are whole on every device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or param_spec(x.shape, axes, mesh) == array_spec(x.shape, axes, mesh):
+        return x
+    return constrain(x, *axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -5,16 +5,20 @@ asked and started from without what it was started from.
 """
 
 import dataclasses
+import functools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from mice_jax.checkpoint import Checkpoints, pick_step
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Decoder, Params
+from mice_jax.models.transformer import Decoder, Params, make_decoder
+from mice_jax.sharding import param_shardings
 
 RANDOM = "random:"
 
@@ -63,12 +67,69 @@ def find_origin(init_from: str) -> Origin:
     return Origin("hf", folder, None, None, config, spec)
 
 
+def with_vocabulary(origin: Origin, ids: dict[str, int], added: Collection[str]) -> ModelSpec:
+    """The origin's spec with an embedding row for each of a tokenizer's ids.
+
+    Rows beyond the ids, which many models have, stay. Rows that are lacking are added where it is added tokens that
+    lack them; a tokenizer whose own vocabulary is larger than the model's belongs to another model: UserError.
+    """
+    rows = origin.spec.vocab_size
+    own = max((i for token, i in ids.items() if token not in added), default=-1)
+    if own >= rows:
+        raise UserError(
+            f"the tokenizer's ids go up to {own}, but the model's vocabulary in {origin.folder / 'config.json'} has "
+            f"{rows} rows. Give the tokenizer that belongs to the model (data.tokenizer)."
+        )
+    return dataclasses.replace(origin.spec, vocab_size=max(rows, *(i + 1 for i in ids.values())))
+
+
+def check_vocabulary(origin: Origin, ids: dict[str, int]) -> None:
+    """UserError where a tokenizer has an id for which the origin has no embedding."""
+    token = max(ids, key=lambda token: ids[token])
+    if ids[token] >= origin.spec.vocab_size:
+        raise UserError(
+            f"the tokenizer's id {ids[token]} ({token!r}) has no embedding: the model's vocabulary in "
+            f"{origin.folder / 'config.json'} has {origin.spec.vocab_size} rows. Give the tokenizer that belongs to "
+            "the model, or train it with this one, which adds the rows."
+        )
+
+
 def load_params(
     origin: Origin, decoder: Decoder, shardings: Params, *, seed: int = 0, step: int | None = None
 ) -> Params:
-    """The origin's parameters in float32, laid out as asked; `step` picks among a run's checkpoints."""
+    """The origin's parameters in float32, laid out as asked; `step` picks among a run's checkpoints.
+
+    Where the decoder has embedding rows that the origin lacks, each is the mean of those there are.
+    """
     if origin.kind == "random":
         return jax.jit(decoder.init, out_shardings=shardings)(jax.random.key(seed))
+    if decoder.spec == origin.spec:
+        return _stored_params(origin, decoder, shardings, step)
+    assert decoder.spec == dataclasses.replace(origin.spec, vocab_size=decoder.spec.vocab_size)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    stored = make_decoder(origin.spec, mesh.shape["tensor"])
+    params = _stored_params(origin, stored, param_shardings(stored.abstract, stored.axes, mesh), step)
+    grow = jax.jit(functools.partial(_grown, stored, decoder), donate_argnums=0, out_shardings=shardings)
+    return grow(params)
+
+
+def _grown(stored: Decoder, decoder: Decoder, params: Params) -> Params:
+    """Parameters of one decoder as those of another that has more embedding rows."""
+    known, wanted = stored.spec.vocab_size, decoder.spec.vocab_size
+
+    def grow(p: jax.Array, axes: tuple[str, ...], abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        if "vocab" not in axes:
+            return p
+        at = axes.index("vocab")
+        real = jax.lax.slice_in_dim(p, 0, known, axis=at)
+        mean = jnp.mean(real, axis=at, keepdims=True)
+        grown = jnp.concatenate([real, jnp.repeat(mean, wanted - known, axis=at)], axis=at)
+        return jnp.pad(grown, [(0, w - n) for n, w in zip(grown.shape, abstract.shape, strict=True)])
+
+    return jax.tree.map(grow, params, stored.axes, decoder.abstract)
+
+
+def _stored_params(origin: Origin, decoder: Decoder, shardings: Params, step: int | None) -> Params:
     if origin.kind == "hf":
         return hf.load_params(origin.folder, decoder, origin.architecture, shardings)
     assert origin.workdir is not None

@@ -63,6 +63,8 @@ def batch_loss(
         batch["targets"],
         batch["loss_weights"],
         vocab_size=decoder.spec.vocab_size,
+        logit_scale=decoder.spec.logit_scale,
+        softcap=decoder.spec.logit_softcap,
         chunk=chunk,
         batch_axes=BATCH_AXES,
     )

@@ -18,22 +18,25 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from mice_jax import command, distributed, fit, metrics
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.config import Config, differences, to_dict
-from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.loader import StepSource, empty_rows, load_steps
 from mice_jax.data.mixture import Mixture, PhasePools, Pool
 from mice_jax.data.packing import Shape, microbatch_shapes
+from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import Preempted, StoppedByRule, UserError
+from mice_jax.models import hf
 from mice_jax.models.attention import choose_backend
-from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.models.spec import ModelSpec
+from mice_jax.models.transformer import Compute, Decoder, make_decoder
 from mice_jax.optim import make_optimizer, make_schedule
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_rows, replicated_dims
-from mice_jax.start import Origin, find_origin, load_params
+from mice_jax.start import Origin, find_origin, load_params, with_vocabulary
 from mice_jax.step import StepFunctions, Sums, TrainState, make_step
 from mice_jax.workdir import METRICS, Workdir, environment
 
@@ -58,7 +61,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     attention = choose_backend(config.model.attention)
     origin = find_origin(config.model.init_from)
     tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
-    _check_vocabulary(origin, tokenizer)
+    spec = with_vocabulary(origin, tokenizer.get_vocab(), set(tokenizer.added_tokens_encoder))
     encoder = ChatEncoder(tokenizer)
 
     # ---- Host and mesh --------------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
 
     # ---- Model ----------------------------------------------------------------------------------------------
-    decoder = make_decoder(origin.spec, mesh.shape["tensor"])
+    decoder = make_decoder(spec, mesh.shape["tensor"])
     num_params = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract))
     resolved = _resolve(config, origin, mesh, data, num_params, run)
     rows = resolved["rows_per_device"]
@@ -132,10 +135,10 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         run.cut_metrics(start)
         run.write_json("config.json", to_dict(config) | {"resolved": resolved | {"attention": attention}})
         run.write_json("data_report.json", _data_report(data, mixture, steps, total_steps))
-        _keep_model(run.path / "model", origin, tokenizer)
+        _keep_model(run.path / "model", origin, spec, tokenizer)
     _say_plan(console, config, origin, mesh, data, mixture, total_steps, start, num_params, rows, compute)
-    for said in replicated_dims(decoder.abstract, decoder.axes, mesh):
-        console.print(f"[yellow]held whole on every device, since the mesh does not divide it: {said}[/yellow]")
+    for said in [*_added_rows(origin, spec), *_uneven(decoder, mesh)]:
+        console.print(f"[yellow]{said}[/yellow]")
 
     # ---- Train ----------------------------------------------------------------------------------------------
     # The order within a step: draw, accumulate, apply, await the numbers, stop if they are not finite, evaluate,
@@ -169,7 +172,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             before, progress = progress, {k: progress[k] + batch[k] for k in progress}
             phase = data.phases[batch["phase"]].name
             record = {"step": step, "phase": phase, "epoch": batch["epoch"]} | progress | measured
-            record |= _rates(origin, batch, step_time, peak)
+            record |= _rates(spec, batch, step_time, peak)
             last = step == total_steps
             if data.validation and (last or _crosses(before, progress, config.eval.every_samples)):
                 record |= _evaluate(fns, state, data, source, mesh)
@@ -259,15 +262,6 @@ def _not_finite(step: int, measured: dict[str, Any], checkpoints: Checkpoints, s
     )
 
 
-def _check_vocabulary(origin: Origin, tokenizer: PreTrainedTokenizerFast) -> None:
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= origin.spec.vocab_size:
-        raise UserError(
-            f"the tokenizer's ids go up to {highest}, but the model's vocabulary in {origin.folder / 'config.json'} "
-            f"has {origin.spec.vocab_size} rows. Give the tokenizer that belongs to the model (data.tokenizer)."
-        )
-
-
 def _check_same_config(run: Workdir, config: Config) -> None:
     old = run.read_json("config.json")
     if old is None:
@@ -281,13 +275,14 @@ def _check_same_config(run: Workdir, config: Config) -> None:
         )
 
 
-def _keep_model(folder: Path, origin: Origin, tokenizer: PreTrainedTokenizerFast) -> None:
+def _keep_model(folder: Path, origin: Origin, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
     """config.json, tokenizer and template, with which the run can be exported and asked."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(exist_ok=True)
     tokenizer.save_pretrained(folder)
-    stored = origin.config | {"dtype": origin.stored_dtype(), "torch_dtype": origin.stored_dtype()}
+    dtype = origin.stored_dtype()
+    stored = origin.config | {"dtype": dtype, "torch_dtype": dtype, "vocab_size": spec.vocab_size}
     Workdir(folder).write_json("config.json", stored)  # last: it says that the folder is whole
 
 
@@ -304,8 +299,8 @@ def _save(checkpoints: Checkpoints, state: TrainState, progress: dict[str, int],
     return step
 
 
-def _rates(origin: Origin, batch: dict[str, Any], seconds: float, peak: float | None) -> dict[str, Any]:
-    flops = metrics.train_flops(origin.spec, batch["tokens"], batch["squared_lengths"])
+def _rates(spec: ModelSpec, batch: dict[str, Any], seconds: float, peak: float | None) -> dict[str, Any]:
+    flops = metrics.train_flops(spec, batch["lengths"])
     return {
         "num_microbatches": len(batch["microbatches"]),
         "slot_efficiency": batch["tokens"] / batch["slots"],
@@ -378,6 +373,10 @@ def _say_plan(
             f"optim.batch_size={o.batch_size} is larger than an epoch of {mixture.shortest_epoch()} samples: each of "
             "its steps is a whole epoch"
         )
+    warnings += [
+        f"{key}={chance} in the model's config.json is not applied: training goes without dropout"
+        for key, chance in hf.dropouts(origin.config).items()
+    ]
     if config.data.validation_fraction and not data.validation:
         warnings.append(f"data.validation_fraction={config.data.validation_fraction} holds out no sample of these few")
     if mixture.samples_left_out:
@@ -391,6 +390,33 @@ def _say_plan(
         warnings.append(f"optim.max_steps={o.max_steps} is beyond the {len(mixture)} steps that the phases have")
     for warning in warnings:
         console.print(f"[yellow]warning: {warning}[/yellow]")
+
+
+def _added_rows(origin: Origin, spec: ModelSpec) -> list[str]:
+    """What is said where the tokenizer has more tokens than the model has embeddings."""
+    rows = origin.spec.vocab_size
+    if spec.vocab_size == rows:
+        return []
+    made = "drawn like the rest" if origin.kind == "random" else f"each the mean of the {rows:,} there are"
+    return [
+        f"the tokenizer has added tokens beyond the model's {rows:,} embedding rows: {spec.vocab_size - rows:,} rows "
+        f"are added, {made}; the export has {spec.vocab_size:,}"
+    ]
+
+
+def _uneven(decoder: Decoder, mesh: Mesh) -> list[str]:
+    """What the mesh does not divide, and what is done about it."""
+    tensor, heads = mesh.shape["tensor"], decoder.spec.num_heads
+    said = [
+        f"held whole on every device, since the mesh does not divide it: {dim}"
+        for dim in replicated_dims(decoder.abstract, decoder.axes, mesh)
+    ]
+    if heads % tensor:
+        said.append(
+            f"attention works on {-(-heads // tensor) * tensor} heads, of which {heads} are the model's: mesh.tensor="
+            f"{tensor} does not divide them"
+        )
+    return said
 
 
 def _summary(

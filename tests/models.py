@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mice_jax import sharding
 from mice_jax.data.loader import Arrays, empty_rows, put_sample
 from mice_jax.models import hf
-from mice_jax.models.spec import ModelSpec
+from mice_jax.models.spec import ModelSpec, Rope
 from mice_jax.models.transformer import Decoder, Params, make_decoder
 
 VOCAB = 101  # no multiple of what it is padded to, nor of a tensor axis
@@ -33,12 +33,17 @@ def mesh_of(*sizes: int) -> Mesh:
 
 
 def spec_of(**changes: Any) -> ModelSpec:
-    """A tiny spec with every feature on: grouped queries, head_dim != d_model / heads, biases."""
-    sizes = {"vocab_size": VOCAB, "d_model": 32, "d_ff": 48, "num_layers": 2}
-    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "max_positions": 640}
-    rest = {"rope_theta": 10000.0, "norm_eps": 1e-5, "tie_embeddings": False}
-    biases = {"attention_bias": True, "mlp_bias": True, "init_std": 0.2}
-    return ModelSpec(**(sizes | heads | rest | biases | changes))
+    """A tiny Llama with every feature on: grouped queries, head_dim != d_model / heads, biases."""
+    layers = changes.get("num_layers", 2)
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "d_ff": 48, "num_layers": layers, "max_positions": 640}
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 12}
+    kinds = {"ropes": (Rope(10000.0, 12, None),) * layers, "windows": (None,) * layers}
+    scores = {"attention_scale": 12**-0.5, "attention_softcap": None, "qk_norm": "none"}
+    norms = {"pre_norm": True, "post_norm": False, "norm_eps": 1e-5, "norm_offset": 0.0}
+    biases = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+    factors = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logit_scale": 1.0, "logit_softcap": None}
+    rest = {"activation": "silu", "tie_embeddings": False, "init_std": 0.2}
+    return ModelSpec(**(sizes | heads | kinds | scores | norms | biases | factors | rest | changes))
 
 
 def random_params(decoder: Decoder, seed: int = 0) -> Params:

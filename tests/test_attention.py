@@ -1,18 +1,25 @@
 """The attention backends: the plain one against numpy in float64, the others against the plain one."""
 
+import dataclasses
 import functools
 import importlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers.masking_utils import sliding_window_causal_mask_function
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from mice_jax.errors import UserError
 from mice_jax.models.attention import BACKENDS, attend, choose_backend
 from mice_jax.models.attention.blockwise import blockwise
-from mice_jax.models.attention.reference import reference
+from mice_jax.models.attention.reference import masked, reference
+from mice_jax.models.attention.scoring import Scoring
 from models import QUICK, gap, mesh_of
 
 BLOCKWISE = importlib.import_module("mice_jax.models.attention.blockwise")  # a function hides it by its name
@@ -36,6 +43,28 @@ ROWS = {
 }
 INSIDE = "segments start and end inside blocks"
 
+PLAIN = Scoring(scale=0.3, window=None, softcap=None)
+CAPPED = dataclasses.replace(PLAIN, softcap=1.5)  # scores are of order 1: half of them bend by a tenth or more
+BOTH = dataclasses.replace(CAPPED, window=20)  # more than a block, less than a long segment
+
+
+def windowed(window: int | None) -> Scoring:
+    return dataclasses.replace(PLAIN, window=window)
+
+
+# Each with what it must be told apart from. With a window of all 43 slots one more shows nothing, nor with 100.
+SCORINGS = {
+    "window of one slot": (windowed(1), [windowed(2)]),
+    "window inside a block": (windowed(5), [windowed(4), windowed(6)]),
+    "window of a block": (windowed(16), [windowed(15), windowed(17)]),
+    "window that ends on the last slot of a block": (windowed(18), [windowed(17), windowed(19)]),
+    "window over blocks": (windowed(33), [windowed(32), windowed(34)]),
+    "window of the row": (windowed(43), [windowed(42)]),
+    "window beyond the row": (windowed(100), [windowed(42)]),
+    "soft cap": (CAPPED, [PLAIN, dataclasses.replace(CAPPED, softcap=1.6)]),
+    "window and soft cap": (BOTH, [CAPPED, windowed(20), *(dataclasses.replace(BOTH, window=w) for w in (19, 21))]),
+}
+
 
 def segments_of(rows: list[list[tuple[int, int]]]) -> np.ndarray:
     return np.stack([np.concatenate([np.full(n, s, np.int32) for s, n in row]) for row in rows])
@@ -51,36 +80,63 @@ def draw(segments: np.ndarray, n: int, k: int, h: int = 8, seed: int = 0) -> tup
     return tuple(rng.normal(size=s).astype(np.float32) for s in shapes)
 
 
-def in_numpy(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray, scale: float) -> np.ndarray:
-    """Each query by itself, in float64."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    out = np.zeros(q.shape)
+def each_query(
+    q: np.ndarray, k: np.ndarray, segments: np.ndarray, scoring: Scoring
+) -> Iterator[tuple[tuple[int, int, int], tuple[int, list[int], int], np.ndarray, np.ndarray]]:
+    """Where a query (row, slot, head) stands and where its keys do, their weights, and their capped scores' slopes."""
     group = q.shape[2] // k.shape[2]
     for b, t, n in np.ndindex(*q.shape[:3]):
         if segments[b, t] == 0:
             continue
-        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
-        scores = k[b, seen, n // group] @ q[b, t, n] * scale
+        first = 0 if scoring.window is None else max(0, t + 1 - scoring.window)
+        keys = b, [s for s in range(first, t + 1) if segments[b, s] == segments[b, t]], n // group
+        scores, slopes = k[keys] @ q[b, t, n] * scoring.scale, 1.0
+        if scoring.softcap is not None:
+            slopes = np.cosh(np.clip(scores / scoring.softcap, -300, 300)) ** -2.0  # beyond, cosh is infinite
+            scores = np.tanh(scores / scoring.softcap) * scoring.softcap
         powers = np.exp(scores - scores.max())
-        out[b, t, n] = powers / powers.sum() @ v[b, seen, n // group]
+        yield (b, t, n), keys, powers / powers.sum(), slopes * np.ones_like(scores)
+
+
+def in_numpy(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray, scoring: Scoring) -> np.ndarray:
+    """Each query by itself, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for query, keys, weights, _ in each_query(q, k, segments, scoring):
+        out[query] = weights @ v[keys]
     return out
 
 
+def gradients_in_numpy(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray, segments: np.ndarray, scoring: Scoring
+) -> tuple[np.ndarray, ...]:
+    """The gradients of sum(out * d_out) by q, k and v, likewise."""
+    q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
+    dq, dk, dv = (np.zeros(x.shape) for x in (q, k, v))
+    for query, keys, weights, slopes in each_query(q, k, segments, scoring):
+        d_weights = v[keys] @ d_out[query]
+        d_products = weights * (d_weights - weights @ d_weights) * slopes * scoring.scale
+        dq[query] = d_products @ k[keys]
+        dk[keys] += np.outer(d_products, q[query])
+        dv[keys] += np.outer(weights, d_out[query])
+    return dq, dk, dv
+
+
 @functools.cache
-def _jitted(f, scale: float, block: int):
+def _jitted(f, scoring: Scoring, block: int):
     """`block`, which is read where `f` is traced, keeps two sizes of it apart."""
 
     def run(q, k, v, segments, d_out):
-        out, pull = jax.vjp(lambda *x: f(*x, segments, scale), q, k, v)
+        out, pull = jax.vjp(lambda *x: f(*x, segments, scoring), q, k, v)
         return out, pull(d_out)
 
     return jax.jit(run, compiler_options=QUICK)
 
 
-def with_gradients(f, arrays: tuple[np.ndarray, ...], segments: np.ndarray, scale: float = 0.3):
+def with_gradients(f, arrays: tuple[np.ndarray, ...], segments: np.ndarray, scoring: Scoring = PLAIN):
     """The output, and the gradients by q, k and v."""
     q, k, v, d_out = arrays
-    return _jitted(f, scale, BLOCKWISE.BLOCK)(q, k, v, segments, d_out)
+    return _jitted(f, scoring, BLOCKWISE.BLOCK)(q, k, v, segments, d_out)
 
 
 @pytest.fixture
@@ -90,33 +146,140 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---------------------------------------------------------------------------------------- reference
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-def test_reference_equals_attention_written_out_in_float64(heads: tuple[int, int], strict_dtypes: None) -> None:
+@pytest.mark.parametrize("scoring", [PLAIN, BOTH])
+def test_reference_equals_attention_written_out_in_float64(
+    scoring: Scoring, heads: tuple[int, int], strict_dtypes: None
+) -> None:
     segments = segments_of([ROWS[INSIDE], ROWS["padding before and between segments"], ROWS["padding alone"]])
     q, k, v, _ = draw(segments, *heads)
-    expected = in_numpy(q, k, v, segments, 0.3)
-    assert gap(reference(q, k, v, jnp.asarray(segments), 0.3), expected) < FORWARD
-    assert gap(reference(q, k, v, jnp.asarray(segments), 0.33), expected) > 10 * FORWARD  # another scale
+    expected = in_numpy(q, k, v, segments, scoring)
+    assert gap(reference(q, k, v, jnp.asarray(segments), scoring), expected) < FORWARD
+    other_scale = dataclasses.replace(scoring, scale=0.33)
+    assert gap(reference(q, k, v, jnp.asarray(segments), other_scale), expected) > 10 * FORWARD
     merged = np.minimum(segments, 1)
-    assert gap(reference(q, k, v, jnp.asarray(merged), 0.3), expected) > 10 * FORWARD
+    assert gap(reference(q, k, v, jnp.asarray(merged), scoring), expected) > 10 * FORWARD
     if heads[1] == 2:  # key heads dealt to the wrong queries
-        assert gap(reference(q, k[:, :, ::-1], v, jnp.asarray(segments), 0.3), expected) > 10 * FORWARD
+        assert gap(reference(q, k[:, :, ::-1], v, jnp.asarray(segments), scoring), expected) > 10 * FORWARD
 
 
-def test_gradients_of_reference_are_the_slopes_of_attention_in_float64(strict_dtypes: None) -> None:
+@pytest.mark.parametrize("scoring", [PLAIN, BOTH, dataclasses.replace(BOTH, window=3)])
+def test_gradients_written_out_in_float64_are_the_slopes_of_attention(scoring: Scoring) -> None:
     segments = segments_of([[(1, 6), (2, 4), (0, 2)]])
     *qkv, d_out = arrays = draw(segments, 4, 2)
-    _, grads = with_gradients(reference, arrays, segments)
+    grads = gradients_in_numpy(*arrays, segments, scoring)
+    wrong = gradients_in_numpy(*arrays, segments, dataclasses.replace(scoring, scale=0.3001))
     rng = np.random.default_rng(1)
-    step = 1e-4  # central differences in float64 are then right to about 1e-7
+    # A third derivative of order 1 times step^2 / 6 is below 1e-8, and float64 adds 1e-16 / step.
+    step, tolerance = 1e-4, 1e-7
     for i in range(3):
+        errors = []
         for _ in range(10):
             at = tuple(rng.integers(0, n) for n in qkv[i].shape)
             sides = []
             for sign in (1, -1):
                 moved = [x.astype(np.float64) for x in qkv]
                 moved[i][at] += sign * step
-                sides.append((in_numpy(*moved, segments, 0.3) * d_out).sum())
-            assert abs((sides[0] - sides[1]) / (2 * step) - float(grads[i][at])) < FORWARD
+                sides.append((in_numpy(*moved, segments, scoring) * d_out).sum())
+            slope = (sides[0] - sides[1]) / (2 * step)
+            assert abs(slope - grads[i][at]) < tolerance
+            errors.append(abs(slope - wrong[i][at]))
+        assert max(errors) > 10 * tolerance
+
+
+def test_a_given_mask_is_the_whole_mask(strict_dtypes: None) -> None:
+    q, k, v, _ = draw(SEGMENTS[:1], 4, 2)  # one segment
+    causal = jnp.tril(jnp.ones((1, q.shape[1], q.shape[1]), bool))
+    out = masked(q, k, v, causal, BOTH)
+    assert gap(out, in_numpy(q, k, v, SEGMENTS[:1], CAPPED)) < FORWARD
+    assert gap(out, in_numpy(q, k, v, SEGMENTS[:1], BOTH)) > 10 * FORWARD
+
+
+# ---------------------------------------------------------------------------------------- windows and soft caps
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SCORINGS)
+def test_windows_and_soft_caps_equal_those_written_out_in_float64_and_so_do_gradients(
+    name: str, backend: str, small_blocks: None, strict_dtypes: None
+) -> None:
+    scoring, others = SCORINGS[name]
+    arrays = draw(SEGMENTS, 4, 2)
+    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scoring)
+    expected, expected_grads = written_out(scoring)
+    for row, kind in enumerate(ROWS):
+        assert gap(out[row], expected[row]) < FORWARD, kind
+        for which, g, e in zip("qkv", grads, expected_grads, strict=True):
+            assert gap(g[row], e[row]) < GRADIENT, f"{kind}: gradient by {which}"
+    for other in others:
+        wrong, wrong_grads = written_out(other)
+        assert gap(out, wrong) > 10 * FORWARD
+        for g, e in zip(grads, wrong_grads, strict=True):
+            assert gap(g, e) > 10 * GRADIENT
+
+
+@functools.cache
+def written_out(scoring: Scoring) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """Output and gradients in float64 on SEGMENTS."""
+    arrays = draw(SEGMENTS, 4, 2)
+    return in_numpy(*arrays[:3], SEGMENTS, scoring), gradients_in_numpy(*arrays, SEGMENTS, scoring)
+
+
+def test_a_soft_cap_s_gradient_without_its_slope_is_told_apart() -> None:
+    slopeless = list(each_query(*draw(SEGMENTS, 4, 2)[:2], SEGMENTS, CAPPED))
+    assert min(slopes.min() for *_, slopes in slopeless) < 0.1  # some scores are well into the cap
+    q, k, v, d_out = draw(SEGMENTS, 4, 2)
+    dq = np.zeros(q.shape)
+    for query, keys, weights, _ in slopeless:
+        d_weights = v[keys] @ d_out[query]
+        dq[query] = weights * (d_weights - weights @ d_weights) * CAPPED.scale @ k[keys]
+    assert gap(dq, written_out(CAPPED)[1][0]) > 10 * GRADIENT
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_window_and_soft_cap_are_those_of_transformers_gemma_2(backend: str, small_blocks: None) -> None:
+    segments = SEGMENTS[:1]  # one segment: transformers' mask knows no other
+    q, k, v, _ = draw(segments, 4, 2)
+
+    def in_transformers(window: int, softcap: float) -> np.ndarray:
+        sees = sliding_window_causal_mask_function(window)
+        slots = torch.arange(q.shape[1])
+        mask = torch.where(sees(0, 0, slots[:, None], slots[None, :]), 0.0, -torch.inf)[None, None]
+        module = SimpleNamespace(num_key_value_groups=2, head_dim=q.shape[3], training=False)
+        heads_first = (torch.tensor(x).transpose(1, 2) for x in (q, k, v))
+        return eager_attention_forward(module, *heads_first, mask, scaling=BOTH.scale, softcap=softcap)[0].numpy()
+
+    out = BACKENDS[backend](q, k, v, jnp.asarray(segments), BOTH)
+    assert gap(out, in_transformers(20, 1.5)) < FORWARD
+    for other in ((19, 1.5), (21, 1.5), (20, 1.6)):
+        assert gap(out, in_transformers(*other)) > 10 * FORWARD
+
+
+# Ten blocks of 16 slots, and from which slot on no query block visits the first four: with a window of 33 block 6
+# starts at slot 96 and reaches back to 64.
+UNVISITED = {"window": ([(1, 160)], 33, 96), "segment": ([(1, 64), (2, 96)], 100, 64)}
+
+
+@pytest.mark.parametrize("bound", UNVISITED)
+def test_blockwise_never_touches_key_blocks_out_of_reach(bound: str, small_blocks: None, strict_dtypes: None) -> None:
+    row, window, clean = UNVISITED[bound]
+    segments, scoring = segments_of([row]), dataclasses.replace(CAPPED, window=window)
+    q, k, v, d_out = arrays = draw(segments, 4, 2)
+    expected, expected_grads = in_numpy(q, k, v, segments, scoring), gradients_in_numpy(*arrays, segments, scoring)
+    k, v = k.copy(), v.copy()
+    k[:, :64] = v[:, :64] = np.nan  # which stays NaN even under a weight of zero
+    poisoned = q, k, v, d_out
+    out, grads = with_gradients(blockwise, poisoned, segments, scoring)
+    assert np.isnan(out[:, :64]).all()
+    assert gap(out[:, clean:], expected[:, clean:]) < FORWARD
+    for g, e in zip(grads, expected_grads, strict=True):  # keys from `clean` on have only clean queries
+        assert gap(g[:, clean:], e[:, clean:]) < GRADIENT
+    shifted = np.roll(expected, 1, axis=1)
+    assert gap(out[:, clean:], shifted[:, clean:]) > 10 * FORWARD
+    # Whatever visits a poisoned block shows it: one slot more of window, one segment, or the whole mask.
+    if bound == "window":
+        visits = with_gradients(blockwise, poisoned, segments, dataclasses.replace(scoring, window=window + 1))
+    else:
+        visits = with_gradients(blockwise, poisoned, np.ones_like(segments), scoring)
+    for x in itertools.chain(visits[:1], visits[1], with_gradients(reference, poisoned, segments, scoring)[:1]):
+        assert np.isnan(x[:, clean : clean + 16]).any()
 
 
 # ---------------------------------------------------------------------------------------- blockwise
@@ -173,45 +336,52 @@ def test_blockwise_given_wrong_segments_differs_in_its_output_and_in_each_gradie
         assert gap(g[row], e[row]) > 10 * GRADIENT
 
 
+@pytest.mark.parametrize("scoring", [PLAIN, dataclasses.replace(BOTH, window=5)])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_gives_zeros_takes_no_gradient_and_has_no_influence(backend: str, small_blocks: None) -> None:
+def test_padding_gives_zeros_takes_no_gradient_and_has_no_influence(
+    backend: str, scoring: Scoring, small_blocks: None
+) -> None:
     arrays = draw(SEGMENTS, 4, 2)
-    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS)
+    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scoring)
     for x in (out, *grads):
         assert not np.asarray(x)[SEGMENTS == 0].any()
         assert np.asarray(x)[SEGMENTS > 0].any(axis=(1, 2)).mean() > 0.7  # a lone token's q and k take none either
     other = tuple(np.where((SEGMENTS == 0)[..., None, None], 1e4, x).astype(np.float32) for x in arrays)
-    assert gap(with_gradients(BACKENDS[backend], other, SEGMENTS), (out, grads)) == 0
-    seen = with_gradients(BACKENDS[backend], other, np.where(SEGMENTS == 0, 1, SEGMENTS).astype(np.int32))
+    assert gap(with_gradients(BACKENDS[backend], other, SEGMENTS, scoring), (out, grads)) == 0
+    padding_seen = np.where(SEGMENTS == 0, 1, SEGMENTS).astype(np.int32)
+    seen = with_gradients(BACKENDS[backend], other, padding_seen, scoring)
     assert gap(seen[0], out) > 1e3  # what stands there is large: seen, it would show
 
 
+@pytest.mark.parametrize("rest", [PLAIN, BOTH])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_very_large_scores_do_not_overflow(backend: str, small_blocks: None) -> None:
+def test_very_large_scores_do_not_overflow(backend: str, rest: Scoring, small_blocks: None) -> None:
     arrays = draw(SEGMENTS, 4, 2)
-    scale = 1e3  # scores of up to 1e4: exp of one is infinite in float32
-    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scale)
+    scoring = dataclasses.replace(rest, scale=1e3)  # scores of up to 1e4: exp of one is infinite in float32
+    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scoring)
     # A score of 1e4 is rounded by 5e-4, and a weight with it: by far the largest error here.
     tolerance = 5e-3
-    assert gap(out, in_numpy(*arrays[:3], SEGMENTS, scale)) < tolerance
-    assert gap(out, in_numpy(*arrays[:3], SEGMENTS, scale / 10)) > 10 * tolerance
+    assert gap(out, in_numpy(*arrays[:3], SEGMENTS, scoring)) < tolerance
+    lower = dataclasses.replace(scoring, scale=1e2)
+    assert gap(out, in_numpy(*arrays[:3], SEGMENTS, lower)) > 10 * tolerance
     assert all(np.isfinite(np.asarray(g)).all() for g in grads)
 
 
+@pytest.mark.parametrize("scoring", [PLAIN, BOTH])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_in_bfloat16_attention_differs_by_the_rounding_of_its_weights_and_output(
-    backend: str, small_blocks: None, strict_dtypes: None
+    backend: str, scoring: Scoring, small_blocks: None, strict_dtypes: None
 ) -> None:
     narrow = tuple(jnp.asarray(x, jnp.bfloat16) for x in draw(SEGMENTS, 4, 2))
-    out, grads = with_gradients(BACKENDS[backend], narrow, SEGMENTS)
+    out, grads = with_gradients(BACKENDS[backend], narrow, SEGMENTS, scoring)
     assert {x.dtype for x in (out, *grads)} == {jnp.dtype(jnp.bfloat16)}
     q, k, v, _ = (np.asarray(x, np.float64) for x in narrow)
     # Scores are float32. Each weight is rounded to bfloat16 (2^-8 of itself) and so is the output: together they
     # err by at most 2^-7 of the largest value in reach.
     bound = 2**-7 * np.abs(v).max()
-    expected = in_numpy(q, k, v, SEGMENTS, 0.3)
+    expected = in_numpy(q, k, v, SEGMENTS, scoring)
     assert gap(out, expected) < bound
-    assert gap(out, in_numpy(q, k, v, np.minimum(SEGMENTS, 1), 0.3)) > 10 * bound
+    assert gap(out, in_numpy(q, k, v, np.minimum(SEGMENTS, 1), scoring)) > 10 * bound
 
 
 # ---------------------------------------------------------------------------------------- meshes
@@ -225,6 +395,9 @@ def test_in_bfloat16_attention_differs_by_the_rounding_of_its_weights_and_output
         ((2, 2, 2), (6, 3), "reference"),
         ((1, 2, 4), (8, 2), "blockwise"),
         ((2, 2, 2), (3, 1), "blockwise"),  # nor does it divide the query heads
+        ((1, 2, 4), (3, 1), "blockwise"),
+        ((1, 2, 4), (6, 3), "blockwise"),
+        ((1, 2, 4), (6, 3), "reference"),
     ],
 )
 def test_attention_on_a_mesh_equals_attention_on_one_device(
@@ -232,18 +405,38 @@ def test_attention_on_a_mesh_equals_attention_on_one_device(
 ) -> None:
     segments = SEGMENTS[:8]
     arrays = draw(segments, *heads)
-    expected, expected_grads = with_gradients(reference, arrays, segments)
+    expected, expected_grads = with_gradients(reference, arrays, segments, BOTH)
 
-    def on_mesh(q, k, v, s, scale):
-        return attend(q, k, v, s, scale=scale, backend=backend)
+    def on_mesh(q, k, v, s, scoring):
+        return attend(q, k, v, s, scoring, backend=backend)
 
     with jax.set_mesh(mesh_of(*sizes)):
-        out, grads = with_gradients(on_mesh, arrays, segments)
-        wrong, _ = with_gradients(on_mesh, arrays, np.roll(segments, 1, axis=0))
+        out, grads = with_gradients(on_mesh, arrays, segments, BOTH)
+        wrong, _ = with_gradients(on_mesh, arrays, np.roll(segments, 1, axis=0), BOTH)
     assert gap(out, expected) < FORWARD
     for g, e in zip(grads, expected_grads, strict=True):
         assert gap(g, e) < GRADIENT
     assert gap(wrong, expected) > 10 * FORWARD  # each row with the segments of another
+
+
+@pytest.mark.parametrize(
+    ("heads", "local"), [((8, 4), (2, 1)), ((8, 2), (2, 2)), ((6, 3), (2, 2)), ((3, 1), (1, 1)), ((4, 4), (1, 1))]
+)
+def test_each_device_of_the_tensor_axis_works_on_its_share_of_heads(
+    heads: tuple[int, int], local: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(q, k, v, segments, scoring):
+        seen.append((q.shape[2], k.shape[2], v.shape[2]))
+        return q
+
+    monkeypatch.setitem(BACKENDS, "spy", spy)
+    q, k, v, _ = draw(SEGMENTS[:8], *heads)
+    with jax.set_mesh(mesh_of(1, 2, 4)):
+        out = jax.eval_shape(lambda *x: attend(*x, PLAIN, backend="spy"), q, k, v, SEGMENTS[:8])
+    assert seen == [(*local, local[1])]
+    assert out.shape == q.shape
 
 
 def test_auto_takes_a_backend_that_is_there_and_an_unknown_name_is_refused() -> None:

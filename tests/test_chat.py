@@ -12,8 +12,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import Sample
+from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}

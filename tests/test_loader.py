@@ -71,7 +71,9 @@ def found(step: dict[str, Any]) -> list[tuple]:
 
 def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two steps are equal, bit for bit."""
-    counts = {k: v for k, v in a.items() if k != "microbatches"} == {k: v for k, v in b.items() if k != "microbatches"}
+    arrays = ("microbatches", "lengths")
+    counts = {k: v for k, v in a.items() if k not in arrays} == {k: v for k, v in b.items() if k not in arrays}
+    counts &= a["lengths"].tolist() == b["lengths"].tolist()
     pairs = zip(a["microbatches"], b["microbatches"], strict=True)
     return counts and all(np.array_equal(x[k], y[k]) for x, y in pairs for k in x.keys() | y.keys())
 
@@ -98,14 +100,14 @@ def test_two_samples_in_a_row_slot_by_slot() -> None:
 
 def test_the_counts_of_a_step_by_hand() -> None:
     step = make_source([SHORT, LONG], num_shards=2)[0]
-    counts = {k: v for k, v in step.items() if k != "microbatches"}
+    counts = {k: v for k, v in step.items() if k not in ("microbatches", "lengths")}
+    assert step["lengths"].tolist() == [4, 3]
     assert counts == {
         "phase": 0,
         "epoch": 0,
         "samples": 2,
         "tokens": 7,
         "loss_tokens": 3,  # 13, 14 and 23; 21 is the first of its sample
-        "squared_lengths": 16 + 9,
         "slots": 16,
     }
 
@@ -150,8 +152,9 @@ def test_a_step_holds_the_same_samples_on_any_number_of_shards(num_shards: int) 
     assert len(one) == len(many) == 8
     for i in range(len(one)):
         assert found(one[i]) == found(many[i])
-        counts = ("phase", "epoch", "samples", "tokens", "loss_tokens", "squared_lengths")
+        counts = ("phase", "epoch", "samples", "tokens", "loss_tokens")
         assert [one[i][k] for k in counts] == [many[i][k] for k in counts]
+        assert one[i]["lengths"].tolist() == many[i]["lengths"].tolist()
     assert found(one[0]) != found(one[1])
 
 

@@ -20,20 +20,27 @@ B, T, D, VOCAB = 8, 30, 16, 37
 
 
 @functools.cache
-def jitted(chunk: int, batch_axes: tuple[str, ...], vocab_size: int, factor: float):
+def jitted(
+    chunk: int, batch_axes: tuple[str, ...], vocab_size: int, factor: float, logit_scale: float, softcap: float | None
+):
     def loss(hidden, weight, targets, loss_weights):
         loss_sum, weight_sum = cross_entropy_sums(
-            hidden, weight, targets, loss_weights, vocab_size=vocab_size, chunk=chunk, batch_axes=batch_axes
-        )
+            hidden, weight, targets, loss_weights, vocab_size=vocab_size, chunk=chunk, batch_axes=batch_axes,
+            logit_scale=logit_scale, softcap=softcap,
+        )  # fmt: skip
         return loss_sum * jnp.float32(factor), weight_sum
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
 
 
 class Case:
-    """Random inputs, with large differences between the rows' weights."""
+    """Random inputs, with large differences between the rows' weights, and what makes logits of their products."""
 
-    def __init__(self, seed: int = 0, columns: int = VOCAB, scale: float = 1.0):
+    def __init__(
+        self, seed: int = 0, columns: int = VOCAB, scale: float = 1.0,
+        logit_scale: float = 1.0, softcap: float | None = None,
+    ):  # fmt: skip
+        self.logit_scale, self.softcap = logit_scale, softcap
         rng = np.random.default_rng(seed)
         self.hidden = (scale * rng.normal(size=(B, T, D))).astype(np.float32)
         self.weight = rng.normal(size=(D, columns)).astype(np.float32)
@@ -44,15 +51,18 @@ class Case:
     def ours(self, chunk: int = 8, batch_axes: tuple[str, ...] = (), vocab_size: int = VOCAB, factor: float = 1.0):
         """loss_sum, weight_sum and the gradients of factor * loss_sum by hidden and weight."""
 
-        grad = jitted(chunk, batch_axes, vocab_size, factor)
+        grad = jitted(chunk, batch_axes, vocab_size, factor, self.logit_scale, self.softcap)
         sums, grads = grad(self.hidden, self.weight, self.targets, self.loss_weights)
         return *sums, *grads
 
-    def in_torch(self, factor: float = 1.0):
-        """The same, in float64."""
+    def in_torch(self, factor: float = 1.0, slopes: bool = True):
+        """The same, in float64; without slopes the gradients pass a soft cap as if it were not there."""
         hidden = torch.tensor(np.asarray(self.hidden, np.float64), requires_grad=True)
         weight = torch.tensor(np.asarray(self.weight, np.float64), requires_grad=True)
-        logits = (hidden @ weight[:, :VOCAB]).reshape(-1, VOCAB)
+        logits = (hidden @ weight[:, :VOCAB] * self.logit_scale).reshape(-1, VOCAB)
+        if self.softcap is not None:
+            capped = self.softcap * torch.tanh(logits / self.softcap)
+            logits = capped if slopes else logits + (capped - logits).detach()
         ce = torch.nn.functional.cross_entropy(logits, torch.tensor(self.targets).long().reshape(-1), reduction="none")
         loss_weights = torch.tensor(self.loss_weights).double()
         loss = (ce * loss_weights.reshape(-1)).sum()
@@ -86,6 +96,48 @@ def test_weights_of_one_targets_off_by_one_and_another_seed_are_told_apart() -> 
         assert abs(float(wrong[0]) - expected[0]) > 10 * SUM * expected[0]
         assert gap(wrong[2:3], expected[2:3]) > 10 * GRADIENT
         assert gap(wrong[3:], expected[3:]) > 10 * GRADIENT * np.abs(expected[3]).max()
+
+
+# Logits are of order 4 before: a cap of 3 bends most of them.
+LOGITS = {"scaled": (0.125, None), "capped": (1.0, 3.0), "scaled, then capped": (0.7, 3.0)}
+
+
+@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize("columns", [VOCAB, 64])
+def test_scaled_and_capped_logits_give_torch_s_sums_and_gradients(name: str, columns: int, strict_dtypes: None) -> None:
+    logit_scale, softcap = LOGITS[name]
+    case = Case(columns=columns, logit_scale=logit_scale, softcap=softcap)
+    ours, expected = case.ours(), case.in_torch()
+    assert_equal(ours, expected)
+    assert not np.asarray(ours[3])[:, VOCAB:].any()
+    others = [(1.0, None), (1.001 * logit_scale, softcap)]
+    if softcap is not None:
+        others += [(logit_scale, None), (logit_scale, 1.001 * softcap)]
+    if softcap is not None and logit_scale != 1:
+        others += [(logit_scale, logit_scale * softcap)]  # which is to scale the capped logits
+    for case.logit_scale, case.softcap in others:
+        assert_told_apart(ours, case.in_torch())
+
+
+def assert_told_apart(ours, wrong) -> None:
+    assert abs(float(ours[0]) - wrong[0]) > 10 * SUM * abs(wrong[0])
+    assert_gradients_told_apart(ours, wrong)
+
+
+def assert_gradients_told_apart(ours, wrong) -> None:
+    for g, w in zip(ours[2:], wrong[2:], strict=True):
+        assert gap(g, w) > 10 * GRADIENT * max(1, np.abs(wrong[3]).max())
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_gradients_without_the_logits_scale_or_the_cap_s_slope_are_told_apart(name: str, strict_dtypes: None) -> None:
+    logit_scale, softcap = LOGITS[name]
+    case = Case(logit_scale=logit_scale, softcap=softcap)
+    ours = case.ours()
+    if logit_scale != 1:
+        assert_gradients_told_apart(ours, [x / logit_scale for x in case.in_torch()])
+    if softcap is not None:
+        assert_gradients_told_apart(ours, case.in_torch(slopes=False))
 
 
 def test_a_factor_on_the_loss_scales_its_gradients(strict_dtypes: None) -> None:
@@ -134,12 +186,29 @@ def test_large_logits_do_not_overflow(strict_dtypes: None) -> None:
     assert gap(ours[3], expected[3]) < 1e-5 * np.abs(expected[3]).max()
 
 
+def test_large_logits_under_a_cap_give_finite_gradients(strict_dtypes: None) -> None:
+    case = Case(columns=64, scale=1e3, softcap=30.0)
+    ours, expected = case.ours(), case.in_torch()
+    assert abs(float(ours[0]) - expected[0]) <= SUM * expected[0]
+    # Products of up to 1e4 are rounded by 1e-3, and so a slope by 0.8 / 30 of that, 3e-5. A token's gradient is off
+    # by that times a loss weight of up to 3, times the weight's entries of up to 3 or hidden's of up to 3e3; few
+    # tokens have a logit where the cap bends, so that such errors hardly meet.
+    assert gap(ours[2], expected[2]) < 3e-4
+    assert gap(ours[3], expected[3]) < 0.3
+    case.softcap = 31.0
+    wrong = case.in_torch()
+    assert gap(ours[2], wrong[2]) > 10 * 3e-4
+    assert gap(ours[3], wrong[3]) > 10 * 0.3
+
+
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
 @pytest.mark.parametrize("columns", [VOCAB, 64])
 def test_sums_and_gradients_on_a_mesh_are_those_without_one(
     sizes: tuple[int, int, int], columns: int, strict_dtypes: None
 ) -> None:
-    case = Case(columns=columns)  # on a mesh of 8 rows, the third device has no token to learn from
+    case = Case(
+        columns=columns, logit_scale=0.7, softcap=3.0
+    )  # on a mesh of 8 rows, the third device has no token to learn from
     expected = case.in_torch()
     with jax.set_mesh(mesh_of(*sizes)):
         assert_equal(case.ours(batch_axes=BATCH_AXES), expected)
@@ -158,37 +227,53 @@ def in_bfloat16(case: Case) -> Case:
     return case
 
 
-def test_with_bfloat16_hidden_states_the_loss_errs_by_their_rounding_alone(strict_dtypes: None) -> None:
-    exact, case = Case(), in_bfloat16(Case())
+@pytest.mark.parametrize(("logit_scale", "softcap"), [(1.0, None), (0.7, 3.0)])
+def test_with_bfloat16_hidden_states_the_loss_errs_by_their_rounding_alone(
+    logit_scale: float, softcap: float | None, strict_dtypes: None
+) -> None:
+    exact = Case(logit_scale=logit_scale, softcap=softcap)
+    case = in_bfloat16(Case(logit_scale=logit_scale, softcap=softcap))
     ours, expected = case.ours(), case.in_torch()
     # From the rounded inputs on, everything is float32.
     assert abs(float(ours[0]) - expected[0]) <= SUM * expected[0]
-    # The rounding itself: a logit moves by at most (2 * 2^-8 + 2^-16) * sum |h||w|, and CE by twice the largest move.
+    # The rounding itself: a product moves by at most (2 * 2^-8 + 2^-16) * sum |h||w|, its logit by no more than its
+    # scale times that, and CE by twice the largest move.
     moves = (2 + ROUNDING) * ROUNDING * (np.abs(exact.hidden) @ np.abs(exact.weight)).max(axis=-1)
-    bound = float((2 * moves * exact.loss_weights).sum())
+    bound = float((2 * logit_scale * moves * exact.loss_weights).sum())
     assert abs(float(ours[0]) - exact.in_torch()[0]) < bound
     # Logits rounded to bfloat16 are what the first bound is there to forbid.
-    logits = np.asarray(case.hidden, np.float64) @ np.asarray(case.weight, np.float64)
+    logits, _ = in_numpy(case)
     rounded = torch.tensor(np.asarray(jnp.asarray(logits, jnp.bfloat16), np.float64)).reshape(-1, VOCAB)
     ce = torch.nn.functional.cross_entropy(rounded, torch.tensor(case.targets).long().reshape(-1), reduction="none")
     wrong = float((ce.numpy() * case.loss_weights.reshape(-1)).sum())
     assert abs(wrong - expected[0]) > 10 * SUM * expected[0]
 
 
-def test_gradients_by_bfloat16_hidden_states_err_by_two_roundings(strict_dtypes: None) -> None:
-    case = in_bfloat16(Case())
+def in_numpy(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [B T V] in float64, and their derivatives by the products of hidden states and weight."""
+    logits = np.asarray(case.hidden, np.float64) @ np.asarray(case.weight, np.float64) * case.logit_scale
+    if case.softcap is None:
+        return logits, np.full(logits.shape, case.logit_scale)
+    return case.softcap * np.tanh(logits / case.softcap), case.logit_scale * np.cosh(logits / case.softcap) ** -2.0
+
+
+@pytest.mark.parametrize(("logit_scale", "softcap"), [(1.0, None), (0.7, 3.0)])
+def test_gradients_by_bfloat16_hidden_states_err_by_two_roundings(
+    logit_scale: float, softcap: float | None, strict_dtypes: None
+) -> None:
+    case = in_bfloat16(Case(logit_scale=logit_scale, softcap=softcap))
     *_, d_hidden, d_weight = case.ours()
     *_, expected_hidden, expected_weight = case.in_torch()
     assert d_hidden.dtype == d_weight.dtype == jnp.bfloat16
     hidden, weight = np.asarray(case.hidden, np.float64), np.asarray(case.weight, np.float64)
-    logits = hidden @ weight
+    logits, slopes = in_numpy(case)
     probabilities = np.exp(logits - logits.max(axis=-1, keepdims=True))
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
-    d_logits = (probabilities - np.eye(VOCAB)[case.targets]) * case.loss_weights[..., None]
-    # One rounding of each logit's gradient, one of the sum; float32 between them.
+    d_products = (probabilities - np.eye(VOCAB)[case.targets]) * case.loss_weights[..., None] * slopes
+    # One rounding of each product's gradient, one of the sum; float32 between them.
     slack = 1 + 1e-3
-    hidden_bound = slack * ROUNDING * (np.abs(d_logits) @ np.abs(weight.T) + np.abs(expected_hidden)) + 1e-6
-    sums = np.einsum("btd,btv->dv", np.abs(hidden), np.abs(d_logits))
+    hidden_bound = slack * ROUNDING * (np.abs(d_products) @ np.abs(weight.T) + np.abs(expected_hidden)) + 1e-6
+    sums = np.einsum("btd,btv->dv", np.abs(hidden), np.abs(d_products))
     weight_bound = slack * ROUNDING * (sums + np.abs(expected_weight)) + 1e-6
     assert (np.abs(np.asarray(d_hidden, np.float64) - expected_hidden) <= hidden_bound).all()
     assert (np.abs(np.asarray(d_weight, np.float64) - expected_weight) <= weight_bound).all()

@@ -8,24 +8,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from mice_jax.metrics import PEAK_FLOPS, JsonlWriter, TensorBoardWriter, TerminalWriter, peak_flops, train_flops
 from mice_jax.models.spec import ModelSpec
+from models import spec_of
 
 
 # ---------------------------------------------------------------------------------------- FLOPs
 def tiny(**changes: Any) -> ModelSpec:
     sizes = {"vocab_size": 11, "d_model": 6, "d_ff": 10, "num_layers": 3}
-    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 5, "max_positions": 64}
-    rest = {"rope_theta": 1e4, "norm_eps": 1e-5, "tie_embeddings": False, "init_std": 0.02}
-    biases = {"attention_bias": False, "mlp_bias": False}
-    return ModelSpec(**(sizes | heads | rest | biases | changes))
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 5}
+    return spec_of(**(sizes | heads | {"qkv_bias": False, "out_bias": False, "mlp_bias": False} | changes))
 
 
 def test_train_flops_are_those_counted_by_hand() -> None:
-    lengths = [7, 4]
+    lengths = np.array([7, 4])
     # A token's multiply-adds in one layer: queries 6 x 20, keys 6 x 10, values 6 x 10, output 20 x 6; gate, up and
     # down 6 x 10 each. Once at the end: 6 x 11 logits.
     layer = 120 + 60 + 60 + 120 + 60 + 60 + 60
@@ -35,11 +35,15 @@ def test_train_flops_are_those_counted_by_hand() -> None:
     of_pairs = (49 + 16) / 2 * (5 + 5) * 4 * 3
     # 2 FLOPs a multiply-add; the backward pass takes two products for the forward's one.
     expected = 2 * 3 * (of_weights + of_pairs)
-    assert train_flops(tiny(), sum(lengths), sum(n * n for n in lengths)) == expected
-    assert train_flops(tiny(tie_embeddings=True), 11, 65) == expected  # tied or not, the logits are computed
+    assert train_flops(tiny(), lengths) == expected
+    assert train_flops(tiny(tie_embeddings=True), lengths) == expected  # tied or not, the logits are computed
     for change in ({"num_kv_heads": 4}, {"d_ff": 11}, {"vocab_size": 12}, {"num_layers": 2}, {"head_dim": 6}):
-        assert train_flops(tiny(**change), 11, 65) != expected
-    assert train_flops(tiny(), 11, 121) > expected  # one sample of 11 tokens
+        assert train_flops(tiny(**change), lengths) != expected
+    assert train_flops(tiny(), np.array([11])) > expected  # one sample of 11 tokens
+    # In a layer with a window of 5 the sample of 7 has, of its 49/2 pairs, not the 2 x 2 / 2 of the triangle beyond.
+    windowed = tiny(windows=(None, 5, None))
+    assert train_flops(windowed, lengths) == expected - 2 * 3 * (2 * 2 / 2) * (5 + 5) * 4
+    assert train_flops(tiny(windows=(7, 8, None)), lengths) == expected  # it reaches over the whole sample
 
 
 def test_a_device_s_peak_is_that_of_the_longest_name_in_the_table_and_none_where_it_is_unknown() -> None:

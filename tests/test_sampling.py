@@ -92,8 +92,8 @@ def test_a_cache_whose_position_is_off_by_one_gives_other_answers(
 ) -> None:
     decode = Transformer.decode
 
-    def shifted(self: Transformer, tokens: jax.Array, positions: jax.Array, cache: Any) -> Any:
-        return decode(self, tokens, positions + (tokens.shape[1] == 1), cache)
+    def shifted(self: Transformer, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, cache: Any) -> Any:
+        return decode(self, tokens, positions + (tokens.shape[1] == 1), lengths, cache)
 
     right = ids_of(sampler.generate(loaded[1], prompts_of(LENGTHS), GREEDY, []))
     monkeypatch.setattr(Transformer, "decode", shifted)
@@ -113,7 +113,7 @@ def test_parameters_that_lie_on_a_mesh_give_the_same_answers(folder: Path, sampl
 
 def test_parameters_cast_beforehand_compute_the_same_bits(loaded: Loaded) -> None:
     decoder, params = loaded
-    cast = cast_params(decoder, params, jnp.bfloat16)
+    cast = cast_params(params, jnp.bfloat16)
     assert cast["layers"]["mlp"]["up"].dtype == jnp.bfloat16
     assert cast["final_norm"]["scale"].dtype == jnp.float32
     tokens, lengths = sampling._padded(prompts_of(LENGTHS), 8)

@@ -52,18 +52,24 @@ def test_parameters_lie_as_the_rules_say_and_a_dim_that_is_not_divided_stays_who
 
     assert spec((3, 32, 4, 12), "layers", "embed", "heads", "head_dim") == PartitionSpec(None, "fsdp", "tensor", None)
     assert spec((3, 32, 3, 12), "layers", "embed", "kv_heads", "head_dim") == PartitionSpec(None, "fsdp", None, None)
+    assert spec((3, 32, 5, 12), "layers", "embed", "heads", "head_dim") == PartitionSpec(None, "fsdp", None, "tensor")
+    assert spec((3, 32, 5, 13), "layers", "embed", "heads", "head_dim") == PartitionSpec(None, "fsdp", None, None)
     assert spec((128, 30), "vocab", "embed") == PartitionSpec("tensor", None)
     assert spec((8, 24, 32), "batch", "length", "hidden") == PartitionSpec(("data", "fsdp"), None, None)
     assert spec((6, 24), "batch", None) == PartitionSpec(None, None)
 
 
 def test_replicated_dims_names_each_dim_that_is_held_whole_and_no_other() -> None:
-    decoder = make_decoder(spec_of(d_model=36, num_heads=6, num_kv_heads=3, mlp_bias=False, attention_bias=False))
+    decoder = make_decoder(
+        spec_of(d_model=36, num_heads=6, num_kv_heads=3, mlp_bias=False, qkv_bias=False, out_bias=False)
+    )
 
     def held_whole(*sizes: int) -> set[str]:
         return set(sharding.replicated_dims(decoder.abstract, decoder.axes, mesh_of(*sizes)))
 
     assert held_whole(1, 4, 2) == {"layers.attention.k kv_heads=3", "layers.attention.v kv_heads=3"}
+    # Nor does 4 divide the query heads, but they are split within.
+    assert held_whole(1, 1, 4) == {"layers.attention.k kv_heads=3", "layers.attention.v kv_heads=3"}
     # 8 does not divide 36, which every parameter has.
     over_eight = held_whole(1, 8, 1)
     assert over_eight == {

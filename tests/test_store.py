@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from mice_jax.data import store as store_module
-from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import read_samples
 from mice_jax.data.store import TokenStore, build_store
+from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from runs import CHATML, REPOSITORY, chat, make_chats, make_tokenizer, write_jsonl
 
@@ -163,8 +164,9 @@ def test_a_failed_build_leaves_nothing_to_be_read(build: Build, cache: Path, dat
 BUILDER = """
 import sys, time
 from pathlib import Path
-from mice_jax.data.chat import ChatEncoder, load_tokenizer
+from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.store import build_store
+from mice_jax.data.tokenizer import load_tokenizer
 path, cache, tokenizer, number = sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4]
 encoder = ChatEncoder(load_tokenizer(tokenizer))
 Path(f"{path}.{number}").touch()

@@ -207,7 +207,7 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_whole_sequence(str
         out = []
         for start, stop in [(0, 4), (4, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
             shifted = positions[:, start:stop] + np.int32(late if start else 0)
-            hidden, cache = step(tokens[:, start:stop], shifted, cache)
+            hidden, cache = step(tokens[:, start:stop], shifted, np.full(3, 12, np.int32), cache)
             out.append(hidden)
         return jnp.concatenate(out, axis=1)
 

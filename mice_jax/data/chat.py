@@ -9,7 +9,6 @@ the spans are right. Where a template looks into a content, and so fits no skele
 rendering one message more adds to the text. A turn that none of this can find is an error.
 """
 
-import copy
 import functools
 import hashlib
 import itertools
@@ -17,16 +16,14 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mice_jax.data.sources import REASONING, Sample
+from mice_jax.data.tokenizer import Span, locator, one_line
 from mice_jax.errors import UserError
 
 RULES = 1  # of this file; counted up when ids or masks change, so that token stores are built anew
@@ -40,7 +37,6 @@ _WIDTH = len("MiceSlot000000End")
 _render_jinja: Any = render_jinja_template  # its hints are narrower than what it takes
 
 Message = dict[str, Any]
-Span = tuple[int, int]  # characters, the end excluded
 
 
 @dataclass(frozen=True)
@@ -66,59 +62,16 @@ class _NoEnd(Exception):
     """Nothing follows the turn that a model could learn to stop with; no other way finds one."""
 
 
-# ---------------------------------------------------------------------------------------- loading
-def load_tokenizer(path: str, chat_template: str = "") -> PreTrainedTokenizerFast:
-    """The tokenizer of a local folder, with the chat template of a file where one is given."""
-    if not Path(path).is_dir():
-        raise UserError(f"the tokenizer {path!r} is not a folder; nothing is downloaded, give a local one.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as e:  # it raises of all kinds, as the files' own content decides
-        have = ", ".join(sorted(p.name for p in Path(path).iterdir())) or "nothing"
-        raise UserError(
-            f"no tokenizer can be loaded from {path}, which holds {have}: {_one_line(e)}. It "
-            "needs a tokenizer.json, as `save_pretrained` of a fast tokenizer writes it; set "
-            "data.tokenizer to a folder that has one."
-        ) from e
-    if chat_template:
-        tokenizer.chat_template = _read_template(chat_template)
-    return tokenizer
-
-
-def _read_template(path: str) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as e:
-        raise UserError(f"data.chat_template={path!r} cannot be read: {_one_line(e)}.") from e
-    try:
-        _render_jinja(conversations=[], chat_template=text)  # compiles, renders nothing
-    except jinja2.TemplateSyntaxError as e:
-        raise UserError(f"the chat template {path} line {e.lineno} does not parse: {e.message}.") from e
-    return text
-
-
 # ---------------------------------------------------------------------------------------- encoding
 class ChatEncoder:
     """Samples to ids and masks by one tokenizer and template; picklable, for worker processes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, chat_template: str | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
         """`chat_template` is a template's text; None or "" takes the tokenizer's own."""
-        if not tokenizer.is_fast:
-            raise UserError(
-                f"the tokenizer {tokenizer.name_or_path!r} ({type(tokenizer).__name__}) is a "
-                "slow one, which cannot say where its tokens lie in the text; convert it to one "
-                "with a tokenizer.json."
-            )
         self.tokenizer = tokenizer
         self._template = chat_template or tokenizer.chat_template
         self._variables = dict(tokenizer.special_tokens_map)
-        self._documents = _backend(tokenizer)
-        # A post-processor may trim offsets: a token of spaces would then lie nowhere.
-        self._chats = _backend(tokenizer)
-        self._chats.post_processor = None  # type: ignore[assignment]
-        probe = " a  b\n\n c "
-        ids = [t.encode(probe, add_special_tokens=False).ids for t in (self._documents, self._chats)]
-        assert ids[0] == ids[1]
+        self._locator = locator(tokenizer)
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         special = [s for s in tokenizer.all_special_tokens if s.strip()]
         self._any_added, self._any_special = _any_of(added + special), _any_of(special)
@@ -129,13 +82,13 @@ class ChatEncoder:
         encoded: list[Encoded | None] = [None] * len(samples)
         documents = [i for i, s in enumerate(samples) if s.messages[0]["role"] == "pretraining"]
         texts = [samples[i].messages[0]["content"] for i in documents]
-        for i, encoding in zip(documents, self._documents.encode_batch(texts), strict=True):
-            encoded[i] = self._document(encoding.ids)
+        for i, ids in zip(documents, self._locator.documents(texts), strict=True):
+            encoded[i] = self._document(ids)
         chats = [i for i, e in enumerate(encoded) if e is None]
         located = [self._locate(samples[i]) for i in chats]
-        encodings = self._chats.encode_batch([t for t, _ in located], add_special_tokens=False)
-        for i, encoding, (_, spans) in zip(chats, encodings, located, strict=True):
-            encoded[i] = Encoded(np.array(encoding.ids, np.int32), _mask(encoding.offsets, spans))
+        tokens = self._locator.located([t for t, _ in located])
+        for i, (ids, offsets), (_, spans) in zip(chats, tokens, located, strict=True):
+            encoded[i] = Encoded(np.array(ids, np.int32), _mask(offsets, spans))
         return encoded  # type: ignore[return-value]
 
     def prompt_ids(self, messages: list[Message], tools: list[Message] | None = None) -> list[int]:
@@ -144,7 +97,7 @@ class ChatEncoder:
             text, _ = self._render(_cleaned(messages), tools, prompt=True)
         except _Underivable as e:
             raise UserError(f"the prompt {json.dumps(messages)[:200]}: {e}.") from e
-        return self._chats.encode(text, add_special_tokens=False).ids
+        return self._locator.ids(text)
 
     def stop_ids(self) -> list[int]:
         """The tokens that end an assistant's turn in this template."""
@@ -170,7 +123,7 @@ class ChatEncoder:
         special = {k: str(v) for k, v in self._variables.items()}
         parts = [
             RULES,
-            self._documents.to_str(),
+            self._locator.state(),
             special,
             self.tokenizer.all_special_ids,
             self._template,
@@ -422,7 +375,7 @@ class ChatEncoder:
         try:
             return self.tokenizer.get_chat_template(tools=tools)  # type: ignore[arg-type]
         except ValueError as e:
-            raise _Underivable(_one_line(e)) from e
+            raise _Underivable(one_line(e)) from e
 
     def _render(
         self,
@@ -442,7 +395,7 @@ class ChatEncoder:
                 **self._variables,
             )
         except Exception as e:  # a template is a program: it raises what it likes
-            raise _Underivable(f"the chat template refuses these messages: {_one_line(e)}") from e
+            raise _Underivable(f"the chat template refuses these messages: {one_line(e)}") from e
         return texts[0], spans[0] if marks else []
 
 
@@ -450,15 +403,6 @@ _PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content":
 
 
 # ---------------------------------------------------------------------------------------- parts
-def _backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of our own: calls of `tokenizer` switch truncation and padding of theirs."""
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)  # type: ignore[attr-defined]
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens  # type: ignore[attr-defined]
-    return backend
-
-
 def _mask(offsets: list[Span], spans: list[Span]) -> np.ndarray:
     flat = np.fromiter(itertools.chain.from_iterable(offsets), np.int64, 2 * len(offsets))
     starts, ends = flat[::2], flat[1::2]
@@ -560,7 +504,3 @@ def _any_of(strings: Iterable[str]) -> str:
     """A pattern for the longest of them; for nothing where there is none."""
     longest_first = sorted(set(strings), key=lambda s: (-len(s), s))
     return "|".join(map(re.escape, longest_first)) or "(?!)"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -50,7 +50,7 @@ class StepSource:
             "epoch": step.epoch,
             "samples": len(step.samples),
             "tokens": int(lengths.sum()),
-            "squared_lengths": int((lengths**2).sum()),  # what attention's cost follows
+            "lengths": lengths,  # of the samples: attention's cost follows them
             "loss_tokens": int(self.corpus.num_trained[step.samples].sum()),
             "slots": sum(len(m.rows) * m.shape.slots for m in plan),
             "microbatches": [self._fill(m, step.samples) for m in plan],

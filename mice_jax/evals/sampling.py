@@ -92,17 +92,16 @@ def check_fits(prompt: Sequence[int], sampling: Sampling, spec: ModelSpec, where
         )
 
 
-def cast_params(decoder: Decoder, params: Params, dtype: Any) -> Params:
+def cast_params(params: Params, dtype: Any) -> Params:
     """The parameters in the dtype they are computed in: what a forward pass makes of them, made once.
 
     Norms stay in float32, in which they are applied.
     """
 
-    def cast(p: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        is_matrix = len([a for a in axes if a != "layers"]) > 1
-        return p.astype(dtype) if is_matrix else p
+    def cast(path: tuple, p: jax.Array) -> jax.Array:
+        return p if path[-1].key == "scale" else p.astype(dtype)
 
-    return jax.tree.map(cast, params, decoder.axes)
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 class Sampler:
@@ -159,14 +158,14 @@ class Sampler:
         static = self._static(sampling)
         max_new_tokens = static.pop("max_new_tokens")
         tokens, lengths = _padded([prompt], 1)
-        chance = _chance(sampling, np.zeros(1, np.int32))
+        chance, totals = _chance(sampling, np.zeros(1, np.int32)), lengths + max_new_tokens
         token, cache = self._first(params, tokens, lengths, chance, max_new_tokens=max_new_tokens, **static)
         for step in range(max_new_tokens):
             if int(token[0]) in stops:
                 return
             yield int(token[0])
             if step + 1 < max_new_tokens:
-                token, cache = self._next(params, token, lengths + step, cache=cache, chance=chance, **static)
+                token, cache = self._next(params, token, lengths + step, totals, cache=cache, chance=chance, **static)
 
     def _static(self, sampling: Sampling) -> dict[str, Any]:
         """What a program is compiled for; a change of the rest of `Sampling` compiles nothing."""
@@ -229,8 +228,8 @@ def _answer(
     nucleus: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Answers to a batch of prompts: ids [B A], how many of them, and which ended by a stop id."""
-    params = cast_params(decoder, params, dtype)
-    rows = tokens.shape[0]
+    params = cast_params(params, dtype)
+    rows, totals = tokens.shape[0], lengths + max_new_tokens
 
     def choose(state: _State, hidden: jax.Array) -> _State:
         logits = decoder.bind(params).logits(hidden[:, None])[:, 0]
@@ -241,10 +240,11 @@ def _answer(
 
     def advance(state: _State) -> _State:
         positions = lengths + state.step - 1  # of the token that was chosen last
-        hidden, cache = decoder.bind(params).decode(state.token[:, None], positions[:, None], state.cache)
+        model = decoder.bind(params)
+        hidden, cache = model.decode(state.token[:, None], positions[:, None], totals, state.cache)
         return choose(state._replace(cache=cache), hidden[:, 0])
 
-    hidden, cache = _prefill(decoder, params, tokens, lengths, tokens.shape[1] + max_new_tokens, dtype)
+    hidden, cache = _prefill(decoder, params, tokens, lengths, max_new_tokens, dtype)
     zero, none = jnp.zeros((), jnp.int32), jnp.zeros(rows, jnp.int32)
     answers = jnp.zeros((rows, max_new_tokens), jnp.int32)
     state = choose(_State(zero, none, answers, none, lengths == 0, cache), hidden)
@@ -266,8 +266,8 @@ def _first(
     nucleus: bool,
 ) -> tuple[jax.Array, Cache]:
     """The first token of each answer [B], and the cache to go on with."""
-    params = cast_params(decoder, params, dtype)
-    hidden, cache = _prefill(decoder, params, tokens, lengths, tokens.shape[1] + max_new_tokens, dtype)
+    params = cast_params(params, dtype)
+    hidden, cache = _prefill(decoder, params, tokens, lengths, max_new_tokens, dtype)
     logits = decoder.bind(params).logits(hidden[:, None])[:, 0]
     return constrain(_pick(logits, lengths, chance, num_ranked, nucleus), None), cache
 
@@ -278,24 +278,26 @@ def _next(
     params: Params,
     token: jax.Array,
     positions: jax.Array,
+    totals: jax.Array,
     *,
     cache: Cache,
     chance: _Chance,
     num_ranked: int,
     nucleus: bool,
 ) -> tuple[jax.Array, Cache]:
-    """The token [B] after the one at `positions` [B]."""
-    model = decoder.bind(cast_params(decoder, params, dtype))
-    hidden, cache = model.decode(token[:, None], positions[:, None], cache)
+    """The token [B] after the one at `positions` [B], in rows that will have `totals` [B] tokens in the end."""
+    model = decoder.bind(cast_params(params, dtype))
+    hidden, cache = model.decode(token[:, None], positions[:, None], totals, cache)
     logits = model.logits(hidden)[:, 0]
     return constrain(_pick(logits, positions + 1, chance, num_ranked, nucleus), None), cache
 
 
 def _prefill(
-    decoder: Decoder, params: Params, tokens: jax.Array, lengths: jax.Array, slots: int, dtype: Any
+    decoder: Decoder, params: Params, tokens: jax.Array, lengths: jax.Array, max_new_tokens: int, dtype: Any
 ) -> tuple[jax.Array, Cache]:
-    """The hidden state of each prompt's last token [B D], and a cache that holds the prompts."""
+    """The hidden state of each prompt's last token [B D], and a cache that holds the prompts, with room for answers."""
     spec, (rows, width) = decoder.spec, tokens.shape
+    slots, totals = width + max_new_tokens, lengths + max_new_tokens
     size = min(CHUNK, width)
     shape = (spec.num_layers, rows, slots, spec.num_kv_heads, spec.head_dim)
     empty = constrain(jnp.zeros(shape, dtype), "layers", "batch", "length", "kv_heads", "head_dim")
@@ -304,7 +306,7 @@ def _prefill(
         last, cache = carry
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32), piece.shape)
-        hidden, cache = decoder.bind(params).decode(piece, positions, cache)
+        hidden, cache = decoder.bind(params).decode(piece, positions, totals, cache)
         at = lengths - 1 - start
         found = jnp.take_along_axis(hidden, jnp.clip(at, 0, size - 1)[:, None, None], axis=1)[:, 0]
         return (jnp.where(((at >= 0) & (at < size))[:, None], found, last), cache), None

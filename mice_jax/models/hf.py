@@ -5,7 +5,10 @@ never a pickle, and nothing in a checkpoint is executed. Headers are read first 
 once; then each device's slice is read by itself, so a process never holds more than its share.
 """
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -17,30 +20,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mice_jax.errors import UserError
-from mice_jax.models.families import llama
+from mice_jax.models.families import FAMILIES
+from mice_jax.models.families.positions import in_both_spellings
+from mice_jax.models.families.reading import DROPOUTS, Reader
 from mice_jax.models.spec import ModelSpec
+from mice_jax.models.tensors import turn, write_tensors
 from mice_jax.models.transformer import Decoder, Params
 
-FAMILIES: dict[str, ModuleType] = {llama.ARCHITECTURE: llama}
-
 SHARD_BYTES = 4 * 2**30  # of one exported file
+PIECE_BYTES = 32 * 2**20  # of an embedding that is on the host at a time
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
 
 
 @dataclasses.dataclass(frozen=True)
-class HFTensor:
-    """One of a checkpoint's tensors, and the part of one of our parameters that it fills."""
+class Part:
+    """Where one of our parameters lies in one of a checkpoint's tensors."""
 
-    name: str
     path: str  # of our parameter, dotted
     layer: int | None  # its place along a stacked parameter's first axis
     in_dims: int | None  # leading dims of ours that are inputs of a matrix product; None = stored as it is
-    shape: tuple[int, ...]  # in the checkpoint, without the vocabulary's padding
+    start: int  # its first row in the tensor
+    rows: int  # how many it has there, the vocabulary's padding not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class HFTensor:
+    """One of a checkpoint's tensors; several of our parameters may lie in it, one after another."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -58,14 +71,14 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def spec_from_config(config: dict[str, Any], file: Path) -> ModelSpec:
     """The spec of a config.json's content; raises UserError for what cannot be honoured, by key."""
-    family = _family(config, file)
+    family, reader = _family(config, file), Reader(config)
     try:
-        spec, read = family.spec_from_hf(config)
+        spec = family.spec_from_hf(reader)
     except KeyError as e:
         raise UserError(f"{file} lacks {e}, which {family.ARCHITECTURE} needs.") from None
     except ValueError as e:
         raise UserError(f"{file} has {e}.") from None
-    unknown = [k for k in config if k not in read and k not in family.IGNORED and config[k] is not None]
+    unknown = [k for k in config if k not in reader.was_read and config[k] is not None]
     if unknown:
         keys = ", ".join(f"{k}={config[k]!r}" for k in sorted(unknown))
         raise UserError(
@@ -79,49 +92,61 @@ def spec_from_config(config: dict[str, Any], file: Path) -> ModelSpec:
     return spec
 
 
+def dropouts(config: dict[str, Any]) -> dict[str, float]:
+    """The chances of dropping values that a config.json asks for; training goes without."""
+    return {key: config[key] for key in DROPOUTS if config.get(key)}
+
+
 def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Params) -> Params:
     """The folder's safetensors as float32 parameters, each device's slice read by itself.
 
     Raises UserError that lists every tensor that is missing, unexpected or of another shape.
     """
-    files = _tensor_files(folder)
-    wanted = list(_tensors(decoder, FAMILIES[architecture]))
-    _check_headers(folder, files, wanted, decoder.spec.tie_embeddings)
-    by_path: dict[str, list[HFTensor]] = {}
-    for tensor in wanted:
-        by_path.setdefault(tensor.path, []).append(tensor)
+    wanted = _tensors(decoder, FAMILIES[architecture])
+    with contextlib.ExitStack() as stack:
+        files = _tensor_files(folder)
+        opened = {file: stack.enter_context(_open(file)) for file in sorted(set(files.values()))}
+        _check_headers(folder, files, opened, wanted, decoder.spec.tie_embeddings)
+        by_path: dict[str, list[tuple[Any, Part]]] = {}  # of one of our parameters: a layer's tensor and its part
+        for tensor in wanted:
+            for part in tensor.parts:
+                by_path.setdefault(part.path, []).append((opened[files[tensor.name]].get_slice(tensor.name), part))
 
-    def load(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-        tensors = by_path[_dotted(path)]
+        def load(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+            layers = by_path[_dotted(path)]
+            return jax.make_array_from_callback(leaf.shape, sharding, lambda at: _read_slice(layers, leaf.shape, at))
 
-        def part(index: Any) -> np.ndarray:
-            return _read_part(files, tensors, leaf.shape, index)
-
-        return jax.make_array_from_callback(leaf.shape, sharding, part)
-
-    return jax.tree_util.tree_map_with_path(load, decoder.abstract, shardings)
+        return jax.tree_util.tree_map_with_path(load, decoder.abstract, shardings)
 
 
 def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str, Any], dtype: str) -> None:
-    """Writes model*.safetensors, their index, and config.json, in `dtype` (float32 or bfloat16)."""
+    """Writes model*.safetensors, their index, and config.json, in `dtype` (float32 or bfloat16).
+
+    A piece of a tensor at a time is brought to the host: no device and no process needs room for the whole model.
+    """
     family = _family(config, folder)
-    leaves = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     itemsize = jnp.dtype(dtype).itemsize
-    tensors = list(_tensors(decoder, family))
-    shards = list(_in_shards(tensors, itemsize))
+    shards = list(_in_shards(_tensors(decoder, family), itemsize))
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         one = len(shards) == 1
         name = "model.safetensors" if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {t.name: _to_hf(leaves[t.path], t).astype(dtype) for t in shard}
-        save_file(arrays, folder / name, metadata={"format": "pt"})
+        pieces = (piece.astype(dtype, copy=False) for t in shard for piece in _to_hf(params, t))
+        write_tensors(folder / name, {t.name: t.shape for t in shard}, dtype, pieces)
         weight_map |= {t.name: name for t in shard}
     if len(shards) > 1:
-        total = sum(math.prod(t.shape) for t in tensors) * itemsize
+        total = sum(math.prod(t.shape) for shard in shards for t in shard) * itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = config | {"architectures": [family.ARCHITECTURE], "dtype": dtype, "torch_dtype": dtype}
+    says = {"architectures": [family.ARCHITECTURE], "vocab_size": decoder.spec.vocab_size}
+    config = in_both_spellings(config) | says | {"dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def named_arrays(params: Params, decoder: Decoder, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
+    """A tree like the parameters', tensor by tensor as a checkpoint names and lays them out."""
+    for tensor in _tensors(decoder, FAMILIES[architecture]):
+        yield tensor.name, np.concatenate(list(_to_hf(params, tensor)))
 
 
 def stored_dtype(folder: Path) -> str:
@@ -143,24 +168,33 @@ def _family(config: dict[str, Any], file: Path) -> ModuleType:
     return FAMILIES[names[0]]
 
 
-def _tensors(decoder: Decoder, family: ModuleType) -> Iterator[HFTensor]:
-    """Every tensor that a checkpoint of this decoder holds."""
+def _tensors(decoder: Decoder, family: ModuleType) -> list[HFTensor]:
+    """Every tensor that a checkpoint of this decoder holds: those of no layer, then layer by layer."""
     real = decoder.spec.vocab_size
     leaves = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(decoder.abstract)}
     axes = {
         _dotted(path): a
         for path, a in jax.tree_util.tree_leaves_with_path(decoder.axes, is_leaf=lambda a: isinstance(a, tuple))
     }
-    assert leaves.keys() <= {path for _, path, _ in family.NAMES}, "a parameter has no name in the checkpoint"
-    for template, path, in_dims in family.NAMES:
-        if path not in leaves:
+    named = {path for name in family.NAMES for path in name.ours}
+    assert leaves.keys() <= named, f"parameters without a name in the checkpoint: {leaves.keys() - named}"
+    found = []
+    for name in family.NAMES:
+        if not leaves.keys() & set(name.ours):
             continue
-        stacked = axes[path][0] == "layers"
-        dims = [real if a == "vocab" else n for n, a in zip(leaves[path].shape, axes[path], strict=True)]
-        inner = dims[1:] if stacked else dims
-        shape = _flat_shape(tuple(inner), in_dims)
-        for layer in range(dims[0]) if stacked else [None]:
-            yield HFTensor(template.format(layer), path, layer, in_dims, shape)
+        stacked = axes[name.ours[0]][0] == "layers"
+        shapes = []
+        for path in name.ours:
+            dims = [real if a == "vocab" else n for n, a in zip(leaves[path].shape, axes[path], strict=True)]
+            shapes.append(_flat_shape(tuple(dims[1:] if stacked else dims), name.in_dims))
+        ends = list(itertools.accumulate(shape[0] for shape in shapes))
+        for layer in range(decoder.spec.num_layers) if stacked else [None]:
+            parts = tuple(
+                Part(path, layer, name.in_dims, end - shape[0], shape[0])
+                for path, shape, end in zip(name.ours, shapes, ends, strict=True)
+            )
+            found.append(HFTensor(name.hf.format(layer), (ends[-1], *shapes[0][1:]), parts))
+    return sorted(found, key=lambda t: -1 if t.parts[0].layer is None else t.parts[0].layer)
 
 
 def _flat_shape(inner: tuple[int, ...], in_dims: int | None) -> tuple[int, ...]:
@@ -197,14 +231,15 @@ def _open(file: Path) -> Any:
         raise UserError(f"{file} ({size} bytes) is damaged or cut short: {e}. Fetch it again.") from None
 
 
-def _check_headers(folder: Path, files: dict[str, Path], wanted: list[HFTensor], tied: bool) -> None:
+def _check_headers(
+    folder: Path, files: dict[str, Path], opened: dict[Path, Any], wanted: list[HFTensor], tied: bool
+) -> None:
     found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file in sorted(set(files.values())):
-        with _open(file) as f:
-            for name in f.keys():  # noqa: SIM118
-                if files.get(name) == file:  # where the index says it is; elsewhere nobody will look
-                    s = f.get_slice(name)
-                    found[name] = tuple(s.get_shape()), s.get_dtype()
+    for file, f in opened.items():
+        for name in f.keys():  # noqa: SIM118
+            if files.get(name) == file:  # where the index says it is; elsewhere nobody will look
+                s = f.get_slice(name)
+                found[name] = tuple(s.get_shape()), s.get_dtype()
     by_name = {t.name: t for t in wanted}
     ignorable = BUFFERS + (("lm_head.weight",) if tied else ())  # transformers ties over a stored copy too
     problems = [f"{n} is missing from {files.get(n, folder).name}" for n in by_name if n not in found]
@@ -219,62 +254,97 @@ def _check_headers(folder: Path, files: dict[str, Path], wanted: list[HFTensor],
         raise UserError(f"the tensors in {folder} do not fit its config.json: {'; '.join(problems[:10])}{more}.")
 
 
-def _read_part(
-    files: dict[str, Path], tensors: list[HFTensor], shape: tuple[int, ...], index: tuple[slice, ...]
-) -> np.ndarray:
-    """The slice `index` of one of our parameters, read from the tensors that fill it."""
+def _read_slice(layers: list[tuple[Any, Part]], shape: tuple[int, ...], index: Any) -> np.ndarray:
+    """The slice `index`, one a dim, of one of our parameters, read from the tensors in which its layers lie."""
     bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-    part = np.zeros([stop - start for start, stop in bounds], np.float32)
-    if tensors[0].layer is None:
-        _read_tensor(files, tensors[0], shape, bounds, part)
-        return part
+    out = _aligned_zeros([stop - start for start, stop in bounds])
+    if layers[0][1].layer is None:
+        _read_part(*layers[0], shape, bounds, out)
+        return out
     first, last = bounds[0]
-    for tensor in tensors[first:last]:
-        assert tensor.layer is not None
-        _read_tensor(files, tensor, shape[1:], bounds[1:], part[tensor.layer - first])
-    return part
+    for i, (stored, part) in enumerate(layers[first:last]):
+        _read_part(stored, part, shape[1:], bounds[1:], out[i])
+    return out
 
 
-def _read_tensor(
-    files: dict[str, Path],
-    tensor: HFTensor,
-    shape: tuple[int, ...],
-    bounds: list[tuple[int, int]],
-    out: np.ndarray,
-) -> None:
+def _aligned_zeros(shape: list[int]) -> np.ndarray:
+    """float32 zeros from a multiple of 64 bytes on: a CPU device then takes the array as it is, without a copy."""
+    size = math.prod(shape) * 4
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(np.float32).reshape(shape)
+
+
+def _read_part(stored: Any, part: Part, shape: tuple[int, ...], bounds: list[tuple[int, int]], out: np.ndarray) -> None:
     """Fills `out` with ours[bounds]; the vocabulary's padding, which no checkpoint has, is left zero."""
-    with _open(files[tensor.name]) as f:
-        stored, k = f.get_slice(tensor.name), tensor.in_dims
-        if k is None:
-            inside = (slice(a, min(b, n)) for (a, b), n in zip(bounds, tensor.shape, strict=True))
-            block = stored[tuple(inside)]
-            out[: block.shape[0]] = block
-            return
-        outputs = _flat_range(shape[k:], bounds[k:])
-        outputs = slice(outputs.start, min(outputs.stop, tensor.shape[0]))
+    k = part.in_dims
+    if k is None:
+        inside = (slice(a, min(b, n)) for (a, b), n in zip(bounds, (part.rows, *shape[1:]), strict=True))
+        block = stored[tuple(inside)]
+        out[: block.shape[0]] = block
+        return
+    inputs = list(_flat_ranges(shape[:k], bounds[:k]))
+    for outputs, to in _flat_ranges(shape[k:], bounds[k:]):
+        rows = slice(part.start + outputs.start, part.start + min(outputs.stop, part.rows))
+        count = rows.stop - rows.start
         if k == 0:
-            out.reshape(-1)[:] = stored[outputs]
-            return
-        inputs = _flat_range(shape[:k], bounds[:k])
-        flat = out.reshape(inputs.stop - inputs.start, -1)
-        flat[:, : outputs.stop - outputs.start] = stored[outputs, inputs].T
+            out.reshape(-1)[to][:count] = stored[rows]
+            continue
+        flat = out.reshape(math.prod(out.shape[:k]), -1)
+        for columns, at in inputs:
+            turn(stored[rows, columns], flat[at, to][:, :count])
 
 
-def _flat_range(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> slice:
-    """The range of a flattened group of dims; only its first dim is ever split over devices."""
+def _flat_ranges(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
+    """Ranges of a flattened group of dims, and where each lies in the flattened slice of it.
+
+    One, but where the second dim is split: then one for each index of the first.
+    """
+    if not shape:
+        yield slice(0, 1), slice(0, 1)
+        return
     inner = math.prod(shape[1:])
-    assert all(b == (0, n) for b, n in zip(bounds[1:], shape[1:], strict=True))
-    return slice(bounds[0][0] * inner, bounds[0][1] * inner)
+    (first, last), rest = bounds[0], bounds[1:]
+    if all(b == (0, n) for b, n in zip(rest, shape[1:], strict=True)):
+        yield slice(first * inner, last * inner), slice(0, (last - first) * inner)
+        return
+    ((start, stop),) = rest
+    for i in range(first, last):
+        at = (i - first) * (stop - start)
+        yield slice(i * inner + start, i * inner + stop), slice(at, at + stop - start)
 
 
-def _to_hf(leaf: jax.Array, tensor: HFTensor) -> np.ndarray:
-    """A checkpoint's tensor from one of our parameters, the vocabulary's padding cut off."""
-    ours = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
-    if tensor.in_dims:
-        ours = ours.reshape(math.prod(ours.shape[: tensor.in_dims]), -1).T
-    elif tensor.in_dims == 0:
-        ours = ours.reshape(-1)
-    return np.ascontiguousarray(ours[: tensor.shape[0]])
+def _to_hf(params: Params, tensor: HFTensor) -> Iterator[np.ndarray]:
+    """A checkpoint's tensor from our parameters, in pieces of its rows; the vocabulary's padding is left out."""
+    for part in tensor.parts:
+        leaf: Any = functools.reduce(lambda tree, key: tree[key], part.path.split("."), params)
+        if part.layer is not None:
+            leaf = leaf[part.layer]
+        if part.in_dims == 0:
+            yield np.asarray(leaf).reshape(-1)[: part.rows]
+        elif part.layer is None:  # a vocabulary's: large, and with its rows along one dim
+            yield from _vocabulary_to_hf(leaf, part)
+        else:
+            assert part.in_dims is not None
+            flat = np.asarray(leaf).reshape(math.prod(leaf.shape[: part.in_dims]), -1)
+            yield _turned(flat)
+
+
+def _vocabulary_to_hf(leaf: jax.Array, part: Part) -> Iterator[np.ndarray]:
+    axis = 0 if part.in_dims is None else leaf.ndim - 1
+    size = max(1, PIECE_BYTES * leaf.shape[axis] // leaf.nbytes)
+    for start in range(0, part.rows, size):
+        # The last piece begins earlier, so that all have one size and one program cuts them.
+        first = max(0, min(start, leaf.shape[axis] - size))
+        rows = np.asarray(jax.lax.dynamic_slice_in_dim(leaf, first, min(size, leaf.shape[axis]), axis))
+        wanted = slice(start - first, min(start + size, part.rows) - first)
+        yield rows[wanted] if part.in_dims is None else _turned(rows[:, wanted])
+
+
+def _turned(flat: np.ndarray) -> np.ndarray:
+    turned = np.empty(flat.shape[::-1], flat.dtype)
+    turn(flat, turned)
+    return turned
 
 
 def _in_shards(tensors: list[HFTensor], itemsize: int) -> Iterator[list[HFTensor]]:

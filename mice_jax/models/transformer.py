@@ -9,23 +9,32 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from mice_jax.models import rope
 from mice_jax.models.attention import attend
 from mice_jax.models.attention.reference import masked
+from mice_jax.models.attention.scoring import Scoring
 from mice_jax.models.spec import ModelSpec
-from mice_jax.sharding import constrain
+from mice_jax.sharding import constrain, gather_split_heads
 
 # B rows, T slots, S cache slots, D d_model, N query heads, K key heads, H head_dim, F d_ff, V vocabulary, L layers
 
 Params = dict[str, Any]
 # What a block does with its queries, keys and values; the second result is kept (a cache), or None.
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+T = TypeVar("T")
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 REMAT_POLICIES = {
     "full": None,  # keep a layer's input only
@@ -42,6 +51,13 @@ class Compute:
     remat: str  # none | a key of REMAT_POLICIES
 
 
+class Layer(NamedTuple):
+    """What differs from layer to layer besides parameters: [L] int32, scanned."""
+
+    rope: jax.Array  # among the spec's distinct ropes
+    window: jax.Array  # among its distinct windows
+
+
 def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> nnx.Param:
     """Normal with `std`; ones where it is None, zeros where it is 0."""
     if std is None:
@@ -54,14 +70,18 @@ def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: f
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, dim: int, eps: float, rngs: nnx.Rngs):
-        self.scale = _param(rngs, (dim,), ("embed",), None)
-        self.eps = eps
+    """Over all the dims of `shape` together; the stored scale is off by the spec's `norm_offset`."""
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], spec: ModelSpec, rngs: nnx.Rngs):
+        self.scale = _param(rngs, shape, axes, 0 if spec.norm_offset else None)
+        self.eps, self.offset = spec.norm_eps, spec.norm_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.scale[...] + self.offset
         wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (self.scale[...] * wide).astype(x.dtype)
+        over = tuple(range(-scale.ndim, 0))
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=over, keepdims=True) + self.eps)
+        return (scale * wide).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -73,25 +93,34 @@ class Attention(nnx.Module):
         self.k = _param(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), std)
         self.v = _param(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), std)
         self.o = _param(rngs, (n, h, d), ("heads", "head_dim", "embed"), std)
-        self.bias = spec.attention_bias
-        if self.bias:
+        self.qkv_bias, self.out_bias, self.qk_norm = spec.qkv_bias, spec.out_bias, spec.qk_norm
+        if spec.qkv_bias:
             self.q_bias = _param(rngs, (n, h), ("heads", "head_dim"), 0)
             self.k_bias = _param(rngs, (k, h), ("kv_heads", "head_dim"), 0)
             self.v_bias = _param(rngs, (k, h), ("kv_heads", "head_dim"), 0)
+        if spec.out_bias:
             self.o_bias = _param(rngs, (d,), ("embed",), 0)
-        self.rope_theta = spec.rope_theta
+        if spec.qk_norm == "head":
+            self.q_norm = RMSNorm((h,), ("head_dim",), spec, rngs)
+            self.k_norm = RMSNorm((h,), ("head_dim",), spec, rngs)
+        elif spec.qk_norm == "all":
+            self.q_norm = RMSNorm((n, h), ("heads", "head_dim"), spec, rngs)
+            self.k_norm = RMSNorm((k, h), ("kv_heads", "head_dim"), spec, rngs)
 
-    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B T D] -> rotated queries [B T N H], rotated keys and values [B T K H]."""
-        q, k, v = (_product(x, w) for w in (self.q, self.k, self.v))
-        if self.bias:
+    def project(self, x: jax.Array, turns: rope.Turns) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B T D] -> turned queries [B T N H], turned keys and values [B T K H]."""
+        q = _product(x, gather_split_heads(self.q[...], "embed", "heads", "head_dim"))
+        k, v = (_product(x, w[...]) for w in (self.k, self.v))
+        if self.qkv_bias:
             q, k, v = (y + b[...].astype(x.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
-        return _rotate(q, positions, self.rope_theta), _rotate(k, positions, self.rope_theta), v
+        if self.qk_norm != "none":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rope.rotate(q, turns), rope.rotate(k, turns), v
 
     def output(self, mixed: jax.Array) -> jax.Array:
         """[B T N H] -> [B T D]."""
-        y = _product(mixed, self.o, in_dims=2)
-        return y + self.o_bias[...].astype(y.dtype) if self.bias else y
+        y = _product(mixed, gather_split_heads(self.o[...], "heads", "head_dim", "embed"), in_dims=2)
+        return y + self.o_bias[...].astype(y.dtype) if self.out_bias else y
 
 
 class MLP(nnx.Module):
@@ -100,35 +129,46 @@ class MLP(nnx.Module):
         self.gate = _param(rngs, (d, f), ("embed", "mlp"), std)
         self.up = _param(rngs, (d, f), ("embed", "mlp"), std)
         self.down = _param(rngs, (f, d), ("mlp", "embed"), std)
-        self.bias = spec.mlp_bias
+        self.activation, self.bias = ACTIVATIONS[spec.activation], spec.mlp_bias
         if self.bias:
             self.gate_bias = _param(rngs, (f,), ("mlp",), 0)
             self.up_bias = _param(rngs, (f,), ("mlp",), 0)
             self.down_bias = _param(rngs, (d,), ("embed",), 0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = _product(x, self.gate), _product(x, self.up)
+        gate, up = _product(x, self.gate[...]), _product(x, self.up[...])
         if self.bias:
             gate, up = gate + self.gate_bias[...].astype(x.dtype), up + self.up_bias[...].astype(x.dtype)
-        inner = constrain(jax.nn.silu(gate) * up, "batch", "length", "mlp")
-        y = _product(inner, self.down)
+        inner = constrain(self.activation(gate) * up, "batch", "length", "mlp")
+        y = _product(inner, self.down[...])
         return y + self.down_bias[...].astype(x.dtype) if self.bias else y
 
 
 class Block(nnx.Module):
+    """Attention and MLP, each with a norm before it, after it, or both, added to what went in."""
+
     def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(spec.d_model, spec.norm_eps, rngs)
+        width = ((spec.d_model,), ("embed",), spec, rngs)
+        self.pre, self.post, self.multiplier = spec.pre_norm, spec.post_norm, spec.residual_multiplier
+        if spec.pre_norm:
+            self.attention_norm, self.mlp_norm = RMSNorm(*width), RMSNorm(*width)
+        if spec.post_norm:
+            self.attention_post_norm, self.mlp_post_norm = RMSNorm(*width), RMSNorm(*width)
         self.attention = Attention(spec, rngs)
-        self.mlp_norm = RMSNorm(spec.d_model, spec.norm_eps, rngs)
         self.mlp = MLP(spec, rngs)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, turns: rope.Turns, mix: Mix) -> tuple[jax.Array, Any]:
         with jax.named_scope("attention"):
-            mixed, kept = mix(*self.attention.project(self.attention_norm(x), positions))
-            x = constrain(x + self.attention.output(mixed), "batch", "length", "hidden")
+            mixed, kept = mix(*self.attention.project(self.attention_norm(x) if self.pre else x, turns))
+            y = self.attention.output(mixed)
+            x = self._add(x, self.attention_post_norm(y) if self.post else y)
         with jax.named_scope("mlp"):
-            x = constrain(x + self.mlp(self.mlp_norm(x)), "batch", "length", "hidden")
+            y = self.mlp(self.mlp_norm(x) if self.pre else x)
+            x = self._add(x, self.mlp_post_norm(y) if self.post else y)
         return x, kept
+
+    def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return constrain(x + _times(y, self.multiplier), "batch", "length", "hidden")
 
 
 class Embed(nnx.Module):
@@ -152,50 +192,68 @@ class Transformer(nnx.Module):
 
         self.embed = Embed(vocab_rows, spec, rngs)
         self.layers = stacked(rngs)
-        self.final_norm = RMSNorm(spec.d_model, spec.norm_eps, rngs)
+        self.final_norm = RMSNorm((spec.d_model,), ("embed",), spec, rngs)
         if not spec.tie_embeddings:
             self.head = Head(vocab_rows, spec, rngs)
         self.spec = spec
 
     def hidden(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, compute: Compute) -> jax.Array:
         """Packed rows, each [B T] int32 -> the normalised last hidden state [B T D]."""
+        lengths = rope.sample_lengths(segment_ids) if rope.needs_lengths(self.spec.ropes) else None
+        turns_of = self._turns(positions, lengths)
+        windows = _distinct(self.spec.windows)
 
-        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            scale = self.spec.head_dim**-0.5
-            return attend(q, k, v, segment_ids, scale=scale, backend=compute.attention), None
+        def attend_within(window: int | None) -> Callable[..., jax.Array]:
+            scoring, backend = self._scoring(window), compute.attention
+            return lambda q, k, v: attend(q, k, v, segment_ids, scoring, backend=backend)
 
+        # One branch a window: a window is part of a kernel's mask, so it has to be known when it is compiled.
+        branches = [attend_within(window) for window in windows]
         graph, stack = nnx.split(self.layers)
 
-        def layer(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, params)(x, positions, mix)
+        def layer(x: jax.Array, scanned: tuple[nnx.State, Layer]) -> tuple[jax.Array, None]:
+            params, which = scanned
+
+            def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+                if len(branches) == 1:
+                    return branches[0](q, k, v), None
+                return jax.lax.switch(which.window, branches, q, k, v), None
+
+            return nnx.merge(graph, params)(x, turns_of(which), mix)
 
         if compute.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(layer, self._embedded(tokens, compute.dtype), stack)
+        x, _ = jax.lax.scan(layer, self._embedded(tokens, compute.dtype), (stack, self._which()))
         return self.final_norm(x)
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, cache: tuple[jax.Array, jax.Array]
+        self, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, cache: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Continues rows from a cache of keys and values, each [L B S K H]: -> hidden [B T D], the new cache.
 
-        Row b's tokens [B T] go to the cache slots `positions[b]`, and attend to every slot up to their own.
+        Row b's tokens [B T] go to the cache slots `positions[b]`, and attend to every slot up to their own that
+        the layer's window reaches. `lengths` [B] are those that the rows will have in the end: a LongRoPE turns
+        the tokens of long samples differently, from the first on.
         """
+        turns_of = self._turns(positions, lengths[:, None])
         graph, stack = nnx.split(self.layers)
         slots = jnp.arange(cache[0].shape[2], dtype=jnp.int32)
-        mask = slots[None, None, :] <= positions[:, :, None]
+        behind = positions[:, :, None] - slots  # [B T S]
+        sizes = jnp.array([window or slots.size for window in _distinct(self.spec.windows)], jnp.int32)
         rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
 
-        def layer(x: jax.Array, scanned: tuple[nnx.State, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
-            params, keys, values = scanned
+        def layer(x: jax.Array, scanned: tuple[nnx.State, Layer, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+            params, which, keys, values = scanned
+            mask = (behind >= 0) & (behind < sizes[which.window])
 
             def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
                 new = keys.at[rows, positions].set(k), values.at[rows, positions].set(v)
-                return masked(q, *new, mask, self.spec.head_dim**-0.5), new
+                return masked(q, *new, mask, self._scoring(None)), new
 
-            return nnx.merge(graph, params)(x, positions, mix)
+            return nnx.merge(graph, params)(x, turns_of(which), mix)
 
-        x, cache = jax.lax.scan(layer, self._embedded(tokens, cache[0].dtype), (stack, *cache))
+        scanned = (stack, self._which(), *cache)
+        x, cache = jax.lax.scan(layer, self._embedded(tokens, cache[0].dtype), scanned)
         return self.final_norm(x), cache
 
     def output_weight(self) -> jax.Array:
@@ -205,11 +263,34 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B T D] -> float32 [B T vocab_size]."""
         weight = self.output_weight()[:, : self.spec.vocab_size].astype(hidden.dtype)
-        return jnp.einsum("btd,dv->btv", hidden, weight, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,dv->btv", hidden, weight, preferred_element_type=jnp.float32)
+        logits, cap = logits * self.spec.logit_scale, self.spec.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def _embedded(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         table = constrain(self.embed.table[...].astype(dtype), "vocab", "hidden")
-        return constrain(jnp.take(table, tokens, axis=0), "batch", "length", "hidden")
+        x = _times(jnp.take(table, tokens, axis=0), self.spec.embedding_multiplier)
+        return constrain(x, "batch", "length", "hidden")
+
+    def _scoring(self, window: int | None) -> Scoring:
+        return Scoring(self.spec.attention_scale, window, self.spec.attention_softcap)
+
+    def _which(self) -> Layer:
+        ropes, windows = _distinct(self.spec.ropes), _distinct(self.spec.windows)
+        return Layer(
+            jnp.array([ropes.index(r) for r in self.spec.ropes], jnp.int32),
+            jnp.array([windows.index(w) for w in self.spec.windows], jnp.int32),
+        )
+
+    def _turns(self, positions: jax.Array, lengths: jax.Array | None) -> Callable[[Layer], rope.Turns]:
+        """Cosines and sines of every kind of RoPE that the layers have, made once, to take a layer's from."""
+        kinds = _distinct(self.spec.ropes)
+        dims = next((kind.dims for kind in kinds if kind), 2)
+        made = [rope.turns(kind, dims, positions, lengths) for kind in kinds]
+        if len(made) == 1:
+            return lambda which: made[0]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *made)
+        return lambda which: jax.tree.map(lambda x: x[which.rope], stacked)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -254,26 +335,20 @@ def make_decoder(spec: ModelSpec, tensor: int = 1) -> Decoder:
     return Decoder(spec, rows, nnx.to_pure_dict(state), jax.tree.map(tuple, axes), graph, state)
 
 
-def _product(x: jax.Array, weight: nnx.Param, in_dims: int = 1) -> jax.Array:
+def _product(x: jax.Array, weight: jax.Array, in_dims: int = 1) -> jax.Array:
     """The last `in_dims` dims of x [B T ...] against the first of the weight, as one product of two matrices.
 
     An einsum says the same, but on CPU its gradient by the weight takes twice the time.
     """
-    w = weight[...].astype(x.dtype)
+    w = weight.astype(x.dtype)
     inputs = math.prod(w.shape[:in_dims])
     y = x.reshape(-1, inputs) @ w.reshape(inputs, -1)
     return y.reshape(*x.shape[:2], *w.shape[in_dims:])
 
 
-def _rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding in the half-split form of Hugging Face checkpoints; angles in float32."""
-    half = x.shape[-1] // 2
-    # Rounded to float32 after the division, the power and the reciprocal, as the checkpoints' own code rounds
-    # them: a difference in the last place is multiplied by the position. XLA's pow is not exact to that place.
-    exponents = np.arange(half, dtype=np.float32) / np.float32(half)
-    frequencies = np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B T 1 H/2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+def _times(x: jax.Array, by: float) -> jax.Array:
+    return x if by == 1 else x * jnp.asarray(by, x.dtype)
+
+
+def _distinct(values: tuple[T, ...]) -> list[T]:
+    return list(dict.fromkeys(values))

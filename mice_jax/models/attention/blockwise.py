@@ -1,8 +1,9 @@
 """Attention block by block in plain JAX, for any backend: memory linear in T, cost following the segments.
 
 The softmax is built up over key blocks and recomputed in the backward pass (FlashAttention, arXiv 2205.14135).
-A query block visits only the key blocks between the start of its first segment and itself, so packed short
-samples cost what they would alone. Rows are taken one after another, since each has its own blocks to visit.
+A query block visits the key blocks from the start of its first segment, or of its window, to itself: packed short
+samples cost what they would alone, and a long one costs its window. Rows are taken one after another, since each has
+its own blocks to visit.
 """
 
 import functools
@@ -12,13 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mice_jax.models.attention.scoring import Scoring
+
 BLOCK = 64  # slots of a query or key block; on CPU twice as fast as 128 where samples are short
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 # T slots, N query heads, K key heads, G = N/K, H head_dim; J blocks of C slots, X = G*C query rows of one block
 
 
-def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scale: float) -> jax.Array:
+def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scoring: Scoring) -> jax.Array:
     """As `attention.attend`."""
     t = q.shape[1]
     size = min(BLOCK, t)
@@ -26,11 +29,11 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, 
     if pad:
         q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
         segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
-    out = lax.map(lambda row: _row(row[0], row[1], row[2], row[3], size, scale), (q, k, v, segment_ids))
+    out = lax.map(lambda row: _row(row[0], row[1], row[2], row[3], size, scoring), (q, k, v, segment_ids))
     return out[:, :t]
 
 
-def _row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, size: int, scale: float) -> jax.Array:
+def _row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, size: int, scoring: Scoring) -> jax.Array:
     """One row: [T N H], [T K H], [T] -> [T N H]."""
     t, n, h = q.shape
     kv_heads = k.shape[1]
@@ -44,53 +47,56 @@ def _row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, size: in
     def keys(x: jax.Array) -> jax.Array:  # [T K H] -> [J K C H]
         return x.reshape(blocks, size, kv_heads, h).transpose(0, 2, 1, 3)
 
-    out: Any = _attend_blocks(queries(q), keys(k), keys(v), segments.reshape(blocks, size), scale)
+    out: Any = _attend_blocks(queries(q), keys(k), keys(v), segments.reshape(blocks, size), scoring)
     out = out.reshape(blocks, kv_heads, group, size, h).transpose(0, 3, 1, 2, 4)
     return out.reshape(t, n, h)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float) -> jax.Array:
-    return _forward(q, k, v, segments, scale)[0]
+def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scoring: Scoring) -> jax.Array:
+    return _forward(q, k, v, segments, scoring)[0]
 
 
-def _first_blocks(segments: jax.Array) -> jax.Array:
+def _first_blocks(segments: jax.Array, window: int | None) -> jax.Array:
     """[J C] -> [J]: the first key block that each query block has to visit; J for a block of padding."""
     blocks, size = segments.shape
     flat = segments.reshape(-1)
     slots = jnp.arange(flat.size, dtype=jnp.int32)
     starts = jnp.concatenate([jnp.ones(1, bool), flat[1:] != flat[:-1]])
-    first = lax.cummax(jnp.where(starts, slots, 0))[::size] // size
+    first = lax.cummax(jnp.where(starts, slots, 0))[::size]
+    if window is not None:  # the block's first query reaches farthest back
+        first = jnp.maximum(first, slots[::size] - (window - 1))
+    first //= size
     return jnp.where(segments.max(axis=1) > 0, first, blocks)
 
 
 def _scores(
     q_block: jax.Array, k_block: jax.Array, q_seg: jax.Array, k_seg: jax.Array, i: jax.Array, j: jax.Array,
-    scale: float,
-) -> jax.Array:  # fmt: skip
-    """[K X H] and [K C H] -> masked float32 scores [K X C]."""
+    scoring: Scoring,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """[K X H] and [K C H] -> float32 scores [K X C], LOWEST where masked, and the mask [1 X C]."""
     size = k_seg.size
     slots = jnp.arange(size, dtype=jnp.int32)
-    causal = (i * size + slots)[:, None] >= (j * size + slots)[None, :]
-    mask = causal & (q_seg[:, None] == k_seg[None, :]) & (q_seg > 0)[:, None]
-    group = q_block.shape[1] // size
-    scores = jnp.einsum("kxh,kch->kxc", q_block, k_block, preferred_element_type=jnp.float32)
-    return jnp.where(jnp.tile(mask, (group, 1))[None], scores * scale, LOWEST)
+    mask = scoring.in_reach(i * size + slots, j * size + slots)
+    mask &= (q_seg[:, None] == k_seg[None, :]) & (q_seg > 0)[:, None]
+    mask = jnp.tile(mask, (q_block.shape[1] // size, 1))[None]
+    products = jnp.einsum("kxh,kch->kxc", q_block, k_block, preferred_element_type=jnp.float32)
+    return jnp.where(mask, scoring.scores(products), LOWEST), mask
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scoring: Scoring
 ) -> tuple[jax.Array, jax.Array]:
     """The output [J K X H], and the log of each query's softmax denominator [J K X]."""
-    first = _first_blocks(segments)
+    first = _first_blocks(segments, scoring.window)
     rows = q.shape[1:3]
 
     def query_block(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, out = carry
-            scores = _scores(q[i], k[j], segments[i], segments[j], i, j, scale)
+            scores, mask = _scores(q[i], k[j], segments[i], segments[j], i, j, scoring)
             new_top = jnp.maximum(top, scores.max(axis=-1))
-            weights = jnp.where(scores == LOWEST, 0.0, jnp.exp(scores - new_top[..., None]))
+            weights = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0.0)
             shrink = jnp.exp(top - new_top)
             total = total * shrink + weights.sum(axis=-1)
             mixed = jnp.einsum("kxc,kch->kxh", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
@@ -106,31 +112,32 @@ def _forward(
 
 
 def _save(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scoring: Scoring
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out, log_total = _forward(q, k, v, segments, scale)
+    out, log_total = _forward(q, k, v, segments, scoring)
     return out, (q, k, v, segments, out, log_total)
 
 
 def _backward(
-    scale: float, saved: tuple[jax.Array, ...], d_out: jax.Array
+    scoring: Scoring, saved: tuple[jax.Array, ...], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, segments, out, log_total = saved
-    first = _first_blocks(segments)
+    first = _first_blocks(segments, scoring.window)
     # sum over keys of weight * d_weight, from the output alone
     row_dots = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def query_block(grads: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq, dk, dv = carry
-            scores = _scores(q[i], k[j], segments[i], segments[j], i, j, scale)
-            weights = jnp.where(scores == LOWEST, 0.0, jnp.exp(scores - log_total[i][..., None]))
+            scores, mask = _scores(q[i], k[j], segments[i], segments[j], i, j, scoring)
+            weights = jnp.where(mask, jnp.exp(scores - log_total[i][..., None]), 0.0)
             d_weights = jnp.einsum("kxh,kch->kxc", d_out[i], v[j], preferred_element_type=jnp.float32)
-            d_scores = (weights * (d_weights - row_dots[i][..., None]) * scale).astype(q.dtype)
+            slopes = scoring.slopes(jnp.where(mask, scores, 0.0))  # LOWEST squared would be infinite, times 0 NaN
+            d_products = (weights * (d_weights - row_dots[i][..., None]) * slopes).astype(q.dtype)
             sums = {"preferred_element_type": jnp.float32}
             dv = dv.at[j].add(jnp.einsum("kxc,kxh->kch", weights.astype(v.dtype), d_out[i], **sums))
-            dk = dk.at[j].add(jnp.einsum("kxc,kxh->kch", d_scores, q[i], **sums))
-            dq += jnp.einsum("kxc,kch->kxh", d_scores, k[j], **sums)
+            dk = dk.at[j].add(jnp.einsum("kxc,kxh->kch", d_products, q[i], **sums))
+            dq += jnp.einsum("kxc,kch->kxh", d_products, k[j], **sums)
             return dq, dk, dv
 
         dq = jnp.zeros(q.shape[1:], jnp.float32)

@@ -1,0 +1,14 @@
+"""The model families, by the name that config.json gives them in `architectures`.
+
+A family is one file of translation: `spec_from_hf`, config.json to spec, and `NAMES`, the checkpoint's tensors.
+docs/add_a_family.md says how to add one.
+"""
+
+from types import ModuleType
+
+from mice_jax.models.families import gemma2, gemma3, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
+
+FAMILIES: dict[str, ModuleType] = {
+    family.ARCHITECTURE: family
+    for family in (llama, mistral, granite, qwen2, qwen3, smollm3, olmo2, phi3, gemma2, gemma3)
+}

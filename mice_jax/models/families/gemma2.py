@@ -1,0 +1,36 @@
+"""Gemma 2: norms before and after, soft caps on scores and logits, windows in every other layer."""
+
+import dataclasses
+from typing import Any
+
+from mice_jax.models.families import names
+from mice_jax.models.families.reading import Reader, plain_spec
+from mice_jax.models.spec import ModelSpec
+
+ARCHITECTURE = "Gemma2ForCausalLM"
+DEFAULTS: dict[str, Any] = {
+    "tied": True,
+    "head_dim": 256,
+    "activation_key": "hidden_activation",
+    "activation": "gelu_pytorch_tanh",
+}
+NAMES = [*names.PROJECTIONS, *names.PRE_AND_POST_NORMS]
+
+
+def spec_from_hf(c: Reader) -> ModelSpec:
+    c.only(use_bidirectional_attention=False)
+    spec, bias = plain_spec(c, **DEFAULTS), c.flag("attention_bias", False)
+    window = c.window("sliding_window", 4096)
+    c.get("hidden_act")  # an older key, which nothing goes by
+    return dataclasses.replace(
+        spec,
+        windows=c.windows(window, [(i + 1) % 2 != 0 for i in range(spec.num_layers)]),
+        attention_scale=c.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        attention_softcap=c.or_none("attn_logit_softcapping", 50.0),
+        logit_softcap=c.or_none("final_logit_softcapping", 30.0),
+        post_norm=True,
+        norm_offset=1.0,
+        embedding_multiplier=spec.d_model**0.5,
+        qkv_bias=bias,
+        out_bias=bias,
+    )

@@ -1,0 +1,68 @@
+"""How checkpoints name the tensors that most families have, and how those lie in ours.
+
+A checkpoint stores the weight of a matrix product as [outputs, inputs]; ours is [inputs..., outputs...].
+"""
+
+from typing import NamedTuple
+
+
+class Name(NamedTuple):
+    """One tensor of a checkpoint, or one a layer."""
+
+    hf: str  # {} stands for the layer
+    ours: tuple[str, ...]  # our parameters; several lie one after another along the outputs
+    in_dims: int | None  # leading dims of ours that are inputs; 0 = a flat vector, None = stored as it is
+
+
+def name(hf: str, *ours: str, inputs: int | None = 0) -> Name:
+    return Name(hf, ours, inputs)
+
+
+EMBED = name("model.embed_tokens.weight", "embed.table", inputs=None)
+QKV = [
+    name("model.layers.{}.self_attn.q_proj.weight", "layers.attention.q", inputs=1),
+    name("model.layers.{}.self_attn.k_proj.weight", "layers.attention.k", inputs=1),
+    name("model.layers.{}.self_attn.v_proj.weight", "layers.attention.v", inputs=1),
+    name("model.layers.{}.self_attn.q_proj.bias", "layers.attention.q_bias"),
+    name("model.layers.{}.self_attn.k_proj.bias", "layers.attention.k_bias"),
+    name("model.layers.{}.self_attn.v_proj.bias", "layers.attention.v_bias"),
+]
+QK_NORMS = [
+    name("model.layers.{}.self_attn.q_norm.weight", "layers.attention.q_norm.scale"),
+    name("model.layers.{}.self_attn.k_norm.weight", "layers.attention.k_norm.scale"),
+]
+ATTENTION_OUT = [
+    name("model.layers.{}.self_attn.o_proj.weight", "layers.attention.o", inputs=2),
+    name("model.layers.{}.self_attn.o_proj.bias", "layers.attention.o_bias"),
+]
+GATE_UP = [
+    name("model.layers.{}.mlp.gate_proj.weight", "layers.mlp.gate", inputs=1),
+    name("model.layers.{}.mlp.up_proj.weight", "layers.mlp.up", inputs=1),
+    name("model.layers.{}.mlp.gate_proj.bias", "layers.mlp.gate_bias"),
+    name("model.layers.{}.mlp.up_proj.bias", "layers.mlp.up_bias"),
+]
+MLP_OUT = [
+    name("model.layers.{}.mlp.down_proj.weight", "layers.mlp.down", inputs=1),
+    name("model.layers.{}.mlp.down_proj.bias", "layers.mlp.down_bias"),
+]
+PRE_NORMS = [
+    name("model.layers.{}.input_layernorm.weight", "layers.attention_norm.scale"),
+    name("model.layers.{}.post_attention_layernorm.weight", "layers.mlp_norm.scale"),
+]
+POST_NORMS = [
+    name("model.layers.{}.post_attention_layernorm.weight", "layers.attention_post_norm.scale"),
+    name("model.layers.{}.post_feedforward_layernorm.weight", "layers.mlp_post_norm.scale"),
+]
+PRE_AND_POST_NORMS = [
+    name("model.layers.{}.input_layernorm.weight", "layers.attention_norm.scale"),
+    name("model.layers.{}.pre_feedforward_layernorm.weight", "layers.mlp_norm.scale"),
+    *POST_NORMS,
+]
+ENDS = [
+    name("model.norm.weight", "final_norm.scale"),
+    name("lm_head.weight", "head.weight", inputs=1),
+]
+
+# What most families have; a decoder without one of these parameters has no such tensor.
+PROJECTIONS = [EMBED, *QKV, *QK_NORMS, *ATTENTION_OUT, *GATE_UP, *MLP_OUT, *ENDS]
+PRE_NORM = [*PROJECTIONS, *PRE_NORMS]

@@ -1,0 +1,17 @@
+"""OLMo 2: norms after attention and MLP instead of before, and on all heads' queries and keys together."""
+
+import dataclasses
+
+from mice_jax.models.families import names
+from mice_jax.models.families.reading import Reader, plain_spec
+from mice_jax.models.spec import ModelSpec
+
+ARCHITECTURE = "Olmo2ForCausalLM"
+NAMES = [*names.PROJECTIONS, *names.POST_NORMS]
+
+
+def spec_from_hf(c: Reader) -> ModelSpec:
+    bias = c.flag("attention_bias", False)
+    return dataclasses.replace(
+        plain_spec(c, norm_eps=1e-5), pre_norm=False, post_norm=True, qk_norm="all", qkv_bias=bias, out_bias=bias
+    )

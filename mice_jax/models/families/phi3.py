@@ -1,0 +1,29 @@
+"""Phi-3 and Phi-4-mini: queries, keys and values in one tensor, gate and up in another; LongRoPE, partly turned."""
+
+import dataclasses
+
+from mice_jax.models.families import names
+from mice_jax.models.families.names import name
+from mice_jax.models.families.reading import Reader, plain_spec
+from mice_jax.models.spec import ModelSpec
+
+ARCHITECTURE = "Phi3ForCausalLM"
+NAMES = [
+    names.EMBED,
+    *names.PRE_NORMS,
+    name(
+        "model.layers.{}.self_attn.qkv_proj.weight",
+        "layers.attention.q", "layers.attention.k", "layers.attention.v",
+        inputs=1,
+    ),
+    *names.ATTENTION_OUT,
+    name("model.layers.{}.mlp.gate_up_proj.weight", "layers.mlp.gate", "layers.mlp.up", inputs=1),
+    *names.MLP_OUT,
+    *names.ENDS,
+]  # fmt: skip
+
+
+def spec_from_hf(c: Reader) -> ModelSpec:
+    c.only(attention_bias=False, mlp_bias=False, lm_head_bias=False, full_attn_mod=1, interpolate_factor=1)
+    spec = plain_spec(c, norm_eps=1e-5)
+    return dataclasses.replace(spec, windows=(c.window("sliding_window", None),) * spec.num_layers)

@@ -1,0 +1,160 @@
+"""How a config.json spells rotary positions: as transformers 4 does, as 5 does, or both.
+
+The old spelling is `rope_theta` and `rope_scaling`, with `partial_rotary_factor` and, in Phi-3,
+`original_max_position_embeddings` beside them. The new one is `rope_parameters` with all of it; where layers
+differ (Gemma 3), it has one object for each kind of layer.
+"""
+
+import math
+from typing import Any, Protocol
+
+from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
+
+KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")  # in the old spelling
+
+
+class Keys(Protocol):
+    def get(self, key: str, default: Any = None) -> Any: ...
+
+
+def read_rope(c: Keys, head_dim: int, default_theta: float, layer_type: str = "") -> Rope:
+    """The rotary positions of a config.json; `layer_type` names the object of `rope_parameters` to take."""
+    scaling = _object(c, "rope_scaling")
+    old = {key: c.get(key) for key in BESIDE if c.get(key) is not None} | scaling
+    return _agreed(old, _parameters(c, layer_type), head_dim, default_theta, c.get("max_position_embeddings"))
+
+
+def read_local_rope(c: Keys, head_dim: int, default_theta: float) -> Rope:
+    """Those of Gemma 3's layers with a window, which the old spelling gives nothing but a theta."""
+    theta = c.get("rope_local_base_freq")
+    old = {} if theta is None else {"rope_theta": theta}
+    new = _parameters(c, "sliding_attention")
+    return _agreed(old, new, head_dim, default_theta, c.get("max_position_embeddings"))
+
+
+def _object(c: Keys, key: str) -> dict[str, Any]:
+    value = c.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}={value!r}; it must be an object")
+    return value
+
+
+def _parameters(c: Keys, layer_type: str) -> dict[str, Any]:
+    parameters = _object(c, "rope_parameters")
+    if not layer_type or not parameters:
+        return parameters
+    if not isinstance(parameters.get(layer_type), dict):
+        raise ValueError(f"rope_parameters={parameters!r}; it must hold an object {layer_type!r}")
+    return parameters[layer_type]
+
+
+def _agreed(old: dict[str, Any], new: dict[str, Any], head_dim: int, default_theta: float, max_positions: int) -> Rope:
+    old, new = dict(old), dict(new)
+    for said in (old, new):
+        if "type" in said:
+            said["rope_type"] = said.get("rope_type") or said.pop("type")
+            said.pop("type", None)
+    disputed = {k: (old[k], new[k]) for k in old.keys() & new.keys() if old[k] != new[k]}
+    if disputed:
+        key, (first, second) = next(iter(disputed.items()))
+        raise ValueError(
+            f"{key}={first!r} in the old spelling of RoPE (rope_theta, rope_scaling) and {second!r} in the new one "
+            "(rope_parameters); take out the one that is wrong"
+        )
+    return _rope({"rope_theta": default_theta} | old | new, head_dim, max_positions)
+
+
+def _rope(said: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
+    left = dict(said)
+    kind = left.pop("rope_type", "default")
+    if kind == "su":  # the first name of it
+        kind = "longrope"
+    if kind not in KINDS:
+        raise ValueError(f"rope_type={kind!r}; those computed are {', '.join(KINDS)}")
+    theta = _number(left, "rope_theta")
+    dims = int(head_dim * _number(left, "partial_rotary_factor", 1.0))
+    original = left.pop("original_max_position_embeddings", None) or max_positions
+    scaling: Any = None
+    if kind == "linear":
+        scaling = LinearScaling(_number(left, "factor"))
+    elif kind == "llama3":
+        factor, low, high = (_number(left, k) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+        scaling = Llama3Scaling(factor, low, high, original)
+    elif kind == "yarn":
+        scaling = _yarn(left, original, max_positions)
+    elif kind == "longrope":
+        scaling = _long(left, dims, original, max_positions)
+    unknown = {k: v for k, v in left.items() if v is not None}
+    if unknown:
+        key, value = next(iter(unknown.items()))
+        raise ValueError(f"{key}={value!r} among its RoPE parameters, which rope_type={kind!r} does not use")
+    if dims % 2 or not 0 < dims <= head_dim:
+        raise ValueError(f"a partial_rotary_factor that turns {dims} of {head_dim} dims; an even number has to turn")
+    return Rope(theta, dims, scaling)
+
+
+def _yarn(left: dict[str, Any], original: int, max_positions: int) -> YarnScaling:
+    factor = _number(left, "factor", max_positions / original)
+    mscale, mscale_all = left.pop("mscale", None), left.pop("mscale_all_dim", None)
+
+    def magnitude(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    attention = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+    return YarnScaling(
+        factor=factor,
+        beta_fast=_number(left, "beta_fast", 32.0),
+        beta_slow=_number(left, "beta_slow", 1.0),
+        attention_factor=_number(left, "attention_factor", attention),
+        original_positions=original,
+        truncate=bool(left.pop("truncate", True)),
+    )
+
+
+def _long(left: dict[str, Any], dims: int, original: int, max_positions: int) -> LongScaling:
+    factor = _number(left, "factor", max_positions / original)
+    attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    short, long = (_numbers(left, key, dims // 2) for key in ("short_factor", "long_factor"))
+    return LongScaling(short, long, _number(left, "attention_factor", attention), original)
+
+
+def _numbers(left: dict[str, Any], key: str, count: int) -> tuple[float, ...]:
+    value = left.pop(key, None)
+    if not isinstance(value, list) or len(value) != count or not all(isinstance(x, int | float) for x in value):
+        raise ValueError(f"{key}={value!r} among its RoPE parameters; it must list {count} numbers")
+    return tuple(float(x) for x in value)
+
+
+def _number(left: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = left.pop(key, None)
+    value = default if value is None else value
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise ValueError(f"{key}={value!r} among its RoPE parameters; it must be a number above 0")
+    return float(value)
+
+
+def in_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with its rotary positions spelled for transformers 4 and for 5."""
+    parameters = config.get("rope_parameters")
+    if not parameters:
+        old = {key: config[key] for key in BESIDE if config.get(key) is not None} | (config.get("rope_scaling") or {})
+        kind = old.pop("rope_type", None) or old.get("type") or "default"
+        old.pop("type", None)
+        local = config.get("rope_local_base_freq")
+        flat = {"rope_type": kind} | old
+        if local is None:
+            return config | ({"rope_parameters": flat} if "rope_theta" in flat else {})
+        sliding = {"rope_type": "default", "rope_theta": local}
+        return config | {"rope_parameters": {"full_attention": flat, "sliding_attention": sliding}}
+    full, spelled = parameters.get("full_attention", parameters), {}
+    if "sliding_attention" in parameters:
+        spelled["rope_local_base_freq"] = parameters["sliding_attention"].get("rope_theta")
+    scaling = {k: v for k, v in full.items() if k not in ("type", *BESIDE[:2]) and v is not None}
+    kind = scaling.get("rope_type", full.get("type", "default"))
+    if kind == "longrope":  # where transformers 4 wants these three keys and no other
+        original = scaling.pop("original_max_position_embeddings", None)
+        spelled |= {"original_max_position_embeddings": original} if original else {}
+        scaling = {"type": scaling.pop("rope_type")} | scaling
+    spelled |= {key: full[key] for key in BESIDE[:2] if full.get(key) is not None}
+    return config | spelled | {"rope_scaling": scaling if kind != "default" else None}

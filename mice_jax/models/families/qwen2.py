@@ -1,0 +1,16 @@
+"""Qwen2 and Qwen2.5: Llama with biases on queries, keys and values."""
+
+import dataclasses
+
+from mice_jax.models.families import names
+from mice_jax.models.families.reading import Reader, plain_spec
+from mice_jax.models.spec import ModelSpec
+
+ARCHITECTURE = "Qwen2ForCausalLM"
+NAMES = names.PRE_NORM
+
+
+def spec_from_hf(c: Reader) -> ModelSpec:
+    c.only(use_mrope=False)
+    spec = plain_spec(c)
+    return dataclasses.replace(spec, qkv_bias=True, windows=c.late_windows(spec.num_layers))

@@ -1,0 +1,116 @@
+"""A tiny torch model of every family, with every odd feature on and weights large enough that each matters."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+VOCAB = 1001
+POSITIONS = 640
+ORIGINAL = 128  # the length before RoPE was scaled
+WINDOW = 48
+
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": POSITIONS, "rms_norm_eps": 1e-5,
+    "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 5.0},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 50000.0, "factor": 5.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": ORIGINAL,
+    },
+    "yarn": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 5.0, "original_max_position_embeddings": ORIGINAL,
+    },
+    "longrope": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": ORIGINAL,
+        "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.5, 3.0, 5.0], "partial_rotary_factor": 0.5,
+    },
+}  # fmt: skip
+
+# By name of the case: the architecture, and what its config sets besides the sizes.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": (
+        "LlamaForCausalLM",
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": ROPES["llama3"], "tie_word_embeddings": True},
+    ),
+    "llama-linear": ("LlamaForCausalLM", {"rope_parameters": ROPES["linear"], "hidden_act": "gelu"}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": WINDOW}),
+    "mistral-full": ("MistralForCausalLM", {"sliding_window": None, "rope_parameters": ROPES["yarn"]}),
+    "granite": (
+        "GraniteForCausalLM",
+        {
+            "embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.4,
+            "logits_scaling": 3.0, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+            "head_dim": None,
+        },
+    ),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        {
+            "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "head_dim": None,
+            "rope_parameters": ROPES["yarn"] | {"attention_factor": 1.3},
+        },
+    ),
+    "qwen3": (
+        "Qwen3ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2, "attention_bias": True},
+    ),
+    "smollm3": (
+        "SmolLM3ForCausalLM",
+        {
+            "no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True, "use_sliding_window": True,
+            "sliding_window": WINDOW, "head_dim": None, "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", {"attention_bias": True, "head_dim": None}),
+    "phi3": (
+        "Phi3ForCausalLM",
+        {
+            "rope_parameters": ROPES["longrope"], "original_max_position_embeddings": ORIGINAL, "hidden_size": 48,
+            "sliding_window": 200, "head_dim": None,
+        },
+    ),
+    "phi3-mini": ("Phi3ForCausalLM", {"hidden_size": 48, "head_dim": None, "sliding_window": None}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {
+            "sliding_window": WINDOW, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 8.0, "attention_bias": True, "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {
+            "sliding_window": WINDOW, "query_pre_attn_scalar": 20, "attention_bias": True, "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "final_logit_softcapping": 8.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 100000.0, "factor": 5.0},
+                "sliding_attention": ROPES["default"],
+            },
+        },
+    ),
+}  # fmt: skip
+
+
+def torch_model(case: str, folder: Path | None = None, **changes: Any) -> PreTrainedModel:
+    """transformers' model of a case, random in every parameter, norms and biases too; saved where a folder is given."""
+    architecture, odd = CASES[case]
+    torch.manual_seed(0)
+    model_class = getattr(transformers, architecture)
+    settings = {k: v for k, v in (SIZES | odd | changes).items() if k != "head_dim" or v is not None}
+    config = model_class.config_class(**settings)
+    config._attn_implementation = "eager"  # the one that applies soft caps
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias") or p.ndim == 1:
+                p.add_(0.2 * torch.randn_like(p))
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model

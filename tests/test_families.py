@@ -1,0 +1,308 @@
+"""Every model family against transformers' torch model: logits, loss, every gradient, the way in and the way out.
+
+Cases are in families.py. Each is tiny, but on 600 tokens it goes past its window and past the length its RoPE was
+made for; and with any one of its features switched off it fails the same comparison ten times over.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import Mesh
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, torch_model
+from mice_jax.models import hf
+from mice_jax.models.families import FAMILIES
+from mice_jax.models.families.positions import KINDS
+from mice_jax.models.spec import ModelSpec, Rope
+from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
+from mice_jax.sharding import param_shardings
+from mice_jax.step import batch_loss
+from models import QUICK, gap, load, mesh_of
+from test_hf import same_bits, whole
+
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, 600).astype(np.int32)
+# Logits of order 5 in float32, by sums of a few hundred products in another order: torch's own distance from
+# float64 is up to 5e-5 here, where RoPE turns by 600 radians.
+LOGITS = 1e-4
+RELATIVE = 1e-4  # of loss, and of a gradient in units of the largest entry of its tensor
+MESHES = [(1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 2, 4)]  # the last has more ways than there are key heads
+
+Rows = dict[str, np.ndarray]
+
+
+def rows_of(*samples: np.ndarray, slots: int = 0) -> Rows:
+    """One row of samples, one after another; every token but each one's first is predicted."""
+    n = sum(map(len, samples))
+    slots = slots or n
+    rows = {k: np.zeros((1, slots), np.int32) for k in ("tokens", "targets", "segment_ids", "positions")}
+    rows["loss_weights"] = np.zeros((1, slots), np.float32)
+    at = 0
+    for segment, tokens in enumerate(samples, 1):
+        to = slice(at, at + len(tokens))
+        rows["tokens"][0, to], rows["targets"][0, to] = tokens, np.roll(tokens, -1)
+        rows["segment_ids"][0, to], rows["positions"][0, to] = segment, np.arange(len(tokens))
+        rows["loss_weights"][0, at : to.stop - 1] = 1
+        at = to.stop
+    return rows
+
+
+def forward(decoder: Decoder, attention: str) -> Any:
+    compute = Compute(jnp.dtype("float32"), attention, "none")
+
+    def run(params: Params, rows: Rows) -> jax.Array:
+        model = decoder.bind(params)
+        return model.logits(model.hidden(rows["tokens"], rows["positions"], rows["segment_ids"], compute))
+
+    return run
+
+
+def our_logits(decoder: Decoder, params: Params, rows: Rows | None = None, attention: str = "blockwise") -> np.ndarray:
+    rows = rows_of(TOKENS) if rows is None else rows
+    return np.asarray(jax.jit(forward(decoder, attention), compiler_options=QUICK)(params, rows))
+
+
+def our_gradients(decoder: Decoder, params: Params, rows: Rows) -> tuple[float, Params]:
+    """The loss, and its gradients, through the loss and the attention that training takes."""
+    compute = Compute(jnp.dtype("float32"), "blockwise", "full")
+
+    def loss(params: Params, rows: Rows) -> jax.Array:
+        loss_sum, weight_sum = batch_loss(decoder, params, rows, compute, chunk=128)
+        return loss_sum / weight_sum
+
+    value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params, rows)
+    return float(value), grads
+
+
+def torch_logits(model: PreTrainedModel, tokens: np.ndarray = TOKENS) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens)[None].long()).logits[0].numpy()
+
+
+def torch_gradients(model: PreTrainedModel) -> tuple[float, dict[str, np.ndarray]]:
+    model.zero_grad()
+    tokens = torch.tensor(TOKENS)[None].long()
+    loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return loss.item(), grads
+
+
+def relative_gaps(
+    grads: Params, decoder: Decoder, architecture: str, theirs: dict[str, np.ndarray]
+) -> dict[str, float]:
+    """By the checkpoint's names: how far ours lie from theirs, in units of the largest entry of theirs.
+
+    The unit is never below a thousandth of the largest entry of any: the bias of keys that do not turn adds the same
+    to all of a query's scores, so that its gradient is nothing but rounding.
+    """
+    ours = dict(hf.named_arrays(grads, decoder, architecture))
+    assert ours.keys() == theirs.keys()
+    largest = {name: float(np.abs(g).max()) for name, g in theirs.items()}
+    least = max(largest.values()) / 1000
+    return {name: gap(ours[name], g) / max(largest[name], least) for name, g in theirs.items()}
+
+
+@functools.cache
+def made(case: str) -> PreTrainedModel:
+    return torch_model(case)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder of a case, written when it is first asked for."""
+
+    @functools.cache
+    def folder(case: str) -> Path:
+        path = tmp_path_factory.mktemp(case)
+        made(case).save_pretrained(path)
+        return path
+
+    return folder
+
+
+# ---------------------------------------------------------------------------------------- the table
+def test_every_family_has_a_case_every_kind_of_rope_is_in_one_and_every_case_goes_past_its_lengths() -> None:
+    assert {architecture for architecture, _ in CASES.values()} == FAMILIES.keys()
+    assert ROPES.keys() == set(KINDS)
+    said = json.dumps([odd for _, odd in CASES.values()])
+    assert all(f'"rope_type": "{kind}"' in said for kind in KINDS)
+    assert len(TOKENS) >= 600 > max(WINDOW, ORIGINAL)
+
+
+# ---------------------------------------------------------------------------------------- parity
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_and_every_gradient_are_those_of_transformers(case: str, folders: Any, strict_dtypes: None) -> None:
+    model = made(case)
+    decoder, params = load(folders(case), mesh_of(1, 1, 1))
+    expected = torch_logits(model)
+    assert np.abs(expected).max() > 1  # large enough that the tolerance is small
+    for attention in ("blockwise", "reference"):
+        logits = our_logits(decoder, params, attention=attention)[0]
+        assert logits.shape == (600, VOCAB) and logits.dtype == np.float32
+        assert gap(logits, expected) < LOGITS, attention
+    loss, grads = our_gradients(decoder, params, rows_of(TOKENS))
+    their_loss, their_grads = torch_gradients(model)
+    assert abs(loss / their_loss - 1) < RELATIVE
+    gaps = relative_gaps(grads, decoder, CASES[case][0], their_grads)
+    assert max(gaps.values()) < RELATIVE, gaps
+
+
+def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
+    """The spec with each of its features taken away in turn: whatever a plain decoder would not have."""
+    full = Rope(spec.ropes[0].theta, spec.head_dim, None) if spec.ropes[0] else None
+    plain = {
+        "windows": (None,) * spec.num_layers,
+        "attention_scale": spec.head_dim**-0.5,
+        "attention_softcap": None,
+        "qk_norm": "none",
+        "pre_norm": False,
+        "post_norm": False,
+        "norm_offset": 0.0,
+        "activation": "silu",
+        "qkv_bias": False,
+        "out_bias": False,
+        "mlp_bias": False,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logit_scale": 1.0,
+        "logit_softcap": None,
+    }
+    off = {k: dataclasses.replace(spec, **{k: v}) for k, v in plain.items() if getattr(spec, k) != v}
+    off["ropes: none"] = dataclasses.replace(spec, ropes=(None,) * spec.num_layers)
+    if len(set(spec.ropes)) > 1:
+        off["ropes: one for all layers"] = dataclasses.replace(spec, ropes=spec.ropes[:1] * spec.num_layers)
+    unscaled = tuple(r and dataclasses.replace(r, scaling=None) for r in spec.ropes)
+    if unscaled != spec.ropes:
+        off["ropes: scaling"] = dataclasses.replace(spec, ropes=unscaled)
+    if full and spec.ropes[0].dims != spec.head_dim:
+        off["ropes: partial"] = dataclasses.replace(spec, ropes=(full,) * spec.num_layers)
+    for i, window in enumerate(spec.windows):  # the window in this layer alone, a slot too wide
+        if window is not None:
+            wider = (*spec.windows[:i], window + 1, *spec.windows[i + 1 :])
+            off[f"windows: {i} one wider"] = dataclasses.replace(spec, windows=wider)
+            break
+    return off
+
+
+def pruned(params: Any, wanted: Any) -> Any:
+    """The parameters that `wanted` has."""
+    return {k: pruned(params[k], w) if isinstance(w, dict) else params[k] for k, w in wanted.items()}
+
+
+EXPECTED_OFF = {
+    "llama": {"qkv_bias", "out_bias", "mlp_bias", "ropes: scaling"},
+    "llama-linear": {"activation", "ropes: scaling"},
+    "mistral": {"windows"},
+    "mistral-full": {"ropes: scaling"},
+    "granite": {
+        "embedding_multiplier", "attention_scale", "residual_multiplier", "logit_scale", "qkv_bias", "out_bias",
+        "mlp_bias",
+    },
+    "qwen2": {"qkv_bias", "windows", "ropes: scaling"},
+    "qwen3": {"qk_norm", "qkv_bias", "out_bias", "windows"},
+    "smollm3": {"ropes: one for all layers", "qkv_bias", "out_bias", "mlp_bias", "windows"},
+    "olmo2": {"post_norm", "qk_norm", "qkv_bias", "out_bias"},
+    "phi3": {"ropes: scaling", "ropes: partial", "windows"},
+    "phi3-mini": {"pre_norm"},
+    "gemma2": {
+        "attention_softcap", "logit_softcap", "attention_scale", "norm_offset", "post_norm", "activation",
+        "embedding_multiplier", "windows", "qkv_bias", "out_bias",
+    },
+    "gemma3": {
+        "logit_softcap", "attention_scale", "norm_offset", "post_norm", "activation", "embedding_multiplier", "qk_norm",
+        "windows", "ropes: scaling", "ropes: one for all layers", "qkv_bias", "out_bias",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_with_any_one_feature_switched_off_the_logits_are_ten_tolerances_away(case: str, folders: Any) -> None:
+    decoder, params = load(folders(case), mesh_of(1, 1, 1))
+    expected = torch_logits(made(case))
+    off = switched_off(decoder.spec)
+    assert EXPECTED_OFF[case] | {"ropes: none"} <= off.keys()
+    for what, spec in off.items():
+        other = make_decoder(spec)
+        logits = our_logits(other, pruned(params, other.abstract), attention="reference")[0]
+        assert not gap(logits, expected) <= 10 * LOGITS, what  # NaN is as wrong
+
+
+# ---------------------------------------------------------------------------------------- packing
+@pytest.mark.parametrize("case", ["phi3", "gemma3", "smollm3"])
+def test_in_a_packed_row_each_sample_is_as_transformers_has_it_alone(case: str, folders: Any) -> None:
+    """LongRoPE too, whose frequencies hang on the sample's own length: a short one beside a long one."""
+    model, (decoder, params) = made(case), load(folders(case), mesh_of(1, 1, 1))
+    samples = [TOKENS[:ORIGINAL], TOKENS[200 : 200 + ORIGINAL + 1], TOKENS[:30], TOKENS[100:500]]
+    rows = rows_of(*samples, slots=704)
+    logits, at = our_logits(decoder, params, rows)[0], 0
+    for tokens in samples:
+        alone = torch_logits(model, tokens)
+        assert gap(logits[at : at + len(tokens)], alone) < LOGITS, len(tokens)
+        at += len(tokens)
+    if case == "phi3":  # as if the whole row were one long sample: what a batch-wide choice gives
+        spec = decoder.spec
+        scaling = spec.ropes[0].scaling
+        long = dataclasses.replace(scaling, short_factors=scaling.long_factors)
+        ropes = (dataclasses.replace(spec.ropes[0], scaling=long),) * spec.num_layers
+        wrong = our_logits(make_decoder(dataclasses.replace(spec, ropes=ropes)), params, rows)[0]
+        assert gap(wrong[:ORIGINAL], torch_logits(model, samples[0])) > 10 * LOGITS
+
+
+# ---------------------------------------------------------------------------------------- in and out
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_imported_and_exported_again_is_bit_equal_and_loads_in_transformers_with_equal_logits(
+    case: str, folders: Any, tmp_path: Path
+) -> None:
+    decoder, params = load(folders(case), mesh_of(1, 2, 4))
+    hf.save_params(tmp_path, params, decoder, hf.read_config(folders(case) / "config.json"), "float32")
+    assert same_bits(whole(tmp_path), whole(folders(case)))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert type(again) is type(made(case))
+    assert np.array_equal(torch_logits(again), torch_logits(made(case)))
+    changed = jax.tree.map(lambda x: x, params)
+    changed["final_norm"]["scale"] = changed["final_norm"]["scale"] + np.float32(0.01)
+    hf.save_params(tmp_path, changed, decoder, hf.read_config(folders(case) / "config.json"), "float32")
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert gap(torch_logits(other), torch_logits(made(case))) > 10 * LOGITS
+
+
+# ---------------------------------------------------------------------------------------- meshes
+@functools.cache
+def on_one_device(case: str, folder: Path) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
+    model = made(case)
+    return torch_logits(model), *torch_gradients(model)
+
+
+def on_mesh(case: str, folder: Path, mesh: Mesh) -> tuple[np.ndarray, float, dict[str, float]]:
+    """Logits, loss and how far its gradients lie from torch's, with eight rows split over the mesh."""
+    decoder, params = load(folder, mesh)
+    row = rows_of(TOKENS)
+    rows = {k: np.repeat(v, 8, axis=0) for k, v in row.items()}
+    with jax.set_mesh(mesh):
+        logits = our_logits(decoder, params, rows)
+        loss, grads = our_gradients(decoder, params, rows)
+    shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
+    grads = jax.device_put(grads, shardings)
+    return logits, loss, relative_gaps(grads, decoder, CASES[case][0], on_one_device(case, folder)[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("case", CASES)
+def test_on_every_mesh_logits_loss_and_gradients_are_the_same(
+    case: str, sizes: tuple[int, int, int], folders: Any
+) -> None:
+    expected, loss, _ = on_one_device(case, folders(case))
+    logits, our_loss, gaps = on_mesh(case, folders(case), mesh_of(*sizes))
+    assert gap(logits, np.broadcast_to(expected, logits.shape)) < LOGITS
+    assert abs(our_loss / loss - 1) < RELATIVE
+    assert max(gaps.values()) < RELATIVE, gaps
