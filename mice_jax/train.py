@@ -61,7 +61,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     attention = choose_backend(config.model.attention)
     origin = find_origin(config.model.init_from)
     tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
-    spec = with_vocabulary(origin, tokenizer.get_vocab(), set(tokenizer.added_tokens_encoder))
+    spec = with_vocabulary(origin, tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values()})
     encoder = ChatEncoder(tokenizer)
 
     # ---- Host and mesh --------------------------------------------------------------------------------------
