@@ -5,13 +5,14 @@ never a pickle, and nothing in a checkpoint is executed. Headers are read first 
 once; then each device's slice is read by itself, so a process never holds more than its share.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,14 +27,13 @@ from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.positions import in_both_spellings
 from mice_jax.models.families.reading import DROPOUTS, Reader
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.tensors import turn, write_tensors
+from mice_jax.models.tensors import READ, map_tensors, turn, write_tensors
 from mice_jax.models.transformer import Decoder, Params
 
 SHARD_BYTES = 4 * 2**30  # of one exported file
 PIECE_BYTES = 32 * 2**20  # of an embedding that is on the host at a time
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "F64": np.float64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,18 +103,21 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
     Raises UserError that lists every tensor that is missing, unexpected or of another shape.
     """
     wanted = _tensors(decoder, FAMILIES[architecture])
-    with contextlib.ExitStack() as stack:
-        files = _tensor_files(folder)
-        opened = {file: stack.enter_context(_open(file)) for file in sorted(set(files.values()))}
-        _check_headers(folder, files, opened, wanted, decoder.spec.tie_embeddings)
-        by_path: dict[str, list[tuple[Any, Part]]] = {}  # of one of our parameters: a layer's tensor and its part
-        for tensor in wanted:
-            for part in tensor.parts:
-                by_path.setdefault(part.path, []).append((opened[files[tensor.name]].get_slice(tensor.name), part))
+    files = _tensor_files(folder)
+    _check_headers(folder, files, wanted, decoder.spec.tie_embeddings)
+    stored = {file: map_tensors(file) for file in set(files.values())}
+    by_path: dict[str, list[tuple[np.ndarray, Part]]] = {}  # of one of our parameters: a layer's tensor and its part
+    for tensor in wanted:
+        for part in tensor.parts:
+            by_path.setdefault(part.path, []).append((stored[files[tensor.name]][tensor.name], part))
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
 
         def load(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-            layers = by_path[_dotted(path)]
-            return jax.make_array_from_callback(leaf.shape, sharding, lambda at: _read_slice(layers, leaf.shape, at))
+            def read(index: Any) -> np.ndarray:
+                return _read_slice(by_path[_dotted(path)], leaf.shape, index, threads)
+
+            return jax.make_array_from_callback(leaf.shape, sharding, read)
 
         return jax.tree_util.tree_map_with_path(load, decoder.abstract, shardings)
 
@@ -231,15 +234,14 @@ def _open(file: Path) -> Any:
         raise UserError(f"{file} ({size} bytes) is damaged or cut short: {e}. Fetch it again.") from None
 
 
-def _check_headers(
-    folder: Path, files: dict[str, Path], opened: dict[Path, Any], wanted: list[HFTensor], tied: bool
-) -> None:
+def _check_headers(folder: Path, files: dict[str, Path], wanted: list[HFTensor], tied: bool) -> None:
     found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for file, f in opened.items():
-        for name in f.keys():  # noqa: SIM118
-            if files.get(name) == file:  # where the index says it is; elsewhere nobody will look
-                s = f.get_slice(name)
-                found[name] = tuple(s.get_shape()), s.get_dtype()
+    for file in sorted(set(files.values())):
+        with _open(file) as f:
+            for name in f.keys():  # noqa: SIM118
+                if files.get(name) == file:  # where the index says it is; elsewhere nobody will look
+                    s = f.get_slice(name)
+                    found[name] = tuple(s.get_shape()), s.get_dtype()
     by_name = {t.name: t for t in wanted}
     ignorable = BUFFERS + (("lm_head.weight",) if tied else ())  # transformers ties over a stored copy too
     problems = [f"{n} is missing from {files.get(n, folder).name}" for n in by_name if n not in found]
@@ -247,52 +249,60 @@ def _check_headers(
     for name, (shape, dtype) in found.items():
         if name in by_name and shape != by_name[name].shape:
             problems.append(f"{name} has shape {list(shape)}, config.json makes it {list(by_name[name].shape)}")
-        if name in by_name and dtype not in DTYPES:
-            problems.append(f"{name} is stored as {dtype}; it must be one of {', '.join(DTYPES)}")
+        if name in by_name and dtype not in READ:
+            problems.append(f"{name} is stored as {dtype}; it must be one of {', '.join(READ)}")
     if problems:
         more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError(f"the tensors in {folder} do not fit its config.json: {'; '.join(problems[:10])}{more}.")
 
 
-def _read_slice(layers: list[tuple[Any, Part]], shape: tuple[int, ...], index: Any) -> np.ndarray:
+def _read_slice(
+    layers: list[tuple[np.ndarray, Part]], shape: tuple[int, ...], index: Any, threads: ThreadPoolExecutor
+) -> np.ndarray:
     """The slice `index`, one a dim, of one of our parameters, read from the tensors in which its layers lie."""
     bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-    out = _aligned_zeros([stop - start for start, stop in bounds])
+    out = _aligned([stop - start for start, stop in bounds])
     if layers[0][1].layer is None:
         _read_part(*layers[0], shape, bounds, out)
         return out
     first, last = bounds[0]
-    for i, (stored, part) in enumerate(layers[first:last]):
-        _read_part(stored, part, shape[1:], bounds[1:], out[i])
+    reads = [
+        threads.submit(_read_part, *at, shape[1:], bounds[1:], to)
+        for at, to in zip(layers[first:last], out, strict=True)
+    ]
+    for read in reads:
+        read.result()
     return out
 
 
-def _aligned_zeros(shape: list[int]) -> np.ndarray:
-    """float32 zeros from a multiple of 64 bytes on: a CPU device then takes the array as it is, without a copy."""
+def _aligned(shape: list[int]) -> np.ndarray:
+    """float32 from a multiple of 64 bytes on: a CPU device then takes the array as it is, without a copy."""
     size = math.prod(shape) * 4
-    raw = np.zeros(size + 64, np.uint8)
+    raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(np.float32).reshape(shape)
 
 
-def _read_part(stored: Any, part: Part, shape: tuple[int, ...], bounds: list[tuple[int, int]], out: np.ndarray) -> None:
-    """Fills `out` with ours[bounds]; the vocabulary's padding, which no checkpoint has, is left zero."""
+def _read_part(
+    stored: np.ndarray, part: Part, shape: tuple[int, ...], bounds: list[tuple[int, int]], out: np.ndarray
+) -> None:
+    """Fills `out` with ours[bounds]; zeros in the vocabulary's padding, which no checkpoint has."""
     k = part.in_dims
     if k is None:
-        inside = (slice(a, min(b, n)) for (a, b), n in zip(bounds, (part.rows, *shape[1:]), strict=True))
-        block = stored[tuple(inside)]
-        out[: block.shape[0]] = block
+        block = stored[tuple(slice(*b) for b in bounds)]  # what is beyond the end is left out
+        out[: block.shape[0]], out[block.shape[0] :] = block, 0
         return
     inputs = list(_flat_ranges(shape[:k], bounds[:k]))
+    flat = out.reshape(math.prod(out.shape[:k]), -1)
     for outputs, to in _flat_ranges(shape[k:], bounds[k:]):
         rows = slice(part.start + outputs.start, part.start + min(outputs.stop, part.rows))
-        count = rows.stop - rows.start
+        real = slice(to.start, to.start + max(0, rows.stop - rows.start))
+        flat[:, real.stop : to.stop] = 0
         if k == 0:
-            out.reshape(-1)[to][:count] = stored[rows]
+            flat[0, real] = stored[rows]
             continue
-        flat = out.reshape(math.prod(out.shape[:k]), -1)
         for columns, at in inputs:
-            turn(stored[rows, columns], flat[at, to][:, :count])
+            turn(stored[rows, columns], flat[at, real])
 
 
 def _flat_ranges(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
@@ -318,6 +328,8 @@ def _to_hf(params: Params, tensor: HFTensor) -> Iterator[np.ndarray]:
     """A checkpoint's tensor from our parameters, in pieces of its rows; the vocabulary's padding is left out."""
     for part in tensor.parts:
         leaf: Any = functools.reduce(lambda tree, key: tree[key], part.path.split("."), params)
+        if leaf.is_fully_addressable and {d.platform for d in leaf.devices()} == {"cpu"} and len(leaf.devices()) == 1:
+            leaf = np.asarray(leaf)  # it is in the host's memory: looked at, not copied
         if part.layer is not None:
             leaf = leaf[part.layer]
         if part.in_dims == 0:
@@ -330,13 +342,16 @@ def _to_hf(params: Params, tensor: HFTensor) -> Iterator[np.ndarray]:
             yield _turned(flat)
 
 
-def _vocabulary_to_hf(leaf: jax.Array, part: Part) -> Iterator[np.ndarray]:
+def _vocabulary_to_hf(leaf: Any, part: Part) -> Iterator[np.ndarray]:
     axis = 0 if part.in_dims is None else leaf.ndim - 1
-    size = max(1, PIECE_BYTES * leaf.shape[axis] // leaf.nbytes)
+    size = min(leaf.shape[axis], max(1, PIECE_BYTES * leaf.shape[axis] // leaf.nbytes))
     for start in range(0, part.rows, size):
         # The last piece begins earlier, so that all have one size and one program cuts them.
-        first = max(0, min(start, leaf.shape[axis] - size))
-        rows = np.asarray(jax.lax.dynamic_slice_in_dim(leaf, first, min(size, leaf.shape[axis]), axis))
+        first = min(start, leaf.shape[axis] - size)
+        if isinstance(leaf, np.ndarray):
+            rows = leaf[first : first + size] if axis == 0 else leaf[:, first : first + size]
+        else:
+            rows = np.asarray(jax.lax.dynamic_slice_in_dim(leaf, first, size, axis))
         wanted = slice(start - first, min(start + size, part.rows) - first)
         yield rows[wanted] if part.in_dims is None else _turned(rows[:, wanted])
 

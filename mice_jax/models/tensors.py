@@ -1,7 +1,8 @@
-"""Tensors on their way between a checkpoint's files and ours: turned fast, and written one at a time.
+"""Tensors on their way between a checkpoint's files and ours: looked at in place, turned fast, written in pieces.
 
-The safetensors library writes a file from arrays that are all in memory; here they come one after another. The
-format: eight bytes with the length of a JSON header, the header, the arrays' bytes (little-endian, row-major).
+The safetensors library copies what it reads, and writes a file from arrays that are all in memory. So it checks the
+files' headers (hf.py), and the bytes go by here. The format: eight bytes with the length of a JSON header, the
+header, the arrays' bytes (little-endian, row-major).
 """
 
 import json
@@ -10,10 +11,27 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
-NAMES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
+READ = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+WRITTEN = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 STRIP = 16  # rows turned at once: as many as fill a cache line of the target
+
+
+def map_tensors(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of a sound safetensors file whose dtypes can be read, mapped: reading one reads its pages alone."""
+    mapped = np.memmap(file, np.uint8, "r")
+    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+    header = json.loads(mapped[8:start].tobytes())
+    return {
+        name: mapped[start + t["data_offsets"][0] : start + t["data_offsets"][1]]
+        .view(READ[t["dtype"]])
+        .reshape(t["shape"])
+        .view(np.ndarray)
+        for name, t in header.items()
+        if name != "__metadata__" and t["dtype"] in READ
+    }
 
 
 def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, pieces: Iterable[np.ndarray]) -> None:
@@ -22,7 +40,7 @@ def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str,
     `pieces` are its tensors in the order of `shapes`, each in one array of `dtype` or in several of its rows. A piece
     is written while the next one is made.
     """
-    code, itemsize = NAMES[dtype]
+    code, itemsize = WRITTEN[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():

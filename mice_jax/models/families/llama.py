@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1 and 3.2; Granite 7B and Granite 3B Code (biases) are of this architecture too."""
+"""Llama 2, 3, 3.1 and 3.2; Granite 7B, Granite 3B Code (biases) and SmolLM2 are of this architecture too."""
 
 import dataclasses
 
@@ -11,6 +11,7 @@ NAMES = names.PRE_NORM
 
 
 def spec_from_hf(c: Reader) -> ModelSpec:
+    c.only(rope_interleaved=False)  # SmolLM2 says so
     attention_bias = c.flag("attention_bias", False)
     return dataclasses.replace(
         plain_spec(c), qkv_bias=attention_bias, out_bias=attention_bias, mlp_bias=c.flag("mlp_bias", False)

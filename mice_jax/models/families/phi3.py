@@ -5,7 +5,7 @@ import dataclasses
 from mice_jax.models.families import names
 from mice_jax.models.families.names import name
 from mice_jax.models.families.reading import Reader, plain_spec
-from mice_jax.models.spec import ModelSpec
+from mice_jax.models.spec import LongScaling, ModelSpec
 
 ARCHITECTURE = "Phi3ForCausalLM"
 NAMES = [
@@ -25,5 +25,10 @@ NAMES = [
 
 def spec_from_hf(c: Reader) -> ModelSpec:
     c.only(attention_bias=False, mlp_bias=False, lm_head_bias=False, full_attn_mod=1, interpolate_factor=1)
-    spec = plain_spec(c, norm_eps=1e-5)
+    spec = plain_spec(c, norm_eps=1e-5, partial_rope=True)
+    scaling = spec.ropes[0].scaling if spec.ropes[0] else None
+    if scaling is not None:
+        if not isinstance(scaling, LongScaling):
+            raise ValueError("a rope_type that this architecture lacks; it has default and longrope")
+        c.integer("original_max_position_embeddings")  # beside the rest, where transformers else takes 4096
     return dataclasses.replace(spec, windows=(c.window("sliding_window", None),) * spec.num_layers)

@@ -6,23 +6,28 @@ differ (Gemma 3), it has one object for each kind of layer.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")  # in the old spelling
+MAGNITUDES = ("mscale", "mscale_all_dim")  # of YaRN; 0 is as good as absent
 
 
 class Keys(Protocol):
     def get(self, key: str, default: Any = None) -> Any: ...
 
 
-def read_rope(c: Keys, head_dim: int, default_theta: float, layer_type: str = "") -> Rope:
-    """The rotary positions of a config.json; `layer_type` names the object of `rope_parameters` to take."""
+def read_rope(c: Keys, head_dim: int, default_theta: float, layer_type: str = "", partial: bool = False) -> Rope:
+    """The rotary positions of a config.json; `layer_type` names the object of `rope_parameters` to take.
+
+    `partial` says whether the architecture can turn a part of a head's dims; most pass over or trip over such a key.
+    """
     scaling = _object(c, "rope_scaling")
     old = {key: c.get(key) for key in BESIDE if c.get(key) is not None} | scaling
-    return _agreed(old, _parameters(c, layer_type), head_dim, default_theta, c.get("max_position_embeddings"))
+    rope = _agreed(old, _parameters(c, layer_type), head_dim, default_theta, c.get("max_position_embeddings"))
+    return rope if partial else _of_all_dims(rope, head_dim)
 
 
 def read_local_rope(c: Keys, head_dim: int, default_theta: float) -> Rope:
@@ -30,7 +35,14 @@ def read_local_rope(c: Keys, head_dim: int, default_theta: float) -> Rope:
     theta = c.get("rope_local_base_freq")
     old = {} if theta is None else {"rope_theta": theta}
     new = _parameters(c, "sliding_attention")
-    return _agreed(old, new, head_dim, default_theta, c.get("max_position_embeddings"))
+    rope = _agreed(old, new, head_dim, default_theta, c.get("max_position_embeddings"))
+    return _of_all_dims(rope, head_dim)
+
+
+def _of_all_dims(rope: Rope, head_dim: int) -> Rope:
+    if rope.dims != head_dim:
+        raise ValueError(f"a partial_rotary_factor that turns {rope.dims} of {head_dim} dims; here all have to turn")
+    return rope
 
 
 def _object(c: Keys, key: str) -> dict[str, Any]:
@@ -52,9 +64,9 @@ def _parameters(c: Keys, layer_type: str) -> dict[str, Any]:
 def _agreed(old: dict[str, Any], new: dict[str, Any], head_dim: int, default_theta: float, max_positions: int) -> Rope:
     old, new = dict(old), dict(new)
     for said in (old, new):
-        if "type" in said:
-            said["rope_type"] = said.get("rope_type") or said.pop("type")
-            said.pop("type", None)
+        kind, older = said.pop("rope_type", None), said.pop("type", None)
+        if (kind := older if kind is None else kind) is not None:
+            said["rope_type"] = _kind(kind)
     disputed = {k: (old[k], new[k]) for k in old.keys() & new.keys() if old[k] != new[k]}
     if disputed:
         key, (first, second) = next(iter(disputed.items()))
@@ -68,18 +80,20 @@ def _agreed(old: dict[str, Any], new: dict[str, Any], head_dim: int, default_the
 def _rope(said: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
     left = dict(said)
     kind = left.pop("rope_type", "default")
-    if kind == "su":  # the first name of it
-        kind = "longrope"
     if kind not in KINDS:
         raise ValueError(f"rope_type={kind!r}; those computed are {', '.join(KINDS)}")
     theta = _number(left, "rope_theta")
     dims = int(head_dim * _number(left, "partial_rotary_factor", 1.0))
-    original = left.pop("original_max_position_embeddings", None) or max_positions
+    if dims % 2 or not 0 < dims <= head_dim:
+        raise ValueError(f"a partial_rotary_factor that turns {dims} of {head_dim} dims; an even number has to turn")
+    original = _whole(left, "original_max_position_embeddings", max_positions)
     scaling: Any = None
     if kind == "linear":
         scaling = LinearScaling(_number(left, "factor"))
     elif kind == "llama3":
         factor, low, high = (_number(left, k) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+        if not high > low:
+            raise ValueError(f"high_freq_factor={high!r} among its RoPE parameters; it must be above low_freq_factor")
         scaling = Llama3Scaling(factor, low, high, original)
     elif kind == "yarn":
         scaling = _yarn(left, original, max_positions)
@@ -89,14 +103,15 @@ def _rope(said: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
     if unknown:
         key, value = next(iter(unknown.items()))
         raise ValueError(f"{key}={value!r} among its RoPE parameters, which rope_type={kind!r} does not use")
-    if dims % 2 or not 0 < dims <= head_dim:
-        raise ValueError(f"a partial_rotary_factor that turns {dims} of {head_dim} dims; an even number has to turn")
     return Rope(theta, dims, scaling)
 
 
 def _yarn(left: dict[str, Any], original: int, max_positions: int) -> YarnScaling:
     factor = _number(left, "factor", max_positions / original)
-    mscale, mscale_all = left.pop("mscale", None), left.pop("mscale_all_dim", None)
+    mscale, mscale_all = (_number(left, key) if left.get(key) else left.pop(key, 0) for key in MAGNITUDES)
+    truncate = left.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ValueError(f"truncate={truncate!r} among its RoPE parameters; it must be true or false")
 
     def magnitude(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -108,7 +123,7 @@ def _yarn(left: dict[str, Any], original: int, max_positions: int) -> YarnScalin
         beta_slow=_number(left, "beta_slow", 1.0),
         attention_factor=_number(left, "attention_factor", attention),
         original_positions=original,
-        truncate=bool(left.pop("truncate", True)),
+        truncate=truncate,
     )
 
 
@@ -121,17 +136,34 @@ def _long(left: dict[str, Any], dims: int, original: int, max_positions: int) ->
 
 def _numbers(left: dict[str, Any], key: str, count: int) -> tuple[float, ...]:
     value = left.pop(key, None)
-    if not isinstance(value, list) or len(value) != count or not all(isinstance(x, int | float) for x in value):
-        raise ValueError(f"{key}={value!r} among its RoPE parameters; it must list {count} numbers")
+    if not isinstance(value, list) or len(value) != count or not all(is_positive(x) for x in value):
+        raise ValueError(f"{key}={value!r} among its RoPE parameters; it must list {count} numbers above 0")
     return tuple(float(x) for x in value)
 
 
 def _number(left: dict[str, Any], key: str, default: float | None = None) -> float:
     value = left.pop(key, None)
     value = default if value is None else value
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not is_positive(value):
         raise ValueError(f"{key}={value!r} among its RoPE parameters; it must be a number above 0")
     return float(value)
+
+
+def _whole(left: dict[str, Any], key: str, default: int) -> int:
+    value = left.pop(key, None)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key}={value!r} among its RoPE parameters; it must be a whole number from 1 up")
+    return value
+
+
+def is_positive(value: Any) -> TypeGuard[int | float]:
+    """Whether it is a number above 0, neither infinite nor a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _kind(name: Any) -> Any:
+    return "longrope" if name == "su" else name  # the first name of it
 
 
 def in_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
@@ -139,13 +171,12 @@ def in_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
     parameters = config.get("rope_parameters")
     if not parameters:
         old = {key: config[key] for key in BESIDE if config.get(key) is not None} | (config.get("rope_scaling") or {})
-        kind = old.pop("rope_type", None) or old.get("type") or "default"
-        old.pop("type", None)
+        kind, older = old.pop("rope_type", None), old.pop("type", None)
+        flat = {"rope_type": _kind(kind or older or "default")} | old
         local = config.get("rope_local_base_freq")
-        flat = {"rope_type": kind} | old
-        if local is None:
-            return config | ({"rope_parameters": flat} if "rope_theta" in flat else {})
-        sliding = {"rope_type": "default", "rope_theta": local}
+        if local is None and "Gemma3ForCausalLM" not in (config.get("architectures") or ()):
+            return config | {"rope_parameters": flat}
+        sliding = {"rope_type": "default"} | ({"rope_theta": local} if local is not None else {})
         return config | {"rope_parameters": {"full_attention": flat, "sliding_attention": sliding}}
     full, spelled = parameters.get("full_attention", parameters), {}
     if "sliding_attention" in parameters:
@@ -155,6 +186,8 @@ def in_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
     if kind == "longrope":  # where transformers 4 wants these three keys and no other
         original = scaling.pop("original_max_position_embeddings", None)
         spelled |= {"original_max_position_embeddings": original} if original else {}
+        if original and scaling.get("factor") == config["max_position_embeddings"] / original:
+            del scaling["factor"]  # what it takes anyway
         scaling = {"type": scaling.pop("rope_type")} | scaling
     spelled |= {key: full[key] for key in BESIDE[:2] if full.get(key) is not None}
     return config | spelled | {"rope_scaling": scaling if kind != "default" else None}

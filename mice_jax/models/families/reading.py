@@ -7,7 +7,7 @@ be honoured. hf.py adds the file's name.
 from collections.abc import Iterable
 from typing import Any
 
-from mice_jax.models.families.positions import read_rope
+from mice_jax.models.families.positions import is_positive, read_rope
 from mice_jax.models.spec import ModelSpec
 
 ACTIVATIONS = {
@@ -19,9 +19,9 @@ ACTIVATIONS = {
 IGNORED = {
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "architectures", "auto_map",
     "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
-    "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states", "pad_token_id",
-    "pretraining_tp", "problem_type", "return_dict", "task_specific_params", "torch_dtype", "transformers_version",
-    "unsloth_version", "use_cache",
+    "is_encoder_decoder", "is_llama_config", "label2id", "model_type", "output_attentions", "output_hidden_states",
+    "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "task_specific_params", "tokenizer_class",
+    "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
 
 # Chances of dropping values. Supervised fine-tuning goes without; a value that is not 0 is said.
@@ -50,7 +50,7 @@ class Reader:
     def number(self, key: str, default: float | None = None) -> float:
         """A number above 0; there must be one where `default` is None."""
         value = self._required(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        if not is_positive(value):
             raise ValueError(f"{key}={value!r}; it must be a number above 0")
         return float(value)
 
@@ -77,7 +77,7 @@ class Reader:
 
     def activation(self, key: str, default: str) -> str:
         name = self.get(key, default)
-        if name not in ACTIVATIONS:
+        if not isinstance(name, str) or name not in ACTIVATIONS:
             raise ValueError(f"{key}={name!r}; those computed are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
@@ -87,7 +87,7 @@ class Reader:
         sliding = list(sliding)
         if types is not None:
             known = {"sliding_attention": True, "full_attention": False}
-            if not isinstance(types, list) or len(types) != len(sliding) or set(types) - known.keys():
+            if not isinstance(types, list) or len(types) != len(sliding) or any(t not in list(known) for t in types):
                 raise ValueError(
                     f"layer_types={types!r}; it must list sliding_attention or full_attention for each of "
                     f"{len(sliding)} layers"
@@ -100,6 +100,8 @@ class Reader:
     def late_windows(self, layers: int) -> tuple[int | None, ...]:
         """Qwen's: the layers from `max_window_layers` on, where `use_sliding_window` is true."""
         first, window = self.get("max_window_layers", 28), self.window("sliding_window", 4096)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise ValueError(f"max_window_layers={first!r}; it must be a whole number from 0 up")
         window = window if self.flag("use_sliding_window", False) else None
         return self.windows(window, [window is not None and i >= first for i in range(layers)])
 
@@ -120,11 +122,13 @@ def plain_spec(
     activation_key: str = "hidden_act",
     tied: bool = False,
     layer_type: str = "",
+    partial_rope: bool = False,
 ) -> ModelSpec:
     """The decoder that every family starts from: Llama without biases, windows, multipliers and caps.
 
     The arguments are a family's defaults for keys that are absent: transformers leaves out of a config.json what
-    some version of it took for granted. `layer_type` is the kind of layer whose RoPE is read.
+    some version of it took for granted. `layer_type` is the kind of layer whose RoPE is read, and `partial_rope` says
+    whether it may turn a part of a head's dims.
     """
     layers, heads, d_model = (c.integer(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     head_dim = c.integer("head_dim", head_dim or d_model // heads)
@@ -137,7 +141,7 @@ def plain_spec(
         num_kv_heads=c.integer("num_key_value_heads", heads),
         head_dim=head_dim,
         max_positions=c.integer("max_position_embeddings"),
-        ropes=(read_rope(c, head_dim, theta, layer_type),) * layers,
+        ropes=(read_rope(c, head_dim, theta, layer_type, partial_rope),) * layers,
         windows=(None,) * layers,
         attention_scale=head_dim**-0.5,
         attention_softcap=None,

@@ -1,0 +1,630 @@
+"""config.json of every family: both spellings of RoPE, what well-known releases say, refusals, and a random start.
+
+Parity of what is computed from them is in test_families.py.
+"""
+
+import copy
+import functools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from families import CASES, ORIGINAL, POSITIONS, ROPES, SIZES
+from mice_jax.errors import UserError
+from mice_jax.models import hf
+from mice_jax.models.families import FAMILIES
+from mice_jax.models.families.positions import KINDS, in_both_spellings, read_rope
+from mice_jax.models.rope import frequencies
+from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, ModelSpec, Rope
+from mice_jax.models.transformer import make_decoder
+from models import QUICK
+
+FILE = Path("folder/config.json")
+NEW = {"rope_parameters"}
+OLD = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
+
+Config = dict[str, Any]
+
+
+def their_config(case: str, **changes: Any) -> Any:
+    architecture, odd = CASES[case]
+    settings = {k: v for k, v in (SIZES | odd | changes).items() if k != "head_dim" or v is not None}
+    config = getattr(transformers, architecture).config_class(**settings)
+    config.architectures = [architecture]
+    return config
+
+
+@functools.cache
+def written(case: str) -> str:
+    return their_config(case).to_json_string()
+
+
+def config_of(case: str, **changes: Any) -> Config:
+    """The config.json that transformers writes for a case, with keys changed."""
+    return json.loads(written(case)) | changes
+
+
+def without(config: Config, keys: set[str]) -> Config:
+    return {k: v for k, v in config.items() if k not in keys}
+
+
+def spec_of(config: Config) -> ModelSpec:
+    return hf.spec_from_config(copy.deepcopy(config), FILE)
+
+
+def their_rope(config: Config) -> Config:
+    """What transformers' config class makes of a config.json's rotary positions; `type` is the old `rope_type`."""
+    model_class = getattr(transformers, config["architectures"][0])
+    return without(model_class.config_class.from_dict(copy.deepcopy(config)).rope_parameters, {"type"})
+
+
+# ---------------------------------------------------------------------------------------- spellings
+def check_spellings(config: Config, spec: ModelSpec, rope: Config) -> None:
+    both = in_both_spellings(config)
+    assert NEW < both.keys()
+    for spelled in (both, without(both, NEW), without(both, OLD)):
+        assert spec_of(spelled) == spec
+        assert their_rope(spelled) == rope
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_either_spelling_of_an_export_alone_and_both_together_say_what_was_imported(case: str) -> None:
+    config = config_of(case)
+    assert NEW < config.keys() and "rope_theta" not in config
+    check_spellings(config, spec_of(config), their_rope(config))
+    assert {"rope_theta", "rope_scaling"} < in_both_spellings(config).keys()
+
+
+LLAMA3 = {"factor": 5.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LISTS = {"short_factor": [1.0, 1.1, 1.2], "long_factor": [1.5, 3.0, 5.0]}
+LONG = LongScaling((1.0, 1.1, 1.2), (1.5, 3.0, 5.0), math.sqrt(1 + math.log(5) / math.log(ORIGINAL)), ORIGINAL)
+PHI3 = {"original_max_position_embeddings": ORIGINAL, "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
+# As transformers 4 wrote them: what a case's config says in place of rope_parameters, and what its layers get.
+AS_FOUR_WROTE: dict[str, tuple[str, Config, tuple[Rope, ...]]] = {
+    "no key at all": ("llama", {}, (Rope(1e4, 12, None),)),
+    "theta alone": ("llama", {"rope_theta": 5e5}, (Rope(5e5, 12, None),)),
+    "theta and null": ("qwen3", {"rope_theta": 1e6, "rope_scaling": None}, (Rope(1e6, 12, None),)),
+    "linear by type": (
+        "llama",
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        (Rope(1e4, 12, LinearScaling(2.0)),),
+    ),
+    "linear without theta": (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        (Rope(1e4, 12, LinearScaling(2.0)),),
+    ),
+    "llama3 by rope_type": (
+        "llama",
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | LLAMA3},
+        (Rope(5e5, 12, Llama3Scaling(5.0, 1.0, 4.0, ORIGINAL)),),
+    ),
+    "longrope": ("phi3", {"rope_scaling": {"type": "longrope"} | LISTS} | PHI3, (Rope(1e4, 6, LONG),)),
+    "longrope by its first name": ("phi3", {"rope_scaling": {"type": "su"} | LISTS} | PHI3, (Rope(1e4, 6, LONG),)),
+    "Phi-3 without scaling": ("phi3-mini", {"rope_theta": 1e4, "rope_scaling": None}, (Rope(1e4, 12, None),)),
+    "Gemma 3 with both thetas": (
+        "gemma3",
+        {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        (Rope(2e4, 12, None), Rope(1e6, 12, LinearScaling(8.0)), Rope(2e4, 12, None)),
+    ),
+    "Gemma 3 without a theta for windows": (
+        "gemma3",
+        {"rope_theta": 2e6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        (Rope(1e4, 12, None), Rope(2e6, 12, LinearScaling(8.0)), Rope(1e4, 12, None)),
+    ),
+    "Gemma 3 without any": ("gemma3", {}, (Rope(1e4, 12, None), Rope(1e6, 12, None), Rope(1e4, 12, None))),
+}
+
+
+@pytest.mark.parametrize("what", AS_FOUR_WROTE)
+def test_what_transformers_4_wrote_is_read_and_exported_in_both_spellings(what: str) -> None:
+    case, said, ropes = AS_FOUR_WROTE[what]
+    config = without(config_of(case), NEW | OLD | {"original_max_position_embeddings"}) | said
+    spec = spec_of(config)
+    assert spec.ropes == (ropes if len(ropes) > 1 else ropes * spec.num_layers)
+    both = in_both_spellings(config)
+    for spelled in (both, without(both, NEW), *([without(both, OLD)] if "rope_theta" in said else [])):
+        assert spec_of(spelled) == spec
+        assert their_rope(spelled) == their_rope(config)
+
+
+def test_a_factor_that_phi_3_takes_anyway_is_left_out_of_the_old_spelling_which_has_no_room_for_it() -> None:
+    """transformers 4 wants three keys in Phi-3's rope_scaling and refuses a fourth."""
+    parameters = ROPES["longrope"] | {"factor": POSITIONS / ORIGINAL}
+    both = in_both_spellings(config_of("phi3", rope_parameters=parameters))
+    assert both["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
+    assert spec_of(both) == spec_of(without(both, NEW)) == spec_of(config_of("phi3"))
+    other = in_both_spellings(config_of("phi3", rope_parameters=parameters | {"factor": 2.0}))
+    assert spec_of(other) == spec_of(without(other, NEW)) != spec_of(both)
+
+
+# ---------------------------------------------------------------------------------------- frequencies
+def settings(kind: str, dims: int) -> Iterator[Config]:
+    """Parameters of a kind: those of well-known releases and others."""
+    if kind == "linear":
+        yield from ({"factor": f} for f in (1.5, 8.0, 40.0))
+    elif kind == "llama3":
+        yield from (LLAMA3 | {"factor": f, "original_max_position_embeddings": 8192} for f in (8.0, 32.0))
+    elif kind == "yarn":
+        plain = {"factor": 4.0, "original_max_position_embeddings": 32768}
+        odd = [{}, {"truncate": False}, {"attention_factor": 1.25}, {"mscale": 1.0, "mscale_all_dim": 0.8}]
+        odd += [{"mscale": 0.7, "mscale_all_dim": 0}, {"factor": 1.0}, {"beta_fast": 16.0, "beta_slow": 2.0}]
+        yield from (plain | more for more in [*odd, {"factor": 40.0, "original_max_position_embeddings": 4096}])
+    elif kind == "longrope":
+        rng = np.random.default_rng(dims)
+        short, long = (1 + rng.random(dims // 2)).tolist(), (1 + 30 * rng.random(dims // 2)).tolist()
+        lists = {"short_factor": short, "long_factor": long, "original_max_position_embeddings": 4096}
+        yield from (lists | more for more in ({}, {"factor": 8.0}, {"attention_factor": 1.1}))
+    else:
+        yield {}
+
+
+def their_frequencies(parameters: Config, dims: int) -> list[tuple[np.ndarray, float]]:
+    """Of short samples and of long ones."""
+    sizes = {"hidden_size": 2 * dims, "num_attention_heads": 2, "head_dim": dims, "max_position_embeddings": 131072}
+    config = LlamaConfig(**sizes, rope_parameters=dict(parameters))
+    kind = parameters["rope_type"]
+    compute = ROPE_INIT_FUNCTIONS.get(kind, LlamaRotaryEmbedding.compute_default_rope_parameters)
+    found = [compute(config, seq_len=n) for n in (1, 10**6)]
+    return [(tensor.numpy(), factor) for tensor, factor in found]
+
+
+def frequency_gap(parameters: Config, dims: int) -> float:
+    """The largest difference, in units in the last place of the frequency that is scaled."""
+    rope = read_rope({"max_position_embeddings": 131072, "rope_parameters": parameters}, dims, 1e4)
+    ours, theirs = frequencies(rope), their_frequencies(parameters, dims)
+    plain = frequencies(Rope(rope.theta, dims, None)).short
+    gaps = []
+    for mine, (other, factor) in zip((ours.short, ours.short if ours.long is None else ours.long), theirs, strict=True):
+        assert mine.dtype == other.dtype == np.float32 and mine.shape == other.shape == (dims // 2,)
+        assert math.isclose(ours.factor, factor, rel_tol=1e-15)
+        gaps.append(np.abs(mine.astype(np.float64) - other) / np.spacing(plain))
+    return float(np.max(gaps))
+
+
+# torch's float32 pow is off by one place in 1 of 150 frequencies (ours is rounded from float64); dividing, or
+# blending as llama3 and YaRN do, can carry that into one place more.
+PLACES = 2.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frequencies_and_factors_are_those_of_transformers_to_two_units_in_the_last_place(kind: str) -> None:
+    for theta in (1e4, 5e5, 1e6, 5e6):
+        for dims in (4, 6, 12, 64, 80, 96, 128, 256):
+            for more in settings(kind, dims):
+                gap = frequency_gap({"rope_type": kind, "rope_theta": theta} | more, dims)
+                assert gap <= PLACES, (theta, dims, more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("default", {"rope_theta": 5e5 * (1 + 1e-5)}),
+        ("linear", {"factor": 1.5 * (1 + 1e-5)}),
+        ("llama3", {"high_freq_factor": 4.001}),
+        ("yarn", {"truncate": False}),
+        ("yarn", {"beta_fast": 31.0}),
+    ],
+)
+def test_another_parameter_is_many_units_in_the_last_place_away(
+    kind: str, change: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = {"rope_type": kind, "rope_theta": 5e5} | next(settings(kind, 64))
+    assert frequency_gap(parameters, 64) <= PLACES
+    theirs = their_frequencies(parameters, 64)
+    monkeypatch.setitem(globals(), "their_frequencies", lambda *_: theirs)
+    assert frequency_gap(parameters | change, 64) > 10 * PLACES
+
+
+# ---------------------------------------------------------------------------------------- releases
+LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "initializer_range": 0.02}
+LLAMA |= {"model_type": "llama", "use_cache": True, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "torch_dtype": "float16"}
+NO_BIAS = {"attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False}
+
+
+def sizes(vocab: int, width: int, inner: int, layers: int, heads: int, groups: int, positions: int) -> Config:
+    return {
+        "vocab_size": vocab, "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": positions,
+    }  # fmt: skip
+
+
+def llama_3(factor: float) -> Config:
+    scaling = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+    scaling |= {"original_max_position_embeddings": 8192}
+    return LLAMA | NO_BIAS | {"rope_theta": 500000.0, "rope_scaling": scaling, "bos_token_id": 128000}
+
+
+def granite(**more: Any) -> Config:
+    more |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "rope_theta": 10000000.0, "pad_token_id": 0}
+    kind = {"architectures": ["GraniteForCausalLM"], "model_type": "granite", "tie_word_embeddings": True}
+    return LLAMA | NO_BIAS | {"rope_scaling": None} | kind | more
+
+
+def qwen(kind: str, **more: Any) -> Config:
+    named = {"architectures": [kind + "ForCausalLM"], "model_type": kind.lower(), "use_sliding_window": False}
+    plain = {"hidden_act": "silu", "initializer_range": 0.02, "attention_dropout": 0.0, "use_cache": True}
+    return named | plain | {"rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "torch_dtype": "bfloat16"} | more
+
+
+def phi(**more: Any) -> Config:
+    code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    drops = {"attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_bias": False}
+    named = {"architectures": ["Phi3ForCausalLM"], "auto_map": code, "model_type": "phi3", "hidden_act": "silu"}
+    rest = {"initializer_range": 0.02, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+    return named | drops | rest | {"rope_scaling": None, "rope_theta": 10000.0, "pad_token_id": 32000} | more
+
+
+# As many factors as the releases have; the values are made up, for nothing here hangs on them.
+FACTORS = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48}
+GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 256}
+GEMMA |= {"initializer_range": 0.02, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "cache_implementation": "hybrid"}
+OLMO2 = {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "rms_norm_eps": 1e-6, "rope_theta": 500000}
+OLMO2 |= {"attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "rope_scaling": None}
+
+# config.json of releases, their parameters as published, and what of the spec is not as in a plain Llama.
+RELEASES: dict[str, tuple[Config, int, Config]] = {
+    "Llama-2-7b": (LLAMA | sizes(32000, 4096, 11008, 32, 32, 32, 4096) | {"rope_scaling": None}, 6_738_415_616, {}),
+    "Llama-3.1-8B": (llama_3(8.0) | sizes(128256, 4096, 14336, 32, 32, 8, 131072), 8_030_261_248, {}),
+    "Llama-3.2-1B": (
+        llama_3(32.0) | sizes(128256, 2048, 8192, 16, 32, 8, 131072) | {"head_dim": 64, "tie_word_embeddings": True},
+        1_235_814_400,
+        {"tie_embeddings": True},
+    ),
+    "Llama-3.2-3B": (
+        llama_3(32.0) | sizes(128256, 3072, 8192, 28, 24, 8, 131072) | {"head_dim": 128, "tie_word_embeddings": True},
+        3_212_749_824,
+        {"tie_embeddings": True},
+    ),
+    "SmolLM2-135M": (
+        LLAMA
+        | sizes(49152, 576, 1536, 30, 9, 3, 8192)
+        | {"attention_bias": False, "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None}
+        | {"rope_theta": 100000, "tie_word_embeddings": True, "initializer_range": 0.041666666666666664},
+        134_515_008,
+        {"tie_embeddings": True, "init_std": 1 / 24},
+    ),
+    "granite-3b-code-base": (
+        LLAMA
+        | sizes(49152, 2560, 10240, 32, 32, 32, 2048)
+        | {"attention_bias": True, "mlp_bias": True, "attention_dropout": 0.1, "rope_theta": 10000}
+        | {"rope_scaling": None, "tie_word_embeddings": True},
+        0,
+        {"tie_embeddings": True, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
+    ),
+    "granite-3.3-2b-base": (
+        granite(attention_multiplier=0.015625, logits_scaling=8.0) | sizes(49152, 2048, 8192, 40, 32, 8, 131072),
+        0,
+        {
+            "tie_embeddings": True, "attention_scale": 0.015625, "logit_scale": 0.125, "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+        },
+    ),
+    "granite-3.3-8b-base": (
+        granite(attention_multiplier=0.0078125, logits_scaling=16.0) | sizes(49152, 4096, 12800, 40, 32, 8, 131072),
+        0,
+        {
+            "tie_embeddings": True, "attention_scale": 0.0078125, "logit_scale": 0.0625, "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+        },
+    ),
+    "Mistral-7B-v0.1": (
+        LLAMA
+        | sizes(32000, 4096, 14336, 32, 32, 8, 32768)
+        | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096},
+        7_241_732_096,
+        {"windows": (4096,) * 32},
+    ),
+    "Mistral-7B-v0.3": (
+        LLAMA
+        | sizes(32768, 4096, 14336, 32, 32, 8, 32768)
+        | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+        | {"rope_theta": 1000000.0, "attention_dropout": 0.0},
+        7_248_023_552,
+        {},
+    ),
+    "Qwen2.5-0.5B": (
+        qwen("Qwen2", sliding_window=32768, max_window_layers=24, tie_word_embeddings=True, use_mrope=False)
+        | sizes(151936, 896, 4864, 24, 14, 2, 32768),
+        494_032_768,
+        {"tie_embeddings": True, "qkv_bias": True},
+    ),
+    "Qwen2.5-7B": (
+        qwen("Qwen2", sliding_window=131072, max_window_layers=28, tie_word_embeddings=False, use_mrope=False)
+        | sizes(152064, 3584, 18944, 28, 28, 4, 131072),
+        7_615_616_512,
+        {"qkv_bias": True},
+    ),
+    "Qwen3-0.6B": (
+        qwen("Qwen3", sliding_window=None, max_window_layers=28, tie_word_embeddings=True, attention_bias=False)
+        | sizes(151936, 1024, 3072, 28, 16, 8, 40960)
+        | {"head_dim": 128, "rope_scaling": None},
+        596_049_920,
+        {"tie_embeddings": True, "qk_norm": "head", "head_dim": 128},
+    ),
+    "Qwen3-4B": (
+        qwen("Qwen3", sliding_window=None, max_window_layers=36, tie_word_embeddings=True, attention_bias=False)
+        | sizes(151936, 2560, 9728, 36, 32, 8, 40960)
+        | {"head_dim": 128, "rope_scaling": None},
+        4_022_468_096,
+        {"tie_embeddings": True, "qk_norm": "head", "head_dim": 128},
+    ),
+    "SmolLM3-3B": (
+        NO_BIAS
+        | sizes(128256, 2048, 11008, 36, 16, 4, 65536)
+        | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "hidden_act": "silu"}
+        | {"layer_types": ["full_attention"] * 36, "no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4}
+        | {"max_window_layers": 28, "pretraining_tp": 2, "rms_norm_eps": 1e-6, "rope_theta": 5000000.0}
+        | {"rope_scaling": None, "sliding_window": None, "use_sliding_window": False},
+        3_075_098_624,
+        {"tie_embeddings": True, "ropes": (*[Rope(5e6, 128, None)] * 3, None) * 9},
+    ),
+    "OLMo-2-1B": (
+        OLMO2 | sizes(100352, 2048, 8192, 16, 16, 16, 4096) | {"tie_word_embeddings": False},
+        1_484_916_736,
+        {"qk_norm": "all", "pre_norm": False, "post_norm": True},
+    ),
+    "OLMo-2-7B": (
+        OLMO2 | sizes(100352, 4096, 11008, 32, 32, 32, 4096) | {"tie_word_embeddings": False},
+        0,
+        {"qk_norm": "all", "pre_norm": False, "post_norm": True},
+    ),
+    "Phi-3-mini-4k": (
+        phi(sliding_window=2047) | sizes(32064, 3072, 8192, 32, 32, 32, 4096),
+        3_821_079_552,
+        {"windows": (2047,) * 32, "ropes": (Rope(1e4, 96, None),) * 32},
+    ),
+    "Phi-3-mini-128k": (
+        phi(sliding_window=262144, rope_scaling=FACTORS) | sizes(32064, 3072, 8192, 32, 32, 32, 131072),
+        3_821_079_552,
+        {"windows": (262144,) * 32},
+    ),
+    "Phi-4-mini": (
+        phi(sliding_window=262144, rope_scaling=FACTORS, partial_rotary_factor=0.75, tie_word_embeddings=True)
+        | sizes(200064, 3072, 8192, 32, 24, 8, 131072)
+        | {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False}
+        | {"bos_token_id": 199999, "eos_token_id": 199999, "pad_token_id": 199999},
+        3_836_021_760,
+        {"tie_embeddings": True, "windows": (262144,) * 32, "head_dim": 128},
+    ),
+    "Gemma-2-2B": (
+        GEMMA
+        | sizes(256000, 2304, 9216, 26, 8, 4, 8192)
+        | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_act": "gelu_pytorch_tanh"}
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
+        | {"rope_theta": 10000.0},
+        2_614_341_888,
+        {
+            "tie_embeddings": True, "head_dim": 256, "attention_scale": 1 / 16, "windows": (4096, None) * 13,
+            "attention_softcap": 50.0, "logit_softcap": 30.0, "post_norm": True, "norm_offset": 1.0,
+            "embedding_multiplier": 48.0, "activation": "gelu_tanh",
+        },
+    ),
+    "Gemma-3-1B": (
+        GEMMA
+        | sizes(262144, 1152, 6912, 26, 4, 1, 32768)
+        | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "rope_theta": 1000000}
+        | {"rope_local_base_freq": 10000, "rope_scaling": None, "sliding_window": 512, "sliding_window_pattern": 6}
+        | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+        999_885_952,
+        {
+            "tie_embeddings": True, "head_dim": 256, "attention_scale": 1 / 16, "qk_norm": "head", "post_norm": True,
+            "windows": (*[512] * 5, None) * 4 + (512, 512), "norm_offset": 1.0, "embedding_multiplier": 1152**0.5,
+            "ropes": (*[Rope(1e4, 256, None)] * 5, Rope(1e6, 256, None)) * 4 + (Rope(1e4, 256, None),) * 2,
+            "activation": "gelu_tanh",
+        },
+    ),
+}  # fmt: skip
+
+
+def plain_fields(config: Config) -> Config:
+    """The spec's fields where a release is as plain a Llama as its config's sizes allow."""
+    layers, head_dim = config["num_hidden_layers"], config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "vocab_size": config["vocab_size"], "d_model": config["hidden_size"], "d_ff": config["intermediate_size"],
+        "num_layers": layers, "num_heads": config["num_attention_heads"], "head_dim": head_dim,
+        "num_kv_heads": config["num_key_value_heads"], "max_positions": config["max_position_embeddings"],
+        "windows": (None,) * layers, "attention_softcap": None, "qk_norm": "none", "pre_norm": True,
+        "post_norm": False, "norm_eps": config["rms_norm_eps"], "norm_offset": 0.0, "activation": "silu",
+        "qkv_bias": False, "out_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0, "logit_scale": 1.0, "logit_softcap": None, "tie_embeddings": False,
+        "init_std": 0.02,
+    }  # fmt: skip
+
+
+def parameter_count(spec: ModelSpec) -> int:
+    """Without the vocabulary's padding."""
+    decoder = make_decoder(spec)
+    leaves = zip(jax.tree.leaves(decoder.abstract), axes_of(decoder), strict=True)
+    return sum(
+        math.prod(spec.vocab_size if axis == "vocab" else n for n, axis in zip(leaf.shape, axes, strict=True))
+        for leaf, axes in leaves
+    )
+
+
+def axes_of(decoder: Any) -> list[tuple[str, ...]]:
+    return jax.tree.leaves(decoder.axes, is_leaf=lambda a: isinstance(a, tuple))
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_release_s_config_is_accepted_and_makes_as_many_parameters_as_in_transformers(release: str) -> None:
+    config, published, odd = RELEASES[release]
+    spec = spec_of(config)
+    expected = plain_fields(config) | odd
+    assert {k: getattr(spec, k) for k in expected} == expected
+    if "attention_scale" not in odd:
+        assert spec.attention_scale == spec.head_dim**-0.5
+    with torch.device("meta"):
+        kind = without(copy.deepcopy(config), {"model_type", "torch_dtype"})
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **kind))
+    theirs = sum(p.numel() for p in model.parameters())  # a tied head is one parameter
+    assert type(model).__name__ == config["architectures"][0]
+    assert parameter_count(spec) == theirs
+    assert published in (0, theirs)  # 0 = none that is known to the last digit
+
+
+def test_every_family_has_a_release_that_is_tried() -> None:
+    assert {config["architectures"][0] for config, _, _ in RELEASES.values()} == FAMILIES.keys()
+
+
+# ---------------------------------------------------------------------------------------- refusals
+def rope(kind: str, **more: Any) -> Config:
+    return {"rope_parameters": ROPES[kind] | more}
+
+
+REFUSED: list[tuple[str, Config, str]] = [
+    ("llama", rope("linear", rope_type="dynamic"), r"rope_type='dynamic'; those computed are default, linear"),
+    ("llama", rope("linear", rope_type=[]), r"rope_type=\[\]"),
+    ("llama", rope("linear", mrope_section=[2, 2]), r"mrope_section=\[2, 2\] among its RoPE.*rope_type='linear'"),
+    ("llama", rope("linear", factor="2"), r"factor='2'"),
+    ("llama", rope("linear", factor=None), r"factor=None"),
+    ("llama", rope("linear", factor=-2.0), r"factor=-2\.0"),
+    ("llama", rope("linear", factor=True), r"factor=True"),
+    ("llama", rope("llama3", original_max_position_embeddings="8192"), r"original_max_position_embeddings='8192'"),
+    ("llama", rope("llama3", high_freq_factor=1.0), r"high_freq_factor=1\.0 .*above low_freq_factor"),
+    ("mistral-full", rope("yarn", truncate="no"), r"truncate='no'"),
+    ("mistral-full", rope("yarn", mscale="1"), r"mscale='1'"),
+    ("llama", {"rope_theta": 9e3}, r"rope_theta=9000\.0 in the old.* and 50000\.0 in the new"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 5.0}}, r"rope_type='linear' in the old.* and 'llama3'"),
+    ("llama", {"rope_scaling": "linear"}, r"rope_scaling='linear'; it must be an object"),
+    ("llama", rope("default", partial_rotary_factor=0.5), r"partial_rotary_factor that turns 6 of 12 dims; here all"),
+    ("gemma3", {"rope_parameters": ROPES["default"]}, r"rope_parameters=.*must hold an object 'full_attention'"),
+    ("phi3-mini", rope("default", partial_rotary_factor=0.25), r"partial_rotary_factor that turns 3 of 12 dims"),
+    ("phi3-mini", rope("default", partial_rotary_factor=0.01), r"partial_rotary_factor that turns 0 of 12 dims"),
+    ("phi3-mini", rope("default", partial_rotary_factor=1.5), r"partial_rotary_factor that turns 18 of 12 dims"),
+    ("phi3", rope("longrope", short_factor=[1.0, 1.1]), r"short_factor=\[1\.0, 1\.1\] .*must list 3 numbers"),
+    ("phi3", rope("longrope", long_factor=[1.0, 1.1, "2"]), r"long_factor=\[1\.0, 1\.1, '2'\]"),
+    ("phi3", {"original_max_position_embeddings": None}, r"lacks 'original_max_position_embeddings'"),
+    ("phi3", rope("yarn"), r"a rope_type that this architecture lacks; it has default and longrope"),
+    ("gemma3", {"layer_types": ["full_attention"] * 2}, r"layer_types=.*for each of 3 layers"),
+    ("gemma2", {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]}, r"layer_types=.*chunked_attention"),
+    ("gemma2", {"layer_types": [["full_attention"]] * 3}, r"layer_types="),
+    ("gemma2", {"sliding_window": None}, r"layer_types=.* but no sliding_window"),
+    ("qwen2", {"max_window_layers": "1"}, r"max_window_layers='1'"),
+    ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]; it must list 0 or 1 for each of 3"),
+    ("smollm3", {"no_rope_layers": [1, 0, "yes"]}, r"no_rope_layers=\[1, 0, 'yes'\]"),
+    ("qwen3", {"hidden_act": "relu"}, r"hidden_act='relu'; those computed are silu"),
+    ("gemma2", {"hidden_activation": ["silu"]}, r"hidden_activation=\['silu'\]; those computed are silu"),
+    ("gemma2", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True; only False is computed"),
+    ("gemma3", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True; only False is computed"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50\.0; only None is computed"),
+    ("llama", {"rope_interleaved": True}, r"rope_interleaved=True; only False is computed"),
+    ("llama", {"hidden_size": "32"}, r"hidden_size='32'; it must be a whole number"),
+    ("llama", {"hidden_size": True}, r"hidden_size=True; it must be a whole number"),
+    ("llama", {"num_hidden_layers": -3}, r"num_hidden_layers=-3; it must be a whole number"),
+    ("llama", {"vocab_size": 1001.0}, r"vocab_size=1001\.0; it must be a whole number"),
+    ("llama", {"attention_bias": "true"}, r"attention_bias='true'; it must be true or false"),
+    ("granite", {"tie_word_embeddings": 1}, r"tie_word_embeddings=1; it must be true or false"),
+    ("granite", {"residual_multiplier": float("inf")}, r"residual_multiplier=inf; it must be a number above 0"),
+    ("olmo2", {"rms_norm_eps": "1e-6"}, r"rms_norm_eps='1e-6'; it must be a number above 0"),
+    ("mistral", {"sliding_window": -1}, r"sliding_window=-1; it must be a number above 0"),
+    ("mistral", {"sliding_window": 4.5}, r"sliding_window=4\.5; it must be a whole number"),
+    ("llama", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*: " + ", ".join(FAMILIES)),
+    ("gemma3", {"architectures": ["Gemma3ForConditionalGeneration"]}, r"Gemma3ForConditionalGeneration.*: LlamaFor"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "change", "message"), REFUSED)
+def test_what_cannot_be_honoured_is_refused_by_key_value_and_file(case: str, change: Config, message: str) -> None:
+    spec_of(config_of(case))  # good so far
+    with pytest.raises(UserError, match=message) as e:
+        spec_of(config_of(case, **change))
+    assert str(FILE) in str(e.value)
+
+
+def places(config: Config, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in config.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from places(value, (*above, key))
+
+
+def replaced(config: Config, place: tuple[str, ...], value: Any) -> Config:
+    key, *rest = place
+    return config | {key: replaced(config[key], tuple(rest), value) if rest else value}
+
+
+ODD_VALUES = [None, -1, 0, "x", [], {}, True, 1e30, [1], 1, 1.5, math.inf, math.nan, [[]], [{}], {"x": 1}]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_a_key_says_the_answer_is_a_spec_or_the_user_s_error_and_never_a_traceback(case: str) -> None:
+    both = in_both_spellings(config_of(case))
+    refused = accepted = 0
+    for config in (config_of(case), both, without(both, NEW)):
+        for place in places(config):
+            if place == ("architectures",):  # it chooses the family, before any is asked
+                continue
+            for value in ODD_VALUES:
+                try:
+                    spec = spec_of(replaced(config, place, value))
+                except UserError as e:
+                    assert str(FILE) in str(e)
+                    refused += 1
+                else:
+                    assert all(np.isfinite(frequencies(r).short).all() for r in set(spec.ropes) if r)
+                    accepted += 1
+    assert refused > 200 and accepted > 200
+
+
+# ---------------------------------------------------------------------------------------- a random start
+SPREAD = 0.03  # no family's default
+DEVIATIONS = 5.0  # of an estimate from a sample: about 2000 of them, and one such chance in two million each
+
+
+def their_start(case: str) -> dict[str, np.ndarray]:
+    config = their_config(case, hidden_size=48, intermediate_size=160, initializer_range=SPREAD)
+    torch.manual_seed(1)
+    model = getattr(transformers, CASES[case][0])(config)
+    return {name: p.detach().numpy() for name, p in model.named_parameters()}
+
+
+def our_start(case: str) -> dict[str, np.ndarray]:
+    config = config_of(case, hidden_size=48, intermediate_size=160, initializer_range=SPREAD)
+    decoder = make_decoder(spec_of(config))
+    params = jax.jit(decoder.init, compiler_options=QUICK)(jax.random.key(1))
+    return dict(hf.named_arrays(params, decoder, CASES[case][0]))
+
+
+def is_normal(x: np.ndarray, spread: float = SPREAD) -> bool:
+    """Whether mean, variance and fourth moment are a normal sample's: in units of their own deviations."""
+    z = x.astype(np.float64).ravel() / spread
+    moments = [z.mean(), (z**2).mean() - 1, (z**4).mean() - 3]
+    return all(abs(m) < DEVIATIONS * (v / z.size) ** 0.5 for m, v in zip(moments, (1, 2, 96), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_random_start_is_drawn_as_transformers_draws_it_tensor_by_tensor(case: str) -> None:
+    ours, theirs = our_start(case), their_start(case)
+    assert {k: x.shape for k, x in ours.items()} == {k: x.shape for k, x in theirs.items()}
+    for name, x in theirs.items():
+        if x.std() == 0:  # norms and biases
+            assert x.ndim == 1 and np.array_equal(ours[name], x), name
+        else:
+            assert x.ndim == 2 and is_normal(x) and is_normal(ours[name]), name
+    weights = np.concatenate([x.ravel() for x in ours.values() if x.ndim == 2])
+    assert is_normal(weights)
+    layers = [x for name, x in ours.items() if name.endswith("o_proj.weight")]
+    assert not np.array_equal(layers[0], layers[1])
+
+
+def test_another_spread_another_mean_and_another_shape_of_distribution_are_told_from_a_normal_one() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, SPREAD, 48 * 160)
+    assert is_normal(x)
+    assert not is_normal(x * 1.1)
+    assert not is_normal(x + 0.1 * SPREAD)
+    assert not is_normal(rng.uniform(-1, 1, x.size) * SPREAD * 3**0.5)
+    cut = np.concatenate([y[np.abs(y) < 2] for y in rng.normal(size=(4, 10 * x.size))])  # as nnx's default draws
+    assert not is_normal(cut / cut.std() * SPREAD)
