@@ -20,7 +20,8 @@ as training does, and answer the same 16 tokens.
 
 Targets: import at most 2x, export at most 1x transformers' time, RssAnon of the import at most 1.15. The two logits
 must agree to 1e-4 of their largest. The page cache holds the checkpoint on both sides (it was just written, and is
-read once unmeasured).
+read once unmeasured). On a virtual machine, memory that it has not used for a while comes at a tenth of the usual
+speed. So both sides touch 6 GiB before the import, and of two exports the second is measured.
 """
 
 # pyright: reportMissingImports=false
@@ -41,8 +42,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = [(7 * i + 3) % 1000 for i in range(16)]
+TOUCHED = 6 * 2**30
 SIDES = ("mice_jax", "transformers")
 
 
@@ -82,13 +86,27 @@ def peak_of(found: dict[str, Any], name: str) -> Iterator[None]:
     found[f"{name}_bytes"] = max(most[0], anonymous_bytes()) - before
 
 
+def touch_memory(size: int) -> None:
+    """Takes so much memory and gives it back, so that what is measured next does not wait for the host's."""
+    fresh = np.empty(size, np.uint8)
+    fresh[::4096] = 1
+
+
+def twice(found: dict[str, Any], output: Path, export: Callable[[Path], Any]) -> None:
+    """Measures the second of two exports."""
+    export(output)
+    shutil.rmtree(output)
+    output.mkdir()
+    with peak_of(found, "export"):
+        export(output)
+
+
 # ---------------------------------------------------------------------------------------- the sides
 def ours(folder: Path, output: Path) -> dict[str, Any]:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.path.insert(0, str(ROOT))
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from mice_jax.models import hf
     from mice_jax.models.transformer import Compute, make_decoder
@@ -97,6 +115,7 @@ def ours(folder: Path, output: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     mesh = make_mesh(1, -1, 1)
     jax.block_until_ready(jnp.zeros(1))  # the runtime is up, as torch is once imported
+    touch_memory(TOUCHED)
     start = time.perf_counter()
     with peak_of(found, "load"):
         config = hf.read_config(folder / "config.json")
@@ -113,8 +132,7 @@ def ours(folder: Path, output: Path) -> dict[str, Any]:
     found["logits"] = np.asarray(jax.jit(forward)(params))[0, -1, :64].tolist()
     found["import_s"] = time.perf_counter() - start
     found["kept_bytes"] = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    with peak_of(found, "export"):
-        hf.save_params(output, params, decoder, config, "float32")
+    twice(found, output, lambda folder: hf.save_params(folder, params, decoder, config, "float32"))
     return found
 
 
@@ -124,6 +142,7 @@ def theirs(folder: Path, output: Path) -> dict[str, Any]:
     from transformers.models.llama import modeling_llama  # noqa: F401  imported on the first use otherwise
 
     found: dict[str, Any] = {}
+    touch_memory(TOUCHED)
     start = time.perf_counter()
     with peak_of(found, "load"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -131,8 +150,7 @@ def theirs(folder: Path, output: Path) -> dict[str, Any]:
         found["logits"] = model(torch.tensor([TOKENS])).logits[0, -1, :64].tolist()
     found["import_s"] = time.perf_counter() - start
     found["kept_bytes"] = sum(p.nbytes for p in model.parameters())
-    with peak_of(found, "export"):
-        model.save_pretrained(output)
+    twice(found, output, model.save_pretrained)
     return found
 
 

@@ -31,7 +31,7 @@ from mice_jax.models.tensors import READ, map_tensors, turn, write_tensors
 from mice_jax.models.transformer import Decoder, Params
 
 SHARD_BYTES = 4 * 2**30  # of one exported file
-PIECE_BYTES = 32 * 2**20  # of an embedding that is on the host at a time
+PIECE_BYTES = 4 * 2**20  # of what is written at once; larger ones leave the caches, and are slower to come by
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
@@ -332,28 +332,32 @@ def _to_hf(params: Params, tensor: HFTensor) -> Iterator[np.ndarray]:
             leaf = np.asarray(leaf)  # it is in the host's memory: looked at, not copied
         if part.layer is not None:
             leaf = leaf[part.layer]
-        if part.in_dims == 0:
-            yield np.asarray(leaf).reshape(-1)[: part.rows]
-        elif part.layer is None:  # a vocabulary's: large, and with its rows along one dim
+        elif part.in_dims != 0:  # a vocabulary's, which is large
             yield from _vocabulary_to_hf(leaf, part)
+            continue
+        ours = np.asarray(leaf)
+        if part.in_dims:
+            flat = ours.reshape(math.prod(ours.shape[: part.in_dims]), -1)
+            for columns in _pieces(part.rows, flat.shape[0] * flat.itemsize):
+                yield _turned(flat[:, columns])
         else:
-            assert part.in_dims is not None
-            flat = np.asarray(leaf).reshape(math.prod(leaf.shape[: part.in_dims]), -1)
-            yield _turned(flat)
+            yield ours.reshape(-1)[: part.rows]
 
 
 def _vocabulary_to_hf(leaf: Any, part: Part) -> Iterator[np.ndarray]:
     axis = 0 if part.in_dims is None else leaf.ndim - 1
-    size = min(leaf.shape[axis], max(1, PIECE_BYTES * leaf.shape[axis] // leaf.nbytes))
-    for start in range(0, part.rows, size):
-        # The last piece begins earlier, so that all have one size and one program cuts them.
-        first = min(start, leaf.shape[axis] - size)
+    for piece in _pieces(part.rows, leaf.nbytes // leaf.shape[axis]):
+        size = piece.stop - piece.start
         if isinstance(leaf, np.ndarray):
-            rows = leaf[first : first + size] if axis == 0 else leaf[:, first : first + size]
+            rows = leaf[piece] if axis == 0 else leaf[:, piece]
         else:
-            rows = np.asarray(jax.lax.dynamic_slice_in_dim(leaf, first, size, axis))
-        wanted = slice(start - first, min(start + size, part.rows) - first)
-        yield rows[wanted] if part.in_dims is None else _turned(rows[:, wanted])
+            rows = np.asarray(jax.lax.dynamic_slice_in_dim(leaf, piece.start, size, axis))
+        yield rows if part.in_dims is None else _turned(rows)
+
+
+def _pieces(rows: int, row_bytes: int) -> Iterator[slice]:
+    size = max(1, PIECE_BYTES // row_bytes)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def _turned(flat: np.ndarray) -> np.ndarray:

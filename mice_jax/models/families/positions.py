@@ -83,6 +83,8 @@ def _rope(said: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
     if kind not in KINDS:
         raise ValueError(f"rope_type={kind!r}; those computed are {', '.join(KINDS)}")
     theta = _number(left, "rope_theta")
+    if not theta > 1:
+        raise ValueError(f"rope_theta={theta!r}; it must be above 1")
     dims = int(head_dim * _number(left, "partial_rotary_factor", 1.0))
     if dims % 2 or not 0 < dims <= head_dim:
         raise ValueError(f"a partial_rotary_factor that turns {dims} of {head_dim} dims; an even number has to turn")
@@ -152,8 +154,8 @@ def _number(left: dict[str, Any], key: str, default: float | None = None) -> flo
 def _whole(left: dict[str, Any], key: str, default: int) -> int:
     value = left.pop(key, None)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key}={value!r} among its RoPE parameters; it must be a whole number from 1 up")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 2:  # its logarithm is divided by
+        raise ValueError(f"{key}={value!r} among its RoPE parameters; it must be a whole number from 2 up")
     return value
 
 
@@ -173,6 +175,8 @@ def in_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
         old = {key: config[key] for key in BESIDE if config.get(key) is not None} | (config.get("rope_scaling") or {})
         kind, older = old.pop("rope_type", None), old.pop("type", None)
         flat = {"rope_type": _kind(kind or older or "default")} | old
+        if "su" in (kind, older):  # which transformers 5 does not load
+            config = config | {"rope_scaling": config["rope_scaling"] | {"type": "longrope"}}
         local = config.get("rope_local_base_freq")
         if local is None and "Gemma3ForCausalLM" not in (config.get("architectures") or ()):
             return config | {"rope_parameters": flat}
