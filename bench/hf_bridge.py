@@ -123,11 +123,12 @@ def ours(folder: Path, output: Path) -> dict[str, Any]:
         shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
         params = jax.block_until_ready(hf.load_params(folder, decoder, "LlamaForCausalLM", shardings))
     compute = Compute(jnp.dtype("float32"), "blockwise", "none")
-    tokens = np.array([TOKENS], np.int32)
+    tokens = jnp.array([TOKENS], jnp.int32)
+    positions, segments = jnp.arange(16, dtype=jnp.int32)[None], jnp.ones_like(tokens)
 
     def forward(params: Any) -> jax.Array:
         model = decoder.bind(params)
-        return model.logits(model.hidden(tokens, np.arange(16, dtype=np.int32)[None], np.ones_like(tokens), compute))
+        return model.logits(model.hidden(tokens, positions, segments, compute))
 
     found["logits"] = np.asarray(jax.jit(forward)(params))[0, -1, :64].tolist()
     found["import_s"] = time.perf_counter() - start

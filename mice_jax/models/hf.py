@@ -31,6 +31,7 @@ from mice_jax.models.tensors import READ, map_tensors, turn, write_tensors
 from mice_jax.models.transformer import Decoder, Params
 
 SHARD_BYTES = 4 * 2**30  # of one exported file
+ROWS_READ = 4096  # of an embedding, by one thread at a time
 PIECE_BYTES = 4 * 2**20  # of what is written at once; larger ones leave the caches, and are slower to come by
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -164,10 +165,10 @@ def stored_dtype(folder: Path) -> str:
 
 
 def _family(config: dict[str, Any], file: Path) -> ModuleType:
-    names = config.get("architectures") or [""]
-    if names[0] not in FAMILIES:
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(FAMILIES):
         known = ", ".join(FAMILIES)
-        raise UserError(f"{file} says architectures={names}; the families that can be trained are: {known}.")
+        raise UserError(f"{file} says architectures={names!r}; the families that can be trained are: {known}.")
     return FAMILIES[names[0]]
 
 
@@ -262,16 +263,18 @@ def _read_slice(
     """The slice `index`, one a dim, of one of our parameters, read from the tensors in which its layers lie."""
     bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
     out = _aligned([stop - start for start, stop in bounds])
-    if layers[0][1].layer is None:
-        _read_part(*layers[0], shape, bounds, out)
-        return out
     first, last = bounds[0]
-    reads = [
-        threads.submit(_read_part, *at, shape[1:], bounds[1:], to)
-        for at, to in zip(layers[first:last], out, strict=True)
-    ]
-    for read in reads:
-        read.result()
+    stored, part = layers[0]
+    if part.layer is not None:
+        jobs = [(*at, shape[1:], bounds[1:], to) for at, to in zip(layers[first:last], out, strict=True)]
+    elif part.in_dims is None:  # a large one, whose rows can be shared out
+        starts = range(first, last, ROWS_READ)
+        blocks = [(start, min(start + ROWS_READ, last)) for start in starts]
+        jobs = [(stored, part, shape, [b, *bounds[1:]], out[b[0] - first : b[1] - first]) for b in blocks]
+    else:
+        jobs = [(stored, part, shape, bounds, out)]
+    for done in [threads.submit(_read_part, *job) for job in jobs]:
+        done.result()
     return out
 
 
