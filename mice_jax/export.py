@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 from mice_jax import command
@@ -53,7 +52,7 @@ def export(values: command.Values) -> None:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    hf.save_params(partial, params, decoder, origin.config, dtype)
+    count = hf.save_params(partial, params, decoder, origin.config, dtype)
     tokenizer.save_pretrained(partial)
     stop_ids = ChatEncoder(tokenizer).stop_ids() if tokenizer.chat_template else []
     generation = _generation_config(origin.config, stop_ids, tokenizer.pad_token_id)
@@ -61,7 +60,6 @@ def export(values: command.Values) -> None:
     if output.exists():
         output.rmdir()
     partial.rename(output)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"exported {count:,} parameters in {dtype} to {output}")
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from mice_jax import command
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
-from mice_jax.data.tokenizer import load_tokenizer
+from mice_jax.data.tokenizer import decode, load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.evals.sampling import Sampler, Sampling, cast_params, check_fits
 from mice_jax.models.spec import ModelSpec
@@ -156,8 +156,7 @@ class _Speaker:
     stop_ids: list[int]
 
     def text(self, ids: Sequence[int]) -> str:
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
+        return decode(self.tokenizer, ids, skip_special_tokens=True)
 
     def say(self, messages: list[Message]) -> str:
         """Prints the answer as it comes, and returns it; an interrupt ends it early."""

@@ -69,7 +69,9 @@ def cross_entropy_sums(
 def _on_rows(scan: Callable[..., Any], batch_axes: tuple[str, ...]) -> Callable[..., Any]:
     """The scan over each device's own rows, its sums added up over `batch_axes` at the end."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not batch_axes or mesh.empty or mesh.size == 1:
+    # Axes of one device are left out: XLA refuses a sum over one where another axis splits the columns.
+    batch_axes = () if mesh.empty else tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
+    if not batch_axes:
         return scan
 
     def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

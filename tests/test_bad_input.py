@@ -256,6 +256,14 @@ MODEL: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
         ["model.safetensors.index.json", "model-1.safetensors"],
     ),
+    "a family that is not there": (
+        lambda hf: edit(hf / "config.json", architectures=["MambaForCausalLM"]),
+        ["config.json", "MambaForCausalLM", "LlamaForCausalLM", "GraniteForCausalLM", "Gemma3ForCausalLM"],
+    ),
+    "an unknown kind of RoPE": (
+        lambda hf: edit(hf / "config.json", rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+        ["config.json", "rope_type='dynamic'", "default, linear, llama3, yarn, longrope"],
+    ),
     "another shape": (
         lambda hf: edit(hf / "config.json", intermediate_size=64),
         ["mlp.gate_proj.weight", "[48, 16]", "[64, 16]"],

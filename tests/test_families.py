@@ -6,6 +6,7 @@ made for; and with any one of its features switched off it fails the same compar
 
 import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -296,8 +297,7 @@ def on_mesh(case: str, folder: Path, mesh: Mesh) -> tuple[np.ndarray, float, dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "sizes"), [*itertools.product(CASES, MESHES), ("llama", (1, 1, 8))])
 def test_on_every_mesh_logits_loss_and_gradients_are_the_same(
     case: str, sizes: tuple[int, int, int], folders: Any
 ) -> None:

@@ -3,19 +3,24 @@
 import io
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+import sentencepiece
 import torch
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import ByT5Tokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from mice_jax import step
 from mice_jax.checkpoint import Checkpoints
-from mice_jax.generate import main
-from models import llama, load, mesh_of
+from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.tokenizer import load_tokenizer
+from mice_jax.evals.sampling import Sampling
+from mice_jax.generate import _Speaker, main
+from models import llama, load, mesh_of, spec_of
 from runs import make_tokenizer, write_init, write_jsonl
 
 NUM = 12  # tokens of an answer
@@ -139,6 +144,49 @@ def test_a_run_answers_from_its_newest_checkpoint_or_the_one_asked_for(
     assert capsys.readouterr().out != answer
     assert run(tmp_path / "run", "--step=3", "--prompt=mice") == 2
     assert "has no step 3; it has 1, 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cls", ["SentencePieceBackend", "BertGenerationTokenizer", "ByT5Tokenizer"])
+def test_a_character_of_many_tokens_is_printed_once_all_of_it_is_there(
+    cls: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = byte_tokenizer(tmp_path, cls)
+    answer = "é it 🤖🤖 so"
+    ids = tokenizer.encode(answer, add_special_tokens=False)
+    assert len(ids) > len(answer)
+    printed: list[str] = []
+
+    class Spoken:
+        spec = spec_of()
+
+        def stream(self, *args: Any) -> Iterator[int]:
+            for i in ids:
+                yield i
+                printed.append(capsys.readouterr().out)
+
+    encoder = ChatEncoder(tokenizer, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    sampler: Any = Spoken()
+    speaker = _Speaker(sampler, {}, encoder, tokenizer, Sampling(100), [])
+    assert speaker.say([{"role": "user", "content": "é"}]) == answer
+    assert "".join(printed) + capsys.readouterr().out == answer + "\n"
+    assert {"é", "🤖"} <= {p.strip() for p in printed}
+    assert not any("\ufffd" in p or "<0x" in p for p in printed)
+    assert printed[0] == ""  # of é's first byte, or of the space before it
+
+
+def byte_tokenizer(folder: Path, cls: str) -> PreTrainedTokenizerBase:
+    """One whose unknown characters are bytes."""
+    if cls == "ByT5Tokenizer":
+        ByT5Tokenizer().save_pretrained(folder)
+        return load_tokenizer(str(folder))
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["it is so", "so it is"] * 9), model_writer=file, model_type="bpe", vocab_size=300,
+            hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+        )  # fmt: skip
+    config = {"tokenizer_class": cls, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(str(folder))
 
 
 def test_a_chat_remembers_until_it_is_reset(

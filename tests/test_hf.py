@@ -250,6 +250,19 @@ def test_an_export_in_several_files_has_an_index_and_loads_everywhere(
     assert hf.stored_dtype(in_shards) == "float32"
 
 
+@pytest.mark.parametrize("sizes", MESHES)
+def test_what_is_cut_on_a_device_is_what_is_looked_at_in_the_host_s_memory(
+    sizes: tuple[int, int, int], untied: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way that other devices than a CPU go."""
+    decoder, params = load(untied[0], mesh_of(*sizes))
+    monkeypatch.setattr(hf, "PIECE_BYTES", 10_000)
+    looked = dict(hf.named_arrays(params, decoder, "LlamaForCausalLM"))
+    monkeypatch.setattr(hf, "_block", lambda x, starts, counts: np.asarray(jax.lax.dynamic_slice(x, starts, counts)))
+    assert same_bits(dict(hf.named_arrays(params, decoder, "LlamaForCausalLM")), looked)
+    assert same_bits(looked, whole(untied[0]))
+
+
 # ---------------------------------------------------------------------------------------- bad checkpoints
 def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
     file = folder / "model.safetensors"

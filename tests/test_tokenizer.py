@@ -18,7 +18,7 @@ from mice_jax.data import tokenizer as under_test
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import Sample
 from mice_jax.data.store import build_store
-from mice_jax.data.tokenizer import load_tokenizer, locator
+from mice_jax.data.tokenizer import decode, load_tokenizer, locator
 from mice_jax.errors import UserError
 from runs import Record, chat, make_chats, run_export, run_train, run_verb, write_config, write_init, write_jsonl
 
@@ -243,6 +243,51 @@ def test_a_tokenizer_of_bytes_is_laid_beside_its_text(tmp_path: Path) -> None:
     ids, trained = encode(encoder, sample("hé", "é🤖"))
     assert ids == encoder.tokenizer.encode("u:hé</s>a:é🤖</s>", add_special_tokens=False)
     assert trained == [0] * 8 + [1] * 7
+
+
+# ---------------------------------------------------------------------------------------- text
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", ["BertGenerationTokenizer", "SentencePieceBackend"])
+def test_text_decoded_by_sentencepiece_is_that_which_was_encoded(cls: str, kind: str, make: Make) -> None:
+    tokenizer = load_tokenizer(make(cls, kind))
+    assert "<0xC3><0xA9>" in tokenizer.decode(tokenizer.encode("é"))  # which is why
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert decode(tokenizer, ids, skip_special_tokens=True) == text
+        chat = f"<s><|turn|>user\n{text}<|end|>\n<|turn|><|turn|> it</s>"
+        ids = tokenizer.encode(chat, add_special_tokens=False)
+        assert decode(tokenizer, ids, skip_special_tokens=False) == chat
+        assert decode(tokenizer, ids, skip_special_tokens=True) == f"user\n{text}\n it"
+    assert decode(tokenizer, [], skip_special_tokens=True) == ""
+    assert decode(tokenizer, [9999], skip_special_tokens=True) == ""
+
+
+def test_a_slow_tokenizer_decodes_like_its_fast_twin(make: Make) -> None:
+    fast = load_tokenizer(make("LlamaTokenizer", legacy=False))
+    slow = load_tokenizer(make("SentencePieceBackend", legacy=False))
+    for text in [*TEXTS, "<|turn|>user\n é <|end|>\n🤖", "<s> Red"]:
+        ids = fast.encode(text, add_special_tokens=False)
+        for skip in (False, True):
+            wanted = fast.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert decode(slow, ids, skip_special_tokens=skip) == wanted
+            assert decode(fast, ids, skip_special_tokens=skip) == wanted
+
+
+@pytest.mark.parametrize("cls", ["LlamaTokenizer", "GPTSw3Tokenizer"])
+def test_tokenizers_that_know_bytes_by_themselves_decode_as_in_transformers(cls: str, make: Make) -> None:
+    tokenizer = load_tokenizer(make(cls))
+    for text in [*TEXTS, "<|turn|>user\n é <|end|>\n🤖</s>"]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        for skip in (False, True):
+            wanted = tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert decode(tokenizer, ids, skip_special_tokens=skip) == wanted
+
+
+def test_a_chat_is_shown_with_the_letters_that_bytes_spell(make: Make) -> None:
+    encoder = ChatEncoder(load_tokenizer(make("SentencePieceBackend")))
+    (encoded,) = encoder.encode([sample("é", "🤖 it")])
+    shown = encoder.show(encoded.ids, encoded.trained, color=False)
+    assert shown == "<s><|turn|>user\né<|end|>\n<|turn|>assistant\n⟦🤖 it<|end|>⟧\n"
 
 
 # ---------------------------------------------------------------------------------------- what cannot be told

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mice_jax.data.sources import REASONING, Sample
-from mice_jax.data.tokenizer import Span, locator, one_line
+from mice_jax.data.tokenizer import Span, decode, locator, one_line
 from mice_jax.errors import UserError
 
 RULES = 1  # of this file; counted up when ids or masks change, so that token stores are built anew
@@ -131,9 +131,7 @@ class ChatEncoder:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _decode(self, ids: np.ndarray) -> str:
-        return self.tokenizer.decode(  # type: ignore[return-value]
-            ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return decode(self.tokenizer, ids.tolist(), skip_special_tokens=False)
 
     def _document(self, ids: list[int]) -> Encoded:
         end: Any = self.tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""Loads a folder's tokenizer, and says of a text's tokens where in the text they lie.
+"""Loads a folder's tokenizer, says of a text's tokens where in the text they lie, and makes text of tokens.
 
 Fast tokenizers (`tokenizer.json`, and most `tokenizer.model`, which transformers converts) know that by themselves.
 The slow ones, which run in Python or in sentencepiece, give ids alone. Of those a text is cut at its added tokens as
@@ -125,6 +125,29 @@ def _read_template(path: str) -> str:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------- text
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+    """The text of ids, as transformers has it or, where it would write out bytes as `<0xC3>`, as sentencepiece has it.
+
+    The second leaves out one space at the start, as fast tokenizers do.
+    """
+    slow: Any = tokenizer
+    sp = getattr(slow, "sp_model", None)
+    if sp is None or slow.is_fast or slow.convert_tokens_to_string(["<0x41>"]) == "A":
+        text = slow.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        return str(text)
+    added, special = slow.added_tokens_decoder, set(slow.all_special_ids)
+    runs: list[str] = []
+    for whole, run in itertools.groupby(ids, lambda i: i in added or i in special):
+        if whole:  # marked as special in either of two places
+            shown = [i for i in run if not skip_special_tokens or not (i in special or added[i].special)]
+            runs += slow.convert_ids_to_tokens(shown)
+        else:  # what a model has beyond the tokenizer's ids spells nothing
+            runs.append(sp.decode(slow.convert_ids_to_tokens([i for i in run if i < slow.vocab_size])))
+    text = "".join(runs)
+    return text if sp.decode(["▁"]) == "" else text.removeprefix(" ")
 
 
 # ---------------------------------------------------------------------------------------- ids

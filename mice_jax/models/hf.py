@@ -123,8 +123,10 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
         return jax.tree_util.tree_map_with_path(load, decoder.abstract, shardings)
 
 
-def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str, Any], dtype: str) -> None:
+def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str, Any], dtype: str) -> int:
     """Writes model*.safetensors, their index, and config.json, in `dtype` (float32 or bfloat16).
+
+    Returns how many parameters it wrote.
 
     A piece of a tensor at a time is brought to the host: no device and no process needs room for the whole model.
     """
@@ -138,13 +140,14 @@ def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str
         pieces = (piece.astype(dtype, copy=False) for t in shard for piece in _to_hf(params, t))
         write_tensors(folder / name, {t.name: t.shape for t in shard}, dtype, pieces)
         weight_map |= {t.name: name for t in shard}
+    count = sum(math.prod(t.shape) for shard in shards for t in shard)
     if len(shards) > 1:
-        total = sum(math.prod(t.shape) for shard in shards for t in shard) * itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": count * itemsize}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     says = {"architectures": [family.ARCHITECTURE], "vocab_size": decoder.spec.vocab_size}
     config = in_both_spellings(config) | says | {"dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+    return count
 
 
 def named_arrays(params: Params, decoder: Decoder, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -331,36 +334,54 @@ def _to_hf(params: Params, tensor: HFTensor) -> Iterator[np.ndarray]:
     """A checkpoint's tensor from our parameters, in pieces of its rows; the vocabulary's padding is left out."""
     for part in tensor.parts:
         leaf: Any = functools.reduce(lambda tree, key: tree[key], part.path.split("."), params)
-        if leaf.is_fully_addressable and {d.platform for d in leaf.devices()} == {"cpu"} and len(leaf.devices()) == 1:
-            leaf = np.asarray(leaf)  # it is in the host's memory: looked at, not copied
+        whole = [(0, n) for n in leaf.shape]
         if part.layer is not None:
-            leaf = leaf[part.layer]
-        elif part.in_dims != 0:  # a vocabulary's, which is large
-            yield from _vocabulary_to_hf(leaf, part)
+            ours = _on_host(leaf, [(part.layer, part.layer + 1), *whole[1:]])[0]
+            if part.in_dims:
+                flat = ours.reshape(math.prod(ours.shape[: part.in_dims]), -1)
+                for start, stop in _pieces(part.rows, flat.shape[0] * flat.itemsize):
+                    yield _turned(flat[:, start:stop])
+            else:
+                yield ours.reshape(-1)[: part.rows]
+        elif part.in_dims is None:  # a vocabulary's, large: cut before it is on the host
+            for piece in _pieces(part.rows, leaf.nbytes // leaf.shape[0]):
+                yield _on_host(leaf, [piece, *whole[1:]])
+        elif part.in_dims:
+            for piece in _pieces(part.rows, leaf.nbytes // leaf.shape[-1]):
+                yield _turned(_on_host(leaf, [*whole[:-1], piece]))
+        else:
+            yield _on_host(leaf, whole).reshape(-1)[: part.rows]
+
+
+def _on_host(leaf: jax.Array, bounds: list[tuple[int, int]]) -> np.ndarray:
+    """leaf[bounds], put together on the host from what each device has of it: none needs room for more."""
+    sizes = [stop - start for start, stop in bounds]
+    out: np.ndarray | None = None
+    for shard in leaf.addressable_shards:
+        held = [s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True)]
+        inside = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(held, bounds, strict=True)]
+        if shard.replica_id or any(start >= stop for start, stop in inside):
             continue
-        ours = np.asarray(leaf)
-        if part.in_dims:
-            flat = ours.reshape(math.prod(ours.shape[: part.in_dims]), -1)
-            for columns in _pieces(part.rows, flat.shape[0] * flat.itemsize):
-                yield _turned(flat[:, columns])
-        else:
-            yield ours.reshape(-1)[: part.rows]
+        starts = [start - h for (start, _), (h, _) in zip(inside, held, strict=True)]
+        block = _block(shard.data, starts, [stop - start for start, stop in inside])
+        if list(block.shape) == sizes:
+            return block
+        out = np.empty(sizes, leaf.dtype) if out is None else out
+        out[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(inside, bounds, strict=True))] = block
+    assert out is not None
+    return out
 
 
-def _vocabulary_to_hf(leaf: Any, part: Part) -> Iterator[np.ndarray]:
-    axis = 0 if part.in_dims is None else leaf.ndim - 1
-    for piece in _pieces(part.rows, leaf.nbytes // leaf.shape[axis]):
-        size = piece.stop - piece.start
-        if isinstance(leaf, np.ndarray):
-            rows = leaf[piece] if axis == 0 else leaf[:, piece]
-        else:
-            rows = np.asarray(jax.lax.dynamic_slice_in_dim(leaf, piece.start, size, axis))
-        yield rows if part.in_dims is None else _turned(rows)
+def _block(x: jax.Array, starts: list[int], sizes: list[int]) -> np.ndarray:
+    """x[starts : starts + sizes] of an array on one device."""
+    if next(iter(x.devices())).platform == "cpu":  # in the host's memory already: looked at, not copied
+        return np.asarray(x)[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))]
+    return np.asarray(jax.lax.dynamic_slice(x, starts, sizes))
 
 
-def _pieces(rows: int, row_bytes: int) -> Iterator[slice]:
+def _pieces(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     size = max(1, PIECE_BYTES // row_bytes)
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
+    return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def _turned(flat: np.ndarray) -> np.ndarray:

@@ -1,0 +1,236 @@
+"""The way from a Hugging Face folder through a run and back: added tokens, odd sizes, every family, memory."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from families import CASES, torch_model
+from mice_jax.errors import UserError
+from mice_jax.models import hf
+from mice_jax.models.transformer import make_decoder
+from mice_jax.sharding import param_shardings
+from mice_jax.start import check_vocabulary, find_origin, load_params, with_vocabulary
+from models import llama, load, mesh_of
+from runs import REPOSITORY, make_tokenizer, read_metrics, run_export, run_train, setting, start_train
+from test_hf import same_bits, whole
+
+STILL = ("--config.optim.learning_rate=0", "--config.optim.max_steps=1")
+OWN, ADDED = 296, 3  # tokens of the tests' tokenizer: its own, and those added to it
+
+
+# ---------------------------------------------------------------------------------------- added tokens
+def small_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Path:
+    """A model with an embedding for each of the tokenizer's own tokens and none for those added."""
+    llama(folder, vocab_size=OWN, max_position_embeddings=256, **changes)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_added_tokens_get_rows_that_are_the_mean_of_the_others_and_the_run_says_so(
+    tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = setting(tmp_path / "setting")
+    init = small_llama(tmp_path / "hf", make_tokenizer(), tie_word_embeddings=tied)
+    capsys.readouterr()
+    assert run_train(config, tmp_path / "run", f"--config.model.init_from={init}", *STILL) == 0
+    assert f"{ADDED} rows are added, each the mean of the {OWN} there are" in capsys.readouterr().out
+    assert run_export(tmp_path / "run", tmp_path / "out") == 0
+    before, after = whole(init), whole(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, old in before.items():
+        assert np.array_equal(after[name][: len(old)], old), name
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert after[name].shape == (OWN + ADDED, 32)
+            mean = old.astype(np.float64).mean(axis=0)
+            # A float32 sum of 296 numbers of order 0.2, divided: a few roundings of 1e-8.
+            assert np.abs(after[name][OWN:] - mean).max() < 1e-7 < np.abs(old[0] - mean).max()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == OWN + ADDED == len(tokenizer)
+    with torch.no_grad():
+        assert model(torch.tensor([[OWN + ADDED - 1]])).logits.shape == (1, 1, OWN + ADDED)
+
+
+def test_a_run_started_from_another_run_gets_rows_for_its_tokenizer_s_added_tokens(tmp_path: Path) -> None:
+    config = setting(tmp_path / "setting")
+    assert run_train(config, tmp_path / "first", *STILL) == 0
+    origin = find_origin(str(tmp_path / "first"))
+    ids = {f"token {i}": i for i in range(origin.spec.vocab_size + 2)}
+    spec = with_vocabulary(origin, ids, {"token 300", "token 301"})
+    assert spec == dataclasses.replace(origin.spec, vocab_size=302)
+    mesh = mesh_of(1, 4, 2)
+    decoder = make_decoder(spec, 2)
+    params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
+    table, head = np.asarray(params["embed"]["table"]), np.asarray(params["head"]["weight"])
+    assert table.shape[0] == decoder.vocab_rows and not table[302:].any() and not head[:, 302:].any()
+    assert np.abs(table[300:302] - table[:300].mean(axis=0)).max() < 1e-7
+    assert np.abs(head[:, 300:302] - head[:, :300].mean(axis=1, keepdims=True)).max() < 1e-7
+
+
+def test_a_tokenizer_with_more_tokens_of_its_own_than_the_model_is_another_model_s(tmp_path: Path) -> None:
+    origin = find_origin(str(small_llama(tmp_path, make_tokenizer())))
+    ids = {f"token {i}": i for i in range(OWN + 1)}
+    with pytest.raises(UserError, match=rf"ids go up to {OWN}, .* has {OWN} rows"):
+        with_vocabulary(origin, ids, set())
+    assert with_vocabulary(origin, ids, {f"token {OWN}"}).vocab_size == OWN + 1
+    assert with_vocabulary(origin, {"token 0": 0}, set()).vocab_size == OWN  # rows beyond the tokenizer stay
+    with pytest.raises(UserError, match=rf"id {OWN} \('token {OWN}'\) has no embedding"):
+        check_vocabulary(origin, ids)
+
+
+# ---------------------------------------------------------------------------------------- odd sizes
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_a_vocabulary_of_49155_and_heads_that_8_devices_do_not_divide_come_out_as_they_went_in(
+    sizes: tuple[int, int, int], tmp_path: Path
+) -> None:
+    llama(tmp_path / "in", vocab_size=49155, num_attention_heads=6, num_key_value_heads=3, hidden_size=24)
+    decoder, params = load(tmp_path / "in", mesh_of(*sizes))
+    assert decoder.vocab_rows % sizes[2] == 0 and decoder.vocab_rows > 49155
+    assert sizes[2] == 1 or not params["embed"]["table"].sharding.is_fully_replicated
+    (tmp_path / "out").mkdir()
+    hf.save_params(tmp_path / "out", params, decoder, hf.read_config(tmp_path / "in" / "config.json"), "float32")
+    assert same_bits(whole(tmp_path / "out"), whole(tmp_path / "in"))
+
+
+@pytest.mark.slow
+def test_a_run_on_three_devices_whose_vocabulary_is_padded_otherwise_learns_the_same_and_is_read_on_other_meshes(
+    tmp_path: Path,
+) -> None:
+    config = setting(tmp_path / "setting")
+    flags = ("--config.mesh.tensor=3", "--config.mesh.fsdp=1", "--config.optim.max_steps=2")
+    process = start_train(config, tmp_path / "three", *flags, devices=3)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "mesh.tensor=3 does not divide them" in said  # two heads
+    assert run_train(config, tmp_path / "eight", "--config.optim.max_steps=2") == 0
+    three, eight = (read_metrics(tmp_path / name) for name in ("three", "eight"))
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in three] == pytest.approx([r[key] for r in eight], rel=1e-5)
+        assert three[0][key] != pytest.approx(three[1][key], rel=1e-4)
+    assert run_export(tmp_path / "three", tmp_path / "three_hf") == 0
+    exported = whole(tmp_path / "three_hf")
+    assert exported["lm_head.weight"].shape == (300, 16)
+    origin = find_origin(str(tmp_path / "three"))
+    for tensor in (1, 2):
+        decoder = make_decoder(origin.spec, tensor)
+        mesh = mesh_of(1, 4, tensor)
+        params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
+        assert same_bits(dict(hf.named_arrays(params, decoder, origin.architecture)), exported)
+
+
+# ---------------------------------------------------------------------------------------- every family
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_is_trained_and_exported_by_the_commands_and_loads_in_transformers(
+    case: str, tmp_path: Path
+) -> None:
+    """A step that changes nothing gives back every bit; one that trains changes every tensor."""
+    config = setting(tmp_path / "setting")
+    torch_model(case, tmp_path / "hf", vocab_size=300)
+    make_tokenizer().save_pretrained(tmp_path / "hf")
+    start = f"--config.model.init_from={tmp_path / 'hf'}"
+    assert run_train(config, tmp_path / "still", start, *STILL) == 0
+    assert run_train(config, tmp_path / "run", start, "--config.optim.max_steps=1") == 0
+    for name in ("still", "run"):
+        assert run_export(tmp_path / name, tmp_path / f"{name}_hf") == 0
+    before, still, trained = (whole(tmp_path / name) for name in ("hf", "still_hf", "run_hf"))
+    assert same_bits(before, still)
+    assert trained.keys() == before.keys()
+    assert all(not np.array_equal(trained[name], before[name]) for name in before)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run_hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert type(model).__name__ == CASES[case][0]
+    stops = model.generation_config.eos_token_id
+    end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    assert end in (stops if isinstance(stops, list) else [stops])
+
+
+# ---------------------------------------------------------------------------------------- memory
+MEASURE = """
+import json, sys, threading
+from pathlib import Path
+import jax, numpy as np
+from mice_jax.models import hf
+from mice_jax.models.transformer import make_decoder
+from mice_jax.sharding import make_mesh, param_shardings
+
+def anonymous():
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("RssAnon:"))
+
+folder, output, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+file = folder / "config.json"
+config = hf.read_config(file)
+decoder = make_decoder(hf.spec_from_config(config, file))
+if how == "make":
+    hf.save_params(folder, jax.jit(decoder.init)(jax.random.key(0)), decoder, config, config["torch_dtype"])
+    sys.exit()
+shardings = param_shardings(decoder.abstract, decoder.axes, make_mesh(1, -1, 1))
+before, peaks, stop = anonymous(), [0], threading.Event()
+
+def watch():
+    while not stop.wait(0.002):
+        peaks[-1] = max(peaks[-1], anonymous() - before)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+if how == "plain":  # every tensor read, then stacked
+    from safetensors.numpy import load_file
+    tensors = {n: x for f in folder.glob("*.safetensors") for n, x in load_file(f).items()}
+    names = {n.replace(".0.", ".{}.") for n in tensors if ".0." in n}
+    params = [jax.numpy.asarray(np.stack([tensors[n.format(i)].astype(np.float32)
+              for i in range(config["num_hidden_layers"])])) for n in sorted(names)]
+else:
+    params = jax.block_until_ready(hf.load_params(folder, decoder, "LlamaForCausalLM", shardings))
+    peaks.append(0)
+    hf.save_params(output, params, decoder, config, "bfloat16")
+stop.set()
+watcher.join()
+share = sum(x.size * 4 for x in jax.tree.leaves(decoder.abstract if how != "plain" else params))
+print(json.dumps([share, *peaks]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_import_and_export_of_a_checkpoint_of_over_two_gigabytes_need_no_more_memory_than_the_parameters(
+    dtype: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "vocab_size": 49155, "max_position_embeddings": 4096,
+        "num_hidden_layers": 8 if dtype == "float32" else 16, "torch_dtype": dtype,
+    }  # fmt: skip
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir(), output.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | sizes))
+
+    def measured(how: str, devices: int) -> list[int]:
+        command = [sys.executable, "-c", MEASURE, str(folder), str(output), how]
+        environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PATH": "", "HOME": str(tmp_path)}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout or "[]")
+
+    measured("make", 1)
+    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) > 2e9
+    for devices in (1, 8):
+        share, imported, exported = measured("ours", devices)
+        assert share > 2e9
+        # Both counted from before the import: the parameters are among them.
+        assert imported < 1.15 * share and exported < 1.15 * share, (devices, imported / share, exported / share)
+        assert imported > 0.95 * share  # the parameters themselves are seen
+        assert len(load_file(output / "model.safetensors")) == 9 * config["num_hidden_layers"] + 3
+    share, plain = measured("plain", 1)
+    assert plain > 1.5 * share  # what it would be without care
+    jax.clear_caches()
