@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from absl import flags
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mice_jax import command
@@ -32,7 +33,7 @@ def prepare(values: command.Values) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     origin_folder = config.data.tokenizer or str(find_origin(config.model.init_from).folder)
     encoder = ChatEncoder(load_tokenizer(origin_folder, config.data.chat_template))
-    data = build_dataset(config.data, encoder, lambda what: console.print(f"[dim]{what}[/dim]"))
+    data = build_dataset(config.data, encoder, lambda what: console.print(f"[dim]{escape(what)}[/dim]"))
     console.print(_table(data))
     if values.inspect:
         _inspect(config, data, encoder, values.inspect, console)

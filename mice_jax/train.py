@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.sharding import Mesh
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax import command, distributed, fit, metrics
@@ -76,7 +77,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         _check_same_config(run, config)
 
     # ---- Data -----------------------------------------------------------------------------------------------
-    data = build_dataset(config.data, encoder, lambda what: console.print(f"[dim]{what}[/dim]"))
+    data = build_dataset(config.data, encoder, lambda what: console.print(f"[dim]{escape(what)}[/dim]"))
     mixture = Mixture(
         data.phases,
         batch_size=config.optim.batch_size,
@@ -196,7 +197,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         if lead:
             run.write_json("summary.json", _summary(status, reason, saved, progress, record, run))
         checkpoints.close()
-    console.print(_ending(run, record, start, total_steps))
+    console.print(escape(_ending(run, record, start, total_steps)))
 
 
 def _resolve(
@@ -363,11 +364,12 @@ def _say_plan(
         + (f", resumed after step {start:,}" if start else ""),
     }
     for name, line in lines.items():
-        console.print(f"[bold]{name:<6}[/bold] {line}")
-    warnings = [
-        f"{name}: {n:,} samples dropped, {reason}" for name, s in sources.items() for reason, n in s["dropped"].items()
-    ]
-    warnings += [f"{n}: {s['truncated']:,} samples truncated" for n, s in sources.items() if s["truncated"]]
+        console.print(f"[bold]{name:<6}[/bold] {escape(line)}")
+    held_out = {f"{name}, held out": s for name, s in data.report["validation"].items()}
+    warnings = []
+    for name, s in (sources | held_out).items():
+        warnings += [f"{name}: {n:,} samples dropped, {reason}" for reason, n in s["dropped"].items()]
+        warnings += [f"{name}: {s['truncated']:,} samples truncated"] * bool(s["truncated"])
     if o.batch_size > mixture.shortest_epoch():
         warnings.append(
             f"optim.batch_size={o.batch_size} is larger than an epoch of {mixture.shortest_epoch()} samples: each of "
@@ -389,7 +391,7 @@ def _say_plan(
     if o.max_steps > len(mixture):
         warnings.append(f"optim.max_steps={o.max_steps} is beyond the {len(mixture)} steps that the phases have")
     for warning in warnings:
-        console.print(f"[yellow]warning: {warning}[/yellow]")
+        console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
 
 
 def _added_rows(origin: Origin, spec: ModelSpec) -> list[str]:

@@ -261,7 +261,7 @@ MODEL: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["config.json", "MambaForCausalLM", "LlamaForCausalLM", "GraniteForCausalLM", "Gemma3ForCausalLM"],
     ),
     "an unknown kind of RoPE": (
-        lambda hf: edit(hf / "config.json", rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
+        lambda hf: edit(hf / "config.json", rope_scaling={"rope_type": "dynamic"}, rope_parameters=None),
         ["config.json", "rope_type='dynamic'", "default, linear, llama3, yarn, longrope"],
     ),
     "another shape": (

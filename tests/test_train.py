@@ -22,6 +22,7 @@ from mice_jax import train as train_module
 from runs import (
     REPOSITORY,
     Record,
+    chat,
     make_chats,
     make_tokenizer,
     read_json,
@@ -227,6 +228,16 @@ def test_a_run_can_start_from_another_run(workdir: Path, config: Path, tmp_path:
     assert run_train(config, tmp_path / "next", *flags) == 0
     (line,) = read_metrics(tmp_path / "next")
     assert line["eval/loss"] == pytest.approx(read_metrics(workdir)[-1]["eval/loss"], rel=1e-6)
+
+
+def test_what_is_dropped_of_the_held_out_data_is_said_too_and_names_in_brackets_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = write_jsonl(tmp_path / "held [bold].jsonl", [*HELD_OUT, chat("long", "mice " * 200)])
+    config = setting(tmp_path, f"c.data.validation = [Source(path={str(held)!r})]")
+    assert run_train(config, tmp_path / "run", "--config.optim.max_steps=1") == 0
+    said = capsys.readouterr().out
+    assert "held [bold], held out: 1 samples dropped" in said
 
 
 # ---------------------------------------------------------------------------------------- compilation

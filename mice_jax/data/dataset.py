@@ -49,7 +49,8 @@ def build_dataset(data: config.Data, encoder: ChatEncoder, say: Callable[[str], 
             is_held = hashes < np.uint64(int(data.validation_fraction * 2**64))
             ids = ids[is_held == held_out]
         kept, counts = _kept(corpus, ids, source, data)
-        bad = stores[key].meta["bad_lines"]
+        # A source of which a part is held out is read once: its bad lines are counted with the part that is trained on.
+        bad = {} if held_out and data.validation_fraction else stores[key].meta["bad_lines"]
         counts["dropped"] |= {f"bad line: {k}": v for k, v in bad.items()}
         entries = report["validation" if held_out else "sources"]
         name = source_name(source)
