@@ -6,6 +6,7 @@ differ (Gemma 3), it has one object for each kind of layer.
 """
 
 import math
+import sys
 from typing import Any, Protocol, TypeGuard
 
 from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
@@ -161,7 +162,7 @@ def _whole(left: dict[str, Any], key: str, default: int) -> int:
 
 def is_positive(value: Any) -> TypeGuard[int | float]:
     """Whether it is a number above 0, neither infinite nor a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _kind(name: Any) -> Any:
