@@ -253,9 +253,9 @@ def report(rounds: list[dict[str, dict[str, Any]]], args: argparse.Namespace) ->
         ("compile_s", "  of it compiling, s", ""), ("export_s", "export, s", "1"),
     ):  # fmt: skip
         ours, theirs = ([r[side][key] for r in rounds] for side in SIDES)
-        ratios = [a / b if b else 0.0 for a, b in zip(ours, theirs, strict=True)]
-        middle = statistics.median(ratios)
-        spread = f"{middle:.2f} ({min(ratios):.2f}, {max(ratios):.2f})" if all(theirs) else ""
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)] if all(theirs) else []
+        middle = statistics.median(ratios) if ratios else None
+        spread = f"{middle:.2f} ({min(ratios):.2f}, {max(ratios):.2f})" if ratios else ""
         print(f"{name:<24}{statistics.median(ours):>10.2f}{statistics.median(theirs):>14.2f}{spread:>32}{target:>9}")
         figures[key] = {"ours": ours, "theirs": theirs, "ratio": middle}
     for key, name, target in (

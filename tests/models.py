@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.sharding import Mesh
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.numpy import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mice_jax import sharding
 from mice_jax.data.loader import Arrays, empty_rows, put_sample
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec, Rope
-from mice_jax.models.transformer import Decoder, Params, make_decoder
+from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 
 VOCAB = 101  # no multiple of what it is padded to, nor of a tensor axis
 
@@ -124,3 +126,31 @@ def relative_gap(a: Any, b: Any) -> float:
     """The largest difference between two trees, each leaf's in units of the largest entry of b's."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(gap(x, y) / float(np.max(np.abs(np.asarray(y)))) for x, y in pairs)
+
+
+def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    """The same names, shapes, dtypes and bytes."""
+    same = [a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a]
+    return a.keys() == b.keys() and all(same)
+
+
+def whole(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a folder, whatever the number of its files."""
+    return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+
+
+def our_logits(decoder: Decoder, params: Params, rows: Arrays, attention: str = "blockwise") -> np.ndarray:
+    """float32 logits [B T V] of packed rows."""
+    compute = Compute(jnp.dtype("float32"), attention, "none")
+
+    def run(params: Params, rows: Arrays) -> jax.Array:
+        model = decoder.bind(params)
+        return model.logits(model.hidden(rows["tokens"], rows["positions"], rows["segment_ids"], compute))
+
+    return np.asarray(jax.jit(run, compiler_options=QUICK)(params, rows))
+
+
+def torch_logits(model: PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
+    """[T] -> [T V] in the model's dtype."""
+    with torch.no_grad():
+        return model(torch.tensor(tokens)[None].long()).logits[0].numpy()

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, torch_model
+from mice_jax.data.loader import Arrays
 from mice_jax.models import hf
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.positions import KINDS
@@ -27,8 +28,7 @@ from mice_jax.models.spec import ModelSpec, Rope
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.sharding import param_shardings
 from mice_jax.step import batch_loss
-from models import QUICK, gap, load, mesh_of
-from test_hf import same_bits, whole
+from models import QUICK, gap, load, mesh_of, our_logits, packed, same_bits, torch_logits, whole
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 600).astype(np.int32)
 # Logits of order 5 in float32, by sums of a few hundred products in another order: torch's own distance from
@@ -37,55 +37,22 @@ LOGITS = 1e-4
 RELATIVE = 1e-4  # of loss, and of a gradient in units of the largest entry of its tensor
 MESHES = [(1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 2, 4)]  # the last has more ways than there are key heads
 
-Rows = dict[str, np.ndarray]
 
-
-def rows_of(*samples: np.ndarray, slots: int = 0) -> Rows:
+def row_of(*samples: np.ndarray, slots: int = 0) -> Arrays:
     """One row of samples, one after another; every token but each one's first is predicted."""
-    n = sum(map(len, samples))
-    slots = slots or n
-    rows = {k: np.zeros((1, slots), np.int32) for k in ("tokens", "targets", "segment_ids", "positions")}
-    rows["loss_weights"] = np.zeros((1, slots), np.float32)
-    at = 0
-    for segment, tokens in enumerate(samples, 1):
-        to = slice(at, at + len(tokens))
-        rows["tokens"][0, to], rows["targets"][0, to] = tokens, np.roll(tokens, -1)
-        rows["segment_ids"][0, to], rows["positions"][0, to] = segment, np.arange(len(tokens))
-        rows["loss_weights"][0, at : to.stop - 1] = 1
-        at = to.stop
-    return rows
+    return packed([[(tokens, np.ones(len(tokens), bool)) for tokens in samples]], slots or sum(map(len, samples)))
 
 
-def forward(decoder: Decoder, attention: str) -> Any:
-    compute = Compute(jnp.dtype("float32"), attention, "none")
-
-    def run(params: Params, rows: Rows) -> jax.Array:
-        model = decoder.bind(params)
-        return model.logits(model.hidden(rows["tokens"], rows["positions"], rows["segment_ids"], compute))
-
-    return run
-
-
-def our_logits(decoder: Decoder, params: Params, rows: Rows | None = None, attention: str = "blockwise") -> np.ndarray:
-    rows = rows_of(TOKENS) if rows is None else rows
-    return np.asarray(jax.jit(forward(decoder, attention), compiler_options=QUICK)(params, rows))
-
-
-def our_gradients(decoder: Decoder, params: Params, rows: Rows) -> tuple[float, Params]:
+def our_gradients(decoder: Decoder, params: Params, rows: Arrays) -> tuple[float, Params]:
     """The loss, and its gradients, through the loss and the attention that training takes."""
     compute = Compute(jnp.dtype("float32"), "blockwise", "full")
 
-    def loss(params: Params, rows: Rows) -> jax.Array:
+    def loss(params: Params, rows: Arrays) -> jax.Array:
         loss_sum, weight_sum = batch_loss(decoder, params, rows, compute, chunk=128)
         return loss_sum / weight_sum
 
     value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params, rows)
     return float(value), grads
-
-
-def torch_logits(model: PreTrainedModel, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(tokens)[None].long()).logits[0].numpy()
 
 
 def torch_gradients(model: PreTrainedModel) -> tuple[float, dict[str, np.ndarray]]:
@@ -144,13 +111,13 @@ def test_every_family_has_a_case_every_kind_of_rope_is_in_one_and_every_case_goe
 def test_logits_loss_and_every_gradient_are_those_of_transformers(case: str, folders: Any, strict_dtypes: None) -> None:
     model = made(case)
     decoder, params = load(folders(case), mesh_of(1, 1, 1))
-    expected = torch_logits(model)
+    expected = torch_logits(model, TOKENS)
     assert np.abs(expected).max() > 1  # large enough that the tolerance is small
     for attention in ("blockwise", "reference"):
-        logits = our_logits(decoder, params, attention=attention)[0]
+        logits = our_logits(decoder, params, row_of(TOKENS), attention)[0]
         assert logits.shape == (600, VOCAB) and logits.dtype == np.float32
         assert gap(logits, expected) < LOGITS, attention
-    loss, grads = our_gradients(decoder, params, rows_of(TOKENS))
+    loss, grads = our_gradients(decoder, params, row_of(TOKENS))
     their_loss, their_grads = torch_gradients(model)
     assert abs(loss / their_loss - 1) < RELATIVE
     gaps = relative_gaps(grads, decoder, CASES[case][0], their_grads)
@@ -228,12 +195,12 @@ EXPECTED_OFF = {
 @pytest.mark.parametrize("case", CASES)
 def test_with_any_one_feature_switched_off_the_logits_are_ten_tolerances_away(case: str, folders: Any) -> None:
     decoder, params = load(folders(case), mesh_of(1, 1, 1))
-    expected = torch_logits(made(case))
+    expected = torch_logits(made(case), TOKENS)
     off = switched_off(decoder.spec)
     assert EXPECTED_OFF[case] | {"ropes: none"} <= off.keys()
     for what, spec in off.items():
         other = make_decoder(spec)
-        logits = our_logits(other, pruned(params, other.abstract), attention="reference")[0]
+        logits = our_logits(other, pruned(params, other.abstract), row_of(TOKENS), "reference")[0]
         assert not gap(logits, expected) <= 10 * LOGITS, what  # NaN is as wrong
 
 
@@ -243,7 +210,7 @@ def test_in_a_packed_row_each_sample_is_as_transformers_has_it_alone(case: str, 
     """LongRoPE too, whose frequencies hang on the sample's own length: a short one beside a long one."""
     model, (decoder, params) = made(case), load(folders(case), mesh_of(1, 1, 1))
     samples = [TOKENS[:ORIGINAL], TOKENS[200 : 200 + ORIGINAL + 1], TOKENS[:30], TOKENS[100:500]]
-    rows = rows_of(*samples, slots=704)
+    rows = row_of(*samples, slots=704)
     logits, at = our_logits(decoder, params, rows)[0], 0
     for tokens in samples:
         alone = torch_logits(model, tokens)
@@ -268,25 +235,25 @@ def test_what_is_imported_and_exported_again_is_bit_equal_and_loads_in_transform
     assert same_bits(whole(tmp_path), whole(folders(case)))
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert type(again) is type(made(case))
-    assert np.array_equal(torch_logits(again), torch_logits(made(case)))
+    assert np.array_equal(torch_logits(again, TOKENS), torch_logits(made(case), TOKENS))
     changed = jax.tree.map(lambda x: x, params)
     changed["final_norm"]["scale"] = changed["final_norm"]["scale"] + np.float32(0.01)
     hf.save_params(tmp_path, changed, decoder, hf.read_config(folders(case) / "config.json"), "float32")
     other = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    assert gap(torch_logits(other), torch_logits(made(case))) > 10 * LOGITS
+    assert gap(torch_logits(other, TOKENS), torch_logits(made(case), TOKENS)) > 10 * LOGITS
 
 
 # ---------------------------------------------------------------------------------------- meshes
 @functools.cache
 def on_one_device(case: str, folder: Path) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
     model = made(case)
-    return torch_logits(model), *torch_gradients(model)
+    return torch_logits(model, TOKENS), *torch_gradients(model)
 
 
 def on_mesh(case: str, folder: Path, mesh: Mesh) -> tuple[np.ndarray, float, dict[str, float]]:
     """Logits, loss and how far its gradients lie from torch's, with eight rows split over the mesh."""
     decoder, params = load(folder, mesh)
-    row = rows_of(TOKENS)
+    row = row_of(TOKENS)
     rows = {k: np.repeat(v, 8, axis=0) for k, v in row.items()}
     with jax.set_mesh(mesh):
         logits = our_logits(decoder, params, rows)

@@ -19,13 +19,14 @@ from transformers import LlamaForCausalLM
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.spec import Rope
-from mice_jax.models.transformer import Compute, Decoder, Params
-from models import QUICK, gap, in_float64, llama, load, mesh_of
+from mice_jax.models.transformer import Decoder, Params
+from models import gap, in_float64, llama, load, mesh_of, our_logits, packed, same_bits, torch_logits, whole
 
 # float32 logits of order 10 after two layers. The bound is this or three times torch's own distance from float64.
 LOGITS = 1e-4
 VOCAB = 1001
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 600)
+ROW = packed([[(TOKENS, np.ones(600, bool))]], 600)
 MESHES = [(1, 1, 1), (1, 8, 1), (1, 4, 2), (2, 2, 2)]
 
 
@@ -47,23 +48,6 @@ def copied(untied: tuple[Path, LlamaForCausalLM], tmp_path: Path) -> Path:
     return Path(shutil.copytree(untied[0], tmp_path / "copied"))
 
 
-def torch_logits(model: LlamaForCausalLM) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS)[None]).logits[0].double().numpy()
-
-
-def our_logits(decoder: Decoder, params: Params, attention: str = "blockwise") -> np.ndarray:
-    compute = Compute(jnp.dtype("float32"), attention, "none")
-    tokens = TOKENS[None].astype(np.int32)
-    positions = np.arange(600, dtype=np.int32)[None]
-
-    def run(params: Params) -> jax.Array:
-        model = decoder.bind(params)
-        return model.logits(model.hidden(tokens, positions, np.ones_like(tokens), compute))
-
-    return np.asarray(jax.jit(run, compiler_options=QUICK)(params)[0])
-
-
 def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
@@ -78,27 +62,16 @@ def spec_of_config(folder: Path) -> Any:
     return hf.spec_from_config(hf.read_config(folder / "config.json"), folder / "config.json")
 
 
-def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    """The same names, shapes, dtypes and bytes."""
-    same = [a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a]
-    return a.keys() == b.keys() and all(same)
-
-
-def whole(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder, whatever the number of its files."""
-    return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
-
-
 # ---------------------------------------------------------------------------------------- parity
 @pytest.mark.parametrize("attention", ["reference", "blockwise"])
 def test_logits_on_600_tokens_are_those_of_transformers_torch_model(
     attention: str, either: tuple[Path, LlamaForCausalLM], strict_dtypes: None
 ) -> None:
     folder, model = either
-    expected, exact = torch_logits(model), torch_logits(in_float64(model))
+    expected, exact = torch_logits(model, TOKENS), torch_logits(in_float64(model), TOKENS)
     noise = gap(expected, exact)
     assert 0 < noise < LOGITS < np.abs(exact).max() / 1000
-    ours = our_logits(*load(folder, mesh_of(1, 1, 1)), attention)
+    ours = our_logits(*load(folder, mesh_of(1, 1, 1)), ROW, attention)[0]
     assert ours.shape == (600, VOCAB) and ours.dtype == np.float32
     assert gap(ours, expected) < max(LOGITS, 3 * noise)
     assert gap(ours, exact) < max(LOGITS, 3 * noise)
@@ -136,9 +109,9 @@ OTHERS = [
 
 
 def test_with_any_feature_switched_off_the_logits_differ(untied: tuple[Path, LlamaForCausalLM]) -> None:
-    expected = torch_logits(untied[1])
+    expected = torch_logits(untied[1], TOKENS)
     for what in OTHERS + BIASES:
-        assert gap(our_logits(*switched_off(what, untied[0]), "reference"), expected) > 10 * LOGITS, what
+        assert gap(our_logits(*switched_off(what, untied[0]), ROW, "reference")[0], expected) > 10 * LOGITS, what
 
 
 def test_without_biases_and_with_the_default_head_dim_logits_are_transformers_too(tmp_path: Path) -> None:
@@ -147,7 +120,7 @@ def test_without_biases_and_with_the_default_head_dim_logits_are_transformers_to
     decoder, params = load(tmp_path, mesh_of(1, 1, 1))
     assert (decoder.spec.head_dim, decoder.spec.num_kv_heads) == (8, 4)
     assert not [name for name in params["layers"]["mlp"] if "bias" in name]
-    assert gap(our_logits(decoder, params), torch_logits(model)) < LOGITS
+    assert gap(our_logits(decoder, params, ROW)[0], torch_logits(model, TOKENS)) < LOGITS
 
 
 # ---------------------------------------------------------------------------------------- in and out
@@ -177,12 +150,13 @@ def test_an_exported_folder_loads_in_transformers_with_equal_logits(
     hf.save_params(tmp_path, params, decoder, config_of(folder), "float32")
     again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
     assert next(again.parameters()).dtype == torch.float32
-    assert np.array_equal(torch_logits(again), torch_logits(model))
+    assert np.array_equal(torch_logits(again, TOKENS), torch_logits(model, TOKENS))
     params["final_norm"]["scale"] *= 1.01
     other = tmp_path / "other"
     other.mkdir()
     hf.save_params(other, params, decoder, config_of(folder), "float32")
-    assert gap(torch_logits(LlamaForCausalLM.from_pretrained(other).eval()), torch_logits(model)) > 10 * LOGITS
+    changed = LlamaForCausalLM.from_pretrained(other).eval()
+    assert gap(torch_logits(changed, TOKENS), torch_logits(model, TOKENS)) > 10 * LOGITS
 
 
 def test_an_export_in_bfloat16_is_rounded_as_torch_rounds(
@@ -246,7 +220,7 @@ def test_an_export_in_several_files_has_an_index_and_loads_everywhere(
     loaded, expected = load(in_shards, mesh_of(1, 4, 2))[1], load(folder, mesh_of(1, 4, 2))[1]
     assert gap(loaded, expected) == 0
     again = LlamaForCausalLM.from_pretrained(in_shards).eval()
-    assert np.array_equal(torch_logits(again), torch_logits(model))
+    assert np.array_equal(torch_logits(again, TOKENS), torch_logits(model, TOKENS))
     assert hf.stored_dtype(in_shards) == "float32"
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from mice_jax.models import rope
 from mice_jax.models.attention import attend
 from mice_jax.models.attention.reference import masked
-from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.scoring import Scoring, softcapped
 from mice_jax.models.spec import ModelSpec
 from mice_jax.sharding import constrain, gather_split_heads
 
@@ -264,8 +264,7 @@ class Transformer(nnx.Module):
         """[B T D] -> float32 [B T vocab_size]."""
         weight = self.output_weight()[:, : self.spec.vocab_size].astype(hidden.dtype)
         logits = jnp.einsum("btd,dv->btv", hidden, weight, preferred_element_type=jnp.float32)
-        logits, cap = logits * self.spec.logit_scale, self.spec.logit_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return softcapped(logits * self.spec.logit_scale, self.spec.logit_softcap)
 
     def _embedded(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         table = constrain(self.embed.table[...].astype(dtype), "vocab", "hidden")

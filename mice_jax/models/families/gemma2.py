@@ -8,26 +8,28 @@ from mice_jax.models.families.reading import Reader, plain_spec
 from mice_jax.models.spec import ModelSpec
 
 ARCHITECTURE = "Gemma2ForCausalLM"
-DEFAULTS: dict[str, Any] = {
-    "tied": True,
-    "head_dim": 256,
-    "activation_key": "hidden_activation",
-    "activation": "gelu_pytorch_tanh",
-}
 NAMES = [*names.PROJECTIONS, *names.PRE_AND_POST_NORMS]
 
 
 def spec_from_hf(c: Reader) -> ModelSpec:
-    c.only(use_bidirectional_attention=False)
-    spec, bias = plain_spec(c, **DEFAULTS), c.flag("attention_bias", False)
-    window = c.window("sliding_window", 4096)
-    c.get("hidden_act")  # an older key, which nothing goes by
+    spec = gemma_spec(c)
     return dataclasses.replace(
         spec,
-        windows=c.windows(window, [(i + 1) % 2 != 0 for i in range(spec.num_layers)]),
-        attention_scale=c.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        windows=c.windows(c.window("sliding_window", 4096), [i % 2 == 0 for i in range(spec.num_layers)]),
         attention_softcap=c.or_none("attn_logit_softcapping", 50.0),
         logit_softcap=c.or_none("final_logit_softcapping", 30.0),
+    )
+
+
+def gemma_spec(c: Reader, **defaults: Any) -> ModelSpec:
+    """What Gemma 2 and 3 have in common; `defaults` as in `plain_spec`."""
+    c.only(use_bidirectional_attention=False)
+    c.get("hidden_act")  # an older key, which nothing goes by
+    activation = {"activation_key": "hidden_activation", "activation": "gelu_pytorch_tanh"}
+    spec, bias = plain_spec(c, tied=True, head_dim=256, **activation, **defaults), c.flag("attention_bias", False)
+    return dataclasses.replace(
+        spec,
+        attention_scale=c.number("query_pre_attn_scalar", 256.0) ** -0.5,
         post_norm=True,
         norm_offset=1.0,
         embedding_multiplier=spec.d_model**0.5,
