@@ -4,6 +4,7 @@
 from). A step's folder has its name only once it is whole; what a killed save left is another name and is removed.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import orbax.checkpoint as ocp
 from mice_jax.errors import UserError
 from mice_jax.models.transformer import Params
 from mice_jax.step import TrainState
+
+PADDED = ("embed", "head")  # what has a vocabulary's dim
 
 
 class Checkpoints:
@@ -28,9 +31,12 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=not read_only,
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_names=("params", "opt_state", "progress")
-        )
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "opt_state": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, progress: dict[str, Any]) -> None:
         """Starts to save; the arrays are copied before it returns, the files written behind."""
@@ -47,7 +53,7 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state at a step, laid out as `abstract` says, and its progress."""
-        # Not strict about shapes: a vocabulary is padded to what the tensor axis divides, with zeros here as there.
+        self._check_shapes(step, abstract.params)
         items = {
             "params": ocp.args.StandardRestore(abstract.params, strict=False),
             "opt_state": ocp.args.StandardRestore(abstract.opt_state, strict=False),
@@ -59,8 +65,25 @@ class Checkpoints:
 
     def restore_params(self, step: int, abstract: Params) -> Params:
         """The parameters alone, laid out as `abstract` says."""
+        self._check_shapes(step, abstract)
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract, strict=False))
         return self._manager.restore(step, args=items)["params"]
+
+    def _check_shapes(self, step: int, abstract: Params) -> None:
+        """Restoring pads and cuts arrays to the shapes that are asked for: that may happen to a vocabulary alone.
+
+        It is padded to what the tensor axis divides, with zeros here as there.
+        """
+        stored = self._manager.item_metadata(step)["params"]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+            found = functools.reduce(lambda tree, key: tree[key.key], path, stored).shape
+            differing = sum(a != b for a, b in zip(found, leaf.shape, strict=True))
+            if differing > (path[0].key in PADDED):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise UserError(
+                    f"{self.folder / str(step)} holds {name} of shape {list(found)}, but the model's config.json makes "
+                    f"it {list(leaf.shape)}. Put back the config.json that the run was made with."
+                )
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())

@@ -41,6 +41,18 @@ def test_a_run_starts_from_the_weights_of_another_run_or_of_one_of_its_checkpoin
         assert equal(params_of(tmp_path / name), wanted)
 
 
+def test_a_checkpoint_is_never_cut_or_padded_to_another_model_s_shapes(tmp_path: Path) -> None:
+    config, run = setting(tmp_path), tmp_path / "run"
+    assert run_train(config, run, "--config.optim.max_steps=1") == 0
+    params_of(run)  # good so far
+    file = run / "model" / "config.json"
+    right = file.read_text()
+    for key, old, new in (("intermediate_size", 48, 32), ("hidden_size", 16, 32)):
+        file.write_text(right.replace(f'"{key}": {old}', f'"{key}": {new}'))
+        with pytest.raises(UserError, match=rf"1 holds .* of shape \[.*{old}.*\], .* makes it \[.*{new}.*\]"):
+            params_of(run)
+
+
 def test_a_place_that_holds_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere is no folder"):
         find_origin(str(tmp_path / "nowhere"))
