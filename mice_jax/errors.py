@@ -21,3 +21,8 @@ class Preempted(Exception):
     """The run was asked to leave and has saved its state; exits with 75: run again to go on."""
 
     exit_code = 75
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, to stand inside a sentence."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

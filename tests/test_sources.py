@@ -1,16 +1,14 @@
-"""Every kind of file and format, and every way in which a line can be bad, with its file and line."""
+"""Every format, and every way in which a record can be bad, with its file and line."""
 
-import gzip
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from mice_jax.data.sources import FORMATS, Sample, files_of, read_samples
+from mice_jax.data.readers import FileReader
+from mice_jax.data.sources import FORMATS, Sample, find_format, read_samples
 from mice_jax.errors import UserError
 
 HELLO = [{"role": "user", "content": "Hello 🤖"}, {"role": "assistant", "content": "Red"}]
@@ -24,84 +22,11 @@ def lines(*records: Any) -> bytes:
 def read(path: Path, data: bytes | None = None, **options: Any) -> list[Sample]:
     if data is not None:
         path.write_bytes(data)
-    return list(read_samples([path], **options))
+    return list(read_samples(FileReader([path]), **options))
 
 
 def with_message(**keys: Any) -> dict[str, Any]:
     return {"messages": [HELLO[0], {"role": "assistant", "content": "Red", **keys}]}
-
-
-# ---------------------------------------------------------------------------------------- files
-def test_lines_are_read_in_order_and_blank_ones_are_nothing(tmp_path: Path) -> None:
-    data = lines(GOOD) + b"\n  \r\n" + lines({**GOOD, "unmask": True, "tools": [{"name": "add"}]})
-    first, second = read(tmp_path / "a.jsonl", data)
-    assert (first.messages, first.tools, first.unmask) == (HELLO, None, False)
-    assert (second.tools, second.unmask) == ([{"name": "add"}], True)
-    assert (first.where, second.where) == (f"{tmp_path}/a.jsonl line 1", f"{tmp_path}/a.jsonl line 4")
-
-
-def test_a_last_line_without_newline_and_a_byte_order_mark_do_no_harm(tmp_path: Path) -> None:
-    assert len(read(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + lines(GOOD, GOOD).rstrip())) == 2
-    assert len(read(tmp_path / "a.json", b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())) == 1
-
-
-def test_packed_files_are_read_as_plain_ones(tmp_path: Path) -> None:
-    data = lines(GOOD, GOOD)
-    plain = [s.messages for s in read(tmp_path / "a.jsonl", data)]
-    two_members = gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :])
-    assert [s.messages for s in read(tmp_path / "a.jsonl.gz", two_members)] == plain
-    with pa.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as out:
-        out.write(data)
-    assert [s.messages for s in read(tmp_path / "a.jsonl.zst")] == plain
-
-
-def test_a_json_file_is_a_list_of_records(tmp_path: Path) -> None:
-    (sample,) = read(tmp_path / "a.json", json.dumps([GOOD], indent=1).encode())
-    assert (sample.messages, sample.where) == (HELLO, f"{tmp_path}/a.json item 1")
-    with pytest.raises(UserError, match=r"a\.json holds an object"):
-        read(tmp_path / "a.json", json.dumps(GOOD).encode())
-    with pytest.raises(UserError, match=r"a\.json is not one JSON document.*line 2.*name it \.jsonl"):
-        read(tmp_path / "a.json", lines(GOOD, GOOD))
-    with pytest.raises(UserError, match=r"a\.json item 2: it is the number 3"):
-        read(tmp_path / "a.json", json.dumps([GOOD, 3]).encode())
-
-
-def test_parquet_rows_are_read_without_the_nulls_that_its_structs_add(tmp_path: Path) -> None:
-    call = {"type": "function", "function": {"name": "add"}}
-    called = {"role": "assistant", "content": None, "tool_calls": [call], "train": True}
-    rows = [{**GOOD, "tools": [{"name": "add"}], "unmask": True}, {"messages": [HELLO[0], called]}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    first, second = read(tmp_path / "a.parquet")
-    assert (first.messages, first.tools, first.unmask) == (HELLO, [{"name": "add"}], True)
-    assert (second.messages, second.tools, second.unmask) == ([HELLO[0], called], None, False)
-    assert second.where == f"{tmp_path}/a.parquet row 2"
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.jsonl.zst"])
-def test_a_file_that_is_not_of_its_kind_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"{name} cannot be read past"):
-        read(tmp_path / name, lines(GOOD))
-
-
-def test_a_packed_file_cut_short_is_named_even_where_bad_lines_are_skipped(tmp_path: Path) -> None:
-    packed = gzip.compress(b"".join(lines({"messages": [{**HELLO[0], "n": i}]}) for i in range(9999)))
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read past line [0-9]{3,}"):
-        read(tmp_path / "a.jsonl.gz", packed[: len(packed) // 2], skip_bad=Counter())
-
-
-def test_files_are_found_by_name_glob_and_folder_in_order(tmp_path: Path) -> None:
-    names = ["b.jsonl", "a.jsonl", "c[1].jsonl", "notes.txt"]
-    for name in names:
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "d.jsonl").mkdir()
-    found = [p.name for p in files_of(f"{tmp_path}/*.jsonl")]
-    assert found == ["a.jsonl", "b.jsonl", "c[1].jsonl"] == [p.name for p in files_of(str(tmp_path))]
-    assert [p.name for p in files_of(f"{tmp_path}/c[1].jsonl")] == ["c[1].jsonl"]
-    for nothing in ("nowhere.jsonl", "*.parquet", "d.jsonl"):
-        with pytest.raises(UserError, match="names no file"):
-            files_of(f"{tmp_path}/{nothing}")
-    with pytest.raises(UserError, match=r"notes\.txt is of no kind"):
-        read(tmp_path / "notes.txt")
 
 
 # ---------------------------------------------------------------------------------------- bad lines
@@ -229,6 +154,21 @@ def test_alpaca_leaves_out_an_empty_input_and_keeps_a_system_message(tmp_path: P
     assert turns == [("system", "Be kind."), ("user", "Add."), ("assistant", "2")]
 
 
+def test_a_prompt_and_completion_of_messages_trains_on_the_completion_alone(tmp_path: Path) -> None:
+    shot = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
+    record = {"prompt": shot, "completion": [{"role": "assistant", "content": "4"}]}
+    (sample,) = read(tmp_path / "a.jsonl", lines(record), format="prompt_completion")
+    assert [(m["content"], m.get("train")) for m in sample.messages] == [*((c, False) for c in "123"), ("4", None)]
+
+
+def test_messages_kept_as_lists_of_fields_are_put_together(tmp_path: Path) -> None:
+    columns = {k: [m[k] for m in HELLO] for k in ("role", "content")}
+    (sample,) = read(tmp_path / "a.jsonl", lines({"messages": columns}))
+    assert sample.messages == HELLO
+    with pytest.raises(UserError, match="messages is an object, and must be a list"):
+        read(tmp_path / "a.jsonl", lines({"messages": {"role": ["user"], "content": []}}))
+
+
 @pytest.mark.parametrize(
     ("format", "record", "words"),
     [
@@ -246,8 +186,32 @@ def test_a_record_of_another_format_is_named(format: str, record: dict[str, Any]
         read(tmp_path / "a.jsonl", lines(record), format=format)
 
 
+# ---------------------------------------------------------------------------------------- which format
+def found(folder: Path, format: str, *records: Any) -> tuple[str, str]:
+    (folder / "a.jsonl").write_bytes(lines(*records))
+    return find_format("a.jsonl", FileReader([folder / "a.jsonl"]), format)
+
+
 def test_an_unknown_format_is_answered_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Source\.format='alpacca'.*did you mean 'alpaca'"):
-        read(tmp_path / "a.jsonl", lines(GOOD), format="alpacca")
+        found(tmp_path, "alpacca", GOOD)
     with pytest.raises(UserError, match=r"one of messages, alpaca, prompt_completion, sharegpt, text"):
-        read(tmp_path / "a.jsonl", lines(GOOD), format="zzz")
+        found(tmp_path, "zzz", GOOD)
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f != "messages"])
+def test_a_format_that_the_first_record_shows_is_taken_and_said(format: str, tmp_path: Path) -> None:
+    record, _ = FORMATTED[format]
+    record = {k: v for k, v in record.items() if k != "text" or format == "text"}
+    taken, said = found(tmp_path, "messages", 3, {**record, "unmask": True})  # the first *object*
+    assert taken == format and f"read as {format}: its first record has `" in said and "no `messages`" in said
+    assert found(tmp_path, format, record) == (format, "")
+
+
+def test_a_format_is_never_guessed(tmp_path: Path) -> None:
+    assert found(tmp_path, "messages", {**GOOD, "text": "a", "prompt": "b", "completion": "c"}) == ("messages", "")
+    assert found(tmp_path, "messages", {"question": "a", "answer": "b"}) == ("messages", "")
+    assert found(tmp_path, "messages") == ("messages", "")
+    assert found(tmp_path, "text", GOOD) == ("text", "")  # asked for: its records will say what is wrong
+    with pytest.raises(UserError, match=r"could be read as prompt_completion or as text.*format='prompt_completion'"):
+        found(tmp_path, "messages", {"prompt": "a", "completion": "b", "text": "ab"})

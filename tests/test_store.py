@@ -1,17 +1,26 @@
 """Stores are read without a copy, hold what the encoder gives, and are built anew exactly when they must be."""
 
+import errno
+import fcntl
+import gzip
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mice_jax.data import readers
 from mice_jax.data import store as store_module
 from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.readers import FileReader
 from mice_jax.data.sources import read_samples
 from mice_jax.data.store import TokenStore, build_store
 from mice_jax.data.tokenizer import load_tokenizer
@@ -38,8 +47,10 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def build(cache: Path, data: Path, encoder: ChatEncoder) -> Build:
-    def build(path: Path = data, format: str = "messages", by: ChatEncoder = encoder, skip: bool = False) -> TokenStore:
-        return build_store(str(path), format=format, encoder=by, skip_bad=skip, cache_dir=cache)
+    def build(
+        path: Path = data, format: str = "messages", by: ChatEncoder = encoder, skip: bool = False, **more: Any
+    ) -> TokenStore:
+        return build_store(str(path), format=format, encoder=by, skip_bad=skip, cache_dir=cache, **more)
 
     return build
 
@@ -52,7 +63,7 @@ def stamps(cache: Path) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------- content
 def test_a_store_holds_what_the_encoder_gives(build: Build, data: Path, encoder: ChatEncoder) -> None:
     store = build()
-    wanted = encoder.encode(list(read_samples([data])))
+    wanted = encoder.encode(list(read_samples(FileReader([data]))))
     assert len(store) == len(wanted) == 30
     for i, sample in enumerate(wanted):
         tokens, trained = store.sample(i)
@@ -65,7 +76,7 @@ def test_a_store_holds_what_the_encoder_gives(build: Build, data: Path, encoder:
 
 def test_samples_are_found_across_record_batches(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [[x.tolist() for x in build().sample(i)] for i in range(30)]
-    monkeypatch.setattr(store_module, "ENCODE_AT_ONCE", 7)
+    monkeypatch.setattr(readers, "BLOCK_RECORDS", 7)
     monkeypatch.setattr(store_module, "VERSION", 10**6)  # so that it is built anew
     store = build()
     assert len(store._offsets) == 5
@@ -78,6 +89,27 @@ def test_the_first_token_of_a_sample_is_no_trained_one(build: Build, tmp_path: P
     store = build(write_jsonl(tmp_path / "documents.jsonl", [document]))
     assert store.sample(0)[1].all()
     assert store.num_trained.tolist() == [store.lengths[0] - 1]
+
+
+def test_a_sample_is_found_again_in_its_source_by_file_and_line(build: Build, data: Path, tmp_path: Path) -> None:
+    data.write_bytes(b"\n\n" + data.read_bytes())
+    for folder in ("one", "two"):  # the same content in another place: the same store, with places of its own
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_bytes(data.read_bytes())
+        (tmp_path / folder / "b.jsonl").write_bytes(data.read_bytes())
+        store = build(tmp_path / folder)
+        assert len(store) == 60
+        assert store.where(0) == f"{tmp_path / folder}/a.jsonl line 3"
+        assert store.where(30) == f"{tmp_path / folder}/b.jsonl line 3"
+        assert store.where(59) == f"{tmp_path / folder}/b.jsonl line 32"
+
+
+def test_a_detected_format_is_said_and_kept(build: Build, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "who?", "completion": "mice"}])
+    said: list[str] = []
+    detected = build(file, say=said.append)
+    assert detected.meta["format"] == "prompt_completion" and ["read as prompt_completion" in s for s in said] == [True]
+    assert build(file, "prompt_completion").fingerprint == detected.fingerprint
 
 
 def test_equal_samples_have_equal_hashes_and_others_have_others(build: Build, tmp_path: Path) -> None:
@@ -138,6 +170,109 @@ def test_a_store_is_of_one_format(build: Build, cache: Path, tmp_path: Path) -> 
     assert len(stamps(cache)) == 2
 
 
+# ---------------------------------------------------------------------------------------- several processes
+def bytes_of(cache: Path) -> list[bytes]:
+    return [f.read_bytes() for f in sorted(cache.glob("*/tokens.arrow"))]
+
+
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source of ten blocks."""
+    monkeypatch.setattr(readers, "BLOCK_RECORDS", 20)
+    return write_jsonl(tmp_path / "many.jsonl", make_chats(200))
+
+
+def test_the_number_of_processes_changes_nothing(build: Build, cache: Path, many: Path) -> None:
+    watched: list[tuple[float, int]] = []
+    build(many, workers=1)
+    alone = bytes_of(cache)
+    (done,) = cache.glob("*/meta.json")
+    done.unlink()
+    build(many, workers=3, watch=lambda done, samples: watched.append((done, samples)))
+    assert bytes_of(cache) == alone and len(alone[0]) > 1000
+    assert [samples for _, samples in watched] == list(range(20, 201, 20))
+    assert [d for d, _ in watched] == sorted(d for d, _ in watched) and watched[-1][0] == 1
+
+
+def test_the_first_bad_line_is_named_whichever_process_met_it(build: Build, many: Path) -> None:
+    lines = many.read_bytes().splitlines()
+    lines[150], lines[97] = b"{bad", b"[]"
+    many.write_bytes(b"\n".join(lines))
+    with pytest.raises(UserError, match=r"many\.jsonl line 98: it is a"):
+        build(many, workers=3)
+    store = build(many, workers=3, skip=True)
+    assert len(store) == 198 and store.meta["bad_lines"] == {"not an object": 1, "not JSON": 1}
+
+
+def test_what_is_bad_before_a_file_breaks_off_is_told_first(build: Build, many: Path) -> None:
+    lines = many.read_bytes().splitlines()
+    lines[97] = b"[]"
+    packed = gzip.compress(b"\n".join(lines))
+    broken = many.with_suffix(".jsonl.gz")
+    broken.write_bytes(packed[:-20])
+    for workers in (1, 3):
+        with pytest.raises(UserError, match="line 98"):
+            build(broken, workers=workers)
+
+
+class Mortal(ChatEncoder):
+    """Ends its process at sample 101, unless it is told to go on."""
+
+    def encode(self, samples: Any) -> Any:
+        if samples[-1].number > 100 and not os.environ.get("MICE_TEST_GO_ON"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(samples)
+
+
+def test_a_worker_that_is_killed_is_told_and_what_was_done_is_kept(
+    build: Build, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mortal = Mortal(make_tokenizer())
+    with pytest.raises(UserError, match=r"ended from outside.*fewer data\.prepare_workers"):
+        build(many, by=mortal, workers=2)
+    monkeypatch.setenv("MICE_TEST_GO_ON", "1")
+    assert len(build(many, by=mortal, workers=2)) == 200
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from mice_jax.data import readers, store
+from mice_jax.data.tokenizer import load_tokenizer
+from test_store import Mortal
+readers.BLOCK_RECORDS, store.JOURNAL_EVERY_S = 20, 0
+path, cache, tokenizer = sys.argv[1:]
+encoder = Mortal(load_tokenizer(tokenizer))
+store.build_store(path, format="messages", encoder=encoder, skip_bad=False, cache_dir=Path(cache))
+"""
+
+
+@pytest.mark.parametrize("torn", ["", "stream", "journal", "all"])
+def test_a_build_that_was_killed_goes_on_where_it_was(
+    torn: str, build: Build, cache: Path, many: Path, tmp_path: Path
+) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    encoder = ChatEncoder(load_tokenizer(str(tmp_path / "tokenizer")))
+    command = [sys.executable, "-c", KILLED, str(many), str(cache), str(tmp_path / "tokenizer")]
+    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
+    assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGKILL
+    (partial,) = cache.glob("*.partial")
+    if torn in ("stream", "all"):  # written and not noted, in part
+        with (partial / "tokens.arrow").open("ab") as f:
+            f.write(b"\xff" * 99)
+    if torn in ("journal", "all"):
+        os.truncate(partial / "journal.jsonl", (partial / "journal.jsonl").stat().st_size - 9)
+    said: list[str] = []
+    store = build(many, by=encoder, say=said.append)
+    there = 80 if torn in ("journal", "all") else 100
+    assert said == [f"going on with the token store of {many}: {there} samples were tokenised before"]
+    gone_on = bytes_of(cache)
+    shutil.rmtree(cache)
+    build(many, by=encoder)
+    assert bytes_of(cache) == gone_on
+    assert store.meta["samples"] == 200 and not list(cache.glob("*.partial"))
+
+
 # ---------------------------------------------------------------------------------------- half-written, at once
 def test_what_a_dead_process_left_is_never_read(build: Build, cache: Path) -> None:
     build()
@@ -190,3 +325,26 @@ def test_two_processes_building_at_once_both_succeed(cache: Path, tmp_path: Path
     assert len(stamps(cache)) == 1
     # One of them had to wait, and said so: they did meet.
     assert sum("waiting for another process" in err for _, err in ends) == 1
+
+
+def test_whoever_waits_says_so_again_from_time_to_time(
+    build: Build, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = cache / build().fingerprint
+    shutil.rmtree(folder)
+    monkeypatch.setattr(store_module, "WAIT_WORD_S", 0.3)
+    with (cache / f"{folder.name}.lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        threading.Timer(1.0, lambda: fcntl.flock(held, fcntl.LOCK_UN)).start()
+        assert len(build()) == 30
+    words = capsys.readouterr().err.splitlines()
+    assert len(words) >= 2 and all("waiting for another process, which builds the token store" in w for w in words)
+
+
+def test_a_file_system_without_locks_is_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(store_module.fcntl, "flock", no_locks)
+    with pytest.raises(UserError, match=r"has no locks \(No locks available\).*data\.cache_dir"):
+        build()

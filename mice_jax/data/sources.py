@@ -1,28 +1,21 @@
-"""Reads chat data: files of several kinds, in several formats, into checked samples.
+"""Makes checked samples of raw records, in several formats.
 
-A file yields raw records, each with the place it came from ("a.jsonl line 12"); a format turns a
-record into `{"messages": [...]}`; one check covers them all. A record that fails stops the run with
-its place and the mend, or is counted by reason where the user asked to skip bad ones.
+A reader yields records, each with the place it came from ("a.jsonl line 12"); a format turns a record into
+`{"messages": [...]}`; one check covers them all. A record that fails stops the run with its place and the mend, or
+is counted by reason where the user asked to skip bad ones.
 """
 
-import codecs
 import difflib
-import glob
-import io
 import json
-import os
 import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from mice_jax.errors import UserError
+from mice_jax.data.readers import DECODER, Block, Reader
+from mice_jax.errors import UserError, one_line
 
 ROLES = ("system", "user", "assistant", "tool", "pretraining")
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names templates know it by
@@ -37,7 +30,9 @@ class Sample:
     messages: list[Record]
     tools: list[Record] | None
     unmask: bool
-    where: str
+    where: str  # "a.jsonl line 12"
+    place: int = 0  # the same as numbers: among the reader's places,
+    number: int = 0  # and which of its records
 
 
 class _Bad(Exception):
@@ -48,121 +43,69 @@ class _Bad(Exception):
         self.reason = reason
 
 
-def files_of(path: str) -> list[Path]:
-    """The files that `path` (a file, a folder or a glob) stands for, sorted."""
-    there = Path(os.path.expanduser(path))
-    if there.is_dir():
-        found = [p for p in there.iterdir() if p.is_file() and p.name.endswith(tuple(READERS))]
-    elif there.is_file():  # also a name with glob characters in it
-        found = [there]
-    else:
-        found = [Path(p) for p in glob.glob(str(there), recursive=True) if os.path.isfile(p)]
-    if not found:
-        raise UserError(
-            f"the source {path!r} names no file: it is neither a file, nor a folder of "
-            f"{', '.join(READERS)} files, nor a glob that matches one from {os.getcwd()}. "
-            "Mend Source.path."
-        )
-    return sorted(found)
+def read_samples(reader: Reader, format: str = "messages", skip_bad: Counter[str] | None = None) -> Iterator[Sample]:
+    """Every sample of a source, in order; a bad record raises, or is counted in `skip_bad` where given."""
+    for block in reader.blocks():
+        yield from samples_of(block, reader.places, format, skip_bad)
 
 
-def read_samples(
-    files: Sequence[Path], format: str = "messages", skip_bad: Counter[str] | None = None
+def samples_of(
+    block: Block, places: Sequence[str], format: str, skip_bad: Counter[str] | None = None
 ) -> Iterator[Sample]:
-    """Every sample, in order; a bad record raises, or is counted in `skip_bad` where given."""
+    """The samples of a block."""
+    convert, place = FORMATS[format], places[block.place]
+    for number, raw in block.records():
+        try:
+            yield _sample(convert(_record(raw)), f"{place} {number}", block.place, number)
+        except _Bad as bad:
+            if skip_bad is None:
+                raise UserError(
+                    f"{place} {number}: {bad}. Mend it, or set data.skip_bad=True to leave such records out and count "
+                    "them."
+                ) from bad
+            skip_bad[bad.reason] += 1
+
+
+def find_format(path: str, reader: Reader, format: str) -> tuple[str, str]:
+    """The format to read a source by, and a sentence where that is not the one that was asked for.
+
+    `messages` is what a source has unless another is named: where the first record has none, and has the fields of
+    exactly one other format, it is read by that. UserError where it has those of several.
+    """
     if format not in FORMATS:
-        raise UserError(f"Source.format={format!r} is not known{_nearest(format, FORMATS)}.")
-    convert = FORMATS[format]
-    for path in files:
-        for where, raw in _reader(path)(path):
-            try:
-                yield _sample(convert(_record(raw)), where)
-            except _Bad as bad:
-                if skip_bad is None:
-                    raise UserError(
-                        f"{where}: {bad}. Mend it, or set data.skip_bad=True to leave such records out and count them."
-                    ) from bad
-                skip_bad[bad.reason] += 1
-
-
-# ---------------------------------------------------------------------------------------- files
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Lines as bytes, so that one bad byte costs one line and has a line number."""
-    number = 0
-    try:
-        # Pyarrow unpacks by the file's suffix, but has no readline of its own.
-        with pa.input_stream(str(path), compression="detect") as raw:
-            for number, line in enumerate(io.BufferedReader(raw), 1):
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                line = line.strip()
-                if line:
-                    yield f"{path} line {number}", line
-    except (OSError, pa.ArrowException) as e:
-        raise UserError(f"{path} cannot be read past line {number}: {_one_line(e)}.") from e
-
-
-def _list(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
-        items = _DECODER.decode(text)
-    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"Source.format={format!r} of {path} is not known{_nearest(format, FORMATS)}.")
+    record = _first_record(reader)
+    if format != "messages" or record is None or "messages" in record:
+        return format, ""
+    fits = [name for name, fields in _FIELDS.items() if all(record.get(f) is not None for f in fields)]
+    if len(fits) > 1:
         raise UserError(
-            f"{path} is not one JSON document: {_one_line(e)}. Mend it; if each line is an object, name it .jsonl."
-        ) from e
-    if not isinstance(items, list):
-        raise UserError(f"{path} holds {_kind(items)}, and must hold a list of objects.")
-    for number, item in enumerate(items, 1):
-        yield f"{path} item {number}", item
+            f"{path} has no `messages` but {_brief(list(record))}, which could be read as {' or as '.join(fits)}. Say "
+            f"which: Source.format={fits[0]!r}."
+        )
+    if not fits:
+        return format, ""
+    fields = " and ".join(f"`{f}`" for f in _FIELDS[fits[0]])
+    return fits[0], f"{path} is read as {fits[0]}: its first record has {fields}, and no `messages`"
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        with pq.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", _sparse(row)
-    except (OSError, ValueError, pa.ArrowException) as e:  # ValueError: text that is not UTF-8
-        raise UserError(f"{path} cannot be read past row {number}: {_one_line(e)}.") from e
-
-
-def _sparse(value: Any) -> Any:
-    """Without nulls: a parquet struct gives every message the keys that any message has."""
-    if isinstance(value, dict):
-        return {k: _sparse(v) for k, v in value.items() if v is not None}
-    return [_sparse(v) for v in value] if isinstance(value, list) else value
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _lines,
-    ".jsonl.gz": _lines,
-    ".jsonl.zst": _lines,
-    ".json": _list,
-    ".parquet": _rows,
-}
-
-
-def _reader(path: Path) -> Callable[[Path], Iterator[tuple[str, Any]]]:
-    for suffix, reader in READERS.items():
-        if path.name.endswith(suffix):
-            return reader
-    raise UserError(f"{path} is of no kind that is read: a name must end in {', '.join(READERS)}.")
+def _first_record(reader: Reader) -> Record | None:
+    """The first that is an object; the others are bad, and told when their turn comes."""
+    for block in reader.blocks():
+        for _, raw in block.records():
+            try:
+                return _record(raw)
+            except _Bad:
+                continue
+    return None
 
 
 # ---------------------------------------------------------------------------------------- records
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
-
-
 def _record(raw: Any) -> Record:
     """The object that a line holds (other kinds of file give it parsed already)."""
     if isinstance(raw, bytes):
         try:
-            raw = _DECODER.decode(raw.decode())
+            raw = DECODER.decode(raw.decode())
         except UnicodeDecodeError as e:
             byte = f"byte {e.start + 1} (0x{raw[e.start]:02x})"
             raise _Bad("not UTF-8", f"{byte} is not UTF-8 ({e.reason})") from e
@@ -171,7 +114,7 @@ def _record(raw: Any) -> Record:
         except json.JSONDecodeError as e:
             raise _Bad("not JSON", f"it is not JSON: {e.msg} at column {e.colno}") from e
         except ValueError as e:  # NaN, an integer of thousands of digits
-            raise _Bad("not JSON", f"it is not JSON: {_one_line(e)}") from e
+            raise _Bad("not JSON", f"it is not JSON: {one_line(e)}") from e
     if not isinstance(raw, dict):
         raise _Bad("not an object", f"it is {_kind(raw)}, and must be an object")
     return raw
@@ -182,6 +125,10 @@ def _messages(record: Record) -> Record:
 
 
 def _prompt_completion(record: Record) -> Record:
+    """Two texts, or two lists of messages of which the second is trained on."""
+    prompt, completion = (_listed(record.get(k)) for k in ("prompt", "completion"))
+    if _objects(prompt) and _objects(completion):
+        return record | {"messages": [*({"train": False, **m} for m in prompt), *completion]}
     return _turns(record, user=_text(record, "prompt"), assistant=_text(record, "completion"))
 
 
@@ -209,7 +156,7 @@ _SHAREGPT_ROLES = {
 
 
 def _sharegpt(record: Record) -> Record:
-    turns, system = record.get("conversations"), _text(record, "system", "")
+    turns, system = _listed(record.get("conversations")), _text(record, "system", "")
     _check(isinstance(turns, list), "conversations", turns, "a list of turns")
     messages = [{"role": "system", "content": system}] if system else []
     for i, turn in enumerate(turns or []):
@@ -232,6 +179,15 @@ FORMATS: dict[str, Callable[[Record], Record]] = {
 }
 
 
+# The fields by which a record shows its format, where it has no messages.
+_FIELDS = {
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "sharegpt": ("conversations",),
+    "text": ("text",),
+}
+
+
 def _turns(record: Record, **turns: str) -> Record:
     return record | {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
 
@@ -244,8 +200,8 @@ def _text(record: Record, key: str, default: str | None = None) -> str:
 
 
 # ---------------------------------------------------------------------------------------- checks
-def _sample(record: Record, where: str) -> Sample:
-    messages, tools, unmask = (record.get(k) for k in ("messages", "tools", "unmask"))
+def _sample(record: Record, where: str, place: int, number: int) -> Sample:
+    messages, tools, unmask = (_listed(record.get(k)) for k in ("messages", "tools", "unmask"))
     if messages is None:
         hint = ", and looks like Source.format='sharegpt'" if "conversations" in record else ""
         raise _Bad("no messages", f"it has no `messages` but {_brief(list(record))}{hint}")
@@ -259,7 +215,7 @@ def _sample(record: Record, where: str) -> Sample:
     _check(tools is None or _objects(tools), "tools", tools, "a list of objects (JSON schemas)")
     _check_characters(tools, "tools")
     _check(isinstance(unmask, bool | None), "unmask", unmask, "true or false")
-    return Sample(messages, tools, bool(unmask), where)
+    return Sample(messages, tools, bool(unmask), where, place, number)
 
 
 def _message(message: Any, at: str) -> Record:
@@ -318,7 +274,16 @@ def _check_characters(value: Any, at: str) -> None:
     except RecursionError as e:
         raise _Bad("nested too deep", f"{at} is nested too deep") from e
     except TypeError as e:  # a date, bytes: only parquet has them
-        raise _Bad("not JSON", f"{at} holds what JSON cannot: {_one_line(e)}") from e
+        raise _Bad("not JSON", f"{at} holds what JSON cannot: {one_line(e)}") from e
+
+
+def _listed(value: Any) -> Any:
+    """A list of objects that came as an object of lists, which is how TFDS and older data sets keep it."""
+    columns = value if isinstance(value, dict) and value else {"": 0}
+    lengths = {len(c) if isinstance(c, list) else -1 for c in columns.values()}
+    if len(lengths) > 1 or lengths == {-1}:
+        return value
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _objects(value: Any) -> bool:
@@ -344,10 +309,6 @@ def _kind(value: Any) -> str:
 
 def _brief(value: Any) -> str:
     return reprlib.repr(value)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

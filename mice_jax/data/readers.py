@@ -1,0 +1,386 @@
+"""Where raw records come from: files of several kinds, here or in an object store, TFDS and Hugging Face datasets.
+
+A source opens to a reader, which knows what its content depends on (for the token store's key) and yields blocks: a
+few hundred records each, unparsed where that is possible, so that a block is cheap to send to another process.
+"""
+
+import codecs
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mice_jax.errors import UserError, one_line
+
+BLOCK_RECORDS = 1024
+BLOCK_BYTES = 4 * 2**20  # of lines, packed ones unpacked
+MAX_REMEMBERED = 10_000  # digests of files
+MAX_LINE = 256 * 2**20  # bytes; a longer one is a file of another kind
+
+Raw = tuple[int, Any]  # a record's number in its place, from 1; its line's bytes, or the record parsed
+
+
+# ---------------------------------------------------------------------------------------- blocks
+@dataclass(frozen=True)
+class Block:
+    """Records in a row of one place."""
+
+    place: int  # among the reader's places
+    first: int  # the first record's number
+    done: int  # of the reader's size, once these are read
+
+    def records(self) -> Iterator[Raw]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Lines(Block):
+    lines: list[bytes]
+
+    def records(self) -> Iterator[Raw]:
+        for number, line in enumerate(self.lines, self.first):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            line = line.strip()
+            if line:
+                yield number, line
+
+
+@dataclass(frozen=True)
+class Items(Block):
+    items: list[Any]
+
+    def records(self) -> Iterator[Raw]:
+        return enumerate(self.items, self.first)
+
+
+@dataclass(frozen=True)
+class Table(Block):
+    rows: pa.RecordBatch
+
+    def records(self) -> Iterator[Raw]:
+        return enumerate(map(_sparse, self.rows.to_pylist()), self.first)
+
+
+@dataclass(frozen=True)
+class Examples(Block):
+    """Of a TFDS data source, which whoever wants them opens for himself."""
+
+    source: Sequence[Any]
+    stop: int
+
+    def records(self) -> Iterator[Raw]:
+        for number in range(self.first, self.stop):
+            yield number, _plain(self.source[number - 1])
+
+
+def _sparse(value: Any) -> Any:
+    """Without nulls: a table's struct gives every message the keys that any message has."""
+    if isinstance(value, dict):
+        return {k: _sparse(v) for k, v in value.items() if v is not None}
+    return [_sparse(v) for v in value] if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> Any:
+    """A TFDS example as JSON would have it: its texts are bytes, its lists arrays."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")  # what is not UTF-8 is refused where texts are checked
+    if hasattr(value, "tolist"):  # arrays, and numbers of numpy
+        value = value.tolist()
+    return [_plain(v) for v in value] if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------------------- readers
+class Reader(Protocol):
+    """The records of a source, in an order that never changes."""
+
+    places: list[str]  # "a.jsonl line"; a record's number follows
+    size: int  # what the blocks' `done` goes up to
+
+    def digest(self, cache_dir: Path) -> bytes:
+        """Changes with the records. What it takes long to find out is remembered in `cache_dir`."""
+        ...
+
+    def blocks(self) -> Iterator[Block]: ...
+
+
+def open_source(path: str) -> Reader:
+    """A reader of what a `Source.path` names; UserError where that is nothing that can be read."""
+    if path.startswith("tfds:"):
+        return TFDSReader(path)
+    return HFReader(path) if path.startswith("hf:") else FileReader(files_of(path))
+
+
+class FileReader:
+    """Files on disk or in an object store, one after another."""
+
+    def __init__(self, files: Sequence[str | Path]):
+        self._files = [str(f) for f in files]
+        self._kinds = [_kind_of(f) for f in self._files]
+        self.places = [f"{f} {unit}" for f, (unit, _) in zip(self._files, self._kinds, strict=True)]
+        self._sizes = [_size(f) for f in self._files]
+        self.size = sum(self._sizes)
+
+    def digest(self, cache_dir: Path) -> bytes:
+        local = [f for f in self._files if not is_remote(f)]
+        known = dict(zip(local, file_digests([Path(f) for f in local], cache_dir), strict=True))
+        # A store's own word for a content (an ETag, mostly): to hash it would be to fetch it.
+        return b"".join(known[f] if f in known else _remote_key(f) for f in self._files)
+
+    def blocks(self) -> Iterator[Block]:
+        before = 0
+        for place, (file, (_, read), size) in enumerate(zip(self._files, self._kinds, self._sizes, strict=True)):
+            for make, first, content, at in read(file):
+                yield make(place, first, before + min(at, size), content)
+            before += size
+
+
+class HFReader:
+    """`hf:name:split` or `hf:name:config:split`, through the datasets library; `name` may be a local folder."""
+
+    def __init__(self, path: str):
+        name, *config, self._split = _parts(path, "hf:name:split", at_least=2)
+        try:
+            import datasets  # an extra
+        except ImportError:
+            raise UserError(f"{path} needs the datasets library: pip install 'mice_jax[hf]'.") from None
+        try:
+            self._data = datasets.load_dataset(name, *config, split=self._split)
+        except Exception as e:  # of all kinds, as the data set decides
+            raise UserError(f"{path} cannot be loaded: {one_line(e)}.") from e
+        self.places, self.size = [f"{path} row"], len(self._data)
+
+    def digest(self, cache_dir: Path) -> bytes:
+        files = [Path(f["filename"]) for f in self._data.cache_files]
+        return b"".join([self._split.encode(), *file_digests(files, cache_dir)])
+
+    def blocks(self) -> Iterator[Block]:
+        at = 0
+        for table in self._data.with_format("arrow").iter(batch_size=BLOCK_RECORDS):
+            for rows in table.combine_chunks().to_batches():
+                yield Table(0, at + 1, at + rows.num_rows, rows)
+                at += rows.num_rows
+
+
+class TFDSReader:
+    """`tfds:name[/config]:split`, or a prepared folder for the name; array_record files need no TensorFlow."""
+
+    def __init__(self, path: str):
+        name, self._split = _parts(path, "tfds:name[/config]:split", at_least=2, at_most=2)
+        import tensorflow_datasets as tfds  # here alone, as it takes a while
+
+        try:
+            is_folder = os.path.isdir(os.path.expanduser(name))
+            builder = tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
+            if not is_folder:
+                builder.download_and_prepare(file_format="array_record")
+            self._data = builder.as_data_source(split=self._split)
+            self._files = [Path(f) for f in builder.info.splits[self._split].filepaths]
+        except Exception as e:  # of all kinds, as the builder decides
+            known = str(e).partition("\nAvailable datasets:")[0]  # it lists a thousand
+            raise UserError(
+                f"{path} cannot be opened: {known if known != str(e) else one_line(e)}. It is read without TensorFlow, "
+                "from array_record files: prepare it with file_format='array_record', in $TFDS_DATA_DIR or in a folder "
+                "given as tfds:/folder/of/the/version:split."
+            ) from e
+        self.places, self.size = [f"{path} example"], len(self._data)
+
+    def digest(self, cache_dir: Path) -> bytes:
+        return b"".join([self._split.encode(), *file_digests(self._files, cache_dir)])
+
+    def blocks(self) -> Iterator[Block]:
+        for start in range(0, self.size, BLOCK_RECORDS):
+            stop = min(start + BLOCK_RECORDS, self.size)
+            yield Examples(0, start + 1, stop, self._data, stop + 1)
+
+
+def _parts(path: str, form: str, at_least: int, at_most: int = 3) -> list[str]:
+    parts = re.split(r":(?![^\[]*\])", path)[1:]  # a split may be "train[:10%]"
+    if not (at_least <= len(parts) <= at_most and all(parts)):
+        raise UserError(f"the source {path!r} must have the form {form}. Mend Source.path.")
+    return parts
+
+
+# ---------------------------------------------------------------------------------------- files
+def is_remote(path: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
+
+
+def files_of(path: str) -> list[str]:
+    """The files that `path` (a file, a folder or a glob, also of an object store) stands for, sorted."""
+    found = _remote_files(path) if is_remote(path) else _local_files(path)
+    if not found:
+        raise UserError(
+            f"the source {path!r} names no file: it is neither a file, nor a folder of {', '.join(READERS)} files, nor "
+            f"a glob that matches one{'' if is_remote(path) else f' from {os.getcwd()}'}. Mend Source.path."
+        )
+    return sorted(found)
+
+
+def _local_files(path: str) -> list[str]:
+    there = Path(os.path.expanduser(path))
+    if there.is_dir():
+        return [str(p) for p in there.iterdir() if p.is_file() and p.name.endswith(tuple(READERS))]
+    if there.is_file():  # also a name with glob characters in it
+        return [str(there)]
+    return [p for p in glob.glob(str(there), recursive=True) if os.path.isfile(p)]
+
+
+def _remote_files(path: str) -> list[str]:
+    try:
+        fs, there = fsspec.core.url_to_fs(path)
+        if fs.isfile(there):
+            found = [there]
+        elif fs.isdir(there):
+            found = [p for p in fs.ls(there, detail=False) if fs.isfile(p) and p.endswith(tuple(READERS))]
+        else:
+            found = [p for p in fs.glob(there) if fs.isfile(p)]
+        return [fs.unstrip_protocol(p) for p in found]
+    except Exception as e:  # each kind of store raises its own
+        raise UserError(f"the source {path!r} cannot be looked up: {one_line(e)}.") from e
+
+
+def _remote_key(file: str) -> bytes:
+    fs, there = fsspec.core.url_to_fs(file)
+    return hashlib.sha256(str(fs.ukey(there)).encode()).digest()
+
+
+def _size(file: str) -> int:
+    if not is_remote(file):
+        return os.stat(file).st_size
+    fs, there = fsspec.core.url_to_fs(file)
+    return int(fs.size(there) or 0)
+
+
+def _open(file: str) -> BinaryIO:
+    return fsspec.open(file, "rb").open() if is_remote(file) else open(file, "rb")  # type: ignore[return-value]
+
+
+# What a kind of file yields: how to make a block, its first record's number, its content, bytes read of the file.
+_Yielded = tuple[Callable[..., Block], int, Any, int]
+
+
+def _lines(file: str) -> Iterator[_Yielded]:
+    """Lines as bytes, so that one bad byte costs one line and has a line number."""
+    number = 0
+    lines: list[bytes] = []
+    held = 0
+    try:
+        with _open(file) as packed:
+            kind = {".gz": "gzip", ".zst": "zstd"}.get(Path(file).suffix)
+            unpacked: Any = io.BufferedReader(pa.CompressedInputStream(packed, kind)) if kind else packed
+            while line := unpacked.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise UserError(f"{file} line {number} is longer than {MAX_LINE:,} bytes; is it a file of lines?")
+                lines.append(line)
+                held += len(line)
+                if len(lines) == BLOCK_RECORDS or held >= BLOCK_BYTES:
+                    yield Lines, number - len(lines) + 1, lines, packed.tell()
+                    lines, held = [], 0
+            if lines:
+                yield Lines, number - len(lines) + 1, lines, packed.tell()
+    except (OSError, pa.ArrowException) as e:
+        raise UserError(f"{file} cannot be read past line {number}: {one_line(e)}.") from e
+
+
+def _list(file: str) -> Iterator[_Yielded]:
+    try:
+        with _open(file) as f:
+            text = f.read().removeprefix(codecs.BOM_UTF8).decode()
+        items = DECODER.decode(text)
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(
+            f"{file} is not one JSON document: {one_line(e)}. Mend it; if each line is an object, name it .jsonl."
+        ) from e
+    if not isinstance(items, list):
+        kind = "an object" if isinstance(items, dict) else f"{items!r:.40}"
+        raise UserError(f"{file} holds {kind}, and must hold a list of objects.")
+    for start in range(0, len(items), BLOCK_RECORDS):
+        some = items[start : start + BLOCK_RECORDS]
+        yield Items, start + 1, some, len(text) * (start + len(some)) // len(items)
+
+
+def _rows(file: str) -> Iterator[_Yielded]:
+    number = 0
+    try:
+        with _open(file) as f, pq.ParquetFile(f) as table:
+            size, total = _size(file), table.metadata.num_rows
+            for rows in table.iter_batches(batch_size=BLOCK_RECORDS):
+                rows.validate(full=True)  # texts that are not UTF-8 among others
+                yield Table, number + 1, rows, size * (number + rows.num_rows) // total
+                number += rows.num_rows
+    except (OSError, ValueError, pa.ArrowException) as e:
+        raise UserError(f"{file} cannot be read past row {number}: {one_line(e)}.") from e
+
+
+# What a record of each kind of file is called, and how they are read.
+READERS: dict[str, tuple[str, Callable[[str], Iterator[_Yielded]]]] = {
+    ".jsonl": ("line", _lines),
+    ".jsonl.gz": ("line", _lines),
+    ".jsonl.zst": ("line", _lines),
+    ".json": ("item", _list),
+    ".parquet": ("row", _rows),
+}
+
+
+def _kind_of(file: str) -> tuple[str, Callable[[str], Iterator[_Yielded]]]:
+    for suffix, kind in READERS.items():
+        if file.endswith(suffix):
+            return kind
+    raise UserError(f"{file} is of no kind that is read: a name must end in {', '.join(READERS)}.")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
+# ---------------------------------------------------------------------------------------- digests
+def file_digests(files: Sequence[Path], cache_dir: Path) -> list[bytes]:
+    """The SHA-256 of each file's bytes, remembered by the file's place, size and time of change.
+
+    A file changed in the last seconds is not remembered: it may change again within its clock's tick.
+    """
+    memo = cache_dir / "digests.json"
+    try:
+        known: dict[str, str] = json.loads(memo.read_text())
+    except (OSError, ValueError):  # none yet, or one that another process is just replacing on some file systems
+        known = {}
+    digests = []
+    for file in files:
+        stat = file.stat()
+        key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+        digest = known.get(key)
+        if digest is None:
+            with file.open("rb") as f:
+                digest = hashlib.file_digest(f, "sha256").hexdigest()
+            if stat.st_ctime < time.time() - 5:
+                _remember(memo, known, key, digest)
+        digests.append(bytes.fromhex(digest))
+    return digests
+
+
+def _remember(memo: Path, known: dict[str, str], key: str, digest: str) -> None:
+    """Whoever writes last wins; what is lost is only hashed again."""
+    known[key] = digest
+    while len(known) > MAX_REMEMBERED:
+        del known[next(iter(known))]
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    ours = memo.with_name(f"digests.{os.getpid()}.json")
+    ours.write_text(json.dumps(known))
+    ours.replace(memo)

@@ -1,0 +1,165 @@
+"""Blocks of raw records to blocks of a token store, by several processes, in the order of the source.
+
+A process parses, checks, renders and tokenises a block by itself, so that what travels between processes is bytes.
+At most a few blocks a process are in the making, whatever the size of the source.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import numpy as np
+import pyarrow as pa
+
+from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.readers import Block, Reader
+from mice_jax.data.sources import Sample, samples_of
+from mice_jax.errors import UserError
+
+SMALL = 4  # blocks: to start processes takes longer than to tokenise so few
+AHEAD = 3  # blocks a process that are read, in the making, or waiting for their turn
+
+SCHEMA = pa.schema(
+    [
+        ("tokens", pa.list_(pa.int32())),
+        ("trained", pa.list_(pa.uint8())),  # 1 = this token is trained on
+        ("num_trained", pa.int32()),  # trained tokens that can be predicted: all but a trained first one
+        ("content_hash", pa.uint64()),  # of the sample as read: decides what is held out
+        ("signs", pa.uint8()),  # of trouble, as chat.Sign has them
+        ("place", pa.uint32()),  # among the reader's places
+        ("number", pa.uint64()),  # of the record there
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A block on its way into the store."""
+
+    batch: bytes  # a record batch, as it stands in an Arrow stream
+    samples: int
+    tokens: int
+    bad: dict[str, int]  # by reason
+
+
+@dataclass(frozen=True)
+class _Task:
+    """All that a process needs besides the blocks."""
+
+    encoder: ChatEncoder
+    places: Sequence[str]
+    format: str
+    skip_bad: bool
+
+    def __call__(self, block: Block) -> Tokenised:
+        bad: Counter[str] | None = Counter() if self.skip_bad else None
+        samples = list(samples_of(block, self.places, self.format, bad))
+        encoded = self.encoder.encode(samples)
+        ids, trained = [e.ids for e in encoded], [e.trained for e in encoded]
+        columns = [
+            _list_array(ids, pa.int32()),
+            _list_array(trained, pa.uint8()),
+            pa.array([int(t[1:].sum()) for t in trained], pa.int32()),
+            pa.array([_content_hash(s) for s in samples], pa.uint64()),
+            pa.array([getattr(e, "signs", 0) for e in encoded], pa.uint8()),
+            pa.array([s.place for s in samples], pa.uint32()),
+            pa.array([s.number for s in samples], pa.uint64()),
+        ]
+        batch = pa.record_batch(columns, schema=SCHEMA).serialize().to_pybytes()
+        return Tokenised(batch, len(samples), sum(map(len, ids)), dict(bad or {}))
+
+
+def tokenise(
+    reader: Reader, encoder: ChatEncoder, format: str, skip_bad: bool, *, skip: int, workers: int
+) -> Iterator[tuple[float, Tokenised]]:
+    """Every block but the first `skip`, in order, with the share of the source that has been read (0 to 1).
+
+    Raises UserError for the first bad record, unless `skip_bad` counts them.
+    """
+    blocks = islice(reader.blocks(), skip, None)
+    task = _Task(encoder, reader.places, format, skip_bad)
+    few = list(islice(blocks, SMALL)) if workers > 1 else []
+    if workers == 1 or len(few) < SMALL:
+        for block in chain(few, blocks):
+            yield block.done / max(1, reader.size), task(block)
+        return
+    with _processes(task, workers) as submit:
+        waiting: deque[tuple[Block, Future[Tokenised]]] = deque()
+        try:
+            for block in chain(few, blocks):
+                waiting.append((block, submit(block)))
+                if len(waiting) >= AHEAD * workers:
+                    yield _next(waiting, reader.size)
+        except UserError:  # of the reader: what is bad before that place comes first
+            while waiting:
+                yield _next(waiting, reader.size)
+            raise
+        while waiting:
+            yield _next(waiting, reader.size)
+
+
+def _next(waiting: deque[tuple[Block, Future[Tokenised]]], size: int) -> tuple[float, Tokenised]:
+    block, future = waiting.popleft()
+    try:
+        return block.done / max(1, size), future.result()
+    except BrokenProcessPool as e:
+        raise UserError(
+            "a process that tokenised was ended from outside, for want of memory most likely. What is done is kept: "
+            "run it again, with fewer data.prepare_workers."
+        ) from e
+
+
+# ---------------------------------------------------------------------------------------- processes
+_task: _Task  # of a worker process
+
+
+@contextmanager
+def _processes(task: _Task, workers: int) -> Iterator[Callable[[Block], Future[Tokenised]]]:
+    """Processes that carry out the task; they end with this one, however it ends."""
+    # Spawned, since this process may run threads (JAX's, Arrow's), which do not survive a fork.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (task,))
+    try:
+        yield lambda block: pool.submit(_work, block)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(task: _Task) -> None:
+    global _task
+    _task = task
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(block: Block) -> Tokenised:
+    return _task(block)
+
+
+# ---------------------------------------------------------------------------------------- columns
+def _content_hash(sample: Sample) -> int:
+    text = json.dumps([sample.messages, sample.tools, sample.unmask], sort_keys=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _list_array(arrays: Sequence[np.ndarray], dtype: pa.DataType) -> pa.ListArray:
+    offsets = np.cumsum([0] + [len(a) for a in arrays], dtype=np.int32)
+    flat = np.concatenate(arrays) if arrays else np.zeros(0)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, dtype))

@@ -1,0 +1,350 @@
+"""Every kind of place that records come from: what they are, where they stand, and what their key follows."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mice_jax.data import readers
+from mice_jax.data.readers import FileReader, Reader, file_digests, files_of, open_source
+from mice_jax.data.sources import Sample, read_samples
+from mice_jax.errors import UserError
+
+HELLO = [{"role": "user", "content": "Hello 🤖"}, {"role": "assistant", "content": "Red"}]
+GOOD = {"messages": HELLO}
+
+
+def lines(*records: Any) -> bytes:
+    return b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records)
+
+
+def read(path: Path, data: bytes | None = None, **options: Any) -> list[Sample]:
+    if data is not None:
+        path.write_bytes(data)
+    return list(read_samples(FileReader([path]), **options))
+
+
+# ---------------------------------------------------------------------------------------- files
+def test_lines_are_read_in_order_and_blank_ones_are_nothing(tmp_path: Path) -> None:
+    data = lines(GOOD) + b"\n  \r\n" + lines({**GOOD, "unmask": True, "tools": [{"name": "add"}]})
+    first, second = read(tmp_path / "a.jsonl", data)
+    assert (first.messages, first.tools, first.unmask) == (HELLO, None, False)
+    assert (second.tools, second.unmask) == ([{"name": "add"}], True)
+    assert (first.where, second.where) == (f"{tmp_path}/a.jsonl line 1", f"{tmp_path}/a.jsonl line 4")
+
+
+def test_a_last_line_without_newline_and_a_byte_order_mark_do_no_harm(tmp_path: Path) -> None:
+    assert len(read(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + lines(GOOD, GOOD).rstrip())) == 2
+    assert len(read(tmp_path / "a.json", b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())) == 1
+
+
+def test_packed_files_are_read_as_plain_ones(tmp_path: Path) -> None:
+    data = lines(GOOD, GOOD)
+    plain = [s.messages for s in read(tmp_path / "a.jsonl", data)]
+    two_members = gzip.compress(data[: len(data) // 2]) + gzip.compress(data[len(data) // 2 :])
+    assert [s.messages for s in read(tmp_path / "a.jsonl.gz", two_members)] == plain
+    with pa.output_stream(str(tmp_path / "a.jsonl.zst"), compression="zstd") as out:
+        out.write(data)
+    assert [s.messages for s in read(tmp_path / "a.jsonl.zst")] == plain
+
+
+def test_a_json_file_is_a_list_of_records(tmp_path: Path) -> None:
+    (sample,) = read(tmp_path / "a.json", json.dumps([GOOD], indent=1).encode())
+    assert (sample.messages, sample.where) == (HELLO, f"{tmp_path}/a.json item 1")
+    with pytest.raises(UserError, match=r"a\.json holds an object"):
+        read(tmp_path / "a.json", json.dumps(GOOD).encode())
+    with pytest.raises(UserError, match=r"a\.json is not one JSON document.*line 2.*name it \.jsonl"):
+        read(tmp_path / "a.json", lines(GOOD, GOOD))
+    with pytest.raises(UserError, match=r"a\.json item 2: it is the number 3"):
+        read(tmp_path / "a.json", json.dumps([GOOD, 3]).encode())
+
+
+def test_parquet_rows_are_read_without_the_nulls_that_its_structs_add(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add"}}
+    called = {"role": "assistant", "content": None, "tool_calls": [call], "train": True}
+    rows = [{**GOOD, "tools": [{"name": "add"}], "unmask": True}, {"messages": [HELLO[0], called]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    first, second = read(tmp_path / "a.parquet")
+    assert (first.messages, first.tools, first.unmask) == (HELLO, [{"name": "add"}], True)
+    assert (second.messages, second.tools, second.unmask) == ([HELLO[0], called], None, False)
+    assert second.where == f"{tmp_path}/a.parquet row 2"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.jsonl.zst"])
+def test_a_file_that_is_not_of_its_kind_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{name} cannot be read past"):
+        read(tmp_path / name, lines(GOOD))
+
+
+def test_a_packed_file_cut_short_is_named_even_where_bad_lines_are_skipped(tmp_path: Path) -> None:
+    packed = gzip.compress(b"".join(lines({"messages": [{**HELLO[0], "n": i}]}) for i in range(9999)))
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read past line [0-9]{3,}"):
+        read(tmp_path / "a.jsonl.gz", packed[: len(packed) // 2], skip_bad=Counter())
+
+
+def test_files_are_found_by_name_glob_and_folder_in_order(tmp_path: Path) -> None:
+    names = ["b.jsonl", "a.jsonl", "c[1].jsonl", "notes.txt"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "d.jsonl").mkdir()
+    found = [Path(p).name for p in files_of(f"{tmp_path}/*.jsonl")]
+    assert found == ["a.jsonl", "b.jsonl", "c[1].jsonl"] == [Path(p).name for p in files_of(str(tmp_path))]
+    assert [Path(p).name for p in files_of(f"{tmp_path}/c[1].jsonl")] == ["c[1].jsonl"]
+    for nothing in ("nowhere.jsonl", "*.parquet", "d.jsonl"):
+        with pytest.raises(UserError, match="names no file"):
+            files_of(f"{tmp_path}/{nothing}")
+    with pytest.raises(UserError, match=r"notes\.txt is of no kind"):
+        read(tmp_path / "notes.txt")
+
+
+# ---------------------------------------------------------------------------------------- blocks
+def records(reader: Reader) -> list[tuple[str, Any]]:
+    return [(f"{reader.places[b.place]} {n}", raw) for b in reader.blocks() for n, raw in b.records()]
+
+
+def test_blocks_are_bounded_by_records_and_bytes_and_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = {"messages": [{**HELLO[0], "content": "x" * 650}]}
+    (tmp_path / "a.jsonl").write_bytes(lines(*[GOOD] * 20, long, long, GOOD))
+    (tmp_path / "b.json").write_text(json.dumps([GOOD] * 9))
+    pq.write_table(pa.Table.from_pylist([GOOD] * 9), tmp_path / "c.parquet")
+    whole = records(open_source(str(tmp_path)))
+    monkeypatch.setattr(readers, "BLOCK_RECORDS", 7)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 700)
+    reader = open_source(str(tmp_path))
+    assert records(reader) == whole and len(whole) == 23 + 9 + 9
+    blocks = list(reader.blocks())
+    sizes = [[len(line) for line in b.lines] for b in blocks if b.place == 0]
+    assert [len(s) for s in sizes][:2] == [7, 7] and all(sum(s[:-1]) < 700 for s in sizes)
+    assert any(sum(s) >= 700 and len(s) < 7 for s in sizes)
+    assert [len(list(b.records())) for b in blocks if b.place] == [7, 2, 7, 2]
+    done = [b.done for b in blocks]
+    assert done == sorted(done) and done[-1] == reader.size
+
+
+def test_a_file_without_lines_is_not_read_into_memory_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE", 1000)
+    with pytest.raises(UserError, match=r"a\.jsonl line 2 is longer than 1,000 bytes"):
+        read(tmp_path / "a.jsonl", lines(GOOD) + b"x" * 5000)
+
+
+# ---------------------------------------------------------------------------------------- object stores
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    for name, data in (("b.jsonl", lines(GOOD)), ("a.jsonl.gz", gzip.compress(lines(GOOD, GOOD))), ("c.txt", b"")):
+        fs.pipe(f"/bucket/{name}", data)
+    pq.write_table(pa.Table.from_pylist([GOOD]), "bucket/d.parquet", filesystem=fs)
+    yield "memory://bucket"
+    fs.store.clear()
+
+
+def test_an_object_store_is_read_by_name_glob_and_folder(bucket: str) -> None:
+    assert [p.rpartition("/")[2] for p in files_of(bucket)] == ["a.jsonl.gz", "b.jsonl", "d.parquet"]
+    assert [p.rpartition("/")[2] for p in files_of(f"{bucket}/*.gz")] == ["a.jsonl.gz"]
+    samples = list(read_samples(open_source(bucket)))
+    assert [s.messages for s in samples] == [HELLO] * 4
+    assert samples[2].where == "memory:///bucket/b.jsonl line 1"
+    assert open_source(bucket).size > 0
+
+
+def test_the_key_of_an_object_follows_it(bucket: str, tmp_path: Path) -> None:
+    before = open_source(bucket).digest(tmp_path)
+    assert open_source(bucket).digest(tmp_path) == before
+    fsspec.filesystem("memory").pipe("/bucket/b.jsonl", lines(GOOD, GOOD))
+    assert open_source(bucket).digest(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("memory://nowhere/*.jsonl", "names no file"),
+        ("zz://bucket/a.jsonl", "cannot be looked up: Protocol not known: zz"),
+        ("memory://bucket/c.txt", "of no kind that is read"),
+    ],
+)
+def test_an_object_that_cannot_be_read_is_named(path: str, words: str, bucket: str) -> None:
+    with pytest.raises(UserError, match=words):
+        open_source(path)
+
+
+# ---------------------------------------------------------------------------------------- TFDS
+BUILDER = """
+import numpy as np
+import tensorflow_datasets as tfds
+
+TURNS = {"role": tfds.features.Text(), "content": tfds.features.Text()}
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="small"), tfds.core.BuilderConfig(name="large")]
+
+    def _info(self):
+        features = {"messages": tfds.features.Sequence(TURNS), "number": tfds.features.Scalar(np.int32)}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, download_manager):
+        return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(5 if self.builder_config.name == "small" else 9):
+            answer = {"role": "assistant", "content": "Röd " * i + "."}
+            yield i, {"messages": [{"role": "user", "content": f"{i}?"}, answer], "number": i}
+"""
+PREPARE = """
+import sys
+from mice_chats.mice_chats_dataset_builder import Builder
+Builder(data_dir=sys.argv[1], config=sys.argv[2], file_format="array_record").download_and_prepare()
+assert "tensorflow" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def tfds_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of TFDS data, as a builder of array_record files leaves it."""
+    folder = tmp_path_factory.mktemp("tfds")
+    package = folder / "code" / "mice_chats"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "mice_chats_dataset_builder.py").write_text(BUILDER)
+    for config in ("small", "large"):
+        command = [sys.executable, "-c", PREPARE, str(folder / "data"), config]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(folder / "code")}, capture_output=True)
+    return folder / "data"
+
+
+USE = """
+import sys
+from pathlib import Path
+from mice_jax.data.readers import open_source
+from mice_jax.data.sources import read_samples
+reader = open_source(sys.argv[1])
+for sample in read_samples(reader):
+    print(sample.where, [m["content"] for m in sample.messages], sample.messages[1]["role"], sep="|")
+print(reader.size, reader.digest(Path(sys.argv[2])).hex(), "tensorflow" in sys.modules)
+"""
+
+
+def use(path: str, data: Path, tmp_path: Path) -> list[str]:
+    """What another process reads: TFDS looks for its folder once, when it is imported."""
+    command = [sys.executable, "-c", USE, path, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"TFDS_DATA_DIR": str(data)}, capture_output=True, text=True)
+    return done.stdout.splitlines() if done.returncode == 0 else [done.stderr]
+
+
+def test_a_tfds_data_set_is_read_by_name_config_and_split_without_tensorflow(tfds_data: Path, tmp_path: Path) -> None:
+    *small, _ = use("tfds:mice_chats/small:train", tfds_data, tmp_path)
+    *large, end = use("tfds:mice_chats/large:test", tfds_data, tmp_path)
+    assert sorted(line.partition("|")[2] for line in small) == [
+        f"['{i}?', '{'Röd ' * i}.']|assistant" for i in range(5)
+    ]
+    assert len(large) == 9 and end.startswith("9 ") and end.endswith("False")
+    assert [line.partition("|")[0] for line in small] == [
+        f"tfds:mice_chats/small:train example {i}" for i in range(1, 6)
+    ]
+    *part, _ = use("tfds:mice_chats/large:train[:30%]", tfds_data, tmp_path)
+    assert len(part) == 3
+    *folder, _ = use(f"tfds:{tfds_data}/mice_chats/small/1.0.0:train", tfds_data, tmp_path)
+    assert [line.partition("|")[2] for line in folder] == [line.partition("|")[2] for line in small]
+
+
+def test_each_config_and_split_of_a_tfds_data_set_has_a_key_of_its_own(tfds_data: Path, tmp_path: Path) -> None:
+    paths = ["small:train", "large:train", "large:train[:30%]", "large:test"]
+    keys = [use(f"tfds:mice_chats/{p}", tfds_data, tmp_path)[-1].split()[1] for p in paths]
+    assert len(set(keys)) == 4 and use(f"tfds:mice_chats/{paths[0]}", tfds_data, tmp_path)[-1].split()[1] == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("tfds:mice_chats/small", "must have the form tfds:name[/config]:split"),
+        ("tfds:mice_chats/small:nosplit", "Unknown split"),
+        ("tfds:mice_chatz:train", "Dataset mice_chatz not found"),
+    ],
+)
+def test_a_tfds_data_set_that_is_not_there_is_told(path: str, words: str, tfds_data: Path, tmp_path: Path) -> None:
+    (error,) = use(path, tfds_data, tmp_path)
+    assert f"UserError: {'the source' if 'form' in words else path}" in error and words in error
+    assert "abstract_reasoning" not in error.partition("UserError")[2]  # the list of all that there are
+
+
+# ---------------------------------------------------------------------------------------- Hugging Face datasets
+@pytest.fixture
+def hf_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    for split, count in (("train", 4), ("test", 2)):
+        rows = [{"messages": [{**HELLO[0], "content": str(i)}, HELLO[1]]} for i in range(count)]
+        (folder / f"{split}.jsonl").write_bytes(lines(*rows))
+    return folder
+
+
+def test_a_data_set_of_the_datasets_library_is_read_by_split(hf_data: Path, tmp_path: Path) -> None:
+    train, test, half = (open_source(f"hf:{hf_data}:{s}") for s in ("train", "test", "train[:50%]"))
+    samples = list(read_samples(train))
+    assert [s.messages[0]["content"] for s in samples] == ["0", "1", "2", "3"]
+    assert samples[3].where == f"hf:{hf_data}:train row 4"
+    assert [s.messages[0]["content"] for s in read_samples(half)] == ["0", "1"]
+    assert (train.size, test.size, half.size) == (4, 2, 2)
+    assert len({r.digest(tmp_path) for r in (train, test, half)}) == 3
+    (hf_data / "train.jsonl").write_bytes(lines(*[{"messages": HELLO}] * 4))
+    assert open_source(f"hf:{hf_data}:train").digest(tmp_path) != train.digest(tmp_path)
+
+
+def test_a_data_set_that_cannot_be_loaded_is_told(hf_data: Path) -> None:
+    with pytest.raises(UserError, match=r"must have the form hf:name:split"):
+        open_source("hf:someone/something")
+    with pytest.raises(UserError, match=r"hf:.*nothing:train cannot be loaded"):
+        open_source(f"hf:{hf_data}/nothing:train")
+    with pytest.raises(UserError, match=r"hf:.*:dev cannot be loaded: Unknown split"):
+        open_source(f"hf:{hf_data}:dev")
+
+
+# ---------------------------------------------------------------------------------------- digests
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    file.write_bytes(lines(GOOD))
+    first = file_digests([file], cache)
+    assert not (cache / "digests.json").exists()  # it has only just been written, and may change within this tick
+    now = readers.time.time()
+    monkeypatch.setattr(readers.time, "time", lambda: now + 60)
+    assert file_digests([file], cache) == first and (cache / "digests.json").exists()
+    monkeypatch.setattr(readers.hashlib, "file_digest", None)  # whoever hashes now, fails
+    assert file_digests([file], cache) == first
+    file.write_bytes(lines(GOOD, GOOD))
+    with pytest.raises(TypeError):
+        file_digests([file], cache)
+    (cache / "digests.json").write_text("{cut sho")
+    monkeypatch.undo()
+    assert file_digests([file], cache) != first
+
+
+def test_the_memory_of_digests_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_REMEMBERED", 3)
+    now = readers.time.time()
+    monkeypatch.setattr(readers.time, "time", lambda: now + 60)
+    files = [tmp_path / f"{i}.jsonl" for i in range(5)]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    file_digests(files, tmp_path)
+    assert [Path(k.split()[0]).name for k in json.loads((tmp_path / "digests.json").read_text())] == [
+        "2.jsonl",
+        "3.jsonl",
+        "4.jsonl",
+    ]
