@@ -1,0 +1,154 @@
+"""What a run's data is like: the numbers of data_report.json, what users regret later, and how both are shown.
+
+All of it follows from the stores' columns (lengths, trained counts, hashes, signs), so a million samples take no
+longer than a look at them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+BARS = "▁▂▃▄▅▆▇█"
+FEW_TRAINED = 0.01  # of the tokens
+MANY_DROPPED = 0.01  # of the samples
+LONGEST = 3  # samples named in the report
+
+Entry = dict[str, Any]  # of one source
+
+
+# ---------------------------------------------------------------------------------------- numbers
+def length_numbers(lengths: np.ndarray) -> Entry:
+    """Percentiles, and a histogram of about a dozen classes whose bounds are of round ratios."""
+    if not len(lengths):
+        return {"length_percentiles": {}, "length_histogram": {}}
+    values = np.percentile(lengths, PERCENTILES)
+    bounds = _bounds(int(lengths.min()), int(lengths.max()))
+    counts = np.bincount(np.searchsorted(bounds, lengths), minlength=len(bounds))
+    return {
+        "length_percentiles": {str(p): int(v) for p, v in zip(PERCENTILES, values, strict=True)},
+        "length_histogram": {str(b): int(n) for b, n in zip(bounds, counts, strict=True)},  # up to b tokens
+    }
+
+
+def _bounds(shortest: int, longest: int) -> np.ndarray:
+    """Powers of two, each halved once or twice where they are few; the last is no less than the longest."""
+    low, high = int(np.log2(shortest)), int(np.ceil(np.log2(longest)))
+    steps = 4 if high - low <= 3 else 2 if high - low <= 6 else 1
+    exponents = np.arange(low * steps, high * steps + 1) / steps
+    bounds = np.unique(np.round(2.0**exponents).astype(np.int64))
+    return bounds[max(0, np.searchsorted(bounds, shortest) - 1) :]
+
+
+def longest(lengths: np.ndarray, ids: np.ndarray, where: Callable[[int], str]) -> list[Entry]:
+    """The longest of the samples `ids`, which have these lengths, and where they stand."""
+    count = min(LONGEST, len(ids))
+    top = np.argpartition(-lengths, count - 1)[:count] if count else np.zeros(0, int)
+    top = top[np.lexsort((ids[top], -lengths[top]))]
+    return [{"tokens": int(lengths[i]), "where": where(int(ids[i]))} for i in top]
+
+
+def sign_numbers(signs: np.ndarray, ids: np.ndarray, where: Callable[[int], str], names: dict[str, int]) -> Entry:
+    """How many of the samples show each sign of trouble, and the first that does; `names` gives each one's bit."""
+    shown = {name: np.flatnonzero(signs & bit) for name, bit in names.items()}
+    return {name: {"samples": len(at), "first": where(int(ids[at[0]]))} for name, at in shown.items() if len(at)}
+
+
+# ---------------------------------------------------------------------------------------- what users regret later
+SIGNS = {
+    "special_in_content": "hold a special token's text inside a message, which is read as that token and can end or "
+    "fake a turn; take it out, or mask it",
+    "double_bos": "begin with the bos token twice; take it out of the text, or out of the chat template",
+    "starts_with_assistant": "start with the assistant, which the model never sees when it is asked; put the user's "
+    "message before it",
+}
+
+
+def regrets(report: Entry) -> list[str]:
+    """One sentence each, with the source, the numbers and the mend."""
+    found: list[str] = []
+    for kind in ("sources", "validation"):
+        for name, entry in report[kind].items():
+            name = name if kind == "sources" else f"{name}, held out"
+            found += [f"{name}: {sentence}" for sentence in _regrets_of(entry)]
+    overlap = report.get("validation_overlap", 0)
+    if overlap:
+        found.append(
+            f"{overlap:,} of the samples that are trained on are in data.validation too, which then measures memory: "
+            "take them out of either"
+        )
+    return found
+
+
+def _regrets_of(entry: Entry) -> list[str]:
+    found = []
+    if entry["tokens"] and entry["loss_tokens"] < FEW_TRAINED * entry["tokens"]:
+        share = entry["loss_tokens"] / entry["tokens"]
+        found.append(
+            f"only {share:.2%} of its {entry['tokens']:,} tokens are trained on; look at it with --inspect, and at the "
+            "roles, data.train_on and the chat template"
+        )
+    dropped = sum(entry["dropped"].values())
+    if dropped > MANY_DROPPED * entry["read"]:
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in entry["dropped"].items())
+        found.append(f"{dropped / entry['read']:.1%} of its {entry['read']:,} samples are dropped: {reasons}")
+    if entry["truncated"]:
+        found.append(f"{entry['truncated']:,} samples are truncated at data.max_length, their ends not trained on")
+    if entry.get("duplicates"):
+        found.append(
+            f"{entry['duplicates']:,} samples are exact copies of others in it, and weigh that much more; remove them, "
+            "or use Source.weight for what should weigh more"
+        )
+    for sign, numbers in entry.get("signs", {}).items():
+        found.append(f"{numbers['samples']:,} samples (the first is {numbers['first']}) {SIGNS[sign]}")
+    return found
+
+
+# ---------------------------------------------------------------------------------------- to look at
+def spark(histogram: dict[str, int]) -> str:
+    """A histogram in one line: `23 ▂▅█▇▃▁ 4,096`."""
+    if not histogram:
+        return "-"
+    most = max(histogram.values())
+    bars = "".join(BARS[min(len(BARS) - 1, n * len(BARS) // most)] if n else " " for n in histogram.values())
+    return f"{int(next(iter(histogram))):,} {bars} {int(next(reversed(histogram))):,}"
+
+
+def summary_table(report: Entry) -> Table:
+    """A row a source: what is read, kept, dropped and why, and trained on."""
+    table = _table(["source"], ["read", "kept", "dropped", "truncated", "tokens", "trained", "median", "longest"])
+    for name, s in _entries(report):
+        dropped = ", ".join(f"{n:,} {reason}" for reason, n in s["dropped"].items()) or "0"
+        trained = f"{s['loss_tokens'] / max(1, s['tokens']):.0%}"
+        lengths = [f"{s['length_percentiles'][p]:,}" if s["length_percentiles"] else "-" for p in ("50", "100")]
+        counts = [f"{s[k]:,}" for k in ("truncated", "tokens")]
+        table.add_row(name, f"{s['read']:,}", f"{s['kept']:,}", dropped, *counts, trained, *lengths)
+    return table
+
+
+def length_table(report: Entry) -> Table:
+    """A row a source: how long its samples are, and how many are copies."""
+    middle = [str(p) for p in PERCENTILES if 0 < p < 100]
+    columns = ["shortest", *(f"{p} %" for p in middle), "longest", "duplicates"]
+    table = _table(["source", "format", "tokens a sample"], columns)
+    for name, s in _entries(report):
+        lengths = [f"{v:,}" for v in s["length_percentiles"].values()] or ["-"] * (len(middle) + 2)
+        table.add_row(name, s["format"], spark(s["length_histogram"]), *lengths, f"{s['duplicates']:,}")
+    return table
+
+
+def longest_lines(report: Entry) -> list[str]:
+    return [f"{name}: {e['tokens']:,} tokens at {e['where']}" for name, s in _entries(report) for e in s["longest"]]
+
+
+def _entries(report: Entry) -> list[tuple[str, Entry]]:
+    return [*report["sources"].items(), *((f"{n} (held out)", s) for n, s in report["validation"].items())]
+
+
+def _table(left: Sequence[str], right: Sequence[str]) -> Table:
+    table = Table(*left)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table

@@ -1,0 +1,133 @@
+"""What is said of the data: every number by hand, every warning with a case that calls for it and one that does not."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mice_jax.data import report as r
+
+
+def where(i: int) -> str:
+    return f"a.jsonl line {i + 1}"
+
+
+def entry(**keys: Any) -> dict[str, Any]:
+    """A source that gives no cause for regret."""
+    good = {
+        "path": "a.jsonl",
+        "format": "messages",
+        "read": 200,
+        "kept": 200,
+        "dropped": {},
+        "truncated": 0,
+        "tokens": 1000,
+        "loss_tokens": 500,
+        "duplicates": 0,
+        "signs": {},
+        "longest": [{"tokens": 9, "where": "a.jsonl line 7"}],
+    }
+    return good | r.length_numbers(np.array([3, 5, 9])) | keys
+
+
+def report(source: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    return {"sources": {"a": source}, "validation": {}, "validation_overlap": 0} | keys
+
+
+# ---------------------------------------------------------------------------------------- numbers
+def test_percentiles_and_histogram_by_hand() -> None:
+    numbers = r.length_numbers(np.array([1, 2, 3, 4, 5, 8, 9, 700]))
+    assert numbers["length_percentiles"] == {"0": 1, "5": 1, "25": 2, "50": 4, "75": 8, "95": 458, "100": 700}
+    assert numbers["length_histogram"] == {
+        "1": 1, "2": 1, "4": 2, "8": 2, "16": 1, "32": 0, "64": 0, "128": 0, "256": 0, "512": 0, "1024": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths", [[7], [16, 4096], [1, 1, 1], [5, 6], [100, 101, 799], list(range(1, 5000, 7))])
+def test_every_sample_is_in_one_class_of_the_histogram(lengths: list[int]) -> None:
+    histogram = r.length_numbers(np.array(lengths))["length_histogram"]
+    bounds = [int(b) for b in histogram]
+    assert bounds == sorted(set(bounds)) and bounds[-1] >= max(lengths) and len(bounds) <= 16
+    below = 0
+    for bound, count in histogram.items():
+        assert count == sum(below < n <= int(bound) for n in lengths)
+        below = int(bound)
+    assert sum(histogram.values()) == len(lengths)
+
+
+def test_nothing_has_no_numbers() -> None:
+    assert r.length_numbers(np.zeros(0, int)) == {"length_percentiles": {}, "length_histogram": {}}
+    assert r.longest(np.zeros(0, int), np.zeros(0, int), where) == [] and r.spark({}) == "-"
+
+
+def test_the_longest_samples_are_named_longest_first() -> None:
+    lengths = np.array([5, 9, 2, 9, 7])
+    found = r.longest(lengths, np.array([10, 11, 12, 13, 14]), where)
+    assert [(e["tokens"], e["where"]) for e in found] == [
+        (9, "a.jsonl line 12"), (9, "a.jsonl line 14"), (7, "a.jsonl line 15"),
+    ]  # fmt: skip
+
+
+def test_signs_are_counted_with_the_first_sample_that_shows_them() -> None:
+    names = {"double_bos": 2, "special_in_content": 1, "starts_with_assistant": 4}
+    found = r.sign_numbers(np.array([0, 1, 3, 0], np.uint8), np.array([4, 5, 6, 7]), where, names)
+    assert found == {
+        "double_bos": {"samples": 1, "first": "a.jsonl line 7"},
+        "special_in_content": {"samples": 2, "first": "a.jsonl line 6"},
+    }
+
+
+# ---------------------------------------------------------------------------------------- regrets
+def test_good_data_is_not_warned_of() -> None:
+    assert r.regrets(report(entry(), validation={"b": entry()})) == []
+    assert r.regrets(report(entry(tokens=1000, loss_tokens=10, dropped={"no trained token": 2}))) == []  # at the bounds
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"loss_tokens": 9}, "only 0.90% of its 1,000 tokens are trained on"),
+        ({"dropped": {"longer than max_length": 2, "bad line: not JSON": 1}}, "1.5% of its 200 samples are"),
+        ({"truncated": 3}, "3 samples are truncated"),
+        ({"duplicates": 1}, "1 samples are exact copies"),
+        *(({"signs": {s: {"samples": 7, "first": "a.jsonl line 2"}}}, "7 samples (the first is a.jsonl line 2)")
+          for s in r.SIGNS),
+    ],
+)  # fmt: skip
+def test_what_users_regret_is_said_of_the_source(keys: dict[str, Any], words: str) -> None:
+    (said,) = r.regrets(report(entry(**keys)))
+    assert said.startswith("a: ") and words in said
+    (said,) = r.regrets(report(entry(), validation={"b": entry(**keys)}))
+    assert said.startswith("b, held out: ") and words in said
+
+
+def test_held_out_samples_that_are_trained_on_are_said() -> None:
+    (said,) = r.regrets(report(entry(), validation_overlap=12))
+    assert said.startswith("12 of the samples that are trained on are in data.validation too")
+
+
+# ---------------------------------------------------------------------------------------- tables
+def text(table: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_histogram_fits_in_a_line() -> None:
+    assert r.spark({"16": 1, "32": 0, "64": 80, "128": 40}) == "16 ▁ █▅ 128"
+
+
+def test_tables_have_a_row_for_each_source() -> None:
+    told = report(entry(dropped={"no trained token": 3}), validation={"b": entry(duplicates=4)})
+    shown = text(r.summary_table(told))
+    assert "3 no trained token" in shown and "b (held out)" in shown and "50%" in shown
+    shown = text(r.length_table(told))
+    assert "messages" in shown and "█" in shown
+    assert r.longest_lines(told) == ["a: 9 tokens at a.jsonl line 7", "b (held out): 9 tokens at a.jsonl line 7"]
+
+
+def test_a_source_of_which_nothing_is_left_has_a_row_too() -> None:
+    nothing = entry(kept=0, tokens=0, loss_tokens=0, longest=[]) | r.length_numbers(np.zeros(0, int))
+    assert "│ a " in text(r.summary_table(report(nothing))) and "│ a " in text(r.length_table(report(nothing)))
