@@ -1,5 +1,6 @@
 """The processes of a run: joining them, knowing the lead, agreeing."""
 
+import hashlib
 import os
 import signal
 from types import FrameType
@@ -56,6 +57,20 @@ def any_process(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def check_same(what: str, fingerprint: str) -> None:
+    """UserError, in every process, where not all of them have the same fingerprint; every process must call it."""
+    if jax.process_count() == 1:
+        return
+    digest = np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint8)
+    digests = np.asarray(multihost_utils.process_allgather(digest))
+    others = [i for i, d in enumerate(digests) if not np.array_equal(d, digests[0])]
+    if others:
+        raise UserError(
+            f"the processes do not have the same {what}: {', '.join(map(str, others))} differ from process 0. Give "
+            "every host the same files, config and versions."
+        )
 
 
 def barrier(name: str) -> None:
