@@ -40,17 +40,23 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
 
 @dataclass
 class Source(_Strict):
-    path: str = ""  # a file or a glob: .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet
+    # A file, folder or glob of .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet, here or at gs://, s3://, ...;
+    path: str = ""  # tfds:name[/config]:split; hf:name:split
     weight: float = 1.0  # 0.5 = half of it an epoch, 2 = twice
     name: str = ""  # in reports and metrics; "" = the file's name without its suffix
-    format: str = "messages"  # how one record is read
+    format: str = "messages"  # messages | alpaca | sharegpt | prompt_completion | text
+    half: str = ""  # short | long: that half of it by the length of the answers (trained tokens); "" = all
+    max_samples: int = 0  # at most so many, chosen by content, so that fewer are a part of more; 0 = all
 
 
 @dataclass
 class Phase(_Strict):
     name: str = "stacked"
     num_epochs: float = 1.0
+    num_steps: int = 0  # exactly so many, in as many epochs as that takes; 0 = num_epochs
     sources: list[Source] = field(default_factory=list)
+    replay: float = 0.0  # of earlier phases' samples, this fraction is drawn again in each epoch
+    replay_from: str = ""  # the one phase that is replayed; "" = all earlier ones
 
 
 @dataclass
@@ -64,7 +70,8 @@ class Model(_Strict):
 @dataclass
 class Data(_Strict):
     tokenizer: str = ""  # "" = that of init_from
-    chat_template: str = ""  # "" = the tokenizer's own; else a .jinja file's path
+    chat_template: str = ""  # "" = the tokenizer's own; else a built-in one's name or a .jinja file's path
+    train_on: str = "all"  # all | last: every assistant message of a sample, or its last one alone
     max_length: int = 4096  # tokens; the longest row, and the longest sample that is kept whole
     overlong: str = "drop"  # drop | truncate | error; always counted
     phases: list[Phase] = field(default_factory=list)
@@ -74,6 +81,7 @@ class Data(_Strict):
     skip_bad: bool = False  # count bad lines instead of stopping at the first
     cache_dir: str = ""  # token stores; "" = $MICE_JAX_CACHE, or mice_jax in the user's cache folder
     num_workers: int = 0  # loader processes; 0 = a thread in this one
+    prepare_workers: int = 0  # processes that tokenise; 0 = one a core
 
 
 @dataclass
@@ -151,7 +159,7 @@ class Config(_Strict):
 
 # Fields that a resumed run may change: they alter neither what is trained on nor the arithmetic of a step.
 RESUMABLE = ("mesh", "train.rows_per_device", "model.attention", "model.remat", "data.cache_dir",
-             "data.num_workers", "checkpoint", "log", "eval")  # fmt: skip
+             "data.num_workers", "data.prepare_workers", "checkpoint", "log", "eval")  # fmt: skip
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -214,13 +222,16 @@ CHOICES = {
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "model.remat": ("auto", "none", "full", "dots"),
     "data.overlong": ("drop", "truncate", "error"),
+    "data.train_on": ("all", "last"),
     "optim.schedule": ("constant", "linear", "cosine", "wsd"),
     "optim.loss_reduction": ("token", "sample"),
 }
+HALVES = ("", "short", "long")
 # Inclusive bounds.
 BOUNDS = {
     "data.max_length": (2, math.inf),
     "data.num_workers": (0, math.inf),
+    "data.prepare_workers": (0, math.inf),
     "optim.batch_size": (1, math.inf),
     "optim.learning_rate": (0, math.inf),
     "optim.warmup_steps": (0, math.inf),
@@ -302,8 +313,16 @@ def _phase_problems(d: Data) -> list[str]:
         where = f"data.phases[{i}]"
         if not (phase.num_epochs > 0 and math.isfinite(phase.num_epochs)):
             problems.append(f"{where}.num_epochs={phase.num_epochs} must be more than 0")
+        if phase.num_steps < 0:
+            problems.append(f"{where}.num_steps={phase.num_steps} must be at least 0")
+        if phase.num_steps and phase.num_epochs != Phase.num_epochs:
+            problems.append(
+                f"{where}.num_epochs={phase.num_epochs} and num_steps={phase.num_steps} are both set: leave one of "
+                "them at its default"
+            )
         if not phase.sources:
             problems.append(f"{where}.sources is empty: give at least one Source(path=...)")
+        problems += _replay_problems(where, phase, names[:i])
     lists = [(f"data.phases[{i}].sources", p.sources) for i, p in enumerate(d.phases)]
     for where, sources in [*lists, ("data.validation", d.validation)]:
         for j, s in enumerate(sources):
@@ -311,4 +330,24 @@ def _phase_problems(d: Data) -> list[str]:
                 problems.append(f'{where}[{j}].path="" must name a file')
             if not (s.weight > 0 and math.isfinite(s.weight)):
                 problems.append(f"{where}[{j}].weight={s.weight} must be more than 0")
+            if s.max_samples < 0:
+                problems.append(f"{where}[{j}].max_samples={s.max_samples} must be at least 0")
+            if s.half not in HALVES:
+                problems.append(f"{where}[{j}].half={s.half!r} is not one of {', '.join(map(repr, HALVES))}")
+    return problems
+
+
+def _replay_problems(where: str, phase: Phase, earlier: list[str]) -> list[str]:
+    problems = []
+    if not (phase.replay >= 0 and math.isfinite(phase.replay)):
+        problems.append(f"{where}.replay={phase.replay} must be at least 0")
+    if phase.replay and not earlier:
+        problems.append(f"{where}.replay={phase.replay}: there is no phase before it to replay")
+    elif phase.replay_from and phase.replay_from not in earlier:
+        known = f"those are {', '.join(earlier)}" if earlier else "there is none"
+        problems.append(f"{where}.replay_from={phase.replay_from!r} is no phase before it; {known}")
+    if phase.replay_from and not phase.replay:
+        problems.append(
+            f"{where}.replay_from={phase.replay_from!r} without a replay: give it, 0.01 for one in a hundred"
+        )
     return problems

@@ -2,12 +2,18 @@
 
   mice prepare --config=configs/demo.py
   mice prepare --config=configs/demo.py --inspect=3
+  mice prepare --config=configs/demo.py --report
 
---inspect=N shows N samples of each phase as the model will see them, trained tokens marked.
+--inspect=N shows N samples of each phase as the model will see them, trained tokens marked; with --ids token by token.
+--report adds lengths, copies, the longest samples, what each epoch draws of each source, and how full the rows are.
+--output=F.json writes all of it as data_report.json has it.
 """
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -16,52 +22,100 @@ from rich.table import Table
 
 from mice_jax import command
 from mice_jax.config import Config
+from mice_jax.data import report
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
+from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture
+from mice_jax.data.packing import microbatch_shapes
 from mice_jax.data.tokenizer import load_tokenizer
+from mice_jax.display import Display
 from mice_jax.start import find_origin
+
+WIDTH = 160  # of tables in a file or a pipe
 
 
 def define(values: command.Values, argv: list[str]) -> None:
     command.define_config(values, argv)
     flags.DEFINE_integer("inspect", 0, "samples of each phase to show", lower_bound=0, flag_values=values)
+    flags.DEFINE_bool("ids", False, "show them token by token, with their ids", flag_values=values)
+    flags.DEFINE_bool("report", False, "show lengths, copies, epochs and packing too", flag_values=values)
+    flags.DEFINE_string("output", None, "a file for the report, as JSON", flag_values=values)
 
 
 def prepare(values: command.Values) -> None:
     config = command.config_of(values)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     origin_folder = config.data.tokenizer or str(find_origin(config.model.init_from).folder)
-    encoder = ChatEncoder(load_tokenizer(origin_folder, config.data.chat_template))
-    data = build_dataset(config.data, encoder, lambda what: console.print(f"[dim]{escape(what)}[/dim]"))
-    console.print(_table(data))
+    said: list[str] = []
+    tokenizer = load_tokenizer(origin_folder, config.data.chat_template, said)
+    encoder = ChatEncoder(tokenizer, train_on=config.data.train_on)
+    with Display(console) as display:
+        for sentence in [*said, *encoder.remarks()]:
+            display.say(sentence)
+        data = build_dataset(config.data, encoder, display.say, display.watch)
+    whole = report.with_steps(data.report, *_steps(config, data))
+    console.print(report.summary_table(whole))
+    if values.report:
+        _print_report(whole, console)
+    for sentence in report.regrets(whole):
+        console.print(f"[yellow]warning: {escape(sentence)}[/yellow]", soft_wrap=True)
+    if values.output:
+        Path(values.output).write_text(json.dumps(whole, indent=1) + "\n")
     if values.inspect:
-        _inspect(config, data, encoder, values.inspect, console)
+        _inspect(config, data, encoder, values.inspect, values.ids, console)
 
 
-def _table(data: Dataset) -> Table:
-    table = Table("source", "read", "kept", "dropped", "truncated", "tokens", "trained", "median", "longest")
-    held_out = {f"{name} (held out)": s for name, s in data.report["validation"].items()}
-    for name, s in (data.report["sources"] | held_out).items():
-        dropped = ", ".join(f"{n:,} {reason}" for reason, n in s["dropped"].items()) or "0"
-        lengths = s["length_percentiles"]
-        counts = [f"{s[k]:,}" for k in ("read", "kept")] + [dropped]
-        counts += [f"{s[k]:,}" for k in ("truncated", "tokens")]
-        trained = f"{s['loss_tokens'] / max(1, s['tokens']):.0%}"
-        table.add_row(name, *counts, trained, *(str(lengths.get(p, "-")) for p in ("50", "100")))
+def _steps(config: Config, data: Dataset) -> tuple[StepSource, int]:
+    """The run's steps and how many it takes, for the devices that the config names (one where it names none)."""
+    o, mesh = config.optim, config.mesh
+    mixture = Mixture(data.phases, batch_size=o.batch_size, seed=config.seed, drop_remainder=config.data.drop_remainder)
+    shards = max(1, mesh.data) * max(1, mesh.fsdp)
+    shapes = microbatch_shapes(config.data.max_length, config.train.rows_per_device or 1)
+    steps = StepSource(data.corpus, mixture, shapes, shards, tuple(range(shards)), o.loss_reduction, config.seed)
+    return steps, min(len(mixture), o.max_steps or len(mixture))
+
+
+def _print_report(whole: dict[str, Any], console: Console) -> None:
+    console.print(report.length_table(whole))
+    console.print(_epoch_table(whole))
+    for line in report.longest_lines(whole):
+        console.print(f"longest: {escape(line)}", soft_wrap=True)
+    console.print(
+        f"{whole['steps']:,} steps; the first {min(report.STEPS_PACKED, whole['steps'])} fill "
+        f"{whole['slot_efficiency_of_first_steps']:.1%} of their slots"
+    )
+
+
+def _epoch_table(whole: dict[str, Any]) -> Table:
+    """What each epoch draws; equal ones in a row are one line."""
+    table = Table("phase", "epochs", "steps", "samples", "of each source")
+    for phase in whole["phases"]:
+        first = 0
+        for i, epoch in enumerate(phase["epochs"]):
+            if i + 1 < len(phase["epochs"]) and phase["epochs"][i + 1] == epoch:
+                continue
+            drawn = ", ".join(f"{n:,} {escape(name)}" for name, n in epoch["by_source"].items())
+            numbers = str(i + 1) if i == first else f"{first + 1} to {i + 1}, each"
+            table.add_row(escape(phase["name"]), numbers, f"{epoch['steps']:,}", f"{epoch['samples']:,}", drawn)
+            first = i + 1
     return table
 
 
-def _inspect(config: Config, data: Dataset, encoder: ChatEncoder, count: int, console: Console) -> None:
+def _inspect(config: Config, data: Dataset, encoder: ChatEncoder, count: int, ids: bool, console: Console) -> None:
     """The first samples of each phase's first step, in the order of the run."""
     for number, phase in enumerate(data.phases):
         mixture = Mixture(data.phases[: number + 1], batch_size=config.optim.batch_size, seed=config.seed)
         first = next(i for i in range(len(mixture)) if mixture.step(i).phase == number)
         for sample in mixture.step(first).samples[:count]:
-            ids, trained = data.corpus.sample(int(sample))
-            marked = int(trained[1:].sum())
-            console.rule(f"{phase.name}: sample {sample}, {len(ids)} tokens, {marked} trained on")
-            print(encoder.show(ids, trained, color=console.is_terminal))
+            tokens, trained = data.corpus.sample(int(sample))
+            where, marked = data.corpus.where(int(sample)), int(trained[1:].sum())
+            told = f"{phase.name}: sample {sample}, {len(tokens)} tokens, {marked} trained on"
+            console.rule(escape(f"{told}: {where}"))
+            if ids:
+                print(encoder.show_ids(tokens, trained, color=console.is_terminal))
+            else:
+                print(encoder.show(tokens, trained, color=console.is_terminal))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ The same command again resumes the run. It leaves in the workdir: config.json, d
 line a step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and summary.json.
 """
 
+import datetime
 import sys
 import time
 from collections.abc import Sequence
@@ -24,12 +25,14 @@ from transformers import PreTrainedTokenizerBase
 from mice_jax import command, distributed, fit, metrics
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.config import Config, differences, to_dict
+from mice_jax.data import report
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.loader import StepSource, empty_rows, load_steps
 from mice_jax.data.mixture import Mixture, PhasePools, Pool
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.data.tokenizer import load_tokenizer
+from mice_jax.display import Display
 from mice_jax.errors import Preempted, StoppedByRule, UserError
 from mice_jax.models import hf
 from mice_jax.models.attention import choose_backend
@@ -61,9 +64,10 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     # ---- What it starts from --------------------------------------------------------------------------------
     attention = choose_backend(config.model.attention)
     origin = find_origin(config.model.init_from)
-    tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
+    said: list[str] = []
+    tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template, said)
     spec = with_vocabulary(origin, tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values()})
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
 
     # ---- Host and mesh --------------------------------------------------------------------------------------
     if config.train.deterministic:
@@ -77,7 +81,11 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         _check_same_config(run, config)
 
     # ---- Data -----------------------------------------------------------------------------------------------
-    data = build_dataset(config.data, encoder, lambda what: console.print(f"[dim]{escape(what)}[/dim]"))
+    with Display(console) as display:
+        for sentence in [*said, *encoder.remarks()]:
+            display.say(sentence)
+        data = build_dataset(config.data, encoder, display.say, display.watch)
+    distributed.check_same("data", data.fingerprint)
     mixture = Mixture(
         data.phases,
         batch_size=config.optim.batch_size,
@@ -134,8 +142,11 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     start = start or 0
     if lead:
         run.cut_metrics(start)
-        run.write_json("config.json", to_dict(config) | {"resolved": resolved | {"attention": attention}})
-        run.write_json("data_report.json", _data_report(data, mixture, steps, total_steps))
+        run.write_json(
+            "config.json",
+            to_dict(config) | {"resolved": resolved | {"attention": attention, "today": str(encoder.today)}},
+        )
+        run.write_json("data_report.json", report.with_steps(data.report, steps, total_steps))
         _keep_model(run.path / "model", origin, spec, tokenizer)
     _say_plan(console, config, origin, mesh, data, mixture, total_steps, start, num_params, rows, compute)
     for said in [*_added_rows(origin, spec), *_uneven(decoder, mesh)]:
@@ -198,6 +209,12 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             run.write_json("summary.json", _summary(status, reason, saved, progress, record, run))
         checkpoints.close()
     console.print(escape(_ending(run, record, start, total_steps)))
+
+
+def _day_of(run: Workdir) -> datetime.date | None:
+    """The day that a run began on, for chat templates that write the date; None for one that begins."""
+    day = (run.read_json("config.json") or {}).get("resolved", {}).get("today")
+    return datetime.date.fromisoformat(day) if day else None
 
 
 def _resolve(
@@ -331,19 +348,6 @@ def _evaluate(fns: StepFunctions, state: TrainState, data: Dataset, source: Any,
     return {"eval/loss": total_loss / total_weight} | values
 
 
-def _data_report(data: Dataset, mixture: Mixture, steps: StepSource, total_steps: int) -> dict[str, Any]:
-    packed = [steps.plan(i) for i in range(min(total_steps, 16))]
-    slots = sum(len(m.rows) * m.shape.slots for plan in packed for m in plan)
-    tokens = sum(int(data.corpus.lengths[mixture.step(i).samples].sum()) for i in range(len(packed)))
-    phases = [{"name": p.name, "num_epochs": p.num_epochs, "samples_per_epoch": p.per_epoch} for p in data.phases]
-    return data.report | {
-        "phases": phases,
-        "steps": len(mixture),
-        "samples_left_out_by_drop_remainder": mixture.samples_left_out,
-        "packing_efficiency_of_first_steps": tokens / slots,
-    }
-
-
 def _say_plan(
     console: Console, config: Config, origin: Origin, mesh: Mesh, data: Dataset, mixture: Mixture,
     total_steps: int, start: int, num_params: int, rows: int, compute: Compute,
@@ -365,11 +369,7 @@ def _say_plan(
     }
     for name, line in lines.items():
         console.print(f"[bold]{name:<6}[/bold] {escape(line)}")
-    held_out = {f"{name}, held out": s for name, s in data.report["validation"].items()}
-    warnings = []
-    for name, s in (sources | held_out).items():
-        warnings += [f"{name}: {n:,} samples dropped, {reason}" for reason, n in s["dropped"].items()]
-        warnings += [f"{name}: {s['truncated']:,} samples truncated"] * bool(s["truncated"])
+    warnings = report.regrets(data.report)
     if o.batch_size > mixture.shortest_epoch():
         warnings.append(
             f"optim.batch_size={o.batch_size} is larger than an epoch of {mixture.shortest_epoch()} samples: each of "

@@ -80,7 +80,7 @@ MUTE = {"messages": [USER, {"role": "assistant", "content": "mice", "train": Fal
 DATA: dict[str, tuple[Spoil, list[str]]] = {
     "a line that is not JSON": (with_lines(GOOD, '{"messages": ['), ["chats.jsonl line 2", "not JSON", "skip_bad"]),
     "a line that is no object": (with_lines(GOOD, GOOD, "[1]"), ["chats.jsonl line 3", "an object"]),
-    "no messages": (with_lines({"conversations": []}), ["chats.jsonl line 1", "messages", "sharegpt"]),
+    "no messages": (with_lines({"turns": []}), ["chats.jsonl line 1", "messages", "turns"]),
     "a message without role": (
         with_lines(GOOD, {"messages": [{"content": "x"}]}),
         ["chats.jsonl line 2", "messages[0]", "role"],

@@ -205,6 +205,28 @@ def test_a_rate_that_is_no_number_is_refused() -> None:
         (lambda c: setattr(c.data.phases[0], "sources", []), ["data.phases[0].sources"]),
         (lambda c: setattr(c.data.phases[0].sources[1], "weight", 0.0), ["data.phases[0].sources[1].weight=0.0"]),
         (lambda c: setattr(c.data.phases[0].sources[1], "path", ""), ["data.phases[0].sources[1].path"]),
+        (lambda c: setattr(c.data.phases[0].sources[1], "half", "easy"), ["sources[1].half='easy'", "'short', 'long'"]),
+        (lambda c: setattr(c.data.phases[0].sources[1], "max_samples", -1), ["sources[1].max_samples=-1"]),
+        (lambda c: setattr(c.data.phases[0], "num_steps", -1), ["data.phases[0].num_steps=-1"]),
+        (
+            lambda c: c.data.phases.append(Phase("b", num_epochs=2.0, num_steps=3, sources=[Source("a")])),
+            ["data.phases[1].num_epochs=2.0", "num_steps=3", "leave one"],
+        ),
+        (lambda c: setattr(c.data.phases[0], "replay", 0.1), ["data.phases[0].replay=0.1", "no phase before it"]),
+        (
+            lambda c: c.data.phases.append(Phase("b", sources=[Source("a")], replay=-1.0)),
+            ["data.phases[1].replay=-1.0"],
+        ),
+        (
+            lambda c: c.data.phases.append(Phase("b", sources=[Source("a")], replay=0.1, replay_from="b")),
+            ["data.phases[1].replay_from='b'", "those are stacked"],
+        ),
+        (
+            lambda c: c.data.phases.append(Phase("b", sources=[Source("a")], replay_from="stacked")),
+            ["data.phases[1].replay_from='stacked'", "without a replay"],
+        ),
+        (lambda c: setattr(c.data, "train_on", "first"), ["data.train_on='first'", "all, last"]),
+        (lambda c: setattr(c.data, "prepare_workers", -1), ["data.prepare_workers=-1"]),
         (lambda c: c.data.phases.append(c.data.phases[0]), ["2 phases named 'stacked'"]),
         (lambda c: setattr(c.mesh, "data", -1), ["mesh.data", "mesh.fsdp"]),
     ],
@@ -251,6 +273,8 @@ def test_a_config_as_a_dict_holds_every_field_and_no_object() -> None:
         "weight": 0.5,
         "name": "",
         "format": "messages",
+        "half": "",
+        "max_samples": 0,
     }
 
 

@@ -10,6 +10,7 @@ import pytest
 from mice_jax.config import Data, Phase, Source
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
+from mice_jax.data.mixture import Mixture
 from mice_jax.errors import UserError
 from runs import Record, chat, make_chats, make_tokenizer, write_jsonl
 
@@ -26,7 +27,7 @@ def build(tmp_path: Path, encoder: ChatEncoder) -> Any:
         data = Data(phases=[Phase(sources=[Source(path=str(path))])])
         for name, value in fields.items():
             setattr(data, name, value)
-        return build_dataset(data, encoder, lambda what: None)
+        return build_dataset(data, encoder)
 
     return build
 
@@ -176,3 +177,103 @@ def test_bad_lines_are_counted_by_reason_where_they_may_be_skipped(build: Any, t
         "bad line: unknown role": 1,
         "bad line: not an object": 1,
     }
+
+
+# ---------------------------------------------------------------------------------------- parts of a source
+LADDER = [chat("who?", "mice " * n) for n in (5, 1, 4, 1, 3, 2, 9)]  # the short half: 1, 1, 2, 3 words
+
+
+def part(build: Any, path: Path, **fields: Any) -> tuple[list[int], dict[str, Any]]:
+    data = build(path, phases=[Phase(sources=[Source(path=str(path), **fields)])])
+    (entry,) = data.report["sources"].values()
+    return data.phases[0].pools[0].ids.tolist(), entry
+
+
+def test_the_halves_of_a_source_by_answer_length_are_all_of_it(build: Any, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "ladder.jsonl", LADDER)
+    short, said = part(build, path, half="short")
+    assert short == [1, 3, 4, 5] and said["set_aside"] == {"not of the short half": 3} and said["kept"] == 4
+    long, said = part(build, path, half="long")
+    assert long == [0, 2, 6] and said["set_aside"] == {"not of the long half": 4} and said["read"] == 7
+    assert part(build, path)[1]["set_aside"] == {}
+
+
+def test_fewer_samples_are_a_part_of_more_and_do_not_move_with_the_order(build: Any, tmp_path: Path) -> None:
+    records = make_chats(40)
+    path, turned = (write_jsonl(tmp_path / f"{n}.jsonl", r) for n, r in (("a", records), ("b", records[::-1])))
+    some, said = part(build, path, max_samples=10)
+    more, _ = part(build, path, max_samples=20)
+    assert len(some) == 10 and set(some) < set(more) and said["set_aside"] == {"beyond max_samples": 30}
+    assert some == sorted(some) != list(range(10))
+    assert sorted(39 - i for i in part(build, turned, max_samples=10)[0]) == some
+    assert len(part(build, path, max_samples=99)[0]) == 40
+
+
+def test_a_part_is_taken_of_what_is_neither_held_out_nor_dropped(build: Any, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "all.jsonl", [*make_chats(60), MUTE])
+    fields = {"path": str(path), "half": "short", "max_samples": 12}
+    data = build(path, phases=[Phase(sources=[Source(**fields)])], validation_fraction=0.3)
+    held = set(data.validation["all"].tolist())
+    (entry,) = data.report["sources"].values()
+    kept = 60 - len(held)
+    assert entry["dropped"] == {"no trained token": 1} or 60 in held
+    assert entry["set_aside"] == {"not of the short half": kept // 2, "beyond max_samples": -(-kept // 2) - 12}
+    assert not held & set(data.phases[0].pools[0].ids.tolist())
+    assert data.report["validation"]["all"]["set_aside"] == {}  # all that is held out is measured
+
+
+# ---------------------------------------------------------------------------------------- replay
+def phased(tmp_path: Path, **last: Any) -> list[Phase]:
+    a, b, c = (write_jsonl(tmp_path / f"{n}.jsonl", make_chats(20, seed=i)) for i, n in enumerate("abc"))
+    return [
+        Phase("one", sources=[Source(str(a)), Source(str(b), weight=0.5)]),
+        Phase("two", sources=[Source(str(a))]),
+        Phase("three", sources=[Source(str(c))], **last),
+    ]
+
+
+def test_a_phase_replays_a_part_of_all_earlier_ones_each_sample_once_in_a_pass(build: Any, tmp_path: Path) -> None:
+    data = build(tmp_path, phases=phased(tmp_path, replay=0.25, num_epochs=4.0))
+    own, replay = data.phases[2].pools
+    assert (len(own.ids), replay.name, replay.weight) == (20, "replay of one, two", 0.25)
+    assert replay.ids.tolist() == list(range(40))  # those of a once, though two phases have them
+    mixture = Mixture(data.phases, batch_size=30, seed=0)
+    steps = [mixture.step(i) for i in range(len(mixture))]
+    again = [[int(i) for i in s.samples if i < 40] for s in steps if s.phase == 2]
+    assert [len(s) for s in again] == [10] * 4
+    assert sorted(i for s in again for i in s) == list(range(40))  # four epochs of a quarter are one pass
+    (last,) = {tuple(e.by_pool) for e in mixture.epochs(99) if e.phase == 2}
+    assert last == (20, 10)
+
+
+def test_one_phase_alone_can_be_replayed(build: Any, tmp_path: Path) -> None:
+    data = build(tmp_path, phases=phased(tmp_path, replay=0.5, replay_from="two"))
+    assert data.phases[2].pools[1].ids.tolist() == list(range(20))
+    with pytest.raises(UserError, match=r"'three' replays nothing: replay=0\.01 of the 20 samples of two"):
+        build(tmp_path, phases=phased(tmp_path, replay=0.01, replay_from="two"))
+
+
+# ---------------------------------------------------------------------------------------- copies and signs
+def test_copies_are_counted_in_a_source_over_all_and_against_what_is_held_out(build: Any, tmp_path: Path) -> None:
+    chats = make_chats(10)
+    a = write_jsonl(tmp_path / "a.jsonl", [*chats, chats[0], chats[0], chats[1]])
+    b = write_jsonl(tmp_path / "b.jsonl", [chats[2], *make_chats(3, seed=5)])
+    held = write_jsonl(tmp_path / "held.jsonl", [chats[0], chats[3], *make_chats(3, seed=6)])
+    phases = [Phase(sources=[Source(str(a)), Source(str(b))]), Phase("again", sources=[Source(str(a))])]
+    data = build(a, phases=phases, validation=[Source(str(held))])
+    assert [s["duplicates"] for s in data.report["sources"].values()] == [3, 0, 3]
+    assert (data.report["samples"], data.report["duplicates"]) == (17, 4)
+    assert data.report["validation_overlap"] == 4  # three of the first, one of the fourth
+    assert build(a).report["validation_overlap"] == 0
+
+
+def test_signs_of_trouble_and_the_longest_samples_are_counted_with_their_lines(build: Any, tmp_path: Path) -> None:
+    spelled = chat("who?", "<|im_end|> and more")
+    first = {"messages": [{"role": "assistant", "content": "Hello"}, *SHORT["messages"]]}
+    path = write_jsonl(tmp_path / "odd.jsonl", [SHORT, spelled, first, LONG])
+    (entry,) = build(path).report["sources"].values()
+    assert entry["signs"] == {
+        "special_in_content": {"samples": 1, "first": f"{path} line 2"},
+        "starts_with_assistant": {"samples": 1, "first": f"{path} line 3"},
+    }
+    assert entry["longest"][0]["where"] == f"{path} line 4" and entry["format"] == "messages"

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from mice_jax.data.mixture import Mixture, PhasePools, Pool, Step
 
 
-def phase(*pools: tuple[Sequence[int], float], name: str = "stacked", num_epochs: float = 1.0) -> PhasePools:
-    return PhasePools(name, num_epochs, tuple(Pool(np.array(ids), weight) for ids, weight in pools))
+def phase(*pools: tuple[Sequence[int], float], num_epochs: float = 1.0, num_steps: int = 0) -> PhasePools:
+    made = (Pool(np.array(ids), weight, str(i)) for i, (ids, weight) in enumerate(pools))
+    return PhasePools("stacked", num_epochs, tuple(made), num_steps)
 
 
 def mix(*phases: PhasePools, batch_size: int, seed: int = 0, **options: bool) -> Mixture:
@@ -85,6 +86,54 @@ def test_a_batch_larger_than_an_epoch_is_the_epoch() -> None:
     assert len(mix(phase((range(5), 1.0)), batch_size=100, drop_remainder=True)) == 0
 
 
+# ---------------------------------------------------------------------------------------- steps instead of epochs
+@pytest.mark.parametrize(
+    ("num_steps", "sizes"), [(1, [4]), (3, [4, 4, 2]), (4, [4, 4, 2, 4]), (7, [4, 4, 2] * 2 + [4])]
+)
+def test_a_phase_of_so_many_steps_takes_as_many_epochs_as_that_needs(num_steps: int, sizes: list[int]) -> None:
+    mixture = mix(phase((range(10), 1.0), num_steps=num_steps), batch_size=4)
+    assert [len(s.samples) for s in steps_of(mixture)] == sizes
+    assert [s.epoch for s in steps_of(mixture)] == [i // 3 for i in range(num_steps)]
+    whole = mix(phase((range(10), 1.0), num_epochs=3), batch_size=4)  # the same samples in the same order
+    for i in range(num_steps):
+        assert np.array_equal(mixture.step(i).samples, whole.step(i).samples)
+
+
+def test_steps_are_whole_where_the_remainder_is_left_out() -> None:
+    mixture = mix(phase((range(10), 1.0), num_steps=5), batch_size=4, drop_remainder=True)
+    assert [len(s.samples) for s in steps_of(mixture)] == [4] * 5
+    assert mixture.samples_left_out == 4  # two of each of the two whole epochs; the third is not at its end
+    assert len(mix(phase((range(3), 1.0), num_steps=5), batch_size=4, drop_remainder=True)) == 0
+
+
+# ---------------------------------------------------------------------------------------- counts
+@settings(deadline=None, max_examples=120)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0])), min_size=1, max_size=3),
+    st.integers(1, 9),
+    st.sampled_from([{"num_epochs": 0.5}, {"num_epochs": 2.5}, {"num_steps": 1}, {"num_steps": 5}]),
+    st.booleans(),
+    st.integers(0, 12),
+)
+def test_what_is_counted_by_epoch_and_source_is_what_is_drawn(
+    sizes: list[tuple[int, float]], batch_size: int, length: dict, drop: bool, max_steps: int
+) -> None:
+    first = np.cumsum([0] + [n for n, _ in sizes])
+    pools = [(range(a, a + n), w) for a, (n, w) in zip(first, sizes, strict=False)]
+    phases = [phase(*pools, **length), phase((range(100, 107), 1.0))]
+    mixture = mix(*phases, batch_size=batch_size, drop_remainder=drop)
+    max_steps = max_steps or len(mixture)
+    counted = mixture.epochs(max_steps)
+    steps = steps_of(mixture)[:max_steps]
+    assert [(e.phase, e.epoch) for e in counted] == sorted({(s.phase, s.epoch) for s in steps})
+    for e in counted:
+        mine = [s for s in steps if (s.phase, s.epoch) == (e.phase, e.epoch)]
+        samples = [int(i) for s in mine for i in s.samples]
+        where = np.searchsorted(first, samples, side="right") - 1 if e.phase == 0 else np.zeros(len(samples), int)
+        by_pool = np.bincount(where, minlength=len(e.by_pool)).tolist()
+        assert (e.steps, e.samples, list(e.by_pool)) == (len(mine), len(samples), by_pool)
+
+
 # ---------------------------------------------------------------------------------------- weights
 def test_weight_a_half_sees_each_sample_once_in_two_epochs() -> None:
     mixture = mix(phase((range(10), 0.5), (range(10, 14), 1.0), num_epochs=4), batch_size=3)
@@ -126,7 +175,7 @@ def test_a_part_of_an_epoch_is_a_part_of_its_samples() -> None:
 
 
 def test_phases_follow_each_other_and_never_mix() -> None:
-    phases = [phase((range(10), 1.0), name="a", num_epochs=2), phase((range(10, 17), 1.0), name="b")]
+    phases = [phase((range(10), 1.0), num_epochs=2), phase((range(10, 17), 1.0))]
     mixture = mix(*phases, batch_size=4)
     assert [(s.phase, s.epoch, len(s.samples)) for s in steps_of(mixture)] == [
         (0, 0, 4), (0, 0, 4), (0, 0, 2), (0, 1, 4), (0, 1, 4), (0, 1, 2), (1, 0, 4), (1, 0, 3),
@@ -136,15 +185,15 @@ def test_phases_follow_each_other_and_never_mix() -> None:
 
 
 def test_one_source_in_two_phases_is_drawn_in_another_order() -> None:
-    mixture = mix(phase((range(20), 1.0), name="a"), phase((range(20), 1.0), name="b"), batch_size=20)
+    mixture = mix(phase((range(20), 1.0)), phase((range(20), 1.0)), batch_size=20)
     assert drawn(mixture, 0, 0) != drawn(mixture, 1, 0)
 
 
 # ---------------------------------------------------------------------------------------- a pure function
 def runs(seed: int, batch_size: int = 3) -> Mixture:
     return mix(
-        phase((range(17), 0.5), (range(17, 30), 2.0), name="a", num_epochs=2.5),
-        phase((range(30), 1.0), name="b", num_epochs=2),
+        phase((range(17), 0.5), (range(17, 30), 2.0), num_epochs=2.5),
+        phase((range(30), 1.0), num_epochs=2),
         batch_size=batch_size,
         seed=seed,
     )

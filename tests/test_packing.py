@@ -1,5 +1,7 @@
 """Every sample once, within the rows' room, in few shapes with few empty slots: properties, and the figures claimed."""
 
+import resource
+import time
 from collections import Counter
 
 import numpy as np
@@ -7,9 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mice_jax.data.mixture import Mixture, PhasePools, Pool
 from mice_jax.data.packing import Microbatch, Shape, microbatch_shapes, pack_step, slot_efficiency
 
-# The study's lengths, as notes/tech.md models them.
+
+def resident_bytes() -> int:
+    """The most that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# Lengths like those of the study's data.
 MEAN_LOG, SIGMA, SHORTEST, LONGEST = 6.2, 0.9, 16, 4096
 
 
@@ -29,6 +38,8 @@ def problems(plan: list[Microbatch], lengths: np.ndarray, shapes: tuple[Shape, .
         found.append("not every sample once")
     if any(sum(lengths[i] for i in row) > m.shape.slots for m in plan for row in m.rows):
         found.append("a row above its room")
+    if any(len(row) > m.shape.max_segments for m in plan for row in m.rows):
+        found.append("more samples in a row than may be")
     if any(len(m.rows) != m.shape.rows * num_shards for m in plan):
         found.append("a microbatch without its rows")
     if any(m.shape not in shapes for m in plan):
@@ -44,6 +55,23 @@ CASES = st.tuples(
 
 
 # ---------------------------------------------------------------------------------------- properties
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=1500),
+    st.lists(st.integers(1, 2048), max_size=20),
+    st.sampled_from([128, 2048]),
+    st.integers(1, 3),
+    st.sampled_from([1, 8]),
+)
+def test_tiny_samples_fill_no_row_beyond_its_cap(
+    tiny: list[int], others: list[int], max_length: int, rows: int, num_shards: int
+) -> None:
+    lengths = np.minimum(np.array(tiny + others, np.int32), max_length)
+    shapes = microbatch_shapes(max_length, rows)
+    assert [s.max_segments for s in shapes] == [max(64, s.slots // 16) for s in shapes]
+    assert problems(pack(lengths, shapes, num_shards), lengths, shapes, num_shards) == []
+
+
 @settings(deadline=None, max_examples=150)
 @given(CASES, st.integers(0, 5))
 def test_a_plan_holds_every_sample_once_within_its_rows(case: tuple, seed: int) -> None:
@@ -64,6 +92,8 @@ def test_the_checks_of_a_plan_see_what_is_wrong_with_one() -> None:
     twice = [Microbatch(shapes[0], [[0]]), Microbatch(shapes[0], [[0]])]
     assert "not every sample once" in problems(twice, lengths, shapes, 1)
     assert "a microbatch without its rows" in problems(twice, lengths, shapes, 2)
+    many = [Microbatch(Shape(1, 128), [list(range(65))])]
+    assert problems(many, np.ones(65, np.int32), shapes, 1) == ["more samples in a row than may be"]
     assert "a shape of its own" in problems([Microbatch(Shape(1, 256), [[0, 1, 2]])], lengths, shapes, 1)
 
 
@@ -160,3 +190,18 @@ def test_few_slots_are_empty_with_the_study_s_lengths(samples: int, least: float
     assert tokens / slots >= least
     # One sample a row, the negative control, is what padding costs.
     assert tokens / (samples * LONGEST * (3 if samples > 1000 else 12)) < 0.25
+
+
+@pytest.mark.parametrize("batch_size", [3840, 128])
+def test_a_million_samples_are_planned_in_five_seconds_and_a_gigabyte(batch_size: int) -> None:
+    lengths = study_lengths(1_000_000, 0)
+    mixture = Mixture([PhasePools("a", 1.0, (Pool(np.arange(len(lengths))),))], batch_size=batch_size, seed=0)
+    shapes = microbatch_shapes(LONGEST, 1)
+    mixture.step(0)
+    before, began = resident_bytes(), time.process_time()
+    rows = 0
+    for i in range(len(mixture)):
+        rows += sum(len(m.rows) for m in pack(lengths[mixture.step(i).samples], shapes, 8, i))
+    assert time.process_time() - began < 5  # this process's own time: others on the machine do not count
+    assert resident_bytes() - before < 2**30
+    assert rows * LONGEST > lengths.sum()

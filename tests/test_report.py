@@ -82,14 +82,18 @@ def test_signs_are_counted_with_the_first_sample_that_shows_them() -> None:
 # ---------------------------------------------------------------------------------------- regrets
 def test_good_data_is_not_warned_of() -> None:
     assert r.regrets(report(entry(), validation={"b": entry()})) == []
-    assert r.regrets(report(entry(tokens=1000, loss_tokens=10, dropped={"no trained token": 2}))) == []  # at the bounds
+    assert r.regrets(report(entry(tokens=1000, loss_tokens=10))) == []  # at the bound
 
 
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
         ({"loss_tokens": 9}, "only 0.90% of its 1,000 tokens are trained on"),
-        ({"dropped": {"longer than max_length": 2, "bad line: not JSON": 1}}, "1.5% of its 200 samples are"),
+        (
+            {"dropped": {"longer than max_length": 2, "bad line: not JSON": 1}},
+            "3 of its 200 samples are dropped (1.5%): 2 longer than max_length, 1 bad line",
+        ),
+        ({"dropped": {"no trained token": 2}}, "2 of its 200 samples are dropped: 2 no trained token"),
         ({"truncated": 3}, "3 samples are truncated"),
         ({"duplicates": 1}, "1 samples are exact copies"),
         *(({"signs": {s: {"samples": 7, "first": "a.jsonl line 2"}}}, "7 samples (the first is a.jsonl line 2)")

@@ -1,9 +1,12 @@
-"""From the data config to what a run draws from: the corpus, each phase's pools, the held-out samples, the report.
+"""From the data config to what a run draws from: the corpus, each phase's pools, the held-out samples, the counts.
 
-Here samples are dropped, and nowhere else: each with its reason, counted by source.
+Here samples are left out, and nowhere else, each counted by source with its reason, in this order: what is held out;
+what is too long, or has nothing to train on; the half that is not wanted; what is beyond max_samples.
 """
 
 import dataclasses
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,13 @@ from typing import Any
 import numpy as np
 
 from mice_jax import config
-from mice_jax.data.chat import ChatEncoder
+from mice_jax.data import report
+from mice_jax.data.chat import ChatEncoder, Sign
 from mice_jax.data.mixture import Corpus, PhasePools, Pool
-from mice_jax.data.store import TokenStore, build_store, default_cache_dir
+from mice_jax.data.store import TokenStore, Watch, build_store, default_cache_dir
 from mice_jax.errors import UserError
+
+Key = tuple[str, str]  # path and format: sources that share them share a store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,60 +28,36 @@ class Dataset:
     corpus: Corpus
     phases: list[PhasePools]
     validation: dict[str, np.ndarray]  # sample numbers by source
-    report: dict[str, Any]  # data_report.json
+    report: dict[str, Any]  # the part of data_report.json that is known without steps
+    fingerprint: str  # of all tokens
 
 
-def build_dataset(data: config.Data, encoder: ChatEncoder, say: Callable[[str], None]) -> Dataset:
+def build_dataset(
+    data: config.Data,
+    encoder: ChatEncoder,
+    say: Callable[[str], None] = lambda text: None,
+    watch: Callable[[str], Watch] = lambda what: lambda done, samples: None,
+) -> Dataset:
     """Opens or builds the stores of every source, and sorts out which samples are trained on.
+
+    Args:
+      say: is told in a sentence what the user should know.
+      watch: gives, for a source's path, what is told how far its tokenising is.
 
     Raises UserError where a phase is left without a sample.
     """
-    cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
-    sources = {(s.path, s.format): s for s in _all_sources(data)}
-    stores: dict[tuple[str, str], TokenStore] = {}
-    for key, source in sources.items():
-        say(f"tokens of {source.path}")
-        stores[key] = build_store(
-            source.path, format=source.format, encoder=encoder, skip_bad=data.skip_bad, cache_dir=cache_dir
-        )
+    stores = _stores(data, encoder, say, watch)
     corpus = Corpus(list(stores.values()), data.max_length)
-    numbers = {key: corpus.ids(i) for i, key in enumerate(stores)}
-    report: dict[str, Any] = {"max_length": data.max_length, "sources": {}, "validation": {}}
-
-    def pool(source: config.Source, held_out: bool) -> np.ndarray:
-        key = (source.path, source.format)
-        ids, hashes = numbers[key], stores[key].content_hashes
-        if data.validation_fraction:
-            is_held = hashes < np.uint64(int(data.validation_fraction * 2**64))
-            ids = ids[is_held == held_out]
-        kept, counts = _kept(corpus, ids, source, data)
-        # A source of which a part is held out is read once: its bad lines are counted with the part that is trained on.
-        bad = {} if held_out and data.validation_fraction else stores[key].meta["bad_lines"]
-        counts["dropped"] |= {f"bad line: {k}": v for k, v in bad.items()}
-        entries = report["validation" if held_out else "sources"]
-        name = source_name(source)
-        while name in entries:  # the same source in two phases
-            name += "'"
-        entries[name] = {"path": source.path, "read": len(ids) + sum(bad.values())} | counts
-        return kept
-
-    phases = [
-        PhasePools(p.name, p.num_epochs, tuple(Pool(pool(s, False), s.weight) for s in p.sources)) for p in data.phases
-    ]
+    pools = _Pools(data, corpus, stores)
+    phases: list[PhasePools] = []
+    for phase in data.phases:
+        own = [pools.make(s, held_out=False) for s in phase.sources]
+        phases.append(PhasePools(phase.name, phase.num_epochs, (*own, *_replayed(phase, phases)), phase.num_steps))
     for phase in phases:
-        if not phase.per_epoch:
-            dropped = {n: s["dropped"] for n, s in report["sources"].items()}
-            raise UserError(
-                f"the phase {phase.name!r} has no sample to train on. Dropped, by source and reason: {dropped}. "
-                f"A sample is kept when its tokens are at most data.max_length={data.max_length} and at least one "
-                "of them is trained on."
-            )
-        if not phase.epoch_sizes():
-            raise UserError(
-                f"the phase {phase.name!r} has no sample to train on: num_epochs={phase.num_epochs} of "
-                f"{phase.per_epoch} samples an epoch is less than one. Give it more."
-            )
-    return Dataset(corpus, phases, _validation(data, pool), report)
+        _check_phase(phase, data, pools.entries["sources"])
+    validation = _validation(data, pools)
+    fingerprint = hashlib.sha256(" ".join(s.fingerprint for s in stores.values()).encode()).hexdigest()
+    return Dataset(corpus, phases, validation, pools.entries | _overlaps(corpus, phases, validation), fingerprint)
 
 
 def source_name(source: config.Source) -> str:
@@ -83,10 +65,148 @@ def source_name(source: config.Source) -> str:
     return source.name or Path(source.path).name.split(".")[0]
 
 
-def _validation(data: config.Data, pool: Callable[..., np.ndarray]) -> dict[str, np.ndarray]:
+def _stores(
+    data: config.Data, encoder: ChatEncoder, say: Callable[[str], None], watch: Callable[[str], Watch]
+) -> dict[Key, TokenStore]:
+    """The store of every source, those of phases and those held out."""
+    cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+    stores: dict[Key, TokenStore] = {}
+    for source in [s for p in data.phases for s in p.sources] + data.validation:
+        if (source.path, source.format) not in stores:
+            say(f"tokens of {source.path}")
+            stores[source.path, source.format] = build_store(
+                source.path,
+                format=source.format,
+                encoder=encoder,
+                skip_bad=data.skip_bad,
+                cache_dir=cache_dir,
+                workers=data.prepare_workers or os.cpu_count() or 1,
+                say=say,
+                watch=watch(source.path),
+            )
+    return stores
+
+
+# ---------------------------------------------------------------------------------------- pools
+class _Pools:
+    """Makes a source's pool of samples, and its entry in the report, once for each phase that names it."""
+
+    def __init__(self, data: config.Data, corpus: Corpus, stores: dict[Key, TokenStore]):
+        self._data, self._corpus, self._stores = data, corpus, stores
+        self._ids = {key: corpus.ids(i) for i, key in enumerate(stores)}
+        self._hashes, self._signs = corpus.content_hashes, corpus.signs
+        self.entries: dict[str, Any] = {"max_length": data.max_length, "sources": {}, "validation": {}}
+
+    def make(self, source: config.Source, held_out: bool) -> Pool:
+        """What is drawn of a source; of a held-out one or of its held-out part, what is measured."""
+        key, fraction = (source.path, source.format), self._data.validation_fraction
+        ids, meta = self._ids[key], self._stores[key].meta
+        if fraction:
+            is_held = self._hashes[ids] < np.uint64(int(fraction * 2**64))
+            ids = ids[is_held == held_out]
+        # A source of which a part is held out is read once: its bad lines are counted with the part that is trained on.
+        bad = {} if held_out and fraction else {f"bad line: {k}": n for k, n in meta["bad_lines"].items()}
+        kept, dropped = self._kept(ids, source)
+        chosen, set_aside = self._chosen(kept, source)
+        entries = self.entries["validation" if held_out else "sources"]
+        name = source_name(source)
+        while name in entries:  # the same source in two phases
+            name += "'"
+        entries[name] = {
+            "path": source.path,
+            "format": meta["format"],
+            "weight": source.weight,
+            "read": len(ids) + sum(bad.values()),
+            "kept": len(chosen),
+            "dropped": dropped | bad,
+            "set_aside": set_aside,
+            **self._numbers(chosen),
+        }
+        return Pool(chosen, source.weight, name)
+
+    def _kept(self, ids: np.ndarray, source: config.Source) -> tuple[np.ndarray, dict[str, int]]:
+        """The samples that can be trained on, and how many cannot."""
+        data, lengths = self._data, self._corpus.full_lengths[ids]
+        overlong = lengths > data.max_length
+        if data.overlong == "error" and overlong.any():
+            longest = self._corpus.where(int(ids[lengths.argmax()]))
+            raise UserError(
+                f"{source.path} has {int(overlong.sum())} samples above data.max_length={data.max_length}, the longest "
+                f"of {lengths.max()} tokens ({longest}), and data.overlong is 'error'. Raise the length, or say 'drop' "
+                "or 'truncate'."
+            )
+        too_long = overlong & (data.overlong == "drop")
+        untrained = ~too_long & (self._corpus.num_trained[ids] == 0)
+        dropped = {"longer than max_length": int(too_long.sum()), "no trained token": int(untrained.sum())}
+        return ids[~too_long & ~untrained], {reason: n for reason, n in dropped.items() if n}
+
+    def _chosen(self, ids: np.ndarray, source: config.Source) -> tuple[np.ndarray, dict[str, int]]:
+        """The half and the number that are wanted of a source's good samples, in order, and how many are not."""
+        set_aside = {}
+        if source.half:
+            by_answer = ids[np.lexsort((ids, self._corpus.num_trained[ids]))]
+            middle = -(-len(ids) // 2)
+            chosen = by_answer[:middle] if source.half == "short" else by_answer[middle:]
+            set_aside[f"not of the {source.half} half"] = len(ids) - len(chosen)
+            ids = np.sort(chosen)
+        if source.max_samples and len(ids) > source.max_samples:
+            # By content, as validation_fraction: the choice does not move with the order of the files.
+            by_hash = ids[np.lexsort((ids, self._hashes[ids]))]
+            set_aside["beyond max_samples"] = len(ids) - source.max_samples
+            ids = np.sort(by_hash[: source.max_samples])
+        return ids, set_aside
+
+    def _numbers(self, ids: np.ndarray) -> dict[str, Any]:
+        corpus = self._corpus
+        lengths = corpus.lengths[ids]
+        return {
+            "truncated": int((corpus.full_lengths[ids] > lengths).sum()),
+            "tokens": int(lengths.sum()),
+            "loss_tokens": int(corpus.num_trained[ids].sum()),
+            "duplicates": len(ids) - len(np.unique(self._hashes[ids])),
+            "signs": report.sign_numbers(
+                self._signs[ids], ids, corpus.where, {str(s.name).lower(): s.value for s in Sign}
+            ),
+            **report.length_numbers(lengths),
+            "longest": report.longest(lengths, ids, corpus.where),
+        }
+
+
+def _replayed(phase: config.Phase, earlier: Sequence[PhasePools]) -> list[Pool]:
+    """What a phase draws again of earlier ones: each of their samples once in a pool, whoever shares it."""
+    if not phase.replay:
+        return []
+    replayed = [p for p in earlier if phase.replay_from in ("", p.name)]
+    ids = np.unique(np.concatenate([pool.ids for p in replayed for pool in p.pools]))
+    pool = Pool(ids, phase.replay, f"replay of {', '.join(p.name for p in replayed)}")
+    if not pool.per_epoch:
+        raise UserError(
+            f"the phase {phase.name!r} replays nothing: replay={phase.replay} of the {len(ids)} samples of "
+            f"{', '.join(p.name for p in replayed)} is less than one. Give it more, or leave it out."
+        )
+    return [pool]
+
+
+def _check_phase(phase: PhasePools, data: config.Data, sources: dict[str, Any]) -> None:
+    if not phase.per_epoch:
+        dropped = {name: s["dropped"] | s["set_aside"] for name, s in sources.items()}
+        raise UserError(
+            f"the phase {phase.name!r} has no sample to train on. Dropped, by source and reason: {dropped}. "
+            f"A sample is kept when its tokens are at most data.max_length={data.max_length} and at least one "
+            "of them is trained on."
+        )
+    if not (phase.num_steps or round(phase.num_epochs * phase.per_epoch)):
+        raise UserError(
+            f"the phase {phase.name!r} has no sample to train on: num_epochs={phase.num_epochs} of "
+            f"{phase.per_epoch} samples an epoch is less than one. Give it more."
+        )
+
+
+# ---------------------------------------------------------------------------------------- held out
+def _validation(data: config.Data, pools: _Pools) -> dict[str, np.ndarray]:
     if data.validation:
-        held = [(source_name(s), pool(s, True)) for s in data.validation]
-        empty = [s.path for s, (_, ids) in zip(data.validation, held, strict=True) if not len(ids)]
+        held = [(s, pools.make(s, held_out=True)) for s in data.validation]
+        empty = [s.path for s, pool in held if not len(pool.ids)]
         if empty:
             raise UserError(
                 f"data.validation has no sample to measure in {', '.join(empty)}: every one is longer than "
@@ -94,49 +214,27 @@ def _validation(data: config.Data, pool: Callable[..., np.ndarray]) -> dict[str,
             )
     elif data.validation_fraction:
         unique = {(s.path, s.format): s for p in data.phases for s in p.sources}
-        held = [(source_name(s), pool(s, True)) for s in unique.values()]
+        # All of the held-out part is measured: a half or a number chosen of it would only make it noisier.
+        whole = [dataclasses.replace(s, half="", max_samples=0) for s in unique.values()]
+        held = [(s, pools.make(s, held_out=True)) for s in whole]
     else:
         return {}
     by_name: dict[str, np.ndarray] = {}
-    for name, ids in held:
-        if len(ids):
-            by_name[name] = np.concatenate([by_name[name], ids]) if name in by_name else ids
+    for source, pool in held:
+        name = source_name(source)
+        if len(pool.ids):
+            by_name[name] = np.concatenate([by_name[name], pool.ids]) if name in by_name else pool.ids
     return by_name
 
 
-def _kept(
-    corpus: Corpus, ids: np.ndarray, source: config.Source, data: config.Data
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """The samples that are trained on, and the counts of the report."""
-    overlong = corpus.full_lengths[ids] > data.max_length
-    if data.overlong == "error" and overlong.any():
-        longest = int(corpus.full_lengths[ids].max())
-        raise UserError(
-            f"{source.path} has {int(overlong.sum())} samples above data.max_length={data.max_length}, the longest "
-            f"of {longest} tokens, and data.overlong is 'error'. Raise the length, or say 'drop' or 'truncate'."
-        )
-    too_long = overlong & (data.overlong == "drop")
-    untrained = ~too_long & (corpus.num_trained[ids] == 0)
-    kept = ids[~too_long & ~untrained]
-    dropped = {"longer than max_length": int(too_long.sum()), "no trained token": int(untrained.sum())}
-    counts = {
-        "kept": len(kept),
-        "dropped": {reason: n for reason, n in dropped.items() if n},
-        "truncated": int(np.isin(kept, ids[overlong]).sum()),
-        "weight": source.weight,
-        "tokens": int(corpus.lengths[kept].sum()),
-        "loss_tokens": int(corpus.num_trained[kept].sum()),
-        "length_percentiles": _percentiles(corpus.lengths[kept]),
+def _overlaps(corpus: Corpus, phases: Sequence[PhasePools], validation: dict[str, np.ndarray]) -> dict[str, int]:
+    """Samples of equal content: trained on from two sources, or trained on and held out."""
+    trained = np.unique(np.concatenate([pool.ids for p in phases for pool in p.pools]))
+    all_hashes = corpus.content_hashes
+    hashes = all_hashes[trained]
+    held = np.concatenate([hashes[:0], *(all_hashes[ids] for ids in validation.values())])
+    return {
+        "samples": len(trained),
+        "duplicates": len(trained) - len(np.unique(hashes)),
+        "validation_overlap": int(np.isin(hashes, held).sum()),
     }
-    return kept, counts
-
-
-def _percentiles(lengths: np.ndarray) -> dict[str, int]:
-    if not len(lengths):
-        return {}
-    points = (0, 5, 25, 50, 75, 95, 100)
-    return {str(p): int(v) for p, v in zip(points, np.percentile(lengths, points), strict=True)}
-
-
-def _all_sources(data: config.Data) -> Sequence[config.Source]:
-    return [s for p in data.phases for s in p.sources] + data.validation

@@ -25,15 +25,33 @@ class Corpus:
         for i in np.flatnonzero(self.full_lengths > max_length):
             self.num_trained[i] = self.sample(int(i))[1][1:].sum()  # what the cut has left
 
+    # Made when asked for: a loader's processes, to which a corpus is sent, need neither.
+    @property
+    def content_hashes(self) -> np.ndarray:
+        return np.concatenate([s.content_hashes for s in self._stores])
+
+    @property
+    def signs(self) -> np.ndarray:
+        return np.concatenate([s.signs for s in self._stores])
+
     def ids(self, store: int) -> np.ndarray:
         """The numbers of a store's samples."""
         return np.arange(self._first[store], self._first[store + 1])
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and trained marks of sample number i, cut to its length here."""
-        store = int(np.searchsorted(self._first, i, side="right")) - 1
-        tokens, trained = self._stores[store].sample(int(i - self._first[store]))
+        store, number = self._of(i)
+        tokens, trained = store.sample(number)
         return tokens[: self.lengths[i]], trained[: self.lengths[i]]
+
+    def where(self, i: int) -> str:
+        """Where sample number i came from: `a.jsonl line 12`."""
+        store, number = self._of(i)
+        return store.where(number)
+
+    def _of(self, i: int) -> tuple[TokenStore, int]:
+        store = int(np.searchsorted(self._first, i, side="right")) - 1
+        return self._stores[store], int(i - self._first[store])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +60,11 @@ class Pool:
 
     ids: np.ndarray
     weight: float = 1.0
+    name: str = ""  # in reports
 
     @property
     def per_epoch(self) -> int:
+        """Samples an epoch: the weight's share, rounded to the nearest, a half to the even one."""
         return round(self.weight * len(self.ids))
 
 
@@ -53,16 +73,40 @@ class PhasePools:
     name: str
     num_epochs: float
     pools: tuple[Pool, ...]
+    num_steps: int = 0  # instead of num_epochs
 
     @property
     def per_epoch(self) -> int:
         return sum(p.per_epoch for p in self.pools)
 
-    def epoch_sizes(self) -> list[int]:
+    def epoch_sizes(self, batch_size: int, drop_remainder: bool) -> list[int]:
         """Samples of each epoch; the last one may be a part."""
-        whole = math.floor(self.num_epochs)
-        rest = round((self.num_epochs - whole) * self.per_epoch)
-        return [self.per_epoch] * whole + [rest] * (rest > 0)
+        size = self.per_epoch
+        if not self.num_steps:
+            whole = math.floor(self.num_epochs)
+            rest = round((self.num_epochs - whole) * size)
+            return [size] * whole + [rest] * (rest > 0)
+        steps = num_steps(size, batch_size, drop_remainder)
+        if not steps:
+            return []
+        whole, rest = divmod(self.num_steps, steps)
+        return [size] * whole + [min(size, rest * batch_size)] * (rest > 0)
+
+
+def num_steps(samples: int, batch_size: int, drop_remainder: bool) -> int:
+    """Steps that an epoch of so many samples makes."""
+    return samples // batch_size if drop_remainder else -(-samples // batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """What one epoch of a phase is made of, as far as the run takes it."""
+
+    phase: int
+    epoch: int
+    steps: int
+    samples: int
+    by_pool: tuple[int, ...]  # samples drawn from each of the phase's pools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +135,10 @@ class Mixture:
         steps = [0]
         self.samples_left_out = 0
         for p, phase in enumerate(self.phases):
-            for e, size in enumerate(phase.epoch_sizes()):
-                rest = size % batch_size
-                self.samples_left_out += rest * drop_remainder
+            for e, size in enumerate(phase.epoch_sizes(batch_size, drop_remainder)):
+                self.samples_left_out += size % batch_size * drop_remainder
                 self._epochs.append((p, e, size))
-                steps.append(steps[-1] + size // batch_size + (rest > 0 and not drop_remainder))
+                steps.append(steps[-1] + num_steps(size, batch_size, drop_remainder))
         self._first_step = np.array(steps)
         self._latest: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.zeros(0, int))
 
@@ -109,6 +152,21 @@ class Mixture:
         phase, epoch, size = self._epochs[at]
         start = int(i - self._first_step[at]) * self._batch_size
         return Step(phase, epoch, self._order(phase, epoch)[:size][start : start + self._batch_size])
+
+    def epochs(self, max_steps: int) -> list[Epoch]:
+        """What the first `max_steps` steps draw, exactly."""
+        found = []
+        for (phase, epoch, size), first, end in zip(self._epochs, self._first_step, self._first_step[1:], strict=False):
+            steps = int(min(end, max_steps) - first)
+            if steps <= 0:
+                continue
+            samples = min(size, steps * self._batch_size)
+            counts = [p.per_epoch for p in self.phases[phase].pools]
+            if samples < sum(counts):
+                pool_of = self._rng(phase, epoch).permutation(np.repeat(np.arange(len(counts)), counts))
+                counts = np.bincount(pool_of[:samples], minlength=len(counts)).tolist()
+            found.append(Epoch(phase, epoch, steps, samples, tuple(counts)))
+        return found
 
     def shortest_epoch(self) -> int:
         return min(size for _, _, size in self._epochs)

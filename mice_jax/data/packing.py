@@ -17,6 +17,8 @@ MAX_SHAPES = 6  # each one costs a compilation
 MAX_TAILS = 4  # microbatches smaller than the largest, in one step
 LAUNCH_COST = 1 / 64  # of a largest microbatch's slots: what one more microbatch must save to be worth it
 ROUND_TO = 128  # slots; kernels and vector units want whole tiles
+FEW_SEGMENTS = 64  # samples that may share a row of any length,
+SEGMENT_SLOTS = 16  # and more where it has so many slots for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,14 @@ class Shape:
 
     rows: int
     slots: int
+
+    @property
+    def max_segments(self) -> int:
+        """Samples in a row at most: kernels that are told where segments end want a number known beforehand.
+
+        Chats are longer than 16 tokens by their headers alone, so the cap costs no slot but with tiny documents.
+        """
+        return max(FEW_SEGMENTS, self.slots // SEGMENT_SLOTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,18 +78,18 @@ def pack_step(
     """
     main = shapes[0]
     assert lengths.size and lengths.min() >= 1 and lengths.max() <= main.slots
-    area = main.rows * main.slots * num_shards
     total = int(lengths.sum())
     by_length = np.argsort(-lengths, kind="stable")
     order, descending = by_length.tolist(), lengths[by_length].tolist()
     # A layout that cannot hold even the tokens is not tried. More mains than tokens need are wanted only where
     # samples just above half a row leave the other half empty: at worst every sample takes a row of its own.
-    for mains in itertools.count(total // area):
+    fewest = max(total // main.slots, lengths.size // main.max_segments)  # rows
+    for mains in itertools.count(fewest // (main.rows * num_shards)):
         for tail in _tails(shapes):
             layout = [main] * mains + list(tail)
             if sum(s.rows * s.slots for s in layout) * num_shards < total:
                 continue
-            bins = _best_fit(descending, [s.slots for s in layout for _ in range(s.rows * num_shards)])
+            bins = _best_fit(descending, [s for s in layout for _ in range(s.rows * num_shards)])
             if bins is not None:
                 rows = [[order[i] for i in row] for row in bins]
                 return _deal(rows, layout, num_shards, rng)
@@ -104,14 +114,15 @@ def _tails(shapes: tuple[Shape, ...]) -> list[tuple[Shape, ...]]:
     return [t for slots, t in sorted(cheapest.items()) if slots < area and cost(t) < 1 + LAUNCH_COST]
 
 
-def _best_fit(descending: Sequence[int], capacities: Sequence[int]) -> list[list[int]] | None:
-    """Best-fit-decreasing into bins of given capacities: the bins' items, or None where one does not fit.
+def _best_fit(descending: Sequence[int], shapes: Sequence[Shape]) -> list[list[int]] | None:
+    """Best-fit-decreasing into a row of each of the shapes: the rows' items, or None where one does not fit.
 
-    Bins are kept sorted as room * num_bins + bin, so that one bisection finds the tightest that fits.
+    Rows are kept sorted as room * num_bins + bin, so that one bisection finds the tightest that fits.
     """
-    num_bins = len(capacities)
-    rooms = sorted(c * num_bins + i for i, c in enumerate(capacities))
-    bins: list[list[int]] = [[] for _ in capacities]
+    num_bins = len(shapes)
+    rooms = sorted(s.slots * num_bins + i for i, s in enumerate(shapes))
+    caps = [s.max_segments for s in shapes]
+    bins: list[list[int]] = [[] for _ in shapes]
     smallest = descending[-1] * num_bins
     for item, length in enumerate(descending):
         need = length * num_bins
@@ -119,8 +130,9 @@ def _best_fit(descending: Sequence[int], capacities: Sequence[int]) -> list[list
         if at == len(rooms):
             return None
         room = rooms.pop(at)
-        bins[room % num_bins].append(item)
-        if room - need >= smallest:  # else the bin is full
+        number = room % num_bins
+        bins[number].append(item)
+        if room - need >= smallest and len(bins[number]) < caps[number]:  # else it is full
             insort(rooms, room - need)
     return bins
 

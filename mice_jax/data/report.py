@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from mice_jax.data.loader import StepSource
+from mice_jax.data.packing import slot_efficiency
+
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BARS = "▁▂▃▄▅▆▇█"
 FEW_TRAINED = 0.01  # of the tokens
-MANY_DROPPED = 0.01  # of the samples
+MANY_DROPPED = 0.01  # of the samples: from here on the share is said too
 LONGEST = 3  # samples named in the report
+STEPS_PACKED = 16  # of which the slot efficiency is taken
 
 Entry = dict[str, Any]  # of one source
 
@@ -56,6 +60,25 @@ def sign_numbers(signs: np.ndarray, ids: np.ndarray, where: Callable[[int], str]
     return {name: {"samples": len(at), "first": where(int(ids[at[0]]))} for name, at in shown.items() if len(at)}
 
 
+def with_steps(report: Entry, steps: StepSource, total_steps: int) -> Entry:
+    """The whole of data_report.json: with what each epoch of the run's `total_steps` draws of each source, exactly."""
+    mixture = steps.mixture
+    phases: list[Entry] = [{"name": p.name, "samples_per_epoch": p.per_epoch, "epochs": []} for p in mixture.phases]
+    for e in mixture.epochs(total_steps):
+        names = [pool.name for pool in mixture.phases[e.phase].pools]
+        drawn = dict(zip(names, e.by_pool, strict=True))
+        phases[e.phase]["epochs"].append({"steps": e.steps, "samples": e.samples, "by_source": drawn})
+    first = range(min(total_steps, STEPS_PACKED))
+    tokens = sum(int(steps.corpus.lengths[mixture.step(i).samples].sum()) for i in first)
+    packed = [microbatch for i in first for microbatch in steps.plan(i)]
+    return report | {
+        "phases": phases,
+        "steps": total_steps,
+        "samples_left_out_by_drop_remainder": mixture.samples_left_out,
+        "slot_efficiency_of_first_steps": slot_efficiency(tokens, packed),
+    }
+
+
 # ---------------------------------------------------------------------------------------- what users regret later
 SIGNS = {
     "special_in_content": "hold a special token's text inside a message, which is read as that token and can end or "
@@ -91,9 +114,10 @@ def _regrets_of(entry: Entry) -> list[str]:
             "roles, data.train_on and the chat template"
         )
     dropped = sum(entry["dropped"].values())
-    if dropped > MANY_DROPPED * entry["read"]:
+    if dropped:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in entry["dropped"].items())
-        found.append(f"{dropped / entry['read']:.1%} of its {entry['read']:,} samples are dropped: {reasons}")
+        share = f" ({dropped / entry['read']:.1%})" if dropped > MANY_DROPPED * entry["read"] else ""
+        found.append(f"{dropped:,} of its {entry['read']:,} samples are dropped{share}: {reasons}")
     if entry["truncated"]:
         found.append(f"{entry['truncated']:,} samples are truncated at data.max_length, their ends not trained on")
     if entry.get("duplicates"):

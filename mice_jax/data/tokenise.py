@@ -71,7 +71,7 @@ class _Task:
             _list_array(trained, pa.uint8()),
             pa.array([int(t[1:].sum()) for t in trained], pa.int32()),
             pa.array([_content_hash(s) for s in samples], pa.uint64()),
-            pa.array([getattr(e, "signs", 0) for e in encoded], pa.uint8()),
+            pa.array([e.signs for e in encoded], pa.uint8()),
             pa.array([s.place for s in samples], pa.uint32()),
             pa.array([s.number for s in samples], pa.uint64()),
         ]
