@@ -7,14 +7,19 @@ where it has none, from a *skeleton*: the same conversation rendered with sentin
 Putting the contents back must give the real text, character by character; that is the proof that
 the spans are right. Where a template looks into a content, and so fits no skeleton, a turn is what
 rendering one message more adds to the text. A turn that none of this can find is an error.
+
+A template that writes today's date (`strftime_now`) is rendered with one day throughout, which is part of what a
+token store is known by: neither midnight nor a second run on another day mixes two dates in one store.
 """
 
+import datetime
+import enum
 import functools
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,27 +27,40 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mice_jax.data import templates
 from mice_jax.data.sources import REASONING, Sample
-from mice_jax.data.tokenizer import Span, decode, locator, one_line
-from mice_jax.errors import UserError
+from mice_jax.data.tokenizer import Span, decode, locator
+from mice_jax.errors import UserError, one_line
 
-RULES = 1  # of this file; counted up when ids or masks change, so that token stores are built anew
+RULES = 2  # of this file; counted up when ids or masks change, so that token stores are built anew
 MAX_SKELETONS = 4096  # kept for conversations of the same form
+TRAIN_ON = ("all", "last")  # messages of the assistant, where neither a message nor its sample says
 
 _TAGS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _THOUGHT = re.compile(r"((?:.*<think>)?\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
 _SLOT = re.compile(r"MiceSlot([0-9]{6})End")
 _WIDTH = len("MiceSlot000000End")
 
+_DATE = re.compile(r"""strftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
+
 _render_jinja: Any = render_jinja_template  # its hints are narrower than what it takes
 
 Message = dict[str, Any]
+
+
+class Sign(enum.IntFlag):
+    """What is unusual about a sample, and may be a mistake in the data or the template."""
+
+    SPECIAL_IN_CONTENT = 1  # a message spells a special token, which is read as that token
+    DOUBLE_BOS = 2  # the ids begin with bos twice
+    STARTS_WITH_ASSISTANT = 4  # the first message that is not the system's is the assistant's
 
 
 @dataclass(frozen=True)
 class Encoded:
     ids: np.ndarray  # int32 [n]
     trained: np.ndarray  # uint8 [n]; 1 = the model learns to predict this token
+    signs: int = 0  # of `Sign`
 
 
 @dataclass(frozen=True)
@@ -66,15 +84,35 @@ class _NoEnd(Exception):
 class ChatEncoder:
     """Samples to ids and masks by one tokenizer and template; picklable, for worker processes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> None:
-        """`chat_template` is a template's text; None or "" takes the tokenizer's own."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        train_on: str = "all",
+        today: datetime.date | None = None,
+    ) -> None:
+        """Args:
+        chat_template: a template's text; None or "" takes the tokenizer's own.
+        train_on: "all" messages of the assistant, or the "last" of each conversation. A message's own `train` and a
+          sample's `unmask` go before it.
+        today: the day that the template is told it is, where it asks; None is today. A run that is resumed on another
+          day goes on with its first one by giving it here.
+        """
+        if train_on not in TRAIN_ON:
+            raise UserError(f"data.train_on={train_on!r} is not one of {', '.join(TRAIN_ON)}.")
         self.tokenizer = tokenizer
+        self.train_on = train_on
+        self.today = today or datetime.date.today()
         self._template = chat_template or tokenizer.chat_template
         self._variables = dict(tokenizer.special_tokens_map)
         self._locator = locator(tokenizer)
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         special = [s for s in tokenizer.all_special_tokens if s.strip()]
         self._any_added, self._any_special = _any_of(added + special), _any_of(special)
+        flagged = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
+        is_split = getattr(tokenizer, "split_special_tokens", False)  # what spells a token is then mere text
+        self._spells_special = None if is_split else _finder(special + flagged)
+        self._bos: Any = tokenizer.bos_token_id
         self._skeletons: dict[str, _Skeleton] = {}
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
@@ -83,12 +121,13 @@ class ChatEncoder:
         documents = [i for i, s in enumerate(samples) if s.messages[0]["role"] == "pretraining"]
         texts = [samples[i].messages[0]["content"] for i in documents]
         for i, ids in zip(documents, self._locator.documents(texts), strict=True):
-            encoded[i] = self._document(ids)
+            encoded[i] = self._document(samples[i], ids)
         chats = [i for i, e in enumerate(encoded) if e is None]
         located = [self._locate(samples[i]) for i in chats]
         tokens = self._locator.located([t for t, _ in located])
         for i, (ids, offsets), (_, spans) in zip(chats, tokens, located, strict=True):
-            encoded[i] = Encoded(np.array(ids, np.int32), _mask(offsets, spans))
+            signs = self._signs(samples[i], ids)
+            encoded[i] = Encoded(np.array(ids, np.int32), _mask(offsets, spans), signs)
         return encoded  # type: ignore[return-value]
 
     def prompt_ids(self, messages: list[Message], tools: list[Message] | None = None) -> list[int]:
@@ -118,25 +157,42 @@ class ChatEncoder:
             before = text
         return shown
 
+    @property
+    def depends_on_date(self) -> bool:
+        """Whether the template writes the date, so that ids are those of `today` and others tomorrow."""
+        return any("strftime_now" in text for text in self._templates().values())
+
     def fingerprint(self) -> str:
-        """Changes when ids or masks may: by tokenizer, special tokens, template or our rules."""
+        """Changes when ids, masks or signs may: by tokenizer, special tokens, template (and its date) or our rules."""
         special = {k: str(v) for k, v in self._variables.items()}
         parts = [
             RULES,
             self._locator.state(),
             special,
             self.tokenizer.all_special_ids,
-            self._template,
+            {name: self._dated(text) for name, text in self._templates().items()},
+            self.train_on,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _decode(self, ids: np.ndarray) -> str:
         return decode(self.tokenizer, ids.tolist(), skip_special_tokens=False)
 
-    def _document(self, ids: list[int]) -> Encoded:
+    def _document(self, sample: Sample, ids: list[int]) -> Encoded:
         end: Any = self.tokenizer.eos_token_id
         ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
-        return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.uint8))
+        return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.uint8), self._signs(sample, ids))
+
+    def _signs(self, sample: Sample, ids: list[int]) -> int:
+        signs = 0
+        if self._spells_special and any(map(self._spells_special.search, _texts(sample.messages))):
+            signs |= Sign.SPECIAL_IN_CONTENT.value
+        if self._bos is not None and ids[:2] == [self._bos, self._bos]:
+            signs |= Sign.DOUBLE_BOS.value
+        roles = (m["role"] for m in sample.messages)
+        if next((r for r in roles if r != "system"), "") == "assistant":
+            signs |= Sign.STARTS_WITH_ASSISTANT.value
+        return signs
 
     # ------------------------------------------------------------------------------------ spans
     def _locate(self, sample: Sample) -> tuple[str, list[Span]]:
@@ -151,7 +207,7 @@ class ChatEncoder:
 
     def _located(self, sample: Sample) -> tuple[str, list[Span]]:
         messages = _cleaned(sample.messages)
-        wanted = [i for i, m in enumerate(sample.messages) if _is_trained(m, sample.unmask)]
+        wanted = self._wanted(sample)
         by_assistant = all(messages[i]["role"] == "assistant" for i in wanted)
         tagged = by_assistant and self._is_tagged(sample.tools)
         try:
@@ -163,6 +219,16 @@ class ChatEncoder:
         except _Underivable as e:
             raise UserError(f"{sample.where}: {e}.") from e
         return text, self._derived_spans(sample, messages, text, wanted)
+
+    def _wanted(self, sample: Sample) -> list[int]:
+        """The messages to train on."""
+        roles = [m["role"] for m in sample.messages]
+        if sample.unmask:
+            default = {i for i, role in enumerate(roles) if role != "system"}
+        else:
+            default = {i for i, role in enumerate(roles) if role == "assistant"}
+            default = {max(default)} if default and self.train_on == "last" else default
+        return [i for i, m in enumerate(sample.messages) if m.get("train", i in default)]
 
     def _derived_spans(self, sample: Sample, messages: list[Message], text: str, wanted: list[int]) -> list[Span]:
         """The spans of the wanted messages, from a template that does not mark them."""
@@ -192,12 +258,11 @@ class ChatEncoder:
         blank, values = _blanked(messages, chosen)
         key = json.dumps([blank, tools, wanted])
         skeleton = self._skeletons.get(key)
-        lengths = skeleton and _fit(skeleton, values, text)
-        if skeleton is None or lengths is None:  # a kept one fits no more where a template writes the date
+        if skeleton is None:
             if len(self._skeletons) >= MAX_SKELETONS:
                 self._skeletons.clear()
             skeleton = self._skeletons[key] = self._skeleton(blank, tools, wanted, values)
-            lengths = _fit(skeleton, values, text)
+        lengths = _fit(skeleton, values, text)
         if lengths is None:
             raise _Underivable("it changes contents, or writes other text around them, as their words decide")
         shown = {number for _, number in skeleton.slots}
@@ -339,8 +404,10 @@ class ChatEncoder:
             by_message = dict(zip(assistants, marks, strict=True))
             marks = [by_message[i] for i in wanted]
             found = [needle in text[s:e] for needle, (s, e) in zip(needles, marks, strict=True)]
-        elif any("train" in m for m in sample.messages):
-            raise _Underivable(f"the chat template gives {count}, so that `train` cannot choose among them")
+        elif wanted != assistants:
+            raise _Underivable(
+                f"the chat template gives {count}, so that `train` and data.train_on cannot choose among them"
+            )
         else:
             found = [any(needle in text[s:e] for s, e in marks) for needle in needles]
         for i, is_there in zip(wanted, found, strict=True):
@@ -366,14 +433,25 @@ class ChatEncoder:
         if not self._template:
             raise _Underivable(
                 f"the tokenizer {self.tokenizer.name_or_path!r} has no chat template, as is usual "
-                "for base models; give one as data.chat_template=path.jinja"
+                "for base models. Set data.chat_template to the name of one that comes with this package "
+                f'({templates.NAMES}), such as data.chat_template="chatml", or to the path of a .jinja file'
             )
         if isinstance(self._template, str):
-            return self._template
+            return self._dated(self._template)
         try:
-            return self.tokenizer.get_chat_template(tools=tools)  # type: ignore[arg-type]
+            template = self.tokenizer.get_chat_template(tools=tools)  # type: ignore[arg-type]
         except ValueError as e:
             raise _Underivable(one_line(e)) from e
+        return self._dated(template)
+
+    def _templates(self) -> dict[str, str]:
+        """By name, where the tokenizer has several; all of them go through `_dated`."""
+        several: Any = self._template or {}
+        return {"": several} if isinstance(several, str) else several
+
+    def _dated(self, template: str) -> str:
+        """The template with its dates written out."""
+        return _with_date(template, self.today) if "strftime_now" in template else template
 
     def _render(
         self,
@@ -411,9 +489,28 @@ def _mask(offsets: list[Span], spans: list[Span]) -> np.ndarray:
     return trained
 
 
-def _is_trained(message: Message, unmask: bool) -> bool:
-    default = message["role"] != "system" if unmask else message["role"] == "assistant"
-    return message.get("train", default)
+@functools.cache
+def _with_date(template: str, day: datetime.date) -> str:
+    midnight = datetime.datetime.combine(day, datetime.time())
+    dated = _DATE.sub(lambda m: json.dumps(midnight.strftime(m[1] or m[2] or "")), template)
+    rest = re.search(r"strftime_now\s*\(.{0,40}", dated)
+    if rest:
+        raise UserError(
+            f"the chat template writes a date by {rest[0]!r}, whose format is not in plain quotes, so that ids would "
+            "change with the clock. Write the format there, or the date, in a copy of the template, and give that file "
+            "as data.chat_template."
+        )
+    return dated
+
+
+def _texts(messages: list[Message]) -> Iterator[str]:
+    """All that messages bring to a chat."""
+    for m in messages:
+        if m.get("content"):
+            yield m["content"]
+        yield from (m[k] for k in REASONING if m.get(k))
+        if m.get("tool_calls"):
+            yield json.dumps(m["tool_calls"], ensure_ascii=False)
 
 
 def _cleaned(messages: list[Message]) -> list[Message]:
@@ -502,3 +599,9 @@ def _any_of(strings: Iterable[str]) -> str:
     """A pattern for the longest of them; for nothing where there is none."""
     longest_first = sorted(set(strings), key=lambda s: (-len(s), s))
     return "|".join(map(re.escape, longest_first)) or "(?!)"
+
+
+def _finder(strings: Iterable[str]) -> re.Pattern[str]:
+    """Finds whether there is one of them: by their first two characters, since some tokenizers have a thousand."""
+    beginnings = itertools.groupby(sorted(set(strings)), lambda s: s[:2])
+    return re.compile("|".join(f"{re.escape(b)}(?:{_any_of(s[2:] for s in g)})" for b, g in beginnings) or "(?!)")

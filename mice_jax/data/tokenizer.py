@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mice_jax.errors import UserError
+from mice_jax.data import templates
+from mice_jax.errors import UserError, one_line
 
 Span = tuple[int, int]  # characters, the end excluded
 
@@ -33,8 +34,13 @@ _NOT_IDS = ("name_or_path", "vocab_file", "tokenizer_file", "chat_template", "to
 
 
 # ---------------------------------------------------------------------------------------- loading
-def load_tokenizer(path: str, chat_template: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder, with the chat template of a file where one is given."""
+def load_tokenizer(path: str, chat_template: str = "", said: list[str] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder, with another chat template where one is given.
+
+    Args:
+      chat_template: the name of one of `templates.TOKENS`, or a .jinja file; "" leaves the tokenizer's own.
+      said: gets a sentence about whatever that changes besides the template, for the user to read.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"the tokenizer {path!r} is not a folder; nothing is downloaded, give a local one.")
@@ -46,7 +52,11 @@ def load_tokenizer(path: str, chat_template: str = "") -> PreTrainedTokenizerBas
     if tokenizer.get_vocab().keys() <= {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}:
         raise _unloadable(folder, f"{type(tokenizer).__name__} finds no vocabulary there but special tokens")
     _compare_conversion(folder, tokenizer)
-    if chat_template:
+    if chat_template in templates.TOKENS:
+        lacking = templates.give_template(tokenizer, chat_template)
+        if lacking and said is not None:
+            said.append(f"chat template {chat_template}: the tokenizer gets the special tokens {', '.join(lacking)}")
+    elif chat_template:
         tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
 
@@ -112,6 +122,11 @@ def _compare_conversion(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def _read_template(path: str) -> str:
+    if not Path(path).exists():
+        raise UserError(
+            f"data.chat_template={path!r} is neither the name of a built-in template ({templates.NAMES}) nor a file "
+            "that is there."
+        )
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
@@ -121,10 +136,6 @@ def _read_template(path: str) -> str:
     except jinja2.TemplateSyntaxError as e:
         raise UserError(f"the chat template {path} line {e.lineno} does not parse: {e.message}.") from e
     return text
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 # ---------------------------------------------------------------------------------------- text
