@@ -1,6 +1,7 @@
 """Ids against transformers, masks against strings written out by hand, for templates of every kind."""
 
-import dataclasses
+import copy
+import datetime
 import json
 import pickle
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mice_jax.data.chat import ChatEncoder
+from mice_jax.data import chat as under_test
+from mice_jax.data.chat import ChatEncoder, Sign
 from mice_jax.data.sources import Sample
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
@@ -99,6 +101,20 @@ QWEN3 = """{%- set ns = namespace(last=0) %}
 {%- else %}{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endif %}
 {%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
+# As Qwen 2.5: a system message of its own where there is none.
+QWEN25 = """{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a mouse.<|im_end|>\n' }}{% endif %}
+{%- for m in messages %}
+{%- if m.role == 'tool' %}
+{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
+{{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
+{%- elif not m.tool_calls %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+{%- else %}{{ '<|im_start|>assistant' }}{% if m.content %}{{ '\n' + m.content }}{% endif %}
+{%- for call in m.tool_calls or [] %}
+{{- '\n<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}
+{%- endfor %}{{ '<|im_end|>\n' }}{% endif %}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
 # Template, special tokens (the first is eos), and what ends a turn.
 CHATS: dict[str, tuple[str, list[str], str]] = {
     "chatml": (CHATML, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
@@ -120,6 +136,7 @@ CHATS: dict[str, tuple[str, list[str], str]] = {
     "tagged": (TAGGED, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
     "tagged_short": (TAGGED_SHORT, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
     "qwen3": (QWEN3, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
+    "qwen25": (QWEN25, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
 }
 TRIMMING = {"llama3", "gemma"}  # assistant and user alike
 WORDS = ["Hello there, how are you?", "I am fine, thank you.", "Red and blue.", "What is it?\n\n"]
@@ -178,6 +195,25 @@ def runs(encoder: ChatEncoder, sample: Sample, shift: int = 0) -> list[str]:
                 found.append([])
             found[-1].append(int(encoded.ids[i]))
     return [encoder.tokenizer.decode(r, clean_up_tokenization_spaces=False) for r in found]
+
+
+def marked(encoder: ChatEncoder, sample: Sample) -> str:
+    """The chat's text, what is trained in brackets: that which gives these very ids and this very mask.
+
+    The brackets go where trained tokens begin and end, by the tokenizers library's own offsets.
+    """
+    tokenizer: Any = encoder.tokenizer
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.post_processor = None  # which would take spaces out of the offsets
+    (encoded,) = encoder.encode([sample])
+    text = str(tokenizer.apply_chat_template(sample.messages, tools=sample.tools, tokenize=False))
+    tokens = backend.encode(text, add_special_tokens=False)
+    assert tokens.ids == encoded.ids.tolist()
+    is_trained = np.zeros(len(text) + 2, np.int8)  # an untrained place before and after
+    for (start, end), trained in zip(tokens.offsets, encoded.trained, strict=True):
+        is_trained[start + 1 : end + 1] |= trained
+    edges = np.diff(is_trained)
+    return "".join({1: "⟦", -1: "⟧", 0: ""}[e] + c for e, c in zip(edges.tolist(), text + " ", strict=True))[:-1]
 
 
 def expected(name: str, *contents: str) -> list[str]:
@@ -295,6 +331,175 @@ def test_an_end_of_turn_written_inside_an_answer_stays_inside(
     answer = "one<|im_end|>\n<|im_start|>assistant\ntwo"
     for name in ("chatml", "tagged", "tagged_short"):
         assert runs(encoders[name], chat("Hi", answer)) == [answer + "<|im_end|>"]
+
+
+# Whole texts by hand, by the layouts that these families publish.
+BY_HAND = {
+    "chatml": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Red<|im_end|>⟧\n"
+    "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n⟦Blue<|im_end|>⟧\n",
+    "llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Red<|eot_id|>⟧"
+    "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Blue<|eot_id|>⟧",
+    "mistral": "<s>[INST] Hi [/INST]⟦ Red</s>⟧[INST] Bye [/INST]⟦ Blue</s>⟧",
+    "granite": "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>\n"
+    "<|start_of_role|>assistant<|end_of_role|>⟦Red<|end_of_text|>⟧\n"
+    "<|start_of_role|>user<|end_of_role|>Bye<|end_of_text|>\n"
+    "<|start_of_role|>assistant<|end_of_role|>⟦Blue<|end_of_text|>⟧\n",
+    "gemma": "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n⟦Red<end_of_turn>⟧\n"
+    "<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n⟦Blue<end_of_turn>⟧\n",
+    "zephyr": "<|user|>\nHi</s>\n<|assistant|>\n⟦Red</s>⟧\n<|user|>\nBye</s>\n<|assistant|>\n⟦Blue</s>⟧\n",
+    # The end token takes the newline after it.
+    "phi3": "<|user|>\nHi<|end|>\n<|assistant|>\n⟦Red<|end|>\n⟧"
+    "<|user|>\nBye<|end|>\n<|assistant|>\n⟦Blue<|end|>\n⟧<|endoftext|>",
+    "plain": "User: Hi\nAssistant:⟦ Red\n⟧User: Bye\nAssistant:⟦ Blue\n⟧",
+    "qwen25": "<|im_start|>system\nYou are a mouse.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    "<|im_start|>assistant\n⟦Red<|im_end|>⟧\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    "⟦Blue<|im_end|>⟧\n",
+    "qwen3": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Red<|im_end|>⟧\n<|im_start|>user\nBye<|im_end|>"
+    "\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦Blue<|im_end|>⟧\n",
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_chat_is_the_text_written_by_hand(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    sample = chat("Hi", "Red", "Bye", "Blue")
+    assert marked(encoders[name], sample) == BY_HAND[name]
+    sample.messages[1]["train"] = False  # negative control: the brackets follow the mask
+    assert marked(encoders[name], sample) == BY_HAND[name].replace("⟦", "", 1).replace("⟧", "", 1)
+
+
+def test_the_last_answer_alone_is_trained_where_asked(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    encoder = ChatEncoder(encoders[name].tokenizer, train_on="last")
+    assert runs(encoder, chat("Hello", "Red.", "And?", "I am fine", "Bye", "Blue")) == expected(name, "Blue")
+    assert runs(encoder, chat("Hello", "Red.")) == expected(name, "Red.")
+    assert runs(encoder, chat("Hello", "Red.", "And?")) == expected(name, "Red.")  # the user's stands last
+    assert runs(encoder, chat("Hello")) == []
+    assert encoder.stop_ids() == encoders[name].stop_ids()
+
+
+def test_a_messages_own_word_goes_before_train_on(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    encoder = ChatEncoder(encoders[name].tokenizer, train_on="last")
+    sample = chat("Hello", "Red.", "And?", "I am fine", "Bye", "Blue")
+    sample.messages[1]["train"] = True
+    assert runs(encoder, sample) == expected(name, "Red.", "Blue")
+    sample.messages[5]["train"] = False
+    assert runs(encoder, sample) == expected(name, "Red.")
+
+
+def test_unmask_and_documents_are_the_same_whatever_train_on_is(encoders: dict[str, ChatEncoder]) -> None:
+    unmasked = chat("Hello", "Red.", "And?", "Blue.", system="Be kind.", unmask=True)
+    document = make([{"role": "pretraining", "content": "Red"}])
+    wanted = expected("chatml", "Hello", "Red.", "And?", "Blue.")
+    for every in encoders["chatml"], encoders["tagged"]:
+        last = ChatEncoder(every.tokenizer, train_on="last")
+        assert runs(last, unmasked) == runs(every, unmasked) == wanted
+        assert last.encode([document])[0].trained.all()
+
+
+def test_train_on_is_one_of_two_words(encoders: dict[str, ChatEncoder]) -> None:
+    with pytest.raises(UserError, match=r"data\.train_on='first' is not one of all, last"):
+        ChatEncoder(encoders["chatml"].tokenizer, train_on="first")
+
+
+# ---------------------------------------------------------------------------------------- signs
+def signs(encoder: ChatEncoder, *samples: Sample) -> list[Sign]:
+    return [Sign(e.signs) for e in encoder.encode(samples)]
+
+
+def test_an_ordinary_chat_has_no_sign(name: str, encoders: dict[str, ChatEncoder]) -> None:
+    samples = [chat("Hello", "Red <b> [x] <think>"), make([{"role": "pretraining", "content": "Red"}])]
+    samples += [chat("Hello", "Red.", system="Be kind.")] if name != "gemma" else []
+    assert signs(encoders[name], *samples) == [Sign(0)] * len(samples)
+
+
+def test_a_special_token_spelt_by_a_content_is_a_sign(encoders: dict[str, ChatEncoder]) -> None:
+    encoder, spelt = encoders["chatml"], Sign.SPECIAL_IN_CONTENT
+    thought, called = chat("Hi", "Red"), chat("Hi", "Red")
+    thought.messages[1]["reasoning_content"] = "<|im_start|>"
+    called.messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": {"a": "é<|im_end|>"}}}]
+    document = make([{"role": "pretraining", "content": "Red<|im_end|>blue"}])
+    samples = [chat("a<|im_end|>", "Red"), chat("Hi", "<|im_start|>"), thought, called, document]
+    assert signs(encoder, *samples) == [spelt] * 5
+    # Tokens that are added but not special (<think>) and parts of special ones are mere text.
+    assert signs(encoder, chat("<think>", "<|im_start"), chat("Hi", "<|im_end |>")) == [Sign(0)] * 2
+    encoder.tokenizer.split_special_tokens = True  # then it is read as text too
+    try:
+        assert signs(ChatEncoder(encoder.tokenizer), *samples) == [Sign(0)] * 5
+    finally:
+        encoder.tokenizer.split_special_tokens = False
+
+
+def test_a_bos_too_many_is_a_sign(encoders: dict[str, ChatEncoder]) -> None:
+    spelt = Sign.SPECIAL_IN_CONTENT
+    # One bos is the template's, the other the content's.
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    tokenizer = make_tokenizer(template, ["</s>", "<s>"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    )
+    encoder = ChatEncoder(tokenizer)
+    chats = [chat("<s>Hi", "Red"), chat("Hi", "<s><s>Red"), chat("Hi", "Red")]
+    assert signs(encoder, *chats) == [spelt | Sign.DOUBLE_BOS, spelt, Sign(0)]
+    documents = [make([{"role": "pretraining", "content": t}]) for t in ("<s>Red", "Red")]
+    assert signs(encoder, *documents) == [spelt | Sign.DOUBLE_BOS, Sign(0)]
+    # Both are the template's.
+    assert signs(ChatEncoder(tokenizer, "{{ bos_token }}" + template), chat("Hi", "Red")) == [Sign.DOUBLE_BOS]
+    # The one bos there is comes from the content.
+    assert signs(ChatEncoder(tokenizer, template.replace("{{ bos_token }}", "")), chat("<s>Hi", "Red")) == [spelt]
+    # Without a bos there are no two.
+    assert signs(ChatEncoder(make_tokenizer(template, ["</s>"])), chat("Hi", "Red")) == [Sign(0)]
+
+
+def test_a_chat_that_the_assistant_begins_is_a_sign(encoders: dict[str, ChatEncoder]) -> None:
+    answer, system = {"role": "assistant", "content": "Red"}, {"role": "system", "content": "Be kind."}
+    question = {"role": "user", "content": "Hi"}
+    samples = [make(m) for m in ([answer], [system, answer, question, answer], [system, question, answer], [system])]
+    assert signs(encoders["chatml"], *samples) == [Sign.STARTS_WITH_ASSISTANT] * 2 + [Sign(0)] * 2
+
+
+# ---------------------------------------------------------------------------------------- dates
+DATED = "{% if strftime_now is defined %}{{ 'Today is ' + strftime_now(\"%d %B %Y\") }}{% endif %}|" + CHATML
+
+
+def test_a_template_is_told_one_day_throughout() -> None:
+    tokenizer = make_tokenizer(DATED, ["<|im_end|>", "<|im_start|>"])
+    old = ChatEncoder(tokenizer, today=datetime.date(2024, 7, 26))
+    rest = "|<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    wanted = tokenizer.encode(f"Today is 26 July 2024{rest}Red<|im_end|>\n", add_special_tokens=False)
+    for encoder in (old, pickle.loads(pickle.dumps(old))):
+        (encoded,) = encoder.encode([chat("Hi", "Red")])
+        assert encoded.ids.tolist() == wanted
+        assert tokenizer.decode(encoded.ids[encoded.trained == 1]) == "Red<|im_end|>"
+        prompt = tokenizer.encode(f"Today is 26 July 2024{rest}", add_special_tokens=False)
+        assert encoder.prompt_ids([{"role": "user", "content": "Hi"}]) == prompt
+
+
+def test_a_template_that_asks_for_the_day_is_told_todays_as_by_transformers() -> None:
+    for template in (DATED, {"default": DATED, "tool_use": DATED + "tools"}):
+        encoder = ChatEncoder(make_tokenizer(template, ["<|im_end|>", "<|im_start|>"]))  # type: ignore[arg-type]
+        if encoder.today == datetime.date.today():  # not over midnight
+            assert runs(encoder, chat("Hi", "Red")) == ["Red<|im_end|>"]
+            assert runs(encoder, chat("Hi", "Red", tools=[{"type": "function"}])) == ["Red<|im_end|>"]
+
+
+def test_a_token_store_is_known_by_the_day_where_the_template_writes_it() -> None:
+    days = [datetime.date(2024, 7, 26), datetime.date(2024, 7, 27)]
+    for template, dated in ((DATED, True), ({"default": CHATML, "tool_use": DATED}, True), (CHATML, False)):
+        tokenizer = make_tokenizer(template, ["<|im_end|>", "<|im_start|>"])  # type: ignore[arg-type]
+        one, other = (ChatEncoder(tokenizer, today=day) for day in days)
+        assert one.depends_on_date == other.depends_on_date == dated
+        assert (one.fingerprint() != other.fingerprint()) == dated
+        assert one.fingerprint() == ChatEncoder(tokenizer, today=days[0]).fingerprint()
+    assert not ChatEncoder(make_tokenizer(None, ["</s>"])).depends_on_date
+
+
+def test_a_date_whose_form_is_made_up_by_the_template_is_refused() -> None:
+    encoder = custom("{% set f = '%d' %}{{ strftime_now(f) }}" + CHATML)
+    with pytest.raises(
+        UserError, match=r"writes a date by 'strftime_now\(f\).*not in plain quotes.*data\.chat_template"
+    ):
+        encoder.encode([chat("Hi", "Red")])
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -457,17 +662,6 @@ def test_a_template_that_looks_into_the_answer_is_derived_by_what_each_turn_adds
     assert runs(encoder, chat("Hi", "loud", "Hi", "Blue")) == [" loud<|im_end|>", "Blue<|im_end|>"]
 
 
-def test_a_skeleton_kept_from_yesterday_is_made_anew_today() -> None:
-    encoder = custom("{{ strftime_now('%d') }}|" + CHATML)
-    sample = chat("Hi", "Red")
-    (today,) = encoder.encode([sample])
-    ((key, kept),) = encoder._skeletons.items()
-    encoder._skeletons[key] = dataclasses.replace(kept, text="99" + kept.text[2:])
-    (again,) = encoder.encode([sample])
-    assert again.trained.tolist() == today.trained.tolist()
-    assert encoder._skeletons[key] == kept
-
-
 def test_an_end_only_after_the_last_answer_is_trained_there() -> None:
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
@@ -549,8 +743,14 @@ def test_the_fingerprint_follows_tokenizer_and_template_and_not_their_use() -> N
     assert len(encoded.ids) > 4
     assert custom(CHATML).fingerprint() == first.fingerprint() == prints[0]
     others = [custom(CHATML + " "), custom(CHATML, ("<|im_end|>", "<|im_start|>", "<x>"))]
-    others += [ChatEncoder(first.tokenizer, LLAMA3)]
-    assert len({*prints, *(o.fingerprint() for o in others)}) == 4
+    others += [ChatEncoder(first.tokenizer, LLAMA3), ChatEncoder(first.tokenizer, train_on="last")]
+    assert len({*prints, *(o.fingerprint() for o in others)}) == 5
+
+
+def test_the_fingerprint_follows_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = custom(CHATML).fingerprint()
+    monkeypatch.setattr(under_test, "RULES", under_test.RULES + 1)
+    assert custom(CHATML).fingerprint() != before
 
 
 def test_an_encoder_can_be_sent_to_a_worker(name: str, encoders: dict[str, ChatEncoder]) -> None:
@@ -608,8 +808,10 @@ def test_what_is_missing_to_load_is_named(saved: Callable[[str | None], str], tm
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds nothing: .*tokenizer\.json"):
         load_tokenizer(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match=r"chat_template='nowhere\.jinja' cannot be read"):
+    with pytest.raises(UserError, match=r"chat_template='nowhere\.jinja' is neither .* nor a file"):
         load_tokenizer(path, "nowhere.jinja")
+    with pytest.raises(UserError, match=r"data\.chat_template='.*' cannot be read: .*directory"):
+        load_tokenizer(path, str(tmp_path))
     bad = tmp_path / "bad.jinja"
     bad.write_text("a\n{% for %}")
     with pytest.raises(UserError, match=r"bad\.jinja line 2 does not parse"):
@@ -622,5 +824,5 @@ def test_a_base_tokenizer_without_template_encodes_documents_and_asks_for_one_fo
     encoder = ChatEncoder(load_tokenizer(saved(None)))
     (document,) = encoder.encode([make([{"role": "pretraining", "content": "Red"}])])
     assert document.trained.all()
-    with pytest.raises(UserError, match=r"line 7: .*no chat template.*data\.chat_template=path\.jinja"):
+    with pytest.raises(UserError, match=r"line 7: .*no chat template.*data\.chat_template"):
         encoder.encode([chat("Hi", "Red")])

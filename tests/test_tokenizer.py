@@ -18,6 +18,7 @@ from mice_jax.data import tokenizer as under_test
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import Sample
 from mice_jax.data.store import build_store
+from mice_jax.data.templates import TOKENS
 from mice_jax.data.tokenizer import decode, load_tokenizer, locator
 from mice_jax.errors import UserError
 from runs import Record, chat, make_chats, run_export, run_train, run_verb, write_config, write_init, write_jsonl
@@ -343,6 +344,29 @@ def test_a_saved_tokenizer_gives_the_same_ids_masks_and_template(
     assert saved.tokenizer.chat_template == TURNS
     for text in TEXTS:
         assert encode(saved, sample(text, text)) == encode(encoder, sample(text, text))
+
+
+@pytest.mark.parametrize("cls", ["LlamaTokenizer", "SentencePieceBackend", "GPTSw3Tokenizer"])
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_built_in_template_and_its_tokens_are_saved(name: str, cls: str, make: Make, tmp_path: Path) -> None:
+    said: list[str] = []
+    tokenizer = load_tokenizer(make(cls, template=None, added_tokens_decoder={}), name, said)
+    # Of these classes only Llama's puts bos before a text.
+    assert tokenizer.chat_template.startswith("{{- bos_token }}") == (
+        tokenizer.encode("a")[0] == tokenizer.bos_token_id
+    )
+    wanted = f"chat template {name}: the tokenizer gets the special tokens {', '.join(TOKENS[name])}"
+    assert said == ([] if name == "plain" else [wanted])
+    tokenizer.save_pretrained(tmp_path / "saved")
+    encoders = [ChatEncoder(tokenizer), ChatEncoder(load_tokenizer(str(tmp_path / "saved")))]
+    end = {"chatml": "<|im_end|>", "granite": "<|end_of_text|>", "llama3": "<|eot_id|>"}.get(name, "</s>")
+    for encoder in encoders:
+        assert encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids()) == [end]
+        found = runs(encoder, sample("Hello", "mice it", "And?", "Red"))
+        assert [r.strip() for r in found] == [f"mice it{end}", f"Red{end}"]  # a space before is of the first token
+        assert [t for t in TOKENS[name] if encoder.tokenizer.tokenize(t) != [t]] == []
+    for text in TEXTS:
+        assert encode(encoders[0], sample(text, text)) == encode(encoders[1], sample(text, text))
 
 
 @pytest.mark.parametrize("cls", ["LlamaTokenizer", "SentencePieceBackend", "GPTSw3Tokenizer"])
