@@ -1,0 +1,699 @@
+"""The data path: tokenising, planning, loading and the start of a run, beside peers where there are any.
+
+    python bench/data.py                                  # all parts, small: under 5 minutes on 2 cores
+    python bench/data.py --parts=tokenise --chats=20000 --rounds=5
+    python bench/data.py --parts=planning,scale           # a minute, without jax, datasets or torch
+    python bench/data.py --parts=warm --warm=1000000      # needs 10 GB of disk
+
+Peers (a part or a line whose peer is absent is skipped, with a word):
+    pip install -e '.[bench]' -c constraints/py311.txt    # datasets, and torch for the next
+    pip install --no-deps instructlab-training && pip install numba
+
+What is measured, and what is the same on both sides:
+
+tokenise  A JSONL file of chats to Arrow on disk, by N processes of one tokenizer thread each. The chats are made up:
+          log-normal lengths (mean of log 6.2 tokens, sigma 0.9), one to four exchanges, words of syllables drawn by
+          Zipf's law, a byte-level BPE trained on them. Timed from the file to the finished Arrow files, in a fresh
+          process and an empty cache, imports and loading the tokenizer left out, starting the processes left in (we
+          spawn ours, `datasets` forks). Ids and masks are compared sample by sample before any figure is printed.
+            mice_jax          build_store: ids, mask, and checks, hashes and places of every record besides
+            datasets          load_dataset("json") and map: ids and mask by apply_chat_template with
+                              return_assistant_tokens_mask; one batch a call, compact integer types, no example columns
+            datasets, ids     the same without the mask: the text by apply_chat_template, then the tokenizer called on
+                              the batch. It does less than we do, and is here to show what the mask costs
+planning  Every step of an epoch by StepSource.plan, as the loader calls it, against the packer of
+          instructlab-training (LPT, compiled by numba, warmed up first): 8 devices of `rows` x 4,096 slots for both, in
+          steps of 3,840 and 128 samples. Rows of 15 are nearest to its own default of 60,000 tokens a device. Speed is
+          CPU time. Ours plans all devices; its packer is called for one, as each of its processes does for itself.
+          Efficiency is real tokens over computed slots; its minibatches have no padding, but its devices wait for the
+          fullest one, so that a minibatch computes devices x the fullest one's tokens. `fixed` is best-fit-decreasing
+          into rows of 4,096, rounded up to whole microbatches: the limit of a planner of one shape, no speed meant.
+          It sorts a step by length before it cuts it into minibatches; ours are comparable samples of the step.
+scale     All steps of an epoch of a million samples in steps of 3,840: seconds, peak memory of the whole process.
+loader    A consumer that takes 200,000 tokens/s, one host process, 8 devices: the share of its time that it waits, the
+          first step (the start) left out. Then one that does nothing but take steps: the loader's top speed.
+warm      A store that is in the cache, to the arrays of the first step: build_store (the source's fingerprint by its
+          remembered digest), Corpus, Mixture, plan, arrays; in a fresh process, imports and tokenizer left out. The
+          tokens are made up, everything else is written and opened by the real code, from a page cache that is warm.
+          `digest` is what comes on top where the source's digest is not remembered: hashing all its bytes.
+
+Figures are medians of rounds in which the sides take turns; ratios are ours over theirs by round, median (least, most).
+"""
+
+# pyright: reportMissingImports=false
+# The peers are no part of what lint needs.
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LENGTH = 4096
+NUM_DEVICES = 8
+MEAN_LOG, SIGMA = 6.2, 0.9  # of a sample's length in tokens
+VOCABULARY = 32_000
+WORDS = 60_000  # different ones
+# Zipf's law as Mandelbrot mended it: the most frequent word is about one in twenty, as in English.
+ZIPF = np.cumsum(1 / (np.arange(WORDS) + 3.7) ** 1.05)
+ZIPF /= ZIPF[-1]
+TRAIN_CHATS = 3_000  # that the tokenizer is trained on
+STEP_SAMPLES = (3840, 128)
+CONSUMED_PER_S = 200_000  # tokens
+LOADER_STEP = 128  # samples
+FAST_EPOCHS = 20  # seconds, then
+# As in many chat models, with the tags from which both sides know what is trained.
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
+)
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+OURS, PEER, PEER_IDS, LPT, FIXED = "mice_jax", "datasets", "datasets, ids", "LPT", "fixed"
+
+
+def main() -> int:
+    args = parse_args()
+    if args.task:
+        TASKS[args.task](args)
+        return 0
+    results = []
+    with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
+        args.folder = folder
+        for part in args.parts:
+            started = time.perf_counter()
+            results += PARTS[part](args)
+            print(f"{part}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    print_table(results)
+    settings = {n: getattr(args, n) for n in ("chats", "rounds", "samples", "scale", "warm")}
+    print(
+        json.dumps({"bench": "data", **settings, "cpus": os.cpu_count(), "load": os.getloadavg(), "results": results})
+    )
+    return 0
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--chats", type=int, default=5_000, help="that are tokenised and loaded")
+    parser.add_argument("--workers", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
+    parser.add_argument("--samples", type=int, default=38_400, help="planned in each round")
+    parser.add_argument("--scale", type=int, default=1_000_000, help="samples")
+    parser.add_argument("--warm", type=int, default=100_000, help="samples of the warm store")
+    parser.add_argument("--tmp", help="folder for what is written, the system's own by default")
+    for internal in ("--task", "--folder", "--out", "--side"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"--parts has {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if args.samples < max(STEP_SAMPLES) or args.rounds < 1 or args.chats < 2 * LOADER_STEP:
+        parser.error(f"give at least {max(STEP_SAMPLES)} samples, {2 * LOADER_STEP} chats and one round")
+    return args
+
+
+def spawn(args: argparse.Namespace, task: str, **settings: Any) -> dict[str, Any]:
+    """Runs one task in a process of its own and returns what it measured."""
+    out = Path(args.folder) / "result.json"
+    out.unlink(missing_ok=True)
+    names = ("chats", "scale", "warm", "folder")
+    given = {n: getattr(args, n) for n in names} | settings | {"task": task, "out": out}
+    quiet = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_HOME": f"{args.folder}/hf", "TQDM_DISABLE": "1"}
+    quiet |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, str(Path(__file__).resolve()), *(f"--{k}={v}" for k, v in given.items())]
+    done = subprocess.run(command, env=os.environ | quiet | {"PYTHONPATH": path}, capture_output=True, text=True)
+    if done.returncode or not out.exists():
+        print(f"the task {task} {settings} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", file=sys.stderr)
+        return {}
+    return json.loads(out.read_text())
+
+
+# --------------------------------------------------------------------------------------------------- what is worked on
+def draw_lengths(count: int, seed: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).lognormal(MEAN_LOG, SIGMA, count)
+    return np.clip(np.round(drawn), 16, MAX_LENGTH).astype(np.int64)
+
+
+def make_chats(args: argparse.Namespace) -> None:
+    """Leaves chats.jsonl and `tokenizer`."""
+    folder, rng = Path(args.folder), np.random.default_rng(0)
+    words = made_words(rng)
+    tokenizer = trained_tokenizer([" ".join(draw_words(rng, words, 500)) for _ in range(TRAIN_CHATS)])
+    tokenizer.save_pretrained(folder / "tokenizer")
+    probe = " ".join(draw_words(rng, words, 20_000))
+    tokens_per_word = len(tokenizer(probe)["input_ids"]) / 20_000
+    tokens = 0
+    with (folder / "chats.jsonl").open("w") as file:
+        for length in draw_lengths(args.chats, seed=1):
+            chat = made_chat(rng, draw_words(rng, words, max(4, int(length / tokens_per_word))))
+            file.write(json.dumps({"messages": chat}) + "\n")
+            tokens += int(length)
+    write_result(args, {"vocabulary": len(tokenizer)})
+
+
+def made_words(rng: np.random.Generator) -> np.ndarray:
+    """Of one to four syllables, the frequent ones short, some with a mark of punctuation or a capital."""
+    onsets = ["", *"bcdfghlmnprstvw", "br", "ch", "cl", "pr", "sh", "st", "th", "tr"]
+    ends = [
+        v + c for v in ("a", "e", "i", "o", "u", "ea", "ou") for c in ("", "n", "r", "s", "t", "l", "nd", "st", "ng")
+    ]
+    words: dict[str, None] = {}
+    while len(words) < WORDS:
+        count = 1 + min(3, int(rng.integers(1 + len(words) // 300) ** 0.3))
+        words["".join(str(rng.choice(onsets)) + str(rng.choice(ends)) for _ in range(count))] = None
+    return np.array(list(words))
+
+
+def draw_words(rng: np.random.Generator, words: np.ndarray, count: int) -> list[str]:
+    drawn = words[np.searchsorted(ZIPF, rng.random(count))].tolist()
+    for at in np.flatnonzero(rng.random(count) < 0.12).tolist():  # a sentence, a clause, a paragraph ends here
+        drawn[at] += str(rng.choice([".", ",", ",", ":", ".\n\n", "?", " 1", " (2)"]))
+        if at + 1 < count:
+            drawn[at + 1] = drawn[at + 1].capitalize()
+    return drawn
+
+
+def made_chat(rng: np.random.Generator, words: list[str]) -> list[dict[str, str]]:
+    """Some with a word of the system's; the questions about a third as long as the answers."""
+    exchanges = min(int(rng.integers(1, 5)), max(1, len(words) // 40))
+    messages = [{"role": "system", "content": "You are a helpful assistant."}] if rng.random() < 0.3 else []
+    for part in np.array_split(np.arange(len(words)), exchanges):
+        middle = int(part[0] + max(1, len(part) // 4))
+        messages.append({"role": "user", "content": " ".join(words[part[0] : middle])})
+        messages.append({"role": "assistant", "content": " ".join(words[middle : part[-1] + 1])})
+    return messages
+
+
+def trained_tokenizer(texts: list[str]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=10**9
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def need_chats(args: argparse.Namespace) -> None:
+    if not (Path(args.folder) / "chats.jsonl").exists():
+        spawn(args, "make_chats")
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenise
+def part_tokenise(args: argparse.Namespace) -> list[dict[str, Any]]:
+    need_chats(args)
+    sides = [OURS, PEER, PEER_IDS] if importlib.util.find_spec("datasets") else [OURS]
+    if len(sides) == 1:
+        print("tokenise: datasets is not installed (pip install datasets): ours alone", file=sys.stderr)
+    results = []
+    for workers in args.workers:
+        rounds = []
+        for number in range(args.rounds):
+            turns = sides if number % 2 == 0 else sides[::-1]
+            runs = {s: spawn(args, TOKENISERS[s], workers=workers, side=s) for s in turns}
+            if not all(runs.values()):
+                return results
+            check_agreement(runs)
+            rounds.append(runs)
+        results += tokenise_results(workers, sides, rounds)
+    return results
+
+
+def tokenise_results(workers: int, sides: list[str], rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    part, results = f"tokenise, {workers} process{'es' * (workers > 1)}", []
+    for side in sides:
+        runs = [r[side] for r in rounds]
+        for unit in ("samples", "tokens"):
+            speed = statistics.median(r[unit] / r["seconds"] for r in runs)
+            results.append(result(part, f"{side}: {unit}/s", speed))
+        if side != OURS:
+            ratios = [r[side]["seconds"] / r[OURS]["seconds"] for r in rounds]
+            target = 1.5 if side == PEER else None
+            results.append(ratio_result(part, f"speed, ours / {side}", ratios, target))
+    return results
+
+
+def check_agreement(runs: dict[str, Any]) -> None:
+    """Ids, and masks where there are any, of every sample."""
+    ids = {r["ids"] for r in runs.values()}
+    masks = {r["masks"] for r in runs.values() if r["masks"]}
+    if len(ids) > 1 or len(masks) > 1:
+        sys.exit(f"ids or masks of the sides differ, so that there is nothing to compare: {runs}")
+
+
+def tokenise_ours(args: argparse.Namespace) -> None:
+    from mice_jax.data.store import build_store
+
+    folder, encoder = Path(args.folder), our_encoder(args)
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        started = time.perf_counter()
+        store = build_store(
+            str(folder / "chats.jsonl"),
+            format="messages",
+            encoder=encoder,
+            skip_bad=False,
+            cache_dir=Path(cache),
+            workers=args.workers[0],
+        )
+        seconds = time.perf_counter() - started
+        samples = [store.sample(i) for i in range(len(store))]
+        write_tokenised(args, seconds, [s[0] for s in samples], [s[1] for s in samples])
+
+
+def our_encoder(args: argparse.Namespace) -> Any:
+    from mice_jax.data.chat import ChatEncoder
+    from mice_jax.data.tokenizer import load_tokenizer
+
+    return ChatEncoder(load_tokenizer(str(Path(args.folder) / "tokenizer")))
+
+
+def tokenise_peer(args: argparse.Namespace) -> None:
+    import datasets
+    from transformers import AutoTokenizer
+
+    folder, masked = Path(args.folder), args.side == PEER
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    columns: dict[str, Any] = {"input_ids": datasets.List(datasets.Value("int32"))}
+    if masked:
+        columns["assistant_masks"] = datasets.List(datasets.Value("int8"))
+    workers = args.workers[0]
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        started = time.perf_counter()
+        data: Any = datasets.load_dataset(
+            "json", data_files=str(folder / "chats.jsonl"), split="train", cache_dir=cache
+        )
+        data = data.map(
+            ids_and_mask if masked else ids_only,
+            fn_kwargs={"tokenizer": tokenizer},
+            batched=True,
+            batch_size=PEER_BATCH,
+            remove_columns=data.column_names,
+            features=datasets.Features(columns),
+            num_proc=workers if workers > 1 else None,  # None: in this process
+        )
+        seconds = time.perf_counter() - started
+        arrays = data.with_format("numpy")
+        masks = list(arrays["assistant_masks"]) if masked else []
+        write_tokenised(args, seconds, list(arrays["input_ids"]), masks)
+
+
+PEER_BATCH = 200  # of a few that were tried; its default of 1,000 is no faster
+
+
+def ids_and_mask(batch: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    done = tokenizer.apply_chat_template(
+        batch["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return {"input_ids": done["input_ids"], "assistant_masks": done["assistant_masks"]}
+
+
+def ids_only(batch: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    texts = tokenizer.apply_chat_template(batch["messages"], tokenize=False)
+    return {"input_ids": tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]}
+
+
+def write_tokenised(args: argparse.Namespace, seconds: float, ids: list[Any], masks: list[Any]) -> None:
+    tokens = sum(map(len, ids))
+    digests = {"ids": digest(ids, np.int32), "masks": digest(masks, np.uint8)}
+    write_result(args, {"seconds": seconds, "samples": len(ids), "tokens": tokens, **digests})
+
+
+def digest(arrays: list[Any], dtype: Any) -> str:
+    """Of every sample's length and content."""
+    import hashlib
+
+    hashed = hashlib.sha256()
+    for array in arrays:
+        hashed.update(f"{len(array)} ".encode() + np.asarray(array, dtype).tobytes())
+    return hashed.hexdigest() if arrays else ""
+
+
+TOKENISERS = {OURS: "tokenise_ours", PEER: "tokenise_peer", PEER_IDS: "tokenise_peer"}
+
+
+# ------------------------------------------------------------------------------------------------------------ planning
+def part_planning(args: argparse.Namespace) -> list[dict[str, Any]]:
+    lpt = lpt_packer()
+    results = []
+    for rows in (1, 15):
+        for samples in STEP_SAMPLES:
+            runs = [planned(draw_lengths(args.samples, seed), rows, samples, lpt) for seed in range(args.rounds)]
+            results += planning_results(f"plan, {samples:,} a step, {rows} row{'s' * (rows > 1)}", runs)
+    return results
+
+
+def lpt_packer() -> Callable[..., list[list[int]]] | None:
+    """The peer's packer; its file alone, as its package needs torch, deepspeed and more to be imported."""
+    try:
+        import numba  # noqa: F401
+
+        distribution = importlib.metadata.distribution("instructlab-training")
+    except (ImportError, importlib.metadata.PackageNotFoundError) as e:
+        mend = "pip install --no-deps instructlab-training && pip install numba"
+        print(f"planning: {e}, so there is no peer: {mend}", file=sys.stderr)
+        return None
+    path = str(distribution.locate_file("instructlab/training/batch_packer.py"))
+    spec = importlib.util.spec_from_file_location("batch_packer", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.batch_lengths_to_minibatches_lpt([100] * 64, MAX_LENGTH, NUM_DEVICES, 0)  # compiles
+    return module.batch_lengths_to_minibatches_lpt
+
+
+class Lengths:
+    """All of a corpus that planning asks for."""
+
+    def __init__(self, lengths: np.ndarray):
+        self.lengths = lengths
+
+
+def step_source(corpus: Any, count: int, samples: int, rows: int, epochs: float = 1.0) -> Any:
+    from mice_jax.data.loader import StepSource
+    from mice_jax.data.mixture import Mixture, PhasePools, Pool
+    from mice_jax.data.packing import microbatch_shapes
+
+    pools = [PhasePools("stacked", epochs, (Pool(np.arange(count)),))]
+    return StepSource(
+        corpus=corpus,
+        mixture=Mixture(pools, batch_size=samples, seed=0),
+        shapes=microbatch_shapes(MAX_LENGTH, rows_per_shard=rows),
+        num_shards=NUM_DEVICES,
+        shards=tuple(range(NUM_DEVICES)),
+        loss_reduction="token",
+        seed=0,
+    )
+
+
+def planned(lengths: np.ndarray, rows: int, samples: int, lpt: Any) -> dict[str, tuple[float, float]]:
+    """Samples/s and slot efficiency of each planner, over whole steps of the same samples."""
+    source = step_source(Lengths(lengths), len(lengths), samples, rows)
+    source.plan(0)  # fills the planner's cache of layouts and the mixture's order
+    numbers = range(len(lengths) // samples)
+    steps = [lengths[source.mixture.step(i).samples] for i in numbers]
+    tokens, count = sum(int(s.sum()) for s in steps), len(steps) * samples
+    started = time.process_time()
+    plans = [source.plan(i) for i in numbers]
+    ours = count / (time.process_time() - started)
+    slots = sum(len(m.rows) * m.shape.slots for plan in plans for m in plan)
+    figures = {OURS: (ours, tokens / slots)}
+    figures[FIXED] = (0.0, tokens / sum(fixed(step, rows) for step in steps))
+    if lpt:
+        budget, lists = rows * MAX_LENGTH, [s.tolist() for s in steps]  # its collator has lists too
+        started = time.process_time()
+        for step in lists:
+            lpt(step, budget, NUM_DEVICES, 0)
+        speed = count / (time.process_time() - started)
+        figures[LPT] = (speed, tokens / sum(lpt_slots(step, budget, lpt) for step in lists))
+    return figures
+
+
+def lpt_slots(lengths: list[int], budget: int, lpt: Any) -> int:
+    """Devices x the fullest one's tokens, over its minibatches; -1 is a sample of 5 tokens for a device without one."""
+    by_device = [lpt(lengths, budget, NUM_DEVICES, rank) for rank in range(NUM_DEVICES)]
+    loads = [[sum(lengths[i] if i >= 0 else 5 for i in m) for m in device] for device in by_device]
+    fullest = np.max(np.array(loads), axis=0)
+    assert sum(i >= 0 for device in by_device for m in device for i in m) == len(lengths)
+    return NUM_DEVICES * int(fullest.sum())
+
+
+def fixed(lengths: np.ndarray, rows_per_device: int) -> int:
+    """Slots: a sample goes to the row with the least room that fits it, else to a new one."""
+    rooms: list[int] = []
+    rows = 0
+    for length in np.sort(lengths)[::-1].tolist():
+        at = bisect_left(rooms, length)
+        if at == len(rooms):
+            rows += 1
+            insort(rooms, MAX_LENGTH - length)
+        else:
+            insort(rooms, rooms.pop(at) - length)
+    together = NUM_DEVICES * rows_per_device
+    return -(-rows // together) * together * MAX_LENGTH
+
+
+def planning_results(part: str, runs: list[dict[str, tuple[float, float]]]) -> list[dict[str, Any]]:
+    results = []
+    for side in runs[0]:
+        if side != FIXED:
+            results.append(result(part, f"{side}: samples/s", statistics.median(r[side][0] for r in runs)))
+        efficiency = statistics.median(r[side][1] for r in runs)
+        results.append(result(part, f"{side}: slot efficiency", efficiency))
+    if LPT in runs[0]:
+        results.append(ratio_result(part, "speed, ours / LPT", [r[OURS][0] / r[LPT][0] for r in runs], 10))
+        ratios = [r[OURS][1] / r[LPT][1] for r in runs]
+        results.append(ratio_result(part, "slot efficiency, ours / LPT", ratios, 1))
+    return results
+
+
+# --------------------------------------------------------------------------------------------------------------- scale
+def part_scale(args: argparse.Namespace) -> list[dict[str, Any]]:
+    runs = [r for _ in range(args.rounds) if (r := spawn(args, "plan_all"))]
+    if not runs:
+        return []
+    part, run = f"plan {args.scale:,} samples", middle_run(runs)
+    return [
+        result(part, "seconds, all steps of an epoch", run["seconds"], at_most=5),
+        result(part, "peak MiB of the process", run["peak_mib"], at_most=1024),
+        result(part, "MiB of that after the imports", run["growth_mib"]),
+    ]
+
+
+def plan_all(args: argparse.Namespace) -> None:
+    # Mean 700 tokens once clipped.
+    drawn = np.random.default_rng(0).lognormal(np.log(700) - SIGMA**2 / 2 + 0.02, SIGMA, args.scale)
+    lengths = np.clip(drawn, 16, MAX_LENGTH).astype(np.int32)
+    import mice_jax.data.loader  # noqa: F401
+
+    imported = memory_mib("VmRSS")
+    started = time.perf_counter()
+    source = step_source(Lengths(lengths), args.scale, STEP_SAMPLES[0], rows=4)
+    microbatches = sum(len(source.plan(i)) for i in range(len(source)))
+    seconds = time.perf_counter() - started
+    peak = memory_mib("VmHWM")
+    result = {"seconds": seconds, "peak_mib": peak, "growth_mib": peak - imported, "microbatches": microbatches}
+    write_result(args, result | {"mean_length": float(lengths.mean())})
+
+
+# -------------------------------------------------------------------------------------------------------------- loader
+def part_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
+    need_chats(args)
+    run = spawn(args, "load")
+    if not run:
+        return []
+    part = f"load, {LOADER_STEP} a step"
+    return [
+        result(part, f"share waited at {CONSUMED_PER_S:,} tokens/s", run["waited"], at_most=0.01),
+        result(part, "seconds to the first step", run["first_s"]),
+        result(part, "tokens/s, nothing else done", run["tokens_per_s"]),
+    ]
+
+
+def load(args: argparse.Namespace) -> None:
+    """Some 20 s of a paced consumer, then FAST_EPOCHS as fast as they go."""
+    from mice_jax.data.loader import load_steps
+    from mice_jax.data.mixture import Corpus
+    from mice_jax.data.store import build_store
+
+    folder, encoder = Path(args.folder), our_encoder(args)
+    chats = str(folder / "chats.jsonl")
+    store = build_store(
+        chats, format="messages", encoder=encoder, skip_bad=False, cache_dir=folder / "cache", workers=2
+    )
+    source = step_source(Corpus([store], MAX_LENGTH), len(store), LOADER_STEP, rows=4, epochs=FAST_EPOCHS)
+    waits, spans = [], []
+    started = time.perf_counter()
+    steps = load_steps(source, 0, 0)
+    for step in steps:
+        waits.append(time.perf_counter() - started)
+        span = step["tokens"] / CONSUMED_PER_S
+        time.sleep(span)
+        spans.append(span)
+        if sum(spans) > 20:
+            break
+        started = time.perf_counter()
+    waited = sum(waits[1:]) / (sum(waits[1:]) + sum(spans[1:]))
+    started = time.perf_counter()
+    tokens = sum(step["tokens"] for step in load_steps(source, 0, 0))  # each of them with all its arrays
+    speed = tokens / (time.perf_counter() - started)
+    write_result(args, {"waited": waited, "first_s": waits[0], "tokens_per_s": speed})
+
+
+# ---------------------------------------------------------------------------------------------------------- warm start
+def part_warm(args: argparse.Namespace) -> list[dict[str, Any]]:
+    need_chats(args)
+    if not spawn(args, "make_warm"):
+        return []
+    runs = [r for _ in range(args.rounds) if (r := spawn(args, "open_warm"))]
+    for name in ("warm.jsonl", "warm"):
+        subprocess.run(["rm", "-r", "-f", f"{args.folder}/{name}"], check=True)
+    if not runs:
+        return []
+    part, run = f"warm start, {args.warm:,} samples", middle_run(runs)
+    return [
+        result(part, "seconds to the first step's arrays", run["seconds"], at_most=10),
+        *(result(part, f"of that: {name}", seconds) for name, seconds in run["shares"].items()),
+        result(part, "seconds of the digest, not remembered", run["digest_s"]),
+        result(part, "peak MiB of the process", run["peak_mib"]),
+        result(part, "GiB of the store", run["store_gib"]),
+    ]
+
+
+def make_warm(args: argparse.Namespace) -> None:
+    """A source of as many lines, and a store of it: build_store, but for the tokens, which are made up."""
+    from unittest import mock
+
+    from mice_jax.data import store as store_module
+
+    folder, encoder = Path(args.folder), our_encoder(args)
+    lines = (folder / "chats.jsonl").read_bytes().splitlines(keepends=True)
+    source = folder / "warm.jsonl"
+    with source.open("wb") as file:
+        for start in range(0, args.warm, len(lines)):
+            file.writelines(lines[: args.warm - start])
+    time.sleep(6)  # a file changed in the last seconds has no digest remembered
+    with mock.patch.object(store_module, "tokenise", lambda *_, **__: made_up_blocks(args.warm)):
+        store_module.build_store(
+            str(source), format="messages", encoder=encoder, skip_bad=False, cache_dir=folder / "warm"
+        )
+    write_result(args, {"made": True})
+
+
+def made_up_blocks(samples: int) -> Iterator[tuple[float, Any]]:
+    """As `tokenise` yields them, in blocks of the size that lines come in."""
+    import pyarrow as pa
+
+    from mice_jax.data.readers import BLOCK_RECORDS
+    from mice_jax.data.tokenise import SCHEMA, Tokenised
+
+    rng, lengths = np.random.default_rng(0), draw_lengths(samples, seed=2)
+    for start in range(0, samples, BLOCK_RECORDS):
+        some = lengths[start : start + BLOCK_RECORDS]
+        offsets = pa.array(np.cumsum([0, *some]), pa.int32())
+        tokens, count = int(some.sum()), len(some)
+        made = {
+            "tokens": pa.ListArray.from_arrays(offsets, pa.array(rng.integers(0, VOCABULARY, tokens, np.int32))),
+            "trained": pa.ListArray.from_arrays(offsets, pa.array(np.ones(tokens, np.uint8))),
+            "num_trained": pa.array(some - 1, pa.int32()),
+            "content_hash": pa.array(rng.integers(0, 2**63, count), pa.uint64()),
+            "number": pa.array(np.arange(start + 1, start + 1 + count), pa.uint64()),
+        }
+        zeros = pa.array(np.zeros(count, np.uint8))
+        columns = [made.get(f.name, zeros.cast(f.type) if f.name not in made else None) for f in SCHEMA]
+        batch = pa.record_batch(columns, schema=SCHEMA).serialize().to_pybytes()
+        yield (start + count) / samples, Tokenised(batch, count, tokens, {})
+
+
+def open_warm(args: argparse.Namespace) -> None:
+    from mice_jax.data import loader  # noqa: F401
+    from mice_jax.data.mixture import Corpus
+    from mice_jax.data.readers import file_digests
+    from mice_jax.data.store import build_store
+
+    folder, encoder = Path(args.folder), our_encoder(args)
+    path = folder / "warm.jsonl"
+    stamps = [time.perf_counter()]
+    store = build_store(str(path), format="messages", encoder=encoder, skip_bad=False, cache_dir=folder / "warm")
+    stamps.append(time.perf_counter())
+    corpus = Corpus([store], MAX_LENGTH)
+    stamps.append(time.perf_counter())
+    source = step_source(corpus, len(store), STEP_SAMPLES[0], rows=4)
+    source.mixture.step(0)
+    stamps.append(time.perf_counter())
+    step = source[0]
+    stamps.append(time.perf_counter())
+    assert len(store) == args.warm and step["samples"] == STEP_SAMPLES[0]
+    peak = memory_mib("VmHWM")
+    with tempfile.TemporaryDirectory() as nothing_remembered:
+        file_digests([path], Path(nothing_remembered))
+    digest_s = time.perf_counter() - stamps[-1]
+    size = sum(f.stat().st_size for f in (folder / "warm").rglob("tokens.arrow")) / 2**30
+    names = ("build_store", "Corpus", "Mixture's order", "first step")
+    shares = dict(zip(names, np.diff(stamps).tolist(), strict=True))
+    measured = {"seconds": stamps[-1] - stamps[0], "shares": shares, "digest_s": digest_s}
+    write_result(args, measured | {"peak_mib": peak, "store_gib": size})
+
+
+# ----------------------------------------------------------------------------------------------------------- reporting
+def memory_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (the most so far) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+
+
+def write_result(args: argparse.Namespace, measured: dict[str, Any]) -> None:
+    Path(args.out).write_text(json.dumps(measured))
+
+
+def middle_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of median time."""
+    return sorted(runs, key=lambda r: r["seconds"])[len(runs) // 2]
+
+
+def result(
+    part: str, what: str, value: float, *, at_least: float | None = None, at_most: float | None = None, spread: str = ""
+) -> dict[str, Any]:
+    target = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}" if at_most is not None else ""
+    met = value >= at_least if at_least is not None else value <= at_most if at_most is not None else None
+    return {"part": part, "what": what, "value": value, "target": target, "met": met, "spread": spread}
+
+
+def ratio_result(part: str, what: str, ratios: list[float], target: float | None) -> dict[str, Any]:
+    spread = f"({min(ratios):.4g}, {max(ratios):.4g})"
+    return result(part, what, statistics.median(ratios), at_least=target, spread=spread)
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    print(f"{'':<34}{'':<40}{'':>12}  {'target':<10}{'':<6}(least, most)")
+    for r in results:
+        value = f"{r['value']:,.0f}" if r["value"] >= 1000 else f"{r['value']:.4g}"
+        met = {True: "met", False: "SHORT", None: ""}[r["met"]]
+        print(f"{r['part']:<34}{r['what']:<40}{value:>12}  {r['target']:<10}{met:<6}{r['spread']}")
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+    "tokenise": part_tokenise,
+    "planning": part_planning,
+    "scale": part_scale,
+    "loader": part_loader,
+    "warm": part_warm,
+}
+TASKS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "make_chats": make_chats,
+    "tokenise_ours": tokenise_ours,
+    "tokenise_peer": tokenise_peer,
+    "plan_all": plan_all,
+    "load": load,
+    "make_warm": make_warm,
+    "open_warm": open_warm,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
