@@ -83,7 +83,7 @@ def _print_report(whole: dict[str, Any], console: Console) -> None:
         console.print(f"longest: {escape(line)}", soft_wrap=True)
     console.print(
         f"{whole['steps']:,} steps; the first {min(report.STEPS_PACKED, whole['steps'])} fill "
-        f"{whole['slot_efficiency_of_first_steps']:.1%} of their slots"
+        f"{whole['packing_efficiency_of_first_steps']:.1%} of their slots"
     )
 
 

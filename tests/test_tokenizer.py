@@ -195,7 +195,9 @@ def test_each_token_lies_where_sentencepiece_or_its_letters_say(make: Make) -> N
     def parts(cls: str, text: str, **keys: Any) -> list[tuple[str, str]]:
         tokenizer = load_tokenizer(make(cls, **keys))
         ((ids, offsets),) = locator(tokenizer).located([text])
-        return [(t, text[s:e]) for t, (s, e) in zip(tokenizer.convert_ids_to_tokens(ids), offsets, strict=True)]
+        return [
+            (t, text[s:e]) for t, (s, e) in zip(tokenizer.convert_ids_to_tokens(ids.tolist()), offsets, strict=True)
+        ]
 
     text = "é  Red<|end|> it"
     wanted = [("▁", ""), ("<0xC3>", ""), ("<0xA9>", "é"), ("▁", " "), ("▁Red", " Red"), ("<|end|>", "<|end|>")]

@@ -126,8 +126,7 @@ class ChatEncoder:
         located = [self._locate(samples[i]) for i in chats]
         tokens = self._locator.located([t for t, _ in located])
         for i, (ids, offsets), (_, spans) in zip(chats, tokens, located, strict=True):
-            signs = self._signs(samples[i], ids)
-            encoded[i] = Encoded(np.array(ids, np.int32), _mask(offsets, spans), signs)
+            encoded[i] = Encoded(ids, _mask(offsets, spans), self._signs(samples[i], ids[:2].tolist()))
         return encoded  # type: ignore[return-value]
 
     def prompt_ids(self, messages: list[Message], tools: list[Message] | None = None) -> list[int]:
@@ -199,13 +198,13 @@ class ChatEncoder:
     def _document(self, sample: Sample, ids: list[int]) -> Encoded:
         end: Any = self.tokenizer.eos_token_id
         ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
-        return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.uint8), self._signs(sample, ids))
+        return Encoded(np.array(ids, np.int32), np.ones(len(ids), np.uint8), self._signs(sample, ids[:2]))
 
-    def _signs(self, sample: Sample, ids: list[int]) -> int:
+    def _signs(self, sample: Sample, first_ids: list[int]) -> int:
         signs = 0
         if self._spells_special and any(map(self._spells_special.search, _texts(sample.messages))):
             signs |= Sign.SPECIAL_IN_CONTENT.value
-        if self._bos is not None and ids[:2] == [self._bos, self._bos]:
+        if self._bos is not None and first_ids == [self._bos, self._bos]:
             signs |= Sign.DOUBLE_BOS.value
         roles = (m["role"] for m in sample.messages)
         if next((r for r in roles if r != "system"), "") == "assistant":
@@ -497,9 +496,8 @@ _PROBE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content":
 
 
 # ---------------------------------------------------------------------------------------- parts
-def _mask(offsets: list[Span], spans: list[Span]) -> np.ndarray:
-    flat = np.fromiter(itertools.chain.from_iterable(offsets), np.int64, 2 * len(offsets))
-    starts, ends = flat[::2], flat[1::2]
+def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
+    starts, ends = offsets.T
     ends = np.maximum(ends, starts + 1)  # an added prefix space has no width; it belongs to what follows
     trained = np.zeros(len(starts), np.uint8)
     for start, end in spans:

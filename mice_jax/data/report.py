@@ -75,7 +75,7 @@ def with_steps(report: Entry, steps: StepSource, total_steps: int) -> Entry:
         "phases": phases,
         "steps": total_steps,
         "samples_left_out_by_drop_remainder": mixture.samples_left_out,
-        "slot_efficiency_of_first_steps": slot_efficiency(tokens, packed),
+        "packing_efficiency_of_first_steps": slot_efficiency(tokens, packed),
     }
 
 

@@ -12,13 +12,15 @@ import hashlib
 import itertools
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
+import numpy as np
 import transformers
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -26,6 +28,7 @@ from mice_jax.data import templates
 from mice_jax.errors import UserError, one_line
 
 Span = tuple[int, int]  # characters, the end excluded
+Located = tuple[np.ndarray, np.ndarray]  # ids, int32 [n], and their spans, int64 [n, 2]
 
 MODEL = "tokenizer.model"
 PROBE = "How to compete with elephants, in 3 steps"
@@ -173,7 +176,7 @@ class Locator(Protocol):
         """Ids of a rendered chat: no special token is added to it."""
         ...
 
-    def located(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
+    def located(self, texts: Sequence[str]) -> list[Located]:
         """Ids of rendered chats, and the characters of each token.
 
         A token that has no character of its own (a space put before a text, all but the last byte of a character)
@@ -208,6 +211,7 @@ class _Fast:
         probe = " a  b\n\n c "
         ids = [t.encode(probe, add_special_tokens=False).ids for t in (self._documents, self._chats)]
         assert ids[0] == ids[1]
+        self._num_bytes = _bytes_of_tokens(self._chats)
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._documents.encode_batch(texts)]
@@ -215,11 +219,62 @@ class _Fast:
     def ids(self, text: str) -> list[int]:
         return self._chats.encode(text, add_special_tokens=False).ids
 
-    def located(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
-        return [(e.ids, e.offsets) for e in self._chats.encode_batch(texts, add_special_tokens=False)]
+    def located(self, texts: Sequence[str]) -> list[Located]:
+        num_bytes = self._num_bytes
+        # The one normalizer of byte-level tokenizers, which leaves most texts as they are.
+        if num_bytes is None or not all(unicodedata.is_normalized("NFC", t) for t in texts):
+            return [_arrays(e.ids, e.offsets) for e in self._chats.encode_batch(texts, add_special_tokens=False)]
+        # To add up bytes is faster than to have the library keep offsets.
+        encoded = self._chats.encode_batch_fast(texts, add_special_tokens=False)
+        return [_by_bytes(t, np.array(e.ids, np.int32), num_bytes) for t, e in zip(texts, encoded, strict=True)]
 
     def state(self) -> str:
         return self._documents.to_str()
+
+
+def _arrays(ids: Sequence[int], spans: Sequence[Span]) -> Located:
+    flat = np.fromiter(itertools.chain.from_iterable(spans), np.int64, 2 * len(spans))
+    return np.array(ids, np.int32), flat.reshape(-1, 2)
+
+
+def _bytes_of_tokens(backend: Tokenizer) -> np.ndarray | None:
+    """How many bytes of a text in NFC each id stands for, where tokens spell it byte by byte; else None.
+
+    That is so for byte-level BPE that has all bytes and takes nothing out of a text before it is cut.
+    """
+    state = json.loads(backend.to_str())
+    model, cutters = state["model"], state["pre_tokenizer"] or {}
+    cutters = cutters.get("pretokenizers", [cutters])
+    is_plain = (
+        (state["normalizer"] or {}).get("type", "NFC") == "NFC"
+        and model.get("type", "BPE") == "BPE"
+        and not any(model.get(k) for k in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"))
+        and set(pre_tokenizers.ByteLevel.alphabet()) <= model.get("vocab", {}).keys()
+        and any(c.get("type") == "ByteLevel" for c in cutters)
+        and all(c.get("type") in ("ByteLevel", "Split", "Digits") for c in cutters)
+        and not any(c.get("add_prefix_space") or c.get("behavior") == "Removed" for c in cutters)
+        and not any(t["lstrip"] or t["rstrip"] for t in state["added_tokens"])
+    )
+    if not is_plain:
+        return None
+    spelled = {i: len(token) for token, i in model["vocab"].items()}  # a character of it stands for a byte
+    spelled |= {t["id"]: len(t["content"].encode()) for t in state["added_tokens"]}
+    num_bytes = np.zeros(max(spelled) + 1, np.int64)
+    num_bytes[list(spelled)] = list(spelled.values())
+    return num_bytes
+
+
+def _by_bytes(text: str, ids: np.ndarray, num_bytes: np.ndarray) -> Located:
+    """Spans by adding up the tokens' bytes; a token of a part of a character has all of it."""
+    ends = np.cumsum(num_bytes[ids])
+    data = text.encode()
+    assert len(data) == (ends[-1] if len(ends) else 0), "tokens of a byte-level tokenizer do not spell their text"
+    starts = ends - num_bytes[ids]
+    if len(data) != len(text):
+        is_first = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # of a character's bytes
+        character = np.cumsum(is_first) - 1
+        starts, ends = character[starts], character[ends - 1] + 1
+    return ids, np.stack([starts, ends], axis=1)
 
 
 def _backend(tokenizer: Any) -> Tokenizer:
@@ -248,8 +303,8 @@ class _Slow:
     def ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
-    def located(self, texts: Sequence[str]) -> list[tuple[list[int], list[Span]]]:
-        return [self._located(t) for t in texts]
+    def located(self, texts: Sequence[str]) -> list[Located]:
+        return [_arrays(*self._located(t)) for t in texts]
 
     def state(self) -> str:
         made_with = {k: str(v) for k, v in self._tokenizer.init_kwargs.items() if k not in _NOT_IDS}
