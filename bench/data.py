@@ -38,6 +38,7 @@ warm      A store that is in the cache, to the arrays of the first step: build_s
           `digest` is what comes on top where the source's digest is not remembered: hashing all its bytes.
 
 Figures are medians of rounds in which the sides take turns; ratios are ours over theirs by round, median (least, most).
+On a machine that others use, look at the ratio of CPU times, which counts the processes that a side starts.
 """
 
 # pyright: reportMissingImports=false
@@ -257,6 +258,8 @@ def tokenise_results(workers: int, sides: list[str], rounds: list[dict[str, Any]
             ratios = [r[side]["seconds"] / r[OURS]["seconds"] for r in rounds]
             target = 1.5 if side == PEER else None
             results.append(ratio_result(part, f"speed, ours / {side}", ratios, target))
+            ratios = [r[side]["cpu_s"] / r[OURS]["cpu_s"] for r in rounds]
+            results.append(ratio_result(part, f"CPU time, {side} / ours", ratios, None))
     return results
 
 
@@ -273,7 +276,7 @@ def tokenise_ours(args: argparse.Namespace) -> None:
 
     folder, encoder = Path(args.folder), our_encoder(args)
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), cpu_seconds()
         store = build_store(
             str(folder / "chats.jsonl"),
             format="messages",
@@ -282,9 +285,9 @@ def tokenise_ours(args: argparse.Namespace) -> None:
             cache_dir=Path(cache),
             workers=args.workers[0],
         )
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
         samples = [store.sample(i) for i in range(len(store))]
-        write_tokenised(args, seconds, [s[0] for s in samples], [s[1] for s in samples])
+        write_tokenised(args, seconds, cpu, [s[0] for s in samples], [s[1] for s in samples])
 
 
 def our_encoder(args: argparse.Namespace) -> Any:
@@ -305,7 +308,7 @@ def tokenise_peer(args: argparse.Namespace) -> None:
         columns["assistant_masks"] = datasets.List(datasets.Value("int8"))
     workers = args.workers[0]
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), cpu_seconds()
         data: Any = datasets.load_dataset(
             "json", data_files=str(folder / "chats.jsonl"), split="train", cache_dir=cache
         )
@@ -318,10 +321,10 @@ def tokenise_peer(args: argparse.Namespace) -> None:
             features=datasets.Features(columns),
             num_proc=workers if workers > 1 else None,  # None: in this process
         )
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
         arrays = data.with_format("numpy")
         masks = list(arrays["assistant_masks"]) if masked else []
-        write_tokenised(args, seconds, list(arrays["input_ids"]), masks)
+        write_tokenised(args, seconds, cpu, list(arrays["input_ids"]), masks)
 
 
 PEER_BATCH = 200  # of a few that were tried; its default of 1,000 is no faster
@@ -339,10 +342,15 @@ def ids_only(batch: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     return {"input_ids": tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]}
 
 
-def write_tokenised(args: argparse.Namespace, seconds: float, ids: list[Any], masks: list[Any]) -> None:
+def write_tokenised(args: argparse.Namespace, seconds: float, cpu: float, ids: list[Any], masks: list[Any]) -> None:
     tokens = sum(map(len, ids))
     digests = {"ids": digest(ids, np.int32), "masks": digest(masks, np.uint8)}
-    write_result(args, {"seconds": seconds, "samples": len(ids), "tokens": tokens, **digests})
+    write_result(args, {"seconds": seconds, "cpu_s": cpu, "samples": len(ids), "tokens": tokens, **digests})
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those it has waited for."""
+    return sum(os.times()[:4])
 
 
 def digest(arrays: list[Any], dtype: Any) -> str:

@@ -30,7 +30,7 @@ class Display:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(f"[dim]{escape(text)}[/dim]")
+        self._console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
     def watch(self, what: str) -> Watch:
         """A function to be told how much of `what` is done (0 to 1), and how many samples that is."""
