@@ -22,6 +22,7 @@ def entry(**keys: Any) -> dict[str, Any]:
         "read": 200,
         "kept": 200,
         "dropped": {},
+        "set_aside": {},
         "truncated": 0,
         "tokens": 1000,
         "loss_tokens": 500,
@@ -124,9 +125,12 @@ def test_a_histogram_fits_in_a_line() -> None:
 
 
 def test_tables_have_a_row_for_each_source() -> None:
-    told = report(entry(dropped={"no trained token": 3}), validation={"b": entry(duplicates=4)})
+    told = report(
+        entry(dropped={"no trained token": 3}, set_aside={"beyond max_samples": 5}),
+        validation={"b": entry(duplicates=4)},
+    )
     shown = text(r.summary_table(told))
-    assert "3 no trained token" in shown and "b (held out)" in shown and "50%" in shown
+    assert "3 no trained token, 5 beyond max_samples" in shown and "b (held out)" in shown and "50%" in shown
     shown = text(r.length_table(told))
     assert "messages" in shown and "█" in shown
     assert r.longest_lines(told) == ["a: 9 tokens at a.jsonl line 7", "b (held out): 9 tokens at a.jsonl line 7"]

@@ -141,10 +141,10 @@ def spark(histogram: dict[str, int]) -> str:
 
 
 def summary_table(report: Entry) -> Table:
-    """A row a source: what is read, kept, dropped and why, and trained on."""
-    table = _table(["source"], ["read", "kept", "dropped", "truncated", "tokens", "trained", "median", "longest"])
+    """A row a source: what is read, kept, left out and why, and trained on."""
+    table = _table(["source"], ["read", "kept", "left out", "truncated", "tokens", "trained", "median", "longest"])
     for name, s in _entries(report):
-        dropped = ", ".join(f"{n:,} {reason}" for reason, n in s["dropped"].items()) or "0"
+        dropped = ", ".join(f"{n:,} {reason}" for reason, n in (s["dropped"] | s["set_aside"]).items()) or "0"
         trained = f"{s['loss_tokens'] / max(1, s['tokens']):.0%}"
         lengths = [f"{s['length_percentiles'][p]:,}" if s["length_percentiles"] else "-" for p in ("50", "100")]
         counts = [f"{s[k]:,}" for k in ("truncated", "tokens")]
