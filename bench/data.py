@@ -19,12 +19,14 @@ tokenise  A JSONL file of chats to Arrow on disk, by N processes of one tokenize
             mice_jax          build_store: ids, mask, and checks, hashes and places of every record besides
             datasets          load_dataset("json") and map: ids and mask by apply_chat_template with
                               return_assistant_tokens_mask; one batch a call, compact integer types, no example columns
+            datasets, one by one  the same for a chat at a time, which is how trainers map theirs (TRL does)
             datasets, ids     the same without the mask: the text by apply_chat_template, then the tokenizer called on
                               the batch. It does less than we do, and is here to show what the mask costs
 planning  Every step of an epoch by StepSource.plan, as the loader calls it, against the packer of
-          instructlab-training (LPT, compiled by numba, warmed up first): 8 devices of `rows` x 4,096 slots for both, in
-          steps of 3,840 and 128 samples. Rows of 15 are nearest to its own default of 60,000 tokens a device. Speed is
-          CPU time. Ours plans all devices; its packer is called for one, as each of its processes does for itself.
+          instructlab-training (LPT, compiled by numba, warmed up first): 8 devices, steps of 3,840 and 128 samples. `1
+          row` is 4,096 slots a device for both; `own choice` its default of 60,000 tokens a device, and for us as many
+          rows of 4,096 as a step fills, at most as many as that. Speed is CPU time. Ours plans all devices; its packer
+          is called for one, as each of its processes does for itself.
           Efficiency is real tokens over computed slots; its minibatches have no padding, but its devices wait for the
           fullest one, so that a minibatch computes devices x the fullest one's tokens. `fixed` is best-fit-decreasing
           into rows of 4,096, rounded up to whole microbatches: the limit of a planner of one shape, no speed meant.
@@ -65,6 +67,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_LENGTH = 4096
 NUM_DEVICES = 8
 MEAN_LOG, SIGMA = 6.2, 0.9  # of a sample's length in tokens
+MEAN_LENGTH = 723  # of such lengths, clipped to 16..4096
+PEER_BUDGET = 60_000  # tokens a device: the default of the peer's planner
 VOCABULARY = 32_000
 WORDS = 60_000  # different ones
 # Zipf's law as Mandelbrot mended it: the most frequent word is about one in twenty, as in English.
@@ -84,7 +88,8 @@ TEMPLATE = (
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-OURS, PEER, PEER_IDS, LPT, FIXED = "mice_jax", "datasets", "datasets, ids", "LPT", "fixed"
+OURS, LPT, FIXED = "mice_jax", "LPT", "fixed"
+PEER, PEER_PLAIN, PEER_IDS = "datasets", "datasets, one by one", "datasets, ids"
 
 
 def main() -> int:
@@ -230,7 +235,7 @@ def need_chats(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------ tokenise
 def part_tokenise(args: argparse.Namespace) -> list[dict[str, Any]]:
     need_chats(args)
-    sides = [OURS, PEER, PEER_IDS] if importlib.util.find_spec("datasets") else [OURS]
+    sides = [OURS, PEER, PEER_PLAIN, PEER_IDS] if importlib.util.find_spec("datasets") else [OURS]
     if len(sides) == 1:
         print("tokenise: datasets is not installed (pip install datasets): ours alone", file=sys.stderr)
     results = []
@@ -256,7 +261,7 @@ def tokenise_results(workers: int, sides: list[str], rounds: list[dict[str, Any]
             results.append(result(part, f"{side}: {unit}/s", speed))
         if side != OURS:
             ratios = [r[side]["seconds"] / r[OURS]["seconds"] for r in rounds]
-            target = 1.5 if side == PEER else None
+            target = None if side == PEER_IDS else 1.5
             results.append(ratio_result(part, f"speed, ours / {side}", ratios, target))
             ratios = [r[side]["cpu_s"] / r[OURS]["cpu_s"] for r in rounds]
             results.append(ratio_result(part, f"CPU time, {side} / ours", ratios, None))
@@ -301,7 +306,7 @@ def tokenise_peer(args: argparse.Namespace) -> None:
     import datasets
     from transformers import AutoTokenizer
 
-    folder, masked = Path(args.folder), args.side == PEER
+    folder, masked, batched = Path(args.folder), args.side != PEER_IDS, args.side != PEER_PLAIN
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     columns: dict[str, Any] = {"input_ids": datasets.List(datasets.Value("int32"))}
     if masked:
@@ -315,7 +320,7 @@ def tokenise_peer(args: argparse.Namespace) -> None:
         data = data.map(
             ids_and_mask if masked else ids_only,
             fn_kwargs={"tokenizer": tokenizer},
-            batched=True,
+            batched=batched,
             batch_size=PEER_BATCH,
             remove_columns=data.column_names,
             features=datasets.Features(columns),
@@ -327,7 +332,7 @@ def tokenise_peer(args: argparse.Namespace) -> None:
         write_tokenised(args, seconds, cpu, list(arrays["input_ids"]), masks)
 
 
-PEER_BATCH = 200  # of a few that were tried; its default of 1,000 is no faster
+PEER_BATCH = 200  # its default of 1,000 is as fast; chats one by one, as trainers map them, take a quarter longer
 
 
 def ids_and_mask(batch: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -363,17 +368,21 @@ def digest(arrays: list[Any], dtype: Any) -> str:
     return hashed.hexdigest() if arrays else ""
 
 
-TOKENISERS = {OURS: "tokenise_ours", PEER: "tokenise_peer", PEER_IDS: "tokenise_peer"}
+TOKENISERS = {OURS: "tokenise_ours"} | dict.fromkeys((PEER, PEER_PLAIN, PEER_IDS), "tokenise_peer")
 
 
 # ------------------------------------------------------------------------------------------------------------ planning
 def part_planning(args: argparse.Namespace) -> list[dict[str, Any]]:
     lpt = lpt_packer()
     results = []
-    for rows in (1, 15):
-        for samples in STEP_SAMPLES:
-            runs = [planned(draw_lengths(args.samples, seed), rows, samples, lpt) for seed in range(args.rounds)]
-            results += planning_results(f"plan, {samples:,} a step, {rows} row{'s' * (rows > 1)}", runs)
+    for samples in STEP_SAMPLES:
+        chosen = min(PEER_BUDGET // MAX_LENGTH, round(samples * MEAN_LENGTH / (MAX_LENGTH * NUM_DEVICES)))
+        for what, rows, budget in (("1 row", 1, MAX_LENGTH), ("own choice", chosen, PEER_BUDGET)):
+            runs = [
+                planned(draw_lengths(args.samples, seed), rows, samples, budget, lpt, seed)
+                for seed in range(args.rounds)
+            ]
+            results += planning_results(f"plan, {samples:,} a step, {what}", runs)
     return results
 
 
@@ -420,27 +429,30 @@ def step_source(corpus: Any, count: int, samples: int, rows: int, epochs: float 
     )
 
 
-def planned(lengths: np.ndarray, rows: int, samples: int, lpt: Any) -> dict[str, tuple[float, float]]:
+def planned(
+    lengths: np.ndarray, rows: int, samples: int, budget: int, lpt: Any, turn: int
+) -> dict[str, tuple[float, float]]:
     """Samples/s and slot efficiency of each planner, over whole steps of the same samples."""
     source = step_source(Lengths(lengths), len(lengths), samples, rows)
     source.plan(0)  # fills the planner's cache of layouts and the mixture's order
     numbers = range(len(lengths) // samples)
     steps = [lengths[source.mixture.step(i).samples] for i in numbers]
     tokens, count = sum(int(s.sum()) for s in steps), len(steps) * samples
-    started = time.process_time()
-    plans = [source.plan(i) for i in numbers]
-    ours = count / (time.process_time() - started)
-    slots = sum(len(m.rows) * m.shape.slots for plan in plans for m in plan)
-    figures = {OURS: (ours, tokens / slots)}
-    figures[FIXED] = (0.0, tokens / sum(fixed(step, rows) for step in steps))
+    lists = [s.tolist() for s in steps]  # its collator has lists too
+    sides: dict[str, Callable[[], Any]] = {OURS: lambda: [source.plan(i) for i in numbers]}
     if lpt:
-        budget, lists = rows * MAX_LENGTH, [s.tolist() for s in steps]  # its collator has lists too
+        sides[LPT] = lambda: [lpt(step, budget, NUM_DEVICES, 0) for step in lists]
+    speeds, plans = {}, []
+    for side in list(sides)[:: 1 if turn % 2 == 0 else -1]:
         started = time.process_time()
-        for step in lists:
-            lpt(step, budget, NUM_DEVICES, 0)
-        speed = count / (time.process_time() - started)
-        figures[LPT] = (speed, tokens / sum(lpt_slots(step, budget, lpt) for step in lists))
-    return figures
+        made = sides[side]()
+        speeds[side] = count / (time.process_time() - started)
+        plans = made if side == OURS else plans
+    slots = {OURS: sum(len(m.rows) * m.shape.slots for plan in plans for m in plan)}
+    slots[FIXED] = sum(fixed(step, rows) for step in steps)
+    if lpt:
+        slots[LPT] = sum(lpt_slots(step, budget, lpt) for step in lists)
+    return {side: (speeds.get(side, 0.0), tokens / n) for side, n in slots.items()}
 
 
 def lpt_slots(lengths: list[int], budget: int, lpt: Any) -> int:
