@@ -47,11 +47,11 @@ def prepare(values: command.Values) -> None:
     config = command.config_of(values)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     origin_folder = config.data.tokenizer or str(find_origin(config.model.init_from).folder)
-    said: list[str] = []
-    tokenizer = load_tokenizer(origin_folder, config.data.chat_template, said)
+    remarks: list[str] = []
+    tokenizer = load_tokenizer(origin_folder, config.data.chat_template, remarks)
     encoder = ChatEncoder(tokenizer, train_on=config.data.train_on)
     with Display(console) as display:
-        for sentence in [*said, *encoder.remarks()]:
+        for sentence in [*remarks, *encoder.remarks()]:
             display.say(sentence)
         data = build_dataset(config.data, encoder, display.say, display.watch)
     whole = report.with_steps(data.report, *_steps(config, data))

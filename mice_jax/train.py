@@ -64,8 +64,8 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     # ---- What it starts from --------------------------------------------------------------------------------
     attention = choose_backend(config.model.attention)
     origin = find_origin(config.model.init_from)
-    said: list[str] = []
-    tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template, said)
+    remarks: list[str] = []
+    tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template, remarks)
     spec = with_vocabulary(origin, tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values()})
     encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
 
@@ -82,7 +82,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
 
     # ---- Data -----------------------------------------------------------------------------------------------
     with Display(console) as display:
-        for sentence in [*said, *encoder.remarks()]:
+        for sentence in [*remarks, *encoder.remarks()]:
             display.say(sentence)
         data = build_dataset(config.data, encoder, display.say, display.watch)
     distributed.check_same("data", data.fingerprint)

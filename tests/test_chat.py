@@ -430,6 +430,13 @@ def test_a_special_token_spelt_by_a_content_is_a_sign(encoders: dict[str, ChatEn
         encoder.tokenizer.split_special_tokens = False
 
 
+def test_special_tokens_of_every_length_are_found() -> None:
+    tokens = ["</s>", "<s>", "☃", "[]", "[][", "<s>>"]
+    encoder = ChatEncoder(make_tokenizer(CHATML, tokens))
+    for text in [*tokens, "a", "<s", "[", "</s"]:
+        assert signs(encoder, chat("Hi", f"a{text}b")) == [Sign(text in tokens)], text
+
+
 def test_a_bos_too_many_is_a_sign(encoders: dict[str, ChatEncoder]) -> None:
     spelt = Sign.SPECIAL_IN_CONTENT
     # One bos is the template's, the other the content's.

@@ -619,5 +619,6 @@ def _any_of(strings: Iterable[str]) -> str:
 
 def _finder(strings: Iterable[str]) -> re.Pattern[str]:
     """Finds whether there is one of them: by their first two characters, since some tokenizers have a thousand."""
-    beginnings = itertools.groupby(sorted(set(strings)), lambda s: s[:2])
-    return re.compile("|".join(f"{re.escape(b)}(?:{_any_of(s[2:] for s in g)})" for b, g in beginnings) or "(?!)")
+    groups = itertools.groupby(sorted(set(strings)), lambda s: s[:2])
+    parts = (f"{re.escape(start)}(?:{'|'.join(re.escape(s[2:]) for s in group)})" for start, group in groups)
+    return re.compile("|".join(parts) or "(?!)")

@@ -157,7 +157,7 @@ class HFReader:
         except ImportError:
             raise UserError(f"{path} needs the datasets library: pip install 'mice_jax[hf]'.") from None
         try:
-            self._data = datasets.load_dataset(name, *config, split=self._split)
+            self._data: Any = datasets.load_dataset(name, *config, split=self._split)
         except Exception as e:  # of all kinds, as the data set decides
             raise UserError(f"{path} cannot be loaded: {one_line(e)}.") from e
         self.places, self.size = [f"{path} row"], len(self._data)
@@ -183,7 +183,7 @@ class TFDSReader:
 
         try:
             is_folder = os.path.isdir(os.path.expanduser(name))
-            builder = tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
+            builder: Any = tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
             if not is_folder:
                 builder.download_and_prepare(file_format="array_record")
             self._data = builder.as_data_source(split=self._split)
