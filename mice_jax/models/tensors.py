@@ -1,4 +1,4 @@
-"""Tensors on their way between a checkpoint's files and ours: looked at in place, turned fast, written in pieces.
+"""Tensors on their way between a checkpoint's files and ours: looked at in place, written in pieces.
 
 The safetensors library copies what it reads, and writes a file from arrays that are all in memory. So it checks the
 files' headers (hf.py), and the bytes go by here. The format: eight bytes with the length of a JSON header, the
@@ -16,7 +16,6 @@ import numpy as np
 
 READ = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 WRITTEN = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
-STRIP = 16  # rows turned at once: as many as fill a cache line of the target
 
 
 def map_tensors(file: Path) -> dict[str, np.ndarray]:
@@ -60,9 +59,3 @@ def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str,
         if written is not None:
             written.result()
         assert f.tell() == 8 + len(text) + end, "the pieces are not the tensors that the header names"
-
-
-def turn(source: np.ndarray, target: np.ndarray) -> None:
-    """target[:] = source.T, [R C] to [C R], strip by strip; of another dtype if need be."""
-    for r in range(0, source.shape[0], STRIP):
-        target[:, r : r + STRIP] = source[r : r + STRIP].astype(target.dtype, copy=False).T
