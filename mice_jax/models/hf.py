@@ -30,7 +30,8 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.tensors import READ, map_tensors, write_tensors
 from mice_jax.models.transformer import Decoder, Params
 
-SHARD_BYTES = 4 * 2**30  # of one exported file
+SHARD_BYTES = 2**30  # of one exported file
+WRITERS = 4  # files written at once
 PIECE_BYTES = 4 * 2**20  # of what is read or written at once; larger ones leave the caches, and are slower to come by
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -133,18 +134,23 @@ def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str
 
     Returns how many parameters it wrote.
 
-    A piece of a tensor at a time is brought to the host: no device and no process needs room for the whole model.
+    A file has a thread of its own, for a file system lets one at a time write to it. Each brings a piece of a tensor
+    to the host at a time: no device and no process needs room for the whole model.
     """
     family = _family(config, folder)
     itemsize = jnp.dtype(dtype).itemsize
     shards = list(_in_shards(_tensors(decoder, family), itemsize))
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        one = len(shards) == 1
-        name = "model.safetensors" if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+
+    def write(name: str, shard: list[HFTensor]) -> None:
         pieces = (piece.astype(dtype, copy=False) for t in shard for piece in _to_hf(params, t))
         write_tensors(folder / name, {t.name: t.shape for t in shard}, dtype, pieces)
-        weight_map |= {t.name: name for t in shard}
+
+    with ThreadPoolExecutor(WRITERS) as threads:
+        list(threads.map(write, names, shards))
+    weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
     count = sum(math.prod(t.shape) for shard in shards for t in shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": count * itemsize}, "weight_map": weight_map}

@@ -8,7 +8,6 @@ header, the arrays' bytes (little-endian, row-major).
 import json
 import math
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -36,8 +35,7 @@ def map_tensors(file: Path) -> dict[str, np.ndarray]:
 def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, pieces: Iterable[np.ndarray]) -> None:
     """Writes a safetensors file in `dtype`, float32 or bfloat16.
 
-    `pieces` are its tensors in the order of `shapes`, each in one array of `dtype` or in several of its rows. A piece
-    is written while the next one is made.
+    `pieces` are its tensors in the order of `shapes`, each in one array of `dtype` or in several of its rows.
     """
     code, itemsize = WRITTEN[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -47,15 +45,9 @@ def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str,
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as f, ThreadPoolExecutor(1) as writer:
+    with file.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        written: Future | None = None
         for piece in pieces:
             assert piece.dtype == dtype
-            data = np.ascontiguousarray(piece).view(np.uint8).data
-            if written is not None:
-                written.result()
-            written = writer.submit(f.write, data)
-        if written is not None:
-            written.result()
+            f.write(np.ascontiguousarray(piece).view(np.uint8).data)
         assert f.tell() == 8 + len(text) + end, "the pieces are not the tensors that the header names"
