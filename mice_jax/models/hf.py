@@ -119,7 +119,7 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
             layers = ours[_dotted(path)]
             stacked = leaf.ndim > layers[0].ndim
 
-            def read(index: tuple[slice, ...]) -> np.ndarray:
+            def read(index: Any) -> np.ndarray:
                 if stacked:
                     return _read_slice(layers[index[0]], leaf.shape[1:], index[1:], threads)
                 return _read_slice(layers, leaf.shape, index, threads)[0]
