@@ -29,9 +29,9 @@ def cross_entropy_sums(
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of weight * CE and the sum of weights, both float32 scalars.
 
-    `hidden` is [B T D], `output_weight` [D V] of which the first `vocab_size` columns are real, `targets` and
+    `hidden` is [B T D], `output_weight` [V D] of which the first `vocab_size` rows are real, `targets` and
     `loss_weights` [B T]; a slot of weight 0 adds nothing, whatever its target. Logits are, in float32,
-    hidden @ output_weight * logit_scale, and with a soft cap softcap * tanh(logits / softcap). `batch_axes` are the
+    hidden @ output_weight.T * logit_scale, and with a soft cap softcap * tanh(logits / softcap). `batch_axes` are the
     mesh axes that split the rows: each device sums over its own, and the sums meet once, not once a chunk.
     Differentiable in `hidden` and `output_weight`.
     """
@@ -100,7 +100,7 @@ def _scan_chunks(
     softcap: float | None,
     with_gradient: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """loss_sum, and its gradients by hidden [B T D] and by weight [D V] float32 (empty without gradient)."""
+    """loss_sum, and its gradients by hidden [B T D] and by weight [V D] float32 (empty without gradient)."""
     b, t, d = hidden.shape
 
     def add_chunk(
@@ -108,15 +108,15 @@ def _scan_chunks(
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         loss_sum, d_weight = sums
         h, target, token_weight = (x.reshape(b * chunk, *x.shape[2:]) for x in chunked)
-        products = jnp.dot(h, weight, preferred_element_type=jnp.float32)
+        products = jnp.dot(h, weight.T, preferred_element_type=jnp.float32)
         logits, slopes = _logits(products, logit_scale, softcap)
         loss, d_logits = _chunk_loss(logits, target, vocab_size)
         loss_sum += jnp.sum(loss * token_weight)
         if not with_gradient:
             return (loss_sum, d_weight), jnp.zeros((0,), hidden.dtype)
         d_products = (d_logits * slopes * token_weight[:, None]).astype(hidden.dtype)
-        d_weight += jnp.dot(h.T, d_products, preferred_element_type=jnp.float32)
-        return (loss_sum, d_weight), jnp.dot(d_products, weight.T).reshape(b, chunk, d)
+        d_weight += jnp.dot(d_products.T, h, preferred_element_type=jnp.float32)
+        return (loss_sum, d_weight), jnp.dot(d_products, weight).reshape(b, chunk, d)
 
     def chunks(x: jax.Array) -> jax.Array:  # [B T ...] -> [T/C B C ...]
         return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)

@@ -120,10 +120,9 @@ def _grown(stored: Decoder, decoder: Decoder, params: Params) -> Params:
     def grow(p: jax.Array, axes: tuple[str, ...], abstract: jax.ShapeDtypeStruct) -> jax.Array:
         if "vocab" not in axes:
             return p
-        at = axes.index("vocab")
-        real = jax.lax.slice_in_dim(p, 0, known, axis=at)
-        mean = jnp.mean(real, axis=at, keepdims=True)
-        grown = jnp.concatenate([real, jnp.repeat(mean, wanted - known, axis=at)], axis=at)
+        real = p[:known]
+        mean = jnp.mean(real, axis=0, keepdims=True)
+        grown = jnp.concatenate([real, jnp.repeat(mean, wanted - known, axis=0)])
         return jnp.pad(grown, [(0, w - n) for n, w in zip(grown.shape, abstract.shape, strict=True)])
 
     return jax.tree.map(grow, params, stored.axes, decoder.abstract)

@@ -59,7 +59,7 @@ def batch_loss(
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
     return cross_entropy_sums(
         hidden,
-        constrain(model.output_weight(), "hidden", "vocab"),
+        constrain(model.output_weight(), "vocab", "hidden"),
         batch["targets"],
         batch["loss_weights"],
         vocab_size=decoder.spec.vocab_size,

@@ -46,7 +46,7 @@ def our_logits(workdir: Path, ids: np.ndarray, step: int | None = None) -> np.nd
     model = decoder.bind(params)
     compute = Compute(jnp.dtype("float32"), "reference", "none")
     hidden = model.hidden(jnp.asarray(ids), jnp.asarray(positions), jnp.ones(ids.shape, jnp.int32), compute)
-    return np.asarray(hidden @ model.output_weight())[..., : origin.spec.vocab_size]
+    return np.asarray(hidden @ model.output_weight().T)[..., : origin.spec.vocab_size]
 
 
 def torch_logits(folder: Path, ids: np.ndarray, dtype: Any = torch.float32) -> np.ndarray:

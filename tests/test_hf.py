@@ -86,12 +86,13 @@ def switched_off(what: str, folder: Path) -> tuple[Decoder, Params]:
     decoder, params = load(folder, one)
     attention, mlp = dict(params["layers"]["attention"]), dict(params["layers"]["mlp"])
     if what == "query heads dealt to other key heads":
-        attention["q"], attention["q_bias"] = attention["q"][:, :, [0, 2, 1, 3]], attention["q_bias"][:, [0, 2, 1, 3]]
-        attention["o"] = attention["o"][:, [0, 2, 1, 3]]
+        for name in ("q", "q_bias"):
+            attention[name] = attention[name][:, [0, 2, 1, 3]]
+        attention["o"] = attention["o"][:, :, [0, 2, 1, 3]]
     elif what == "pairs for halves":
         pairs = np.arange(12).reshape(2, 6).T.reshape(-1)
         for name in ("q", "k", "q_bias", "k_bias"):
-            attention[name] = attention[name][..., pairs]
+            attention[name] = attention[name][:, :, pairs]
     elif what in attention:
         attention[what] = jnp.zeros_like(attention[what])
     else:
@@ -187,7 +188,7 @@ def test_checkpoints_of_other_dtypes_become_float32(
     table = np.asarray(params["embed"]["table"])[:VOCAB]
     assert np.array_equal(table, model.model.embed_tokens.weight.detach().float().numpy())
     gate = np.asarray(params["layers"]["mlp"]["gate"])[1]
-    assert np.array_equal(gate, model.model.layers[1].mlp.gate_proj.weight.detach().float().numpy().T)
+    assert np.array_equal(gate, model.model.layers[1].mlp.gate_proj.weight.detach().float().numpy())
     assert hf.stored_dtype(tmp_path) == ("bfloat16" if dtype == torch.bfloat16 else "float32")
 
 

@@ -37,13 +37,13 @@ class Case:
     """Random inputs, with large differences between the rows' weights, and what makes logits of their products."""
 
     def __init__(
-        self, seed: int = 0, columns: int = VOCAB, scale: float = 1.0,
+        self, seed: int = 0, rows: int = VOCAB, scale: float = 1.0,
         logit_scale: float = 1.0, softcap: float | None = None,
     ):  # fmt: skip
         self.logit_scale, self.softcap = logit_scale, softcap
         rng = np.random.default_rng(seed)
         self.hidden = (scale * rng.normal(size=(B, T, D))).astype(np.float32)
-        self.weight = rng.normal(size=(D, columns)).astype(np.float32)
+        self.weight = rng.normal(size=(D, rows)).T.astype(np.float32)
         self.targets = rng.integers(0, VOCAB, (B, T)).astype(np.int32)
         self.loss_weights = rng.choice([0, 0.25, 1, 3], (B, T)).astype(np.float32)
         self.loss_weights[2] = 0
@@ -59,7 +59,7 @@ class Case:
         """The same, in float64; without slopes the gradients pass a soft cap as if it were not there."""
         hidden = torch.tensor(np.asarray(self.hidden, np.float64), requires_grad=True)
         weight = torch.tensor(np.asarray(self.weight, np.float64), requires_grad=True)
-        logits = (hidden @ weight[:, :VOCAB] * self.logit_scale).reshape(-1, VOCAB)
+        logits = (hidden @ weight[:VOCAB].T * self.logit_scale).reshape(-1, VOCAB)
         if self.softcap is not None:
             capped = self.softcap * torch.tanh(logits / self.softcap)
             logits = capped if slopes else logits + (capped - logits).detach()
@@ -103,13 +103,13 @@ LOGITS = {"scaled": (0.125, None), "capped": (1.0, 3.0), "scaled, then capped": 
 
 
 @pytest.mark.parametrize("name", LOGITS)
-@pytest.mark.parametrize("columns", [VOCAB, 64])
-def test_scaled_and_capped_logits_give_torch_s_sums_and_gradients(name: str, columns: int, strict_dtypes: None) -> None:
+@pytest.mark.parametrize("rows", [VOCAB, 64])
+def test_scaled_and_capped_logits_give_torch_s_sums_and_gradients(name: str, rows: int, strict_dtypes: None) -> None:
     logit_scale, softcap = LOGITS[name]
-    case = Case(columns=columns, logit_scale=logit_scale, softcap=softcap)
+    case = Case(rows=rows, logit_scale=logit_scale, softcap=softcap)
     ours, expected = case.ours(), case.in_torch()
     assert_equal(ours, expected)
-    assert not np.asarray(ours[3])[:, VOCAB:].any()
+    assert not np.asarray(ours[3])[VOCAB:].any()
     others = [(1.0, None), (1.001 * logit_scale, softcap)]
     if softcap is not None:
         others += [(logit_scale, None), (logit_scale, 1.001 * softcap)]
@@ -145,14 +145,14 @@ def test_a_factor_on_the_loss_scales_its_gradients(strict_dtypes: None) -> None:
 
 
 def test_the_vocabulary_s_padding_has_no_influence_and_no_gradient(strict_dtypes: None) -> None:
-    case = Case(columns=64)
-    case.weight[:, VOCAB:] *= 50  # were they seen, these columns would be predicted
+    case = Case(rows=64)
+    case.weight[VOCAB:] *= 50  # were they seen, these rows would be predicted
     ours, expected = case.ours(), case.in_torch()
     assert_equal(ours, expected)
-    assert not np.asarray(ours[3])[:, VOCAB:].any()
+    assert not np.asarray(ours[3])[VOCAB:].any()
     seen = case.ours(vocab_size=64)
     assert abs(float(seen[0]) - expected[0]) > 10 * SUM * expected[0]
-    assert np.asarray(seen[3])[:, VOCAB:].any()
+    assert np.asarray(seen[3])[VOCAB:].any()
 
 
 def test_weights_of_zero_give_sums_and_gradients_of_zero(strict_dtypes: None) -> None:
@@ -173,7 +173,7 @@ def test_the_target_of_a_slot_without_weight_does_not_matter(strict_dtypes: None
 
 def test_large_logits_do_not_overflow(strict_dtypes: None) -> None:
     case = Case(scale=1e3)
-    logits = case.hidden @ case.weight
+    logits = case.hidden @ case.weight.T
     with np.errstate(over="ignore"):
         assert np.isinf(np.exp(logits)).mean() > 0.1  # without the shift by the largest
     expected = case.in_torch()
@@ -181,13 +181,13 @@ def test_large_logits_do_not_overflow(strict_dtypes: None) -> None:
     ours = case.ours()
     assert abs(float(ours[0]) - expected[0]) <= SUM * expected[0]
     # Logits of 1e4 are rounded by 1e-3, and so are probabilities; those of a token move its gradient by hidden = 1e3
-    # times that, and by the columns of the weight.
+    # times that, and by the rows of the weight.
     assert gap(ours[2], expected[2]) < 1e-2
     assert gap(ours[3], expected[3]) < 1e-5 * np.abs(expected[3]).max()
 
 
 def test_large_logits_under_a_cap_give_finite_gradients(strict_dtypes: None) -> None:
-    case = Case(columns=64, scale=1e3, softcap=30.0)
+    case = Case(rows=64, scale=1e3, softcap=30.0)
     ours, expected = case.ours(), case.in_torch()
     assert abs(float(ours[0]) - expected[0]) <= SUM * expected[0]
     # Products of up to 1e4 are rounded by 1e-3, and so a slope by 0.8 / 30 of that, 3e-5. A token's gradient is off
@@ -202,12 +202,12 @@ def test_large_logits_under_a_cap_give_finite_gradients(strict_dtypes: None) -> 
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 4, 2), (2, 2, 2)])
-@pytest.mark.parametrize("columns", [VOCAB, 64])
+@pytest.mark.parametrize("rows", [VOCAB, 64])
 def test_sums_and_gradients_on_a_mesh_are_those_without_one(
-    sizes: tuple[int, int, int], columns: int, strict_dtypes: None
+    sizes: tuple[int, int, int], rows: int, strict_dtypes: None
 ) -> None:
     case = Case(
-        columns=columns, logit_scale=0.7, softcap=3.0
+        rows=rows, logit_scale=0.7, softcap=3.0
     )  # on a mesh of 8 rows, the third device has no token to learn from
     expected = case.in_torch()
     with jax.set_mesh(mesh_of(*sizes)):
@@ -238,7 +238,7 @@ def test_with_bfloat16_hidden_states_the_loss_errs_by_their_rounding_alone(
     assert abs(float(ours[0]) - expected[0]) <= SUM * expected[0]
     # The rounding itself: a product moves by at most (2 * 2^-8 + 2^-16) * sum |h||w|, its logit by no more than its
     # scale times that, and CE by twice the largest move.
-    moves = (2 + ROUNDING) * ROUNDING * (np.abs(exact.hidden) @ np.abs(exact.weight)).max(axis=-1)
+    moves = (2 + ROUNDING) * ROUNDING * (np.abs(exact.hidden) @ np.abs(exact.weight.T)).max(axis=-1)
     bound = float((2 * logit_scale * moves * exact.loss_weights).sum())
     assert abs(float(ours[0]) - exact.in_torch()[0]) < bound
     # Logits rounded to bfloat16 are what the first bound is there to forbid.
@@ -251,7 +251,7 @@ def test_with_bfloat16_hidden_states_the_loss_errs_by_their_rounding_alone(
 
 def in_numpy(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Logits [B T V] in float64, and their derivatives by the products of hidden states and weight."""
-    logits = np.asarray(case.hidden, np.float64) @ np.asarray(case.weight, np.float64) * case.logit_scale
+    logits = np.asarray(case.hidden, np.float64) @ np.asarray(case.weight, np.float64).T * case.logit_scale
     if case.softcap is None:
         return logits, np.full(logits.shape, case.logit_scale)
     return case.softcap * np.tanh(logits / case.softcap), case.logit_scale * np.cosh(logits / case.softcap) ** -2.0
@@ -272,8 +272,8 @@ def test_gradients_by_bfloat16_hidden_states_err_by_two_roundings(
     d_products = (probabilities - np.eye(VOCAB)[case.targets]) * case.loss_weights[..., None] * slopes
     # One rounding of each product's gradient, one of the sum; float32 between them.
     slack = 1 + 1e-3
-    hidden_bound = slack * ROUNDING * (np.abs(d_products) @ np.abs(weight.T) + np.abs(expected_hidden)) + 1e-6
-    sums = np.einsum("btd,btv->dv", np.abs(hidden), np.abs(d_products))
+    hidden_bound = slack * ROUNDING * (np.abs(d_products) @ np.abs(weight) + np.abs(expected_hidden)) + 1e-6
+    sums = np.einsum("btv,btd->vd", np.abs(d_products), np.abs(hidden))
     weight_bound = slack * ROUNDING * (sums + np.abs(expected_weight)) + 1e-6
     assert (np.abs(np.asarray(d_hidden, np.float64) - expected_hidden) <= hidden_bound).all()
     assert (np.abs(np.asarray(d_weight, np.float64) - expected_weight) <= weight_bound).all()

@@ -89,7 +89,7 @@ def test_what_replicated_dims_leaves_out_is_really_split() -> None:
     shardings = sharding.param_shardings(decoder.abstract, decoder.axes, mesh)
     table = jax.device_put(np.zeros(decoder.abstract["embed"]["table"].shape, np.float32), shardings["embed"]["table"])
     assert {s.data.shape for s in table.addressable_shards} == {(64, 8)}
-    assert shardings["layers"]["attention"]["q"].shard_shape((2, 32, 4, 12)) == (2, 8, 2, 12)
+    assert shardings["layers"]["attention"]["q"].shard_shape((2, 4, 12, 32)) == (2, 2, 12, 8)
 
 
 # ---------------------------------------------------------------------------------------- batches

@@ -27,12 +27,12 @@ from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.positions import in_both_spellings
 from mice_jax.models.families.reading import DROPOUTS, Reader
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.tensors import READ, map_tensors, turn, write_tensors
+from mice_jax.models.tensors import READ, map_tensors, write_tensors
 from mice_jax.models.transformer import Decoder, Params
 
-SHARD_BYTES = 4 * 2**30  # of one exported file
-ROWS_READ = 4096  # of an embedding, by one thread at a time
-PIECE_BYTES = 4 * 2**20  # of what is written at once; larger ones leave the caches, and are slower to come by
+SHARD_BYTES = 2**30  # of one exported file
+WRITERS = 4  # files written at once
+PIECE_BYTES = 4 * 2**20  # of what is read or written at once; larger ones leave the caches, and are slower to come by
 # Buffers that old checkpoints carry and that follow from the config.
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
@@ -43,9 +43,9 @@ class Part:
 
     path: str  # of our parameter, dotted
     layer: int | None  # its place along a stacked parameter's first axis
-    in_dims: int | None  # leading dims of ours that are inputs of a matrix product; None = stored as it is
+    shape: tuple[int, ...]  # of ours, of one layer, the vocabulary's padding not counted
     start: int  # its first row in the tensor
-    rows: int  # how many it has there, the vocabulary's padding not counted
+    rows: int  # how many it has there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +107,22 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
     files = _tensor_files(folder)
     _check_headers(folder, files, wanted, decoder.spec.tie_embeddings)
     stored = {file: map_tensors(file) for file in set(files.values())}
-    by_path: dict[str, list[tuple[np.ndarray, Part]]] = {}  # of one of our parameters: a layer's tensor and its part
+    ours: dict[str, list[np.ndarray]] = {}  # one of our parameters, layer by layer, as it lies in the files
     for tensor in wanted:
         for part in tensor.parts:
-            by_path.setdefault(part.path, []).append((stored[files[tensor.name]][tensor.name], part))
+            rows = stored[files[tensor.name]][tensor.name][part.start : part.start + part.rows]
+            ours.setdefault(part.path, []).append(rows.reshape(part.shape))
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
 
         def load(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
+            layers = ours[_dotted(path)]
+            stacked = leaf.ndim > layers[0].ndim
+
             def read(index: Any) -> np.ndarray:
-                return _read_slice(by_path[_dotted(path)], leaf.shape, index, threads)
+                if stacked:
+                    return _read_slice(layers[index[0]], leaf.shape[1:], index[1:], threads)
+                return _read_slice(layers, leaf.shape, index, threads)[0]
 
             return jax.make_array_from_callback(leaf.shape, sharding, read)
 
@@ -128,18 +134,23 @@ def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str
 
     Returns how many parameters it wrote.
 
-    A piece of a tensor at a time is brought to the host: no device and no process needs room for the whole model.
+    A file has a thread of its own, for a file system lets one at a time write to it. Each brings a piece of a tensor
+    to the host at a time: no device and no process needs room for the whole model.
     """
     family = _family(config, folder)
     itemsize = jnp.dtype(dtype).itemsize
     shards = list(_in_shards(_tensors(decoder, family), itemsize))
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        one = len(shards) == 1
-        name = "model.safetensors" if one else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+
+    def write(name: str, shard: list[HFTensor]) -> None:
         pieces = (piece.astype(dtype, copy=False) for t in shard for piece in _to_hf(params, t))
         write_tensors(folder / name, {t.name: t.shape for t in shard}, dtype, pieces)
-        weight_map |= {t.name: name for t in shard}
+
+    with ThreadPoolExecutor(WRITERS) as threads:
+        list(threads.map(write, names, shards))
+    weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
     count = sum(math.prod(t.shape) for shard in shards for t in shard)
     if len(shards) > 1:
         index = {"metadata": {"total_size": count * itemsize}, "weight_map": weight_map}
@@ -193,23 +204,27 @@ def _tensors(decoder: Decoder, family: ModuleType) -> list[HFTensor]:
         shapes = []
         for path in name.ours:
             dims = [real if a == "vocab" else n for n, a in zip(leaves[path].shape, axes[path], strict=True)]
-            shapes.append(_flat_shape(tuple(dims[1:] if stacked else dims), name.in_dims))
-        ends = list(itertools.accumulate(shape[0] for shape in shapes))
+            shapes.append(tuple(dims[stacked:]))
+        flat = [_flat_shape(shape, axes[path][stacked:]) for path, shape in zip(name.ours, shapes, strict=True)]
+        ends = list(itertools.accumulate(f[0] for f in flat))
         for layer in range(decoder.spec.num_layers) if stacked else [None]:
             parts = tuple(
-                Part(path, layer, name.in_dims, end - shape[0], shape[0])
-                for path, shape, end in zip(name.ours, shapes, ends, strict=True)
+                Part(path, layer, shape, end - f[0], f[0])
+                for path, shape, f, end in zip(name.ours, shapes, flat, ends, strict=True)
             )
-            found.append(HFTensor(name.hf.format(layer), (ends[-1], *shapes[0][1:]), parts))
+            found.append(HFTensor(name.hf.format(layer), (ends[-1], *flat[0][1:]), parts))
     return sorted(found, key=lambda t: -1 if t.parts[0].layer is None else t.parts[0].layer)
 
 
-def _flat_shape(inner: tuple[int, ...], in_dims: int | None) -> tuple[int, ...]:
-    """How a checkpoint holds a parameter of one layer: [outputs, inputs], a flat vector, or as it is."""
-    if in_dims is None:
-        return inner
-    outputs = math.prod(inner[in_dims:])
-    return (outputs, math.prod(inner[:in_dims])) if in_dims else (outputs,)
+def _flat_shape(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
+    """How a checkpoint holds a parameter of one layer: heads and what is in them are one dim."""
+    flat: list[int] = []
+    for n, axis in zip(shape, axes, strict=True):
+        if axis == "head_dim" and len(shape) > 1:
+            flat[-1] *= n
+        else:
+            flat.append(n)
+    return tuple(flat)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -261,22 +276,18 @@ def _check_headers(folder: Path, files: dict[str, Path], wanted: list[HFTensor],
 
 
 def _read_slice(
-    layers: list[tuple[np.ndarray, Part]], shape: tuple[int, ...], index: Any, threads: ThreadPoolExecutor
+    layers: list[np.ndarray], shape: tuple[int, ...], index: tuple[slice, ...], threads: ThreadPoolExecutor
 ) -> np.ndarray:
-    """The slice `index`, one a dim, of one of our parameters, read from the tensors in which its layers lie."""
-    bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-    out = _aligned([stop - start for start, stop in bounds])
-    first, last = bounds[0]
-    stored, part = layers[0]
-    if part.layer is not None:
-        jobs = [(*at, shape[1:], bounds[1:], to) for at, to in zip(layers[first:last], out, strict=True)]
-    elif part.in_dims is None:  # a large one, whose rows can be shared out
-        starts = range(first, last, ROWS_READ)
-        blocks = [(start, min(start + ROWS_READ, last)) for start in starts]
-        jobs = [(stored, part, shape, [b, *bounds[1:]], out[b[0] - first : b[1] - first]) for b in blocks]
-    else:
-        jobs = [(stored, part, shape, bounds, out)]
-    for done in [threads.submit(_read_part, *job) for job in jobs]:
+    """layers[:][index], stacked, `shape` being a layer's; zeros in the vocabulary's padding, which no file has."""
+    sizes = [len(range(n)[s]) for n, s in zip(shape, index, strict=True)]
+    out = _aligned([len(layers), *sizes])
+    copies = []
+    for layer, target in zip(layers, out, strict=True):
+        source = layer[index]  # what is beyond the end is left out
+        target[len(source) :] = 0
+        for start, stop in _pieces(len(source), target.nbytes // len(target)):
+            copies.append(threads.submit(np.copyto, target[start:stop], source[start:stop], "same_kind"))
+    for done in copies:
         done.result()
     return out
 
@@ -289,68 +300,19 @@ def _aligned(shape: list[int]) -> np.ndarray:
     return raw[start : start + size].view(np.float32).reshape(shape)
 
 
-def _read_part(
-    stored: np.ndarray, part: Part, shape: tuple[int, ...], bounds: list[tuple[int, int]], out: np.ndarray
-) -> None:
-    """Fills `out` with ours[bounds]; zeros in the vocabulary's padding, which no checkpoint has."""
-    k = part.in_dims
-    if k is None:
-        block = stored[tuple(slice(*b) for b in bounds)]  # what is beyond the end is left out
-        out[: block.shape[0]], out[block.shape[0] :] = block, 0
-        return
-    inputs = list(_flat_ranges(shape[:k], bounds[:k]))
-    flat = out.reshape(math.prod(out.shape[:k]), -1)
-    for outputs, to in _flat_ranges(shape[k:], bounds[k:]):
-        rows = slice(part.start + outputs.start, part.start + min(outputs.stop, part.rows))
-        real = slice(to.start, to.start + max(0, rows.stop - rows.start))
-        flat[:, real.stop : to.stop] = 0
-        if k == 0:
-            flat[0, real] = stored[rows]
-            continue
-        for columns, at in inputs:
-            turn(stored[rows, columns], flat[at, real])
-
-
-def _flat_ranges(shape: tuple[int, ...], bounds: list[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
-    """Ranges of a flattened group of dims, and where each lies in the flattened slice of it.
-
-    One, but where the second dim is split: then one for each index of the first.
-    """
-    if not shape:
-        yield slice(0, 1), slice(0, 1)
-        return
-    inner = math.prod(shape[1:])
-    (first, last), rest = bounds[0], bounds[1:]
-    if all(b == (0, n) for b, n in zip(rest, shape[1:], strict=True)):
-        yield slice(first * inner, last * inner), slice(0, (last - first) * inner)
-        return
-    ((start, stop),) = rest
-    for i in range(first, last):
-        at = (i - first) * (stop - start)
-        yield slice(i * inner + start, i * inner + stop), slice(at, at + stop - start)
-
-
 def _to_hf(params: Params, tensor: HFTensor) -> Iterator[np.ndarray]:
     """A checkpoint's tensor from our parameters, in pieces of its rows; the vocabulary's padding is left out."""
     for part in tensor.parts:
         leaf: Any = functools.reduce(lambda tree, key: tree[key], part.path.split("."), params)
         whole = [(0, n) for n in leaf.shape]
         if part.layer is not None:
-            ours = _on_host(leaf, [(part.layer, part.layer + 1), *whole[1:]])[0]
-            if part.in_dims:
-                flat = ours.reshape(math.prod(ours.shape[: part.in_dims]), -1)
-                for start, stop in _pieces(part.rows, flat.shape[0] * flat.itemsize):
-                    yield _turned(flat[:, start:stop])
-            else:
-                yield ours.reshape(-1)[: part.rows]
-        elif part.in_dims is None:  # a vocabulary's, large: cut before it is on the host
+            layer = _on_host(leaf, [(part.layer, part.layer + 1), *whole[1:]])
+            flat = layer.reshape(part.rows, *tensor.shape[1:])
+            for start, stop in _pieces(part.rows, layer.nbytes // part.rows):
+                yield flat[start:stop]
+        else:  # a vocabulary's is large: cut before it is on the host
             for piece in _pieces(part.rows, leaf.nbytes // leaf.shape[0]):
                 yield _on_host(leaf, [piece, *whole[1:]])
-        elif part.in_dims:
-            for piece in _pieces(part.rows, leaf.nbytes // leaf.shape[-1]):
-                yield _turned(_on_host(leaf, [*whole[:-1], piece]))
-        else:
-            yield _on_host(leaf, whole).reshape(-1)[: part.rows]
 
 
 def _on_host(leaf: jax.Array, bounds: list[tuple[int, int]]) -> np.ndarray:
@@ -382,12 +344,6 @@ def _block(x: jax.Array, starts: list[int], sizes: list[int]) -> np.ndarray:
 def _pieces(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     size = max(1, PIECE_BYTES // row_bytes)
     return ((start, min(start + size, rows)) for start in range(0, rows, size))
-
-
-def _turned(flat: np.ndarray) -> np.ndarray:
-    turned = np.empty(flat.shape[::-1], flat.dtype)
-    turn(flat, turned)
-    return turned
 
 
 def _in_shards(tensors: list[HFTensor], itemsize: int) -> Iterator[list[HFTensor]]:

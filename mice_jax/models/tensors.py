@@ -1,4 +1,4 @@
-"""Tensors on their way between a checkpoint's files and ours: looked at in place, turned fast, written in pieces.
+"""Tensors on their way between a checkpoint's files and ours: looked at in place, written in pieces.
 
 The safetensors library copies what it reads, and writes a file from arrays that are all in memory. So it checks the
 files' headers (hf.py), and the bytes go by here. The format: eight bytes with the length of a JSON header, the
@@ -8,7 +8,6 @@ header, the arrays' bytes (little-endian, row-major).
 import json
 import math
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -16,7 +15,6 @@ import numpy as np
 
 READ = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 WRITTEN = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
-STRIP = 16  # rows turned at once: as many as fill a cache line of the target
 
 
 def map_tensors(file: Path) -> dict[str, np.ndarray]:
@@ -37,8 +35,7 @@ def map_tensors(file: Path) -> dict[str, np.ndarray]:
 def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, pieces: Iterable[np.ndarray]) -> None:
     """Writes a safetensors file in `dtype`, float32 or bfloat16.
 
-    `pieces` are its tensors in the order of `shapes`, each in one array of `dtype` or in several of its rows. A piece
-    is written while the next one is made.
+    `pieces` are its tensors in the order of `shapes`, each in one array of `dtype` or in several of its rows.
     """
     code, itemsize = WRITTEN[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -48,21 +45,9 @@ def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str,
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as f, ThreadPoolExecutor(1) as writer:
+    with file.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        written: Future | None = None
         for piece in pieces:
             assert piece.dtype == dtype
-            data = np.ascontiguousarray(piece).view(np.uint8).data
-            if written is not None:
-                written.result()
-            written = writer.submit(f.write, data)
-        if written is not None:
-            written.result()
+            f.write(np.ascontiguousarray(piece).view(np.uint8).data)
         assert f.tell() == 8 + len(text) + end, "the pieces are not the tensors that the header names"
-
-
-def turn(source: np.ndarray, target: np.ndarray) -> None:
-    """target[:] = source.T, [R C] to [C R], strip by strip; of another dtype if need be."""
-    for r in range(0, source.shape[0], STRIP):
-        target[:, r : r + STRIP] = source[r : r + STRIP].astype(target.dtype, copy=False).T

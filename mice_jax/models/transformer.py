@@ -2,7 +2,8 @@
 
 Modules exist while a function is traced; between functions there are only nested dicts of arrays. Layers are
 stacked along a leading axis and scanned, so that compile time does not grow with depth. Parameters are float32
-and are cast to the compute dtype where they are used.
+and are cast to the compute dtype where they are used. A weight's outputs come first, then its inputs, as checkpoints
+hold them: a parameter is then a checkpoint's tensor, byte for byte.
 """
 
 import dataclasses
@@ -89,10 +90,10 @@ class Attention(nnx.Module):
 
     def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
         d, n, k, h, std = spec.d_model, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.init_std
-        self.q = _param(rngs, (d, n, h), ("embed", "heads", "head_dim"), std)
-        self.k = _param(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), std)
-        self.v = _param(rngs, (d, k, h), ("embed", "kv_heads", "head_dim"), std)
-        self.o = _param(rngs, (n, h, d), ("heads", "head_dim", "embed"), std)
+        self.q = _param(rngs, (n, h, d), ("heads", "head_dim", "embed"), std)
+        self.k = _param(rngs, (k, h, d), ("kv_heads", "head_dim", "embed"), std)
+        self.v = _param(rngs, (k, h, d), ("kv_heads", "head_dim", "embed"), std)
+        self.o = _param(rngs, (d, n, h), ("embed", "heads", "head_dim"), std)
         self.qkv_bias, self.out_bias, self.qk_norm = spec.qkv_bias, spec.out_bias, spec.qk_norm
         if spec.qkv_bias:
             self.q_bias = _param(rngs, (n, h), ("heads", "head_dim"), 0)
@@ -109,7 +110,7 @@ class Attention(nnx.Module):
 
     def project(self, x: jax.Array, turns: rope.Turns) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B T D] -> turned queries [B T N H], turned keys and values [B T K H]."""
-        q = _product(x, gather_split_heads(self.q[...], "embed", "heads", "head_dim"))
+        q = _product(x, gather_split_heads(self.q[...], "heads", "head_dim", "embed"))
         k, v = (_product(x, w[...]) for w in (self.k, self.v))
         if self.qkv_bias:
             q, k, v = (y + b[...].astype(x.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
@@ -119,16 +120,16 @@ class Attention(nnx.Module):
 
     def output(self, mixed: jax.Array) -> jax.Array:
         """[B T N H] -> [B T D]."""
-        y = _product(mixed, gather_split_heads(self.o[...], "heads", "head_dim", "embed"), in_dims=2)
+        y = _product(mixed, gather_split_heads(self.o[...], "embed", "heads", "head_dim"), in_dims=2)
         return y + self.o_bias[...].astype(y.dtype) if self.out_bias else y
 
 
 class MLP(nnx.Module):
     def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
         d, f, std = spec.d_model, spec.d_ff, spec.init_std
-        self.gate = _param(rngs, (d, f), ("embed", "mlp"), std)
-        self.up = _param(rngs, (d, f), ("embed", "mlp"), std)
-        self.down = _param(rngs, (f, d), ("mlp", "embed"), std)
+        self.gate = _param(rngs, (f, d), ("mlp", "embed"), std)
+        self.up = _param(rngs, (f, d), ("mlp", "embed"), std)
+        self.down = _param(rngs, (d, f), ("embed", "mlp"), std)
         self.activation, self.bias = ACTIVATIONS[spec.activation], spec.mlp_bias
         if self.bias:
             self.gate_bias = _param(rngs, (f,), ("mlp",), 0)
@@ -178,7 +179,7 @@ class Embed(nnx.Module):
 
 class Head(nnx.Module):
     def __init__(self, rows: int, spec: ModelSpec, rngs: nnx.Rngs):
-        self.weight = _param(rngs, (spec.d_model, rows), ("embed", "vocab"), spec.init_std)
+        self.weight = _param(rngs, (rows, spec.d_model), ("vocab", "embed"), spec.init_std)
 
 
 class Transformer(nnx.Module):
@@ -257,13 +258,13 @@ class Transformer(nnx.Module):
         return self.final_norm(x), cache
 
     def output_weight(self) -> jax.Array:
-        """[D V], the embedding turned where it is tied."""
-        return self.embed.table[...].T if self.spec.tie_embeddings else self.head.weight[...]
+        """[V D], the embedding where it is tied."""
+        return (self.embed.table if self.spec.tie_embeddings else self.head.weight)[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B T D] -> float32 [B T vocab_size]."""
-        weight = self.output_weight()[:, : self.spec.vocab_size].astype(hidden.dtype)
-        logits = jnp.einsum("btd,dv->btv", hidden, weight, preferred_element_type=jnp.float32)
+        weight = self.output_weight()[: self.spec.vocab_size].astype(hidden.dtype)
+        logits = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
         return softcapped(logits * self.spec.logit_scale, self.spec.logit_softcap)
 
     def _embedded(self, tokens: jax.Array, dtype: Any) -> jax.Array:
@@ -335,14 +336,14 @@ def make_decoder(spec: ModelSpec, tensor: int = 1) -> Decoder:
 
 
 def _product(x: jax.Array, weight: jax.Array, in_dims: int = 1) -> jax.Array:
-    """The last `in_dims` dims of x [B T ...] against the first of the weight, as one product of two matrices.
+    """The last `in_dims` dims of x [B T ...] against the last of the weight, as one product of two matrices.
 
     An einsum says the same, but on CPU its gradient by the weight takes twice the time.
     """
     w = weight.astype(x.dtype)
-    inputs = math.prod(w.shape[:in_dims])
-    y = x.reshape(-1, inputs) @ w.reshape(inputs, -1)
-    return y.reshape(*x.shape[:2], *w.shape[in_dims:])
+    inputs = math.prod(w.shape[-in_dims:])
+    y = jax.lax.dot_general(x.reshape(-1, inputs), w.reshape(-1, inputs), (((1,), (1,)), ((), ())))
+    return y.reshape(*x.shape[:2], *w.shape[:-in_dims])
 
 
 def _times(x: jax.Array, by: float) -> jax.Array:

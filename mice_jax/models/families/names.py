@@ -1,7 +1,4 @@
-"""How checkpoints name the tensors that most families have, and how those lie in ours.
-
-A checkpoint stores the weight of a matrix product as [outputs, inputs]; ours is [inputs..., outputs...].
-"""
+"""How checkpoints name the tensors that most families have, and which of our parameters lie in each."""
 
 from typing import NamedTuple
 
@@ -10,19 +7,18 @@ class Name(NamedTuple):
     """One tensor of a checkpoint, or one a layer."""
 
     hf: str  # {} stands for the layer
-    ours: tuple[str, ...]  # our parameters; several lie one after another along the outputs
-    in_dims: int | None  # leading dims of ours that are inputs; 0 = a flat vector, None = stored as it is
+    ours: tuple[str, ...]  # our parameters; several lie one after another along its rows
 
 
-def name(hf: str, *ours: str, inputs: int | None = 0) -> Name:
-    return Name(hf, ours, inputs)
+def name(hf: str, *ours: str) -> Name:
+    return Name(hf, ours)
 
 
-EMBED = name("model.embed_tokens.weight", "embed.table", inputs=None)
+EMBED = name("model.embed_tokens.weight", "embed.table")
 QKV = [
-    name("model.layers.{}.self_attn.q_proj.weight", "layers.attention.q", inputs=1),
-    name("model.layers.{}.self_attn.k_proj.weight", "layers.attention.k", inputs=1),
-    name("model.layers.{}.self_attn.v_proj.weight", "layers.attention.v", inputs=1),
+    name("model.layers.{}.self_attn.q_proj.weight", "layers.attention.q"),
+    name("model.layers.{}.self_attn.k_proj.weight", "layers.attention.k"),
+    name("model.layers.{}.self_attn.v_proj.weight", "layers.attention.v"),
     name("model.layers.{}.self_attn.q_proj.bias", "layers.attention.q_bias"),
     name("model.layers.{}.self_attn.k_proj.bias", "layers.attention.k_bias"),
     name("model.layers.{}.self_attn.v_proj.bias", "layers.attention.v_bias"),
@@ -32,17 +28,17 @@ QK_NORMS = [
     name("model.layers.{}.self_attn.k_norm.weight", "layers.attention.k_norm.scale"),
 ]
 ATTENTION_OUT = [
-    name("model.layers.{}.self_attn.o_proj.weight", "layers.attention.o", inputs=2),
+    name("model.layers.{}.self_attn.o_proj.weight", "layers.attention.o"),
     name("model.layers.{}.self_attn.o_proj.bias", "layers.attention.o_bias"),
 ]
 GATE_UP = [
-    name("model.layers.{}.mlp.gate_proj.weight", "layers.mlp.gate", inputs=1),
-    name("model.layers.{}.mlp.up_proj.weight", "layers.mlp.up", inputs=1),
+    name("model.layers.{}.mlp.gate_proj.weight", "layers.mlp.gate"),
+    name("model.layers.{}.mlp.up_proj.weight", "layers.mlp.up"),
     name("model.layers.{}.mlp.gate_proj.bias", "layers.mlp.gate_bias"),
     name("model.layers.{}.mlp.up_proj.bias", "layers.mlp.up_bias"),
 ]
 MLP_OUT = [
-    name("model.layers.{}.mlp.down_proj.weight", "layers.mlp.down", inputs=1),
+    name("model.layers.{}.mlp.down_proj.weight", "layers.mlp.down"),
     name("model.layers.{}.mlp.down_proj.bias", "layers.mlp.down_bias"),
 ]
 PRE_NORMS = [
@@ -60,7 +56,7 @@ PRE_AND_POST_NORMS = [
 ]
 ENDS = [
     name("model.norm.weight", "final_norm.scale"),
-    name("lm_head.weight", "head.weight", inputs=1),
+    name("lm_head.weight", "head.weight"),
 ]
 
 # What most families have; a decoder without one of these parameters has no such tensor.

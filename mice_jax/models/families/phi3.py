@@ -14,10 +14,9 @@ NAMES = [
     name(
         "model.layers.{}.self_attn.qkv_proj.weight",
         "layers.attention.q", "layers.attention.k", "layers.attention.v",
-        inputs=1,
     ),
     *names.ATTENTION_OUT,
-    name("model.layers.{}.mlp.gate_up_proj.weight", "layers.mlp.gate", "layers.mlp.up", inputs=1),
+    name("model.layers.{}.mlp.gate_up_proj.weight", "layers.mlp.gate", "layers.mlp.up"),
     *names.MLP_OUT,
     *names.ENDS,
 ]  # fmt: skip
