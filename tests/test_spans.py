@@ -1,5 +1,6 @@
-"""Spans of tokens by adding up their bytes are those that the tokenizers library keeps, wherever they are used."""
+"""Ids by a table of words, and spans by adding up bytes, are those of the tokenizers library wherever they are used."""
 
+import pickle
 from typing import Any
 
 import pytest
@@ -8,10 +9,15 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mice_jax.data import words
 from mice_jax.data.tokenizer import locator
 
 TRAINED_ON = ["red barns and blue barns", "naïve café 12 345", "日本語 🤖👍", "  two  spaces\n\nand lines\t"] * 4
-SPLIT = Regex(r"\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+")
+# What Llama 3 and Qwen 2 cut by, but for the number of digits.
+SPLIT = Regex(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 BYTE_LEVEL: dict[str, tuple[Any, Any]] = {  # how a text is changed, and cut
     "gpt2": (None, pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "llama3": (
@@ -96,3 +102,99 @@ def test_a_count_that_does_not_come_out_is_never_used() -> None:
     found._num_bytes[:] = 1
     with pytest.raises(AssertionError, match="do not spell"):
         found.located(["red barns"])
+
+
+# ---------------------------------------------------------------------------------------- by a table of words
+WORDS = st.sampled_from(
+    [
+        "red",
+        "Barns",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "'s",
+        "'LL",
+        "don't",
+        "12",
+        "3456",
+        "...",
+        "(",
+        "x=1;",
+        '"',
+        "<|end|>",
+        "<|tur",
+    ]
+)
+PLAIN = st.text(st.characters(min_codepoint=9, max_codepoint=127), max_size=20)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "qwen"])
+@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(pieces=st.lists(WORDS | PLAIN, max_size=25))
+def test_ids_by_a_table_of_words_are_those_of_the_library(
+    name: str, by_bytes: dict[str, Any], pieces: list[str]
+) -> None:
+    text = "".join(pieces)
+    found = by_bytes[name]
+    ids = found._words.ids(text)
+    assert (ids is None) == any(not ("\x20" <= c <= "\x7e" or c in "\t\n\r") for c in text)
+    if ids is not None:
+        wanted = found._chats.encode(text, add_special_tokens=False).ids
+        assert ids.tolist() == wanted
+        assert found._words.ids(text).tolist() == wanted  # again, when every word is known
+
+
+def test_a_table_has_an_end_and_texts_beyond_it_go_the_library_s_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: Any = locator(bpe(*BYTE_LEVEL["gpt2"]))
+    found._words.ids("blue barns")
+    assert len(pickle.loads(pickle.dumps(found))._words._ids) == 0 < len(found._words._ids)
+    monkeypatch.setattr(words, "MAX_WORDS", 1)
+    assert found._words.ids("red barns") is None
+    ((ids, _),) = found.located(["red barns"])
+    assert ids.tolist() == found._chats.encode("red barns").ids
+
+
+def digits_removed() -> Any:
+    cutter = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("[a-z]+"), "isolated", invert=True),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
+    )
+    return bpe(None, cutter)
+
+
+NO_TABLE: dict[str, Any] = {
+    "a cutter of another kind": lambda: bpe(*BYTE_LEVEL["digits"]),
+    "a pattern for what is between words": digits_removed,
+    "an added token that is a word of its own only": lambda: bpe(
+        *BYTE_LEVEL["gpt2"], added=AddedToken("<|end|>", single_word=True)
+    ),
+    "an added token that is looked for later": lambda: bpe(
+        *BYTE_LEVEL["gpt2"], added=AddedToken("<|end|>", normalized=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_TABLE)
+def test_there_is_no_table_where_the_library_goes_another_way(name: str) -> None:
+    found: Any = locator(NO_TABLE[name]())
+    assert found._words is None
+    ((ids, _),) = found.located(["red barns<|end|> 12 and"])
+    assert ids.tolist() == found._chats.encode("red barns<|end|> 12 and").ids
+
+
+def test_a_pattern_that_the_two_engines_read_otherwise_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "GPT2", r"\S+|\s+")
+    assert locator(bpe(*BYTE_LEVEL["gpt2"]))._words is None  # type: ignore[attr-defined]
+
+
+def test_a_word_that_the_pattern_leaves_out_is_not_lost() -> None:
+    cutter = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"[a-z]+|[^a-z@]+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    found: Any = locator(bpe(None, cutter))
+    ((ids, _),) = found.located(["red@barns"])
+    assert ids.tolist() == found._chats.encode("red@barns").ids

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mice_jax.data import templates
+from mice_jax.data.words import word_table
 from mice_jax.errors import UserError, one_line
 
 Span = tuple[int, int]  # characters, the end excluded
@@ -211,7 +212,9 @@ class _Fast:
         probe = " a  b\n\n c "
         ids = [t.encode(probe, add_special_tokens=False).ids for t in (self._documents, self._chats)]
         assert ids[0] == ids[1]
-        self._num_bytes = _bytes_of_tokens(self._chats)
+        state = json.loads(self._chats.to_str())
+        self._num_bytes = _bytes_of_tokens(state)
+        self._words = word_table(self._chats, state) if self._num_bytes is not None else None
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._documents.encode_batch(texts)]
@@ -224,9 +227,12 @@ class _Fast:
         # The one normalizer of byte-level tokenizers, which leaves most texts as they are.
         if num_bytes is None or not all(unicodedata.is_normalized("NFC", t) for t in texts):
             return [_arrays(e.ids, e.offsets) for e in self._chats.encode_batch(texts, add_special_tokens=False)]
-        # To add up bytes is faster than to have the library keep offsets.
-        encoded = self._chats.encode_batch_fast(texts, add_special_tokens=False)
-        return [_by_bytes(t, np.array(e.ids, np.int32), num_bytes) for t, e in zip(texts, encoded, strict=True)]
+        # To add up bytes is faster than to have the library keep offsets, and a table of words than to ask it.
+        ids = [self._words.ids(t) if self._words else None for t in texts]
+        rest = [t for t, found in zip(texts, ids, strict=True) if found is None]
+        encoded = iter(self._chats.encode_batch_fast(rest, add_special_tokens=False))
+        ids = [np.array(next(encoded).ids, np.int32) if found is None else found for found in ids]
+        return [_by_bytes(t, found, num_bytes) for t, found in zip(texts, ids, strict=True)]
 
     def state(self) -> str:
         return self._documents.to_str()
@@ -237,12 +243,11 @@ def _arrays(ids: Sequence[int], spans: Sequence[Span]) -> Located:
     return np.array(ids, np.int32), flat.reshape(-1, 2)
 
 
-def _bytes_of_tokens(backend: Tokenizer) -> np.ndarray | None:
+def _bytes_of_tokens(state: dict[str, Any]) -> np.ndarray | None:
     """How many bytes of a text in NFC each id stands for, where tokens spell it byte by byte; else None.
 
     That is so for byte-level BPE that has all bytes and takes nothing out of a text before it is cut.
     """
-    state = json.loads(backend.to_str())
     model, cutters = state["model"], state["pre_tokenizer"] or {}
     cutters = cutters.get("pretokenizers", [cutters])
     is_plain = (
