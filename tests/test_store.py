@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mice_jax.data import readers
+from mice_jax.data import readers, tokenise
 from mice_jax.data import store as store_module
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import FileReader
@@ -177,7 +177,8 @@ def bytes_of(cache: Path) -> list[bytes]:
 
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source of ten blocks."""
+    """A source of ten blocks, of which other processes do all."""
+    monkeypatch.setattr(tokenise, "_is_up", lambda first: first.result() is None)
     monkeypatch.setattr(readers, "BLOCK_RECORDS", 20)
     return write_jsonl(tmp_path / "many.jsonl", make_chats(200))
 
@@ -192,6 +193,18 @@ def test_the_number_of_processes_changes_nothing(build: Build, cache: Path, many
     assert bytes_of(cache) == alone and len(alone[0]) > 1000
     assert [samples for _, samples in watched] == list(range(20, 201, 20))
     assert [d for d, _ in watched] == sorted(d for d, _ in watched) and watched[-1][0] == 1
+
+
+def test_this_process_works_while_others_start(
+    build: Build, cache: Path, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(many, workers=1)
+    alone = bytes_of(cache)
+    shutil.rmtree(cache)
+    asked = iter([False] * 5)
+    monkeypatch.setattr(tokenise, "_is_up", lambda first: next(asked, True))
+    build(many, workers=2)
+    assert bytes_of(cache) == alone and next(asked, None) is None
 
 
 def test_the_first_bad_line_is_named_whichever_process_met_it(build: Build, many: Path) -> None:
@@ -218,19 +231,19 @@ def test_what_is_bad_before_a_file_breaks_off_is_told_first(build: Build, many: 
 class Mortal(ChatEncoder):
     """Ends its process at sample 101, unless it is told to go on."""
 
+    go_on = False
+
     def encode(self, samples: Any) -> Any:
-        if samples[-1].number > 100 and not os.environ.get("MICE_TEST_GO_ON"):
+        if samples[-1].number > 100 and not self.go_on:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(samples)
 
 
-def test_a_worker_that_is_killed_is_told_and_what_was_done_is_kept(
-    build: Build, many: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_that_is_killed_is_told_and_what_was_done_is_kept(build: Build, many: Path) -> None:
     mortal = Mortal(make_tokenizer())
     with pytest.raises(UserError, match=r"ended from outside.*fewer data\.prepare_workers"):
         build(many, by=mortal, workers=2)
-    monkeypatch.setenv("MICE_TEST_GO_ON", "1")
+    mortal.go_on = True
     assert len(build(many, by=mortal, workers=2)) == 200
 
 

@@ -93,10 +93,13 @@ def tokenise(
         for block in chain(few, blocks):
             yield block.done / max(1, reader.size), task(block)
         return
-    with _processes(task, workers) as submit:
+    with _processes(task, workers) as (submit, first):
         waiting: deque[tuple[Block, Future[Tokenised]]] = deque()
         try:
             for block in chain(few, blocks):
+                if not _is_up(first):  # starting takes seconds, in which this process can do the work
+                    yield block.done / max(1, reader.size), task(block)
+                    continue
                 waiting.append((block, submit(block)))
                 if len(waiting) >= AHEAD * workers:
                     yield _next(waiting, reader.size)
@@ -124,14 +127,24 @@ _task: _Task  # of a worker process
 
 
 @contextmanager
-def _processes(task: _Task, workers: int) -> Iterator[Callable[[Block], Future[Tokenised]]]:
-    """Processes that carry out the task; they end with this one, however it ends."""
-    # Spawned, since this process may run threads (JAX's, Arrow's), which do not survive a fork.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (task,))
+def _processes(task: _Task, workers: int) -> Iterator[tuple[Callable[[Block], Future[Tokenised]], Future[None]]]:
+    """Processes that carry out the task, and a future that is done once there is one; they end with this one."""
+    # Not forked from this process, which may run threads (JAX's, Arrow's) that do not survive it, but from a fresh
+    # one that has imported what they need.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mice_jax.data.tokenise"])
+    pool = ProcessPoolExecutor(workers, context, _begin, (task,))
     try:
-        yield lambda block: pool.submit(_work, block)
+        yield lambda block: pool.submit(_work, block), pool.submit(_nothing)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _is_up(first: Future[None]) -> bool:
+    return first.done()
+
+
+def _nothing() -> None: ...
 
 
 def _begin(task: _Task) -> None:
