@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 
 from mice_jax.errors import UserError, one_line
 
-BLOCK_RECORDS = 1024
-BLOCK_BYTES = 4 * 2**20  # of lines, packed ones unpacked
+BLOCK_RECORDS = 512
+BLOCK_BYTES = 2 * 2**20  # of lines, packed ones unpacked
 MAX_REMEMBERED = 10_000  # digests of files
 MAX_LINE = 256 * 2**20  # bytes; a longer one is a file of another kind
 

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,10 +134,11 @@ def _processes(task: _Task, workers: int) -> Iterator[tuple[Callable[[Block], Fu
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mice_jax.data.tokenise"])
     pool = ProcessPoolExecutor(workers, context, _begin, (task,))
-    try:
-        yield lambda block: pool.submit(_work, block), pool.submit(_nothing)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(1) as starter:  # the first submission waits for that process
+        try:
+            yield lambda block: pool.submit(_work, block), starter.submit(lambda: pool.submit(_nothing).result())
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _is_up(first: Future[None]) -> bool:
