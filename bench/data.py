@@ -15,7 +15,7 @@ tokenise  A JSONL file of chats to Arrow on disk, by N processes of one tokenize
           log-normal lengths (mean of log 6.2 tokens, sigma 0.9), one to four exchanges, words of syllables drawn by
           Zipf's law, a byte-level BPE trained on them. Timed from the file to the finished Arrow files, in a fresh
           process and an empty cache, imports and loading the tokenizer left out, starting the processes left in (ours
-          come from a fresh server, `datasets` forks). Ids and masks are compared sample by sample before any figure is printed.
+          come from a fresh server, `datasets` forks). Ids and masks are compared sample by sample before any figure.
             mice_jax          build_store: ids, mask, and checks, hashes and places of every record besides
             datasets          load_dataset("json") and map: ids and mask by apply_chat_template with
                               return_assistant_tokens_mask; one batch a call, compact integer types, no example columns
