@@ -30,6 +30,7 @@ from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import microbatch_shapes
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
+from mice_jax.errors import UserError
 from mice_jax.start import find_origin
 
 WIDTH = 160  # of tables in a file or a pipe
@@ -45,6 +46,11 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 def prepare(values: command.Values) -> None:
     config = command.config_of(values)
+    output = Path(values.output) if values.output else None
+    if output and not output.absolute().parent.is_dir():
+        raise UserError(f"--output={output}: there is no folder {output.absolute().parent}.")
+    if values.ids and not values.inspect:
+        raise UserError("--ids shows the samples of --inspect=N token by token: give that too.")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     origin_folder = config.data.tokenizer or str(find_origin(config.model.init_from).folder)
     remarks: list[str] = []
@@ -60,8 +66,8 @@ def prepare(values: command.Values) -> None:
         _print_report(whole, console)
     for sentence in report.regrets(whole):
         console.print(f"[yellow]warning: {escape(sentence)}[/yellow]", soft_wrap=True)
-    if values.output:
-        Path(values.output).write_text(json.dumps(whole, indent=1) + "\n")
+    if output:
+        output.write_text(json.dumps(whole, indent=1) + "\n")
     if values.inspect:
         _inspect(config, data, encoder, values.inspect, values.ids, console)
 

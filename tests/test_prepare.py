@@ -1,5 +1,6 @@
 """`mice prepare`: builds the stores that a run then finds, and shows what will be trained on."""
 
+import json
 import re
 from pathlib import Path
 
@@ -78,3 +79,41 @@ def test_the_samples_shown_are_those_of_each_phase_s_first_step(
 def test_nothing_is_shown_unasked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_prepare(config) == 0
     assert "⟦" not in capsys.readouterr().out
+
+
+def test_the_report_is_shown_and_written_as_a_run_has_it(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run_prepare(config, "--report", f"--output={tmp_path / 'report.json'}") == 0
+    out = capsys.readouterr().out
+    assert (
+        "duplicates" in out and "longest: chats: " in out and re.search(r"2 steps; the first 2 fill \d+\.\d% of", out)
+    )
+    assert row(out, "stacked") == ["stacked", "1", "2", "16", "16 chats"]
+    assert run_train(config, tmp_path / "work") == 0
+    # A run knows its devices (here eight) by itself, so that alone may differ.
+    written, kept = (json.loads(p.read_text()) for p in (tmp_path / "report.json", tmp_path / "work/data_report.json"))
+    for report in (written, kept):
+        assert 0 < report.pop("packing_efficiency_of_first_steps") <= 1
+    assert written == kept and kept["phases"][0]["epochs"] == [{"steps": 2, "samples": 16, "by_source": {"chats": 16}}]
+
+
+def test_what_users_regret_is_said_once_it_is_there(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_prepare(config) == 0 and "warning" not in capsys.readouterr().out
+    odd = {"messages": [{"role": "assistant", "content": "<|im_end|> there"}]}
+    write_jsonl(config.parent / "chats.jsonl", [*make_chats(16), odd, odd])
+    assert run_prepare(config) == 0
+    out = capsys.readouterr().out
+    assert "warning: chats: 1 samples are exact copies" in out
+    assert re.search(r"warning: chats: 2 samples \(the first is .*chats\.jsonl line 17\) hold a special token", out)
+    assert "chats.jsonl line 17) start with the assistant" in out
+
+
+def test_flags_that_cannot_work_are_told_before_anything_is_read(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_prepare(config, f"--output={tmp_path}/nowhere/report.json") == 2
+    assert run_prepare(config, "--ids") == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "there is no folder" in first and "--inspect=N" in second and stores(config) == {}
