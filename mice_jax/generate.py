@@ -54,7 +54,9 @@ def define(values: command.Values, argv: list[str]) -> None:
     flags.DEFINE_integer("top_k", 0, "draw from this many of the likeliest; 0 = all (0)", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the draws (0)", flag_values=values)
     flags.DEFINE_string("compute_dtype", "auto", "float32, bfloat16 or auto (float32 on CPU only)", flag_values=values)
-    flags.DEFINE_string("chat_template", "", "F.jinja or a built-in one's name, not the tokenizer's own", flag_values=values)
+    flags.DEFINE_string(
+        "chat_template", "", "F.jinja or a built-in one's name, not the tokenizer's own", flag_values=values
+    )
     flags.DEFINE_integer("batch_size", 16, "how many lines of --input are answered at once (16)", flag_values=values)
 
 

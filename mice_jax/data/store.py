@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from mice_jax.errors import UserError
 VERSION = 2  # of the layout; part of the fingerprint
 JOURNAL_EVERY_S = 2.0  # what an interrupted build may have to do again
 WAIT_WORD_S = 30.0
+READ_AT_ONCE = 16 * 2**20  # bytes of what is there already
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 # Called with what has been read (0 to 1) and how many samples there are so far.
@@ -133,6 +135,7 @@ class _Progress:
 
     blocks: int = 0
     end: int = 0  # bytes
+    crc: int = 0  # of all of them
     samples: int = 0
     tokens: int = 0
     bad: dict[str, int] = field(default_factory=dict)
@@ -155,7 +158,7 @@ def _write(
         say(f"going on with the token store of {path}: {progress.samples:,} samples were tokenised before")
     with (folder / "tokens.arrow").open("ab") as stream, (folder / "journal.jsonl").open("a") as journal:
         if not progress.end:
-            progress.end = stream.write(SCHEMA.serialize())
+            _extend(stream, progress, SCHEMA.serialize().to_pybytes())
         written = time.monotonic()
         try:
             blocks = tokenise(reader, encoder, format, skip_bad, skip=progress.blocks, workers=workers)
@@ -168,6 +171,8 @@ def _write(
         finally:
             _note(stream, journal, progress)
         stream.write(END_OF_STREAM)
+        stream.flush()
+        os.fsync(stream.fileno())  # before it gets its name: a store that has one is whole
     if not progress.samples:
         skipped = f": all {sum(progress.bad.values())} records are bad ({progress.bad})" if progress.bad else ""
         shutil.rmtree(folder)
@@ -186,16 +191,20 @@ def _write(
 
 def _append(stream: BinaryIO, progress: _Progress, block: Tokenised) -> None:
     progress.blocks += 1
-    progress.end += stream.write(block.batch)
+    _extend(stream, progress, block.batch)
     progress.samples += block.samples
     progress.tokens += block.tokens
     progress.bad = dict(Counter(progress.bad) + Counter(block.bad))
 
 
+def _extend(stream: BinaryIO, progress: _Progress, data: bytes) -> None:
+    progress.end += stream.write(data)
+    progress.crc = zlib.crc32(data, progress.crc)
+
+
 def _note(stream: BinaryIO, journal: Any, progress: _Progress) -> None:
-    """Writes down how far the stream is sound, once it is on disk."""
+    """Writes down what the stream holds; whether that reached the disk, its checksum tells."""
     stream.flush()
-    os.fsync(stream.fileno())
     journal.write(json.dumps(asdict(progress)) + "\n")
     journal.flush()
 
@@ -205,15 +214,20 @@ def _recover(folder: Path) -> _Progress:
     stream, journal = folder / "tokens.arrow", folder / "journal.jsonl"
     progress = _Progress()
     try:
-        size = stream.stat().st_size
-        for line in journal.read_text().splitlines():
-            noted = _Progress(**json.loads(line))
-            if noted.end <= size:
+        with stream.open("rb") as f:
+            crc = 0
+            for line in journal.read_text().splitlines():
+                noted = _Progress(**json.loads(line))
+                while some := f.read(min(READ_AT_ONCE, noted.end - f.tell())):
+                    crc = zlib.crc32(some, crc)
+                if f.tell() != noted.end or crc != noted.crc:
+                    break
                 progress = noted
     except (OSError, ValueError, TypeError):  # nothing there, or its last line is cut short
         pass
     if progress.end:
         os.truncate(stream, progress.end)
+        journal.write_text(json.dumps(asdict(progress)) + "\n")
     else:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
