@@ -81,7 +81,7 @@ class Data(_Strict):
     skip_bad: bool = False  # count bad lines instead of stopping at the first
     cache_dir: str = ""  # token stores; "" = $MICE_JAX_CACHE, or mice_jax in the user's cache folder
     num_workers: int = 0  # loader processes; 0 = a thread in this one
-    prepare_workers: int = 0  # processes that tokenise; 0 = one a core
+    prepare_workers: int = 0  # processes that tokenise; 0 = one a core, 32 at most
 
 
 @dataclass

@@ -20,6 +20,8 @@ from mice_jax.data.mixture import Corpus, PhasePools, Pool
 from mice_jax.data.store import TokenStore, Watch, build_store, default_cache_dir
 from mice_jax.errors import UserError
 
+MAX_WORKERS = 32  # unless more are asked for: each has a few hundred MB
+
 Key = tuple[str, str]  # path and format: sources that share them share a store
 
 
@@ -80,7 +82,7 @@ def _stores(
                 encoder=encoder,
                 skip_bad=data.skip_bad,
                 cache_dir=cache_dir,
-                workers=data.prepare_workers or os.cpu_count() or 1,
+                workers=data.prepare_workers or min(MAX_WORKERS, os.cpu_count() or 1),
                 say=say,
                 watch=watch(source.path),
             )

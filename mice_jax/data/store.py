@@ -218,7 +218,7 @@ def _recover(folder: Path) -> _Progress:
             crc = 0
             for line in journal.read_text().splitlines():
                 noted = _Progress(**json.loads(line))
-                while some := f.read(min(READ_AT_ONCE, noted.end - f.tell())):
+                while some := f.read(min(READ_AT_ONCE, max(0, noted.end - f.tell()))):
                     crc = zlib.crc32(some, crc)
                 if f.tell() != noted.end or crc != noted.crc:
                     break
