@@ -60,7 +60,8 @@ def prepare(values: command.Values) -> None:
         for sentence in [*remarks, *encoder.remarks()]:
             display.say(sentence)
         data = build_dataset(config.data, encoder, display.say, display.watch)
-    whole = report.with_steps(data.report, *_steps(config, data))
+    steps, total_steps = _steps(config, data)
+    whole = report.with_steps(data.report, data.corpus, steps.mixture, steps.plan, total_steps)
     console.print(report.summary_table(whole))
     if values.report:
         _print_report(whole, console)

@@ -146,7 +146,9 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             "config.json",
             to_dict(config) | {"resolved": resolved | {"attention": attention, "today": str(encoder.today)}},
         )
-        run.write_json("data_report.json", report.with_steps(data.report, steps, total_steps))
+        run.write_json(
+            "data_report.json", report.with_steps(data.report, data.corpus, mixture, steps.plan, total_steps)
+        )
         _keep_model(run.path / "model", origin, spec, tokenizer)
     _say_plan(console, config, origin, mesh, data, mixture, total_steps, start, num_params, rows, compute)
     for said in [*_added_rows(origin, spec), *_uneven(decoder, mesh)]:

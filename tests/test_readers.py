@@ -16,22 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from mice_jax.data import readers
-from mice_jax.data.readers import FileReader, Reader, file_digests, files_of, open_source
-from mice_jax.data.sources import Sample, read_samples
+from mice_jax.data.readers import Reader, file_digests, files_of, open_source
+from mice_jax.data.sources import read_samples
 from mice_jax.errors import UserError
-
-HELLO = [{"role": "user", "content": "Hello 🤖"}, {"role": "assistant", "content": "Red"}]
-GOOD = {"messages": HELLO}
-
-
-def lines(*records: Any) -> bytes:
-    return b"".join(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records)
-
-
-def read(path: Path, data: bytes | None = None, **options: Any) -> list[Sample]:
-    if data is not None:
-        path.write_bytes(data)
-    return list(read_samples(FileReader([path]), **options))
+from test_sources import GOOD, HELLO, lines, read
 
 
 # ---------------------------------------------------------------------------------------- files

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from mice_jax.data.loader import StepSource
-from mice_jax.data.packing import slot_efficiency
+from mice_jax.data.mixture import Corpus, Mixture
+from mice_jax.data.packing import Microbatch, slot_efficiency
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BARS = "▁▂▃▄▅▆▇█"
@@ -60,17 +60,21 @@ def sign_numbers(signs: np.ndarray, ids: np.ndarray, where: Callable[[int], str]
     return {name: {"samples": len(at), "first": where(int(ids[at[0]]))} for name, at in shown.items() if len(at)}
 
 
-def with_steps(report: Entry, steps: StepSource, total_steps: int) -> Entry:
-    """The whole of data_report.json: with what each epoch of the run's `total_steps` draws of each source, exactly."""
-    mixture = steps.mixture
+def with_steps(
+    report: Entry, corpus: Corpus, mixture: Mixture, plan: Callable[[int], Sequence[Microbatch]], total_steps: int
+) -> Entry:
+    """The whole of data_report.json: with what each epoch of the run's `total_steps` draws of each source, exactly.
+
+    `plan` says how a step is packed.
+    """
     phases: list[Entry] = [{"name": p.name, "samples_per_epoch": p.per_epoch, "epochs": []} for p in mixture.phases]
     for e in mixture.epochs(total_steps):
         names = [pool.name for pool in mixture.phases[e.phase].pools]
         drawn = dict(zip(names, e.by_pool, strict=True))
         phases[e.phase]["epochs"].append({"steps": e.steps, "samples": e.samples, "by_source": drawn})
     first = range(min(total_steps, STEPS_PACKED))
-    tokens = sum(int(steps.corpus.lengths[mixture.step(i).samples].sum()) for i in first)
-    packed = [microbatch for i in first for microbatch in steps.plan(i)]
+    tokens = sum(int(corpus.lengths[mixture.step(i).samples].sum()) for i in first)
+    packed = [microbatch for i in first for microbatch in plan(i)]
     return report | {
         "phases": phases,
         "steps": total_steps,

@@ -20,12 +20,12 @@ from typing import Any, Protocol
 import jinja2
 import numpy as np
 import transformers
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mice_jax.data import templates
-from mice_jax.data.words import word_table
+from mice_jax.data.byte_level import bytes_of_tokens, spans_by_bytes, word_table
 from mice_jax.errors import UserError, one_line
 
 Span = tuple[int, int]  # characters, the end excluded
@@ -213,7 +213,7 @@ class _Fast:
         ids = [t.encode(probe, add_special_tokens=False).ids for t in (self._documents, self._chats)]
         assert ids[0] == ids[1]
         state = json.loads(self._chats.to_str())
-        self._num_bytes = _bytes_of_tokens(state)
+        self._num_bytes = bytes_of_tokens(state)
         self._words = word_table(self._chats, state) if self._num_bytes is not None else None
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
@@ -232,7 +232,7 @@ class _Fast:
         rest = [t for t, found in zip(texts, ids, strict=True) if found is None]
         encoded = iter(self._chats.encode_batch_fast(rest, add_special_tokens=False))
         ids = [np.array(next(encoded).ids, np.int32) if found is None else found for found in ids]
-        return [_by_bytes(t, found, num_bytes) for t, found in zip(texts, ids, strict=True)]
+        return [(found, spans_by_bytes(t, num_bytes[found])) for t, found in zip(texts, ids, strict=True)]
 
     def state(self) -> str:
         return self._documents.to_str()
@@ -241,45 +241,6 @@ class _Fast:
 def _arrays(ids: Sequence[int], spans: Sequence[Span]) -> Located:
     flat = np.fromiter(itertools.chain.from_iterable(spans), np.int64, 2 * len(spans))
     return np.array(ids, np.int32), flat.reshape(-1, 2)
-
-
-def _bytes_of_tokens(state: dict[str, Any]) -> np.ndarray | None:
-    """How many bytes of a text in NFC each id stands for, where tokens spell it byte by byte; else None.
-
-    That is so for byte-level BPE that has all bytes and takes nothing out of a text before it is cut.
-    """
-    model, cutters = state["model"], state["pre_tokenizer"] or {}
-    cutters = cutters.get("pretokenizers", [cutters])
-    is_plain = (
-        (state["normalizer"] or {}).get("type", "NFC") == "NFC"
-        and model.get("type", "BPE") == "BPE"
-        and not any(model.get(k) for k in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"))
-        and set(pre_tokenizers.ByteLevel.alphabet()) <= model.get("vocab", {}).keys()
-        and any(c.get("type") == "ByteLevel" for c in cutters)
-        and all(c.get("type") in ("ByteLevel", "Split", "Digits") for c in cutters)
-        and not any(c.get("add_prefix_space") or c.get("behavior") == "Removed" for c in cutters)
-        and not any(t["lstrip"] or t["rstrip"] for t in state["added_tokens"])
-    )
-    if not is_plain:
-        return None
-    spelled = {i: len(token) for token, i in model["vocab"].items()}  # a character of it stands for a byte
-    spelled |= {t["id"]: len(t["content"].encode()) for t in state["added_tokens"]}
-    num_bytes = np.zeros(max(spelled) + 1, np.int64)
-    num_bytes[list(spelled)] = list(spelled.values())
-    return num_bytes
-
-
-def _by_bytes(text: str, ids: np.ndarray, num_bytes: np.ndarray) -> Located:
-    """Spans by adding up the tokens' bytes; a token of a part of a character has all of it."""
-    ends = np.cumsum(num_bytes[ids])
-    data = text.encode()
-    assert len(data) == (ends[-1] if len(ends) else 0), "tokens of a byte-level tokenizer do not spell their text"
-    starts = ends - num_bytes[ids]
-    if len(data) != len(text):
-        is_first = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # of a character's bytes
-        character = np.cumsum(is_first) - 1
-        starts, ends = character[starts], character[ends - 1] + 1
-    return ids, np.stack([starts, ends], axis=1)
 
 
 def _backend(tokenizer: Any) -> Tokenizer:

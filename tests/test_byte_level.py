@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mice_jax.data import words
+from mice_jax.data import byte_level
 from mice_jax.data.tokenizer import locator
 
 TRAINED_ON = ["red barns and blue barns", "naïve café 12 345", "日本語 🤖👍", "  two  spaces\n\nand lines\t"] * 4
@@ -150,7 +150,7 @@ def test_a_table_has_an_end_and_texts_beyond_it_go_the_library_s_way(monkeypatch
     found: Any = locator(bpe(*BYTE_LEVEL["gpt2"]))
     found._words.ids("blue barns")
     assert len(pickle.loads(pickle.dumps(found))._words._ids) == 0 < len(found._words._ids)
-    monkeypatch.setattr(words, "MAX_WORDS", 1)
+    monkeypatch.setattr(byte_level, "MAX_WORDS", 1)
     assert found._words.ids("red barns") is None
     ((ids, _),) = found.located(["red barns"])
     assert ids.tolist() == found._chats.encode("red barns").ids
@@ -166,12 +166,19 @@ def digits_removed() -> Any:
     return bpe(None, cutter)
 
 
+def split_special() -> Any:
+    tokenizer = bpe(*BYTE_LEVEL["gpt2"])
+    tokenizer.split_special_tokens = True
+    return tokenizer
+
+
 NO_TABLE: dict[str, Any] = {
     "a cutter of another kind": lambda: bpe(*BYTE_LEVEL["digits"]),
     "a pattern for what is between words": digits_removed,
     "an added token that is a word of its own only": lambda: bpe(
         *BYTE_LEVEL["gpt2"], added=AddedToken("<|end|>", single_word=True)
     ),
+    "special tokens that are mere text": split_special,
     "an added token that is looked for later": lambda: bpe(
         *BYTE_LEVEL["gpt2"], added=AddedToken("<|end|>", normalized=True)
     ),
@@ -187,7 +194,7 @@ def test_there_is_no_table_where_the_library_goes_another_way(name: str) -> None
 
 
 def test_a_pattern_that_the_two_engines_read_otherwise_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "GPT2", r"\S+|\s+")
+    monkeypatch.setattr(byte_level, "GPT2", r"\S+|\s+")
     assert locator(bpe(*BYTE_LEVEL["gpt2"]))._words is None  # type: ignore[attr-defined]
 
 
