@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,33 @@ def test_the_first_bad_line_is_named_whichever_process_met_it(build: Build, many
     assert len(store) == 198 and store.meta["bad_lines"] == {"not an object": 1, "not JSON": 1}
 
 
+def test_nothing_that_stands_after_a_failure_is_kept(build: Build, cache: Path, many: Path) -> None:
+    lines = many.read_bytes().splitlines()
+    lines[97] = b"[]"
+    many.write_bytes(b"\n".join(lines))
+    for workers in (1, 2, 3):
+        for _ in range(2):  # whoever runs it again is told again, and does not go on behind the bad line
+            with pytest.raises(UserError, match="line 98"):
+                build(many, workers=workers)
+        (journal,) = cache.glob("*.partial/journal.jsonl")
+        noted = json.loads(journal.read_text().splitlines()[-1])
+        assert (noted["blocks"], noted["samples"]) == (4, 80)  # line 98 is in the fifth block
+        shutil.rmtree(cache)
+
+
+def test_a_worker_that_was_killed_leaves_no_gap(build: Build, cache: Path, many: Path) -> None:
+    mortal = Mortal(make_tokenizer())
+    mortal.only = 60  # the blocks after it are done in time, by the other process
+    with pytest.raises(UserError, match="ended from outside"):
+        build(many, by=mortal, workers=2)
+    mortal.go_on = True
+    build(many, by=mortal, workers=2)
+    gone_on = bytes_of(cache)
+    shutil.rmtree(cache)
+    build(many, by=mortal)
+    assert bytes_of(cache) == gone_on
+
+
 def test_what_is_bad_before_a_file_breaks_off_is_told_first(build: Build, many: Path) -> None:
     lines = many.read_bytes().splitlines()
     lines[97] = b"[]"
@@ -229,12 +257,15 @@ def test_what_is_bad_before_a_file_breaks_off_is_told_first(build: Build, many: 
 
 
 class Mortal(ChatEncoder):
-    """Ends its process at sample 101, unless it is told to go on."""
+    """Ends its process past sample 100, or slowly at the block that ends in `only`, unless it is told to go on."""
 
     go_on = False
+    only = 0
 
     def encode(self, samples: Any) -> Any:
-        if samples[-1].number > 100 and not self.go_on:
+        number = samples[-1].number
+        if not self.go_on and (number == self.only if self.only else number > 100):
+            time.sleep(1 if self.only else 0)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode(samples)
 

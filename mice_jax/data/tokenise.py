@@ -86,40 +86,47 @@ def tokenise(
 
     Raises UserError for the first bad record, unless `skip_bad` counts them.
     """
-    blocks = islice(reader.blocks(), skip, None)
+    blocks = _until_it_fails(islice(reader.blocks(), skip, None))
     task = _Task(encoder, reader.places, format, skip_bad)
+    size = max(1, reader.size)
     few = list(islice(blocks, SMALL)) if workers > 1 else []
     if workers == 1 or len(few) < SMALL:
-        for block in chain(few, blocks):
-            yield block.done / max(1, reader.size), task(block)
+        for block in map(_sound, chain(few, blocks)):
+            yield block.done / size, task(block)
         return
     with _processes(task, workers) as (submit, first):
         waiting: deque[tuple[Block, Future[Tokenised]]] = deque()
-        try:
-            for block in chain(few, blocks):
-                if not _is_up(first):  # starting takes seconds, in which this process can do the work
-                    yield block.done / max(1, reader.size), task(block)
-                    continue
-                waiting.append((block, submit(block)))
-                if len(waiting) >= AHEAD * workers:
-                    yield _next(waiting, reader.size)
-        except UserError:  # of the reader: what is bad before that place comes first
-            while waiting:
-                yield _next(waiting, reader.size)
-            raise
+
+        def next_done() -> tuple[float, Tokenised]:
+            block, future = waiting.popleft()
+            return block.done / size, future.result()
+
+        for block in chain(few, blocks):
+            if isinstance(block, UserError):  # what is bad before that place comes first
+                break
+            if not _is_up(first):  # starting takes seconds, in which this process can do the work
+                yield block.done / size, task(block)
+                continue
+            waiting.append((block, submit(block)))
+            if len(waiting) >= AHEAD * workers:
+                yield next_done()
         while waiting:
-            yield _next(waiting, reader.size)
+            yield next_done()
+        _sound(block)
 
 
-def _next(waiting: deque[tuple[Block, Future[Tokenised]]], size: int) -> tuple[float, Tokenised]:
-    block, future = waiting.popleft()
+def _until_it_fails(blocks: Iterator[Block]) -> Iterator[Block | UserError]:
+    """The blocks, and last the error by which their reading ended, if it did."""
     try:
-        return block.done / max(1, size), future.result()
-    except BrokenProcessPool as e:
-        raise UserError(
-            "a process that tokenised was ended from outside, for want of memory most likely. What is done is kept: "
-            "run it again, with fewer data.prepare_workers."
-        ) from e
+        yield from blocks
+    except UserError as e:
+        yield e
+
+
+def _sound(block: Block | UserError) -> Block:
+    if isinstance(block, UserError):
+        raise block
+    return block
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -137,6 +144,11 @@ def _processes(task: _Task, workers: int) -> Iterator[tuple[Callable[[Block], Fu
     with ThreadPoolExecutor(1) as starter:  # the first submission waits for that process
         try:
             yield lambda block: pool.submit(_work, block), starter.submit(lambda: pool.submit(_nothing).result())
+        except BrokenProcessPool as e:
+            raise UserError(
+                "a process that tokenised was ended from outside, for want of memory most likely. What is done is "
+                "kept: run it again, with fewer data.prepare_workers."
+            ) from e
         finally:
             pool.shutdown(cancel_futures=True)
 
