@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -293,6 +294,18 @@ def test_a_data_set_of_the_datasets_library_is_read_by_split(hf_data: Path, tmp_
     assert len({r.digest(tmp_path) for r in (train, test, half)}) == 3
     (hf_data / "train.jsonl").write_bytes(lines(*[{"messages": HELLO}] * 4))
     assert open_source(f"hf:{hf_data}:train").digest(tmp_path) != train.digest(tmp_path)
+
+
+def test_data_sets_that_the_library_may_keep_in_memory_have_keys_of_their_own(
+    hf_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 2**30)
+    other = tmp_path / "other"
+    shutil.copytree(hf_data, other)
+    (other / "train.jsonl").write_bytes(lines(*[{"messages": HELLO}] * 4))
+    assert len({open_source(f"hf:{folder}:train").digest(tmp_path) for folder in (hf_data, other)}) == 2
 
 
 def test_a_data_set_that_cannot_be_loaded_is_told(hf_data: Path) -> None:

@@ -157,7 +157,8 @@ class HFReader:
         except ImportError:
             raise UserError(f"{path} needs the datasets library: pip install 'mice_jax[hf]'.") from None
         try:
-            self._data: Any = datasets.load_dataset(name, *config, split=self._split)
+            # Mapped from files, by which it is known; a setting of the library may keep it in memory alone.
+            self._data: Any = datasets.load_dataset(name, *config, split=self._split, keep_in_memory=False)
         except Exception as e:  # of all kinds, as the data set decides
             raise UserError(f"{path} cannot be loaded: {one_line(e)}.") from e
         self.places, self.size = [f"{path} row"], len(self._data)
