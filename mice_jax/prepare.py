@@ -57,8 +57,8 @@ def prepare(values: command.Values) -> None:
     tokenizer = load_tokenizer(origin_folder, config.data.chat_template, remarks)
     encoder = ChatEncoder(tokenizer, train_on=config.data.train_on)
     with Display(console) as display:
-        for sentence in [*remarks, *encoder.remarks()]:
-            display.say(sentence)
+        for remark in remarks:
+            display.say(remark)
         data = build_dataset(config.data, encoder, display.say, display.watch)
     steps, total_steps = _steps(config, data)
     whole = report.with_steps(data.report, data.corpus, steps.mixture, steps.plan, total_steps)

@@ -82,8 +82,8 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
 
     # ---- Data -----------------------------------------------------------------------------------------------
     with Display(console) as display:
-        for sentence in [*remarks, *encoder.remarks()]:
-            display.say(sentence)
+        for remark in remarks:
+            display.say(remark)
         data = build_dataset(config.data, encoder, display.say, display.watch)
     distributed.check_same("data", data.fingerprint)
     mixture = Mixture(

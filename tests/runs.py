@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mice_jax import export, prepare, train
+from mice_jax.data.readers import Reader
+from mice_jax.data.sources import Sample, samples_of
 
 REPOSITORY = Path(__file__).parents[1]
 CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -63,6 +66,12 @@ def make_chats(count: int, seed: int = 0, longest: int = 24) -> list[Record]:
 def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
+
+
+def read_samples(reader: Reader, format: str = "messages", skip_bad: Counter[str] | None = None) -> Iterator[Sample]:
+    """Every sample of a source, in order."""
+    for block in reader.blocks():
+        yield from samples_of(block, reader.places, format, skip_bad)
 
 
 # ---------------------------------------------------------------------------------------- model

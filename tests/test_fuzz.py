@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import FileReader
-from mice_jax.data.sources import Sample, read_samples
+from mice_jax.data.sources import Sample
 from mice_jax.errors import UserError
-from runs import chat, make_tokenizer, run_prepare, setting
+from runs import chat, make_tokenizer, read_samples, run_prepare, setting
 
 RECORDS: list[dict[str, Any]] = [
     chat("who?", "mice"),

@@ -18,8 +18,8 @@ import pytest
 
 from mice_jax.data import readers
 from mice_jax.data.readers import Reader, file_digests, files_of, open_source
-from mice_jax.data.sources import read_samples
 from mice_jax.errors import UserError
+from runs import read_samples
 from test_sources import GOOD, HELLO, lines, read
 
 
@@ -219,9 +219,9 @@ USE = """
 import sys
 from pathlib import Path
 from mice_jax.data.readers import open_source
-from mice_jax.data.sources import read_samples
+from mice_jax.data.sources import samples_of
 reader = open_source(sys.argv[1])
-for sample in read_samples(reader):
+for sample in (s for block in reader.blocks() for s in samples_of(block, reader.places, "messages")):
     print(sample.where, [m["content"] for m in sample.messages], sample.messages[1]["role"], sep="|")
 print(reader.size, reader.digest(Path(sys.argv[2])).hex(), "tensorflow" in sys.modules)
 """

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from mice_jax.data.readers import FileReader
-from mice_jax.data.sources import FORMATS, Sample, find_format, read_samples
+from mice_jax.data.sources import FORMATS, Sample, find_format
 from mice_jax.errors import UserError
+from runs import read_samples
 
 HELLO = [{"role": "user", "content": "Hello 🤖"}, {"role": "assistant", "content": "Red"}]
 GOOD = {"messages": HELLO}

@@ -22,11 +22,10 @@ from mice_jax.data import readers, tokenise
 from mice_jax.data import store as store_module
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import FileReader
-from mice_jax.data.sources import read_samples
 from mice_jax.data.store import TokenStore, build_store
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from runs import CHATML, REPOSITORY, chat, make_chats, make_tokenizer, write_jsonl
+from runs import CHATML, REPOSITORY, chat, make_chats, make_tokenizer, read_samples, write_jsonl
 
 Build = Callable[..., TokenStore]
 

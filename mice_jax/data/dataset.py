@@ -48,6 +48,8 @@ def build_dataset(
 
     Raises UserError where a phase is left without a sample.
     """
+    for remark in encoder.remarks():
+        say(remark)
     stores = _stores(data, encoder, say, watch)
     corpus = Corpus(list(stores.values()), data.max_length)
     pools = _Pools(data, corpus, stores)

@@ -4,6 +4,7 @@ A source opens to a reader, which knows what its content depends on (for the tok
 few hundred records each, unparsed where that is possible, so that a block is cheap to send to another process.
 """
 
+import abc
 import codecs
 import glob
 import hashlib
@@ -33,15 +34,15 @@ Raw = tuple[int, Any]  # a record's number in its place, from 1; its line's byte
 
 # ---------------------------------------------------------------------------------------- blocks
 @dataclass(frozen=True)
-class Block:
+class Block(abc.ABC):
     """Records in a row of one place."""
 
     place: int  # among the reader's places
     first: int  # the first record's number
     done: int  # of the reader's size, once these are read
 
-    def records(self) -> Iterator[Raw]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def records(self) -> Iterator[Raw]: ...
 
 
 @dataclass(frozen=True)

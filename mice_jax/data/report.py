@@ -100,7 +100,7 @@ def regrets(report: Entry) -> list[str]:
         for name, entry in report[kind].items():
             name = name if kind == "sources" else f"{name}, held out"
             found += [f"{name}: {sentence}" for sentence in _regrets_of(entry)]
-    overlap = report.get("validation_overlap", 0)
+    overlap = report["validation_overlap"]
     if overlap:
         found.append(
             f"{overlap:,} of the samples that are trained on are in data.validation too, which then measures memory: "
@@ -124,12 +124,12 @@ def _regrets_of(entry: Entry) -> list[str]:
         found.append(f"{dropped:,} of its {entry['read']:,} samples are dropped{share}: {reasons}")
     if entry["truncated"]:
         found.append(f"{entry['truncated']:,} samples are truncated at data.max_length, their ends not trained on")
-    if entry.get("duplicates"):
+    if entry["duplicates"]:
         found.append(
             f"{entry['duplicates']:,} samples are exact copies of others in it, and weigh that much more; remove them, "
             "or use Source.weight for what should weigh more"
         )
-    for sign, numbers in entry.get("signs", {}).items():
+    for sign, numbers in entry["signs"].items():
         found.append(f"{numbers['samples']:,} samples (the first is {numbers['first']}) {SIGNS[sign]}")
     return found
 

@@ -43,16 +43,10 @@ class _Bad(Exception):
         self.reason = reason
 
 
-def read_samples(reader: Reader, format: str = "messages", skip_bad: Counter[str] | None = None) -> Iterator[Sample]:
-    """Every sample of a source, in order; a bad record raises, or is counted in `skip_bad` where given."""
-    for block in reader.blocks():
-        yield from samples_of(block, reader.places, format, skip_bad)
-
-
 def samples_of(
     block: Block, places: Sequence[str], format: str, skip_bad: Counter[str] | None = None
 ) -> Iterator[Sample]:
-    """The samples of a block."""
+    """The samples of a block, in order; a bad record raises, or is counted in `skip_bad` where given."""
     convert, place = FORMATS[format], places[block.place]
     for number, raw in block.records():
         try:
@@ -74,8 +68,8 @@ def find_format(path: str, reader: Reader, format: str) -> tuple[str, str]:
     """
     if format not in FORMATS:
         raise UserError(f"Source.format={format!r} of {path} is not known{_nearest(format, FORMATS)}.")
-    record = _first_record(reader)
-    if format != "messages" or record is None or "messages" in record:
+    record = _first_record(reader) if format == "messages" else None
+    if record is None or "messages" in record:
         return format, ""
     fits = [name for name, fields in _FIELDS.items() if all(record.get(f) is not None for f in fields)]
     if len(fits) > 1:
