@@ -14,6 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import mice_jax  # noqa: F401  (first: it keeps transformers from advising us to install torch)
+
+# isort: split
 import jax.numpy as jnp
 from make_data import PHASES, make_data, train_tokenizer, write_model_config
 

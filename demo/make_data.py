@@ -6,7 +6,7 @@ The text is the documentation of the Python that runs this file, read from the s
 at run time; no text is kept in the repository. As in the paper there are three phases:
 instructions (reformat and list), knowledge (what the documentation says) and skills (answers that
 can be computed). Each becomes `OUT/<phase>.jsonl` and `OUT/<phase>.heldout.jsonl`; the tokenizer
-and config.json go to `OUT/init`. The same Python and seed give the same files.
+and config.json go to `OUT/init`. The same Python, packages and seed give the same files.
 """
 
 import importlib
