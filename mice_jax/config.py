@@ -57,6 +57,13 @@ class Phase(_Strict):
     sources: list[Source] = field(default_factory=list)
     replay: float = 0.0  # of earlier phases' samples, this fraction is drawn again in each epoch
     replay_from: str = ""  # the one phase that is replayed; "" = all earlier ones
+    batch_size: int = 0  # samples a step; 0 = optim.batch_size
+    learning_rate: float = 0.0  # 0 = optim.learning_rate
+    # What happens at its start; the first phase has nothing before it:
+    optimizer: str = "carry"  # carry | reset: moments go on, or start from nothing
+    schedule: str = "go_on"  # go_on | restart: the schedule, with its warm-up, starts over; its horizon ends with
+    seed_from: str = "last"  # the phase before the next restart; last | best: the phase before's end, or its best
+    validation: list[Source] = field(default_factory=list)  # held-out sources of its own (eval/phase/<name>/loss)
 
 
 @dataclass
@@ -96,10 +103,14 @@ class Optim(_Strict):
     max_steps: int = 0  # 0 = run the phases to their end
     grad_clip: float = 1.0  # global norm; 0 = off
     loss_reduction: str = "token"  # token | sample (each sample weighs the same)
-    beta1: float = 0.9
+    name: str = "adamw"  # adamw | adafactor | muon | lion | sgd
+    beta1: float = 0.9  # sgd's and muon's momentum too
     beta2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # not on norms and biases
+    moments_dtype: str = "float32"  # float32 | bfloat16
+    accumulate_dtype: str = "float32"  # float32 | bfloat16: of the sum of a step's gradients
+    frozen: list[str] = field(default_factory=list)  # patterns of Hugging Face names: "model.layers.[0-3].*"
 
 
 @dataclass
@@ -113,17 +124,26 @@ class Mesh(_Strict):
 class Train(_Strict):
     rows_per_device: int = 0  # rows of a microbatch on one device; 0 = chosen
     deterministic: bool = False  # bit-equal reruns on GPU too, at some cost
+    max_minutes: float = 0.0  # of this process; then the state is saved and it leaves with exit code 75; 0 = no limit
+    skip_spikes: float = 0.0  # skip a step whose gradient norm is over so many times its running median; 0 = never
 
 
 @dataclass
 class Checkpoint(_Strict):
     every_samples: int = 250_000  # 0 = at the end only
+    every_minutes: float = 0.0  # and so often by the clock; 0 = never
     keep_last: int = 0  # 0 = all
+    keep_best: int = 0  # and so many of the best by best_metric
+    keep_every: int = 0  # and each that is the first at or past a multiple of so many samples
+    best_metric: str = "eval/loss"  # any of metrics.jsonl
+    best_mode: str = "min"  # min | max
 
 
 @dataclass
 class Log(_Strict):
-    every_steps: int = 1  # terminal and TensorBoard; metrics.jsonl has every step
+    every_steps: int = 1  # terminal and trackers; metrics.jsonl has every step
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # tensorboard, wandb, mlflow
+    project: str = "mice_jax"  # of wandb, and mlflow's experiment
 
 
 @dataclass
@@ -159,7 +179,9 @@ class Config(_Strict):
 
 # Fields that a resumed run may change: they alter neither what is trained on nor the arithmetic of a step.
 RESUMABLE = ("mesh", "train.rows_per_device", "model.attention", "model.remat", "data.cache_dir",
-             "data.num_workers", "data.prepare_workers", "checkpoint", "log", "eval")  # fmt: skip
+             "data.num_workers", "data.prepare_workers", "train.max_minutes", "checkpoint.every_samples",
+             "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every",
+             "log", "eval")  # fmt: skip
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -225,7 +247,13 @@ CHOICES = {
     "data.train_on": ("all", "last"),
     "optim.schedule": ("constant", "linear", "cosine", "wsd"),
     "optim.loss_reduction": ("token", "sample"),
+    "optim.name": ("adamw", "adafactor", "muon", "lion", "sgd"),
+    "optim.moments_dtype": ("float32", "bfloat16"),
+    "optim.accumulate_dtype": ("float32", "bfloat16"),
+    "checkpoint.best_mode": ("min", "max"),
 }
+PHASE_CHOICES = {"optimizer": ("carry", "reset"), "schedule": ("go_on", "restart"), "seed_from": ("last", "best")}
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 HALVES = ("", "short", "long")
 # Inclusive bounds.
 BOUNDS = {
@@ -243,8 +271,13 @@ BOUNDS = {
     "optim.eps": (0, math.inf),
     "optim.weight_decay": (0, math.inf),
     "train.rows_per_device": (0, math.inf),
+    "train.max_minutes": (0, math.inf),
+    "train.skip_spikes": (0, math.inf),
     "checkpoint.every_samples": (0, math.inf),
+    "checkpoint.every_minutes": (0, math.inf),
     "checkpoint.keep_last": (0, math.inf),
+    "checkpoint.keep_best": (0, math.inf),
+    "checkpoint.keep_every": (0, math.inf),
     "log.every_steps": (1, math.inf),
     "eval.every_samples": (0, math.inf),
     "seed": (0, 2**32 - 1),
@@ -281,6 +314,11 @@ def _value_problems(c: Config) -> list[str]:
             f"data.validation and data.validation_fraction={c.data.validation_fraction} are both set: "
             "hold out by sources or by fraction, not both"
         )
+    for tracker in c.log.trackers:
+        if tracker not in TRACKERS:
+            problems.append(f"log.trackers has {tracker!r}, which is not one of {', '.join(TRACKERS)}")
+    if 0 < c.train.skip_spikes <= 1:
+        problems.append(f"train.skip_spikes={c.train.skip_spikes} must be more than 1, or 0 for never")
     if c.eval.tasks:
         problems.append(
             f"eval.tasks={c.eval.tasks}: benchmarks are not run in training yet; leave it empty and evaluate what "
@@ -323,7 +361,9 @@ def _phase_problems(d: Data) -> list[str]:
         if not phase.sources:
             problems.append(f"{where}.sources is empty: give at least one Source(path=...)")
         problems += _replay_problems(where, phase, names[:i])
+        problems += _boundary_problems(where, phase, i)
     lists = [(f"data.phases[{i}].sources", p.sources) for i, p in enumerate(d.phases)]
+    lists += [(f"data.phases[{i}].validation", p.validation) for i, p in enumerate(d.phases)]
     for where, sources in [*lists, ("data.validation", d.validation)]:
         for j, s in enumerate(sources):
             if not s.path:
@@ -334,6 +374,21 @@ def _phase_problems(d: Data) -> list[str]:
                 problems.append(f"{where}[{j}].max_samples={s.max_samples} must be at least 0")
             if s.half not in HALVES:
                 problems.append(f"{where}[{j}].half={s.half!r} is not one of {', '.join(map(repr, HALVES))}")
+    return problems
+
+
+def _boundary_problems(where: str, phase: Phase, index: int) -> list[str]:
+    problems = []
+    if phase.batch_size < 0:
+        problems.append(f"{where}.batch_size={phase.batch_size} must be at least 1, or 0 for optim.batch_size")
+    if not 0 <= phase.learning_rate < math.inf:
+        problems.append(f"{where}.learning_rate={phase.learning_rate} must be more than 0, or 0 for that of optim")
+    for name, choices in PHASE_CHOICES.items():
+        value = getattr(phase, name)
+        if value not in choices:
+            problems.append(f"{where}.{name}={value!r} is not one of {', '.join(choices)}")
+        elif index == 0 and value != choices[0]:
+            problems.append(f"{where}.{name}={value!r}: there is no phase before it, leave it {choices[0]!r}")
     return problems
 
 
