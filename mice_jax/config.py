@@ -309,9 +309,11 @@ def _value_problems(c: Config) -> list[str]:
             'model.init_from="" says nothing to start from: give a Hugging Face folder, '
             '"random:path/to/config.json", or another run\'s workdir'
         )
-    if c.data.validation and c.data.validation_fraction:
+    by_source = ["data.validation"] * bool(c.data.validation)
+    by_source += [f"data.phases[{i}].validation" for i, p in enumerate(c.data.phases) if p.validation]
+    if by_source and c.data.validation_fraction:
         problems.append(
-            f"data.validation and data.validation_fraction={c.data.validation_fraction} are both set: "
+            f"{by_source[0]} and data.validation_fraction={c.data.validation_fraction} are both set: "
             "hold out by sources or by fraction, not both"
         )
     for tracker in c.log.trackers:

@@ -40,6 +40,10 @@ def texts(data: Dataset, ids: np.ndarray, encoder: ChatEncoder) -> set[str]:
     return {encoder.tokenizer.decode(data.corpus.sample(int(i))[0]) for i in ids}
 
 
+def held_ids(data: Dataset, name: str) -> np.ndarray:
+    return np.concatenate([h.ids for h in data.validation if h.name == name])
+
+
 SHORT, LONG = chat("who?", "mice"), chat("who?", "mice and elephants " * 20)
 MUTE = {"messages": [SHORT["messages"][0], {"role": "assistant", "content": "mice", "train": False}]}
 LATE = chat("who and what and where? " * 10, "mice")  # its only answer is past the cut
@@ -116,7 +120,7 @@ def test_what_is_held_out_is_not_trained_on_and_does_not_move(build: Any, encode
 
     def split(records: list[Record]) -> tuple[set[str], set[str]]:
         data = build(write_jsonl(tmp_path / "split.jsonl", records), validation_fraction=0.2)
-        trained, held = (texts(data, ids, encoder) for ids in (data.phases[0].pools[0].ids, data.validation["split"]))
+        trained, held = (texts(data, ids, encoder) for ids in (data.phases[0].pools[0].ids, held_ids(data, "split")))
         assert not trained & held and len(trained | held) == len(records)
         report = data.report
         assert (report["sources"]["split"]["read"], report["validation"]["split"]["read"]) == (len(trained), len(held))
@@ -129,28 +133,28 @@ def test_what_is_held_out_is_not_trained_on_and_does_not_move(build: Any, encode
 
 
 def test_a_larger_fraction_holds_out_the_same_and_more(build: Any) -> None:
-    few, many = (build(make_chats(100), validation_fraction=f).validation["chats"].tolist() for f in (0.1, 0.5))
+    few, many = (held_ids(build(make_chats(100), validation_fraction=f), "chats").tolist() for f in (0.1, 0.5))
     assert set(few) < set(many)
 
 
 def test_the_same_sample_twice_is_on_one_side(build: Any) -> None:
     data = build(make_chats(60) * 2, validation_fraction=0.3)
-    held = set(data.validation["chats"].tolist())
+    held = set(held_ids(data, "chats").tolist())
     assert held and all((i in held) == (i + 60 in held) for i in range(60))
 
 
 def test_nothing_is_held_out_by_default(build: Any) -> None:
     data = build(make_chats(20))
-    assert data.validation == {} and data.report["validation"] == {}
+    assert data.validation == [] and data.report["validation"] == {}
     assert len(data.phases[0].pools[0].ids) == 20
 
 
 def test_held_out_sources_are_counted_by_name(build: Any, tmp_path: Path) -> None:
     held = [Source(path=str(write_jsonl(tmp_path / f"{n}.jsonl", make_chats(5, seed=n))), name="late") for n in (1, 2)]
     data = build(make_chats(20), validation=held)
-    assert {name: len(ids) for name, ids in data.validation.items()} == {"late": 10}
+    assert [(h.name, len(h.ids)) for h in data.validation] == [("late", 5)] * 2
     assert sorted(s["kept"] for s in data.report["validation"].values()) == [5, 5]
-    assert not set(data.validation["late"]) & set(data.phases[0].pools[0].ids)
+    assert not set(held_ids(data, "late")) & set(data.phases[0].pools[0].ids)
 
 
 # ---------------------------------------------------------------------------------------- several sources
@@ -213,7 +217,7 @@ def test_a_part_is_taken_of_what_is_neither_held_out_nor_dropped(build: Any, tmp
     path = write_jsonl(tmp_path / "all.jsonl", [*make_chats(60), MUTE])
     fields = {"path": str(path), "half": "short", "max_samples": 12}
     data = build(path, phases=[Phase(sources=[Source(**fields)])], validation_fraction=0.3)
-    held = set(data.validation["all"].tolist())
+    held = set(held_ids(data, "all").tolist())
     (entry,) = data.report["sources"].values()
     kept = 60 - len(held)
     assert entry["dropped"] == {"no trained token": 1} or 60 in held
@@ -277,3 +281,25 @@ def test_signs_of_trouble_and_the_longest_samples_are_counted_with_their_lines(b
         "starts_with_assistant": {"samples": 1, "first": f"{path} line 3"},
     }
     assert entry["longest"][0]["where"] == f"{path} line 4" and entry["format"] == "messages"
+
+
+# ---------------------------------------------------------------------------------------- held out for phases
+def test_a_source_is_held_out_once_for_all_the_phases_that_name_it(
+    build: Any, encoder: ChatEncoder, tmp_path: Path
+) -> None:
+    files = {
+        n: str(write_jsonl(tmp_path / f"{n}.jsonl", make_chats(c, seed=c))) for n, c in (("a", 20), ("b", 30), ("v", 5))
+    }
+    phases = [
+        Phase(name="one", sources=[Source(path=files["a"])], validation=[Source(path=files["v"])]),
+        Phase(name="two", sources=[Source(path=files["b"])], validation=[Source(path=files["v"])], batch_size=7),
+    ]
+    data = build_dataset(Data(phases=phases, max_length=4096), encoder)
+    assert [(h.name, len(h.ids), h.phases) for h in data.validation] == [("v", 5, ("one", "two"))]
+    assert [p.batch_size for p in data.phases] == [0, 7]
+    for phase in phases:
+        phase.validation = []
+    data = build_dataset(Data(phases=phases, validation_fraction=0.3), encoder)
+    assert [(h.name, h.phases) for h in data.validation] == [("a", ("one",)), ("b", ("two",))]
+    data = build_dataset(Data(phases=phases, validation=[Source(path=files["v"])]), encoder)
+    assert [(h.name, h.phases) for h in data.validation] == [("v", ())]

@@ -1,5 +1,6 @@
 """What each step holds, for every step of small runs, counted by hand."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -82,8 +83,23 @@ def test_the_rest_of_an_epoch_is_left_out_and_counted_where_asked() -> None:
 def test_a_batch_larger_than_an_epoch_is_the_epoch() -> None:
     mixture = mix(phase((range(5), 1.0), num_epochs=2), batch_size=100)
     assert [sorted(s.samples.tolist()) for s in steps_of(mixture)] == [list(range(5))] * 2
-    assert mixture.shortest_epoch() == 5
+    assert len(mixture.crowded_phases()) == 1 and "(100 samples a step, 5 an epoch)" in mixture.crowded_phases()[0]
+    assert mix(phase((range(5), 1.0)), batch_size=5).crowded_phases() == []
     assert len(mix(phase((range(5), 1.0)), batch_size=100, drop_remainder=True)) == 0
+
+
+def test_a_phase_may_have_a_batch_size_of_its_own() -> None:
+    own = dataclasses.replace(phase((range(10), 1.0), num_epochs=2), batch_size=5)
+    mixture = mix(phase((range(10), 1.0)), own, phase((range(3), 1.0)), batch_size=4)
+    assert [(s.phase, len(s.samples)) for s in steps_of(mixture)] == [
+        *[(0, 4), (0, 4), (0, 2)],
+        *[(1, 5)] * 4,
+        (2, 3),
+    ]
+    assert mixture.phase_ends() == [3, 7, 8]
+    for e in range(2):  # every sample once an epoch
+        assert sorted(drawn(mixture, 1, e)) == list(range(10))
+    assert [(e.steps, e.samples) for e in mixture.epochs(6)] == [(3, 10), (2, 10), (1, 5)]
 
 
 # ---------------------------------------------------------------------------------------- steps instead of epochs

@@ -29,9 +29,18 @@ Key = tuple[str, str]  # path and format: sources that share them share a store
 class Dataset:
     corpus: Corpus
     phases: list[PhasePools]
-    validation: dict[str, np.ndarray]  # sample numbers by source
+    validation: list["HeldOut"]
     report: dict[str, Any]  # the part of data_report.json that is known without steps
     fingerprint: str  # of all tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Samples of one source that are measured and never trained on."""
+
+    name: str  # of the source
+    ids: np.ndarray  # sample numbers
+    phases: tuple[str, ...]  # those that it is held out for; () where it is the whole run's
 
 
 def build_dataset(
@@ -56,7 +65,11 @@ def build_dataset(
     phases: list[PhasePools] = []
     for phase in data.phases:
         own = [pools.make(s, held_out=False) for s in phase.sources]
-        phases.append(PhasePools(phase.name, phase.num_epochs, (*own, *_replayed(phase, phases)), phase.num_steps))
+        phases.append(
+            PhasePools(
+                phase.name, phase.num_epochs, (*own, *_replayed(phase, phases)), phase.num_steps, phase.batch_size
+            )
+        )
     for phase in phases:
         _check_phase(phase, data, pools.entries["sources"])
     validation = _validation(data, pools)
@@ -75,7 +88,7 @@ def _stores(
     """The store of every source, those of phases and those held out."""
     cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
     stores: dict[Key, TokenStore] = {}
-    for source in [s for p in data.phases for s in p.sources] + data.validation:
+    for source in [s for p in data.phases for s in (*p.sources, *p.validation)] + data.validation:
         if (source.path, source.format) not in stores:
             say(f"tokens of {source.path}")
             stores[source.path, source.format] = build_store(
@@ -207,36 +220,36 @@ def _check_phase(phase: PhasePools, data: config.Data, sources: dict[str, Any]) 
 
 
 # ---------------------------------------------------------------------------------------- held out
-def _validation(data: config.Data, pools: _Pools) -> dict[str, np.ndarray]:
-    if data.validation:
-        held = [(s, pools.make(s, held_out=True)) for s in data.validation]
-        empty = [s.path for s, pool in held if not len(pool.ids)]
-        if empty:
-            raise UserError(
-                f"data.validation has no sample to measure in {', '.join(empty)}: every one is longer than "
-                f"data.max_length={data.max_length} or has no trained token."
-            )
-    elif data.validation_fraction:
-        unique = {(s.path, s.format): s for p in data.phases for s in p.sources}
+def _validation(data: config.Data, pools: _Pools) -> list[HeldOut]:
+    """What is held out: each source once, however many phases it is held out for."""
+    if data.validation_fraction:
+        listed = [(s, p.name) for p in data.phases for s in p.sources]
         # All of the held-out part is measured: a half or a number chosen of it would only make it noisier.
-        whole = [dataclasses.replace(s, half="", max_samples=0) for s in unique.values()]
-        held = [(s, pools.make(s, held_out=True)) for s in whole]
+        listed = [(dataclasses.replace(s, half="", max_samples=0), phase) for s, phase in listed]
     else:
-        return {}
-    by_name: dict[str, np.ndarray] = {}
-    for source, pool in held:
-        name = source_name(source)
-        if len(pool.ids):
-            by_name[name] = np.concatenate([by_name[name], pool.ids]) if name in by_name else pool.ids
-    return by_name
+        listed = [(s, "") for s in data.validation] + [(s, p.name) for p in data.phases for s in p.validation]
+    phases_of: dict[tuple, list[str]] = {}
+    sources: dict[tuple, config.Source] = {}
+    for source, phase in listed:
+        key = (source.path, source.format, source.half, source.max_samples)
+        sources.setdefault(key, source)
+        phases_of.setdefault(key, []).extend([phase] if phase else [])
+    held = [(s, pools.make(s, held_out=True), tuple(dict.fromkeys(phases_of[key]))) for key, s in sources.items()]
+    empty = [s.path for s, pool, _ in held if not len(pool.ids)]
+    if empty and not data.validation_fraction:
+        raise UserError(
+            f"validation has no sample to measure in {', '.join(empty)}: every one is longer than "
+            f"data.max_length={data.max_length} or has no trained token."
+        )
+    return [HeldOut(source_name(s), pool.ids, phases) for s, pool, phases in held if len(pool.ids)]
 
 
-def _overlaps(corpus: Corpus, phases: Sequence[PhasePools], validation: dict[str, np.ndarray]) -> dict[str, int]:
+def _overlaps(corpus: Corpus, phases: Sequence[PhasePools], validation: Sequence[HeldOut]) -> dict[str, int]:
     """Samples of equal content: trained on from two sources, or trained on and held out."""
     trained = np.unique(np.concatenate([pool.ids for p in phases for pool in p.pools]))
     all_hashes = corpus.content_hashes
     hashes = all_hashes[trained]
-    held = np.concatenate([hashes[:0], *(all_hashes[ids] for ids in validation.values())])
+    held = np.concatenate([hashes[:0], *(all_hashes[h.ids] for h in validation)])
     return {
         "samples": len(trained),
         "duplicates": len(trained) - len(np.unique(hashes)),

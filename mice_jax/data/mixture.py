@@ -74,6 +74,7 @@ class PhasePools:
     num_epochs: float
     pools: tuple[Pool, ...]
     num_steps: int = 0  # instead of num_epochs
+    batch_size: int = 0  # samples a step; 0 = the mixture's
 
     @property
     def per_epoch(self) -> int:
@@ -130,15 +131,15 @@ class Mixture:
         drop_remainder: bool = False,
     ):
         self.phases = tuple(phases)
-        self._batch_size, self._seed = batch_size, seed
+        self._batch_sizes, self._seed = [p.batch_size or batch_size for p in phases], seed
         self._epochs: list[tuple[int, int, int]] = []  # phase, epoch, samples
         steps = [0]
         self.samples_left_out = 0
         for p, phase in enumerate(self.phases):
-            for e, size in enumerate(phase.epoch_sizes(batch_size, drop_remainder)):
-                self.samples_left_out += size % batch_size * drop_remainder
+            for e, size in enumerate(phase.epoch_sizes(self._batch_sizes[p], drop_remainder)):
+                self.samples_left_out += size % self._batch_sizes[p] * drop_remainder
                 self._epochs.append((p, e, size))
-                steps.append(steps[-1] + num_steps(size, batch_size, drop_remainder))
+                steps.append(steps[-1] + num_steps(size, self._batch_sizes[p], drop_remainder))
         self._first_step = np.array(steps)
         self._latest: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.zeros(0, int))
 
@@ -150,8 +151,16 @@ class Mixture:
         assert 0 <= i < len(self)
         at = int(np.searchsorted(self._first_step, i, side="right")) - 1
         phase, epoch, size = self._epochs[at]
-        start = int(i - self._first_step[at]) * self._batch_size
-        return Step(phase, epoch, self._order(phase, epoch)[:size][start : start + self._batch_size])
+        count = self._batch_sizes[phase]
+        start = int(i - self._first_step[at]) * count
+        return Step(phase, epoch, self._order(phase, epoch)[:size][start : start + count])
+
+    def phase_ends(self) -> list[int]:
+        """For each phase, the number of the first step behind it."""
+        ends = np.zeros(len(self.phases), int)
+        for (phase, _, _), end in zip(self._epochs, self._first_step[1:], strict=True):
+            ends[phase] = end
+        return np.maximum.accumulate(ends).tolist()  # a phase without a step ends where it begins
 
     def epochs(self, max_steps: int) -> list[Epoch]:
         """What the first `max_steps` steps draw, exactly."""
@@ -160,7 +169,7 @@ class Mixture:
             steps = int(min(end, max_steps) - first)
             if steps <= 0:
                 continue
-            samples = min(size, steps * self._batch_size)
+            samples = min(size, steps * self._batch_sizes[phase])
             counts = [p.per_epoch for p in self.phases[phase].pools]
             if samples < sum(counts):
                 pool_of = self._rng(phase, epoch).permutation(np.repeat(np.arange(len(counts)), counts))
@@ -168,8 +177,16 @@ class Mixture:
             found.append(Epoch(phase, epoch, steps, samples, tuple(counts)))
         return found
 
-    def shortest_epoch(self) -> int:
-        return min(size for _, _, size in self._epochs)
+    def crowded_phases(self) -> list[str]:
+        """`'name' (8 samples a step, 5 an epoch)` for each phase of which an epoch is less than a step."""
+        shortest: dict[int, int] = {}
+        for phase, _, size in self._epochs:
+            shortest[phase] = min(size, shortest.get(phase, size))
+        return [
+            f"{self.phases[p].name!r} ({self._batch_sizes[p]:,} samples a step, {size:,} an epoch)"
+            for p, size in shortest.items()
+            if size < self._batch_sizes[p]
+        ]
 
     def _order(self, phase: int, epoch: int) -> np.ndarray:
         """All samples of an epoch as they are drawn; the latest epoch's is kept, since its steps come together."""
