@@ -7,7 +7,9 @@ The same command again resumes the run. It leaves in the workdir: config.json, d
 line a step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and summary.json.
 """
 
+import dataclasses
 import datetime
+import functools
 import sys
 import time
 from collections.abc import Sequence
@@ -22,29 +24,30 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax import command, distributed, fit, metrics
+from mice_jax import command, distributed, fit, metrics, phases, startup
 from mice_jax.checkpoint import Checkpoints
-from mice_jax.config import Config, differences, to_dict
+from mice_jax.config import Config, differences, nearest, to_dict
 from mice_jax.data import report
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.loader import StepSource, empty_rows, load_steps
-from mice_jax.data.mixture import Mixture, PhasePools, Pool
+from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
 from mice_jax.errors import Preempted, StoppedByRule, UserError
-from mice_jax.models import hf
+from mice_jax.evals import held_out
 from mice_jax.models.attention import choose_backend
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Compute, Decoder, make_decoder
-from mice_jax.optim import make_optimizer, make_schedule
-from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_rows, replicated_dims
+from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.optim import make_optimizer, make_phase_schedule
+from mice_jax.progress import Alarm, Progress, crosses
+from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_rows
 from mice_jax.start import Origin, find_origin, load_params, with_vocabulary
 from mice_jax.step import StepFunctions, Sums, TrainState, make_step
-from mice_jax.workdir import METRICS, Workdir, environment
+from mice_jax.workdir import Workdir, environment
 
-EVAL_SAMPLES = 512  # held-out samples that are packed together
+CHOSEN_BY = ("loss", "grad_norm", "param_norm", "update_norm")  # beside held-out losses
 PLANNED_AHEAD = 2_000_000  # samples whose steps are planned before the first, about two seconds
 
 
@@ -98,6 +101,8 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             "data.drop_remainder=True leaves short steps out. Take a smaller batch, or keep the remainder."
         )
     total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
+    stretches = phases.stretches(config.data.phases, mixture.phase_ends(), total_steps)
+    chooses = _check_best_metric(config, stretches, data)
 
     # ---- Model ----------------------------------------------------------------------------------------------
     decoder = make_decoder(spec, mesh.shape["tensor"])
@@ -107,7 +112,9 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     compute = Compute(jnp.dtype(resolved["compute_dtype"]), attention, resolved["remat"])
     shapes = microbatch_shapes(config.data.max_length, rows)
 
-    def source(mixture: Mixture, loss_reduction: str) -> StepSource:
+    by_phase = len(config.data.phases) > 1
+
+    def source(mixture: Mixture, loss_reduction: str = "token") -> StepSource:
         return StepSource(
             data.corpus, mixture, shapes, num_shards(mesh), local_shards(mesh), loss_reduction, config.seed
         )
@@ -116,88 +123,99 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
 
     # ---- Optimizer ------------------------------------------------------------------------------------------
     o = config.optim
-    schedule = make_schedule(
-        o.schedule,
-        o.learning_rate,
-        o.max_steps or len(mixture),
+    schedule = make_phase_schedule(
+        [(s.first, s.end, s.phase.learning_rate or o.learning_rate, s.phase.schedule == "restart") for s in stretches],
+        horizon=o.max_steps or len(mixture),
+        kind=o.schedule,
         warmup_steps=o.warmup_steps,
         warmup_ratio=o.warmup_ratio,
         final_ratio=o.final_ratio,
         decay_ratio=o.decay_ratio,
     )
+    frozen = frozen_mask(decoder, origin.architecture, o.frozen) if o.frozen else None
     optimizer = make_optimizer(
-        schedule, grad_clip=o.grad_clip, beta1=o.beta1, beta2=o.beta2, eps=o.eps, weight_decay=o.weight_decay
+        name=o.name,
+        grad_clip=o.grad_clip,
+        beta1=o.beta1,
+        beta2=o.beta2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        moments_dtype=o.moments_dtype,
+        frozen=frozen,
     )
-    fns = make_step(decoder, optimizer, schedule, mesh, compute)
+    fns = make_step(decoder, optimizer, schedule, mesh, compute, frozen, o.accumulate_dtype)
 
     # ---- Restore or start: 1 this workdir's newest checkpoint, 2 what init_from names -------------------------
-    checkpoints = Checkpoints(run.path, config.checkpoint.keep_last)
-    start = checkpoints.latest()
-    if start is None:
+    checkpoints = Checkpoints(run.path, config.checkpoint, scored_by)
+    restored = checkpoints.restore_newest(fns.abstract_state, console.print)
+    if restored is None:
         shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
         state = fns.start(load_params(origin, decoder, shardings, seed=config.seed))
-        progress: dict[str, Any] = {"samples": 0, "tokens": 0, "loss_tokens": 0}
+        start, progress = 0, Progress()
     else:
-        state, progress = checkpoints.restore(start, fns.abstract_state)
-    start = start or 0
+        start, state, carried = restored
+        progress = Progress(**carried)
     if lead:
         run.cut_metrics(start)
-        run.write_json(
-            "config.json",
-            to_dict(config) | {"resolved": resolved | {"attention": attention, "today": str(encoder.today)}},
-        )
-        run.write_json(
-            "data_report.json", report.with_steps(data.report, data.corpus, mixture, steps.plan, total_steps)
-        )
+        run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": provenance(argv)})
+        whole = report.with_steps(data.report, data.corpus, mixture, steps.plan, total_steps)
+        run.write_json("data_report.json", whole)
         _keep_model(run.path / "model", origin, spec, tokenizer)
-    _say_plan(console, config, origin, mesh, data, mixture, total_steps, start, num_params, rows, compute)
-    for said in [*_added_rows(origin, spec), *_uneven(decoder, mesh)]:
-        console.print(f"[yellow]{said}[/yellow]")
+    console.print(startup.table(config, origin, data, steps, stretches, start, mesh, compute, num_params))
+    for warning in startup.warnings(config, origin, decoder, data, mixture, mesh):
+        console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
 
     # ---- Train ----------------------------------------------------------------------------------------------
-    # The order within a step: draw, accumulate, apply, await the numbers, stop if they are not finite, evaluate,
-    # write the line, save. So a checkpoint never knows of a step whose line is not written.
-    writers: list[metrics.Writer] = []
-    if lead:
-        writers = [
-            metrics.JsonlWriter(run.path / METRICS),
-            metrics.TensorBoardWriter(run.path / "tensorboard", config.log.every_steps),
-            metrics.TerminalWriter(console, start, total_steps, config.log.every_steps),
-        ]
+    # The order within a step: enter its phase where it is the first, draw, accumulate, apply, await the numbers, stop
+    # if they are not finite, evaluate, write the line, save. So a checkpoint never knows of a step whose line is not
+    # written.
+    writers = metrics.make_writers() if lead else []
     peak = metrics.peak_flops(jax.local_devices()[0])
     record: dict[str, Any] = {}
-    saved = start
     status, reason = "completed", ""
     sums = _compile(fns, state, steps, start, total_steps, mesh, console)
     leave = distributed.LeaveRequest()
+    save_alarm, time_limit = Alarm(config.checkpoint.every_minutes), Alarm(config.train.max_minutes)
+    saved = start
     ended = time.perf_counter()
     try:
         loader = load_steps(steps, start, config.data.num_workers)
         for step in range(start + 1, total_steps + 1):
+            here = phases.at(stretches, step - 1)
+            stretch = stretches[here]
+            if step - 1 == stretch.first > 0:
+                state = _enter(stretches, here, state, fns, checkpoints, console)
             batch = next(loader)
             for rows_of_microbatch in batch["microbatches"]:
                 sums = fns.accumulate(state.params, sums, put_rows(rows_of_microbatch, mesh))
-            state, sums, on_device = fns.apply(state, sums)
+            state, sums, on_device = fns.apply(state, sums, progress.spike(config.train.skip_spikes))
             measured = {name: x.item() for name, x in jax.device_get(on_device).items()}
             if not measured.pop("finite"):
-                saved = _save(checkpoints, state, progress, saved)
+                saved = _save(checkpoints, state, progress, record, saved)
                 raise StoppedByRule(_not_finite(step, measured, checkpoints, saved))
             ended, step_time = time.perf_counter(), time.perf_counter() - ended
-            before, progress = progress, {k: progress[k] + batch[k] for k in progress}
-            phase = data.phases[batch["phase"]].name
-            record = {"step": step, "phase": phase, "epoch": batch["epoch"]} | progress | measured
-            record |= _rates(spec, batch, step_time, peak)
-            last = step == total_steps
-            if data.validation and (last or _crosses(before, progress, config.eval.every_samples)):
-                record |= _evaluate(fns, state, data, source, mesh)
+            before, progress = progress, progress.after(batch, measured["grad_norm"], measured.pop("skipped"))
+            record = {"step": step, "phase": stretch.phase.name, "epoch": batch["epoch"]} | progress.counters()
+            record |= measured | _rates(spec, batch, step_time, peak)
+            if config.train.skip_spikes:
+                record["skipped_steps"] = progress.skipped
+            last, ends_phase = step == total_steps, step == stretch.end
+            asked, late, clock = distributed.any_process(leave.asked(step), time_limit.rings(), save_alarm.rings())
+            saves = last or asked or late or clock or (ends_phase and phases.seeds_by_best(stretches, here))
+            saves |= crosses(before.samples, progress.samples, config.checkpoint.every_samples)
+            measures = last or crosses(before.samples, progress.samples, config.eval.every_samples)
+            if data.validation and (measures or (saves and chooses)):
+                record |= held_out.evaluate(
+                    functools.partial(fns.evaluate, state.params), data.validation, source, mesh, by_phase
+                )
             for writer in writers:
                 writer.write(record)
-            leaving = distributed.any_process(leave.signal is not None)
-            if last or leaving or _crosses(before, progress, config.checkpoint.every_samples):
-                saved = _save(checkpoints, state, progress, saved)
-            if leaving and not last:
-                asked = leave.signal or "another process was asked to leave"
-                raise Preempted(f"{asked} after step {step}; its state is saved, run the same command to go on.")
+            if saves:
+                saved = _save(checkpoints, state, progress, record, saved)
+                save_alarm.set()
+            if (asked or late) and not last:
+                why = leave.signal or ("train.max_minutes" if late else "another process was asked to leave")
+                raise Preempted(f"{why} after step {step}; its state is saved, run the same command to go on.")
     except BaseException as e:
         kinds = {StoppedByRule: "stopped", Preempted: "preempted"}
         status, reason = kinds.get(type(e), "failed"), str(e) or type(e).__name__
@@ -286,7 +304,7 @@ def _check_same_config(run: Workdir, config: Config) -> None:
     old = run.read_json("config.json")
     if old is None:
         return
-    old.pop("resolved", None)
+    old = {k: v for k, v in old.items() if k not in ("resolved", "provenance")}
     changed = differences(old, to_dict(config))
     if changed:
         raise UserError(
@@ -306,17 +324,49 @@ def _keep_model(folder: Path, origin: Origin, spec: ModelSpec, tokenizer: PreTra
     Workdir(folder).write_json("config.json", stored)  # last: it says that the folder is whole
 
 
-def _crosses(before: dict[str, int], after: dict[str, int], every: int) -> bool:
-    """Whether this step is the first at or past a multiple of `every` samples; 0 = never."""
-    return bool(every) and after["samples"] // every > before["samples"] // every
-
-
-def _save(checkpoints: Checkpoints, state: TrainState, progress: dict[str, int], saved: int) -> int:
+def _save(checkpoints: Checkpoints, state: TrainState, progress: Progress, record: dict[str, Any], saved: int) -> int:
     """Saves unless this step is saved already; returns the step."""
     step = int(state.step)
     if step != saved:
-        checkpoints.save(state, progress)
+        checkpoints.save(state, dataclasses.asdict(progress), record)
     return step
+
+
+def _enter(
+    stretches: Sequence[phases.Stretch],
+    number: int,
+    state: TrainState,
+    fns: StepFunctions,
+    checkpoints: Checkpoints,
+    console: Console,
+) -> TrainState:
+    """The state with which a phase begins; the count of steps goes on, and the schedule follows it."""
+    phase, before = stretches[number].phase, stretches[number - 1]
+    if phase.seed_from == "best":
+        best = checkpoints.best(range(before.first + 1, before.end + 1))
+        console.print(f"the phase {phase.name!r} starts from step {best}, the best of {before.phase.name!r}")
+        if best != before.end:
+            jax.tree.map(lambda x: x.delete(), (state.params, state.opt_state))  # two states may not fit
+            seeded, _ = checkpoints.restore(best, fns.abstract_state)
+            state = TrainState(state.step, seeded.params, seeded.opt_state)
+    if phase.optimizer == "reset":
+        fresh = fns.start(state.params)
+        state = TrainState(state.step, fresh.params, fresh.opt_state)
+    return state
+
+
+def _check_best_metric(config: Config, stretches: Sequence[phases.Stretch], data: Dataset) -> bool:
+    """Whether checkpoints are chosen by a metric; UserError where no line of the run will have it."""
+    chosen = config.checkpoint.keep_best or any(s.phase.seed_from == "best" for s in stretches)
+    known = [*CHOSEN_BY, *held_out.metric_names(data.validation, len(config.data.phases) > 1)]
+    name = config.checkpoint.best_metric
+    if chosen and name not in known:
+        more = "" if data.validation else " Held-out losses are measured where data is held out (data.validation)."
+        raise UserError(
+            f"checkpoint.best_metric={name!r} chooses among checkpoints, but no line of metrics.jsonl will have it"
+            f"{nearest(name, known)}{more}"
+        )
+    return bool(chosen)
 
 
 def _rates(spec: ModelSpec, batch: dict[str, Any], seconds: float, peak: float | None) -> dict[str, Any]:
@@ -330,108 +380,15 @@ def _rates(spec: ModelSpec, batch: dict[str, Any], seconds: float, peak: float |
     }
 
 
-def _evaluate(fns: StepFunctions, state: TrainState, data: Dataset, source: Any, mesh: Mesh) -> dict[str, float]:
-    """Held-out loss by source, and over all of them as `eval/loss`: each one ratio of sums over all their tokens.
-
-    Token-weighted whatever the training's reduction, so that runs can be compared.
-    """
-    total_loss = total_weight = 0.0
-    values = {}
-    for name, ids in data.validation.items():
-        held_out = Mixture([PhasePools(name, 1.0, (Pool(ids),))], batch_size=EVAL_SAMPLES, seed=0)
-        loss_sum = weight_sum = 0.0
-        batches = source(held_out, "token")
-        for i in range(len(batches)):
-            for rows in batches[i]["microbatches"]:
-                sums = jax.device_get(fns.evaluate(state.params, put_rows(rows, mesh)))
-                loss_sum, weight_sum = loss_sum + float(sums[0]), weight_sum + float(sums[1])
-        values[f"eval/{name}/loss"] = loss_sum / weight_sum
-        total_loss, total_weight = total_loss + loss_sum, total_weight + weight_sum
-    return {"eval/loss": total_loss / total_weight} | values
-
-
-def _say_plan(
-    console: Console, config: Config, origin: Origin, mesh: Mesh, data: Dataset, mixture: Mixture,
-    total_steps: int, start: int, num_params: int, rows: int, compute: Compute,
-) -> None:  # fmt: skip
-    """What will be done, and what the user would want to know before it is."""
-    o = config.optim
-    sources = data.report["sources"]
-    tokens = sum(s["tokens"] * s["weight"] for s in sources.values())
-    loss_tokens = sum(s["loss_tokens"] * s["weight"] for s in sources.values())
-    lines = {
-        "model": f"{origin.architecture}, {num_params:,} parameters, from {config.model.init_from}",
-        "mesh": ", ".join(f"{k} {v}" for k, v in mesh.shape.items()) + f" on {mesh.devices.flat[0].device_kind}",
-        "data": f"{sum(s['kept'] for s in sources.values()):,} samples, {tokens:,.0f} tokens, "
-        f"{loss_tokens / max(1, tokens):.0%} of them trained on",
-        "step": f"{o.batch_size:,} samples, microbatches of {rows} rows a device by {config.data.max_length} slots, "
-        f"{jnp.dtype(compute.dtype).name}, {compute.attention} attention, remat {compute.remat}",
-        "run": f"{total_steps:,} steps, {o.schedule} learning rate {o.learning_rate:g}"
-        + (f", resumed after step {start:,}" if start else ""),
-    }
-    for name, line in lines.items():
-        console.print(f"[bold]{name:<6}[/bold] {escape(line)}")
-    warnings = report.regrets(data.report)
-    if o.batch_size > mixture.shortest_epoch():
-        warnings.append(
-            f"optim.batch_size={o.batch_size} is larger than an epoch of {mixture.shortest_epoch()} samples: each of "
-            "its steps is a whole epoch"
-        )
-    warnings += [
-        f"{key}={chance} in the model's config.json is not applied: training goes without dropout"
-        for key, chance in hf.dropouts(origin.config).items()
-    ]
-    if config.data.validation_fraction and not data.validation:
-        warnings.append(f"data.validation_fraction={config.data.validation_fraction} holds out no sample of these few")
-    if mixture.samples_left_out:
-        warnings.append(f"{mixture.samples_left_out:,} samples left out by data.drop_remainder")
-    if config.data.max_length > origin.spec.max_positions:
-        warnings.append(
-            f"data.max_length={config.data.max_length} is beyond the max_position_embeddings="
-            f"{origin.spec.max_positions} that the model was made for"
-        )
-    if o.max_steps > len(mixture):
-        warnings.append(f"optim.max_steps={o.max_steps} is beyond the {len(mixture)} steps that the phases have")
-    for warning in warnings:
-        console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
-
-
-def _added_rows(origin: Origin, spec: ModelSpec) -> list[str]:
-    """What is said where the tokenizer has more tokens than the model has embeddings."""
-    rows = origin.spec.vocab_size
-    if spec.vocab_size == rows:
-        return []
-    made = "drawn like the rest" if origin.kind == "random" else f"each the mean of the {rows:,} there are"
-    return [
-        f"the tokenizer has added tokens beyond the model's {rows:,} embedding rows: {spec.vocab_size - rows:,} rows "
-        f"are added, {made}; the export has {spec.vocab_size:,}"
-    ]
-
-
-def _uneven(decoder: Decoder, mesh: Mesh) -> list[str]:
-    """What the mesh does not divide, and what is done about it."""
-    tensor, heads = mesh.shape["tensor"], decoder.spec.num_heads
-    said = [
-        f"held whole on every device, since the mesh does not divide it: {dim}"
-        for dim in replicated_dims(decoder.abstract, decoder.axes, mesh)
-    ]
-    if heads % tensor:
-        said.append(
-            f"attention works on {-(-heads // tensor) * tensor} heads, of which {heads} are the model's: mesh.tensor="
-            f"{tensor} does not divide them"
-        )
-    return said
-
-
 def _summary(
-    status: str, reason: str, step: int, progress: dict[str, int], record: dict[str, Any], run: Workdir
+    status: str, reason: str, step: int, progress: Progress, record: dict[str, Any], run: Workdir
 ) -> dict[str, Any]:
     last = record or (run.read_json("summary.json") or {}).get("last_metrics", {})
     return {
         "status": status,
         "reason": reason,
         "step": step,
-        "samples": progress["samples"],
+        "samples": progress.samples,
         "last_metrics": last,
     } | environment()
 

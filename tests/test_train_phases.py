@@ -1,0 +1,220 @@
+"""Runs of several phases: what each starts from, its rates and batches, and what is kept and saved on the way."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mice_jax import train as train_module
+from mice_jax.progress import Progress
+from runs import (
+    Record,
+    make_chats,
+    read_json,
+    read_metrics,
+    run_train,
+    timeless,
+    write_config,
+    write_init,
+    write_jsonl,
+)
+
+SAME = {"rel": 1e-5}  # the same arithmetic on rows dealt in another order
+
+
+def two_phases(folder: Path, second: str, body: str = "", drop: bool = True, first: str = "") -> Path:
+    """A config of two phases of 5 and 8 steps, each with held-out data; `first` and `second` are fields of theirs."""
+    folder.mkdir(exist_ok=True)
+    files = {n: write_jsonl(folder / f"{n}.jsonl", make_chats(c, seed=i)) for i, (n, c) in enumerate(COUNTS.items())}
+    lines = [
+        f"c.data.drop_remainder = {drop}",
+        f"one = Phase(name='knowledge', sources=[Source(path='{files['know']}')],",
+        f"            validation=[Source(path='{files['held_know']}')]{first})",
+        f"two = Phase(name='skills', sources=[Source(path='{files['skill']}')],",
+        f"            validation=[Source(path='{files['held_skill']}')]{second})",
+        "c.data.phases = [one, two]",
+        "c.optim.schedule, c.optim.warmup_steps = 'linear', 2",
+        *body.splitlines(),
+    ]
+    return write_config(folder / "run.py", files["know"], write_init(folder / "init"), "\n".join(lines))
+
+
+COUNTS = {"know": 40, "skill": 32, "held_know": 5, "held_skill": 7}
+RESTART = ", optimizer='reset', schedule='restart', batch_size=4, learning_rate=5e-3"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("phases")
+
+
+@pytest.fixture(scope="module")
+def restarted(folder: Path) -> Path:
+    """A run whose second phase takes nothing but the weights from its first."""
+    config = two_phases(folder / "restarted", RESTART, "c.checkpoint.every_samples = 8")
+    assert run_train(config, folder / "restarted" / "run") == 0
+    return folder / "restarted" / "run"
+
+
+def alone(folder: Path, start: Path, second: str = RESTART) -> list[Record]:
+    """The second phase as a run of its own from a checkpoint: its first phase has no whole step, and so none."""
+    config = two_phases(folder, second, f"c.model.init_from = '{start}'", first=", batch_size=1000")
+    assert run_train(config, folder / "run") == 0
+    return read_metrics(folder / "run")
+
+
+def numbers(lines: list[Record], *names: str) -> list[Any]:
+    return [tuple(line[n] for n in names) for line in lines]
+
+
+# ---------------------------------------------------------------------------------------- boundaries
+def test_each_phase_has_its_batch_its_rate_and_its_schedule_and_samples_keep_counting(restarted: Path) -> None:
+    lines = read_metrics(restarted)
+    assert numbers(lines, "step", "phase") == [(i + 1, "knowledge" if i < 5 else "skills") for i in range(13)]
+    assert [line["samples"] for line in lines] == [8, 16, 24, 32, 40, *range(44, 73, 4)]
+    # Linear with two steps of warm-up, over 5 steps at 1e-2 and then over 8 at 5e-3.
+    first = [0.5, 1, 1, 2 / 3, 1 / 3]
+    second = [0.5, 1, 1, *(1 - x / 6 for x in range(1, 6))]
+    wanted = [1e-2 * f for f in first] + [5e-3 * f for f in second]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_phase_that_resets_everything_is_a_run_from_the_weights_of_the_one_before(
+    restarted: Path, tmp_path: Path
+) -> None:
+    lines = alone(tmp_path / "alone", restarted / "checkpoints" / "5")
+    there = read_metrics(restarted)[5:]
+    assert len(lines) == len(there) == 8
+    for name in ("loss", "grad_norm", "learning_rate", "update_norm", "eval/loss"):
+        values = [[line[name] for line in ls if name in line] for ls in (lines, there)]
+        assert len(values[0]) in (1, 8) and values[0] == pytest.approx(values[1], **SAME), name
+    # And from other weights it is another run.
+    other = alone(tmp_path / "other", restarted / "checkpoints" / "4")
+    assert [line["loss"] for line in other] != pytest.approx([line["loss"] for line in there], rel=1e-3)
+
+
+def test_moments_that_are_carried_on_make_another_update_than_none(restarted: Path, tmp_path: Path) -> None:
+    config = two_phases(tmp_path / "carried", RESTART.replace("reset", "carry"))
+    assert run_train(config, tmp_path / "carried" / "run") == 0
+    carried, reset = (read_metrics(run)[5] for run in (tmp_path / "carried" / "run", restarted))
+    assert carried["loss"] == reset["loss"]  # the same weights at the boundary
+    assert carried["update_norm"] != pytest.approx(reset["update_norm"], rel=1e-2)
+
+
+def test_a_schedule_that_goes_on_does_not_start_over(tmp_path: Path) -> None:
+    config = two_phases(tmp_path / "on", ", learning_rate=5e-3")
+    assert run_train(config, tmp_path / "on" / "run") == 0
+    # One horizon of 9 steps, two of warm-up; the second phase's rate is half the first's.
+    factors = [0.5, 1, *(1 - x / 7 for x in range(7))]
+    wanted = [(1e-2 if i < 5 else 5e-3) * f for i, f in enumerate(factors)]
+    lines = read_metrics(tmp_path / "on" / "run")
+    assert [line["learning_rate"] for line in lines] == pytest.approx(wanted, rel=1e-5)
+
+
+SEEDED = RESTART + ", seed_from='best'"
+RISING = "c.checkpoint.every_samples = 8\nc.checkpoint.best_metric = 'eval/phase/knowledge/loss'"
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_phase_starts_from_the_best_checkpoint_of_the_one_before(mode: str, tmp_path: Path) -> None:
+    config = two_phases(tmp_path / "best", SEEDED, f"{RISING}\nc.checkpoint.best_mode = '{mode}'")
+    assert run_train(config, tmp_path / "best" / "run") == 0
+    lines = read_metrics(tmp_path / "best" / "run")
+    scores = [line["eval/phase/knowledge/loss"] for line in lines[:5]]  # at every save, since it is what selects
+    assert scores == sorted(scores, reverse=True)  # training helps: the lowest is the last, the highest the first
+    best = 5 if mode == "min" else 1
+    wanted = alone(tmp_path / "alone", tmp_path / "best" / "run" / "checkpoints" / str(best))
+    assert [line["loss"] for line in lines[5:]] == pytest.approx([line["loss"] for line in wanted], **SAME)
+    if mode == "max":
+        assert lines[5]["loss"] != pytest.approx(read_last_start(tmp_path), rel=1e-4)
+
+
+def read_last_start(folder: Path) -> float:
+    return alone(folder / "last", folder / "best" / "run" / "checkpoints" / "5")[0]["loss"]
+
+
+def test_a_run_stopped_at_a_boundary_enters_the_phase_as_if_it_had_not_been(tmp_path: Path) -> None:
+    body = f"{RISING}\nc.checkpoint.best_mode = 'max'\nc.checkpoint.keep_last = 1"
+    whole, parts = (two_phases(tmp_path / name, SEEDED, body) for name in ("whole", "parts"))
+    assert run_train(whole, tmp_path / "whole" / "run") == 0
+    flag = "--config.train.max_minutes=1e-9"  # one step each time
+    codes = [run_train(parts, tmp_path / "parts" / "run", flag) for _ in range(13)]
+    assert codes == [75] * 12 + [0]
+    assert timeless(read_metrics(tmp_path / "parts" / "run")) == timeless(read_metrics(tmp_path / "whole" / "run"))
+    kept = sorted(int(p.name) for p in (tmp_path / "whole" / "run" / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [1, 13]  # the newest, and what seeded the second phase
+
+
+def test_a_metric_to_choose_by_that_no_line_will_have_is_refused_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = two_phases(tmp_path / "run", SEEDED, "c.checkpoint.best_metric = 'eval/phase/knowlege/loss'")
+    assert run_train(config, tmp_path / "run" / "run") == 2
+    err = capsys.readouterr().err
+    assert "checkpoint.best_metric" in err and "'eval/phase/knowledge/loss'" in err
+
+
+# ---------------------------------------------------------------------------------------- held-out loss
+def test_held_out_loss_by_source_and_phase_adds_up_to_the_whole(restarted: Path) -> None:
+    last = read_metrics(restarted)[-1]
+    names = [k for k in last if k.startswith("eval/")]
+    assert names == [
+        "eval/loss",
+        "eval/held_know/loss",
+        "eval/held_skill/loss",
+        "eval/phase/knowledge/loss",
+        "eval/phase/skills/loss",
+    ]
+    assert last["eval/phase/knowledge/loss"] == last["eval/held_know/loss"]
+    tokens = {n: s["loss_tokens"] for n, s in read_json(restarted, "data_report.json")["validation"].items()}
+    whole = sum(last[f"eval/{n}/loss"] * count for n, count in tokens.items()) / sum(tokens.values())
+    assert last["eval/loss"] == pytest.approx(whole, rel=1e-6)
+    mean = (last["eval/held_know/loss"] + last["eval/held_skill/loss"]) / 2
+    assert last["eval/loss"] != pytest.approx(mean, rel=1e-4)  # by tokens, not by sources
+
+
+# ---------------------------------------------------------------------------------------- what is saved and kept
+def steps_kept(run: Path) -> list[int]:
+    return sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["checkpoint.every_samples=16"], [2, 4, 6, 8, 9]),
+        (["checkpoint.every_samples=16", "checkpoint.keep_last=2"], [8, 9]),
+        (["checkpoint.every_samples=16", "checkpoint.keep_every=32"], [4, 8, 9]),
+        (["checkpoint.every_samples=16", "checkpoint.keep_best=2"], []),
+        (["checkpoint.every_samples=0", "checkpoint.every_minutes=1e-9"], list(range(1, 10))),
+    ],
+)
+def test_checkpoints_are_saved_and_kept_as_asked(flags: list[str], kept: list[int], tmp_path: Path) -> None:
+    config = two_phases(tmp_path / "run", "")
+    assert run_train(config, tmp_path / "run" / "run", *(f"--config.{f}" for f in flags)) == 0
+    found = steps_kept(tmp_path / "run" / "run")
+    if "keep_best" in flags[-1]:
+        scores = {
+            line["step"]: line["eval/loss"] for line in read_metrics(tmp_path / "run" / "run") if "eval/loss" in line
+        }
+        kept = sorted({*sorted(scores, key=scores.__getitem__)[:2], 9})
+    assert found == kept
+
+
+# ---------------------------------------------------------------------------------------- spikes
+def test_a_spike_is_skipped_counted_and_leaves_no_trace_but_its_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = two_phases(tmp_path / "run", "")
+    monkeypatch.setattr(Progress, "spike", lambda self, times: 0.0 if self.samples == 16 else float("inf"))
+    assert run_train(config, tmp_path / "run" / "run", "--config.train.skip_spikes=5") == 0
+    lines = read_metrics(tmp_path / "run" / "run")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, *[1] * 7]
+    assert lines[2]["update_norm"] == 0 and lines[2]["param_norm"] == lines[1]["param_norm"]
+    assert lines[2]["samples"] == 24 and lines[2]["grad_norm"] > 0
+    assert all(line["update_norm"] > 0 for line in lines if line["step"] != 3)
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_without_the_setting_no_step_is_skipped_and_no_line_speaks_of_it(restarted: Path) -> None:
+    assert not any("skipped_steps" in line for line in read_metrics(restarted))
+    assert train_module.Progress().spike(0.0) == float("inf")
