@@ -1,10 +1,18 @@
-"""Checkpoints: orbax behind one small door.
+"""Checkpoints: orbax behind one small door; which are kept, and what is done about a damaged one.
 
-`workdir/checkpoints/<step>` holds params, opt_state and progress (the counters that metrics.jsonl carries on
-from). A step's folder has its name only once it is whole; what a killed save left is another name and is removed.
+`workdir/checkpoints/<step>` holds params, opt_state and progress (what metrics.jsonl goes on from, and each saved
+step's samples and score). A step's folder has its name only once it is whole; what a killed save left is another name
+and is removed. Once whole it gets a `manifest.json`: the size and the CRC-32 of each of its files. A checkpoint that
+does not agree with it, or that cannot be read, is set aside in `checkpoints/damaged/` and never deleted.
 """
 
 import functools
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +20,204 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mice_jax.errors import UserError
+from mice_jax.config import Checkpoint
+from mice_jax.errors import UserError, one_line
 from mice_jax.models.transformer import Params
 from mice_jax.step import TrainState
 
 PADDED = ("embed", "head")  # what has a vocabulary's dim
+MANIFEST = "manifest.json"
+READ_BYTES = 1 << 24
+
+
+def to_keep(
+    saved: Mapping[int, Mapping[str, float]],
+    *,
+    keep_last: int,
+    keep_best: int,
+    keep_every: int,
+    mode: str,
+    also: Collection[int] = (),
+) -> set[int]:
+    """Which of the `saved` steps (with their samples and, where it was measured, their score) are kept.
+
+    All of them where nothing is asked for; else the newest one always, the newest `keep_last`, the best `keep_best`,
+    each that is the first at or past a multiple of `keep_every` samples, and `also`.
+    """
+    steps = sorted(saved)
+    if not (keep_last or keep_best or keep_every):
+        return set(steps)
+    kept = set(steps[-max(1, keep_last) :]) | set(ranked(saved, mode)[:keep_best]) | (set(also) & set(steps))
+    before = 0
+    for step in steps:
+        samples = int(saved[step]["samples"])
+        if keep_every and samples // keep_every > before // keep_every:
+            kept.add(step)
+        before = samples
+    return kept
+
+
+def ranked(saved: Mapping[int, Mapping[str, float]], mode: str) -> list[int]:
+    """The steps that have a score, the best first; of equal ones the earlier."""
+    scores = {step: s["score"] for step, s in saved.items() if math.isfinite(s.get("score", math.nan))}
+    sign = 1 if mode == "min" else -1
+    return sorted(scores, key=lambda step: (sign * scores[step], step))
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
 
-    def __init__(self, workdir: Path, keep_last: int = 0, read_only: bool = False):
+    Every process of the run makes the same calls. `lead` is whether this one writes what is written once, `agree` says
+    whether a flag is set in any of them. The best step of each of the ranges in `seeding` is kept: a phase starts from
+    it.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        policy: Checkpoint | None = None,
+        *,
+        seeding: Sequence[range] = (),
+        read_only: bool = False,
+        lead: bool = True,
+        agree: Callable[[bool], bool] = lambda flag: flag,
+    ):
         self.folder = workdir.resolve() / "checkpoints"
+        self._policy, self._lead, self._agree = policy or Checkpoint(), lead, agree
+        self._saved: dict[int, dict[str, float]] = {}
+        self._seeding = seeding
+        self._bare: int | None = None  # the step whose manifest is not written yet
+        self._read_only = read_only
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last or None,
-            create=not read_only,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
-            enable_async_checkpointing=not read_only,
+            create=not self._read_only,
+            read_only=self._read_only,
+            cleanup_tmp_directories=not self._read_only,
+            enable_async_checkpointing=not self._read_only,
         )
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "opt_state": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
-    def save(self, state: TrainState, progress: dict[str, Any]) -> None:
-        """Starts to save; the arrays are copied before it returns, the files written behind."""
+    # ---- Saving -------------------------------------------------------------------------------------------------
+    def save(self, state: TrainState, progress: dict[str, Any], samples: int, score: float | None) -> None:
+        """Starts to save; the arrays are copied before it returns, the files written behind.
+
+        Before it, the save before is waited for, and what need not be kept is deleted: so there is a whole newest one
+        at any time.
+        """
+        self.wait()
+        step = int(state.step)
+        self._saved[step] = {"samples": samples} | ({} if score is None else {"score": score})
         items = {
             "params": ocp.args.StandardSave(state.params),
             "opt_state": ocp.args.StandardSave(state.opt_state),
-            "progress": ocp.args.JsonSave(progress),
+            "progress": ocp.args.JsonSave(progress | {"saved": {str(s): v for s, v in self._saved.items()}}),
         }
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items))
+        with self._told_of_failures():
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        self._bare = step
 
-    def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
-        return self._manager.latest_step()
+    def best(self, steps: range) -> int | None:
+        """The best of those saved steps that are among `steps`, by the policy's metric."""
+        found = ranked({s: v for s, v in self._saved.items() if s in steps}, self._policy.best_mode)
+        return found[0] if found else None
+
+    def wait(self) -> None:
+        """Until every save is whole, sealed, and what need not be kept is gone."""
+        with self._told_of_failures():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        if self._bare is None:
+            return
+        if self._lead:
+            _seal(self.folder / str(self._bare))
+        self._bare = None
+        p = self._policy
+        there = {s: self._saved[s] for s in self.steps() if s in self._saved}
+        kept = to_keep(
+            there,
+            keep_last=p.keep_last,
+            keep_best=p.keep_best,
+            keep_every=p.keep_every,
+            mode=p.best_mode,
+            also={best for steps in self._seeding if (best := self.best(steps))},
+        )
+        for step in sorted(there.keys() - kept):
+            self._manager.delete(step)
+            del self._saved[step]
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _told_of_failures(self) -> "_Told":
+        return _Told(self.folder)
+
+    # ---- Restoring ----------------------------------------------------------------------------------------------
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def restore_newest(
+        self, abstract: TrainState, say: Callable[[str], None]
+    ) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that is whole: step, state and progress; None where there is none at all.
+
+        One that is damaged is set aside, with a word. Raises UserError where only damaged ones are there: a run is not
+        silently started from nothing.
+        """
+        aside: list[str] = []
+        while steps := self.steps():
+            step = steps[-1]
+            damage = damage_of(self.folder / str(step))
+            state, progress = None, {}
+            if not self._agree(damage is not None):
+                try:
+                    state, progress = self.restore(step, abstract)
+                except UserError:
+                    raise
+                except Exception as e:  # whatever a damaged file makes of its readers
+                    damage = one_line(e)[:300]
+            if not self._agree(state is None):
+                assert state is not None
+                self._take_saved(progress.pop("saved", {}), steps)
+                return step, state, progress
+            damage = damage or "another process could not read it"
+            place = self._set_aside(step)
+            aside.append(str(place))
+            say(f"the checkpoint of step {step} is damaged ({damage}); it is set aside as {place}")
+        if aside or self._damaged_ones():
+            raise UserError(
+                f"{self.folder} holds no checkpoint that is whole; damaged are "
+                f"{', '.join(aside or self._damaged_ones())}. Start in another --workdir, or remove them to start this "
+                "one anew."
+            )
+        return None
+
+    def _take_saved(self, saved: Mapping[str, Any], steps: Collection[int]) -> None:
+        self._saved = {int(s): dict(v) for s, v in saved.items() if int(s) in steps}
+
+    def _damaged_ones(self) -> list[str]:
+        folder = self.folder / "damaged"
+        return sorted(str(p) for p in folder.iterdir()) if folder.exists() else []
+
+    def _set_aside(self, step: int) -> Path:
+        """Moves a checkpoint to where orbax does not see it."""
+        self._manager.close()
+        folder = self.folder / "damaged"
+        names = [str(step), *(f"{step}-{i}" for i in range(2, 1000))]
+        place = next(folder / n for n in names if not (folder / n).exists())
+        self._agree(False)  # every process has seen the names before one of them is taken
+        if self._lead:
+            folder.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(place)
+        self._agree(False)  # and nobody looks before it is
+        self._manager = self._open()
+        return place
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state at a step, laid out as `abstract` says, and its progress."""
@@ -85,16 +253,6 @@ class Checkpoints:
                     f"it {list(leaf.shape)}. Put back the config.json that the run was made with."
                 )
 
-    def steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
-
-    def wait(self) -> None:
-        """Until every save is whole."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        self._manager.close()
-
 
 def pick_step(checkpoints: Checkpoints, step: int | None) -> int:
     """A step that is there: the asked one, or the newest."""
@@ -104,3 +262,74 @@ def pick_step(checkpoints: Checkpoints, step: int | None) -> int:
     if step is not None and step not in steps:
         raise UserError(f"{checkpoints.folder} has no step {step}; it has {', '.join(map(str, steps))}.")
     return steps[-1] if step is None else step
+
+
+# ---------------------------------------------------------------------------------------- damage
+def damage_of(folder: Path) -> str | None:
+    """How a checkpoint's files differ from its manifest; None where they do not, or where it has none.
+
+    A process that is killed between a save's end and its manifest leaves none; then reading alone tells.
+    """
+    file = folder / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        wanted = json.loads(file.read_text())["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    missing = sorted(name for name in wanted if not (folder / name).is_file())
+    if missing:
+        return f"{missing[0]} is missing"
+    found = _digests(folder, wanted)
+    for name, (size, crc) in wanted.items():
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]:,} bytes, not {size:,}"
+        if found[name][1] != crc:
+            return f"{name} has other bytes than were written"
+    return None
+
+
+def _seal(folder: Path) -> None:
+    """Writes the manifest of a whole checkpoint."""
+    names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
+    partial = folder / f".{MANIFEST}.partial"
+    partial.write_text(json.dumps({"files": _digests(folder, [n for n in names if not n.endswith(".partial")])}))
+    partial.replace(folder / MANIFEST)
+
+
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Size and CRC-32 of each file."""
+
+    def digest(name: str) -> list[int]:
+        size = crc = 0
+        with (folder / name).open("rb") as file:
+            while block := file.read(READ_BYTES):
+                size, crc = size + len(block), zlib.crc32(block, crc)
+        return [size, crc]
+
+    names = list(names)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # crc32 lets go of the interpreter's lock
+        return dict(zip(names, threads.map(digest, names), strict=True))
+
+
+class _Told:
+    """Turns what a save fails with into a word for the user."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, UserError):
+            return
+        said = one_line(error)
+        if not any(word in said.lower() for word in ("no space", "resource_exhausted", "quota", "file too large")):
+            return
+        stats = os.statvfs(self._folder)
+        raise UserError(
+            f"the checkpoint could not be written to {self._folder}: the disk is full ({said[:200]}); "
+            f"{stats.f_bavail * stats.f_frsize:,} bytes are free. The earlier checkpoints are whole. Make room (or set "
+            "checkpoint.keep_last) and run the same command to go on."
+        ) from error

@@ -71,6 +71,12 @@ def config_of(values: Values) -> Config:
     return made
 
 
+def made_by(values: Values) -> dict[str, Any]:
+    """The config's file and what the command line changed in it, for config.json."""
+    flag: Any = values["config"]  # ml_collections' own kind of flag
+    return {"config_file": flag.config_filename, "overrides": dict(flag.override_values)}
+
+
 def required(values: Values, name: str) -> Any:
     """A flag's value; UserError where it was not given."""
     if values[name].value is None:

@@ -54,9 +54,14 @@ def is_lead() -> bool:
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set anywhere; every process must call it."""
+    return any_of(flag)[0]
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set anywhere; every process must call it."""
     if jax.process_count() == 1:
-        return flag
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+        return list(flags)
+    return np.any(multihost_utils.process_allgather(np.array(flags)), axis=0).tolist()
 
 
 def check_same(what: str, fingerprint: str) -> None:

@@ -1,15 +1,25 @@
-"""Learning-rate schedules and the optax chain."""
+"""Learning-rate schedules, and the optimizers: each gives a direction, which the step multiplies by the rate.
+
+So the rate follows the run's count of steps whatever happens to an optimizer's state, and no schedule is in it.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+Axes = tuple[str | None, ...]  # a parameter's dims by name, outputs first
+
+MUON_RMS = 0.2  # of an update's entries: Adam's, about, so that one rate serves both (Liu et al., arXiv 2502.16982)
 
 
+# ---------------------------------------------------------------------------------------- schedules
 def make_schedule(
     kind: str,
     learning_rate: float,
@@ -26,7 +36,7 @@ def make_schedule(
     0 to 1 over what is left: `constant`; `linear` and `cosine` fall to final_ratio; `wsd` is constant until the
     last `decay_ratio` of the horizon and then falls linearly.
     """
-    warmup = warmup_steps or math.ceil(warmup_ratio * horizon)
+    warmup = warmup_steps or math.ceil(warmup_ratio * horizon - 1e-9)  # 0.07 * 100 is 7.000000000000001
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         s = jnp.asarray(step, jnp.float32)
@@ -46,26 +56,144 @@ def make_schedule(
     return schedule
 
 
-def make_optimizer(
-    schedule: Schedule, *, grad_clip: float, beta1: float, beta2: float, eps: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """AdamW, bias-corrected, moments in float32, after clipping by global norm (0 = off).
+def make_phase_schedule(phases: Sequence[tuple[int, float, bool]], horizon: int, kind: str, **shape: float) -> Schedule:
+    """The learning rate over a run of phases.
 
-    Weight decay is not applied to vectors (norms and biases).
+    Each phase is its first step, its learning rate, and whether the schedule starts over there. From each start to
+    the next (the last one: to `horizon`) the rate has the shape that `make_schedule` gives it for `kind` and `shape`,
+    times the phase's own.
     """
-    return optax.chain(
+    assert phases[0][0] == 0
+    starts = [0, *(first for first, _, restarts in phases[1:] if restarts)]
+    ends = [*starts[1:], max(horizon, starts[-1] + 1)]
+    shapes = [make_schedule(kind, 1.0, e - s, **cast(Any, shape)) for s, e in zip(starts, ends, strict=True)]
+    firsts, rates = np.array([p[0] for p in phases]), np.array([p[1] for p in phases], np.float32)
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        s = jnp.asarray(step)
+        factors = jnp.stack([shape(s - start) for shape, start in zip(shapes, starts, strict=True)])
+        factor = factors[jnp.searchsorted(jnp.array(starts), s, side="right") - 1]
+        return jnp.asarray(rates)[jnp.searchsorted(jnp.array(firsts), s, side="right") - 1] * factor
+
+    return schedule
+
+
+# ---------------------------------------------------------------------------------------- optimizers
+def make_optimizer(
+    *,
+    name: str = "adamw",
+    grad_clip: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    moments_dtype: str = "float32",
+    axes: Any = None,
+    trained: Any = None,
+) -> optax.GradientTransformation:
+    """The direction of an update, to be multiplied by minus the learning rate.
+
+    After clipping by global norm (0 = off) comes what `name` says, then decoupled weight decay, which leaves norms and
+    biases alone. Moments are computed in float32, and held in `moments_dtype`.
+
+    Args:
+      axes: the parameters' logical axes; muon needs them to know its matrices.
+      trained: a tree like the parameters' of bool arrays; a leaf without a true one has no moments.
+    """
+    scale = {
+        "adamw": lambda: optax.scale_by_adam(beta1, beta2, eps),
+        "adafactor": lambda: _adafactor(),
+        "muon": lambda: _muon(axes, beta1, beta2, eps),
+        "lion": lambda: optax.scale_by_lion(beta1, beta2),
+        "sgd": lambda: optax.trace(beta1) if beta1 else optax.identity(),
+    }[name]()
+    direction = optax.chain(
         optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
-        optax.scale_by_adam(beta1, beta2, eps, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(weight_decay, mask=_is_matrix) if weight_decay else optax.identity(),
-        optax.scale_by_learning_rate(schedule),
+        scale if moments_dtype == "float32" else _held_in(jnp.dtype(moments_dtype), scale),
+        optax.add_decayed_weights(weight_decay, mask=_decays) if weight_decay else optax.identity(),
+    )
+    if trained is None:
+        return direction
+    return optax.masked(direction, jax.tree.map(lambda t: bool(np.any(t)), trained))
+
+
+def _is_vector(path: tuple) -> bool:
+    """Norm scales and biases are called so; a stacked one has two dims, so the shape does not tell."""
+    name = path[-1].key
+    return name == "scale" or name.endswith("bias")
+
+
+def _decays(params: optax.Params) -> optax.Params:
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
+
+
+def _held_in(dtype: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same transformation, its moments rounded to a dtype between steps."""
+
+    def cast_state(state: Any, to: Any) -> Any:
+        return optax.tree_map_params(inner, lambda leaf: leaf.astype(to), state)
+
+    def init(params: optax.Params) -> Any:
+        return cast_state(inner.init(params), dtype)
+
+    def update(updates: optax.Updates, state: Any, params: Any = None) -> tuple[optax.Updates, Any]:
+        updates, state = inner.update(updates, cast_state(state, jnp.float32), params)
+        return updates, cast_state(state, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+# ---- Adafactor --------------------------------------------------------------------------------------------------
+def _adafactor() -> optax.GradientTransformation:
+    """Shazeer and Stern, arXiv 1804.04235, algorithm 4, without momentum; each layer is a parameter of its own."""
+
+    def rms(path: tuple, x: jax.Array) -> jax.Array:
+        over = range(1 if path[0].key == "layers" else 0, x.ndim)
+        return jnp.sqrt(jnp.mean(jnp.square(x), axis=tuple(over), keepdims=True))
+
+    def clip(path: tuple, update: jax.Array) -> jax.Array:
+        return update / jnp.maximum(1.0, rms(path, update))
+
+    def relative(path: tuple, update: jax.Array, param: jax.Array) -> jax.Array:
+        return update * jnp.maximum(1e-3, rms(path, param))
+
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates)),
+        optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(relative, updates, params)),
     )
 
 
-def _is_matrix(params: optax.Params) -> optax.Params:
-    """Norm scales and biases are called so; a stacked one has two dims, so the shape does not tell."""
+# ---- Muon -------------------------------------------------------------------------------------------------------
+def _muon(axes: Any, beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+    """Muon for the matrices of the layers, each layer's by itself; Adam for embeddings, norms and biases."""
+    flat = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))
+    matrices = {path: _matrix(names) for path, names in flat if names[0] == "layers" and not _is_vector(path)}
 
-    def decays(path: tuple, _: jax.Array) -> bool:
-        name = path[-1].key
-        return name != "scale" and not name.endswith("bias")
+    def labels(params: optax.Params) -> optax.Params:
+        return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if path in matrices else "adam", params)
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+    def dims(params: optax.Params) -> optax.Params:
+        return jax.tree_util.tree_map_with_path(lambda path, _: matrices[path], params)
+
+    def match(path: tuple, update: jax.Array) -> jax.Array:
+        ins, outs = (math.prod(update.shape[i] for i in cast(Sequence, group)) for group in matrices[path])
+        return update * (MUON_RMS * math.sqrt(max(ins, outs)))
+
+    muon = optax.chain(
+        scale_by_muon(beta=beta1, weight_dimension_numbers=dims),
+        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(match, updates)),
+    )
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam(beta1, beta2, eps)}, labels)
+
+
+def _matrix(names: Axes) -> MuonDimensionNumbers:
+    """The input and output dims of a stacked parameter; a head's dims go with the heads."""
+    groups: list[list[int]] = []
+    for i, name in enumerate(names[1:], 1):
+        if name == "head_dim":
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    assert len(groups) == 2, names
+    return MuonDimensionNumbers(reduction_axis=tuple(groups[1]), output_axis=tuple(groups[0]))

@@ -6,6 +6,7 @@ its tokens divided by the sum of their weights, and `apply` is the only place wh
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +35,7 @@ class TrainState:
 class Sums(NamedTuple):
     """What a step's microbatches add up to, float32."""
 
-    grads: Params
+    grads: Params  # or in bfloat16, where that is asked for
     loss_sum: jax.Array
     weight_sum: jax.Array
 
@@ -46,7 +47,8 @@ class StepFunctions(NamedTuple):
     start: Callable[[Params], TrainState]  # from parameters, donated
     zero_sums: Callable[[], Sums]
     accumulate: Callable[[Params, Sums, Batch], Sums]
-    apply: Callable[[TrainState, Sums], tuple[TrainState, Sums, dict[str, jax.Array]]]
+    # A third argument is the gradient norm above which no update is made.
+    apply: Callable[..., tuple[TrainState, Sums, dict[str, jax.Array]]]  # of a state and sums, both donated
     evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]  # loss_sum, weight_sum
     abstract_state: TrainState  # shapes with shardings, for restoring
 
@@ -76,13 +78,25 @@ def make_step(
     schedule: Callable[[jax.Array], jax.Array],
     mesh: Mesh,
     compute: Compute,
+    trained: Any = None,
+    accumulate_dtype: str = "float32",
 ) -> StepFunctions:
-    """Jits the functions of a run for one mesh; parameters and moments lie as `sharding.RULES` says."""
+    """Jits the functions of a run for one mesh; parameters and moments lie as `sharding.RULES` says.
+
+    Args:
+      trained: a tree like the parameters' of bool arrays that broadcast to them; None = all of them.
+      accumulate_dtype: of the sum of a step's gradients.
+    """
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     abstract_opt = jax.eval_shape(optimizer.init, decoder.abstract)
     opt_shardings = optax.tree_map_params(
-        optimizer, lambda _, s: s, abstract_opt, shardings, transform_non_params=lambda _: whole
+        optimizer,
+        lambda leaf, param, s: s if leaf.shape == param.shape else whole,  # adafactor's sums over rows and columns
+        abstract_opt,
+        decoder.abstract,
+        shardings,
+        transform_non_params=lambda _: whole,
     )
     # Trees of shardings in the places of the arrays that they are for.
     state_shardings = TrainState(cast(Any, whole), shardings, opt_shardings)
@@ -97,14 +111,14 @@ def make_step(
 
     def zero_sums() -> Sums:
         zero = jnp.zeros((), jnp.float32)
-        return Sums(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), decoder.abstract), zero, zero)
+        return Sums(jax.tree.map(lambda p: jnp.zeros(p.shape, accumulate_dtype), decoder.abstract), zero, zero)
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
         (loss_sum, weight_sum), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        return jax.tree.map(jnp.add, sums, Sums(grads, loss_sum, weight_sum))
+        return jax.tree.map(lambda s, x: (s + x).astype(s.dtype), sums, Sums(grads, loss_sum, weight_sum))
 
-    def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
-        state, metrics = apply_sums(state, sums, optimizer, schedule)
+    def apply(state: TrainState, sums: Sums, limit: float = math.inf) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
+        state, metrics = apply_sums(state, sums, optimizer, schedule, limit, trained)
         return state, jax.tree.map(jnp.zeros_like, sums), metrics  # zeroed in place for the next step
 
     def in_mesh(f: Callable, **jit_args: Any) -> Callable:
@@ -135,25 +149,42 @@ def apply_sums(
     sums: Sums,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
+    limit: jax.typing.ArrayLike = jnp.inf,
+    trained: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The update from a step's sums, and what it measured.
 
-    Where the loss or the gradient norm is not finite the state is returned as it was, and `finite` is false.
+    Where the loss or the gradient norm is not finite the state is returned as it was, and `finite` is false. Where
+    the norm is above `limit` the step is done without an update, and `skipped` is true. What is not `trained` has no
+    gradient, so the norm is that of the rest, and stays as it is.
     """
-    grads = jax.tree.map(lambda g: g / sums.weight_sum, sums.grads)
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, sums.grads)
+    grads = _only(trained, grads)
     loss = sums.loss_sum / sums.weight_sum
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    skipped = finite & (grad_norm > limit)
+    rate = schedule(state.step)
+    directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates = _only(trained, jax.tree.map(lambda d: -rate * d, directions))
     params = cast(Params, optax.apply_updates(state.params, updates))
-    updated = TrainState(state.step + 1, params, opt_state)
-    new_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    made = finite & ~skipped
+    new_state = TrainState(
+        jnp.where(finite, state.step + 1, state.step),
+        *jax.tree.map(lambda new, old: jnp.where(made, new, old), (params, opt_state), (state.params, state.opt_state)),
+    )
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(new_state.params),
-        "update_norm": optax.tree.norm(updates),
-        "learning_rate": schedule(state.step),
+        "update_norm": jnp.where(skipped, 0.0, optax.tree.norm(updates)),
+        "learning_rate": rate,
         "finite": finite,
+        "skipped": skipped,
     }
     return new_state, metrics
+
+
+def _only(trained: Any, tree: Params) -> Params:
+    """Zero wherever `trained` is false."""
+    return tree if trained is None else jax.tree.map(lambda t, x: jnp.where(t, x, 0.0), trained, tree)

@@ -37,6 +37,7 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
 from mice_jax.errors import Preempted, StoppedByRule, UserError
 from mice_jax.evals import held_out
+from mice_jax.models import hf
 from mice_jax.models.attention import choose_backend
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
@@ -45,7 +46,7 @@ from mice_jax.progress import Alarm, Progress, crosses
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_rows
 from mice_jax.start import Origin, find_origin, load_params, with_vocabulary
 from mice_jax.step import StepFunctions, Sums, TrainState, make_step
-from mice_jax.workdir import Workdir, environment
+from mice_jax.workdir import METRICS, Workdir, code_state, environment
 
 CHOSEN_BY = ("loss", "grad_norm", "param_norm", "update_norm")  # beside held-out losses
 PLANNED_AHEAD = 2_000_000  # samples whose steps are planned before the first, about two seconds
@@ -124,7 +125,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     # ---- Optimizer ------------------------------------------------------------------------------------------
     o = config.optim
     schedule = make_phase_schedule(
-        [(s.first, s.end, s.phase.learning_rate or o.learning_rate, s.phase.schedule == "restart") for s in stretches],
+        [(s.first, s.phase.learning_rate or o.learning_rate, s.phase.schedule == "restart") for s in stretches],
         horizon=o.max_steps or len(mixture),
         kind=o.schedule,
         warmup_steps=o.warmup_steps,
@@ -132,7 +133,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         final_ratio=o.final_ratio,
         decay_ratio=o.decay_ratio,
     )
-    frozen = frozen_mask(decoder, origin.architecture, o.frozen) if o.frozen else None
+    trained = hf.trained_mask(decoder, origin.architecture, o.frozen) if o.frozen else None
     optimizer = make_optimizer(
         name=o.name,
         grad_clip=o.grad_clip,
@@ -141,13 +142,15 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         eps=o.eps,
         weight_decay=o.weight_decay,
         moments_dtype=o.moments_dtype,
-        frozen=frozen,
+        axes=decoder.axes,
+        trained=trained,
     )
-    fns = make_step(decoder, optimizer, schedule, mesh, compute, frozen, o.accumulate_dtype)
+    fns = make_step(decoder, optimizer, schedule, mesh, compute, trained, o.accumulate_dtype)
 
     # ---- Restore or start: 1 this workdir's newest checkpoint, 2 what init_from names -------------------------
-    checkpoints = Checkpoints(run.path, config.checkpoint, scored_by)
-    restored = checkpoints.restore_newest(fns.abstract_state, console.print)
+    seeding = [range(s.first + 1, s.end + 1) for i, s in enumerate(stretches) if phases.seeds_by_best(stretches, i)]
+    checkpoints = Checkpoints(run.path, config.checkpoint, seeding=seeding, lead=lead, agree=distributed.any_process)
+    restored = checkpoints.restore_newest(fns.abstract_state, Display(console).say)
     if restored is None:
         shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
         state = fns.start(load_params(origin, decoder, shardings, seed=config.seed))
@@ -157,7 +160,11 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         progress = Progress(**carried)
     if lead:
         run.cut_metrics(start)
-        run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": provenance(argv)})
+        resolved |= {"attention": attention, "today": str(encoder.today)}
+        run.write_json(
+            "config.json",
+            to_dict(config) | {"resolved": resolved, "provenance": command.made_by(values) | code_state()},
+        )
         whole = report.with_steps(data.report, data.corpus, mixture, steps.plan, total_steps)
         run.write_json("data_report.json", whole)
         _keep_model(run.path / "model", origin, spec, tokenizer)
@@ -169,7 +176,13 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     # The order within a step: enter its phase where it is the first, draw, accumulate, apply, await the numbers, stop
     # if they are not finite, evaluate, write the line, save. So a checkpoint never knows of a step whose line is not
     # written.
-    writers = metrics.make_writers() if lead else []
+    writers: list[metrics.Writer] = []
+    if lead:
+        writers = [
+            metrics.JsonlWriter(run.path / METRICS),
+            metrics.TensorBoardWriter(run.path / "tensorboard", config.log.every_steps),
+            metrics.TerminalWriter(console, start, total_steps, config.log.every_steps),
+        ]
     peak = metrics.peak_flops(jax.local_devices()[0])
     record: dict[str, Any] = {}
     status, reason = "completed", ""
@@ -191,7 +204,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             state, sums, on_device = fns.apply(state, sums, progress.spike(config.train.skip_spikes))
             measured = {name: x.item() for name, x in jax.device_get(on_device).items()}
             if not measured.pop("finite"):
-                saved = _save(checkpoints, state, progress, record, saved)
+                saved = _save(checkpoints, state, progress, None, saved)
                 raise StoppedByRule(_not_finite(step, measured, checkpoints, saved))
             ended, step_time = time.perf_counter(), time.perf_counter() - ended
             before, progress = progress, progress.after(batch, measured["grad_norm"], measured.pop("skipped"))
@@ -199,19 +212,24 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             record |= measured | _rates(spec, batch, step_time, peak)
             if config.train.skip_spikes:
                 record["skipped_steps"] = progress.skipped
+            if progress.skipped > before.skipped:
+                console.print(f"step {step} is skipped: its gradient norm {measured['grad_norm']:.3g} is a spike")
             last, ends_phase = step == total_steps, step == stretch.end
-            asked, late, clock = distributed.any_process(leave.asked(step), time_limit.rings(), save_alarm.rings())
-            saves = last or asked or late or clock or (ends_phase and phases.seeds_by_best(stretches, here))
-            saves |= crosses(before.samples, progress.samples, config.checkpoint.every_samples)
+            # What is due by samples is measured, and can be chosen; a save by the clock or on leaving never is, so that
+            # a run that was disturbed chooses as one that was not.
+            due = last or (ends_phase and phases.seeds_by_best(stretches, here))
+            due |= crosses(before.samples, progress.samples, config.checkpoint.every_samples)
             measures = last or crosses(before.samples, progress.samples, config.eval.every_samples)
-            if data.validation and (measures or (saves and chooses)):
+            if data.validation and (measures or (due and chooses)):
                 record |= held_out.evaluate(
                     functools.partial(fns.evaluate, state.params), data.validation, source, mesh, by_phase
                 )
             for writer in writers:
                 writer.write(record)
-            if saves:
-                saved = _save(checkpoints, state, progress, record, saved)
+            asked, late, clock = distributed.any_of(leave.signal is not None, time_limit.rings(), save_alarm.rings())
+            if due or asked or late or clock:
+                score = record.get(config.checkpoint.best_metric) if due else None
+                saved = _save(checkpoints, state, progress, score, saved)
                 save_alarm.set()
             if (asked or late) and not last:
                 why = leave.signal or ("train.max_minutes" if late else "another process was asked to leave")
@@ -324,11 +342,11 @@ def _keep_model(folder: Path, origin: Origin, spec: ModelSpec, tokenizer: PreTra
     Workdir(folder).write_json("config.json", stored)  # last: it says that the folder is whole
 
 
-def _save(checkpoints: Checkpoints, state: TrainState, progress: Progress, record: dict[str, Any], saved: int) -> int:
+def _save(checkpoints: Checkpoints, state: TrainState, progress: Progress, score: float | None, saved: int) -> int:
     """Saves unless this step is saved already; returns the step."""
     step = int(state.step)
     if step != saved:
-        checkpoints.save(state, dataclasses.asdict(progress), record)
+        checkpoints.save(state, dataclasses.asdict(progress), progress.samples, score)
     return step
 
 
@@ -344,6 +362,7 @@ def _enter(
     phase, before = stretches[number].phase, stretches[number - 1]
     if phase.seed_from == "best":
         best = checkpoints.best(range(before.first + 1, before.end + 1))
+        assert best is not None, "the last step of a phase that seeds the next is measured and saved"
         console.print(f"the phase {phase.name!r} starts from step {best}, the best of {before.phase.name!r}")
         if best != before.end:
             jax.tree.map(lambda x: x.delete(), (state.params, state.opt_state))  # two states may not fit

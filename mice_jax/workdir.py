@@ -91,14 +91,22 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions | {p: version(p) for p in packages},
         "command": [sys.executable, *sys.argv],
-        "git_commit": _git_commit(),
+        "git_commit": _git("rev-parse", "HEAD"),
     }
 
 
-def _git_commit() -> str | None:
+def code_state() -> dict[str, Any]:
+    """The commit that the code is of, and what differs from it."""
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changed_files": (_git("status", "--porcelain", "--untracked-files=no") or "").splitlines(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
     folder = Path(__file__).parent
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() or None

@@ -75,7 +75,7 @@ class Run:
 
     def steps_with(self, steps: Sequence[Rows], **adam: float) -> tuple[TrainState, list[dict[str, float]]]:
         """The same with another optimizer, on what `accumulate` gives, 16 rows at once."""
-        optimizer, metrics = make_optimizer(schedule, **(ADAM | adam)), []
+        optimizer, metrics = make_optimizer(**(ADAM | adam)), []
         state = TrainState(jnp.zeros((), jnp.int32), self.params, optimizer.init(self.params))
         apply = jax.jit(lambda state, sums: apply_sums(state, sums, optimizer, schedule), compiler_options=QUICK)
         shardings = jax.tree.map(lambda x: x.sharding, self.params)
@@ -92,7 +92,7 @@ def run_on(folder: Path, sizes: tuple[int, int, int]) -> Run:
     mesh = mesh_of(*sizes)
     decoder, params = load(folder, mesh)
     compute = Compute(jnp.dtype("float32"), ATTENTION[sizes], "none")
-    return Run(make_step(decoder, make_optimizer(schedule, **ADAM), schedule, mesh, compute), mesh, params)
+    return Run(make_step(decoder, make_optimizer(**ADAM), schedule, mesh, compute), mesh, params)
 
 
 # ---------------------------------------------------------------------------------------- data and reference

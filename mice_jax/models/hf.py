@@ -6,12 +6,13 @@ once; then each device's slice is read by itself, so a process never holds more 
 """
 
 import dataclasses
+import fnmatch
 import functools
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -165,6 +166,37 @@ def named_arrays(params: Params, decoder: Decoder, architecture: str) -> Iterato
     """A tree like the parameters', tensor by tensor as a checkpoint names and lays them out."""
     for tensor in _tensors(decoder, FAMILIES[architecture]):
         yield tensor.name, np.concatenate(list(_to_hf(params, tensor)))
+
+
+def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> Params:
+    """Which parameters are trained where the tensors that match `frozen` are not.
+
+    Args:
+      frozen: patterns of tensor names as a checkpoint has them, with `*`, `?` and `[0-3]`.
+
+    Returns a tree like the parameters': a bool array of no dims, or one of [L, 1, ...] for what is stacked. Raises
+    UserError where a pattern matches nothing, or where all are matched.
+    """
+    tensors = _tensors(decoder, FAMILIES[architecture])
+    names = [t.name for t in tensors]
+    for pattern in frozen:
+        if not fnmatch.filter(names, pattern):
+            raise UserError(
+                f"optim.frozen has {pattern!r}, which matches no tensor of the model; those are called as a checkpoint "
+                f"calls them, as {names[0]!r} or {names[len(names) // 2]!r}."
+            )
+    stays = {t.name for t in tensors if any(fnmatch.fnmatchcase(t.name, p) for p in frozen)}
+    if len(stays) == len(names):
+        raise UserError(f"optim.frozen={list(frozen)} matches every tensor of the model: nothing is left to train.")
+
+    def trained(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        parts = {(p.layer, t.name) for t in tensors for p in t.parts if p.path == _dotted(path)}
+        layers = sorted(parts, key=lambda part: part[0] or 0)
+        free = np.array([name not in stays for _, name in layers])
+        stacked = layers[0][0] is not None
+        return free.reshape([-1] + [1] * (leaf.ndim - 1)) if stacked else free[0]
+
+    return jax.tree_util.tree_map_with_path(trained, decoder.abstract)
 
 
 def stored_dtype(folder: Path) -> str:
