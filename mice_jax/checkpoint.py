@@ -105,15 +105,15 @@ class Checkpoints:
         return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     # ---- Saving -------------------------------------------------------------------------------------------------
-    def save(self, state: TrainState, progress: dict[str, Any], samples: int, score: float | None) -> None:
+    def save(self, state: TrainState, progress: dict[str, Any], score: float | None = None) -> None:
         """Starts to save; the arrays are copied before it returns, the files written behind.
 
-        Before it, the save before is waited for, and what need not be kept is deleted: so there is a whole newest one
-        at any time.
+        `progress` is anything that JSON can hold, the samples so far among it. Before it starts, the save before is
+        waited for, and only then is deleted what need not be kept: so there is a whole newest one at any time.
         """
         self.wait()
         step = int(state.step)
-        self._saved[step] = {"samples": samples} | ({} if score is None else {"score": score})
+        self._saved[step] = {"samples": progress["samples"]} | ({} if score is None else {"score": score})
         items = {
             "params": ocp.args.StandardSave(state.params),
             "opt_state": ocp.args.StandardSave(state.opt_state),

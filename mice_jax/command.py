@@ -24,7 +24,10 @@ Values = flags.FlagValues
 
 
 def run(
-    doc: str | None, define: Callable[[Values, list[str]], None], main: Callable[[Values], None], argv: Sequence[str]
+    doc: str | None,
+    define: Callable[[Values, list[str]], None],
+    main: Callable[[Values], int | None],
+    argv: Sequence[str],
 ) -> int:
     """Runs a verb on its arguments (without the program's name) and returns its exit code.
 
@@ -39,12 +42,11 @@ def run(
             print(_help(doc, values))
             return 0
         _parse(values, arguments)
-        main(values)
+        return main(values) or 0
     except (UserError, ConfigError, StoppedByRule, Preempted) as e:
         word = {2: "error", 3: "stopped", 75: "preempted"}[e.exit_code]
         print(f"{word}: {e}", file=sys.stderr)
         return e.exit_code
-    return 0
 
 
 def define_config(values: Values, argv: list[str]) -> None:
@@ -59,6 +61,9 @@ def define_distributed(values: Values) -> None:
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many processes make up the run", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values)
+    flags.DEFINE_integer(
+        "expect_devices", None, "refuse to run on another number of devices, all processes counted", flag_values=values
+    )
 
 
 def config_of(values: Values) -> Config:

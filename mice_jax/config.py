@@ -189,12 +189,22 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def identity(config: Config) -> str:
+    """Of a run: what all of its processes have to agree on."""
+    flat = {k: v for k, v in _flatten(to_dict(config)).items() if not _is_resumable(k)}
+    return repr(sorted(flat.items()))
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`field: old -> new` for each field that keeps a run from being resumed under `new`."""
     a, b = _flatten(old), _flatten(new)
     changed = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    refused = [k for k in changed if not any(k == r or k.startswith(r + ".") for r in RESUMABLE)]
+    refused = [k for k in changed if not _is_resumable(k)]
     return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in refused]
+
+
+def _is_resumable(name: str) -> bool:
+    return any(name == r or name.startswith(r + ".") for r in RESUMABLE)
 
 
 def field_names(cls: type = Config, prefix: str = "") -> list[str]:

@@ -1,15 +1,30 @@
 """The processes of a run: joining them, knowing the lead, agreeing."""
 
+import contextlib
 import hashlib
 import os
 import signal
+import sys
+import traceback
+from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mice_jax.errors import UserError
+from mice_jax.errors import AgreedError, UserError
+
+# Without a word from a peer for so long it is lost, and JAX ends the others: well within two minutes.
+HEARTBEAT_S = int(os.environ.get("MICE_JAX_HEARTBEAT_S", "60"))
+JOIN_S = 100  # for all processes to come together
+TOLD_BYTES = 2000  # of a refusal, that the other processes are told
+
+
+def several(num_processes: int | None) -> bool:
+    """Whether the flags, or a cluster's environment, make this one of several processes."""
+    return (num_processes or 1) > 1 or (num_processes is None and _in_cluster())
 
 
 def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -29,9 +44,15 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     if 0 < len(missing) < 3:
         raise UserError(f"{' and '.join(missing)} missing: give all of --{', --'.join(given)}, or none of them.")
     if not missing:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            initialization_timeout=JOIN_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+        )
     elif _in_cluster():
-        jax.distributed.initialize()
+        jax.distributed.initialize(initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S)
 
 
 def ask_for_determinism() -> None:
@@ -65,23 +86,76 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def check_same(what: str, fingerprint: str) -> None:
-    """UserError, in every process, where not all of them have the same fingerprint; every process must call it."""
+    """AgreedError where not all of them have the same fingerprint; every process must call it."""
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint8)
     digests = np.asarray(multihost_utils.process_allgather(digest))
     others = [i for i, d in enumerate(digests) if not np.array_equal(d, digests[0])]
     if others:
-        raise UserError(
+        raise AgreedError(
             f"the processes do not have the same {what}: {', '.join(map(str, others))} differ from process 0. Give "
             "every host the same files, config and versions."
         )
 
 
-def barrier(name: str) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What one process refuses inside, all of them refuse, with its words: so none is left waiting for another.
+
+    Every process must enter and leave it, and nothing inside may wait for another process.
+    """
+    refusal = None
+    try:
+        yield
+    except UserError as e:
+        refusal = e
+    told = _told("" if refusal is None else str(refusal))
+    if refusal:
+        raise AgreedError(str(refusal)) from refusal
+    for process, text in enumerate(told):
+        if text:
+            raise AgreedError(f"process {process} refused: {text}")
+
+
+def _told(text: str) -> list[str]:
+    """What each process says; every process must call it."""
+    if jax.process_count() == 1:
+        return [text]
+    padded = np.zeros(TOLD_BYTES, np.uint8)
+    raw = text.encode()[:TOLD_BYTES]
+    padded[: len(raw)] = np.frombuffer(raw, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def check_devices(expected: int | None) -> None:
+    """UserError where the run has another number of devices, in all of its processes, than is expected."""
+    if expected is not None and jax.device_count() != expected:
+        kind = jax.devices()[0].device_kind
+        raise UserError(
+            f"--expect_devices={expected}, but the run has {jax.device_count()} ({kind}) in {jax.process_count()} "
+            "process(es). Look for the host or the device that is missing, or give the number that is right."
+        )
+
+
+def abandon(error: BaseException) -> NoReturn:
+    """Ends this process of several at once, with its word: the others notice, where they would wait for a farewell."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.exit_code if isinstance(error, UserError) else 1)
+
+
+def peer_is_lost(error: BaseException) -> bool:
+    """Whether an exception is what a collective, or the coordination service, makes of a process that is gone."""
+    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError):
+        return False
+    said = str(error).lower()
+    return any(word in said for word in ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service"))
 
 
 class LeaveRequest:

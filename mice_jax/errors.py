@@ -11,6 +11,10 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class AgreedError(UserError):
+    """A `UserError` that every process of the run raises, so that none of them waits for another."""
+
+
 class StoppedByRule(Exception):
     """A rule ended the run (a non-finite loss, an early stop); exits with 3, the reason printed."""
 

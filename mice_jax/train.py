@@ -10,6 +10,7 @@ line a step), TensorBoard events, checkpoints/<step>/, model/ (config.json and t
 import dataclasses
 import datetime
 import functools
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,9 +25,9 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax import command, distributed, fit, metrics, phases, startup
+from mice_jax import command, distributed, fit, metrics, phases, startup, supervise
 from mice_jax.checkpoint import Checkpoints
-from mice_jax.config import Config, differences, nearest, to_dict
+from mice_jax.config import Config, differences, identity, nearest, to_dict
 from mice_jax.data import report
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
@@ -35,7 +36,7 @@ from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
-from mice_jax.errors import Preempted, StoppedByRule, UserError
+from mice_jax.errors import AgreedError, Preempted, StoppedByRule, UserError
 from mice_jax.evals import held_out
 from mice_jax.models import hf
 from mice_jax.models.attention import choose_backend
@@ -58,20 +59,26 @@ def define(values: command.Values, argv: list[str]) -> None:
     command.define_distributed(values)
 
 
-def begin(values: command.Values) -> None:
+def begin(arguments: Sequence[str], values: command.Values) -> int | None:
     config = command.config_of(values)
-    with Workdir(Path(command.required(values, "workdir"))) as run:
-        train(config, run, values)
+    workdir = Path(command.required(values, "workdir"))
+    if supervise.is_child():
+        supervise.follow_parent()
+    elif distributed.several(values.num_processes):
+        return supervise.run_child("mice_jax.train", arguments, workdir)
+    try:
+        with Workdir(workdir) as run:
+            train(config, run, values)
+    except (AgreedError, StoppedByRule, Preempted):
+        raise
+    except BaseException as e:
+        if supervise.is_child():
+            distributed.abandon(e)
+        raise
 
 
 def train(config: Config, run: Workdir, values: command.Values) -> None:
-    # ---- What it starts from --------------------------------------------------------------------------------
-    attention = choose_backend(config.model.attention)
-    origin = find_origin(config.model.init_from)
-    remarks: list[str] = []
-    tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template, remarks)
-    spec = with_vocabulary(origin, tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values()})
-    encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
+    time_limit = Alarm(config.train.max_minutes)
 
     # ---- Host and mesh --------------------------------------------------------------------------------------
     if config.train.deterministic:
@@ -79,31 +86,44 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
     lead = distributed.is_lead()
     console = Console(quiet=not lead, highlight=False, soft_wrap=True)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    if lead:
-        run.lock()
-        _check_same_config(run, config)
+
+    # ---- Workdir, and what it starts from ---------------------------------------------------------------------
+    distributed.check_same("config", identity(config))
+    with distributed.together():
+        distributed.check_devices(values.expect_devices)
+        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        attention = choose_backend(config.model.attention)
+        origin = find_origin(config.model.init_from)
+        remarks: list[str] = []
+        tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template, remarks)
+        added = {t.content for t in tokenizer.added_tokens_decoder.values()}
+        spec = with_vocabulary(origin, tokenizer.get_vocab(), added)
+        encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
+        if lead:
+            run.lock()
+            _check_same_config(run, config)
 
     # ---- Data -----------------------------------------------------------------------------------------------
-    with Display(console) as display:
+    with distributed.together(), Display(console) as display:
         for remark in remarks:
             display.say(remark)
         data = build_dataset(config.data, encoder, display.say, display.watch)
     distributed.check_same("data", data.fingerprint)
-    mixture = Mixture(
-        data.phases,
-        batch_size=config.optim.batch_size,
-        seed=config.seed,
-        drop_remainder=config.data.drop_remainder,
-    )
-    if not len(mixture):
-        raise UserError(
-            f"there is no step to take: optim.batch_size={config.optim.batch_size} is more than any epoch has, and "
-            "data.drop_remainder=True leaves short steps out. Take a smaller batch, or keep the remainder."
+    with distributed.together():
+        mixture = Mixture(
+            data.phases,
+            batch_size=config.optim.batch_size,
+            seed=config.seed,
+            drop_remainder=config.data.drop_remainder,
         )
-    total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
-    stretches = phases.stretches(config.data.phases, mixture.phase_ends(), total_steps)
-    chooses = _check_best_metric(config, stretches, data)
+        if not len(mixture):
+            raise UserError(
+                f"there is no step to take: optim.batch_size={config.optim.batch_size} is more than any epoch has, and "
+                "data.drop_remainder=True leaves short steps out. Take a smaller batch, or keep the remainder."
+            )
+        total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
+        stretches = phases.stretches(config.data.phases, mixture.phase_ends(), total_steps)
+        chooses = _check_best_metric(config, stretches, data)
 
     # ---- Model ----------------------------------------------------------------------------------------------
     decoder = make_decoder(spec, mesh.shape["tensor"])
@@ -158,16 +178,15 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     else:
         start, state, carried = restored
         progress = Progress(**carried)
-    if lead:
-        run.cut_metrics(start)
-        resolved |= {"attention": attention, "today": str(encoder.today)}
-        run.write_json(
-            "config.json",
-            to_dict(config) | {"resolved": resolved, "provenance": command.made_by(values) | code_state()},
-        )
-        whole = report.with_steps(data.report, data.corpus, mixture, steps.plan, total_steps)
-        run.write_json("data_report.json", whole)
-        _keep_model(run.path / "model", origin, spec, tokenizer)
+    with distributed.together():
+        if lead:
+            run.cut_metrics(start)
+            resolved |= {"attention": attention, "today": str(encoder.today)}
+            made_by = command.made_by(values) | code_state()
+            run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": made_by})
+            whole = report.with_steps(data.report, data.corpus, mixture, steps.plan, total_steps)
+            run.write_json("data_report.json", whole)
+            _keep_model(run.path / "model", origin, spec, tokenizer)
     console.print(startup.table(config, origin, data, steps, stretches, start, mesh, compute, num_params))
     for warning in startup.warnings(config, origin, decoder, data, mixture, mesh):
         console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
@@ -188,7 +207,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     status, reason = "completed", ""
     sums = _compile(fns, state, steps, start, total_steps, mesh, console)
     leave = distributed.LeaveRequest()
-    save_alarm, time_limit = Alarm(config.checkpoint.every_minutes), Alarm(config.train.max_minutes)
+    save_alarm = Alarm(config.checkpoint.every_minutes)
     saved = start
     ended = time.perf_counter()
     try:
@@ -237,6 +256,10 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     except BaseException as e:
         kinds = {StoppedByRule: "stopped", Preempted: "preempted"}
         status, reason = kinds.get(type(e), "failed"), str(e) or type(e).__name__
+        if distributed.peer_is_lost(e):  # waiting for it once more, as below, would take for ever
+            if lead:
+                run.write_json("summary.json", _summary("failed", supervise.LOST, saved, progress, record, run))
+            os._exit(supervise.say_lost(run.path))
         raise
     finally:
         leave.forget()
@@ -346,7 +369,7 @@ def _save(checkpoints: Checkpoints, state: TrainState, progress: Progress, score
     """Saves unless this step is saved already; returns the step."""
     step = int(state.step)
     if step != saved:
-        checkpoints.save(state, dataclasses.asdict(progress), progress.samples, score)
+        checkpoints.save(state, dataclasses.asdict(progress), score)
     return step
 
 
@@ -423,7 +446,8 @@ def _ending(run: Workdir, record: dict[str, Any], start: int, total_steps: int) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(__doc__, define, begin, sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    return command.run(__doc__, define, functools.partial(begin, arguments), arguments)
 
 
 if __name__ == "__main__":

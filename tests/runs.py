@@ -12,13 +12,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -188,3 +191,52 @@ def timeless(records: Sequence[Record]) -> list[Record]:
 
 def read_json(workdir: Path, name: str) -> Any:
     return json.loads((workdir / name).read_text())
+
+
+def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, parameters and optimizer state, as orbax reads it by itself."""
+    found = {}
+    for item in ("params", "opt_state"):
+        folder = workdir.resolve() / "checkpoints" / str(step) / item
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            whole = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
+            )
+            tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=whole))
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        found |= {f"{item}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+    return found
+
+
+def assert_equal_runs(a: Path, b: Path, step: int) -> None:
+    """Bit for bit, up to the checkpoint of their last step."""
+    assert timeless(read_metrics(a)) == timeless(read_metrics(b))
+    left, right = arrays(a, step), arrays(b, step)
+    assert left.keys() == right.keys() and len(left) > 30
+    for name in left:
+        assert left[name].dtype == right[name].dtype and left[name].tobytes() == right[name].tobytes(), name
+    assert read_json(a, "summary.json")["status"] == read_json(b, "summary.json")["status"] == "completed"
+
+
+def lines_of(workdir: Path) -> int:
+    file = workdir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def saving(workdir: Path) -> bool:
+    """Whether a checkpoint is being written at this moment."""
+    try:
+        return any("tmp" in name for name in os.listdir(workdir / "checkpoints"))
+    except FileNotFoundError:
+        return False
+
+
+def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    """SIGKILL at the moment at which `ready` holds; fails where the run ends before it."""
+    try:
+        while not ready():
+            assert process.poll() is None, process.stdout.read() if process.stdout else ""
+            time.sleep(0.0005)
+    finally:
+        process.kill()
+        process.communicate()

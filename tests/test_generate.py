@@ -134,7 +134,9 @@ def test_a_run_answers_from_its_newest_checkpoint_or_the_one_asked_for(
     checkpoints = Checkpoints(tmp_path / "run")
     for number, scale in ((1, 1.0), (2, -1.0)):
         scaled = jax.tree.map(lambda p, scale=scale: p * scale, params)
-        checkpoints.save(step.TrainState(jnp.asarray(number, jnp.int32), scaled, {"none": jnp.zeros(())}), {"a": 1})
+        checkpoints.save(
+            step.TrainState(jnp.asarray(number, jnp.int32), scaled, {"none": jnp.zeros(())}), {"samples": 1}
+        )
     checkpoints.wait()
     checkpoints.close()
     assert run(tmp_path / "run", "--step=1", "--prompt=mice") == 0

@@ -1,18 +1,27 @@
 """Runs killed anywhere and started again are equal, bit for bit, to one that was left alone."""
 
-import os
 import shutil
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
-from runs import make_chats, read_json, read_metrics, run_train, setting, start_train, timeless, write_jsonl
+from runs import (
+    arrays,
+    assert_equal_runs,
+    kill_when,
+    lines_of,
+    make_chats,
+    read_json,
+    read_metrics,
+    run_train,
+    saving,
+    setting,
+    start_train,
+    timeless,
+    write_jsonl,
+)
 
 SAMPLES, EPOCHS = 36, 16  # five steps an epoch
 STEPS = 5 * EPOCHS
@@ -45,68 +54,20 @@ def undisturbed(config: Path, folder: Path) -> Path:
     return folder / "undisturbed"
 
 
-def arrays(workdir: Path, step: int = STEPS) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint, parameters and optimizer state, as orbax reads it by itself."""
-    found = {}
-    for item in ("params", "opt_state"):
-        folder = workdir.resolve() / "checkpoints" / str(step) / item
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            whole = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
-            )
-            tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=whole))
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        found |= {f"{item}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
-    return found
-
-
-def assert_equal_runs(a: Path, b: Path) -> None:
-    assert timeless(read_metrics(a)) == timeless(read_metrics(b))
-    left, right = arrays(a), arrays(b)
-    assert left.keys() == right.keys() and len(left) > 30
-    for name in left:
-        assert left[name].dtype == right[name].dtype and left[name].tobytes() == right[name].tobytes(), name
-    assert read_json(a, "summary.json")["status"] == read_json(b, "summary.json")["status"] == "completed"
-
-
-def lines_of(workdir: Path) -> int:
-    file = workdir / "metrics.jsonl"
-    return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
-def saving(workdir: Path) -> bool:
-    """Whether a checkpoint is being written at this moment."""
-    try:
-        return any("tmp" in name for name in os.listdir(workdir / "checkpoints"))
-    except FileNotFoundError:
-        return False
-
-
-def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
-    """SIGKILL at the moment at which `ready` holds; fails where the run ends before it."""
-    try:
-        while not ready():
-            assert process.poll() is None, process.stdout.read() if process.stdout else ""
-            time.sleep(0.0005)
-    finally:
-        process.kill()
-        process.communicate()
-
-
 # ---------------------------------------------------------------------------------------- the comparison itself
 def test_runs_that_differ_are_seen_to_differ(config: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The negative control of all the tests below: one bit of a rate, and one step more."""
     rate = float(np.nextafter(np.float32(1e-2), np.float32(1)))
     assert run_train(config, tmp_path / "run", f"--config.optim.learning_rate={rate!r}") == 0
     with pytest.raises(AssertionError):
-        assert_equal_runs(tmp_path / "run", undisturbed)
-    assert arrays(undisturbed)["params['embed']['table']"].any()
+        assert_equal_runs(tmp_path / "run", undisturbed, STEPS)
+    assert arrays(undisturbed, STEPS)["params['embed']['table']"].any()
     shutil.copytree(undisturbed, tmp_path / "copy")
-    assert_equal_runs(tmp_path / "copy", undisturbed)
+    assert_equal_runs(tmp_path / "copy", undisturbed, STEPS)
     with (tmp_path / "copy" / "metrics.jsonl").open("a") as f:
         f.write((undisturbed / "metrics.jsonl").read_text().splitlines()[-1] + "\n")
     with pytest.raises(AssertionError):
-        assert_equal_runs(tmp_path / "copy", undisturbed)
+        assert_equal_runs(tmp_path / "copy", undisturbed, STEPS)
 
 
 # ---------------------------------------------------------------------------------------- killed
@@ -119,7 +80,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(config: Path, undisturb
     assert checkpoints and str(lines_of(run)) not in checkpoints
     assert not (run / "summary.json").exists()
     assert run_train(config, run) == 0
-    assert_equal_runs(run, undisturbed)
+    assert_equal_runs(run, undisturbed, STEPS)
 
 
 @pytest.mark.slow
@@ -128,7 +89,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(config: Path, und
     kill_when(start_train(config, run), lambda: lines_of(run) >= 3)
     shutil.rmtree(run / "checkpoints")  # should it have come so far
     assert run_train(config, run) == 0
-    assert_equal_runs(run, undisturbed)
+    assert_equal_runs(run, undisturbed, STEPS)
 
 
 @pytest.mark.slow
@@ -145,7 +106,7 @@ def test_a_run_killed_during_a_save_goes_on_as_if_nothing_had_happened(
     assert amid >= 2  # what half-written saves leave was there
     assert run_train(config, run, EVERY_STEP) == 0
     assert all(p.name.isdecimal() for p in (run / "checkpoints").iterdir())
-    assert_equal_runs(run, undisturbed)
+    assert_equal_runs(run, undisturbed, STEPS)
 
 
 @pytest.mark.slow
@@ -160,7 +121,7 @@ def test_a_run_killed_at_any_time_of_its_start_goes_on(config: Path, undisturbed
         process.kill()
         process.communicate()
     assert run_train(config, run, EVERY_STEP) == 0
-    assert_equal_runs(run, undisturbed)
+    assert_equal_runs(run, undisturbed, STEPS)
 
 
 @pytest.mark.slow
@@ -182,7 +143,7 @@ def test_a_process_that_is_terminated_leaves_with_75_and_goes_on(
     summary = read_json(run, "summary.json")
     assert summary["status"] == "preempted" and summary["step"] == lines_of(run) < STEPS
     assert run_train(config, run) == 0
-    assert_equal_runs(run, undisturbed)
+    assert_equal_runs(run, undisturbed, STEPS)
 
 
 # ---------------------------------------------------------------------------------------- on another mesh

@@ -1,0 +1,88 @@
+"""A parent for each process of a run of several: it says in words why its child ended, and passes signals on.
+
+Where a peer is lost JAX's coordination service aborts the survivors from C++, with a signal and a log of its own; no
+Python in them has a say. So the command that the user started becomes a parent that starts itself again as its child
+and waits. It touches no device. A child whose parent is gone ends at once, so killing the command that the user sees
+ends the run.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+CHILD = "MICE_JAX_PARENT_PIPE"  # in a child's environment: the end of a pipe that closes with its parent
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LOST = "another process of this run has ended, or could not be reached"
+
+
+def is_child() -> bool:
+    return CHILD in os.environ
+
+
+def run_child(module: str, arguments: Sequence[str], workdir: Path | None) -> int:
+    """Runs `python -m module` under this process, and returns what the command's exit code is to be."""
+    reading, writing = os.pipe()
+    os.set_inheritable(reading, True)
+    child = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env=os.environ | {CHILD: str(reading)},
+        pass_fds=[reading],
+        start_new_session=True,  # a terminal's Ctrl-C reaches it once, through here
+    )
+    os.close(reading)
+    before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in FORWARDED}
+    try:
+        code = child.wait()
+    finally:
+        os.close(writing)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else _said(-code, workdir)
+
+
+def follow_parent() -> None:
+    """Ends this process as soon as its parent has ended."""
+    pipe = int(os.environ[CHILD])
+
+    def wait() -> None:
+        os.read(pipe, 1)  # nothing is ever written: it returns when the other end closes
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _said(number: int, workdir: Path | None) -> int:
+    """Says which signal ended the child, and what it means."""
+    if number == signal.SIGABRT:
+        return say_lost(workdir)
+    name = signal.Signals(number).name
+    mend = " The system kills what takes too much memory." if number == signal.SIGKILL else ""
+    print(f"error: the training process was ended by {name}.{mend} {_goes_on(workdir)}", file=sys.stderr)
+    return 128 + number
+
+
+def say_lost(workdir: Path | None) -> int:
+    """Says that a peer was lost; 75 where there is a checkpoint to go on from, else 1."""
+    resumable = _newest(workdir) is not None
+    word = "preempted" if resumable else "error"
+    print(f"{word}: {LOST}, so this one ended too. {_goes_on(workdir)}", file=sys.stderr, flush=True)
+    return 75 if resumable else 1
+
+
+def _goes_on(workdir: Path | None) -> str:
+    newest = _newest(workdir)
+    if newest is None:
+        return "There is no checkpoint yet: run the same command in every process to start anew."
+    return f"The last checkpoint is {newest}; run the same command in every process to go on from it."
+
+
+def _newest(workdir: Path | None) -> Path | None:
+    folder = workdir / "checkpoints" if workdir else None
+    if folder is None or not folder.is_dir():
+        return None
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
+    return folder / str(max(steps)) if steps else None
