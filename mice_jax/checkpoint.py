@@ -6,12 +6,13 @@ and is removed. Once whole it gets a `manifest.json`: the size and the CRC-32 of
 does not agree with it, or that cannot be read, is set aside in `checkpoints/damaged/` and never deleted.
 """
 
+import contextlib
 import functools
 import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from mice_jax.step import TrainState
 PADDED = ("embed", "head")  # what has a vocabulary's dim
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 24
+NO_ROOM = ("no space", "quota", "file too large", "os_error_code='28'", "os_error_code='27'", "failed writing")
 
 
 def to_keep(
@@ -119,7 +121,7 @@ class Checkpoints:
             "opt_state": ocp.args.StandardSave(state.opt_state),
             "progress": ocp.args.JsonSave(progress | {"saved": {str(s): v for s, v in self._saved.items()}}),
         }
-        with self._told_of_failures():
+        with _told_of_failures(self.folder):
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._bare = step
 
@@ -130,14 +132,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until every save is whole, sealed, and what need not be kept is gone."""
-        with self._told_of_failures():
+        bare, self._bare = self._bare, None
+        with _told_of_failures(self.folder):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        if self._bare is None:
+        if bare is None or bare not in self.steps():  # what failed is none
             return
         if self._lead:
-            _seal(self.folder / str(self._bare))
-        self._bare = None
+            _seal(self.folder / str(bare))
         p = self._policy
         there = {s: self._saved[s] for s in self.steps() if s in self._saved}
         kept = to_keep(
@@ -154,9 +156,6 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
-
-    def _told_of_failures(self) -> "_Told":
-        return _Told(self.folder)
 
     # ---- Restoring ----------------------------------------------------------------------------------------------
     def steps(self) -> list[int]:
@@ -312,24 +311,18 @@ def _digests(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
         return dict(zip(names, threads.map(digest, names), strict=True))
 
 
-class _Told:
-    """Turns what a save fails with into a word for the user."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, UserError):
-            return
-        said = one_line(error)
-        if not any(word in said.lower() for word in ("no space", "resource_exhausted", "quota", "file too large")):
-            return
-        stats = os.statvfs(self._folder)
+@contextlib.contextmanager
+def _told_of_failures(folder: Path) -> Iterator[None]:
+    """Turns what a save fails with where there is no room into a word for the user."""
+    try:
+        yield
+    except Exception as e:
+        said = one_line(e)
+        if not any(word in said.lower() for word in NO_ROOM):
+            raise
+        stats = os.statvfs(folder)
         raise UserError(
-            f"the checkpoint could not be written to {self._folder}: the disk is full ({said[:200]}); "
+            f"the checkpoint could not be written to {folder}: there is no room ({said[:200]}); "
             f"{stats.f_bavail * stats.f_frsize:,} bytes are free. The earlier checkpoints are whole. Make room (or set "
             "checkpoint.keep_last) and run the same command to go on."
-        ) from error
+        ) from e
