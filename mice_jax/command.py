@@ -59,6 +59,8 @@ def define_distributed(values: Values) -> None:
     flags.DEFINE_string("coordinator_address", None, "host:port of process 0", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "how many processes make up the run", flag_values=values)
     flags.DEFINE_integer("process_id", None, "which of them this is", flag_values=values)
+    said = "fail unless the run has so many devices in all"
+    flags.DEFINE_integer("expect_devices", None, said, flag_values=values)
 
 
 def config_of(values: Values) -> Config:
