@@ -143,6 +143,41 @@ def test_slurm_puts_a_preempted_job_into_the_queue_again_and_no_other(tmp_path: 
     assert (left.read_text() if left.exists() else "") == requeued
 
 
+# ---------------------------------------------------------------------------------------- tpu_pod.sh
+GCLOUD = """
+cd {0}; echo "$*" >>asked
+case "$*" in
+  *describe*state*) [[ -f there ]] && echo READY ;;
+  *describe*) printf '10.0.0.1\\n10.0.0.2\\n' ;;
+  *" create "*) [[ ! -f full ]] && touch there ;;
+  *" delete "*) rm there ;;
+  *mice_jax.train*) (($(grep -c mice_jax.train asked) > 1)) || exit 75 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_tpu_is_created_run_again_after_75_and_deleted_only_if_created(tmp_path: Path, there: bool) -> None:
+    path = stub(tmp_path / "bin", "gcloud", GCLOUD.format(tmp_path))
+    if there:
+        (tmp_path / "there").touch()
+    command = [LAUNCH / "tpu_pod.sh", "--name=n", "--zone=z", "--type=v5p-16", "--version=v", "--", "--config=c"]
+    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
+    assert subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=30).returncode == 0
+    asked = (tmp_path / "asked").read_text()
+    assert asked.count(" create ") == asked.count(" delete ") == (not there)
+    assert asked.count("mice_jax.train --expect_devices=8 ") == 2 and "--num_processes=2" in asked
+
+
+def test_a_tpu_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
+    path = stub(tmp_path / "bin", "gcloud", GCLOUD.format(tmp_path))
+    (tmp_path / "full").touch()
+    command = [LAUNCH / "tpu_pod.sh", "--name=n", "--zone=z", "--type=v4-8", "--version=v"]
+    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, timeout=30, capture_output=True, text=True)
+    assert done.returncode == 2 and "could not create v4-8" in done.stderr
+
+
 # ---------------------------------------------------------------------------------------- manifests
 def check_command(words: list[str], processes: int, devices: int, port: int) -> None:
     """That train has every flag, and that they agree with what is asked of the cluster."""
