@@ -43,6 +43,9 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     missing = [f"--{k}" for k, v in given.items() if v is None]
     if 0 < len(missing) < 3:
         raise UserError(f"{' and '.join(missing)} missing: give all of --{', --'.join(given)}, or none of them.")
+    # JAX's own service would take SIGTERM, also the one that a machine gets before it is taken away, from LeaveRequest;
+    # the processes agree on leaving at every step anyway (`any_of`).
+    jax.config.update("jax_enable_preemption_service", False)
     if not missing:
         jax.distributed.initialize(
             coordinator_address,
@@ -130,12 +133,13 @@ def _told(text: str) -> list[str]:
 
 
 def check_devices(expected: int | None) -> None:
-    """UserError where the run has another number of devices, in all of its processes, than is expected."""
-    if expected is not None and jax.device_count() != expected:
-        kind = jax.devices()[0].device_kind
+    """UserError where the run has not the devices that its launcher counted on, in all processes together."""
+    found = jax.devices()
+    if expected is not None and len(found) != expected:
         raise UserError(
-            f"--expect_devices={expected}, but the run has {jax.device_count()} ({kind}) in {jax.process_count()} "
-            "process(es). Look for the host or the device that is missing, or give the number that is right."
+            f"--expect_devices={expected}, but the run has {len(found)} {found[0].platform} devices in "
+            f"{jax.process_count()} process(es): a device or a process is missing, or jax was installed without "
+            "support for this hardware. Mend the machine or its installation, or give the number that is meant."
         )
 
 
@@ -174,3 +178,14 @@ class LeaveRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def check_devices(expected: int | None) -> None:
+    """UserError where the run has not the devices that its launcher counted on, in all processes together."""
+    found = jax.devices()
+    if expected is not None and len(found) != expected:
+        raise UserError(
+            f"--expect_devices={expected}, but the run has {len(found)} {found[0].platform} devices in "
+            f"{jax.process_count()} process(es): a device or a process is missing, or jax was installed without "
+            "support for this hardware. Mend the machine or its installation, or give the number that is meant."
+        )

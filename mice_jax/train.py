@@ -84,6 +84,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     if config.train.deterministic:
         distributed.ask_for_determinism()
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
+    distributed.check_devices(values.expect_devices)
     lead = distributed.is_lead()
     console = Console(quiet=not lead, highlight=False, soft_wrap=True)
 

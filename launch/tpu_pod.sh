@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Runs training on every worker of a Cloud TPU VM, which it creates where there is none. See --help.
+set -u
+
+usage() {
+  cat <<'EOF'
+launch/tpu_pod.sh --name=mice --zone=us-east5-a --type=v5p-16 --version=v2-alpha-tpuv5 [options] -- --config=... --workdir=gs://...
+
+  --project=P          the project (gcloud's own)
+  --spot               a spot machine
+  --queued             ask for it as a queued resource, and wait
+  --keep               do not delete what was created
+  --retries=N          runs again after a preemption (3)
+  --expect_devices=N   the devices of a type that is not known here
+
+Worker 0's output is shown; that of the others lies in ~/mice_jax.log on each.
+EOF
+}
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+name="" zone="" type="" version="" project="" spot="" queued=0 keep=0 retries=3 devices=""
+while (($#)); do
+  case $1 in
+    --name=* | --zone=* | --type=* | --version=* | --project=* | --retries=*)
+      key=${1%%=*}; printf -v "${key#--}" %s "${1#*=}" ;;
+    --expect_devices=*) devices=${1#*=} ;;
+    --spot) spot=--spot ;;
+    --queued) queued=1 ;;
+    --keep) keep=1 ;;
+    -h | --help) usage; exit 0 ;;
+    --) shift; break ;;
+    *) fail "$1 is no option of tpu_pod.sh; what train takes comes after --. See --help." ;;
+  esac
+  shift
+done
+for key in name zone type version; do [[ -n ${!key} ]] || fail "--$key is missing. See --help."; done
+size=${type##*-}
+[[ -n $devices ]] || case $type in
+  v5litepod-* | v6e-* | v2-* | v3-*) devices=$size ;; # v2 and v3 have two devices a chip
+  v4-* | v5p-*) devices=$((size / 2)) ;;              # named by cores, two of which are one device
+  *) fail "how many devices $type has is not known here: give --expect_devices=N." ;;
+esac
+where=("--zone=$zone" --quiet)
+[[ -n $project ]] && where+=("--project=$project")
+vm() { local verb=$1; shift; gcloud compute tpus tpu-vm "$verb" "$name" "${where[@]}" "$@"; }
+queue() { local verb=$1; shift; gcloud compute tpus queued-resources "$verb" "$name" "${where[@]}" "$@"; }
+state() { vm describe '--format=value(state)' 2>/dev/null; }
+
+created=0
+delete() {
+  ((created && !keep)) || return 0
+  if ((queued)); then queue delete --force; else vm delete; fi && created=0
+}
+create() {
+  created=1
+  if ((queued)); then
+    queue create "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$version" ${spot:+"$spot"} || return
+    until [[ $(queue describe '--format=value(state.state)') =~ ^(ACTIVE|FAILED|SUSPENDED)$ ]]; do sleep 30; done
+    [[ $(state) == READY ]]
+  else
+    vm create "--accelerator-type=$type" "--version=$version" ${spot:+"$spot"}
+  fi
+}
+packed=""
+trap 'delete; [[ -z $packed ]] || rm -r "$packed"' EXIT
+# shellcheck disable=SC2064  # the signal is known now
+for signal in TERM INT USR1; do
+  trap "vm ssh --worker=all '--command=kill -$signal \$(cat mice_jax.pid)'" "$signal"
+done
+
+packed=$(mktemp -d "${TMPDIR:-/tmp}/mice_jax.XXXXXX")
+tar=$packed/mice_jax.tar
+git archive --output="$tar" HEAD || fail "the checkout cannot be packed: run this in its root."
+# shellcheck disable=SC2016  # expanded on the workers
+id='$(curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)'
+for ((attempt = 0; attempt <= retries; attempt++)); do
+  if [[ -z $(state) ]]; then
+    create || fail "gcloud could not create $type as $name in $zone: its word stands above."
+  fi
+  mapfile -t ips < <(vm describe '--format=value[delimiter="\n"](networkEndpoints[].ipAddress)')
+  gcloud compute tpus tpu-vm scp "$tar" "$name:" --worker=all "${where[@]}" || fail "the checkout did not reach $name."
+  vm ssh --worker=all '--command=mkdir -p mice_jax && tar xf mice_jax.tar -C mice_jax && cd mice_jax && python3 -m venv .venv && .venv/bin/pip install -q ".[tpu]"' ||
+    fail "mice_jax was not installed on $name."
+  joined="--coordinator_address=${ips[0]}:8476 --num_processes=${#ips[@]} --process_id=$id"
+  vm ssh --worker=all "--command=cd mice_jax; [ $id = 0 ] || exec >~/mice_jax.log 2>&1; .venv/bin/python -m mice_jax.train --expect_devices=$devices $joined $(printf '%q ' "$@")& echo \$! >~/mice_jax.pid; wait \$!" &
+  run=$!
+  wait "$run"; code=$?
+  while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done
+  [[ $code == 75 || $(state) != READY ]] || break
+  echo "tpu_pod.sh: preempted, attempt $((attempt + 1)) of $((retries + 1))" >&2
+  code=75
+  [[ $(state) == READY ]] || delete
+done
+exit "$code"
