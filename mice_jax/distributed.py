@@ -178,14 +178,3 @@ class LeaveRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def check_devices(expected: int | None) -> None:
-    """UserError where the run has not the devices that its launcher counted on, in all processes together."""
-    found = jax.devices()
-    if expected is not None and len(found) != expected:
-        raise UserError(
-            f"--expect_devices={expected}, but the run has {len(found)} {found[0].platform} devices in "
-            f"{jax.process_count()} process(es): a device or a process is missing, or jax was installed without "
-            "support for this hardware. Mend the machine or its installation, or give the number that is meant."
-        )
