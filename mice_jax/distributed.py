@@ -22,9 +22,16 @@ JOIN_S = 100  # for all processes to come together
 TOLD_BYTES = 2000  # of a refusal, that the other processes are told
 
 
-def several(num_processes: int | None) -> bool:
-    """Whether the flags, or a cluster's environment, make this one of several processes."""
-    return (num_processes or 1) > 1 or (num_processes is None and _in_cluster())
+def several(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> bool:
+    """Whether the flags, or a cluster's environment, make this one of several processes.
+
+    Raises UserError where some of the flags are given and others are not.
+    """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"--{k}" for k, v in given.items() if v is None]
+    if 0 < len(missing) < 3:
+        raise UserError(f"{' and '.join(missing)} missing: give all of --{', --'.join(given)}, or none of them.")
+    return _in_cluster() if num_processes is None else num_processes > 1
 
 
 def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -35,18 +42,10 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
     """
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    given = {
-        "coordinator_address": coordinator_address,
-        "num_processes": num_processes,
-        "process_id": process_id,
-    }
-    missing = [f"--{k}" for k, v in given.items() if v is None]
-    if 0 < len(missing) < 3:
-        raise UserError(f"{' and '.join(missing)} missing: give all of --{', --'.join(given)}, or none of them.")
     # JAX's own service would take SIGTERM, also the one that a machine gets before it is taken away, from LeaveRequest;
     # the processes agree on leaving at every step anyway (`any_of`).
     jax.config.update("jax_enable_preemption_service", False)
-    if not missing:
+    if num_processes is not None:
         jax.distributed.initialize(
             coordinator_address,
             num_processes,

@@ -64,7 +64,7 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
     workdir = Path(command.required(values, "workdir"))
     if supervise.is_child():
         supervise.follow_parent()
-    elif distributed.several(values.num_processes):
+    elif distributed.several(values.coordinator_address, values.num_processes, values.process_id):
         return supervise.run_child("mice_jax.train", arguments, workdir)
     try:
         with Workdir(workdir) as run:
