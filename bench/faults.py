@@ -4,10 +4,10 @@
     python bench/faults.py --kills=4 --pair_kills=2 --terms=2
 
 A tiny model that saves at every fifth step, on 8 CPU devices: 8 of one process, or 4 of each of two. Half of the kills
-wait for a moment at which a checkpoint is half written; the others come at a random instant, from the first second of the
-process on. When a run is complete its metrics.jsonl (but for the clock's fields) and every array of its last checkpoint
-have to equal, bit for bit, those of a run of as many processes that was left alone; then the next run is begun. Prints
-a table and ends with 1 at any difference. It takes about 20 minutes, most of it in starting processes.
+wait for a moment at which a checkpoint is half written; the others come at a random instant, from the first second of
+the process on. When a run is complete its metrics.jsonl (but for the clock's fields) and every array of its last
+checkpoint have to equal, bit for bit, those of a run of as many processes that was left alone; then the next run is
+begun. Prints a table and ends with 1 at any difference. It takes about 20 minutes, most of it in starting processes.
 """
 
 import argparse

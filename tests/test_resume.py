@@ -181,3 +181,31 @@ def test_one_device_sees_the_samples_of_eight(undisturbed: Path, folder: Path, t
         assert [line[key] for line in there] == [line[key] for line in here]
     assert [line["loss"] for line in there[:10]] == pytest.approx([line["loss"] for line in here[:10]], rel=1e-5)
     assert there[0]["num_microbatches"] > here[0]["num_microbatches"]
+
+
+@pytest.mark.slow
+def test_a_run_that_moves_from_eight_devices_to_four_to_two_to_one_sees_the_same_samples(
+    folder: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Each time it is asked to leave in the middle of an epoch, of five steps."""
+    run = tmp_path / "run"
+    for devices, lines in ((8, 12), (4, 33), (2, 57)):
+        process = start_train(folder / "run.py", run, devices=devices)
+        try:
+            while lines_of(run) < lines:
+                assert process.poll() is None
+                time.sleep(0.001)
+            process.terminate()
+            assert process.wait(60) == 75
+        finally:
+            process.kill()
+            process.communicate()
+    process = start_train(folder / "run.py", run, devices=1)
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    there, here = read_metrics(run), read_metrics(undisturbed)
+    for key in ("step", "phase", "epoch", "samples", "tokens", "loss_tokens", "learning_rate"):
+        assert [line[key] for line in there] == [line[key] for line in here]
+    losses, wanted = ([line["loss"] for line in lines] for lines in (there, here))
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    assert losses[:12] == wanted[:12] and losses != wanted  # bit-equal on eight, and not only on eight
