@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax import command, distributed, fit, metrics, phases, startup, supervise
+from mice_jax import command, distributed, fit, metrics, phases, startup, supervise, tracking
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.config import Config, differences, identity, nearest, to_dict
 from mice_jax.data import report
@@ -93,6 +93,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     with distributed.together():
         distributed.check_devices(values.expect_devices)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        tracking.check_trackers(config.log.trackers)
         attention = choose_backend(config.model.attention)
         origin = find_origin(config.model.init_from)
         remarks: list[str] = []
@@ -198,10 +199,13 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     # written.
     writers: list[metrics.Writer] = []
     if lead:
+        log = config.log
         writers = [
             metrics.JsonlWriter(run.path / METRICS),
-            metrics.TensorBoardWriter(run.path / "tensorboard", config.log.every_steps),
-            metrics.TerminalWriter(console, start, total_steps, config.log.every_steps),
+            *tracking.make_trackers(
+                log.trackers, run, project=log.project, every_steps=log.every_steps, config=to_dict(config)
+            ),
+            metrics.TerminalWriter(console, start, total_steps, log.every_steps),
         ]
     peak = metrics.peak_flops(jax.local_devices()[0])
     record: dict[str, Any] = {}
