@@ -22,7 +22,6 @@ from mice_jax.sharding import replicated_dims
 from mice_jax.start import Origin
 
 LOOKED_AT = 16  # first steps, of which the microbatches and tokens of a step are the mean
-GB = 1e9
 
 
 def table(
@@ -90,9 +89,13 @@ def _memory(config: Config, spec: ModelSpec, steps: StepSource, mesh: Mesh, comp
     activations = slots * fit.slot_bytes(spec, jnp.dtype(compute.dtype).itemsize, compute.remat)
     there = fit.device_memory(device)
     return (
-        f"about {(state + activations) / GB:.1f} GB a device ({state / GB:.1f} parameters, moments and gradients, "
-        f"{activations / GB:.1f} activations) of {there / GB:.1f} GB: an estimate"
+        f"about {_size(state + activations)} a device ({_size(state)} parameters, moments and gradients, "
+        f"{_size(activations)} activations) of {_size(there)}: an estimate"
     )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _optimizer(config: Config) -> str:

@@ -6,6 +6,7 @@ its tokens divided by the sum of their weights, and `apply` is the only place wh
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -90,14 +91,7 @@ def make_step(
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     abstract_opt = jax.eval_shape(optimizer.init, decoder.abstract)
-    opt_shardings = optax.tree_map_params(
-        optimizer,
-        lambda leaf, param, s: s if leaf.shape == param.shape else whole,  # adafactor's sums over rows and columns
-        abstract_opt,
-        decoder.abstract,
-        shardings,
-        transform_non_params=lambda _: whole,
-    )
+    opt_shardings = _moment_shardings(abstract_opt, decoder.abstract, shardings, whole)
     # Trees of shardings in the places of the arrays that they are for.
     state_shardings = TrainState(cast(Any, whole), shardings, opt_shardings)
     sums_shardings = Sums(shardings, cast(Any, whole), cast(Any, whole))
@@ -142,6 +136,28 @@ def make_step(
         evaluate=in_mesh(loss, out_shardings=(whole, whole)),
         abstract_state=abstract,
     )
+
+
+def _moment_shardings(opt_state: Any, params: Params, shardings: Params, whole: NamedSharding) -> Any:
+    """Where an optimizer's state lies: what has a parameter's name and shape, as the parameter does.
+
+    The rest, such as counts and Adafactor's sums over rows and columns, is whole on every device.
+    """
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    lie = jax.tree.leaves(shardings)
+    of_param = {_names(path): (leaf.shape, s) for (path, leaf), s in zip(flat, lie, strict=True)}
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        shape, sharding = of_param.get(_names(path), (None, whole))
+        return sharding if leaf.shape == shape else whole
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    """The names at a path's end: a state holds its moments in trees like the parameters', inside tuples of its own."""
+    own = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+    return tuple(key.key for key in own)[::-1]
 
 
 def apply_sums(

@@ -9,6 +9,8 @@ from mice_jax import train as train_module
 from mice_jax.progress import Progress
 from runs import (
     Record,
+    arrays,
+    assert_equal_runs,
     make_chats,
     read_json,
     read_metrics,
@@ -218,3 +220,29 @@ def test_a_spike_is_skipped_counted_and_leaves_no_trace_but_its_samples(
 def test_without_the_setting_no_step_is_skipped_and_no_line_speaks_of_it(restarted: Path) -> None:
     assert not any("skipped_steps" in line for line in read_metrics(restarted))
     assert train_module.Progress().spike(0.0) == float("inf")
+
+
+# ---------------------------------------------------------------------------------------- optimizers
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
+def test_every_optimizer_trains_on_a_mesh_and_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """With moments in bfloat16, the embeddings and the first of two layers frozen, and a boundary that resets it."""
+    body = f"c.optim.name = '{name}'\nc.optim.learning_rate = 1e-3\nc.optim.weight_decay = 0.1"
+    body += "\nc.optim.moments_dtype = 'bfloat16'\nc.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 2, 2"
+    body += "\nc.optim.frozen = ['model.embed_tokens.*', 'model.layers.0.*']\nc.checkpoint.every_samples = 8"
+    whole, parts = (two_phases(tmp_path / n, ", optimizer='reset'", body) for n in ("whole", "parts"))
+    assert run_train(whole, tmp_path / "whole" / "run") == 0
+    runs = [tmp_path / n / "run" for n in ("whole", "parts")]
+    assert run_train(parts, runs[1], "--config.train.max_minutes=1e-9") == 75
+    assert run_train(parts, runs[1]) == 0
+    assert_equal_runs(*runs, 9)
+    first, last = arrays(runs[0], 1), arrays(runs[0], 9)
+    for key in (k for k in first if k.startswith("params")):
+        moved = first[key] != last[key]
+        if "embed" in key:
+            assert not moved.any()
+        elif "layers" in key:
+            assert not moved[0].any() and moved[1].any(), key
+        else:
+            assert moved.any(), key
+    assert any(k.startswith("opt_state") and str(x.dtype) == "bfloat16" for k, x in last.items()) or name == "sgd"
