@@ -4,7 +4,7 @@ set -u
 
 usage() {
   cat <<'EOF'
-launch/tpu_pod.sh --name=mice --zone=us-east5-a --type=v5p-16 --version=v2-alpha-tpuv5 [options] -- --config=... --workdir=gs://...
+launch/tpu_pod.sh --name=mice --zone=us-east5-a --type=v5p-16 --version=v2-alpha-tpuv5 [options] -- --config=... --workdir=/shared/runs/mine
 
   --project=P          the project (gcloud's own)
   --spot               a spot machine

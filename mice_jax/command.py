@@ -89,6 +89,17 @@ def required(values: Values, name: str) -> Any:
     return values[name].value
 
 
+def workdir_of(values: Values) -> Path:
+    """The folder that --workdir names; UserError for an object store, which a path would silently make a folder of."""
+    given = required(values, "workdir")
+    if "://" in given:
+        raise UserError(
+            f"--workdir={given} is at an object store, and a run's folder cannot be there yet. Give a folder that all "
+            "hosts of the run see: a mounted bucket, NFS, Filestore."
+        )
+    return Path(given)
+
+
 def _parse(values: Values, argv: list[str]) -> None:
     _check_config_flags(argv)
     sys.modules.pop("config_config", None)  # ml_collections would run a second file on top of a first one's names

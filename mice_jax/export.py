@@ -35,7 +35,7 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 
 def export(values: command.Values) -> None:
-    workdir, output = Path(command.required(values, "workdir")), Path(command.required(values, "output"))
+    workdir, output = command.workdir_of(values), Path(command.required(values, "output"))
     if not (workdir / "model" / "config.json").exists():
         raise UserError(f"--workdir={workdir} is no run's folder: it has no model/config.json.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

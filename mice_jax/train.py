@@ -61,7 +61,7 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 def begin(arguments: Sequence[str], values: command.Values) -> int | None:
     config = command.config_of(values)
-    workdir = Path(command.required(values, "workdir"))
+    workdir = command.workdir_of(values)
     if supervise.is_child():
         supervise.follow_parent()
     elif distributed.several(values.coordinator_address, values.num_processes, values.process_id):

@@ -375,3 +375,13 @@ def test_a_process_says_no_more_than_its_paragraph(folder: Path) -> None:
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "chats.jsonl line 1" in errors[0]
     assert "Traceback" not in said and said.splitlines()[-1] == errors[0]
+
+
+def test_a_workdir_at_an_object_store_is_refused_and_no_folder_is_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    assert run_verb(train_module.main, [f"--config={folder / 'run.py'}", "--workdir=gs://bucket/run"]) == 2
+    assert "--workdir=gs://bucket/run is at an object store" in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == before
