@@ -367,6 +367,28 @@ def test_a_run_that_is_asked_to_leave_saves_and_goes_on_as_if_it_had_not(
     assert read_json(run, "summary.json")["status"] == "completed"
 
 
+def test_a_second_sigint_leaves_at_once_with_the_last_checkpoint_whole(
+    workdir: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, write = tmp_path / "run", metrics_module.JsonlWriter.write
+    every = "--config.checkpoint.every_samples=16"
+
+    def ask_twice(self: metrics_module.JsonlWriter, record: Record) -> None:
+        write(self, record)
+        for _ in range(2 * (record["step"] == 7)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics_module.JsonlWriter, "write", ask_twice)
+        with pytest.raises(KeyboardInterrupt):
+            run_train(config, run, every)
+    steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
+    assert steps and steps[-1] < 7  # nothing was saved for it
+    assert len(read_metrics(run)) == 7
+    assert run_train(config, run, every) == 0
+    assert timeless(read_metrics(run)) == timeless(read_metrics(workdir))
+
+
 def test_a_failure_of_our_own_keeps_its_traceback_and_is_in_the_summary(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
