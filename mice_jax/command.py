@@ -28,10 +28,12 @@ def run(
     define: Callable[[Values, list[str]], None],
     main: Callable[[Values], int | None],
     argv: Sequence[str],
+    refused: Callable[[Exception], None] = lambda e: None,
 ) -> int:
     """Runs a verb on its arguments (without the program's name) and returns its exit code.
 
-    0 done; 2 the user's input is wrong; 3 stopped by a rule; 75 preempted with its state saved.
+    0 done; 2 the user's input is wrong; 3 stopped by a rule; 75 preempted with its state saved. `refused` is called
+    with an error that is the user's, once it is printed.
     """
     arguments = ["mice", *argv]
     logging.set_verbosity(logging.ERROR)  # libraries' warnings to each other are not the user's
@@ -45,7 +47,9 @@ def run(
         return main(values) or 0
     except (UserError, ConfigError, StoppedByRule, Preempted) as e:
         word = {2: "error", 3: "stopped", 75: "preempted"}[e.exit_code]
-        print(f"{word}: {e}", file=sys.stderr)
+        print(f"{word}: {e}", file=sys.stderr, flush=True)
+        if e.exit_code == 2:
+            refused(e)
         return e.exit_code
 
 
@@ -64,6 +68,14 @@ def define_distributed(values: Values) -> None:
     flags.DEFINE_integer(
         "expect_devices", None, "refuse to run on another number of devices, all processes counted", flag_values=values
     )
+
+
+def place_of(argv: Sequence[str]) -> tuple[str | None, int | None, int | None]:
+    """The flags by which processes find each other, read where the rest of the arguments cannot be."""
+    values = Values()
+    define_distributed(values)
+    values(["mice", *argv], known_only=True)
+    return values.coordinator_address, values.num_processes, values.process_id
 
 
 def config_of(values: Values) -> Config:

@@ -34,11 +34,14 @@ def several(coordinator_address: str | None, num_processes: int | None, process_
     return _in_cluster() if num_processes is None else num_processes > 1
 
 
-def initialize(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
+def initialize(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None, refusal: str = ""
+) -> None:
     """Joins the run's processes, before anything else touches a device.
 
     With none of the three given JAX looks for a cluster by itself (TPU pod, Slurm, MPI), and one process alone
-    is what remains where it finds none.
+    is what remains where it finds none. A process that joins with a `refusal` only tells it to the others: they raise
+    it as an AgreedError.
     """
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -55,6 +58,9 @@ def initialize(coordinator_address: str | None, num_processes: int | None, proce
         )
     elif _in_cluster():
         jax.distributed.initialize(initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S)
+    told = _told(refusal)
+    if not refusal:
+        _raise_refusals(told)
 
 
 def ask_for_determinism() -> None:
@@ -115,6 +121,10 @@ def together() -> Iterator[None]:
     told = _told("" if refusal is None else str(refusal))
     if refusal:
         raise AgreedError(str(refusal)) from refusal
+    _raise_refusals(told)
+
+
+def _raise_refusals(told: list[str]) -> None:
     for process, text in enumerate(told):
         if text:
             raise AgreedError(f"process {process} refused: {text}")

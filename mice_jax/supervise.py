@@ -6,6 +6,7 @@ and waits. It touches no device. A child whose parent is gone ends at once, so k
 ends the run.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -55,6 +56,16 @@ def follow_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def tell_others(place: tuple[str | None, int | None, int | None], refusal: str) -> None:
+    """Tells the other processes, which wait for this one to join them, that it will not, and why.
+
+    In a process of its own: JAX aborts one that waits in vain, which must not change the exit code of this one.
+    """
+    program = "import json, sys; from mice_jax import distributed; distributed.initialize(*json.loads(sys.argv[1]))"
+    command = [sys.executable, "-c", program, json.dumps([*place, refusal])]
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def _said(number: int, workdir: Path | None) -> int:
     """Says which signal ended the child, and what it means."""
     if number == signal.SIGABRT:
@@ -65,11 +76,12 @@ def _said(number: int, workdir: Path | None) -> int:
     return 128 + number
 
 
-def say_lost(workdir: Path | None) -> int:
-    """Says that a peer was lost; 75 where there is a checkpoint to go on from, else 1."""
+def say_lost(workdir: Path | None, by: str = "") -> int:
+    """Says that a peer was lost, and by what it was noticed; 75 where there is a checkpoint to go on from, else 1."""
     resumable = _newest(workdir) is not None
     word = "preempted" if resumable else "error"
-    print(f"{word}: {LOST}, so this one ended too. {_goes_on(workdir)}", file=sys.stderr, flush=True)
+    noticed = f" ({by})" if by else ""
+    print(f"{word}: {LOST}, so this one ended too{noticed}. {_goes_on(workdir)}", file=sys.stderr, flush=True)
     return 75 if resumable else 1
 
 

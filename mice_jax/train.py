@@ -36,7 +36,7 @@ from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
-from mice_jax.errors import AgreedError, Preempted, StoppedByRule, UserError
+from mice_jax.errors import AgreedError, Preempted, StoppedByRule, UserError, one_line
 from mice_jax.evals import held_out
 from mice_jax.models import hf
 from mice_jax.models.attention import choose_backend
@@ -73,6 +73,8 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
         raise
     except BaseException as e:
         if supervise.is_child():
+            if distributed.peer_is_lost(e):
+                os._exit(supervise.say_lost(workdir, one_line(e)))
             distributed.abandon(e)
         raise
 
@@ -264,7 +266,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         if distributed.peer_is_lost(e):  # waiting for it once more, as below, would take for ever
             if lead:
                 run.write_json("summary.json", _summary("failed", supervise.LOST, saved, progress, record, run))
-            os._exit(supervise.say_lost(run.path))
+            os._exit(supervise.say_lost(run.path, one_line(e)))
         raise
     finally:
         leave.forget()
@@ -450,9 +452,24 @@ def _ending(run: Workdir, record: dict[str, Any], start: int, total_steps: int) 
     )
 
 
+def _refuse(arguments: Sequence[str], error: Exception) -> None:
+    """What this process refuses before it joins the others of its run, they must hear: they would wait for it."""
+    if supervise.is_child():  # it has joined them
+        return
+    try:
+        place = command.place_of(arguments)
+        others = distributed.several(*place)
+    except (UserError, flags.Error):  # it cannot be told where they are
+        return
+    if others:
+        supervise.tell_others(place, str(error))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    return command.run(__doc__, define, functools.partial(begin, arguments), arguments)
+    return command.run(
+        __doc__, define, functools.partial(begin, arguments), arguments, functools.partial(_refuse, arguments)
+    )
 
 
 if __name__ == "__main__":

@@ -202,7 +202,41 @@ def test_a_lead_that_alone_refuses_is_repeated_by_the_other(config: Path, tmp_pa
     assert "error: process 0 refused: " in told[1][1]
 
 
+@pytest.mark.parametrize("refusing", [0, 1])
+def test_a_config_that_one_process_alone_refuses_is_told_to_the_other(
+    refusing: int, config: Path, tmp_path: Path, start: Start
+) -> None:
+    """It is refused before the processes join; the other would wait for as long as it waits for any."""
+    bad = tmp_path / "bad.py"
+    bad.write_text(config.read_text().replace("batch_size = 8", "batch_size = -8"))
+    configs = [config, config]
+    configs[refusing] = bad
+    began = time.monotonic()
+    told = ends(start(configs, tmp_path / "run"), 100)
+    assert [code for code, _ in told] == [2, 2] and time.monotonic() - began < 60, told
+    assert "error: in the config, optim.batch_size=-8" in told[refusing][1]
+    assert f"error: process {refusing} refused: in the config, optim.batch_size=-8" in told[1 - refusing][1]
+
+
 # ---------------------------------------------------------------------------------------- a peer is lost
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_peer_that_is_lost_before_the_first_step_ends_the_other_with_a_word(
+    saved: bool, config: Path, one: Path, tmp_path: Path, start: Start
+) -> None:
+    run = tmp_path / "run"
+    if saved:
+        from_half(one, run)
+        (run / "lock").unlink()
+    processes = start([config, config], run)
+    wait_for(processes, (run / "lock").exists)  # data, model and compiling are still to come
+    processes[1].kill()
+    code, text = ends([processes[0]])[0]
+    assert code == (75 if saved else 1), text
+    word = "preempted" if saved else "error"
+    assert text.splitlines()[-1].startswith(f"{word}: another process of this run has ended"), text
+    assert "Traceback" not in text and "step 1" not in text.replace("step 10", "")
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_peer_ends_the_other_with_a_word_and_the_run_goes_on(
     victim: int, config: Path, two: Path, tmp_path: Path, start: Start
