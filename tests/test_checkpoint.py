@@ -109,7 +109,6 @@ UNSEEN = ("a bit of the arrays is flipped", "the manifest is no JSON")  # by the
 @pytest.mark.parametrize(
     ("damage", "sealed"), [*((d, True) for d in DAMAGES), *((d, False) for d in DAMAGES if d not in UNSEEN)]
 )
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's event loop, of failed reads
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(
     damage: str, sealed: bool, config: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
