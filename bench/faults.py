@@ -14,7 +14,6 @@ import argparse
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "MICE_JAX_HEARTBEAT_S": "10"}
 
-from runs import KEEP_PROGRAMS, assert_equal_runs, lines_of, read_metrics, saving, setting
+from runs import ENVIRONMENT, assert_equal_runs, lines_of, place_flags, read_metrics, saving, setting
 
 STEPS = 200
 FLAGS = ["--config.checkpoint.every_samples=40", "--config.checkpoint.keep_last=2"]
@@ -37,16 +36,11 @@ Processes = list[subprocess.Popen[bytes]]
 
 
 def start(config: Path, run: Path, count: int, log: Path) -> Processes:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = os.environ | {name.upper(): str(value) for name, value in KEEP_PROGRAMS.items()}
-    environment["JAX_NUM_CPU_DEVICES"] = str(8 // count)
+    environment = os.environ | ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(8 // count)}
     started = []
-    for i in range(count):
+    for place in place_flags(count):
         command = [sys.executable, "-m", "mice_jax.train", f"--config={config}", f"--workdir={run}", *FLAGS]
-        if count > 1:
-            command += [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
+        command += place if count > 1 else []
         with log.open("ab") as out:
             started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
     return started

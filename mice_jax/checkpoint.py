@@ -29,7 +29,7 @@ from mice_jax.step import TrainState
 PADDED = ("embed", "head")  # what has a vocabulary's dim
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 24
-NO_ROOM = ("no space", "quota", "file too large", "os_error_code='28'", "os_error_code='27'", "failed writing")
+NO_ROOM = ("no space", "quota", "file too large", "os_error_code='28'", "os_error_code='27'")
 
 
 def to_keep(
@@ -169,10 +169,9 @@ class Checkpoints:
         One that is damaged is set aside, with a word. Raises UserError where only damaged ones are there: a run is not
         silently started from nothing.
         """
-        aside: list[str] = []
         while steps := self.steps():
             step = steps[-1]
-            damage = damage_of(self.folder / str(step))
+            damage = damage_of(self.folder / str(step)) if self._lead else None  # every byte is read: once will do
             state, progress = None, {}
             if not self._agree(damage is not None):
                 try:
@@ -187,13 +186,11 @@ class Checkpoints:
                 return step, state, progress
             damage = damage or "another process could not read it"
             place = self._set_aside(step)
-            aside.append(str(place))
             say(f"the checkpoint of step {step} is damaged ({damage}); it is set aside as {place}")
-        if aside or self._damaged_ones():
+        if damaged := self._damaged_ones():
             raise UserError(
-                f"{self.folder} holds no checkpoint that is whole; damaged are "
-                f"{', '.join(aside or self._damaged_ones())}. Start in another --workdir, or remove them to start this "
-                "one anew."
+                f"{self.folder} holds no checkpoint that is whole; damaged are {', '.join(damaged)}. Start in "
+                "another --workdir, or remove them to start this one anew."
             )
         return None
 

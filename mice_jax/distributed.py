@@ -19,6 +19,8 @@ from mice_jax.errors import AgreedError, UserError
 # Without a word from a peer for so long it is lost, and JAX ends the others: well within two minutes.
 HEARTBEAT_S = int(os.environ.get("MICE_JAX_HEARTBEAT_S", "60"))
 JOIN_S = 100  # for all processes to come together
+# What the errors say of which a lost peer is the cause, in lower case.
+LOST_PEER = ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service", "barrier timed out")
 TOLD_BYTES = 2000  # of a refusal, that the other processes are told
 
 
@@ -88,17 +90,12 @@ def any_process(flag: bool) -> bool:
 
 def any_of(*flags: bool) -> list[bool]:
     """For each flag, whether it is set anywhere; every process must call it."""
-    if jax.process_count() == 1:
-        return list(flags)
-    return np.any(multihost_utils.process_allgather(np.array(flags)), axis=0).tolist()
+    return np.any(_from_all(np.array(flags)), axis=0).tolist()
 
 
 def check_same(what: str, fingerprint: str) -> None:
     """AgreedError where not all of them have the same fingerprint; every process must call it."""
-    if jax.process_count() == 1:
-        return
-    digest = np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint8)
-    digests = np.asarray(multihost_utils.process_allgather(digest))
+    digests = _from_all(np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint8))
     others = [i for i, d in enumerate(digests) if not np.array_equal(d, digests[0])]
     if others:
         raise AgreedError(
@@ -132,13 +129,17 @@ def _raise_refusals(told: list[str]) -> None:
 
 def _told(text: str) -> list[str]:
     """What each process says; every process must call it."""
-    if jax.process_count() == 1:
-        return [text]
     padded = np.zeros(TOLD_BYTES, np.uint8)
     raw = text.encode()[:TOLD_BYTES]
     padded[: len(raw)] = np.frombuffer(raw, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in _from_all(padded)]
+
+
+def _from_all(array: np.ndarray) -> np.ndarray:
+    """The array of each process, stacked; every process must call it."""
+    if jax.process_count() == 1:
+        return array[None]
+    return np.asarray(multihost_utils.process_allgather(array))
 
 
 def check_devices(expected: int | None) -> None:
@@ -165,10 +166,10 @@ def abandon(error: BaseException) -> NoReturn:
 
 def peer_is_lost(error: BaseException) -> bool:
     """Whether an exception is what a collective, or the coordination service, makes of a process that is gone."""
-    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError):
+    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
         return False
     said = str(error).lower()
-    return any(word in said for word in ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service"))
+    return any(word in said for word in LOST_PEER)
 
 
 class LeaveRequest:

@@ -91,6 +91,11 @@ class JsonlWriter:
         self._file.close()
 
 
+def numbers(record: dict[str, Any]) -> dict[str, float]:
+    """What of a record is a number."""
+    return {k: v for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
 class TensorBoardWriter:
     """Every number of a record, by samples seen."""
 
@@ -100,9 +105,8 @@ class TensorBoardWriter:
     def write(self, record: dict[str, Any]) -> None:
         if record["step"] % self._every:
             return
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, record["samples"])
+        for name, value in numbers(record).items():
+            self._writer.add_scalar(name, value, record["samples"])
 
     def close(self) -> None:
         self._writer.close()

@@ -14,6 +14,11 @@ class Stretch:
     first: int
     end: int
 
+    @property
+    def saved_steps(self) -> range:
+        """The names of its steps' checkpoints: a state is named by the steps that led to it."""
+        return range(self.first + 1, self.end + 1)
+
 
 def stretches(phases: Sequence[Phase], ends: Sequence[int], total_steps: int) -> list[Stretch]:
     """Those phases that have steps among the run's `total_steps`, in order; `ends` as Mixture.phase_ends gives them."""

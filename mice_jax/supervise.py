@@ -24,7 +24,7 @@ def is_child() -> bool:
     return CHILD in os.environ
 
 
-def run_child(module: str, arguments: Sequence[str], workdir: Path | None) -> int:
+def run_child(module: str, arguments: Sequence[str], workdir: Path) -> int:
     """Runs `python -m module` under this process, and returns what the command's exit code is to be."""
     reading, writing = os.pipe()
     os.set_inheritable(reading, True)
@@ -66,7 +66,7 @@ def tell_others(place: tuple[str | None, int | None, int | None], refusal: str) 
     subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _said(number: int, workdir: Path | None) -> int:
+def _said(number: int, workdir: Path) -> int:
     """Says which signal ended the child, and what it means."""
     if number == signal.SIGABRT:
         return say_lost(workdir)
@@ -76,7 +76,7 @@ def _said(number: int, workdir: Path | None) -> int:
     return 128 + number
 
 
-def say_lost(workdir: Path | None, by: str = "") -> int:
+def say_lost(workdir: Path, by: str = "") -> int:
     """Says that a peer was lost, and by what it was noticed; 75 where there is a checkpoint to go on from, else 1."""
     resumable = _newest(workdir) is not None
     word = "preempted" if resumable else "error"
@@ -85,16 +85,16 @@ def say_lost(workdir: Path | None, by: str = "") -> int:
     return 75 if resumable else 1
 
 
-def _goes_on(workdir: Path | None) -> str:
+def _goes_on(workdir: Path) -> str:
     newest = _newest(workdir)
     if newest is None:
         return "There is no checkpoint yet: run the same command in every process to start anew."
     return f"The last checkpoint is {newest}; run the same command in every process to go on from it."
 
 
-def _newest(workdir: Path | None) -> Path | None:
-    folder = workdir / "checkpoints" if workdir else None
-    if folder is None or not folder.is_dir():
+def _newest(workdir: Path) -> Path | None:
+    folder = workdir / "checkpoints"
+    if not folder.is_dir():
         return None
     steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
     return folder / str(max(steps)) if steps else None

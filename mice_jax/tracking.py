@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mice_jax.errors import UserError
-from mice_jax.metrics import TensorBoardWriter, Writer
+from mice_jax.metrics import TensorBoardWriter, Writer, numbers
 from mice_jax.workdir import Workdir
 
 IDS = "tracking.json"
@@ -77,11 +77,6 @@ class MlflowWriter:
 
     def close(self) -> None:
         self._mlflow.end_run()
-
-
-def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """What of a record is a number."""
-    return {k: v for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 def _known(run: Workdir, name: str) -> str | None:

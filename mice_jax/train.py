@@ -86,7 +86,6 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     if config.train.deterministic:
         distributed.ask_for_determinism()
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
-    distributed.check_devices(values.expect_devices)
     lead = distributed.is_lead()
     console = Console(quiet=not lead, highlight=False, soft_wrap=True)
 
@@ -172,7 +171,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     fns = make_step(decoder, optimizer, schedule, mesh, compute, trained, o.accumulate_dtype)
 
     # ---- Restore or start: 1 this workdir's newest checkpoint, 2 what init_from names -------------------------
-    seeding = [range(s.first + 1, s.end + 1) for i, s in enumerate(stretches) if phases.seeds_by_best(stretches, i)]
+    seeding = [s.saved_steps for i, s in enumerate(stretches) if phases.seeds_by_best(stretches, i)]
     checkpoints = Checkpoints(run.path, config.checkpoint, seeding=seeding, lead=lead, agree=distributed.any_process)
     restored = checkpoints.restore_newest(fns.abstract_state, Display(console).say)
     if restored is None:
@@ -391,7 +390,7 @@ def _enter(
     """The state with which a phase begins; the count of steps goes on, and the schedule follows it."""
     phase, before = stretches[number].phase, stretches[number - 1]
     if phase.seed_from == "best":
-        best = checkpoints.best(range(before.first + 1, before.end + 1))
+        best = checkpoints.best(before.saved_steps)
         assert best is not None, "the last step of a phase that seeds the next is measured and saved"
         console.print(f"the phase {phase.name!r} starts from step {best}, the best of {before.phase.name!r}")
         if best != before.end:

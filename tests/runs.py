@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
 KEEP_PROGRAMS = {"jax_compilation_cache_dir": PROGRAMS, "jax_persistent_cache_min_compile_time_secs": 0}
 for _name, _value in KEEP_PROGRAMS.items():
     jax.config.update(_name, _value)
+ENVIRONMENT = {name.upper(): str(value) for name, value in KEEP_PROGRAMS.items()}  # for processes of their own
 
 Record = dict[str, Any]
 
@@ -173,10 +175,18 @@ def run_verb(main: Any, arguments: list[str]) -> int:
 def start_train(config: Path, workdir: Path, *flags: str, devices: int = 8, **more: str) -> subprocess.Popen[str]:
     """`mice train` as a process of its own, to be killed; its output is one pipe."""
     command = [sys.executable, "-m", "mice_jax.train", f"--config={config}", f"--workdir={workdir}", *flags]
-    kept = {name.upper(): str(value) for name, value in KEEP_PROGRAMS.items()}
-    environment = os.environ | kept | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | more
+    environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | more
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
+
+
+def place_flags(count: int) -> list[list[str]]:
+    """For each of `count` processes of one run, the flags by which they find each other, at a free port."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    together = [f"--coordinator_address={address}", f"--num_processes={count}"]
+    return [[*together, f"--process_id={i}"] for i in range(count)]
 
 
 # ---------------------------------------------------------------------------------------- what a run left

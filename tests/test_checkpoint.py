@@ -12,7 +12,7 @@ import pytest
 
 from mice_jax.checkpoint import MANIFEST, damage_of, ranked, to_keep
 from runs import (
-    KEEP_PROGRAMS,
+    ENVIRONMENT,
     REPOSITORY,
     assert_equal_runs,
     read_json,
@@ -181,11 +181,10 @@ def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
     limited += "from mice_jax import checkpoint, train\nsave = checkpoint.Checkpoints.save\n"
     limited += "def full(*a): resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); save(*a)\n"
     limited += "checkpoint.Checkpoints.save = full\nsys.exit(train.main(sys.argv[1:]))"
-    kept_programs = {name.upper(): str(value) for name, value in KEEP_PROGRAMS.items()}
     done = subprocess.run(
         [sys.executable, "-c", limited, f"--config={config}", f"--workdir={run}"],
         cwd=REPOSITORY,
-        env=os.environ | kept_programs | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
+        env=os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
         capture_output=True,
         text=True,
         timeout=120,

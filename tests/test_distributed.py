@@ -1,18 +1,17 @@
 """Two real processes: whether they notice that they do not have the same."""
 
 import os
-import socket
 import subprocess
 import sys
 
-from runs import REPOSITORY
+from runs import REPOSITORY, place_flags
 
 AGREE = """
 import sys
-from mice_jax import distributed
+from mice_jax import command, distributed
 from mice_jax.errors import UserError
-port, number, have = sys.argv[1:]
-distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+have, *place = sys.argv[1:]
+distributed.initialize(*command.place_of(place))
 try:
     distributed.check_same("data", have)
     print("the same")
@@ -21,21 +20,14 @@ except UserError as e:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def two(haves: tuple[str, str]) -> list[str]:
     """What each of two processes says to what it has."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(REPOSITORY)}
-    port = str(free_port())
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", AGREE, port, str(i), have], env=environment, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", AGREE, have, *place], env=environment, stdout=subprocess.PIPE, text=True
         )
-        for i, have in enumerate(haves)
+        for have, place in zip(haves, place_flags(2), strict=True)
     ]
     return [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]  # gloo has a word before
 

@@ -14,19 +14,18 @@ import yaml
 from absl import flags
 
 from mice_jax import train
-from runs import KEEP_PROGRAMS, REPOSITORY, lines_of, read_metrics, setting
+from runs import ENVIRONMENT, REPOSITORY, lines_of, read_metrics, setting
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
 
 
 def gpu(*arguments: str | Path, first_on_path: Path | None = None) -> subprocess.Popen[str]:
-    kept = {name.upper(): str(value) for name, value in KEEP_PROGRAMS.items()}
     path = f"{first_on_path}:{os.environ['PATH']}" if first_on_path else os.environ["PATH"]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         [LAUNCH / "gpu.sh", f"--python={sys.executable}", *map(str, arguments)],
-        cwd=REPOSITORY, env=os.environ | kept | {"PATH": path, "MICE_JAX_HEARTBEAT_S": "10"},
+        cwd=REPOSITORY, env=os.environ | ENVIRONMENT | {"PATH": path, "MICE_JAX_HEARTBEAT_S": "10"},
         stdout=pipe, stderr=pipe, text=True,
     )  # fmt: skip
 

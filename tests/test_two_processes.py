@@ -1,11 +1,9 @@
 """Two real processes of four devices each against one of eight; and what becomes of one when the other is gone."""
 
-import os
+import contextlib
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,15 +12,15 @@ import numpy as np
 import pytest
 
 from runs import (
-    KEEP_PROGRAMS,
-    REPOSITORY,
     arrays,
     lines_of,
     make_chats,
+    place_flags,
     read_json,
     read_metrics,
     run_train,
     setting,
+    start_train,
     timeless,
     write_jsonl,
 )
@@ -36,33 +34,29 @@ Processes = list[subprocess.Popen[str]]
 Start = Callable[..., Processes]
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+@contextlib.contextmanager
+def starting() -> Iterator[Start]:
+    """What starts a run of two processes; whatever is left of it at the end is killed."""
+    started: Processes = []
+
+    def start(configs: Sequence[Path], run: Path, *flags: str) -> Processes:
+        for config, place in zip(configs, place_flags(2), strict=True):
+            heartbeat = {"MICE_JAX_HEARTBEAT_S": HEARTBEAT_S}
+            started.append(start_train(config, run, *flags, *place, devices=4, **heartbeat))
+        return started[-2:]
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            process.kill()  # its child follows it
+            process.communicate()
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts a run of two processes; whatever is left of it at the end is killed."""
-    started: Processes = []
-
-    def start(configs: Sequence[Path], run: Path, *flags: str, **environment: str) -> Processes:
-        port = free_port()
-        kept = {name.upper(): str(value) for name, value in KEEP_PROGRAMS.items()}
-        env = os.environ | kept | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
-        env |= {"MICE_JAX_HEARTBEAT_S": HEARTBEAT_S} | environment
-        for i, config in enumerate(configs):
-            command = [sys.executable, "-m", "mice_jax.train", f"--config={config}", f"--workdir={run}", *flags]
-            command += [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            started.append(subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes))
-        return started[-2:]
-
-    yield start
-    for process in started:
-        process.kill()  # its child follows it
-        process.communicate()
+    with starting() as start:
+        yield start
 
 
 def ends(processes: Processes, seconds: float = 150) -> list[tuple[int, str]]:
@@ -109,12 +103,8 @@ def one(config: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def two(config: Path, folder: Path) -> Path:
     """The run by two processes of four devices each."""
-    generator = start.__wrapped__()  # type: ignore[attr-defined]
-    begin = next(generator)
-    try:
-        told = ends(begin([config, config], folder / "two"))
-    finally:
-        generator.close()
+    with starting() as start:
+        told = ends(start([config, config], folder / "two"))
     assert [code for code, _ in told] == [0, 0], told
     assert "step 20/20" in told[0][1] and "step 20/20" not in told[1][1]  # the lead speaks, for both
     return folder / "two"
