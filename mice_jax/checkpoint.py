@@ -12,7 +12,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from mice_jax.config import Checkpoint
 from mice_jax.errors import UserError, one_line
 from mice_jax.models.transformer import Params
+from mice_jax.places import Place, is_remote, move, objects, write_whole
 from mice_jax.step import TrainState
 
 PADDED = ("embed", "head")  # what has a vocabulary's dim
@@ -76,7 +77,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: Path,
+        workdir: Place,
         policy: Checkpoint | None = None,
         *,
         seeding: Sequence[range] = (),
@@ -84,7 +85,7 @@ class Checkpoints:
         lead: bool = True,
         agree: Callable[[bool], bool] = lambda flag: flag,
     ):
-        self.folder = workdir.resolve() / "checkpoints"
+        self.folder = (workdir.resolve() if isinstance(workdir, Path) else workdir) / "checkpoints"
         self._policy, self._lead, self._agree = policy or Checkpoint(), lead, agree
         self._saved: dict[int, dict[str, float]] = {}
         self._seeding = seeding
@@ -201,7 +202,7 @@ class Checkpoints:
         folder = self.folder / "damaged"
         return sorted(str(p) for p in folder.iterdir()) if folder.exists() else []
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int) -> Place:
         """Moves a checkpoint to where orbax does not see it."""
         self._manager.close()
         folder = self.folder / "damaged"
@@ -209,8 +210,7 @@ class Checkpoints:
         place = next(folder / n for n in names if not (folder / n).exists())
         self._agree(False)  # every process has seen the names before one of them is taken
         if self._lead:
-            folder.mkdir(exist_ok=True)
-            (self.folder / str(step)).rename(place)
+            move(self.folder / str(step), place)
         self._agree(False)  # and nobody looks before it is
         self._manager = self._open()
         return place
@@ -261,7 +261,7 @@ def pick_step(checkpoints: Checkpoints, step: int | None) -> int:
 
 
 # ---------------------------------------------------------------------------------------- damage
-def damage_of(folder: Path) -> str | None:
+def damage_of(folder: Place) -> str | None:
     """How a checkpoint's files differ from its manifest; None where they do not, or where it has none.
 
     A process that is killed between a save's end and its manifest leaves none; then reading alone tells.
@@ -273,10 +273,10 @@ def damage_of(folder: Path) -> str | None:
         wanted = json.loads(file.read_text())["files"]
     except (ValueError, KeyError, TypeError):
         return f"its {MANIFEST} cannot be read"
-    missing = sorted(name for name in wanted if not (folder / name).is_file())
+    found = _digests(folder)
+    missing = sorted(wanted.keys() - found)
     if missing:
         return f"{missing[0]} is missing"
-    found = _digests(folder, wanted)
     for name, (size, crc) in wanted.items():
         if found[name][0] != size:
             return f"{name} has {found[name][0]:,} bytes, not {size:,}"
@@ -285,37 +285,37 @@ def damage_of(folder: Path) -> str | None:
     return None
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Place) -> None:
     """Writes the manifest of a whole checkpoint."""
-    names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
-    partial = folder / f".{MANIFEST}.partial"
-    partial.write_text(json.dumps({"files": _digests(folder, [n for n in names if not n.endswith(".partial")])}))
-    partial.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps({"files": _digests(folder)}))
 
 
-def _digests(folder: Path, names: Iterable[str]) -> dict[str, list[int]]:
-    """Size and CRC-32 of each file."""
+def _digests(folder: Place) -> dict[str, list[Any]]:
+    """Size and CRC-32 of each of a checkpoint's files; in a bucket, what the store knows of its objects."""
+    if not isinstance(folder, Path):
+        return {name: list(known) for name, known in objects(folder).items() if name != MANIFEST}
 
-    def digest(name: str) -> list[int]:
+    def digest(file: Path) -> list[Any]:
         size = crc = 0
-        with (folder / name).open("rb") as file:
-            while block := file.read(READ_BYTES):
+        with file.open("rb") as opened:
+            while block := opened.read(READ_BYTES):
                 size, crc = size + len(block), zlib.crc32(block, crc)
         return [size, crc]
 
-    names = list(names)
+    ours = (MANIFEST, f".{MANIFEST}.partial")
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ours]
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # crc32 lets go of the interpreter's lock
-        return dict(zip(names, threads.map(digest, names), strict=True))
+        return {str(p.relative_to(folder)): d for p, d in zip(files, threads.map(digest, files), strict=True)}
 
 
 @contextlib.contextmanager
-def _told_of_failures(folder: Path) -> Iterator[None]:
+def _told_of_failures(folder: Place) -> Iterator[None]:
     """Turns what a save fails with where there is no room into a word for the user."""
     try:
         yield
     except Exception as e:
         said = one_line(e)
-        if not any(word in said.lower() for word in NO_ROOM):
+        if is_remote(folder) or not any(word in said.lower() for word in NO_ROOM):
             raise
         stats = os.statvfs(folder)
         raise UserError(

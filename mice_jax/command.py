@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from mice_jax import config
 from mice_jax.config import Config, ConfigError, field_names, nearest
 from mice_jax.errors import Preempted, StoppedByRule, UserError
+from mice_jax.places import Place, find_place
 
 Values = flags.FlagValues
 
@@ -101,15 +102,9 @@ def required(values: Values, name: str) -> Any:
     return values[name].value
 
 
-def workdir_of(values: Values) -> Path:
-    """The folder that --workdir names; UserError for an object store, which a path would silently make a folder of."""
-    given = required(values, "workdir")
-    if "://" in given:
-        raise UserError(
-            f"--workdir={given} is at an object store, and a run's folder cannot be there yet. Give a folder that all "
-            "hosts of the run see: a mounted bucket, NFS, Filestore."
-        )
-    return Path(given)
+def workdir_of(values: Values) -> Place:
+    """The folder that --workdir names, on disk or in a bucket."""
+    return find_place(required(values, "workdir"))
 
 
 def _parse(values: Values, argv: list[str]) -> None:

@@ -18,6 +18,7 @@ from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
+from mice_jax.places import Place, fetched, find_place
 from mice_jax.sharding import param_shardings
 
 RANDOM = "random:"
@@ -29,7 +30,7 @@ class Origin:
 
     kind: str  # hf | random | run
     folder: Path  # holds config.json and, by default, the tokenizer
-    workdir: Path | None  # of a run
+    workdir: Place | None  # of a run
     step: int | None  # of one of its checkpoints, where that was named
     config: dict[str, Any]  # config.json
     spec: ModelSpec
@@ -50,7 +51,7 @@ def find_origin(init_from: str) -> Origin:
         file = file / "config.json" if file.is_dir() else file
         config = hf.read_config(file) | {"dtype": "float32"}
         return Origin("random", file.parent, None, None, config, hf.spec_from_config(config, file))
-    folder, step = Path(init_from), None
+    folder, step = find_place(init_from), None
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
     if not folder.is_dir():
@@ -58,13 +59,14 @@ def find_origin(init_from: str) -> Origin:
             f"{init_from} is no folder: a model is given as a Hugging Face folder, a run's workdir (or one of its "
             "checkpoints/<step>), or random:path/to/config.json."
         )
-    is_run = (folder / "checkpoints").is_dir()
-    file = folder / "model" / "config.json" if is_run else folder / "config.json"
-    config = hf.read_config(file)
-    spec = hf.spec_from_config(config, file)
-    if is_run:
-        return Origin("run", file.parent, folder, step, config, spec)
-    return Origin("hf", folder, None, None, config, spec)
+    if (folder / "checkpoints").is_dir():
+        file = (folder if isinstance(folder, Path) else fetched(folder)) / "model" / "config.json"
+        config = hf.read_config(file)
+        return Origin("run", file.parent, folder, step, config, hf.spec_from_config(config, file))
+    if not isinstance(folder, Path):
+        raise UserError(f"{init_from} is no run's folder; a Hugging Face folder has to lie on disk: copy it here.")
+    config = hf.read_config(folder / "config.json")
+    return Origin("hf", folder, None, None, config, hf.spec_from_config(config, folder / "config.json"))
 
 
 def with_vocabulary(origin: Origin, ids: dict[str, int], added: Collection[str]) -> ModelSpec:

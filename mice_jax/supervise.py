@@ -13,7 +13,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
+
+import orbax.checkpoint as ocp
+
+from mice_jax.places import Place
 
 CHILD = "MICE_JAX_PARENT_PIPE"  # in a child's environment: the end of a pipe that closes with its parent
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -24,7 +27,7 @@ def is_child() -> bool:
     return CHILD in os.environ
 
 
-def run_child(module: str, arguments: Sequence[str], workdir: Path) -> int:
+def run_child(module: str, arguments: Sequence[str], workdir: Place) -> int:
     """Runs `python -m module` under this process, and returns what the command's exit code is to be."""
     reading, writing = os.pipe()
     os.set_inheritable(reading, True)
@@ -66,7 +69,7 @@ def tell_others(place: tuple[str | None, int | None, int | None], refusal: str) 
     subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _said(number: int, workdir: Path) -> int:
+def _said(number: int, workdir: Place) -> int:
     """Says which signal ended the child, and what it means."""
     if number == signal.SIGABRT:
         return say_lost(workdir)
@@ -76,7 +79,7 @@ def _said(number: int, workdir: Path) -> int:
     return 128 + number
 
 
-def say_lost(workdir: Path, by: str = "") -> int:
+def say_lost(workdir: Place, by: str = "") -> int:
     """Says that a peer was lost, and by what it was noticed; 75 where there is a checkpoint to go on from, else 1."""
     resumable = _newest(workdir) is not None
     word = "preempted" if resumable else "error"
@@ -85,16 +88,14 @@ def say_lost(workdir: Path, by: str = "") -> int:
     return 75 if resumable else 1
 
 
-def _goes_on(workdir: Path) -> str:
+def _goes_on(workdir: Place) -> str:
     newest = _newest(workdir)
     if newest is None:
         return "There is no checkpoint yet: run the same command in every process to start anew."
     return f"The last checkpoint is {newest}; run the same command in every process to go on from it."
 
 
-def _newest(workdir: Path) -> Path | None:
+def _newest(workdir: Place) -> Place | None:
     folder = workdir / "checkpoints"
-    if not folder.is_dir():
-        return None
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
+    steps = ocp.utils.checkpoint_steps(str(folder)) if folder.is_dir() else []
     return folder / str(max(steps)) if steps else None

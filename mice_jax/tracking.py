@@ -32,7 +32,7 @@ def make_trackers(
     made: list[Writer] = []
     for name in dict.fromkeys(names):
         if name == "tensorboard":
-            made.append(TensorBoardWriter(run.path / "tensorboard", every_steps))
+            made.append(TensorBoardWriter(run.local / "tensorboard", every_steps))
         else:
             made.append({"wandb": WandbWriter, "mlflow": MlflowWriter}[name](run, project, every_steps, config))
     return made
@@ -46,7 +46,7 @@ class WandbWriter:
         self._every = every_steps
         known = _known(run, "wandb")
         self._run = wandb.init(
-            project=project, name=run.path.name, id=known, resume="allow", config=config, dir=str(run.path)
+            project=project, name=run.path.name, id=known, resume="allow", config=config, dir=str(run.local)
         )
         _keep(run, "wandb", self._run.id)
 

@@ -47,7 +47,7 @@ from mice_jax.progress import Alarm, Progress, crosses
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_rows
 from mice_jax.start import Origin, find_origin, load_params, with_vocabulary
 from mice_jax.step import StepFunctions, Sums, TrainState, make_step
-from mice_jax.workdir import METRICS, Workdir, code_state, environment
+from mice_jax.workdir import METRICS, PUBLISH_S, Workdir, code_state, environment
 
 CHOSEN_BY = ("loss", "grad_norm", "param_norm", "update_norm")  # beside held-out losses
 PLANNED_AHEAD = 2_000_000  # samples whose steps are planned before the first, about two seconds
@@ -103,7 +103,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         spec = with_vocabulary(origin, tokenizer.get_vocab(), added)
         encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
         if lead:
-            run.lock()
+            run.lock(Display(console).say)
             _check_same_config(run, config)
 
     # ---- Data -----------------------------------------------------------------------------------------------
@@ -189,7 +189,8 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": made_by})
             whole = report.with_steps(data.report, data.corpus, mixture, steps.plan, total_steps)
             run.write_json("data_report.json", whole)
-            _keep_model(run.path / "model", origin, spec, tokenizer)
+            _keep_model(run.local / "model", origin, spec, tokenizer)
+            run.publish()
     console.print(startup.table(config, origin, data, steps, stretches, start, mesh, compute, num_params))
     for warning in startup.warnings(config, origin, decoder, data, mixture, mesh):
         console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
@@ -202,7 +203,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     if lead:
         log = config.log
         writers = [
-            metrics.JsonlWriter(run.path / METRICS),
+            metrics.JsonlWriter(run.local / METRICS),
             *tracking.make_trackers(
                 log.trackers, run, project=log.project, every_steps=log.every_steps, config=to_dict(config)
             ),
@@ -229,7 +230,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             state, sums, on_device = fns.apply(state, sums, progress.spike(config.train.skip_spikes))
             measured = {name: x.item() for name, x in jax.device_get(on_device).items()}
             if not measured.pop("finite"):
-                saved = _save(checkpoints, state, progress, None, saved)
+                saved = _save(run, checkpoints, state, progress, None, saved)
                 raise StoppedByRule(_not_finite(step, measured, checkpoints, saved))
             ended, step_time = time.perf_counter(), time.perf_counter() - ended
             before, progress = progress, progress.after(batch, measured["grad_norm"], measured.pop("skipped"))
@@ -251,10 +252,11 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
                 )
             for writer in writers:
                 writer.write(record)
+            run.publish(after_s=PUBLISH_S)
             asked, late, clock = distributed.any_of(leave.signal is not None, time_limit.rings(), save_alarm.rings())
             if due or asked or late or clock:
                 score = record.get(config.checkpoint.best_metric) if due else None
-                saved = _save(checkpoints, state, progress, score, saved)
+                saved = _save(run, checkpoints, state, progress, score, saved)
                 save_alarm.set()
             if (asked or late) and not last:
                 why = leave.signal or ("train.max_minutes" if late else "another process was asked to leave")
@@ -265,6 +267,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         if distributed.peer_is_lost(e):  # waiting for it once more, as below, would take for ever
             if lead:
                 run.write_json("summary.json", _summary("failed", supervise.LOST, saved, progress, record, run))
+                run.close(failing=True)
             os._exit(supervise.say_lost(run.path, one_line(e)))
         raise
     finally:
@@ -371,10 +374,13 @@ def _keep_model(folder: Path, origin: Origin, spec: ModelSpec, tokenizer: PreTra
     Workdir(folder).write_json("config.json", stored)  # last: it says that the folder is whole
 
 
-def _save(checkpoints: Checkpoints, state: TrainState, progress: Progress, score: float | None, saved: int) -> int:
-    """Saves unless this step is saved already; returns the step."""
+def _save(
+    run: Workdir, checkpoints: Checkpoints, state: TrainState, progress: Progress, score: float | None, saved: int
+) -> int:
+    """Saves unless this step is saved already, its line first; returns the step."""
     step = int(state.step)
     if step != saved:
+        run.publish()
         checkpoints.save(state, dataclasses.asdict(progress), score)
     return step
 

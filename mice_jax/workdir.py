@@ -1,87 +1,112 @@
 """A run's folder: who writes it, what config made it, and the small files it leaves."""
 
-import fcntl
 import json
-import os
 import platform
-import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from mice_jax import __version__
-from mice_jax.errors import UserError
+from mice_jax import __version__, lock
+from mice_jax.errors import UserError, one_line
+from mice_jax.places import Place, fetch, fetched, filesystem, write_whole
 
 METRICS = "metrics.jsonl"
+PUBLISH_S = 30.0
 
 
 class Workdir:
-    """The folder of one run, written by one process at a time; as a context it gives its lock back at the end."""
+    """The folder of one run, written by one process at a time; as a context it gives its lock back at the end.
 
-    def __init__(self, path: Path):
+    What is written lies in `local`: the folder itself, or, for one in a bucket, whose objects cannot be appended to, a
+    copy of its small files, of which `publish` puts there what has changed. So a run in a bucket is worked on as any
+    other, and what others see of it is whole lines and whole files, at most PUBLISH_S and a step behind.
+    """
+
+    def __init__(self, path: Place):
         self.path = path
-        self._lock: TextIO | None = None
+        self.local = path if isinstance(path, Path) else fetched(path)
+        self._lock: lock.FolderLock | lock.BucketLock | None = None
+        self._published: dict[Path, tuple[int, int]] = {}  # what is there already: size and time of change
+        self._tried = time.monotonic()
 
     def __enter__(self) -> "Workdir":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self._lock:
-            self._lock.close()
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self.close(failing=kind is not None)
 
-    def lock(self) -> None:
-        """Takes the folder; the system gives it back with the process, so a dead writer's lock is never in the way.
+    def lock(self, say: Callable[[str], None] = print) -> None:
+        """Takes the folder; a dead writer's lock is never in the way.
 
         Raises UserError where it cannot be written, or where a live process has it.
         """
+        self._lock = lock.take(self.path, say)
+        if self.local != self.path:
+            fetch(self.path, self.local)  # as its writer before has left it
+            self._published = self._changed()
+
+    def publish(self, after_s: float = 0.0) -> None:
+        """Puts what has changed here where others see it, unless that was tried in the last `after_s` seconds.
+
+        Raises UserError where it cannot be; what is only due by the clock is then tried again later.
+        """
+        if self.local == self.path or not self._lock or time.monotonic() - self._tried < after_s:
+            return
+        self._lock.check()
+        fs, root = filesystem(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "lock").open("a+")
-        except OSError as e:
-            raise UserError(f"--workdir={self.path} cannot be written: {e.strerror}.") from None
+            for file, seen in self._changed().items():
+                fs.pipe_file(f"{root}/{file.relative_to(self.local)}", file.read_bytes())
+                self._published[file] = seen
+        except Exception as e:
+            if not after_s:
+                raise UserError(f"--workdir={self.path} cannot be written: {one_line(e)}.") from e
+        self._tried = time.monotonic()
+
+    def _changed(self) -> dict[Path, tuple[int, int]]:
+        files = [p for p in self.local.rglob("*") if p.is_file() and p.suffix != ".partial" and p.name != "lock"]
+        found = {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)}
+        return {p: seen for p, seen in found.items() if self._published.get(p) != seen}
+
+    def close(self, failing: bool = False) -> None:
+        """Publishes what is left and gives the lock back; where all is `failing` anyway, a failure is only said."""
+        if not self._lock:
+            return
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            writer = file.read().strip()
-            file.close()
-            raise UserError(
-                f"--workdir={self.path} is being written by another live process ({writer}). "
-                "Wait for it, end it, or give another --workdir."
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._lock = file
+            self.publish()
+            self._lock.release()
+        except Exception as e:
+            if not failing:
+                raise
+            print(f"warning: {one_line(e)}", file=sys.stderr)
+        self._lock = None
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a file whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-        partial.replace(self.path / name)
+        write_whole(self.local / name, json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
         """A file's content, or None where there is none."""
-        file = self.path / name
+        file = self.local / name
         return json.loads(file.read_text()) if file.exists() else None
 
     def cut_metrics(self, step: int) -> None:
         """Leaves the lines of steps 1 to `step` in metrics.jsonl, as a resume from there needs them."""
-        file = self.path / METRICS
+        file = self.local / METRICS
         lines = file.read_text().splitlines() if file.exists() else []
         kept = lines[:step]
         steps = [_step_of(line) for line in kept]
         if steps != list(range(1, step + 1)):
             raise UserError(
-                f"{file} does not hold the steps 1 to {step} that the checkpoint of step {step} continues. "
-                "Restore the file, or start in another --workdir."
+                f"{self.path / METRICS} does not hold the steps 1 to {step} that the checkpoint of step {step} "
+                "continues. Restore the file, or start in another --workdir."
             )
         if len(kept) < len(lines):
-            partial = file.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept))
-            partial.replace(file)
+            write_whole(file, "".join(line + "\n" for line in kept))
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""Who writes a run's folder: one process at a time, and a dead one is never in the way."""
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from etils import epath
+
+from mice_jax.errors import UserError, one_line
+from mice_jax.places import Place, filesystem
+
+BEAT_S = 10.0  # how often the holder of a bucket's lock writes it anew
+DEAD_S = 60.0  # a lock that is not written anew for so long has no holder
+LOOK_S = 1.0
+
+
+def take(place: Place, say: Callable[[str], None]) -> "FolderLock | BucketLock":
+    """The lock of a run's folder; UserError where a live process has it, or where it cannot be written."""
+    return FolderLock(place) if isinstance(place, Path) else BucketLock(place, say)
+
+
+def _held(place: Place, writer: str) -> UserError:
+    return UserError(
+        f"--workdir={place} is being written by another live process ({writer}). Wait for it, end it, or give another "
+        "--workdir."
+    )
+
+
+class FolderLock:
+    """A file lock: the system gives it back with the process."""
+
+    def __init__(self, folder: Path):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / "lock").open("a+")
+        except OSError as e:
+            raise UserError(f"--workdir={folder} cannot be written: {e.strerror}.") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            writer = file.read().strip()
+            file.close()
+            raise _held(folder, writer) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file: TextIO = file
+
+    def check(self) -> None:
+        """Nobody else can have taken it."""
+
+    def release(self) -> None:
+        self._file.close()
+
+
+class BucketLock:
+    """An object that its holder writes anew every BEAT_S, and that is taken from one that has not for DEAD_S.
+
+    Only whether the object changes counts, so the machines' clocks do not matter. A holder of this machine whose
+    process is gone is known to be dead at once. The store itself sees to it that of two that create it one succeeds.
+    """
+
+    def __init__(self, folder: epath.Path, say: Callable[[str], None]):
+        self._folder, self._id, self._beats = folder, uuid.uuid4().hex, 0
+        self._fs, root = filesystem(folder)
+        self._object = f"{root}/lock"
+        self._lost = ""
+        self._done = threading.Event()
+        try:
+            while not self._create():
+                self._bury(say)
+        except UserError:
+            raise
+        except Exception as e:
+            raise UserError(f"--workdir={folder} cannot be written: {one_line(e)}.") from e
+        self._thread = threading.Thread(target=self._keep_alive, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """UserError where another process has taken the lock, as it may where this one was not heard of for long."""
+        if self._lost:
+            raise UserError(
+                f"--workdir={self._folder} has been taken by another process ({self._lost}), since nothing was heard "
+                f"of this one for {DEAD_S:.0f} s. It leaves the run to that one."
+            )
+
+    def release(self) -> None:
+        self._done.set()
+        self._thread.join()
+        if not self._lost and self._holder().get("id") == self._id:
+            self._fs.rm_file(self._object)
+
+    def _text(self) -> bytes:
+        self._beats += 1
+        mine = {"process": os.getpid(), "host": socket.gethostname(), "machine": uuid.getnode()}
+        return json.dumps(mine | {"id": self._id, "beat": self._beats}).encode()
+
+    def _create(self) -> bool:
+        try:
+            self._fs.pipe_file(self._object, self._text(), mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def _read(self) -> bytes:
+        """The object's content, nothing where there is none."""
+        try:
+            return self._fs.cat_file(self._object)
+        except FileNotFoundError:
+            return b""
+
+    def _holder(self) -> dict[str, object]:
+        try:
+            return dict(json.loads(self._read() or b"{}"))
+        except ValueError:  # written by something else: only its silence counts
+            return {}
+
+    def _bury(self, say: Callable[[str], None]) -> None:
+        """Returns once the object of a dead holder is removed, or gone; UserError as soon as it is known to live."""
+        before, holder = self._read(), self._holder()
+        writer = f"process {holder.get('process', '?')} on {holder.get('host', '?')}"
+        if not _was_here(holder):
+            say(f"the lock of {self._folder} is held by {writer}; watching for {DEAD_S:.0f} s whether it is alive")
+            waited = 0.0
+            while waited < DEAD_S:
+                self._done.wait(LOOK_S)
+                waited += LOOK_S
+                now = self._read()
+                if not now:
+                    return
+                if now != before:
+                    raise _held(self._folder, writer)
+        if self._read() == before:  # else another has buried it
+            say(f"the lock of {writer}, which has ended without giving it back, is taken")
+            self._fs.rm_file(self._object)
+
+    def _keep_alive(self) -> None:
+        while not self._done.wait(BEAT_S):
+            try:
+                holder = self._holder()
+                if holder.get("id") != self._id:
+                    self._lost = f"process {holder.get('process', '?')} on {holder.get('host', '?')}"
+                    return
+                self._fs.pipe_file(self._object, self._text())
+            except Exception:  # the store cannot be reached: the next beat tries again
+                continue
+
+
+def _was_here(holder: dict[str, object]) -> bool:
+    """Whether a holder was a process of this machine that is there no longer."""
+    if (holder.get("host"), holder.get("machine")) != (socket.gethostname(), uuid.getnode()):
+        return False
+    number = holder.get("process")
+    return isinstance(number, int) and (number == os.getpid() or not Path(f"/proc/{number}").exists())

@@ -1,0 +1,112 @@
+"""A run's folder by its name: a folder of this machine, or one of a bucket (gs://), which knows whole objects only.
+
+A path in a bucket is etils.epath's, as orbax's are. Its small files are worked on in a copy here: see Workdir.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from etils import epath
+
+from mice_jax.errors import UserError, one_line
+
+Place = Path | epath.Path
+NOT_SMALL = ("checkpoints", "tensorboard")  # what of a run's folders is not fetched
+
+
+def find_place(name: str) -> Place:
+    """The place that a name stands for; UserError where it is a bucket that cannot be reached, or another kind."""
+    scheme, sign, _ = name.partition("://")
+    if not sign:
+        return Path(name)
+    if scheme != "gs":
+        raise UserError(
+            f"{name} is in a {scheme}:// store: a run's folder can be on disk or in a gs:// bucket. Give one of these, "
+            "or mount the store."
+        )
+    place = epath.Path(name)
+    try:
+        place.exists()
+    except ImportError as e:
+        raise UserError(f"{name} needs the package gcsfs: pip install 'mice_jax[gcs]' ({one_line(e)}).") from e
+    except Exception as e:  # each store, and each way to its keys, raises its own
+        raise UserError(f"{name} cannot be reached: {one_line(e)}.") from e
+    return place
+
+
+def is_remote(place: Place) -> bool:
+    return not isinstance(place, Path)
+
+
+def write_whole(file: Place, text: str) -> None:
+    """Writes a file whole or not at all, as a bucket does by itself."""
+    if isinstance(file, Path):
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(text)
+        partial.replace(file)
+    else:
+        file.write_text(text)
+
+
+def move(folder: Place, to: Place) -> None:
+    """Gives a folder another name; in a bucket object by object, so a move that is cut short leaves some in each."""
+    if isinstance(folder, Path):
+        to.parent.mkdir(exist_ok=True)
+        folder.rename(to)
+    else:
+        fs, root = filesystem(folder)
+        fs.mv(root, filesystem(to)[1], recursive=True)
+
+
+def objects(folder: Place) -> dict[str, tuple[int, str]]:
+    """For each object of a bucket's folder, by its name in there, its size and the store's own checksum of it."""
+    fs, root = filesystem(folder)
+    found = fs.find(root, detail=True)
+    return {
+        os.path.relpath(name, root): (int(info["size"] or 0), str(info.get("crc32c", "")))
+        for name, info in found.items()
+        if not name.endswith("/")
+    }
+
+
+def fetched(place: Place) -> Path:
+    """A new folder here with a run's small files; it goes with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="mice_jax_run_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    fetch(place, folder)
+    return folder
+
+
+def fetch(place: Place, folder: Path) -> None:
+    """Copies a run's small files from a bucket into a folder."""
+    fs, root = filesystem(place)
+    for name in sorted(_small(fs, root)):
+        file = folder / os.path.relpath(name, root)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(fs.cat_file(name))
+
+
+def _small(fs: Any, root: str) -> list[str]:
+    """The objects of a folder and of those below that are not among NOT_SMALL, which may hold thousands."""
+    if not fs.isdir(root):
+        return []
+    names: list[str] = []
+    for entry in fs.ls(root, detail=True):
+        name = entry["name"].rstrip("/")
+        if entry["type"] == "file":
+            names.append(name)
+        elif name != root and os.path.basename(name) not in NOT_SMALL:
+            names += _small(fs, name)
+    return names
+
+
+def filesystem(place: Place) -> tuple[Any, str]:
+    """fsspec's file system of a bucket's path, which remembers no listing, and the path in it."""
+    fs, path = fsspec.core.url_to_fs(str(place))
+    fs.invalidate_cache()
+    return fs, path.rstrip("/")
