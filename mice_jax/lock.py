@@ -1,10 +1,12 @@
 """Who writes a run's folder: one process at a time, and a dead one is never in the way."""
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -61,10 +63,12 @@ class FolderLock:
 
 
 class BucketLock:
-    """An object that its holder writes anew every BEAT_S, and that is taken from one that has not for DEAD_S.
+    """An object that names its holder, and one that its holder writes anew every BEAT_S.
 
-    Only whether the object changes counts, so the machines' clocks do not matter. A holder of this machine whose
-    process is gone is known to be dead at once. The store itself sees to it that of two that create it one succeeds.
+    The store sees to it that of two that create the first only one succeeds; nobody writes over it, so one that was
+    taken for dead finds the other's name there and leaves. It may be taken once the second has not changed for DEAD_S:
+    only that counts, so the machines' clocks do not matter. A holder of this machine whose process is gone is known to
+    be dead at once.
     """
 
     def __init__(self, folder: epath.Path, say: Callable[[str], None]):
@@ -76,6 +80,7 @@ class BucketLock:
         try:
             while not self._create():
                 self._bury(say)
+            self._beat()
         except UserError:
             raise
         except Exception as e:
@@ -96,61 +101,74 @@ class BucketLock:
         self._thread.join()
         if not self._lost and self._holder().get("id") == self._id:
             self._fs.rm_file(self._object)
+        self._remove(self._sign(self._id))
 
-    def _text(self) -> bytes:
-        self._beats += 1
-        mine = {"process": os.getpid(), "host": socket.gethostname(), "machine": uuid.getnode()}
-        return json.dumps(mine | {"id": self._id, "beat": self._beats}).encode()
+    def _sign(self, holder: object) -> str:
+        """The object by which a holder shows that it is alive."""
+        return f"{self._object}.{holder}"
 
     def _create(self) -> bool:
+        mine = {"process": os.getpid(), "host": socket.gethostname(), "machine": uuid.getnode(), "id": self._id}
         try:
-            self._fs.pipe_file(self._object, self._text(), mode="create")
+            self._fs.pipe_file(self._object, json.dumps(mine).encode(), mode="create")
         except FileExistsError:
             return False
         return True
 
-    def _read(self) -> bytes:
-        """The object's content, nothing where there is none."""
+    def _beat(self) -> None:
+        self._beats += 1
+        self._fs.pipe_file(self._sign(self._id), str(self._beats).encode())
+
+    def _read(self, name: str) -> bytes:
+        """An object's content, nothing where there is none."""
         try:
-            return self._fs.cat_file(self._object)
+            return self._fs.cat_file(name)
         except FileNotFoundError:
             return b""
 
+    def _remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(name)
+
     def _holder(self) -> dict[str, object]:
         try:
-            return dict(json.loads(self._read() or b"{}"))
+            return dict(json.loads(self._read(self._object) or b"{}"))
         except ValueError:  # written by something else: only its silence counts
             return {}
 
     def _bury(self, say: Callable[[str], None]) -> None:
-        """Returns once the object of a dead holder is removed, or gone; UserError as soon as it is known to live."""
-        before, holder = self._read(), self._holder()
-        writer = f"process {holder.get('process', '?')} on {holder.get('host', '?')}"
+        """Returns once the objects of a dead holder are removed, or gone; UserError as soon as it is known to live."""
+        before, holder = self._read(self._object), self._holder()
+        writer = _name(holder)
+        sign = self._sign(holder.get("id"))
         if not _was_here(holder):
             say(f"the lock of {self._folder} is held by {writer}; watching for {DEAD_S:.0f} s whether it is alive")
-            waited = 0.0
-            while waited < DEAD_S:
+            last, until = self._read(sign), time.monotonic() + DEAD_S
+            while time.monotonic() < until:
                 self._done.wait(LOOK_S)
-                waited += LOOK_S
-                now = self._read()
-                if not now:
+                if self._read(self._object) != before:  # given back, or taken by another
                     return
-                if now != before:
+                if self._read(sign) != last:
                     raise _held(self._folder, writer)
-        if self._read() == before:  # else another has buried it
+        if self._read(self._object) == before:
             say(f"the lock of {writer}, which has ended without giving it back, is taken")
-            self._fs.rm_file(self._object)
+            self._remove(self._object)
+            self._remove(sign)
 
     def _keep_alive(self) -> None:
         while not self._done.wait(BEAT_S):
             try:
                 holder = self._holder()
                 if holder.get("id") != self._id:
-                    self._lost = f"process {holder.get('process', '?')} on {holder.get('host', '?')}"
+                    self._lost = _name(holder)
                     return
-                self._fs.pipe_file(self._object, self._text())
+                self._beat()
             except Exception:  # the store cannot be reached: the next beat tries again
                 continue
+
+
+def _name(holder: dict[str, object]) -> str:
+    return f"process {holder.get('process', '?')} on {holder.get('host', '?')}"
 
 
 def _was_here(holder: dict[str, object]) -> bool:

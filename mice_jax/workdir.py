@@ -68,7 +68,7 @@ class Workdir:
         self._tried = time.monotonic()
 
     def _changed(self) -> dict[Path, tuple[int, int]]:
-        files = [p for p in self.local.rglob("*") if p.is_file() and p.suffix != ".partial" and p.name != "lock"]
+        files = [p for p in self.local.rglob("*") if p.is_file() and p.suffix != ".partial"]
         found = {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)}
         return {p: seen for p, seen in found.items() if self._published.get(p) != seen}
 

@@ -377,11 +377,11 @@ def test_a_process_says_no_more_than_its_paragraph(folder: Path) -> None:
     assert "Traceback" not in said and said.splitlines()[-1] == errors[0]
 
 
-def test_a_workdir_at_an_object_store_is_refused_and_no_folder_is_made(
+def test_a_workdir_at_another_store_is_refused_and_no_folder_is_made(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.iterdir())
-    assert run_verb(train_module.main, [f"--config={folder / 'run.py'}", "--workdir=gs://bucket/run"]) == 2
-    assert "--workdir=gs://bucket/run is at an object store" in capsys.readouterr().err
+    assert run_verb(train_module.main, [f"--config={folder / 'run.py'}", "--workdir=s3://bucket/run"]) == 2
+    assert "s3://bucket/run is in a s3:// store: a run's folder can be" in capsys.readouterr().err
     assert set(tmp_path.iterdir()) == before
