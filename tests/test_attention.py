@@ -16,11 +16,11 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from mice_jax.errors import UserError
-from mice_jax.models.attention import BACKENDS, attend, choose_backend
+from mice_jax.models.attention import BACKENDS, Backend, attend, choose_backend
 from mice_jax.models.attention.blockwise import blockwise
 from mice_jax.models.attention.reference import masked, reference
 from mice_jax.models.attention.scoring import Scoring
-from models import QUICK, gap, mesh_of
+from models import QUICK, gap, mesh_of, spec_of
 
 BLOCKWISE = importlib.import_module("mice_jax.models.attention.blockwise")  # a function hides it by its name
 
@@ -202,7 +202,7 @@ def test_windows_and_soft_caps_equal_those_written_out_in_float64_and_so_do_grad
 ) -> None:
     scoring, others = SCORINGS[name]
     arrays = draw(SEGMENTS, 4, 2)
-    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scoring)
+    out, grads = with_gradients(BACKENDS[backend].kernel, arrays, SEGMENTS, scoring)
     expected, expected_grads = written_out(scoring)
     for row, kind in enumerate(ROWS):
         assert gap(out[row], expected[row]) < FORWARD, kind
@@ -246,7 +246,7 @@ def test_window_and_soft_cap_are_those_of_transformers_gemma_2(backend: str, sma
         heads_first = (torch.tensor(x).transpose(1, 2) for x in (q, k, v))
         return eager_attention_forward(module, *heads_first, mask, scaling=BOTH.scale, softcap=softcap)[0].numpy()
 
-    out = BACKENDS[backend](q, k, v, jnp.asarray(segments), BOTH)
+    out = BACKENDS[backend].kernel(q, k, v, jnp.asarray(segments), BOTH)
     assert gap(out, in_transformers(20, 1.5)) < FORWARD
     for other in ((19, 1.5), (21, 1.5), (20, 1.6)):
         assert gap(out, in_transformers(*other)) > 10 * FORWARD
@@ -342,14 +342,14 @@ def test_padding_gives_zeros_takes_no_gradient_and_has_no_influence(
     backend: str, scoring: Scoring, small_blocks: None
 ) -> None:
     arrays = draw(SEGMENTS, 4, 2)
-    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scoring)
+    out, grads = with_gradients(BACKENDS[backend].kernel, arrays, SEGMENTS, scoring)
     for x in (out, *grads):
         assert not np.asarray(x)[SEGMENTS == 0].any()
         assert np.asarray(x)[SEGMENTS > 0].any(axis=(1, 2)).mean() > 0.7  # a lone token's q and k take none either
     other = tuple(np.where((SEGMENTS == 0)[..., None, None], 1e4, x).astype(np.float32) for x in arrays)
-    assert gap(with_gradients(BACKENDS[backend], other, SEGMENTS, scoring), (out, grads)) == 0
+    assert gap(with_gradients(BACKENDS[backend].kernel, other, SEGMENTS, scoring), (out, grads)) == 0
     padding_seen = np.where(SEGMENTS == 0, 1, SEGMENTS).astype(np.int32)
-    seen = with_gradients(BACKENDS[backend], other, padding_seen, scoring)
+    seen = with_gradients(BACKENDS[backend].kernel, other, padding_seen, scoring)
     assert gap(seen[0], out) > 1e3  # what stands there is large: seen, it would show
 
 
@@ -358,7 +358,7 @@ def test_padding_gives_zeros_takes_no_gradient_and_has_no_influence(
 def test_very_large_scores_do_not_overflow(backend: str, rest: Scoring, small_blocks: None) -> None:
     arrays = draw(SEGMENTS, 4, 2)
     scoring = dataclasses.replace(rest, scale=1e3)  # scores of up to 1e4: exp of one is infinite in float32
-    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scoring)
+    out, grads = with_gradients(BACKENDS[backend].kernel, arrays, SEGMENTS, scoring)
     # A score of 1e4 is rounded by 5e-4, and a weight with it: by far the largest error here.
     tolerance = 5e-3
     assert gap(out, in_numpy(*arrays[:3], SEGMENTS, scoring)) < tolerance
@@ -373,7 +373,7 @@ def test_in_bfloat16_attention_differs_by_the_rounding_of_its_weights_and_output
     backend: str, scoring: Scoring, small_blocks: None, strict_dtypes: None
 ) -> None:
     narrow = tuple(jnp.asarray(x, jnp.bfloat16) for x in draw(SEGMENTS, 4, 2))
-    out, grads = with_gradients(BACKENDS[backend], narrow, SEGMENTS, scoring)
+    out, grads = with_gradients(BACKENDS[backend].kernel, narrow, SEGMENTS, scoring)
     assert {x.dtype for x in (out, *grads)} == {jnp.dtype(jnp.bfloat16)}
     q, k, v, _ = (np.asarray(x, np.float64) for x in narrow)
     # Scores are float32. Each weight is rounded to bfloat16 (2^-8 of itself) and so is the output: together they
@@ -431,7 +431,7 @@ def test_each_device_of_the_tensor_axis_works_on_its_share_of_heads(
         seen.append((q.shape[2], k.shape[2], v.shape[2]))
         return q
 
-    monkeypatch.setitem(BACKENDS, "spy", spy)
+    monkeypatch.setitem(BACKENDS, "spy", Backend(spy))
     q, k, v, _ = draw(SEGMENTS[:8], *heads)
     with jax.set_mesh(mesh_of(1, 2, 4)):
         out = jax.eval_shape(lambda *x: attend(*x, PLAIN, backend="spy"), q, k, v, SEGMENTS[:8])
@@ -439,8 +439,12 @@ def test_each_device_of_the_tensor_axis_works_on_its_share_of_heads(
     assert out.shape == q.shape
 
 
-def test_auto_takes_a_backend_that_is_there_and_an_unknown_name_is_refused() -> None:
-    assert choose_backend("auto") in BACKENDS
-    assert choose_backend("reference") == "reference"
-    with pytest.raises(UserError, match=r"model\.attention='flash'.*reference, blockwise"):
-        choose_backend("flash")
+def chosen(name: str, platform: str = "cpu", capability: str | None = None, **changes) -> str:
+    run = {"dtype": "bfloat16", "max_length": 4096, "deterministic": False}
+    run |= {k: changes.pop(k) for k in tuple(changes) if k in run}
+    return choose_backend(name, spec_of(**changes), platform=platform, compute_capability=capability, **run)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.attention='flash'.*reference"):
+        chosen("flash")
