@@ -14,8 +14,10 @@ from jax.sharding import PartitionSpec
 
 from mice_jax.errors import UserError
 from mice_jax.models.attention.blockwise import blockwise
+from mice_jax.models.attention.cudnn import MOST_ENTRIES, cudnn
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.splash import splash
 from mice_jax.models.spec import ModelSpec
 from mice_jax.sharding import BATCH_AXES
 
@@ -39,6 +41,18 @@ class Backend:
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
+    "splash": Backend(splash, platforms=("tpu",)),
+    "cudnn": Backend(
+        cudnn,
+        platforms=("gpu",),
+        capability=(9, 0),
+        dtypes=("bfloat16",),
+        softcaps=False,
+        head_dim=256,
+        row_entries=MOST_ENTRIES,
+        # It would be under XLA's flag, but for packed rows that takes memory with the square of all slots together.
+        deterministic=False,
+    ),
     # Memory linear in T; skips the key blocks outside a query block's segments and window.
     "blockwise": Backend(blockwise),
     # One [T, T] mask a row: for short rows, and what the others are tested against.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mice_jax.models.attention.padding import padded
 from mice_jax.models.attention.scoring import Scoring
 
 BLOCK = 64  # slots of a query or key block; on CPU twice as fast as 128 where samples are short
@@ -25,10 +26,7 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, 
     """As `attention.attend`."""
     t = q.shape[1]
     size = min(BLOCK, t)
-    pad = -t % size
-    if pad:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    q, k, v, segment_ids = padded(size, q, k, v, segment_ids)
     out = lax.map(lambda row: _row(row[0], row[1], row[2], row[3], size, scoring), (q, k, v, segment_ids))
     return out[:, :t]
 
