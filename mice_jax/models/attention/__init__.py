@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from mice_jax.errors import UserError
 from mice_jax.models.attention.blockwise import blockwise
 from mice_jax.models.attention.cudnn import MOST_ENTRIES, cudnn
+from mice_jax.models.attention.pallas import pallas
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.scoring import Scoring
 from mice_jax.models.attention.splash import splash
@@ -53,6 +54,7 @@ BACKENDS: dict[str, Backend] = {
         # It would be under XLA's flag, but for packed rows that takes memory with the square of all slots together.
         deterministic=False,
     ),
+    "pallas": Backend(pallas, platforms=("gpu",), capability=(8, 0)),
     # Memory linear in T; skips the key blocks outside a query block's segments and window.
     "blockwise": Backend(blockwise),
     # One [T, T] mask a row: for short rows, and what the others are tested against.

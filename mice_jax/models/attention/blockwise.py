@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mice_jax.models.attention.padding import padded
 from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.slots import first_seen, padded
 
 BLOCK = 64  # slots of a query or key block; on CPU twice as fast as 128 where samples are short
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -58,13 +58,7 @@ def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
 def _first_blocks(segments: jax.Array, window: int | None) -> jax.Array:
     """[J C] -> [J]: the first key block that each query block has to visit; J for a block of padding."""
     blocks, size = segments.shape
-    flat = segments.reshape(-1)
-    slots = jnp.arange(flat.size, dtype=jnp.int32)
-    starts = jnp.concatenate([jnp.ones(1, bool), flat[1:] != flat[:-1]])
-    first = lax.cummax(jnp.where(starts, slots, 0))[::size]
-    if window is not None:  # the block's first query reaches farthest back
-        first = jnp.maximum(first, slots[::size] - (window - 1))
-    first //= size
+    first = first_seen(segments.reshape(-1), window)[::size] // size  # the first query reaches farthest back
     return jnp.where(segments.max(axis=1) > 0, first, blocks)
 
 

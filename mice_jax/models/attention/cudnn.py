@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
 from mice_jax.errors import UserError
-from mice_jax.models.attention.padding import cleared
 from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.slots import cleared
 from mice_jax.rows import max_segments
 
 HEAD_DIMS = 8  # a head's dims are a multiple of it
