@@ -18,7 +18,7 @@ def cleared(segment_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]
 
 
 def first_seen(segments: jax.Array, window: int | None) -> jax.Array:
-    """[... T] -> [... T]: the first slot that each slot sees, its segment's or its window's; a run of 0 is a segment."""
+    """[... T] -> [... T]: the first slot that each slot sees: its segment's, a run of 0 being one, or its window's."""
     slots = jnp.broadcast_to(jnp.arange(segments.shape[-1], dtype=jnp.int32), segments.shape)
     starts = _differs(segments, jnp.roll(segments, 1, axis=-1), at=0)
     first = lax.cummax(jnp.where(starts, slots, 0), axis=segments.ndim - 1)
