@@ -94,8 +94,8 @@ def choose_backend(
         raise UserError(f"model.attention={name!r} is no attention backend: take auto or one of {', '.join(BACKENDS)}.")
     if missing := lacks(BACKENDS[name]):
         raise UserError(
-            f"model.attention={name!r} cannot honour this run: {'; '.join(missing)}. Take auto, which is {able[0]} "
-            f"here, or another that can: {', '.join(able)}."
+            f"model.attention={name!r} cannot honour this run: {'; '.join(missing)}. What can: {', '.join(able)}; auto "
+            f"takes {able[0]}."
         )
     return name
 
@@ -127,7 +127,7 @@ def _lacks(
         lacks.append(f"its heads have at most {backend.head_dim} dims, and the model's have {spec.head_dim}")
     if (entries := max_length * spec.num_heads * spec.head_dim) > backend.row_entries:
         lacks.append(
-            f"a row of it has at most {backend.row_entries:,} query entries, and data.max_length={max_length} makes "
+            f"it counts at most {backend.row_entries:,} query entries in a row, and data.max_length={max_length} makes "
             f"{entries:,} of {spec.num_heads} heads of {spec.head_dim} dims"
         )
     if deterministic and not backend.deterministic:
