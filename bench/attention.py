@@ -53,6 +53,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.attention import BACKENDS, attend, choose_backend
+from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.scoring import Scoring
 from mice_jax.rows import max_segments
 
@@ -121,7 +122,12 @@ def ours(arrays: Arrays, backward: bool, backend: str) -> Run:
 def row_by_row(scale: float, *inputs: jax.Array) -> jax.Array:
     """Plain attention with one row's scores in memory at a time."""
     scoring = Scoring(scale, None, None)
-    return jax.lax.map(lambda row: attend(*(x[None] for x in row), scoring, backend="reference")[0], inputs)
+
+    def of_row(row: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v, segments = (x[None] for x in row)
+        return reference(q, k, v, segments, scoring)[0]
+
+    return jax.lax.map(of_row, inputs)
 
 
 def cudnn_whole(arrays: Arrays, backward: bool) -> Run:
@@ -150,7 +156,8 @@ def flex(arrays: Arrays, backward: bool) -> Run:
     def sees(b: Any, _: Any, q: Any, k: Any) -> Any:
         return (q >= k) & (ids[b, q] == ids[b, k]) & (ids[b, q] > 0)
 
-    mask = create_block_mask(sees, *ids.shape[:1], None, *[ids.shape[1]] * 2, device=DEVICE)
+    rows, slots = ids.shape
+    mask = create_block_mask(sees, rows, None, slots, slots, device=DEVICE)
     compiled = torch.compile(flex_attention, fullgraph=True)
     return in_torch(lambda *x: compiled(*x, block_mask=mask, scale=arrays.scale, enable_gqa=True), arrays, backward)
 

@@ -1,5 +1,7 @@
 """Which attention backend a run gets, and what is said where the one that is asked for cannot honour it."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from mice_jax.errors import UserError
 from mice_jax.models.attention import BACKENDS, choose_backend
 from models import spec_of
+from runs import read_json, run_train, setting
 
 CPU = {"platform": "cpu", "compute_capability": None, "dtype": "float32"}
 TPU = {"platform": "tpu", "compute_capability": None, "dtype": "bfloat16"}
@@ -57,6 +60,7 @@ def test_auto_takes_the_first_that_can_honour_the_run(device: dict, run: dict, c
         ("cudnn", H100 | {"dtype": "float32"}, {}, "computes in bfloat16, and the run in float32"),
         ("cudnn", H100, GEMMA_2, "no soft cap on scores, and the model has one of 50.0"),
         ("cudnn", H100, {"head_dim": 264}, "at most 256 dims, and the model's have 264"),
+        ("pallas", H100, {"head_dim": 512}, "at most 256 dims, and the model's have 512"),
         ("cudnn", H100, {"deterministic": True}, "train.deterministic=True"),
         ("cudnn", H100, {"max_length": 2**26, "num_heads": 4, "head_dim": 8}, "data.max_length=67108864 makes"),
     ],
@@ -86,3 +90,19 @@ def test_a_row_that_just_fits_is_honoured() -> None:
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(UserError, match=f"model.attention='flash'.*auto or one of {', '.join(BACKENDS)}"):
         choice("flash", CPU)
+
+
+def test_auto_takes_what_a_run_had_before_on_the_same_mesh_of_the_same_devices(tmp_path: Path) -> None:
+    config, workdir = setting(tmp_path, samples=8), tmp_path / "run"
+    assert run_train(config, workdir, "--config.model.attention=reference") == 0
+
+    def again() -> str:
+        assert run_train(config, workdir) == 0
+        return read_json(workdir, "config.json")["resolved"]["attention"]
+
+    assert again() == "reference"
+    for moved in ({"device": "TPU v5e"}, {"mesh": {"data": 1, "fsdp": 4, "tensor": 1}}):
+        kept = read_json(workdir, "config.json")
+        kept["resolved"] |= {"attention": "reference"} | moved
+        (workdir / "config.json").write_text(json.dumps(kept))
+        assert again() == "blockwise"

@@ -27,13 +27,12 @@ Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Scoring], jax.Arr
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One way to compute attention, and what it can honour besides segments."""
+    """One way to compute attention, and what it can honour besides segments, windows and shared key heads."""
 
     kernel: Kernel
     platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
     capability: tuple[int, int] | None = None  # the least of an NVIDIA GPU; None: any GPU will do
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    windows: bool = True
     softcaps: bool = True
     head_dim: float = math.inf  # at most
     row_entries: float = math.inf  # slots x query heads x head_dim, at most
@@ -42,7 +41,10 @@ class Backend:
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
+    # On a TPU the best, whatever the run.
     "splash": Backend(splash, platforms=("tpu",)),
+    # Its maker's kernels, from Hopper on. Under XLA's flag for it the gradients would be bit-equal from run to run, but
+    # for packed rows that can take memory with the square of all slots together.
     "cudnn": Backend(
         cudnn,
         platforms=("gpu",),
@@ -51,10 +53,10 @@ BACKENDS: dict[str, Backend] = {
         softcaps=False,
         head_dim=256,
         row_entries=MOST_ENTRIES,
-        # It would be under XLA's flag, but for packed rows that takes memory with the square of all slots together.
         deterministic=False,
     ),
-    "pallas": Backend(pallas, platforms=("gpu",), capability=(8, 0)),
+    # What cuDNN cannot, and older GPUs.
+    "pallas": Backend(pallas, platforms=("gpu",), capability=(8, 0), head_dim=256),
     # Memory linear in T; skips the key blocks outside a query block's segments and window.
     "blockwise": Backend(blockwise),
     # One [T, T] mask a row: for short rows, and what the others are tested against.
@@ -118,9 +120,6 @@ def _lacks(
         lacks.append(f"it needs an NVIDIA GPU of compute capability {least} or more, and the devices have {there}")
     if dtype not in backend.dtypes:
         lacks.append(f"it computes in {' or '.join(backend.dtypes)}, and the run in {dtype} (model.compute_dtype)")
-    windows = sorted({w for w in spec.windows if w is not None})
-    if windows and not backend.windows:
-        lacks.append(f"it has no windows, and the model has them of {', '.join(map(str, windows))} tokens")
     if spec.attention_softcap is not None and not backend.softcaps:
         lacks.append(f"it has no soft cap on scores, and the model has one of {spec.attention_softcap}")
     if spec.head_dim > backend.head_dim:

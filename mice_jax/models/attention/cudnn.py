@@ -4,6 +4,8 @@ The cost follows the samples' lengths squared. JAX's own front (`jax.nn.dot_prod
 the function behind it is called; it is private to JAX, and what it expects was read in 0.10.2 and 0.11.2.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
@@ -39,7 +41,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scor
             f"heads of {q.shape[3]} dims are {q.size:,}, more than {MOST_ENTRIES:,}. Lower train.rows_per_device."
         )
     lengths, starts, most = spans(segment_ids, max_segments(t))
-    out = dot_product_attention(
+    out: Any = dot_product_attention(
         q,
         k,
         v,

@@ -57,7 +57,7 @@ def pallas(
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, dims - h))) for x in (q, k, v))  # zeros add nothing
     q, k, v, segments = padded(max(blocks), q, k, v, segment_ids)
     grouped = q.reshape(b, q.shape[1], n // group, group, dims)
-    out = _attend(grouped, k, v, segments, _Call(scoring, blocks, interpret))
+    out: Any = _attend(grouped, k, v, segments, _Call(scoring, blocks, interpret))
     return out.reshape(b, -1, n, dims)[:, :t, :, :h]
 
 
