@@ -41,6 +41,7 @@ def choice(name: str, device: dict[str, Any], max_length: int = 4096, determinis
         (A100, GEMMA_2, "pallas"),
         (A100 | {"compute_capability": "7.5"}, {}, "blockwise"),
         (AMD, {}, "blockwise"),
+        (CPU | {"platform": "METAL"}, {}, "blockwise"),
     ],
 )
 def test_auto_takes_the_first_that_can_honour_the_run(device: dict, run: dict, chosen: str) -> None:

@@ -30,8 +30,8 @@ class Backend:
     """One way to compute attention, and what it can honour besides segments, windows and shared key heads."""
 
     kernel: Kernel
-    platforms: tuple[str, ...] = ("cpu", "gpu", "tpu")
-    capability: tuple[int, int] | None = None  # the least of an NVIDIA GPU; None: any GPU will do
+    platform: str | None = None  # cpu | gpu | tpu; None: any
+    capability: tuple[int, int] | None = None  # the least of an NVIDIA GPU; None: any device
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     softcaps: bool = True
     head_dim: float = math.inf  # at most
@@ -42,12 +42,12 @@ class Backend:
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
     # On a TPU the best, whatever the run.
-    "splash": Backend(splash, platforms=("tpu",)),
+    "splash": Backend(splash, platform="tpu"),
     # Its maker's kernels, from Hopper on. Under XLA's flag for it the gradients would be bit-equal from run to run, but
     # for packed rows that can take memory with the square of all slots together.
     "cudnn": Backend(
         cudnn,
-        platforms=("gpu",),
+        platform="gpu",
         capability=(9, 0),
         dtypes=("bfloat16",),
         softcaps=False,
@@ -56,7 +56,7 @@ BACKENDS: dict[str, Backend] = {
         deterministic=False,
     ),
     # What cuDNN cannot, and older GPUs.
-    "pallas": Backend(pallas, platforms=("gpu",), capability=(8, 0), head_dim=256),
+    "pallas": Backend(pallas, platform="gpu", capability=(8, 0), head_dim=256),
     # Memory linear in T; skips the key blocks outside a query block's segments and window.
     "blockwise": Backend(blockwise),
     # One [T, T] mask a row: for short rows, and what the others are tested against.
@@ -113,9 +113,9 @@ def _lacks(
 ) -> list[str]:
     """What of a run a backend cannot honour, each with the run's value."""
     lacks = []
-    if platform not in backend.platforms:
-        lacks.append(f"it runs on {' and '.join(backend.platforms)}, and the devices are of platform {platform}")
-    elif platform == "gpu" and backend.capability and _version(compute_capability) < backend.capability:
+    if backend.platform not in (None, platform):
+        lacks.append(f"it runs on {backend.platform}, and the devices are of platform {platform}")
+    elif backend.capability and _version(compute_capability) < backend.capability:
         least, there = ".".join(map(str, backend.capability)), compute_capability or "none"
         lacks.append(f"it needs an NVIDIA GPU of compute capability {least} or more, and the devices have {there}")
     if dtype not in backend.dtypes:
