@@ -20,6 +20,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from kernels import CUDNN, KERNELS, packed_attention
+from mice_jax.errors import UserError
 from mice_jax.models.attention import BACKENDS, Backend, Kernel, attend
 from mice_jax.models.attention.blockwise import blockwise
 from mice_jax.models.attention.cudnn import cudnn
@@ -457,6 +458,13 @@ def test_a_row_of_more_segments_than_cudnn_is_told_of_is_not_a_number(cudnn_writ
     out, grads = with_gradients(cudnn, arrays, segments)
     assert gap(out[:1], with_gradients(reference, arrays, segments)[0][:1]) < FORWARD
     assert np.isnan(out[1]).all() and not any(np.isnan(g[0]).any() for g in grads)
+
+
+def test_more_query_entries_than_cudnn_can_count_are_refused(cudnn_written_out: None) -> None:
+    q, segments = jax.ShapeDtypeStruct((9, 2**20, 8, 32), jnp.bfloat16), jax.ShapeDtypeStruct((9, 2**20), jnp.int32)
+    said = r"9 rows of 1,048,576 slots by 8 heads of 32 dims are 2,415,919,104, .*Lower train\.rows_per_device"
+    with pytest.raises(UserError, match=said):
+        jax.eval_shape(lambda q, s: cudnn(q, q, q, s, PLAIN), q, segments)
 
 
 # ---------------------------------------------------------------------------------------- meshes

@@ -40,7 +40,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scor
             f"model.attention='cudnn' counts a device's query entries in 32 bits, and {b} rows of {t:,} slots by {n} "
             f"heads of {q.shape[3]} dims are {q.size:,}, more than {MOST_ENTRIES:,}. Lower train.rows_per_device."
         )
-    lengths, starts, most = spans(segment_ids, max_segments(t))
+    lengths, starts, found = spans(segment_ids, max_segments(t))
     out: Any = dot_product_attention(
         q,
         k,
@@ -53,7 +53,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scor
         mask_type=MaskType.PADDING_CAUSAL,
         sliding_window_length=scoring.window if scoring.window is not None and scoring.window < t else None,
     )
-    out = jnp.where((most <= lengths.shape[1])[:, None, None, None], out, jnp.nan)
+    out = jnp.where((found <= lengths.shape[1])[:, None, None, None], out, jnp.nan)
     return cleared(segment_ids, out[..., :h])[0]
 
 

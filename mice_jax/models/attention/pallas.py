@@ -1,4 +1,4 @@
-"""Attention on GPUs of any make that Pallas compiles for through Triton: the algorithm of blockwise.py as kernels.
+"""Attention on GPUs: the algorithm of blockwise.py as Pallas kernels, which Triton compiles.
 
 The softmax is built up over key blocks and recomputed in the backward pass (FlashAttention-2, arXiv 2307.08691). A
 query block visits the key blocks that it can see, a key block the query blocks that can see it: so the cost follows
