@@ -95,12 +95,12 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         distributed.check_devices(values.expect_devices)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         tracking.check_trackers(config.log.trackers)
-        attention = choose_backend(config.model.attention)
         origin = find_origin(config.model.init_from)
         remarks: list[str] = []
         tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template, remarks)
         added = {t.content for t in tokenizer.added_tokens_decoder.values()}
         spec = with_vocabulary(origin, tokenizer.get_vocab(), added)
+        attention = _choose_attention(config, spec, mesh, run)
         encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
         if lead:
             run.lock(Display(console).say)
@@ -291,13 +291,7 @@ def _resolve(
     config: Config, origin: Origin, mesh: Mesh, data: Dataset, num_params: int, run: Workdir
 ) -> dict[str, Any]:
     """What "auto" and 0 stand for on this mesh: as recorded where the run has been on it before."""
-    recorded = (run.read_json("config.json") or {}).get("resolved", {})
-    if recorded.get("mesh") != dict(mesh.shape):
-        recorded = {}
-    device = mesh.devices.flat[0]
-    dtype = config.model.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if device.platform == "cpu" else "bfloat16"
+    recorded, device, dtype = _recorded(run, mesh), mesh.devices.flat[0], _compute_dtype(config, mesh)
     sources = data.report["sources"].values()
     mean = sum(s["tokens"] for s in sources) / sum(s["kept"] for s in sources)
     wanted = mean * config.optim.batch_size / (config.data.max_length * num_shards(mesh))
@@ -312,7 +306,36 @@ def _resolve(
         rows_wanted=max(1, round(wanted)),
         device=device,
     )
-    return {"mesh": dict(mesh.shape), "compute_dtype": dtype, "rows_per_device": rows, "remat": remat}
+    return _place(mesh) | {"compute_dtype": dtype, "rows_per_device": rows, "remat": remat}
+
+
+def _choose_attention(config: Config, spec: ModelSpec, mesh: Mesh, run: Workdir) -> str:
+    asked, device = config.model.attention, mesh.devices.flat[0]
+    return choose_backend(
+        _recorded(run, mesh).get("attention", asked) if asked == "auto" else asked,
+        spec,
+        platform=device.platform,
+        compute_capability=getattr(device, "compute_capability", None),
+        dtype=_compute_dtype(config, mesh),
+        max_length=config.data.max_length,
+        deterministic=config.train.deterministic,
+    )
+
+
+def _compute_dtype(config: Config, mesh: Mesh) -> str:
+    if config.model.compute_dtype != "auto":
+        return config.model.compute_dtype
+    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+
+
+def _place(mesh: Mesh) -> dict[str, Any]:
+    return {"mesh": dict(mesh.shape), "device": mesh.devices.flat[0].device_kind}
+
+
+def _recorded(run: Workdir, mesh: Mesh) -> dict[str, Any]:
+    """What the run chose when it was last on this mesh of such devices."""
+    recorded = (run.read_json("config.json") or {}).get("resolved", {})
+    return recorded if _place(mesh).items() <= recorded.items() else {}
 
 
 def _compile(

@@ -1,4 +1,8 @@
-"""The attention backends: the plain one against numpy in float64, the others against the plain one."""
+"""The attention backends: the plain one against numpy in float64, the others against the plain one.
+
+The kernels for TPUs and GPUs run here as their code is written, interpreted; of cuDNN's, which is not ours to
+interpret, what its documentation says is written out.
+"""
 
 import dataclasses
 import functools
@@ -15,13 +19,19 @@ import torch
 from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
+from kernels import CUDNN, KERNELS, packed_attention
 from mice_jax.errors import UserError
-from mice_jax.models.attention import BACKENDS, attend, choose_backend
+from mice_jax.models.attention import BACKENDS, Backend, Kernel, attend
 from mice_jax.models.attention.blockwise import blockwise
+from mice_jax.models.attention.cudnn import cudnn
+from mice_jax.models.attention.pallas import Blocks, pallas
 from mice_jax.models.attention.reference import masked, reference
 from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.slots import cleared, first_seen, last_seeing
+from mice_jax.rows import max_segments
 from models import QUICK, gap, mesh_of
 
+OTHERS = [name for name in KERNELS if name != "reference"]
 BLOCKWISE = importlib.import_module("mice_jax.models.attention.blockwise")  # a function hides it by its name
 
 # Entries are of order 1, and sums of up to 300 of them are kept in float32 (6e-8): their errors, in random
@@ -195,14 +205,14 @@ def test_a_given_mask_is_the_whole_mask(strict_dtypes: None) -> None:
 
 
 # ---------------------------------------------------------------------------------------- windows and soft caps
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", SCORINGS)
 def test_windows_and_soft_caps_equal_those_written_out_in_float64_and_so_do_gradients(
     name: str, backend: str, small_blocks: None, strict_dtypes: None
 ) -> None:
     scoring, others = SCORINGS[name]
     arrays = draw(SEGMENTS, 4, 2)
-    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scoring)
+    out, grads = with_gradients(KERNELS[backend], arrays, SEGMENTS, scoring)
     expected, expected_grads = written_out(scoring)
     for row, kind in enumerate(ROWS):
         assert gap(out[row], expected[row]) < FORWARD, kind
@@ -233,7 +243,7 @@ def test_a_soft_cap_s_gradient_without_its_slope_is_told_apart() -> None:
     assert gap(dq, written_out(CAPPED)[1][0]) > 10 * GRADIENT
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_window_and_soft_cap_are_those_of_transformers_gemma_2(backend: str, small_blocks: None) -> None:
     segments = SEGMENTS[:1]  # one segment: transformers' mask knows no other
     q, k, v, _ = draw(segments, 4, 2)
@@ -246,7 +256,7 @@ def test_window_and_soft_cap_are_those_of_transformers_gemma_2(backend: str, sma
         heads_first = (torch.tensor(x).transpose(1, 2) for x in (q, k, v))
         return eager_attention_forward(module, *heads_first, mask, scaling=BOTH.scale, softcap=softcap)[0].numpy()
 
-    out = BACKENDS[backend](q, k, v, jnp.asarray(segments), BOTH)
+    out = KERNELS[backend](q, k, v, jnp.asarray(segments), BOTH)
     assert gap(out, in_transformers(20, 1.5)) < FORWARD
     for other in ((19, 1.5), (21, 1.5), (20, 1.6)):
         assert gap(out, in_transformers(*other)) > 10 * FORWARD
@@ -258,7 +268,12 @@ UNVISITED = {"window": ([(1, 160)], 33, 96), "segment": ([(1, 64), (2, 96)], 100
 
 
 @pytest.mark.parametrize("bound", UNVISITED)
-def test_blockwise_never_touches_key_blocks_out_of_reach(bound: str, small_blocks: None, strict_dtypes: None) -> None:
+@pytest.mark.parametrize("backend", ["blockwise", "pallas"])
+def test_key_blocks_out_of_reach_are_never_touched(
+    backend: str, bound: str, small_blocks: None, strict_dtypes: None
+) -> None:
+    blocks = Blocks(keep=16, visit=16, keep_backward=16, visit_backward=16)
+    kernel = functools.partial(pallas, blocks=blocks, interpret=True) if backend == "pallas" else blockwise
     row, window, clean = UNVISITED[bound]
     segments, scoring = segments_of([row]), dataclasses.replace(CAPPED, window=window)
     q, k, v, d_out = arrays = draw(segments, 4, 2)
@@ -266,7 +281,7 @@ def test_blockwise_never_touches_key_blocks_out_of_reach(bound: str, small_block
     k, v = k.copy(), v.copy()
     k[:, :64] = v[:, :64] = np.nan  # which stays NaN even under a weight of zero
     poisoned = q, k, v, d_out
-    out, grads = with_gradients(blockwise, poisoned, segments, scoring)
+    out, grads = with_gradients(kernel, poisoned, segments, scoring)
     assert np.isnan(out[:, :64]).all()
     assert gap(out[:, clean:], expected[:, clean:]) < FORWARD
     for g, e in zip(grads, expected_grads, strict=True):  # keys from `clean` on have only clean queries
@@ -275,18 +290,37 @@ def test_blockwise_never_touches_key_blocks_out_of_reach(bound: str, small_block
     assert gap(out[:, clean:], shifted[:, clean:]) > 10 * FORWARD
     # Whatever visits a poisoned block shows it: one slot more of window, one segment, or the whole mask.
     if bound == "window":
-        visits = with_gradients(blockwise, poisoned, segments, dataclasses.replace(scoring, window=window + 1))
+        visits = with_gradients(kernel, poisoned, segments, dataclasses.replace(scoring, window=window + 1))
     else:
-        visits = with_gradients(blockwise, poisoned, np.ones_like(segments), scoring)
+        visits = with_gradients(kernel, poisoned, np.ones_like(segments), scoring)
     for x in itertools.chain(visits[:1], visits[1], with_gradients(reference, poisoned, segments, scoring)[:1]):
         assert np.isnan(x[:, clean : clean + 16]).any()
 
 
-# ---------------------------------------------------------------------------------------- blockwise
-def assert_blockwise_is_reference(segments: np.ndarray, heads: tuple[int, int], names: Iterable[str]) -> None:
+@pytest.mark.parametrize("window", [None, 1, 5, 20, 100])
+def test_the_first_slot_seen_and_the_last_that_sees_are_those_of_the_mask(window: int | None) -> None:
+    slots = np.arange(SEGMENTS.shape[1])
+    sees = (SEGMENTS[:, :, None] == SEGMENTS[:, None, :]) & np.asarray(windowed(window).in_reach(slots, slots))
+    real = SEGMENTS > 0
+    assert (np.asarray(first_seen(SEGMENTS, window)) == sees.argmax(axis=2))[real].all()
+    last = slots[-1] - sees[:, ::-1].argmax(axis=1)
+    assert (np.asarray(last_seeing(SEGMENTS, window)) == last)[real].all()
+
+
+def test_what_a_kernel_leaves_at_padding_is_cleared_and_so_is_its_gradient() -> None:
+    segments, x = jnp.array([[0, 1, 1, 0]]), jnp.full((1, 4, 2, 8), jnp.nan).at[:, 1:3].set(2.0)
+    out, pull = jax.vjp(lambda x: cleared(segments, x)[0], x)
+    for y in (out, *pull(x)):
+        assert (np.asarray(y)[0, :, 0, 0] == [0, 2, 2, 0]).all()
+
+
+# ---------------------------------------------------------------------------------------- each of the kernels
+def assert_is_reference(
+    kernel: Kernel, segments: np.ndarray, heads: tuple[int, int], names: Iterable[str], scoring: Scoring = PLAIN
+) -> None:
     arrays = draw(segments, *heads)
-    out, grads = with_gradients(blockwise, arrays, segments)
-    expected, expected_grads = with_gradients(reference, arrays, segments)
+    out, grads = with_gradients(kernel, arrays, segments, scoring)
+    expected, expected_grads = with_gradients(reference, arrays, segments, scoring)
     for row, name in enumerate(names):
         assert gap(out[row], expected[row]) < FORWARD, name
         for which, g, e in zip("qkv", grads, expected_grads, strict=True):
@@ -294,31 +328,37 @@ def assert_blockwise_is_reference(segments: np.ndarray, heads: tuple[int, int], 
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-def test_blockwise_equals_reference_and_so_do_its_gradients(
-    heads: tuple[int, int], small_blocks: None, strict_dtypes: None
+@pytest.mark.parametrize("backend", OTHERS)
+def test_every_backend_equals_reference_and_so_do_its_gradients(
+    backend: str, heads: tuple[int, int], small_blocks: None, strict_dtypes: None
 ) -> None:
-    assert_blockwise_is_reference(SEGMENTS, heads, ROWS)
+    assert_is_reference(KERNELS[backend], SEGMENTS, heads, ROWS)
 
 
 @pytest.mark.parametrize("slots", [1, 5, 32])
-def test_blockwise_equals_reference_whatever_the_number_of_slots(
-    slots: int, small_blocks: None, strict_dtypes: None
+@pytest.mark.parametrize("backend", OTHERS)
+def test_every_backend_equals_reference_whatever_the_number_of_slots(
+    backend: str, slots: int, small_blocks: None, strict_dtypes: None
 ) -> None:
-    assert_blockwise_is_reference(SEGMENTS[:, :slots], (4, 2), ROWS)
+    assert_is_reference(KERNELS[backend], SEGMENTS[:, :slots], (4, 2), ROWS)
 
 
-def test_blockwise_equals_reference_at_the_block_size_of_a_run(strict_dtypes: None) -> None:
-    size = BLOCKWISE.BLOCK
-    packed = [(1, size - 20), (2, size + 10), (3, 1), (4, size // 2), (0, 5)]
-    slots = sum(n for _, n in packed)
-    assert 2 * size < slots < 3 * size
-    segments = segments_of([packed, [(1, slots - 3), (0, 3)]])
-    assert_blockwise_is_reference(segments, (4, 2), ["packed", "one long segment"])
+@pytest.mark.parametrize("scoring", [PLAIN, dataclasses.replace(BOTH, window=70)])
+@pytest.mark.parametrize("backend", OTHERS)
+def test_every_backend_equals_reference_at_the_blocks_of_a_run(
+    backend: str, scoring: Scoring, strict_dtypes: None
+) -> None:
+    # Blocks are of 64 slots, and of 128 in splash and in the forward pass on GPUs: three of them, the last one cut.
+    packed = [(1, 44), (2, 74), (3, 1), (4, 32), (5, 100), (0, 49)]
+    segments = segments_of([packed, [(1, 297), (0, 3)]])
+    kernel = functools.partial(pallas, interpret=True) if backend == "pallas" else KERNELS[backend]
+    assert_is_reference(kernel, segments, (4, 2), ["packed", "one long segment"], scoring)
 
 
 @pytest.mark.parametrize("wrong", ["merged", "an edge one slot late", "padding seen"])
-def test_blockwise_given_wrong_segments_differs_in_its_output_and_in_each_gradient(
-    wrong: str, small_blocks: None
+@pytest.mark.parametrize("backend", OTHERS)
+def test_a_backend_given_wrong_segments_differs_in_its_output_and_in_each_gradient(
+    backend: str, wrong: str, small_blocks: None
 ) -> None:
     segments = SEGMENTS
     arrays = draw(segments, 4, 2)
@@ -329,7 +369,7 @@ def test_blockwise_given_wrong_segments_differs_in_its_output_and_in_each_gradie
         changed = np.where(segments > 0, segments, 3).astype(np.int32)
     else:
         changed = np.concatenate([segments[:, :1], segments[:, :-1]], axis=1)
-    out, grads = with_gradients(blockwise, arrays, changed)
+    out, grads = with_gradients(KERNELS[backend], arrays, changed)
     row = list(ROWS).index(INSIDE)
     assert gap(out[row], expected[row]) > 10 * FORWARD
     for g, e in zip(grads, expected_grads, strict=True):
@@ -337,28 +377,28 @@ def test_blockwise_given_wrong_segments_differs_in_its_output_and_in_each_gradie
 
 
 @pytest.mark.parametrize("scoring", [PLAIN, dataclasses.replace(BOTH, window=5)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_padding_gives_zeros_takes_no_gradient_and_has_no_influence(
     backend: str, scoring: Scoring, small_blocks: None
 ) -> None:
     arrays = draw(SEGMENTS, 4, 2)
-    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scoring)
+    out, grads = with_gradients(KERNELS[backend], arrays, SEGMENTS, scoring)
     for x in (out, *grads):
         assert not np.asarray(x)[SEGMENTS == 0].any()
         assert np.asarray(x)[SEGMENTS > 0].any(axis=(1, 2)).mean() > 0.7  # a lone token's q and k take none either
     other = tuple(np.where((SEGMENTS == 0)[..., None, None], 1e4, x).astype(np.float32) for x in arrays)
-    assert gap(with_gradients(BACKENDS[backend], other, SEGMENTS, scoring), (out, grads)) == 0
+    assert gap(with_gradients(KERNELS[backend], other, SEGMENTS, scoring), (out, grads)) == 0
     padding_seen = np.where(SEGMENTS == 0, 1, SEGMENTS).astype(np.int32)
-    seen = with_gradients(BACKENDS[backend], other, padding_seen, scoring)
+    seen = with_gradients(KERNELS[backend], other, padding_seen, scoring)
     assert gap(seen[0], out) > 1e3  # what stands there is large: seen, it would show
 
 
 @pytest.mark.parametrize("rest", [PLAIN, BOTH])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_very_large_scores_do_not_overflow(backend: str, rest: Scoring, small_blocks: None) -> None:
     arrays = draw(SEGMENTS, 4, 2)
     scoring = dataclasses.replace(rest, scale=1e3)  # scores of up to 1e4: exp of one is infinite in float32
-    out, grads = with_gradients(BACKENDS[backend], arrays, SEGMENTS, scoring)
+    out, grads = with_gradients(KERNELS[backend], arrays, SEGMENTS, scoring)
     # A score of 1e4 is rounded by 5e-4, and a weight with it: by far the largest error here.
     tolerance = 5e-3
     assert gap(out, in_numpy(*arrays[:3], SEGMENTS, scoring)) < tolerance
@@ -368,12 +408,12 @@ def test_very_large_scores_do_not_overflow(backend: str, rest: Scoring, small_bl
 
 
 @pytest.mark.parametrize("scoring", [PLAIN, BOTH])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_in_bfloat16_attention_differs_by_the_rounding_of_its_weights_and_output(
     backend: str, scoring: Scoring, small_blocks: None, strict_dtypes: None
 ) -> None:
     narrow = tuple(jnp.asarray(x, jnp.bfloat16) for x in draw(SEGMENTS, 4, 2))
-    out, grads = with_gradients(BACKENDS[backend], narrow, SEGMENTS, scoring)
+    out, grads = with_gradients(KERNELS[backend], narrow, SEGMENTS, scoring)
     assert {x.dtype for x in (out, *grads)} == {jnp.dtype(jnp.bfloat16)}
     q, k, v, _ = (np.asarray(x, np.float64) for x in narrow)
     # Scores are float32. Each weight is rounded to bfloat16 (2^-8 of itself) and so is the output: together they
@@ -382,6 +422,49 @@ def test_in_bfloat16_attention_differs_by_the_rounding_of_its_weights_and_output
     expected = in_numpy(q, k, v, SEGMENTS, scoring)
     assert gap(out, expected) < bound
     assert gap(out, in_numpy(q, k, v, np.minimum(SEGMENTS, 1), scoring)) > 10 * bound
+
+
+# ---------------------------------------------------------------------------------------- cuDNN, written out
+@pytest.fixture
+def cudnn_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CUDNN, "dot_product_attention", packed_attention)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("window", [None, 5, 100])
+def test_cudnn_is_told_of_the_segments_that_there_are(
+    window: int | None, heads: tuple[int, int], cudnn_written_out: None, strict_dtypes: None
+) -> None:
+    assert_is_reference(cudnn, SEGMENTS, heads, ROWS, windowed(window))
+
+
+def test_cudnn_reads_the_wrong_keys_without_repeated_heads_where_jax_counts_their_offsets_by_query_heads(
+    cudnn_written_out: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = draw(SEGMENTS, 4, 2)
+    expected, _ = with_gradients(reference, arrays, SEGMENTS)
+    counted_right = jax.__version_info__ >= CUDNN.COUNTS_KEY_HEADS
+    monkeypatch.setattr(CUDNN, "COUNTS_KEY_HEADS", (0, 0, 0))
+    out, _ = with_gradients(lambda *x: cudnn(*x), arrays, SEGMENTS)  # traced anew
+    assert gap(out, expected) < FORWARD if counted_right else gap(out, expected) > 10 * FORWARD
+
+
+def test_a_row_of_more_segments_than_cudnn_is_told_of_is_not_a_number(cudnn_written_out: None) -> None:
+    most = max_segments(140)
+    rows = [[(i + 1, 2) for i in range(most)] + [(0, 140 - 2 * most)], [(i + 1, 2) for i in range(70)]]
+    assert 140 - 2 * most > 0 and most < 70
+    segments = segments_of(rows)
+    arrays = draw(segments, 2, 1)
+    out, grads = with_gradients(cudnn, arrays, segments)
+    assert gap(out[:1], with_gradients(reference, arrays, segments)[0][:1]) < FORWARD
+    assert np.isnan(out[1]).all() and not any(np.isnan(g[0]).any() for g in grads)
+
+
+def test_more_query_entries_than_cudnn_can_count_are_refused(cudnn_written_out: None) -> None:
+    q, segments = jax.ShapeDtypeStruct((9, 2**20, 8, 32), jnp.bfloat16), jax.ShapeDtypeStruct((9, 2**20), jnp.int32)
+    said = r"9 rows of 1,048,576 slots by 8 heads of 32 dims are 2,415,919,104, .*Lower train\.rows_per_device"
+    with pytest.raises(UserError, match=said):
+        jax.eval_shape(lambda q, s: cudnn(q, q, q, s, PLAIN), q, segments)
 
 
 # ---------------------------------------------------------------------------------------- meshes
@@ -431,16 +514,9 @@ def test_each_device_of_the_tensor_axis_works_on_its_share_of_heads(
         seen.append((q.shape[2], k.shape[2], v.shape[2]))
         return q
 
-    monkeypatch.setitem(BACKENDS, "spy", spy)
+    monkeypatch.setitem(BACKENDS, "spy", Backend(spy))
     q, k, v, _ = draw(SEGMENTS[:8], *heads)
     with jax.set_mesh(mesh_of(1, 2, 4)):
         out = jax.eval_shape(lambda *x: attend(*x, PLAIN, backend="spy"), q, k, v, SEGMENTS[:8])
     assert seen == [(*local, local[1])]
     assert out.shape == q.shape
-
-
-def test_auto_takes_a_backend_that_is_there_and_an_unknown_name_is_refused() -> None:
-    assert choose_backend("auto") in BACKENDS
-    assert choose_backend("reference") == "reference"
-    with pytest.raises(UserError, match=r"model\.attention='flash'.*reference, blockwise"):
-        choose_backend("flash")

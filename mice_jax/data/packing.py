@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mice_jax.rows import max_segments
+
 MAX_SHAPES = 6  # each one costs a compilation
 MAX_TAILS = 4  # microbatches smaller than the largest, in one step
 LAUNCH_COST = 1 / 64  # of a largest microbatch's slots: what one more microbatch must save to be worth it
 ROUND_TO = 128  # slots; kernels and vector units want whole tiles
-FEW_SEGMENTS = 64  # samples that may share a row of any length,
-SEGMENT_SLOTS = 16  # and more where it has so many slots for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,8 @@ class Shape:
 
     @property
     def max_segments(self) -> int:
-        """Samples in a row at most: kernels that are told where segments end want a number known beforehand.
-
-        Chats are longer than 16 tokens by their headers alone, so the cap costs no slot but with tiny documents.
-        """
-        return max(FEW_SEGMENTS, self.slots // SEGMENT_SLOTS)
+        """Samples in a row at most."""
+        return max_segments(self.slots)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ A token attends causally within its own segment, and within the window that the 
 attends to nothing and gives zeros. A backend that cannot honour segment ids has no place in the table.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -12,25 +14,130 @@ from jax.sharding import PartitionSpec
 
 from mice_jax.errors import UserError
 from mice_jax.models.attention.blockwise import blockwise
+from mice_jax.models.attention.cudnn import MOST_ENTRIES, cudnn
+from mice_jax.models.attention.pallas import pallas
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.splash import splash
+from mice_jax.models.spec import ModelSpec
 from mice_jax.sharding import BATCH_AXES
 
-Backend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Scoring], jax.Array]
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Scoring], jax.Array]
 
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """One way to compute attention, and what it can honour besides segments, windows and shared key heads."""
+
+    kernel: Kernel
+    platform: str | None = None  # cpu | gpu | tpu; None: any
+    capability: tuple[int, int] | None = None  # the least of an NVIDIA GPU; None: any device
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    softcaps: bool = True
+    head_dim: float = math.inf  # at most
+    row_entries: float = math.inf  # slots x query heads x head_dim, at most
+    deterministic: bool = True  # under train.deterministic
+
+
+# In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
-    "reference": reference,  # one [T, T] mask a row; for short rows, and what the others are tested against
-    "blockwise": blockwise,  # memory linear in T; skips the key blocks outside a query block's segments and window
+    # On a TPU the best, whatever the run.
+    "splash": Backend(splash, platform="tpu"),
+    # Its maker's kernels, from Hopper on. Under XLA's flag for it the gradients would be bit-equal from run to run, but
+    # for packed rows that can take memory with the square of all slots together.
+    "cudnn": Backend(
+        cudnn,
+        platform="gpu",
+        capability=(9, 0),
+        dtypes=("bfloat16",),
+        softcaps=False,
+        head_dim=256,
+        row_entries=MOST_ENTRIES,
+        deterministic=False,
+    ),
+    # What cuDNN cannot, and older GPUs.
+    "pallas": Backend(pallas, platform="gpu", capability=(8, 0), head_dim=256),
+    # Memory linear in T; skips the key blocks outside a query block's segments and window.
+    "blockwise": Backend(blockwise),
+    # One [T, T] mask a row: for short rows, and what the others are tested against.
+    "reference": Backend(reference),
 }
 
 
-def choose_backend(name: str) -> str:
-    """The backend of `model.attention`; "auto" takes the one that is right everywhere and linear in memory."""
+def choose_backend(
+    name: str,
+    spec: ModelSpec,
+    *,
+    platform: str,
+    compute_capability: str | None,
+    dtype: str,
+    max_length: int,
+    deterministic: bool,
+) -> str:
+    """The backend of `model.attention`: the first that can honour the run for "auto", else the one that is named.
+
+    Args:
+      platform: cpu, gpu or tpu: of the devices that the run is for, which need not be here.
+      compute_capability: "9.0", as an NVIDIA GPU has it; None for any other device.
+      dtype: that queries, keys and values are computed in.
+      max_length: slots of the longest row.
+      deterministic: train.deterministic.
+
+    Raises UserError where the named one cannot honour the run, with what it lacks and what can.
+    """
+
+    def lacks(backend: Backend) -> list[str]:
+        return _lacks(backend, spec, platform, compute_capability, dtype, max_length, deterministic)
+
+    able = [other for other, backend in BACKENDS.items() if not lacks(backend)]
     if name == "auto":
-        return "blockwise"
+        return able[0]
     if name not in BACKENDS:
         raise UserError(f"model.attention={name!r} is no attention backend: take auto or one of {', '.join(BACKENDS)}.")
+    if missing := lacks(BACKENDS[name]):
+        raise UserError(
+            f"model.attention={name!r} cannot honour this run: {'; '.join(missing)}. What can: {', '.join(able)}; auto "
+            f"takes {able[0]}."
+        )
     return name
+
+
+def _lacks(
+    backend: Backend,
+    spec: ModelSpec,
+    platform: str,
+    compute_capability: str | None,
+    dtype: str,
+    max_length: int,
+    deterministic: bool,
+) -> list[str]:
+    """What of a run a backend cannot honour, each with the run's value."""
+    lacks = []
+    if backend.platform not in (None, platform):
+        lacks.append(f"it runs on {backend.platform}, and the devices are of platform {platform}")
+    elif backend.capability and _version(compute_capability) < backend.capability:
+        least, there = ".".join(map(str, backend.capability)), compute_capability or "none"
+        lacks.append(f"it needs an NVIDIA GPU of compute capability {least} or more, and the devices have {there}")
+    if dtype not in backend.dtypes:
+        lacks.append(f"it computes in {' or '.join(backend.dtypes)}, and the run in {dtype} (model.compute_dtype)")
+    if spec.attention_softcap is not None and not backend.softcaps:
+        lacks.append(f"it has no soft cap on scores, and the model has one of {spec.attention_softcap}")
+    if spec.head_dim > backend.head_dim:
+        lacks.append(f"its heads have at most {backend.head_dim} dims, and the model's have {spec.head_dim}")
+    if (entries := max_length * spec.num_heads * spec.head_dim) > backend.row_entries:
+        lacks.append(
+            f"it counts at most {backend.row_entries:,} query entries in a row, and data.max_length={max_length} makes "
+            f"{entries:,} of {spec.num_heads} heads of {spec.head_dim} dims"
+        )
+    if deterministic and not backend.deterministic:
+        lacks.append("its gradients are not bit-equal from run to run, which train.deterministic=True asks for")
+    return lacks
+
+
+def _version(capability: str | None) -> tuple[int, ...]:
+    """A capability "9.0" -> (9, 0); () for what is no NVIDIA GPU."""
+    parts = (capability or "").split(".")
+    return tuple(int(p) for p in parts) if all(p.isdecimal() for p in parts) else ()
 
 
 def attend(
@@ -43,7 +150,7 @@ def attend(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return BACKENDS[backend](q, k, v, segment_ids, scoring)
+        return BACKENDS[backend].kernel(q, k, v, segment_ids, scoring)
     n, tensor = q.shape[2], mesh.shape["tensor"]
     if k.shape[2] % tensor:
         k, v = (jnp.repeat(x, n // x.shape[2], axis=2) for x in (k, v))
@@ -51,7 +158,7 @@ def attend(
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -n % tensor), (0, 0))) for x in (q, k, v))
     heads, rows = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
     local = jax.shard_map(
-        lambda q, k, v, s: BACKENDS[backend](q, k, v, s, scoring),
+        lambda q, k, v, s: BACKENDS[backend].kernel(q, k, v, s, scoring),
         in_specs=(heads, heads, heads, rows),
         out_specs=heads,
         check_vma=False,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.slots import first_seen, padded
 
 BLOCK = 64  # slots of a query or key block; on CPU twice as fast as 128 where samples are short
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -25,10 +26,7 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, 
     """As `attention.attend`."""
     t = q.shape[1]
     size = min(BLOCK, t)
-    pad = -t % size
-    if pad:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) for x in (q, k, v))
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, pad)))
+    q, k, v, segment_ids = padded(size, q, k, v, segment_ids)
     out = lax.map(lambda row: _row(row[0], row[1], row[2], row[3], size, scoring), (q, k, v, segment_ids))
     return out[:, :t]
 
@@ -60,13 +58,7 @@ def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
 def _first_blocks(segments: jax.Array, window: int | None) -> jax.Array:
     """[J C] -> [J]: the first key block that each query block has to visit; J for a block of padding."""
     blocks, size = segments.shape
-    flat = segments.reshape(-1)
-    slots = jnp.arange(flat.size, dtype=jnp.int32)
-    starts = jnp.concatenate([jnp.ones(1, bool), flat[1:] != flat[:-1]])
-    first = lax.cummax(jnp.where(starts, slots, 0))[::size]
-    if window is not None:  # the block's first query reaches farthest back
-        first = jnp.maximum(first, slots[::size] - (window - 1))
-    first //= size
+    first = first_seen(segments.reshape(-1), window)[::size] // size  # the first query reaches farthest back
     return jnp.where(segments.max(axis=1) > 0, first, blocks)
 
 

@@ -1,0 +1,283 @@
+"""Attention on GPUs: the algorithm of blockwise.py as Pallas kernels, which Triton compiles.
+
+The softmax is built up over key blocks and recomputed in the backward pass (FlashAttention-2, arXiv 2307.08691). A
+query block visits the key blocks that it can see, a key block the query blocks that can see it: so the cost follows
+the samples' lengths squared, and nothing is added up in an order that changes from run to run.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.slots import first_seen, last_seeing, padded
+
+LOWEST = float(jnp.finfo(jnp.float32).min)
+LEAST_DIMS = 16  # of a head, for Triton's products; and a power of two
+
+# B rows, T slots, N query heads, K key heads, G = N/K, H head_dim; X slots that a program keeps, Y that it visits
+
+
+class Blocks(NamedTuple):
+    """Slots of a block: `keep` stays with a program, which visits the others `visit` at a time."""
+
+    keep: int
+    visit: int
+    keep_backward: int
+    visit_backward: int
+
+
+class _Call(NamedTuple):
+    """What the kernels are compiled for, besides shapes."""
+
+    scoring: Scoring
+    blocks: Blocks
+    interpret: bool
+
+
+def pallas(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    scoring: Scoring,
+    *,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `attention.attend`; `interpret` runs the kernels' code on any device, slowly."""
+    (b, t, n, h), group = q.shape, q.shape[2] // k.shape[2]
+    dims = max(LEAST_DIMS, pl.next_power_of_2(h))
+    blocks = blocks or _blocks(dims * q.dtype.itemsize)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, dims - h))) for x in (q, k, v))  # zeros add nothing
+    q, k, v, segments = padded(max(blocks), q, k, v, segment_ids)
+    grouped = q.reshape(b, q.shape[1], n // group, group, dims)
+    out: Any = _attend(grouped, k, v, segments, _Call(scoring, blocks, interpret))
+    return out.reshape(b, -1, n, dims)[:, :t, :, :h]
+
+
+def _blocks(width: int) -> Blocks:
+    """For heads of so many bytes: what an A100's registers and shared memory hold."""
+    if width <= 256:
+        return Blocks(128, 64, 64, 64)
+    return Blocks(64, 32, 32, 32) if width <= 512 else Blocks(32, 32, 16, 16)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, call: _Call) -> jax.Array:
+    """[B T K G H] queries over [B T K H] keys and values -> [B T K G H]."""
+    return _forward(q, k, v, segments, call)[0]
+
+
+# ---------------------------------------------------------------------------------------- kernels
+# A ref holds one row and one key head, or one query head, of an array: of every slot, or of the slots kept.
+def _scores(
+    q: jax.Array, k: jax.Array, q_slots: jax.Array, k_slots: jax.Array, q_seg: jax.Array, k_seg: jax.Array,
+    scoring: Scoring,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Queries [Q H] and keys [S H] -> float32 scores [Q S], LOWEST where masked, and the mask."""
+    mask = scoring.in_reach(q_slots, k_slots) & (q_seg[:, None] == k_seg[None, :]) & (q_seg > 0)[:, None]
+    return jnp.where(mask, scoring.scores(triton.dot(q, k.T)), LOWEST), mask
+
+
+def _forward_kernel(
+    q_ref: Any, k_ref: Any, v_ref: Any, segments_ref: Any, first_ref: Any, out_ref: Any, log_total_ref: Any,
+    *, scoring: Scoring, keep: int, visit: int,
+) -> None:  # fmt: skip
+    i = pl.program_id(0)
+    q, q_seg = q_ref[...], segments_ref[pl.ds(i * keep, keep)]
+    q_slots = i * keep + jnp.arange(keep, dtype=jnp.int32)
+
+    def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, out = carry
+        at = pl.ds(j * visit, visit)
+        k_slots = j * visit + jnp.arange(visit, dtype=jnp.int32)
+        scores, mask = _scores(q, k_ref[at, :], q_slots, k_slots, q_seg, segments_ref[at], scoring)
+        new_top = jnp.maximum(top, scores.max(axis=1))
+        weights = jnp.where(mask, jnp.exp(scores - new_top[:, None]), 0.0)
+        shrink = jnp.exp(top - new_top)
+        v = v_ref[at, :]
+        mixed = triton.dot(weights.astype(v.dtype), v)
+        return new_top, total * shrink + weights.sum(axis=1), out * shrink[:, None] + mixed
+
+    zeros = jnp.zeros(keep, jnp.float32)
+    empty = (zeros + LOWEST, zeros, jnp.zeros(q.shape, jnp.float32))
+    top, total, out = lax.fori_loop(first_ref[i], _end(i * keep + keep, visit), key_block, empty)
+    safe = jnp.where(total > 0, total, 1.0)  # padding: nothing was summed
+    out_ref[...] = (out / safe[:, None]).astype(out_ref.dtype)
+    log_total_ref[...] = top + jnp.log(safe)
+
+
+def _query_kernel(
+    q_ref: Any, k_ref: Any, v_ref: Any, segments_ref: Any, first_ref: Any, d_out_ref: Any, log_total_ref: Any,
+    row_dots_ref: Any, dq_ref: Any, *, scoring: Scoring, keep: int, visit: int,
+) -> None:  # fmt: skip
+    """The gradient of the queries kept."""
+    i = pl.program_id(0)
+    q, d_out, q_seg = q_ref[...], d_out_ref[...], segments_ref[pl.ds(i * keep, keep)]
+    log_total, row_dots = log_total_ref[...], row_dots_ref[...]
+    q_slots = i * keep + jnp.arange(keep, dtype=jnp.int32)
+
+    def key_block(j: jax.Array, dq: jax.Array) -> jax.Array:
+        at = pl.ds(j * visit, visit)
+        k_slots = j * visit + jnp.arange(visit, dtype=jnp.int32)
+        k = k_ref[at, :]
+        scores, mask = _scores(q, k, q_slots, k_slots, q_seg, segments_ref[at], scoring)
+        _, d_products = _slopes(scores, mask, triton.dot(d_out, v_ref[at, :].T), log_total, row_dots, scoring)
+        return dq + triton.dot(d_products.astype(k.dtype), k)
+
+    dq = lax.fori_loop(first_ref[i], _end(i * keep + keep, visit), key_block, jnp.zeros(q.shape, jnp.float32))
+    dq_ref[...] = dq.astype(dq_ref.dtype)
+
+
+def _key_kernel(
+    q_ref: Any, k_ref: Any, v_ref: Any, segments_ref: Any, end_ref: Any, d_out_ref: Any, log_total_ref: Any,
+    row_dots_ref: Any, dk_ref: Any, dv_ref: Any, *, scoring: Scoring, keep: int, visit: int,
+) -> None:  # fmt: skip
+    """The gradients of the keys and values kept, over all the query heads that share them."""
+    j = pl.program_id(0)
+    k, v, k_seg = k_ref[...], v_ref[...], segments_ref[pl.ds(j * keep, keep)]
+    k_slots = j * keep + jnp.arange(keep, dtype=jnp.int32)
+
+    def head(g: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def query_block(i: jax.Array, grads: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            dk, dv = grads
+            at = pl.ds(i * visit, visit)
+            q_slots = i * visit + jnp.arange(visit, dtype=jnp.int32)
+            q, d_out = q_ref[at, g, :], d_out_ref[at, g, :]
+            scores, mask = _scores(q, k, q_slots, k_slots, segments_ref[at], k_seg, scoring)
+            d_weights = triton.dot(d_out, v.T)
+            weights, d_products = _slopes(scores, mask, d_weights, log_total_ref[g, at], row_dots_ref[g, at], scoring)
+            dv += triton.dot(weights.astype(d_out.dtype).T, d_out)
+            return dk + triton.dot(d_products.astype(q.dtype).T, q), dv
+
+        return lax.fori_loop(lax.div(j * keep, visit), end_ref[j], query_block, grads)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    dk, dv = lax.fori_loop(0, q_ref.shape[1], head, (zeros, zeros))
+    dk_ref[...] = dk.astype(dk_ref.dtype)
+    dv_ref[...] = dv.astype(dv_ref.dtype)
+
+
+def _slopes(
+    scores: jax.Array, mask: jax.Array, d_weights: jax.Array, log_total: jax.Array, row_dots: jax.Array,
+    scoring: Scoring,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """The weights [Q S] again, and the gradients of the products that they came from."""
+    weights = jnp.where(mask, jnp.exp(scores - log_total[:, None]), 0.0)
+    slopes = scoring.slopes(jnp.where(mask, scores, 0.0))  # LOWEST squared would be infinite, times 0 NaN
+    return weights, weights * (d_weights - row_dots[:, None]) * slopes
+
+
+def _end(slots: Any, size: int) -> Any:
+    """The number of blocks that hold so many slots."""
+    return lax.div(slots + (size - 1), size)
+
+
+# ---------------------------------------------------------------------------------------- their calls
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, call: _Call) -> tuple[jax.Array, jax.Array]:
+    """The output, and the log of each query's softmax denominator [B K G T]."""
+    keep, visit = call.blocks[:2]
+    specs = _Specs(q.shape, keep)
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, scoring=call.scoring, keep=keep, visit=visit),
+        grid=(q.shape[1] // keep, q.shape[0], k.shape[2] * q.shape[3]),
+        in_specs=[specs.queries, specs.all_keys, specs.all_keys, specs.row, specs.per_block],
+        out_specs=[specs.queries, specs.query_sums],
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), _sums_of(q)],
+        compiler_params=_params(4 if q.shape[-1] <= 64 else 8),
+        interpret=call.interpret,
+        name="attention_forward",
+    )(q, k, v, segments, _first(segments, call.scoring, keep, visit))
+
+
+def _save(
+    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, call: _Call
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    out, log_total = _forward(q, k, v, segments, call)
+    return out, (q, k, v, segments, out, log_total)
+
+
+def _backward(
+    call: _Call, saved: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, segments, out, log_total = saved
+    keep, visit = call.blocks[2:]
+    specs, (b, t, kv_heads, group, _) = _Specs(q.shape, keep), q.shape
+    sizes = {"scoring": call.scoring, "keep": keep, "visit": visit}
+    rest = {"compiler_params": _params(8), "interpret": call.interpret}
+    # sum over keys of weight * d_weight, from the output alone
+    row_dots = jnp.einsum("btkgh,btkgh->bkgt", d_out, out, preferred_element_type=jnp.float32)
+    dq = pl.pallas_call(
+        functools.partial(_query_kernel, **sizes),
+        grid=(t // keep, b, kv_heads * group),
+        in_specs=[specs.queries, specs.all_keys, specs.all_keys, specs.row, specs.per_block, specs.queries]
+        + [specs.query_sums] * 2,
+        out_specs=specs.queries,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        name="attention_query_gradient",
+        **rest,
+    )(q, k, v, segments, _first(segments, call.scoring, keep, visit), d_out, log_total, row_dots)
+    dk, dv = pl.pallas_call(
+        functools.partial(_key_kernel, **sizes),
+        grid=(t // keep, b, kv_heads),
+        in_specs=[specs.all_queries, specs.keys, specs.keys, specs.row, specs.per_block, specs.all_queries]
+        + [specs.all_query_sums] * 2,
+        out_specs=[specs.keys, specs.keys],
+        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
+        name="attention_key_gradient",
+        **rest,
+    )(q, k, v, segments, _ends(segments, call.scoring, keep, visit), d_out, log_total, row_dots)
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_save, _backward)
+
+
+class _Specs:
+    """Which part of an array a program gets: its row and its head, and of the slots those that it keeps, or all.
+
+    Programs are numbered by block, row, and head: a query head, or a key head where they keep keys.
+    """
+
+    def __init__(self, shape: tuple[int, ...], keep: int):
+        _, t, _, g, h = shape
+        self.row = pl.BlockSpec((None, t), lambda i, b, n: (b, 0))
+        self.per_block = pl.BlockSpec((None, t // keep), lambda i, b, n: (b, 0))
+        self.queries = pl.BlockSpec((None, keep, None, None, h), lambda i, b, n: (b, i, n // g, n % g, 0))
+        self.query_sums = pl.BlockSpec((None, None, None, keep), lambda i, b, n: (b, n // g, n % g, i))
+        self.all_keys = pl.BlockSpec((None, t, None, h), lambda i, b, n: (b, 0, n // g, 0))
+        self.keys = pl.BlockSpec((None, keep, None, h), lambda j, b, n: (b, j, n, 0))
+        self.all_queries = pl.BlockSpec((None, t, None, g, h), lambda j, b, n: (b, 0, n, 0, 0))
+        self.all_query_sums = pl.BlockSpec((None, None, g, t), lambda j, b, n: (b, n, 0, 0))
+
+
+def _sums_of(q: jax.Array) -> jax.ShapeDtypeStruct:
+    b, t, kv_heads, group, _ = q.shape
+    return jax.ShapeDtypeStruct((b, kv_heads, group, t), jnp.float32)
+
+
+def _params(num_warps: int) -> triton.CompilerParams:
+    """With so many no register is spilled in bfloat16 on sm80 and sm90: compiling for them showed it."""
+    return triton.CompilerParams(num_warps=num_warps, num_stages=2)
+
+
+def _first(segments: jax.Array, scoring: Scoring, keep: int, visit: int) -> jax.Array:
+    """[B T] -> [B T/X]: the first block of keys that each block of queries sees; past the last for one of padding."""
+    first = first_seen(segments, scoring.window)[:, ::keep] // visit
+    return jnp.where(_real(segments, keep), first, segments.shape[1])
+
+
+def _ends(segments: jax.Array, scoring: Scoring, keep: int, visit: int) -> jax.Array:
+    """[B T] -> [B T/X]: one past the last block of queries that sees each block of keys; 0 for one of padding."""
+    end = last_seeing(segments, scoring.window)[:, keep - 1 :: keep] // visit + 1
+    return jnp.where(_real(segments, keep), end, 0)
+
+
+def _real(segments: jax.Array, keep: int) -> jax.Array:
+    return segments.reshape(segments.shape[0], -1, keep).max(axis=2) > 0

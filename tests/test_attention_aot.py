@@ -1,0 +1,87 @@
+"""Splash compiled for TPUs on a machine without one: what Mosaic refuses, it refuses here."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.splash import splash
+from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.optim import make_optimizer
+from mice_jax.sharding import batch_sharding, make_mesh
+from mice_jax.step import Sums, make_step
+from models import spec_of
+
+KERNELS = ("splash_mha_fwd_segmented", "splash_mha_dq_segmented", "splash_mha_dkv_segmented")
+
+
+@pytest.fixture
+def tpus(monkeypatch: pytest.MonkeyPatch) -> Sequence[Any]:
+    """Eight chips of a v5e, which are not there."""
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+
+
+def kernels_in(compiled: Any) -> dict[str, int]:
+    """How often each of splash's kernels is called."""
+    calls = re.findall(r'^.*custom_call_target="tpu_custom_call"', compiled.as_text(), flags=re.MULTILINE)
+    return {name: sum(name in call for call in calls) for name in KERNELS}
+
+
+@pytest.mark.slow
+def test_splash_in_the_train_step_compiles_for_a_v5e_with_two_kinds_of_layers_and_a_tensor_axis(
+    tpus: Sequence[Any],
+) -> None:
+    mesh = make_mesh(1, 4, 2, tpus)
+    spec = spec_of(d_model=128, num_heads=6, num_kv_heads=3, head_dim=80, windows=(None, 256), attention_softcap=50.0)
+    decoder = make_decoder(spec, 2)
+    optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)
+    compute = Compute(jnp.dtype("bfloat16"), "splash", "full")
+    fns = make_step(decoder, optimizer, lambda step: jnp.float32(0), mesh, compute)
+    zero = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    ints = jax.ShapeDtypeStruct((8, 640), jnp.int32, sharding=batch_sharding(mesh))
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ints)
+    batch["loss_weights"] = jax.ShapeDtypeStruct(ints.shape, jnp.float32, sharding=ints.sharding)
+    params = fns.abstract_state.params
+    with jax.set_mesh(mesh):
+        compiled = fns.accumulate.jitted.lower(params, Sums(params, zero, zero), batch).compile()
+    # Of each window one: forward twice, the second time in the backward pass (remat).
+    assert kernels_in(compiled) == dict(zip(KERNELS, (4, 2, 2), strict=True))
+
+
+@pytest.mark.slow
+def test_splash_compiles_for_a_v5e_whatever_the_head_dim_window_soft_cap_and_slots(tpus: Sequence[Any]) -> None:
+    mesh = make_mesh(1, 1, 1, tpus[:1])
+    whole = NamedSharding(mesh, PartitionSpec())
+    cases = [
+        (64, 512, Scoring(0.125, None, None)),
+        (96, 1000, Scoring(0.1, 300, None)),
+        (128, 4096, Scoring(0.1, 4096, 50.0)),
+        (256, 1024, Scoring(0.0625, 512, 50.0)),
+    ]
+
+    def array(slots: int, *rest: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((2, slots, *rest), jnp.bfloat16 if rest else jnp.int32, sharding=whole)
+
+    def both_ways(arrays: list[Any]) -> list[Any]:
+        made = []
+        for (q, k, v, segments, d_out), (_, _, scoring) in zip(arrays, cases, strict=True):
+            out, pull = jax.vjp(lambda *x, s=segments, c=scoring: splash(*x, s, c), q, k, v)
+            made.append((out, pull(d_out)))
+        return made
+
+    arrays = [(array(t, 4, h), array(t, 2, h), array(t, 2, h), array(t), array(t, 4, h)) for h, t, _ in cases]
+    compiled = jax.jit(both_ways).lower(arrays).compile()
+    assert kernels_in(compiled) == dict.fromkeys(KERNELS, len(cases))

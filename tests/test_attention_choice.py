@@ -1,0 +1,109 @@
+"""Which attention backend a run gets, and what is said where the one that is asked for cannot honour it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mice_jax.errors import UserError
+from mice_jax.models.attention import BACKENDS, choose_backend
+from models import spec_of
+from runs import read_json, run_train, setting
+
+CPU = {"platform": "cpu", "compute_capability": None, "dtype": "float32"}
+TPU = {"platform": "tpu", "compute_capability": None, "dtype": "bfloat16"}
+A100, H100 = ({"platform": "gpu", "compute_capability": c, "dtype": "bfloat16"} for c in ("8.0", "9.0"))
+AMD = {"platform": "gpu", "compute_capability": "gfx90a", "dtype": "bfloat16"}
+GEMMA_2 = {"windows": (None, 4096), "attention_softcap": 50.0, "head_dim": 256}
+
+
+def choice(name: str, device: dict[str, Any], max_length: int = 4096, deterministic: bool = False, **model: Any) -> str:
+    return choose_backend(name, spec_of(**model), **device, max_length=max_length, deterministic=deterministic)
+
+
+@pytest.mark.parametrize(
+    ("device", "run", "chosen"),
+    [
+        (CPU, {}, "blockwise"),
+        (CPU, GEMMA_2, "blockwise"),
+        (TPU, {}, "splash"),
+        (TPU, GEMMA_2, "splash"),
+        (TPU, {"head_dim": 80, "max_length": 1000}, "splash"),
+        (H100, {}, "cudnn"),
+        (H100 | {"compute_capability": "12.0"}, {}, "cudnn"),  # a version, no decimal number
+        (H100, {"windows": (None, 512), "head_dim": 256}, "cudnn"),
+        (H100, GEMMA_2, "pallas"),
+        (H100, {"deterministic": True}, "pallas"),
+        (H100 | {"dtype": "float32"}, {}, "pallas"),
+        (H100, {"max_length": 2**20, "num_heads": 32, "head_dim": 128}, "pallas"),
+        (A100, {}, "pallas"),
+        (A100, GEMMA_2, "pallas"),
+        (A100 | {"compute_capability": "7.5"}, {}, "blockwise"),
+        (AMD, {}, "blockwise"),
+        (CPU | {"platform": "METAL"}, {}, "blockwise"),
+    ],
+)
+def test_auto_takes_the_first_that_can_honour_the_run(device: dict, run: dict, chosen: str) -> None:
+    assert choice("auto", device, **run) == chosen
+    assert choice(chosen, device, **run) == chosen
+    assert choice("reference", device, **run) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "run", "said"),
+    [
+        ("splash", CPU, {}, "runs on tpu, and the devices are of platform cpu"),
+        ("cudnn", CPU | {"dtype": "bfloat16"}, {}, "runs on gpu, and the devices are of platform cpu"),
+        ("pallas", TPU, {}, "runs on gpu, and the devices are of platform tpu"),
+        ("cudnn", A100, {}, "compute capability 9.0 or more, and the devices have 8.0"),
+        ("pallas", AMD, {}, "compute capability 8.0 or more, and the devices have gfx90a"),
+        ("cudnn", H100 | {"dtype": "float32"}, {}, "computes in bfloat16, and the run in float32"),
+        ("cudnn", H100, GEMMA_2, "no soft cap on scores, and the model has one of 50.0"),
+        ("cudnn", H100, {"head_dim": 264}, "at most 256 dims, and the model's have 264"),
+        ("pallas", H100, {"head_dim": 512}, "at most 256 dims, and the model's have 512"),
+        ("cudnn", H100, {"deterministic": True}, "train.deterministic=True"),
+        ("cudnn", H100, {"max_length": 2**26, "num_heads": 4, "head_dim": 8}, "data.max_length=67108864 makes"),
+    ],
+)
+def test_a_backend_that_cannot_honour_the_run_is_refused_with_what_it_lacks_and_what_can(
+    name: str, device: dict, run: dict, said: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        choice(name, device, **run)
+    message, auto = str(refused.value), choice("auto", device, **run)
+    assert message.startswith(f"model.attention={name!r} cannot honour this run: it")
+    assert said in message and message.endswith(f"; auto takes {auto}.")
+    able = message.split("What can: ")[1].split("; ")[0].split(", ")
+    assert able[0] == auto and name not in able and "reference" in able
+
+
+def test_all_that_a_backend_lacks_is_said_at_once() -> None:
+    with pytest.raises(UserError, match=r"platform cpu; .*float32.*; .*soft cap"):
+        choice("cudnn", CPU, **GEMMA_2)
+
+
+def test_a_row_that_just_fits_is_honoured() -> None:
+    entries = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    assert choice("cudnn", H100, max_length=2**26 - 1, **entries) == "cudnn"
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(UserError, match=f"model.attention='flash'.*auto or one of {', '.join(BACKENDS)}"):
+        choice("flash", CPU)
+
+
+def test_auto_takes_what_a_run_had_before_on_the_same_mesh_of_the_same_devices(tmp_path: Path) -> None:
+    config, workdir = setting(tmp_path, samples=8), tmp_path / "run"
+    assert run_train(config, workdir, "--config.model.attention=reference") == 0
+
+    def again() -> str:
+        assert run_train(config, workdir) == 0
+        return read_json(workdir, "config.json")["resolved"]["attention"]
+
+    assert again() == "reference"
+    for moved in ({"device": "TPU v5e"}, {"mesh": {"data": 1, "fsdp": 4, "tensor": 1}}):
+        kept = read_json(workdir, "config.json")
+        kept["resolved"] |= {"attention": "reference"} | moved
+        (workdir / "config.json").write_text(json.dumps(kept))
+        assert again() == "blockwise"
