@@ -273,7 +273,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
                 saved = _save(run, checkpoints, state, progress, score, saved)
                 save_alarm.set()
             if stopped:
-                raise StoppedByRule(f"{stop or 'the first process has said why'}; it ended after step {step}, saved.")
+                raise StoppedByRule(f"{stop or 'the first process says why'}. Step {step} was the last, and is saved.")
             if (asked or late) and not last:
                 why = leave.signal or ("train.max_minutes" if late else "another process was asked to leave")
                 raise Preempted(f"{why} after step {step}; its state is saved, run the same command to go on.")

@@ -1,5 +1,6 @@
 """What tests of sweeps are built from: a sweep's file over the tiny runs of `runs`, and what it left."""
 
+import contextlib
 import csv
 import os
 import signal
@@ -29,7 +30,9 @@ def get_sweep(arg: str = "") -> Sweep:
 def sweep_file(folder: Path, sweep: str, body: str = "", samples: int = 40, held_out: bool = True) -> Path:
     """A sweep's file, whose `sweep` is what it gives beside its base, whose `body` sets fields of the base."""
     validation = "c.data.validation_fraction = 0.2\n" * held_out
-    base = setting(folder, f"c.data.phases[0].num_epochs = 4.0\n{validation}c.log.trackers = []\n{body}", samples=samples)
+    base = setting(
+        folder, f"c.data.phases[0].num_epochs = 4.0\n{validation}c.log.trackers = []\n{body}", samples=samples
+    )
     file = folder / "sweep.py"
     file.write_text(OPENING.format(base=str(base), body=sweep))
     return file
@@ -81,7 +84,5 @@ def await_none(workdir: Path, within_s: float = 30.0) -> None:
 
 
 def kill(number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(number, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

@@ -302,7 +302,8 @@ class Study:
         state = {v: k for k, v in ENDS.items()}[str(status)]
         frozen = self.trials()[number]
         self.study._storage.set_trial_user_attr(frozen._trial_id, "reason", reason)
-        self.study.tell(number, value if state == TrialState.COMPLETE else None, state)
+        values = [float(value)] if state == TrialState.COMPLETE else None  # of a stopped one, none that looks final
+        self.study._storage.set_trial_state_values(frozen._trial_id, state, values)
         self.write_results()
         self.claims.release(number)
         return str(status)
