@@ -72,7 +72,7 @@ def monte_carlo(deal, count: int = 96) -> tuple[float, float, float]:
 
 def test_rows_dealt_at_random_give_an_unbiased_estimate_where_those_sorted_by_length_do_not() -> None:
     """Packing itself leaves a little: the tail's smaller microbatches get the shortest samples. It falls with the
-    batch; at 96 samples it is 1.3 % here, where a token's gradient depends on its sample's length as much as on all else.
+    batch; at 96 samples it is 1.3 % here, where gradients depend on their sample's length as much as on all else.
     """
     true = float(TRUE @ TRUE)
     mean, error, raw = monte_carlo(dealt, 1000)

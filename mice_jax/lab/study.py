@@ -27,6 +27,7 @@ from typing import Any
 import optuna
 import sqlalchemy as sql
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import exc as sql_exc
 
 from mice_jax.config import Config, Range, Sweep, differences, locate, to_dict
 from mice_jax.errors import UserError, one_line
@@ -125,7 +126,7 @@ class Claims:
             try:
                 with self._engine.begin() as db:
                     db.execute(sql.insert(t).values(study=self._study, trial=number, owner=self.owner, beat=0))
-            except sql.exc.IntegrityError:
+            except sql_exc.IntegrityError:
                 return False
             return True
         if not self._is_dead(number, row.owner, row.beat):
@@ -199,7 +200,7 @@ class Study:
                 )
         else:
             known = about | {"study": f"{self.folder.resolve().name}-{uuid.uuid4().hex[:12]}"}
-        self.name = known["study"]
+        self.name = str(known["study"])
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         lite = self.storage.startswith("sqlite")
         try:
@@ -211,7 +212,7 @@ class Study:
                 direction="minimize" if sweep.mode == "min" else "maximize",
                 load_if_exists=True,
             )
-        except (sql.exc.SQLAlchemyError, ImportError) as e:
+        except (sql_exc.SQLAlchemyError, ImportError) as e:
             hidden = sql.engine.make_url(self.storage).render_as_string(hide_password=True)
             raise UserError(f"the study's storage {hidden} cannot be opened: {one_line(e)}.") from None
         self.claims = Claims(store.engine, self.name)
@@ -302,7 +303,9 @@ class Study:
         state = {v: k for k, v in ENDS.items()}[str(status)]
         frozen = self.trials()[number]
         self.study._storage.set_trial_user_attr(frozen._trial_id, "reason", reason)
-        values = [float(value)] if state == TrialState.COMPLETE else None  # of a stopped one, none that looks final
+        values = (
+            [float(value or 0.0)] if state == TrialState.COMPLETE else None
+        )  # of a stopped one, none that looks final
         self.study._storage.set_trial_state_values(frozen._trial_id, state, values)
         self.write_results()
         self.claims.release(number)
@@ -315,7 +318,7 @@ class Study:
 
         def beat() -> None:
             while not done.wait(BEAT_S):
-                with contextlib.suppress(sql.exc.SQLAlchemyError):  # the next beat tries again
+                with contextlib.suppress(sql_exc.SQLAlchemyError):  # the next beat tries again
                     if not self.claims.beat(number):
                         os._exit(1)
 

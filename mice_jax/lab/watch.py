@@ -44,7 +44,7 @@ def read_records(folder: Path) -> list[dynamics.Record]:
 
 def make_rule(fields: dict[str, Any]) -> dynamics.SiblingRule:
     """A rule from its name and its fields."""
-    rest = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "name"}
+    rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "name"}
     return dynamics.SIBLING_RULES[fields["name"]](**rest)
 
 
