@@ -77,6 +77,7 @@ def load_sweep(named: str) -> Sweep:
     file, _, arg = (named, "", "") if Path(named).exists() else named.partition(":")
     if not Path(file).is_file():
         raise UserError(f"--config: there is no file {file}.")
+    command.find_neighbours(Path(file))
     try:
         get_sweep = runpy.run_path(file).get("get_sweep")
         made = get_sweep(arg) if get_sweep else None

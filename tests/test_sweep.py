@@ -199,8 +199,11 @@ def test_two_workers_on_postgresql_share_a_study_and_no_trial_is_run_twice(tmp_p
         assert (workdir / "runs" / row["number"] / "log.txt").read_text().count("\ndone: ") == 1
     assert not (workdir / "study.db").exists()
     name = json.loads((workdir / "sweep.json").read_text())["study"]
-    study = optuna.load_study(study_name=name, storage=postgres)
+    store = optuna.storages.RDBStorage(postgres)
+    study = optuna.load_study(study_name=name, storage=store)
     assert [t.value for t in study.trials] == [float(r["metric"]) for r in rows]
+    store.remove_session()
+    store.engine.dispose()
 
 
 # ---------------------------------------------------------------------------------------- the study, in this process
