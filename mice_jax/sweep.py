@@ -17,9 +17,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from rich.console import Console, Group
@@ -34,8 +33,8 @@ from mice_jax.config import ConfigError, Sweep
 from mice_jax.errors import Preempted, UserError
 from mice_jax.lab import planned
 from mice_jax.lab.devices import share_of_devices
-from mice_jax.lab.study import ENDS, RESULTS, Study, combinations, config_of, read_summary, rule_of
-from mice_jax.lab.watch import TRIAL, read_records
+from mice_jax.lab.study import ENDS, RESULTS, Study, combinations, config_of, read_summary, rule_of, status_of
+from mice_jax.lab.watch import TRIAL, last_record
 
 STORAGE = "MICE_JAX_STORAGE"  # in the environment: a storage's URL, which may hold a password
 LOOK_S = 0.5
@@ -52,7 +51,7 @@ def define(values: command.Values, argv: list[str]) -> None:
     flags.DEFINE_bool("dry_run", False, "print the trials, their steps and cost, and end", flag_values=values)
 
 
-def begin(arguments: Sequence[str], values: command.Values) -> int | None:
+def begin(values: command.Values) -> int | None:
     if supervise.is_child():
         supervise.follow_parent()
     sweep = load_sweep(command.required(values, "config"))
@@ -67,7 +66,8 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
     if values.worker:
         return work(study)
     shares = share_of_devices(values.workers)
-    own = [a for a in arguments if not a.lstrip("-").startswith("storage")]
+    # The storage's URL, which may hold a password, goes by the environment.
+    own = [f"--config={values.config}", f"--workdir={folder}"]
     return _lead(study, [*own, "--worker"], [share | {STORAGE: storage} for share in shares])
 
 
@@ -155,7 +155,7 @@ def _run(study: Study, number: int) -> int:
             code = supervise.run_child("mice_jax.train", arguments, folder, environment, log)
         if code in (0, UserError.exit_code, 3, Preempted.exit_code):
             return code
-        reached = len(read_records(folder))
+        reached = last_record(folder).get("step", 0)
         tries = 1 if reached > furthest else tries + 1
         furthest = max(furthest, reached)
         if tries >= TRIES:
@@ -223,7 +223,7 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
         for number, handler in before.items():
             signal.signal(number, handler)
         log.close()
-    study.write_results()
+    study.write_results()  # the page of the sweep is written here, from what it leaves
     left = len(study.trials()) - ended()
     if asked and left:
         raise Preempted(f"{left} trials have not ended; run the same command to go on.")
@@ -235,17 +235,10 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
 
 
 def _ending(study: Study) -> str:
-    rows = study.rows()
-    counts = ", ".join(f"{sum(r['status'] == s for r in rows)} {s}" for s in ENDS.values())
-    best = _best(study, rows)
-    said = f"done: {counts}\nresults: {study.folder / RESULTS}"
-    return said if best is None else f"{said}\nbest: trial {best['number']}, {study.sweep.metric} {best['metric']:.4g}"
-
-
-def _best(study: Study, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    done = [r for r in rows if r["metric"] != ""]
-    choose: Callable = min if study.sweep.mode == "min" else max
-    return choose(done, key=lambda r: r["metric"]) if done else None
+    ends = [status_of(t) for t in study.trials()]
+    said = f"done: {', '.join(f'{ends.count(s)} {s}' for s in ENDS.values())}\nresults: {study.folder / RESULTS}"
+    best = study.best()
+    return f"{said}\nbest: trial {best.number}, {study.sweep.metric} {best.value:.4g}" if best else said
 
 
 class _Screen:
@@ -279,34 +272,35 @@ class _Screen:
                 self._console.print(escape(f"trial {trial.number}: {how}{value}  ({len(self._said)} of {total} ended)"))
 
     def _table(self) -> Group:
-        study, rows = self._study, self._study.rows()
+        study = self._study
         table = Table("trial", *study.sweep.axes, "seed", "", "step", "loss", "status")
+        trials = study.trials()
+        totals = [study.total_steps(t.number) for t in trials]
+        known = [n for n in totals if n] or [0]
+        best = study.best()
         done = left = 0
-        best = _best(study, rows)
-        for row in rows:
-            total = study.total_steps(row["number"])
-            last = (read_records(study.run_of(row["number"])) or [{}])[-1]
-            done += row["steps"]
-            left += max(0, total - row["steps"]) if row["status"] in ("running", "waiting") else 0
-            status = f"{row['status']} {row['reason']}".strip() + " (best)" * (row is best)
-            cells = [str(row[name]) for name in study.sweep.axes]
-            bar = ProgressBar(total=total or 1, completed=row["steps"], width=20)
+        for trial, total in zip(trials, totals, strict=True):
+            last = last_record(study.run_of(trial.number))
+            step = last.get("step", 0)
+            done += step
+            left += 0 if trial.state.is_finished() else max(0, (total or sum(known) // len(known)) - step)
+            params = study.params(trial)
+            status = f"{status_of(trial)} {trial.user_attrs.get('reason', '')}".strip() + " (best)" * (trial is best)
+            cells = [*(str(params[name]) for name in study.sweep.axes), str(params["seed"])]
+            bar = ProgressBar(total=total or 1, completed=step, width=20)
             loss = f"{last['loss']:.4f}" if last else ""
-            table.add_row(
-                str(row["number"]), *map(escape, cells), str(row["seed"]), bar, str(row["steps"]), loss, escape(status)
-            )
+            table.add_row(str(trial.number), *map(escape, cells), bar, str(step), loss, escape(status))
         return Group(table, Text(self._left(done, left)))
 
     def _left(self, done: int, left: int) -> str:
         self._first = done if self._first is None else self._first
         rate = (done - self._first) / max(1e-9, time.monotonic() - self._began)
-        known = f", at most {left / rate:,.0f} s left for the trials that have started" if rate and left else ""
-        return f"{done:,} steps done{known}"
+        return f"{done:,} steps done" + (f", at most {left / rate:,.0f} s left" if rate and left else "")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
-    return command.run(__doc__, define, lambda values: begin(arguments, values), arguments)
+    return command.run(__doc__, define, begin, arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Sweeps as users run them: stopped early, killed, shared; and what they leave."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
+from rich.console import Console
 
 from mice_jax import sweep
 from mice_jax.config import Config, ConfigError, Range, Sweep
@@ -88,17 +90,17 @@ def test_of_eight_trials_the_bad_are_stopped_the_best_never_and_the_two_files_ag
         assert len(read_metrics(stopped)) == whole > before
 
 
-def test_a_run_that_diverges_is_stopped_with_the_reason_and_its_state(tmp_path: Path) -> None:
-    config = setting(
-        tmp_path, "c.data.phases[0].num_epochs = 8.0\nc.optim.learning_rate = 1e3\nc.optim.grad_clip = 0.0"
-    )
-    assert run_train(config, tmp_path / "run") == 3
+@pytest.mark.parametrize("rate, what", [("1e2", "diverged: "), ("1e4", "dead: ")])
+def test_a_rate_that_is_huge_stops_a_run_with_the_reason_and_its_state(rate: str, what: str, tmp_path: Path) -> None:
+    config = setting(tmp_path, "c.data.phases[0].num_epochs = 4.0\nc.optim.grad_clip = 0.0\nc.log.trackers = []")
+    at = (config, tmp_path / "run", f"--config.optim.learning_rate={rate}")
+    assert run_train(*at) == 3
     summary = read_json(tmp_path / "run", "summary.json")
-    assert (summary["status"] == "stopped" and "diverged" in summary["reason"]) or "dead" in summary["reason"]
-    lines = read_metrics(tmp_path / "run")
-    assert 10 < len(lines) < 40 and (tmp_path / "run" / "checkpoints" / str(len(lines))).is_dir()
-    assert run_train(config, tmp_path / "run", "--config.stop.steps=0") == 0, "revived without the rule"
-    assert len(read_metrics(tmp_path / "run")) == 40
+    assert summary["status"] == "stopped" and summary["reason"].startswith(what)
+    assert len(read_metrics(tmp_path / "run")) == 11, "ten steps after its start"
+    assert (tmp_path / "run" / "checkpoints" / "11").is_dir()
+    assert run_train(*at, "--config.stop.steps=0") == 0, "revived without the rule"
+    assert len(read_metrics(tmp_path / "run")) == 20
 
 
 # ---------------------------------------------------------------------------------------- kills
@@ -110,7 +112,7 @@ def test_ten_kills_of_the_sweep_and_its_workers_leave_every_trial_ended_once(tmp
     workdir, rng, done = tmp_path / "sweep", random.Random(0), 0
     process = start_sweep(file, workdir, "--workers=2")
     while done < 10:
-        time.sleep(rng.uniform(3, 12))
+        time.sleep(rng.uniform(2, 9))
         if process.poll() is not None:  # it has ended before the tenth: whatever is killed now must not start it anew
             process = start_sweep(file, workdir, "--workers=2")
             time.sleep(rng.uniform(0, 4))
@@ -351,6 +353,42 @@ def test_devices_are_split_evenly_or_refused() -> None:
     assert [c["TPU_VISIBLE_CHIPS"] for c in chips] == ["0,1", "2,3"]
     cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     assert share_of_devices(2, cpu) == [{"JAX_NUM_CPU_DEVICES": "4"}] * 2
+
+
+def test_the_screen_shows_each_trial_the_best_the_stopped_and_why_and_the_time_left(tmp_path: Path) -> None:
+    study = Study(tiny(tmp_path, axes={RATE: [1e-3, 1e-2, 3e-2, 5e-2]}, metric="loss"), tmp_path / "out")
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=150)
+    screen = sweep._Screen(console, study)
+
+    def shown() -> str:
+        console.print(screen._table())
+        said = text.getvalue()
+        text.truncate(0)
+        return said
+
+    assert "waiting" in shown()
+    for number, (steps, status) in enumerate([(20, "completed"), (5, "stopped"), (7, "running")]):
+        assert study.claim() == number
+        study.begin(number)
+        run = study.run_of(number)
+        lines = [{"step": i, "samples": 8 * i, "loss": 2.5, "grad_norm": 1.0} for i in range(1, steps + 1)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "data_report.json").write_text('{"steps": 20}')
+        summary = {"status": status, "reason": "worse than its siblings" * (number == 1), "last_metrics": lines[-1]}
+        (run / "summary.json").write_text(json.dumps(summary))
+        if status != "running":
+            assert study.end(number, {"completed": 0, "stopped": 3}[status]) == status
+    said = shown()
+    assert "completed (best)" in said and "stopped worse than its siblings" in said and "running" in said
+    assert "32 steps done, at most " in said and "2.5000" in said
+    assert_agree_but_the_running(tmp_path / "out")
+
+
+def assert_agree_but_the_running(workdir: Path) -> None:
+    rows, trials = results(workdir), study_of(workdir).trials
+    assert [r["status"] for r in rows] == ["completed", "stopped", "waiting", "waiting"], "as of the last that ended"
+    assert [t.value for t in trials] == [2.5, None, None, None] and [r["metric"] for r in rows] == ["2.5", "", "", ""]
 
 
 @pytest.mark.slow

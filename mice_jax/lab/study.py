@@ -337,11 +337,8 @@ class Study:
 
     def _row(self, trial: FrozenTrial) -> dict[str, Any]:
         records = read_records(self.run_of(trial.number))
-        params = trial.params or trial.system_attrs.get("fixed_params", {})
         last = records[-1] if records else {}
-        row = {"number": trial.number} | {name: params.get(name, "") for name in self.sweep.axes}
-        row["seed"] = params.get("seed", self.sweep.base.seed)
-        row["status"] = ENDS.get(trial.state, trial.state.name.lower())
+        row = {"number": trial.number} | self.params(trial) | {"status": status_of(trial)}
         row |= {"steps": last.get("step", 0), "samples": last.get("samples", 0)}
         total = self.total_steps(trial.number)
         for fraction in dynamics.FRACTIONS:
@@ -353,6 +350,18 @@ class Study:
         row["metric"] = trial.value if trial.state == TrialState.COMPLETE else ""
         row["reason"] = trial.user_attrs.get("reason", "")
         return row
+
+    def params(self, trial: FrozenTrial) -> dict[str, Any]:
+        """A trial's value on every axis, and its seed; "" for what is not drawn yet."""
+        known = trial.params or trial.system_attrs.get("fixed_params", {})
+        drawn = {name: known.get(name, "") for name in self.sweep.axes}
+        return drawn | {"seed": known.get("seed", self.sweep.base.seed)}
+
+    def best(self) -> FrozenTrial | None:
+        """Of the completed trials."""
+        done = [t for t in self.trials() if t.state == TrialState.COMPLETE]
+        sign = 1 if self.sweep.mode == "min" else -1
+        return min(done, key=lambda t: sign * (t.value or 0.0), default=None)
 
     def total_steps(self, number: int) -> int:
         """The steps that a trial's run has when it is not stopped; 0 before it has started."""
@@ -367,6 +376,11 @@ class Study:
             writer.writeheader()
             writer.writerows(rows)
             write_whole(self.folder / RESULTS, text.getvalue())
+
+
+def status_of(trial: FrozenTrial) -> str:
+    """completed, stopped, failed; running or waiting before its end."""
+    return ENDS.get(trial.state, trial.state.name.lower())
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:

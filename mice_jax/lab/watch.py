@@ -15,6 +15,7 @@ from mice_jax import config
 from mice_jax.lab import dynamics
 from mice_jax.workdir import METRICS
 
+LONGEST_LINES = 1 << 16  # bytes: two lines at least
 TRIAL = "MICE_JAX_TRIAL"  # in a trial's environment: its `Trial`, as JSON
 
 
@@ -40,6 +41,17 @@ def read_records(folder: Path) -> list[dynamics.Record]:
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+def last_record(folder: Path) -> dynamics.Record:
+    """The last whole line of a run's metrics.jsonl; empty where there is none."""
+    file = folder / METRICS
+    if not file.exists():
+        return {}
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - LONGEST_LINES))
+        lines = opened.read().split(b"\n")[:-1]
+    return json.loads(lines[-1]) if lines else {}
 
 
 def make_rule(fields: dict[str, Any]) -> dynamics.SiblingRule:
