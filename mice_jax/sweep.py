@@ -1,8 +1,7 @@
 """Run many trials of a config, and stop the poor ones early.
 
-  mice sweep --config=configs/sweep.py --workdir=sweeps/rates
-  mice sweep --config=configs/sweep.py --workdir=sweeps/rates --dry_run
-  mice sweep --config=configs/sweep.py --workdir=sweeps/rates --workers=4
+  mice sweep --config=configs/paper/learning_rate.py --workdir=sweeps/rates --dry_run
+  mice sweep --config=configs/paper/learning_rate.py:batch=128 --workdir=sweeps/rates --workers=4
 
 The file defines get_sweep(arg), which returns a mice_jax.config.Sweep. The same command again goes on where it was.
 Workers on other machines that reach the same folder share the work: give each --worker, and to all of them
@@ -202,7 +201,7 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
     console = Console(highlight=False, soft_wrap=True)
     try:
         with _Screen(console, study) as screen:
-            while any(w.process.poll() is None for w in workers):
+            while True:
                 for number in asked[passed_on:]:
                     for w in workers:
                         w.process.send_signal(number)
@@ -215,8 +214,9 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
                     os.close(w.pipe)
                     workers[i] = start(shares[i], futile)
                 screen.update()
+                if all(w.process.poll() is not None and w.process.returncode >= 0 for w in workers):
+                    break  # each ended by itself; a killed one is started anew above
                 time.sleep(LOOK_S)
-            screen.update()
     finally:
         for w in workers:
             os.close(w.pipe)

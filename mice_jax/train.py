@@ -237,10 +237,8 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
                 raise StoppedByRule(_not_finite(step, measured, checkpoints, saved))
             ended, step_time = time.perf_counter(), time.perf_counter() - ended
             corrected = measured["grad_sq_corrected"]
-            before, progress = (
-                progress,
-                progress.after(batch, measured["grad_norm"], measured.pop("skipped"), corrected),
-            )
+            after = progress.after(batch, measured["grad_norm"], measured.pop("skipped"), corrected)
+            before, progress = progress, after
             measured |= {
                 "grad_sq_corrected": corrected if math.isfinite(corrected) else None,
                 "noise_scale": progress.noise_scale(),

@@ -118,7 +118,8 @@ def test_ten_kills_of_the_sweep_and_its_workers_leave_every_trial_ended_once(tmp
             time.sleep(rng.uniform(0, 4))
         workers = [n for n, command in processes_of(workdir).items() if "--worker " in command + " "]
         if done % 2 and workers:
-            kill(rng.choice(workers))
+            for worker in rng.sample(workers, rng.randint(1, len(workers))):
+                kill(worker)
         else:
             process.kill()
             process.communicate()

@@ -23,9 +23,7 @@ def get_config(arg: str = "") -> Config:
     c = recipe(given, "lab")
     c.optim.batch_size = int(choice(given, "batch", BATCHES))
     if choice(given, "data_in", ARMS) == "phased":
-        again = {"optimizer": "reset", "schedule": "restart", "seed_from": "best"}
-        c.data.phases = [
-            Phase(name=name, num_epochs=10.0, sources=sources(given, (name,)), **(again if i else {}))
-            for i, name in enumerate(PHASES)
-        ]
+        c.data.phases = [Phase(name=name, num_epochs=10.0, sources=sources(given, (name,))) for name in PHASES]
+        for phase in c.data.phases[1:]:
+            phase.optimizer, phase.schedule, phase.seed_from = "reset", "restart", "best"
     return c
