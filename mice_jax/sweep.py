@@ -214,8 +214,9 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
                     os.close(w.pipe)
                     workers[i] = start(shares[i], futile)
                 screen.update()
-                if all(w.process.poll() is not None and w.process.returncode >= 0 for w in workers):
-                    break  # each ended by itself; a killed one is started anew above
+                codes = [w.process.poll() for w in workers]
+                if all(code is not None and (asked or code >= 0) for code in codes):
+                    break  # a killed one, which nobody asked to leave, is started anew above
                 time.sleep(LOOK_S)
     finally:
         for w in workers:
