@@ -107,8 +107,17 @@ def workdir_of(values: Values) -> Place:
     return find_place(required(values, "workdir"))
 
 
+def find_neighbours(file: Path) -> None:
+    """Lets a config import what lies beside it, as a script may."""
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
 def _parse(values: Values, argv: list[str]) -> None:
     _check_config_flags(argv)
+    if any(a.lstrip("-").partition("=")[0] == "config" for a in argv):
+        find_neighbours(Path(_config_file(argv)))
     sys.modules.pop("config_config", None)  # ml_collections would run a second file on top of a first one's names
     try:
         rest = values(argv)

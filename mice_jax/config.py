@@ -9,6 +9,7 @@ cannot set None. `Config.validate()` runs first in every main and reports all pr
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -153,6 +154,14 @@ class Eval(_Strict):
 
 
 @dataclass
+class Stop(_Strict):
+    """Rules that every run is under, beside that of a number that is not finite."""
+
+    margin: float = 1.0  # nats of loss above the first step's: a run that stays there is stopped
+    steps: int = 10  # in a row, of that and of a dead model (loss at ln of the vocabulary, no gradient); 0 = never
+
+
+@dataclass
 class Config(_Strict):
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -162,6 +171,7 @@ class Config(_Strict):
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     eval: Eval = field(default_factory=Eval)
+    stop: Stop = field(default_factory=Stop)
     seed: int = 0
 
     def validate(self) -> None:
@@ -181,7 +191,70 @@ class Config(_Strict):
 RESUMABLE = ("mesh", "train.rows_per_device", "model.attention", "model.remat", "data.cache_dir",
              "data.num_workers", "data.prepare_workers", "train.max_minutes", "checkpoint.every_samples",
              "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every",
-             "log", "eval")  # fmt: skip
+             "log", "eval", "stop")  # fmt: skip
+
+
+@dataclass
+class Sweep(_Strict):
+    """Many runs that differ in a few fields: what `get_sweep(arg="")` of a sweep's file returns."""
+
+    base: Config = field(default_factory=Config)
+    # By a field's dotted name, the values to try; with search="random" or "tpe", also Range(...).
+    axes: dict[str, Any] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)  # each combination runs with each; [] = that of base
+    metric: str = "eval/loss"  # any of metrics.jsonl, of a run's last step
+    mode: str = "min"  # min | max
+    stop: Any = None  # None, a rule's name (paper | median | halving), or one of mice_jax.lab.dynamics
+    search: str = "grid"  # grid | random | tpe
+    trials: int = 0  # of random and tpe
+
+    def validate(self) -> None:
+        """Raises ConfigError, naming every problem, those of the trials' configs but for the axes' values too."""
+        problems = []
+        names = field_names()
+        for name, values in self.axes.items():
+            if re.sub(r"\[[0-9]+\]", "[]", name) not in names:
+                problems.append(f"axes has {name!r}, which is no field of the config{nearest(name, names)}")
+            elif isinstance(values, Range):
+                problems += [f"axes[{name!r}] is a Range: a grid needs a list"] * (self.search == "grid")
+                if not (values.low < values.high and (values.low > 0 or not values.log)):
+                    problems.append(f"axes[{name!r}]={values}: low must be below high, and above 0 where log=True")
+            elif not isinstance(values, list | tuple) or not values:
+                problems.append(f"axes[{name!r}]={values!r} must be a list of at least one value")
+            elif len({repr(v) for v in values}) < len(values):
+                problems.append(f"axes[{name!r}]={values!r} has a value twice")
+        if "seed" in self.axes:
+            problems.append("axes has 'seed': give seeds=[...]")
+        if len(set(self.seeds)) < len(self.seeds):
+            problems.append(f"seeds={self.seeds} has one twice")
+        if self.mode not in ("min", "max"):
+            problems.append(f"mode={self.mode!r} is not one of min, max")
+        if self.search not in ("grid", "random", "tpe"):
+            problems.append(f"search={self.search!r} is not one of grid, random, tpe")
+        elif (self.search == "grid") != (self.trials == 0) or self.trials < 0:
+            problems.append(
+                f"trials={self.trials} with search={self.search!r}: give it to random and tpe, and only there"
+            )
+        if problems:
+            raise ConfigError(f"the sweep has {len(problems)} problem(s): {'; '.join(problems)}.")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Of an axis that is searched: from `low` to `high`, even in the logarithm where `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+def locate(config: Config, name: str) -> tuple[Any, str]:
+    """The part that holds a field, and its name there, from its dotted name, `data.phases[0].replay` for one."""
+    *path, last = re.findall(r"[^.\[\]]+", name)
+    part: Any = config
+    for key in path:
+        part = part[int(key)] if key.isdigit() else getattr(part, key)
+    return part, last
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -288,6 +361,8 @@ BOUNDS = {
     "checkpoint.keep_last": (0, math.inf),
     "checkpoint.keep_best": (0, math.inf),
     "checkpoint.keep_every": (0, math.inf),
+    "stop.margin": (0, math.inf),
+    "stop.steps": (0, math.inf),
     "log.every_steps": (1, math.inf),
     "eval.every_samples": (0, math.inf),
     "seed": (0, 2**32 - 1),

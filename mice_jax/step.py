@@ -21,6 +21,7 @@ from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.sharding import BATCH_AXES, constrain, num_shards, param_shardings
 
 LOGIT_TOKENS = 512  # tokens of one device whose logits exist at a time
+LEAST_REST = 1e-3  # of a step's pairs of microbatches: below it there is one microbatch, and rounding
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weights: each [B T]
 
@@ -39,6 +40,9 @@ class Sums(NamedTuple):
     grads: Params  # or in bfloat16, where that is asked for
     loss_sum: jax.Array
     weight_sum: jax.Array
+    # Over microbatches, of their own gradient sums' squared norms and of their squared weights:
+    grad_sq_sum: jax.Array
+    weight_sq_sum: jax.Array
 
 
 class StepFunctions(NamedTuple):
@@ -94,7 +98,7 @@ def make_step(
     opt_shardings = _moment_shardings(abstract_opt, decoder.abstract, shardings, whole)
     # Trees of shardings in the places of the arrays that they are for.
     state_shardings = TrainState(cast(Any, whole), shardings, opt_shardings)
-    sums_shardings = Sums(shardings, cast(Any, whole), cast(Any, whole))
+    sums_shardings = Sums(shardings, *[cast(Any, whole)] * 4)
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         rows = batch["tokens"].shape[0] // num_shards(mesh)
@@ -105,11 +109,13 @@ def make_step(
 
     def zero_sums() -> Sums:
         zero = jnp.zeros((), jnp.float32)
-        return Sums(jax.tree.map(lambda p: jnp.zeros(p.shape, accumulate_dtype), decoder.abstract), zero, zero)
+        return Sums(jax.tree.map(lambda p: jnp.zeros(p.shape, accumulate_dtype), decoder.abstract), *[zero] * 4)
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
         (loss_sum, weight_sum), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        return jax.tree.map(lambda s, x: (s + x).astype(s.dtype), sums, Sums(grads, loss_sum, weight_sum))
+        grad_sq = optax.tree.norm(_only(trained, grads), squared=True)
+        own = Sums(grads, loss_sum, weight_sum, grad_sq, weight_sum**2)
+        return jax.tree.map(lambda s, x: (s + x).astype(s.dtype), sums, own)
 
     def apply(state: TrainState, sums: Sums, limit: float = math.inf) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
         state, metrics = apply_sums(state, sums, optimizer, schedule, limit, trained)
@@ -192,6 +198,7 @@ def apply_sums(
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
+        "grad_sq_corrected": corrected_square(grad_norm, sums),
         "param_norm": optax.tree.norm(new_state.params),
         "update_norm": jnp.where(skipped, 0.0, optax.tree.norm(updates)),
         "learning_rate": rate,
@@ -199,6 +206,23 @@ def apply_sums(
         "skipped": skipped,
     }
     return new_state, metrics
+
+
+def corrected_square(grad_norm: jax.Array, sums: Sums) -> jax.Array:
+    """An unbiased estimate of the true gradient's squared norm; NaN from one microbatch, negative where noise rules.
+
+    A step's own |g|^2 is |G|^2 and the variance of g, which the batch size divides. Microbatch i has the gradient sum
+    s_i and the weight w_i, with s_i of mean w_i G, whatever its variance, and independent of the others. So
+    s_i . s_j has the mean w_i w_j |G|^2 for i != j, and over all such pairs, g being sum s_i / W and W = sum w_i,
+
+      |G|^2 ~ (|sum s_i|^2 - sum |s_i|^2) / (W^2 - sum w_i^2) = (|g|^2 - q) / (1 - r)
+
+    with q = sum |s_i|^2 / W^2 and r = sum w_i^2 / W^2. Unequal and empty microbatches need nothing more.
+    """
+    q = sums.grad_sq_sum / sums.weight_sum**2
+    r = sums.weight_sq_sum / sums.weight_sum**2
+    few = 1 - r < LEAST_REST
+    return jnp.where(few, jnp.nan, (grad_norm**2 - q) / jnp.where(few, 1.0, 1 - r))
 
 
 def _only(trained: Any, tree: Params) -> Params:

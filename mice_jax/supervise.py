@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import IO
 
 import orbax.checkpoint as ocp
 
@@ -27,17 +28,36 @@ def is_child() -> bool:
     return CHILD in os.environ
 
 
-def run_child(module: str, arguments: Sequence[str], workdir: Place) -> int:
-    """Runs `python -m module` under this process, and returns what the command's exit code is to be."""
+def start_child(
+    module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None, output: IO | None = None
+) -> tuple[subprocess.Popen, int]:
+    """Starts `python -m module` under this process; also returns the end of the pipe that it lives by."""
     reading, writing = os.pipe()
     os.set_inheritable(reading, True)
     child = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env=os.environ | {CHILD: str(reading)},
+        env=os.environ | (environment or {}) | {CHILD: str(reading)},
+        stdout=output,
+        stderr=output,
         pass_fds=[reading],
         start_new_session=True,  # a terminal's Ctrl-C reaches it once, through here
     )
     os.close(reading)
+    return child, writing
+
+
+def run_child(
+    module: str,
+    arguments: Sequence[str],
+    workdir: Place,
+    environment: Mapping[str, str] | None = None,
+    output: IO | None = None,
+) -> int:
+    """Runs `python -m module` under this process, and returns what the command's exit code is to be.
+
+    `environment` is set beside this process's own; `output` is a file for what it says, None = where this one says it.
+    """
+    child, writing = start_child(module, arguments, environment, output)
     before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in FORWARDED}
     try:
         code = child.wait()

@@ -10,6 +10,7 @@ line a step), TensorBoard events, checkpoints/<step>/, model/ (config.json and t
 import dataclasses
 import datetime
 import functools
+import math
 import os
 import sys
 import time
@@ -38,6 +39,7 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
 from mice_jax.errors import AgreedError, Preempted, StoppedByRule, UserError, one_line
 from mice_jax.evals import held_out
+from mice_jax.lab.watch import Watch
 from mice_jax.models import hf
 from mice_jax.models.attention import choose_backend
 from mice_jax.models.spec import ModelSpec
@@ -50,6 +52,7 @@ from mice_jax.step import StepFunctions, Sums, TrainState, make_step
 from mice_jax.workdir import METRICS, PUBLISH_S, Workdir, code_state, environment
 
 CHOSEN_BY = ("loss", "grad_norm", "param_norm", "update_norm")  # beside held-out losses
+SPLIT_EVERY = 8  # of so many steps, one that is a single microbatch is split in two, to measure the gradient's noise
 PLANNED_AHEAD = 2_000_000  # samples whose steps are planned before the first, about two seconds
 
 
@@ -138,12 +141,11 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
 
     by_phase = len(config.data.phases) > 1
 
-    def source(mixture: Mixture, loss_reduction: str = "token") -> StepSource:
-        return StepSource(
-            data.corpus, mixture, shapes, num_shards(mesh), local_shards(mesh), loss_reduction, config.seed
-        )
+    def source(mixture: Mixture, loss_reduction: str = "token", split_every: int = 0) -> StepSource:
+        shards = num_shards(mesh), local_shards(mesh)
+        return StepSource(data.corpus, mixture, shapes, *shards, loss_reduction, config.seed, split_every)
 
-    steps = source(mixture, config.optim.loss_reduction)
+    steps = source(mixture, config.optim.loss_reduction, SPLIT_EVERY)
 
     # ---- Optimizer ------------------------------------------------------------------------------------------
     o = config.optim
@@ -200,6 +202,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     # if they are not finite, evaluate, write the line, save. So a checkpoint never knows of a step whose line is not
     # written.
     writers: list[metrics.Writer] = []
+    watch = Watch(run.local, config.stop, spec.vocab_size, total_steps) if lead else None
     if lead:
         log = config.log
         writers = [
@@ -233,7 +236,13 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
                 saved = _save(run, checkpoints, state, progress, None, saved)
                 raise StoppedByRule(_not_finite(step, measured, checkpoints, saved))
             ended, step_time = time.perf_counter(), time.perf_counter() - ended
-            before, progress = progress, progress.after(batch, measured["grad_norm"], measured.pop("skipped"))
+            corrected = measured["grad_sq_corrected"]
+            after = progress.after(batch, measured["grad_norm"], measured.pop("skipped"), corrected)
+            before, progress = progress, after
+            measured |= {
+                "grad_sq_corrected": corrected if math.isfinite(corrected) else None,
+                "noise_scale": progress.noise_scale(),
+            }
             record = {"step": step, "phase": stretch.phase.name, "epoch": batch["epoch"]} | progress.counters()
             record |= measured | _rates(spec, batch, step_time, peak)
             if config.train.skip_spikes:
@@ -253,11 +262,16 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             for writer in writers:
                 writer.write(record)
             run.publish(after_s=PUBLISH_S)
-            asked, late, clock = distributed.any_of(leave.signal is not None, time_limit.rings(), save_alarm.rings())
-            if due or asked or late or clock:
+            stop = watch.reason(record) if watch and not last else ""
+            asked, late, clock, stopped = distributed.any_of(
+                leave.signal is not None, time_limit.rings(), save_alarm.rings(), bool(stop)
+            )
+            if due or asked or late or clock or stopped:
                 score = record.get(config.checkpoint.best_metric) if due else None
                 saved = _save(run, checkpoints, state, progress, score, saved)
                 save_alarm.set()
+            if stopped:
+                raise StoppedByRule(f"{stop or 'the first process says why'}. Step {step} was the last, and is saved.")
             if (asked or late) and not last:
                 why = leave.signal or ("train.max_minutes" if late else "another process was asked to leave")
                 raise Preempted(f"{why} after step {step}; its state is saved, run the same command to go on.")

@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict dtype promotion where it can be had, and no skipped test in CI but for a missing GPU."""
+"""Eight CPU devices, strict dtype promotion where it can be had, and no skipped test in CI but for what is missing."""
 
 import os
 
@@ -24,12 +24,15 @@ def cache_dir(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MICE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-# In CI nothing but `gpu` tests may be skipped: there a skip is a failure that says so.
+MAY_SKIP = ("gpu", "postgres")  # what a machine of CI may lack
+
+
+# In CI nothing but these may be skipped: there a skip is a failure that says so.
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
     skipped = report.skipped and not hasattr(report, "wasxfail")
-    if os.environ.get("MICE_CI") and skipped and not item.get_closest_marker("gpu"):
+    if os.environ.get("MICE_CI") and skipped and not any(map(item.get_closest_marker, MAY_SKIP)):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped in CI: {call.excinfo.value}"
     return report

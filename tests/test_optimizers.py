@@ -50,7 +50,7 @@ def trained(name: str, steps: int = STEPS, **settings: Any) -> tuple[Tree, Any]:
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     update = jax.jit(lambda state, sums: apply_sums(state, sums, optimizer, lambda step: RATE, trained=mask))
     for grads in GRADS[:steps]:
-        sums = Sums(jax.tree.map(lambda g: 2 * jnp.asarray(g), grads), jnp.float32(2.0), jnp.float32(2.0))
+        sums = Sums(jax.tree.map(lambda g: 2 * jnp.asarray(g), grads), *[jnp.float32(2.0)] * 4)
         state, _ = update(state, sums)
     return jax.tree.map(np.asarray, state.params), state.opt_state
 
@@ -218,7 +218,7 @@ def test_the_norm_is_that_of_what_is_trained() -> None:
     optimizer = make_optimizer(name="adamw", trained=mask, **SETTINGS)
     params = jax.tree.map(jnp.asarray, drawn(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), jnp.float32(1.0), jnp.float32(1.0))
+    sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), *[jnp.float32(1.0)] * 4)
     _, metrics = apply_sums(state, sums, optimizer, lambda step: RATE, trained=mask)
     assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(GRADS[0]["layers"]["scale"]), rel=1e-6)
 
@@ -227,7 +227,7 @@ def test_a_step_above_the_limit_counts_and_changes_nothing_else() -> None:
     optimizer = make_optimizer(name="adamw", **SETTINGS)
     params = jax.tree.map(jnp.asarray, drawn(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), jnp.float32(1.0), jnp.float32(1.0))
+    sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), *[jnp.float32(1.0)] * 4)
     norm = float(optax.tree.norm(GRADS[0]))
     for limit, skipped in ((norm * 0.999, True), (norm * 1.001, False)):
         after, metrics = apply_sums(state, sums, optimizer, lambda step: RATE, limit)

@@ -37,7 +37,8 @@ from runs import (
 SAMPLES, EPOCHS, BATCH = 36, 4, 8  # five steps an epoch, the last of four samples
 KEYS = {
     "step", "phase", "epoch", "samples", "tokens", "loss_tokens", "loss", "grad_norm", "param_norm", "update_norm",
-    "learning_rate", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s",
+    "learning_rate", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s", "grad_sq_corrected",
+    "noise_scale",
 }  # fmt: skip
 HELD_OUT = make_chats(12, seed=5)
 

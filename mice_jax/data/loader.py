@@ -36,6 +36,7 @@ class StepSource:
     shards: tuple[int, ...]
     loss_reduction: str
     seed: int
+    split_every: int = 0  # of so many steps one that is a single microbatch is made two; 0 = none
 
     def __len__(self) -> int:
         return len(self.mixture)
@@ -44,6 +45,7 @@ class StepSource:
         """Step number `index`: where it stands, its counts over all hosts, and this host's microbatches."""
         step = self.mixture.step(int(index))
         plan = self.plan(int(index))
+        halves = self._halves(int(index), len(step.samples)) if len(plan) == 1 else [None]
         lengths = self.corpus.lengths[step.samples].astype(np.int64)
         return {
             "phase": step.phase,
@@ -52,9 +54,20 @@ class StepSource:
             "tokens": int(lengths.sum()),
             "lengths": lengths,  # of the samples: attention's cost follows them
             "loss_tokens": int(self.corpus.num_trained[step.samples].sum()),
-            "slots": sum(len(m.rows) * m.shape.slots for m in plan),
-            "microbatches": [self._fill(m, step.samples) for m in plan],
+            "slots": len(halves) * sum(len(m.rows) * m.shape.slots for m in plan),
+            "microbatches": [self._fill(m, step.samples, half) for m in plan for half in halves],
         }
+
+    def _halves(self, i: int, count: int) -> list[set[int] | None]:
+        """Which samples of a step train in each pass over its one microbatch; None = all.
+
+        The gradient's noise is told from microbatches that differ: of one, half of the samples, drawn at random, have a
+        loss in the first pass and the others in the second. Their sum is the same step.
+        """
+        if not self.split_every or i % self.split_every or count < 2:
+            return [None]
+        order = np.random.default_rng([self.seed, 1, i]).permutation(count).tolist()
+        return [set(order[: count // 2]), set(order[count // 2 :])]
 
     def plan(self, i: int) -> list[Microbatch]:
         """How step i is packed."""
@@ -62,7 +75,7 @@ class StepSource:
         rng = np.random.default_rng([self.seed, 0, step.phase, step.epoch, i])
         return pack_step(self.corpus.lengths[step.samples], self.shapes, self.num_shards, rng)
 
-    def _fill(self, microbatch: Microbatch, samples: np.ndarray) -> Arrays:
+    def _fill(self, microbatch: Microbatch, samples: np.ndarray, half: set[int] | None = None) -> Arrays:
         count = microbatch.shape.rows
         rows = [r for s in self.shards for r in microbatch.rows[s * count : (s + 1) * count]]
         arrays = empty_rows(len(rows), microbatch.shape.slots)
@@ -71,6 +84,8 @@ class StepSource:
             for segment, sample in enumerate(row, 1):
                 tokens, trained = self.corpus.sample(samples[sample])
                 put_sample(arrays, r, at, segment, tokens, trained, self.loss_reduction)
+                if half is not None and sample not in half:
+                    arrays["loss_weights"][r, at : at + len(tokens)] = 0
                 at += len(tokens)
         return arrays
 

@@ -1,0 +1,21 @@
+"""Checkpoints every 250,000 samples, whatever the batch: what the study's sample efficiency is read from.
+
+Published: every number of samples in its tables is a multiple of about 250,000 (40 times 249,600 = 9,980,259 within
+0.1 %), so each "samples to the best" is right to a quarter of a million. Here a save comes with the first step at
+or past each multiple, so runs of all batches are compared at the same samples to within one step.
+Cost: 8.3 million samples, 34 checkpoints.
+Launch: mice train --config=configs/paper/cadence.py:every=50000 --workdir=runs/cadence
+"""
+
+from mice_jax.config import Config
+from paper_study import BATCHES, choice, options, recipe
+
+VARIANTS = [f"batch={b}" for b in BATCHES]
+
+
+def get_config(arg: str = "") -> Config:
+    given = options(arg, every="250000", batch="3840")
+    c = recipe(given, "lab")
+    c.optim.batch_size = int(choice(given, "batch", BATCHES))
+    c.checkpoint.every_samples = c.eval.every_samples = int(given["every"])
+    return c

@@ -1,0 +1,25 @@
+"""A constant rate against cosine decay in the LAB recipe.
+
+Published, Granite 7B, constant and cosine: MMLU 0.5242 and 0.5251; MTBench 6.7562 and 6.6813. So no decay is
+needed.
+Cost: 8.3 million samples each.
+Launch: mice train --config=configs/paper/schedule.py:schedule=cosine --workdir=runs/cosine
+        mice sweep --config=configs/paper/schedule.py --workdir=sweeps/schedule
+"""
+
+from mice_jax.config import Config, Sweep
+from paper_study import choice, options, recipe
+
+SCHEDULES = ("constant", "cosine")
+VARIANTS = [f"schedule={s}" for s in SCHEDULES]
+
+
+def get_config(arg: str = "") -> Config:
+    given = options(arg, schedule="constant")
+    c = recipe(given, "lab")
+    c.optim.schedule = choice(given, "schedule", SCHEDULES)
+    return c
+
+
+def get_sweep(arg: str = "") -> Sweep:
+    return Sweep(base=get_config(arg), axes={"optim.schedule": list(SCHEDULES)})

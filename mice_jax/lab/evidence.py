@@ -1,0 +1,146 @@
+"""Whether early signals and rules tell anything: measured on runs that were not stopped.
+
+For each decision point, from finished runs alone: how well a signal's value there orders the runs as the final metric
+does, and what a rule would have saved and lost. Everything is a pure function of the runs' records.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mice_jax.lab.dynamics import FRACTIONS, SIGNALS, Goal, HalvingRule, Records, SiblingRule, judge, signal, upto
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run that went to its end."""
+
+    name: str
+    batch_size: int
+    records: Records
+    final: float  # the metric at its end
+
+
+@dataclasses.dataclass(frozen=True)
+class Correlation:
+    """Spearman's, of a signal at a fraction of the run with the final metric; NaN from fewer than three runs."""
+
+    signal: str
+    fraction: float
+    group: str  # "all", or the batch size
+    runs: int
+    rho: float
+    low: float  # of the bootstrap interval
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What a rule would have done, had it been asked at one fraction of the run with all runs side by side."""
+
+    rule: str
+    fraction: float
+    group: str
+    runs: int
+    stopped: tuple[str, ...]
+    saved: float  # of the samples of all runs
+    regret: float  # how much worse the best run left is than the best of all; 0 or more
+    winner_killed: bool
+
+
+def correlations(
+    runs: Sequence[Finished], fractions: Sequence[float] = FRACTIONS, names: Sequence[str] = SIGNALS, seed: int = 0
+) -> list[Correlation]:
+    """Within each batch size and over all."""
+    found = []
+    for group, members in _groups(runs).items():
+        for name in names:
+            for fraction in fractions:
+                pairs = [(signal(_at(r, fraction), name), r.final) for r in members]
+                known = np.array([p for p in pairs if not any(map(math.isnan, p))]).reshape(-1, 2)
+                rho, low, high = _bootstrap(known[:, 0], known[:, 1], seed)
+                found.append(Correlation(name, fraction, group, len(known), rho, low, high))
+    return found
+
+
+def verdicts(
+    runs: Sequence[Finished], rules: Sequence[SiblingRule], goal: Goal, fractions: Sequence[float] = FRACTIONS
+) -> list[Verdict]:
+    return [
+        _verdict(members, rule, goal, fraction, group)
+        for group, members in _groups(runs).items()
+        for rule in rules
+        for fraction in fractions
+    ]
+
+
+def _verdict(runs: Sequence[Finished], rule: SiblingRule, goal: Goal, fraction: float, group: str) -> Verdict:
+    seen = [_at(r, fraction) for r in runs]
+    if isinstance(rule, HalvingRule):
+        stopped = _halved(seen, rule, goal)
+    else:
+        others = [[r.records for r in runs if r is not run] for run in runs]
+        stopped = {i for i, mine in enumerate(seen) if judge(rule, mine, others[i], goal)}
+    whole = [r.records[-1]["samples"] for r in runs]
+    saved = sum(whole[i] - seen[i][-1]["samples"] for i in stopped) / sum(whole)
+    sign = -1.0 if goal.mode == "max" else 1.0
+    finals = [sign * r.final for r in runs]
+    best = min(finals)
+    left = [f for i, f in enumerate(finals) if i not in stopped]
+    names = tuple(runs[i].name for i in sorted(stopped))
+    regret = min(left) - best if left else math.nan
+    return Verdict(type(rule).__name__, fraction, group, len(runs), names, saved, regret, finals.index(best) in stopped)
+
+
+def _halved(seen: Sequence[Records], rule: HalvingRule, goal: Goal) -> set[int]:
+    """All but the best one of `reduction`, and the best: what Optuna's pruner decides once all have come so far."""
+    values = [goal.values(mine, seen)[0] for mine in seen]
+    kept = max(1, len(values) // rule.reduction)
+    level = sorted(values)[kept - 1]
+    return {i for i, v in enumerate(values) if v > level}
+
+
+def _groups(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
+    """All runs, and where there are several batch sizes those of each."""
+    sizes = sorted({r.batch_size for r in runs})
+    own = {f"batch {b}": [r for r in runs if r.batch_size == b] for b in sizes} if len(sizes) > 1 else {}
+    return {"all": list(runs)} | own
+
+
+def _at(run: Finished, fraction: float) -> list:
+    """A run's records up to a fraction of its samples; at least the first."""
+    return upto(run.records, math.floor(fraction * run.records[-1]["samples"])) or list(run.records[:1])
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """The correlation of ranks, equal values sharing the mean of theirs; NaN where one of the two is constant."""
+    if len(x) < 2:
+        return math.nan
+    a, b = _ranks(x), _ranks(y)
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else math.nan
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[inverse]
+
+
+def _bootstrap(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Spearman's correlation and its percentile interval over resampled runs."""
+    if len(x) < 3:
+        return math.nan, math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    drawn = [spearman(x[i], y[i]) for i in rng.integers(0, len(x), (RESAMPLES, len(x)))]
+    known = [d for d in drawn if not math.isnan(d)]
+    if not known:
+        return spearman(x, y), math.nan, math.nan
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return spearman(x, y), float(low), float(high)

@@ -1,0 +1,117 @@
+"""Signals and rules by hand."""
+
+import math
+
+import pytest
+
+from mice_jax.lab import dynamics
+from mice_jax.lab.dynamics import Death, Divergence, Goal, HalvingRule, MedianRule, PaperRule, judge, signal
+
+
+def run(losses: list[float], norms: list[float] | None = None, batch: int = 10, **more: list) -> list[dict]:
+    norms = norms or [1.0] * len(losses)
+    lines = [
+        {"step": i, "samples": batch * i, "loss": x, "grad_norm": n, "grad_sq_corrected": n * n}
+        for i, (x, n) in enumerate(zip(losses, norms, strict=True), 1)
+    ]
+    for name, values in more.items():
+        for line, value in zip(lines, values, strict=True):
+            if value is not None:
+                line[name.replace("__", "/")] = value
+    return lines
+
+
+# ---------------------------------------------------------------------------------------- signals
+def test_a_signal_is_the_mean_of_the_latest_quarter_of_the_samples() -> None:
+    assert signal(run([9.0] * 6 + [1.0, 3.0]), "loss") == 2.0
+    assert signal(run([9.0] * 6 + [1.0, 3.0]), "loss", window=1.0) == 58 / 8
+    assert math.isnan(signal([], "loss")) and math.isnan(signal(run([1.0]), "noise_scale"))
+
+
+def test_the_corrected_norm_is_the_root_of_the_mean_of_squares_and_nothing_where_noise_rules() -> None:
+    lines = run([1.0] * 8, [1.0] * 6 + [1.0, 7.0])
+    assert signal(lines, "grad_norm_corrected") == 5.0
+    assert signal(lines, "grad_norm") == 4.0
+    lines[-1]["grad_sq_corrected"] = -3.0
+    assert signal(lines, "grad_norm_corrected") == 0.0
+    for line in lines[-2:]:  # not measured in the window: the latest that was
+        line["grad_sq_corrected"] = None
+    assert signal(lines, "grad_norm_corrected") == 1.0
+
+
+def test_of_held_out_losses_the_latest_counts() -> None:
+    assert signal(run([1.0] * 4, eval__loss=[5.0, None, 3.0, None]), "eval/loss") == 3.0
+
+
+# ---------------------------------------------------------------------------------------- rules of every run
+def test_a_loss_above_its_start_by_the_margin_for_so_many_steps_is_divergence() -> None:
+    rule = Divergence(margin=1.0, steps=3)
+    assert "diverged" in rule.judge(run([2.0, 1.5, 3.1, 3.2, 9.0]))
+    assert rule.judge(run([2.0, 1.5, 3.1, 2.9, 9.0])) == "", "one step below it"
+    assert rule.judge(run([2.0, 3.1, 9.0])) == "", "too few"
+    assert rule.judge(run([2.0, 3.0, 3.0, 3.0])) == "", "not above the margin"
+
+
+def test_a_loss_at_the_vocabulary_s_logarithm_without_a_gradient_is_death() -> None:
+    level = math.log(300)
+    rule = Death(300, steps=3)
+    assert "dead" in rule.judge(run([6.0] + [level] * 3, [2.0] + [1e-5] * 3))
+    assert rule.judge(run([level] * 4, [2.0, 1.5, 1.4, 1.0])) == "", "a fresh model starts there, and learns"
+    assert rule.judge(run([6.0] + [0.01] * 3, [2.0] + [1e-5] * 3)) == "", "a model that has learnt all has no gradient"
+    assert rule.judge(run([6.0, level, level, level + 1], [2.0] + [1e-5] * 3)) == ""
+
+
+def test_no_rule_is_on_for_0_steps() -> None:
+    assert len(dynamics.always_on(1.0, 10, 300)) == 2 and dynamics.always_on(1.0, 0, 300) == []
+
+
+# ---------------------------------------------------------------------------------------- rules among siblings
+POOR = run([2.0] * 8, [3.0] * 8)
+FAIR = run([2.5] * 8, [2.0] * 8)
+GOOD = run([3.0] * 8, [1.0] * 8)
+
+
+def test_the_paper_s_rule_stops_what_has_the_higher_norm_and_the_lower_loss() -> None:
+    goal, rule = Goal(), PaperRule()
+    assert "lower grad_norm_corrected (1 to 3)" in rule.judge(POOR, [GOOD], goal)
+    assert rule.judge(GOOD, [POOR, FAIR], goal) == ""
+    assert rule.judge(POOR, [run([1.0] * 8, [1.0] * 8)], goal) == "", "a lower norm alone does not"
+    assert rule.judge(POOR, [run([3.0] * 8, [4.0] * 8)], goal) == "", "nor a higher loss"
+    assert PaperRule(margin=0.6).judge(POOR, [GOOD], goal) == "", "3.0 is not 60 % above 2.0"
+
+
+def test_a_rule_never_stops_the_best_so_far_on_the_metric_it_has_seen() -> None:
+    best = run([2.0] * 8, [3.0] * 8, eval__loss=[None] * 7 + [0.5])
+    other = run([3.0] * 8, [1.0] * 8, eval__loss=[None] * 7 + [0.6])
+    assert PaperRule().judge(best, [other], Goal()), "the bare rule would"
+    assert judge(PaperRule(), best, [other], Goal()) == ""
+    assert judge(PaperRule(), best, [other], Goal(mode="max")) != "", "where higher is better it is not the best"
+
+
+def test_before_the_metric_is_seen_the_best_is_that_of_the_lowest_loss() -> None:
+    assert judge(PaperRule(), POOR, [FAIR, GOOD], Goal()) == ""
+    assert judge(PaperRule(), FAIR, [POOR, GOOD], Goal()) != ""
+
+
+def test_runs_are_compared_at_the_same_samples_whatever_their_batches() -> None:
+    late = run([9.0] * 8 + [0.1] * 8, batch=5)  # worse up to 40 samples, better after
+    mine = run([5.0] * 4, batch=10)  # 40 samples
+    assert judge(MedianRule(least_siblings=1), mine, [late], Goal()) == ""
+    assert judge(MedianRule(least_siblings=1), run([5.0] * 8, batch=10), [late], Goal()) != ""
+    assert judge(MedianRule(least_siblings=1), mine, [run([0.1] * 3)], Goal()) == "", "one that has not come so far"
+
+
+def test_the_median_rule_needs_its_siblings_and_stops_below_their_median() -> None:
+    rule, goal = MedianRule(), Goal()
+    assert rule.judge(GOOD, [POOR], goal) == ""
+    assert "worse than the median of 2" in rule.judge(GOOD, [POOR, FAIR], goal)
+    assert rule.judge(run([2.2] * 8), [POOR, FAIR], goal) == ""
+
+
+@pytest.mark.parametrize(
+    "rule, steps", [(PaperRule(), {2, 5, 10, 20, 50}), (HalvingRule(0.05, 4), {5, 20, 80}), (HalvingRule(0.5, 2), {50})]
+)
+def test_decisions_fall_on_fractions_of_the_run_and_never_on_its_end(rule, steps: set[int]) -> None:
+    assert dynamics.decision_steps(rule, 100) == steps
+    assert dynamics.decision_steps(PaperRule(), 1) == set()
+    assert dynamics.decision_steps(HalvingRule(0.05, 4), 76) == {4, 16, 64}, "each rung is four times the one before"

@@ -1,0 +1,80 @@
+"""The measure of signals and rules, on runs small enough to reckon by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mice_jax.lab.dynamics import Goal, HalvingRule, MedianRule, PaperRule
+from mice_jax.lab.evidence import Finished, correlations, spearman, verdicts
+from test_dynamics import run
+
+
+def finished(name: str, loss: float, norm: float, final: float, batch: int = 10) -> Finished:
+    steps = 400 // batch
+    return Finished(name, batch, run([loss] * steps, [norm] * steps, batch=batch), final)
+
+
+RUNS = [
+    finished("a", 4.0, 1.0, 0.1),
+    finished("b", 3.0, 2.0, 0.2),
+    finished("c", 2.0, 3.0, 0.4),
+    finished("d", 1.0, 4.0, 0.8),
+]
+
+
+def test_spearman_is_scipy_s_ties_and_all() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = rng.integers(0, 6, 12).astype(float), rng.normal(size=12)
+        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert math.isnan(spearman(np.ones(3), np.arange(3.0)))
+
+
+def test_a_signal_that_orders_the_runs_as_their_end_does_correlates_fully() -> None:
+    found = {(c.signal, c.fraction): c for c in correlations(RUNS, (0.1, 0.5), ("loss", "grad_norm", "noise_scale"))}
+    assert found["grad_norm", 0.1].rho == pytest.approx(1.0) and found["loss", 0.5].rho == pytest.approx(-1.0)
+    assert found["grad_norm", 0.1].low <= 1.0 <= found["grad_norm", 0.1].high + 1e-12
+    assert found["noise_scale", 0.1].runs == 0 and math.isnan(found["noise_scale", 0.1].rho)
+
+
+def test_the_bootstrap_interval_of_runs_without_order_holds_zero() -> None:
+    rng = np.random.default_rng(1)
+    runs = [finished(str(i), 1.0, n, f) for i, (n, f) in enumerate(rng.normal(size=(30, 2)) ** 2)]
+    [c] = correlations(runs, (0.2,), ("grad_norm",))
+    assert c.low < 0 < c.high and c.low < c.rho < c.high
+
+
+def test_the_paper_s_rule_saves_what_the_stopped_runs_had_left() -> None:
+    """At half of the run it stops b and c; a has the lower norm and higher loss, d the lowest loss and so is spared."""
+    [v] = verdicts(RUNS, [PaperRule()], Goal(), (0.5,))
+    assert v.stopped == ("b", "c") and v.saved == pytest.approx(2 * 0.5 / 4)
+    assert v.regret == 0.0 and not v.winner_killed
+
+
+def test_a_rule_that_kills_the_winner_is_found_out() -> None:
+    """By the loss so far, a and b are the worst; they end best."""
+    [v] = verdicts(RUNS, [MedianRule()], Goal(), (0.1,))
+    assert v.stopped == ("a", "b") and v.winner_killed
+    assert v.regret == pytest.approx(0.4 - 0.1) and v.saved == pytest.approx(2 * 0.9 / 4)
+    [v] = verdicts(RUNS, [MedianRule()], Goal(mode="max"), (0.1,))
+    assert not v.winner_killed and v.regret == 0.0, "where higher is better d wins, and goes on"
+
+
+def test_halving_keeps_the_best_of_four() -> None:
+    [v] = verdicts(RUNS, [HalvingRule(reduction=4)], Goal(), (0.2,))
+    assert v.stopped == ("a", "b", "c") and v.winner_killed and v.saved == pytest.approx(3 * 0.8 / 4)
+
+
+def test_batch_sizes_are_judged_apart_and_together() -> None:
+    runs = [*RUNS, finished("e", 1.0, 0.5, 0.3, 40), finished("f", 2.0, 0.4, 0.2, 40), finished("g", 3.0, 0.3, 0.1, 40)]
+    rho = {c.group: c.rho for c in correlations(runs, (0.5,), ("loss",))}
+    assert rho.keys() == {"all", "batch 10", "batch 40"}
+    assert rho["batch 10"] == rho["batch 40"] == pytest.approx(-1.0)
+    assert rho["all"] != pytest.approx(-1.0)
+    assert {v.group: v.runs for v in verdicts(runs, [PaperRule()], Goal(), (0.5,))} == {
+        "all": 7,
+        "batch 10": 4,
+        "batch 40": 3,
+    }

@@ -1,0 +1,192 @@
+"""The gradient norm corrected for batch size: by Monte Carlo with a known gradient, on packed data, and in the step."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mice_jax.data.packing import Microbatch, microbatch_shapes, pack_step
+from mice_jax.models.transformer import Compute
+from mice_jax.optim import make_optimizer
+from mice_jax.progress import Progress
+from mice_jax.sharding import put_rows
+from mice_jax.step import Sums, batch_loss, corrected_square, make_step
+from models import llama, load, mesh_of, packed, sample_of
+
+DIM = 8
+SLOTS = 512
+RUNS = 500  # steps of a Monte Carlo
+
+
+# ---------------------------------------------------------------------------------------- by Monte Carlo
+def estimate(sums: np.ndarray, weights: np.ndarray) -> float:
+    """`corrected_square` of microbatches with gradient sums [M DIM] and weights [M], in float64."""
+    with jax.enable_x64(True):
+        own = Sums({}, *[jnp.float64(x) for x in (0.0, weights.sum(), (sums**2).sum(), (weights**2).sum())])
+        return float(corrected_square(jnp.linalg.norm(jnp.asarray(sums.sum(0) / weights.sum())), own))
+
+
+def draw(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of samples, and their gradient sums [count DIM]: each trained token's mean gradient is TRUE and a part
+    that falls with the sample's length, which is 0 on average over tokens; noise of one token has variance 1."""
+    lengths = rng.integers(16, 257, count)
+    mean = TRUE + SLOPE * (CENTRE - lengths)[:, None] * np.eye(DIM)[1]
+    return lengths, lengths[:, None] * mean + np.sqrt(lengths)[:, None] * rng.normal(size=(count, DIM))
+
+
+_ALL = np.arange(16, 257)
+CENTRE = (_ALL**2).sum() / _ALL.sum()  # the mean over tokens of the length of their sample
+TRUE = 0.3 * np.eye(DIM)[0]
+SLOPE = 0.004
+
+
+def dealt(lengths: np.ndarray, rng: np.random.Generator) -> list[Microbatch]:
+    return pack_step(lengths, microbatch_shapes(SLOTS, 4), 1, rng)
+
+
+def by_length(lengths: np.ndarray, rng: np.random.Generator) -> list[Microbatch]:
+    """The same microbatches, filled with the samples in order of their length, as sorted batches would be."""
+    plan, order = dealt(lengths, rng), iter(np.argsort(lengths, kind="stable").tolist())
+    return [Microbatch(m.shape, [[next(order) for _ in row] for row in m.rows]) for m in plan]
+
+
+def monte_carlo(deal, count: int = 96) -> tuple[float, float, float]:
+    """Mean of the estimate and its standard error; mean of the step's own squared norm."""
+    rng = np.random.default_rng(0)
+    estimates, raw = [], []
+    for _ in range(RUNS):
+        lengths, gradients = draw(rng, count)
+        members = [[s for row in m.rows for s in row] for m in deal(lengths, rng)]
+        sums = np.array([gradients[m].sum(0) for m in members])
+        weights = np.array([lengths[m].sum() for m in members], float)
+        mean = sums.sum(0) / weights.sum()
+        full = mean @ mean
+        q, r = (sums**2).sum() / weights.sum() ** 2, (weights**2).sum() / weights.sum() ** 2
+        estimates.append((full - q) / (1 - r))
+        raw.append(full)
+    return float(np.mean(estimates)), float(np.std(estimates) / np.sqrt(RUNS)), float(np.mean(raw))
+
+
+def test_rows_dealt_at_random_give_an_unbiased_estimate_where_those_sorted_by_length_do_not() -> None:
+    """Packing itself leaves a little: the tail's smaller microbatches get the shortest samples. It falls with the
+    batch; at 96 samples it is 1.3 % here, where gradients depend on their sample's length as much as on all else.
+    """
+    true = float(TRUE @ TRUE)
+    mean, error, raw = monte_carlo(dealt, 1000)
+    assert abs(mean - true) < 4 * error
+    assert raw - true < 0.01 * true, "a large batch has next to no noise to correct"
+    biased, its_error, _ = monte_carlo(by_length, 1000)
+    assert abs(biased - true) > 8 * its_error
+    mean, error, raw = monte_carlo(dealt, 96)
+    assert abs(mean - true) < 0.02 * true
+    biased, its_error, _ = monte_carlo(by_length, 96)
+    assert abs(biased - true) > 0.08 * true > 20 * its_error
+
+
+@pytest.mark.parametrize("kind", ["equal", "unequal", "some of no weight"])
+def test_the_estimate_is_right_for_microbatches_of_any_weights(kind: str) -> None:
+    weights = {
+        "equal": np.full(6, 50.0),
+        "unequal": np.array([400.0, 100.0, 30.0, 7.0]),
+        "some of no weight": np.array([40.0, 0.0, 20.0, 0.0, 90.0]),
+    }[kind]
+    rng = np.random.default_rng(1)
+    noise = rng.normal(size=(4000, len(weights), DIM)) * np.sqrt(weights)[None, :, None]
+    sums = weights[None, :, None] * TRUE + noise
+    estimates = np.array([estimate(s, weights) for s in sums[:400]])
+    error = estimates.std() / np.sqrt(len(estimates))
+    true = float(TRUE @ TRUE)
+    assert abs(estimates.mean() - true) < 4 * error
+    # Small-batch norms averaged by microbatch, as if all weighed the same, are right for equal ones alone.
+    if kind == "unequal":
+        means = (sums / weights[None, :, None])[:400]
+        full = ((sums[:400].sum(1) / weights.sum()) ** 2).sum(-1)
+        count = len(weights)
+        naive = (count * full - (means**2).sum(-1).mean(-1)) / (count - 1)
+        assert abs(naive.mean() - true) > 4 * naive.std() / np.sqrt(len(naive))
+
+
+def test_one_microbatch_gives_no_estimate() -> None:
+    assert np.isnan(estimate(np.ones((1, DIM)), np.array([3.0])))
+    assert np.isnan(estimate(np.stack([np.ones(DIM), np.zeros(DIM)]), np.array([3.0, 0.0])))
+
+
+def test_the_noise_scale_is_a_ratio_of_averages() -> None:
+    """One sample's variance is 40 and the true squared norm 2; a step of 8 samples has a norm of 2 + 40/8 = 7."""
+    batch = {"samples": 8, "tokens": 1, "loss_tokens": 1}
+    progress = Progress()
+    assert progress.noise_scale() is None
+    for _ in range(3):
+        progress = progress.after(batch, 7**0.5, False, 2.0)
+    assert progress.noise_scale() == pytest.approx(20.0)
+    assert progress.after(batch, 1.0, False).noise_scale() == progress.noise_scale(), "a step without an estimate"
+    assert Progress().after(batch, 1.0, False, -2.0).noise_scale() is None, "noise alone"
+
+
+# ---------------------------------------------------------------------------------------- in the step
+@functools.cache
+def step_on(folder: Path, sizes: tuple[int, int, int]):
+    mesh = mesh_of(*sizes)
+    decoder, params = load(folder, mesh)
+    optimizer = make_optimizer(grad_clip=1.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0)
+    fns = make_step(
+        decoder, optimizer, lambda s: jnp.float32(1e-3), mesh, Compute(jnp.dtype("float32"), "reference", "none")
+    )
+    return fns, mesh, params
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("llama")
+    llama(made)
+    return made
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+def test_the_step_s_estimate_is_that_of_its_microbatches_gradients_on_every_mesh(
+    sizes: tuple[int, int, int], folder: Path
+) -> None:
+    fns, mesh, params = step_on(folder, sizes)
+    rng = np.random.default_rng(0)
+    rows = [[sample_of(n, slice(1, n), rng)] for n in (24, 20, 9, 4, 24, 3, 5, 6)]
+    arrays = packed(rows, 24, "token")
+    batches = [put_rows({k: x[i : i + 4] for k, x in arrays.items()}, mesh) for i in (0, 4)]
+    sums = fns.zero_sums()
+    parts = []
+    for batch in batches:
+        alone = fns.accumulate(params, fns.zero_sums(), batch)
+        flat = np.concatenate([np.asarray(g, np.float64).ravel() for g in jax.tree.leaves(alone.grads)])
+        parts.append((flat, float(alone.weight_sum)))
+        sums = fns.accumulate(params, sums, batch)
+    weights = np.array([w for _, w in parts])
+    expected = estimate(np.stack([g for g, _ in parts]), weights)
+    _, zeroed, measured = fns.apply(fns.start(jax.tree.map(jnp.copy, params)), sums)
+    # Two float32 norms of about 15,000 terms, whose difference is of their own size.
+    assert float(measured["grad_sq_corrected"]) == pytest.approx(expected, rel=1e-4)
+    assert float(measured["grad_norm"]) ** 2 != pytest.approx(expected, rel=1e-2)
+    assert not float(zeroed.grad_sq_sum) and not float(zeroed.weight_sq_sum)
+
+
+def test_what_is_measured_beside_them_changes_no_bit_of_the_loss_and_the_gradients(folder: Path) -> None:
+    """The same accumulation without the squared norm, compiled by itself."""
+    fns, mesh, params = step_on(folder, (1, 1, 1))
+    rng = np.random.default_rng(3)
+    batch = put_rows(packed([[sample_of(n, slice(1, n), rng)] for n in (24, 7)], 24, "token"), mesh)
+    decoder, _ = load(folder, mesh)
+    compute = Compute(jnp.dtype("float32"), "reference", "none")
+
+    @jax.jit
+    def plain(params, grads, batch):
+        loss = lambda p: batch_loss(decoder, p, batch, compute, chunk=256)  # noqa: E731
+        (loss_sum, _), g = jax.value_and_grad(loss, has_aux=True)(params)
+        return jax.tree.map(jnp.add, grads, g), loss_sum
+
+    with jax.set_mesh(mesh):
+        grads, loss_sum = plain(params, jax.tree.map(jnp.zeros_like, params), batch)
+    sums = fns.accumulate(params, fns.zero_sums(), batch)
+    assert np.asarray(sums.loss_sum).tobytes() == np.asarray(loss_sum).tobytes()
+    for mine, its in zip(jax.tree.leaves(sums.grads), jax.tree.leaves(grads), strict=True):
+        assert np.asarray(mine).tobytes() == np.asarray(its).tobytes()

@@ -1,0 +1,89 @@
+"""Every experiment of the study: its config validates and plans its steps, its docstring has the published outcome."""
+
+import ast
+import runpy
+from pathlib import Path
+
+import pytest
+
+from mice_jax import sweep
+from mice_jax.config import Config, ConfigError
+from mice_jax.lab import planned
+from runs import REPOSITORY, make_chats, run_prepare, run_verb, write_init, write_jsonl
+
+FOLDER = REPOSITORY / "configs" / "paper"
+FILES = sorted(f for f in FOLDER.glob("*.py") if f.stem != "paper_study")
+SAMPLES = 40  # of each of three sources
+
+
+def variants(file: Path) -> list[str]:
+    return runpy.run_path(str(file))["VARIANTS"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def neighbours():
+    """A config imports its neighbours, as the commands let it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Small data and models where the configs look for them, as their argument names them."""
+    folder = tmp_path_factory.mktemp("paper")
+    for i, name in enumerate(("phase00", "phase05", "phase10")):
+        write_jsonl(folder / f"{name}.jsonl", make_chats(SAMPLES, seed=i))
+    for model in ("granite-7b", "granite-3b", "llama-3.2-3b", "mistral-7b"):
+        write_init(folder / model)
+    return f"data={folder},models={folder}"
+
+
+def test_there_is_a_file_for_each_factor() -> None:
+    assert {f.stem for f in FILES} == {
+        "recipes", "batch_size", "learning_rate", "warmup", "schedule", "stacked_phased", "difficulty", "cadence"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_every_variant_validates_is_planned_and_none_is_another(
+    file: Path, places: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MICE_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "paper_stores"))
+    get_config, seen = runpy.run_path(str(file))["get_config"], []
+    for variant in variants(file):
+        config: Config = get_config(f"{places},{variant}")
+        config.validate()
+        assert config not in seen
+        seen.append(config)
+        config.data.validation_fraction = 0.0
+        cost = planned.cost(config)
+        # A batch is larger than an epoch of this little data: each step is an epoch, or a phase's.
+        epochs = sum(p.num_epochs for p in config.data.phases)
+        per_phase = 3 * SAMPLES / len(config.data.phases)
+        assert cost.steps == epochs
+        assert cost.samples == pytest.approx(epochs * per_phase, rel=0.05)  # 1 % more where some are replayed
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_docstring_says_what_was_published_what_it_costs_and_how_it_is_launched(file: Path) -> None:
+    told = ast.get_docstring(ast.parse(file.read_text())) or ""
+    assert "Published" in told and "Cost: " in told and f"configs/paper/{file.name}" in told
+
+
+def test_a_sweep_of_the_study_is_dry_run_with_its_trials(places: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run_verb(sweep.main, [f"--config={FOLDER / 'learning_rate.py'}:{places},batch=128", "--dry_run"])
+    assert code == 0
+    assert "8 trials, 80 steps" in capsys.readouterr().out
+
+
+def test_the_command_reads_a_config_that_imports_its_neighbour(places: str) -> None:
+    assert run_prepare(Path(f"{FOLDER / 'recipes.py'}:recipe=tulu,{places}")) == 0
+
+
+def test_an_unknown_option_is_refused_with_the_nearest() -> None:
+    get_config = runpy.run_path(str(FOLDER / "batch_size.py"))["get_config"]
+    with pytest.raises(ConfigError, match="did you mean 'batch'"):
+        get_config("bach=128")
+    with pytest.raises(ConfigError, match="batch=64 of the config's argument is not one of 128, 3840, 7680"):
+        get_config("batch=64")
