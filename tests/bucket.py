@@ -146,10 +146,15 @@ class Request(BaseHTTPRequestHandler):
         if self.command == "DELETE":
             bucket.delete(name, params)
             return 204, b"", {}
-        if target and target[0] in ("copyTo", "rewriteTo"):
+        if target:
+            how = target[0]
+            if how not in ("copyTo", "moveTo", "rewriteTo"):
+                raise Refused(404)
             bucket.about(name)
-            copied = bucket.put(bucket.objects[name].content, params | {"name": target[-1]})
-            return copied if target[0] == "copyTo" else {"done": True, "resource": copied}
+            written = bucket.put(bucket.objects[name].content, params | {"name": target[-1]})
+            if how == "moveTo":
+                bucket.delete(name, {})
+            return {"done": True, "resource": written} if how == "rewriteTo" else written
         about = bucket.about(name)
         bucket.check(name, params)
         return self._media(bucket.objects[name]) if params.get("alt") == "media" else about
