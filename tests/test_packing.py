@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mice_jax.data.mixture import Mixture, PhasePools, Pool
-from mice_jax.data.packing import Microbatch, Shape, microbatch_shapes, pack_step, slot_efficiency
+from mice_jax.data.packing import Microbatch, Shape, microbatch_shapes, pack_steps, slot_efficiency
 
 
 def resident_bytes() -> int:
@@ -28,7 +28,7 @@ def study_lengths(count: int, seed: int) -> np.ndarray:
 
 
 def pack(lengths: np.ndarray, shapes: tuple[Shape, ...], num_shards: int, seed: int = 0) -> list[Microbatch]:
-    return pack_step(lengths, shapes, num_shards, np.random.default_rng(seed))
+    return pack_steps(lengths[None], shapes, num_shards, np.random.default_rng(seed))[0]
 
 
 def problems(plan: list[Microbatch], lengths: np.ndarray, shapes: tuple[Shape, ...], num_shards: int) -> list[str]:
