@@ -1,15 +1,16 @@
-"""Which samples share a row, and which rows share a microbatch: the plan of one step, from lengths alone.
+"""Which samples share a row, and which rows share a microbatch: the plans of steps, from lengths alone.
 
 A step is exactly its samples. They are packed best-fit-decreasing into rows, and rows are dealt to microbatches
-whose shapes come from one short fixed list, so that nothing recompiles and short tails waste little. The plan is
-a pure function of its arguments: every host computes the same one.
+whose shapes come from one short fixed list, so that nothing recompiles and short tails waste little. A plan is
+a pure function of its arguments: every host computes the same one. The loops over samples are compiled by numba, and
+steps are planned in blocks: at a hundred samples a step, what Python does for each of them would be most of the time.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -75,16 +76,16 @@ class Rows(Sequence[list[int]]):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    def __getitem__(self, at):
+    def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
-            return [self[i] for i in range(*at.indices(len(self)))]
-        if not -len(self) <= at < len(self):
-            raise IndexError(at)
-        at %= len(self)
+            start, stop, step = at.indices(len(self))
+            assert step == 1
+            return [self._samples[a:b] for a, b in itertools.pairwise(self._bounds[start : stop + 1])]
+        at = range(len(self))[at]
         return self._samples[self._bounds[at] : self._bounds[at + 1]]
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (self._samples[a:b] for a, b in itertools.pairwise(self._bounds))
+        return iter(self[:])
 
     def __eq__(self, other: object) -> bool:
         return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
@@ -180,8 +181,21 @@ def _tails(shapes: tuple[Shape, ...]) -> list[tuple[Shape, ...]]:
     return [t for slots, t in sorted(cheapest.items()) if slots < area and cost(t) < 1 + LAUNCH_COST]
 
 
+def slot_efficiency(total_tokens: int, plan: Sequence[Microbatch]) -> float:
+    """Real tokens over computed slots, padding rows included."""
+    return total_tokens / sum(len(m.rows) * m.shape.slots for m in plan)
+
+
 # -------------------------------------------------------------------------------------------------------- compiled
-@njit(cache=True)
+def _compiled(loop: Any) -> Any:
+    """The loop as numba compiles it, once for all: it is kept on disk, beside this file or in the user's cache."""
+    try:
+        return njit(cache=True)(loop)
+    except RuntimeError:  # neither can be written: each process compiles anew, in two seconds
+        return njit(loop)
+
+
+@_compiled
 def _pack(ranked, seeds, main_rows, main_slots, least_charge, tail_slots, tail_rows, row_slots, same_until):
     """Packs and deals each step; the arguments from `main_rows` on are a `_Layouts.numbers`.
 
@@ -231,7 +245,7 @@ def _pack(ranked, seeds, main_rows, main_slots, least_charge, tail_slots, tail_r
     return samples, bounds[:begin], chosen
 
 
-@njit(cache=True)
+@_compiled
 def _best_fit(charges, slots, keys, row_of):
     """Best-fit-decreasing: the row of each sample, into `row_of`; False where one does not fit.
 
@@ -257,7 +271,7 @@ def _best_fit(charges, slots, keys, row_of):
     return True
 
 
-@njit(cache=True)
+@_compiled
 def _deal(place, start, end, seed):
     """A random place, from `start` up to `end`, for each row from `start` up to `end`.
 
@@ -274,7 +288,7 @@ def _deal(place, start, end, seed):
         place[row], place[other] = place[other], place[row]
 
 
-@njit(cache=True)
+@_compiled
 def _write(ranked, row_of, place, samples, bounds):
     """Each place's samples, longest first, into `samples`; where places begin and the last one ends, into `bounds`."""
     count, rows = len(row_of), len(bounds) - 1
@@ -290,8 +304,3 @@ def _write(ranked, row_of, place, samples, bounds):
         p = place[row_of[i]]
         samples[bounds[p + 1]] = count - 1 - (ranked[count - 1 - i] & 0xFFFFFFFF)
         bounds[p + 1] += 1
-
-
-def slot_efficiency(total_tokens: int, plan: Sequence[Microbatch]) -> float:
-    """Real tokens over computed slots, padding rows included."""
-    return total_tokens / sum(len(m.rows) * m.shape.slots for m in plan)
