@@ -25,8 +25,9 @@ tokenise  A JSONL file of chats to Arrow on disk, by N processes of one tokenize
 planning  Every step of an epoch by StepSource.plan, as the loader calls it, against the packer of
           instructlab-training (LPT, compiled by numba, warmed up first): 8 devices, steps of 3,840 and 128 samples. `1
           row` is 4,096 slots a device for both; `own choice` its default of 60,000 tokens a device, and for us as many
-          rows of 4,096 as a step fills, at most as many as that. Speed is CPU time. Ours plans all devices; its packer
-          is called for one, as each of its processes does for itself.
+          rows of 4,096 as a step fills, at most as many as that. Speed is CPU time, from nothing planned to lists of
+          samples: of `one device`, for which its packer is called once, as each of its processes does for itself
+          (ours plans all and lists the rows of one), and of `all devices`, for which its packer is called for each.
           Efficiency is real tokens over computed slots; its minibatches have no padding, but its devices wait for the
           fullest one, so that a minibatch computes devices x the fullest one's tokens. `fixed` is best-fit-decreasing
           into rows of 4,096, rounded up to whole microbatches: the limit of a planner of one shape, no speed meant.
@@ -47,6 +48,7 @@ On a machine that others use, look at the ratio of CPU times, where one process 
 # The peers are no part of what lint needs.
 
 import argparse
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -432,33 +434,48 @@ def step_source(corpus: Any, count: int, samples: int, rows: int, epochs: float 
 
 def planned(
     lengths: np.ndarray, rows: int, samples: int, budget: int, lpt: Any, turn: int
-) -> dict[str, tuple[float, float]]:
-    """Samples/s and slot efficiency of each planner, over whole steps of the same samples."""
-    source = step_source(Lengths(lengths), len(lengths), samples, rows)
-    source.plan(0)  # fills the planner's cache of layouts and the mixture's order
+) -> dict[str, tuple[list[float], float]]:
+    """Samples/s (of one device's lists, of all devices') and slot efficiency of each planner, over whole steps."""
+
+    def fresh() -> Any:
+        source = step_source(Lengths(lengths), len(lengths), samples, rows)
+        source.mixture.step(0)  # draws the epoch's order, as both sides' steps are
+        return source
+
+    fresh().plan(0)  # compiles, and fills the cache of layouts
+    mixture = fresh().mixture
     numbers = range(len(lengths) // samples)
-    steps = [lengths[source.mixture.step(i).samples] for i in numbers]
+    steps = [lengths[mixture.step(i).samples] for i in numbers]
     tokens, count = sum(int(s.sum()) for s in steps), len(steps) * samples
     lists = [s.tolist() for s in steps]  # its collator has lists too
-    sides: dict[str, Callable[[], Any]] = {OURS: lambda: [source.plan(i) for i in numbers]}
+    sides: dict[str, Callable[[Any, int], Any]] = {OURS: lambda source, devices: our_lists(source, devices, numbers)}
     if lpt:
-        sides[LPT] = lambda: [lpt(step, budget, NUM_DEVICES, 0) for step in lists]
-    speeds, plans = {}, []
-    for side in list(sides)[:: 1 if turn % 2 == 0 else -1]:
-        started = time.process_time()
-        made = sides[side]()
-        speeds[side] = count / (time.process_time() - started)
-        plans = made if side == OURS else plans
-    slots = {OURS: sum(len(m.rows) * m.shape.slots for plan in plans for m in plan)}
+        sides[LPT] = lambda _, devices: [[lpt(step, budget, NUM_DEVICES, d) for d in range(devices)] for step in lists]
+    speeds: dict[str, list[float]] = {side: [] for side in (OURS, FIXED, LPT)}
+    made: dict[str, Any] = {}
+    for devices in (1, NUM_DEVICES):
+        for side in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            source = fresh()
+            made.pop(side, None)
+            gc.collect()  # what others left is not this side's time
+            started = time.process_time()
+            made[side] = sides[side](source, devices)
+            speeds[side].append(count / (time.process_time() - started))
+    source = fresh()
+    slots = {OURS: sum(len(m.rows) * m.shape.slots for i in numbers for m in source.plan(i))}
     slots[FIXED] = sum(fixed(step, rows) for step in steps)
     if lpt:
-        slots[LPT] = sum(lpt_slots(step, budget, lpt) for step in lists)
-    return {side: (speeds.get(side, 0.0), tokens / n) for side, n in slots.items()}
+        slots[LPT] = sum(lpt_slots(*of_step) for of_step in zip(lists, made[LPT], strict=True))
+    return {side: (speeds[side], tokens / n) for side, n in slots.items()}
 
 
-def lpt_slots(lengths: list[int], budget: int, lpt: Any) -> int:
+def our_lists(source: Any, devices: int, numbers: range) -> list[list[list[list[int]]]]:
+    """Of each step and microbatch the rows of the first devices, as lists of samples."""
+    return [[m.rows[: devices * m.shape.rows] for m in source.plan(i)] for i in numbers]
+
+
+def lpt_slots(lengths: list[int], by_device: list[list[list[int]]]) -> int:
     """Devices x the fullest one's tokens, over its minibatches; -1 is a sample of 5 tokens for a device without one."""
-    by_device = [lpt(lengths, budget, NUM_DEVICES, rank) for rank in range(NUM_DEVICES)]
     loads = [[sum(lengths[i] if i >= 0 else 5 for i in m) for m in device] for device in by_device]
     fullest = np.max(np.array(loads), axis=0)
     assert sum(i >= 0 for device in by_device for m in device for i in m) == len(lengths)
@@ -480,15 +497,19 @@ def fixed(lengths: np.ndarray, rows_per_device: int) -> int:
     return -(-rows // together) * together * MAX_LENGTH
 
 
-def planning_results(part: str, runs: list[dict[str, tuple[float, float]]]) -> list[dict[str, Any]]:
+def planning_results(part: str, runs: list[dict[str, tuple[list[float], float]]]) -> list[dict[str, Any]]:
     results = []
+    whose = ("one device", "all devices")
     for side in runs[0]:
-        if side != FIXED:
-            results.append(result(part, f"{side}: samples/s", statistics.median(r[side][0] for r in runs)))
+        for which, what in enumerate(whose if side != FIXED else ()):
+            speed = statistics.median(r[side][0][which] for r in runs)
+            results.append(result(part, f"{side}: samples/s, {what}", speed))
         efficiency = statistics.median(r[side][1] for r in runs)
         results.append(result(part, f"{side}: slot efficiency", efficiency))
     if LPT in runs[0]:
-        results.append(ratio_result(part, "speed, ours / LPT", [r[OURS][0] / r[LPT][0] for r in runs], 10))
+        for which, what in enumerate(whose):
+            ratios = [r[OURS][0][which] / r[LPT][0][which] for r in runs]
+            results.append(ratio_result(part, f"speed, ours / LPT, {what}", ratios, 10))
         ratios = [r[OURS][1] / r[LPT][1] for r in runs]
         results.append(ratio_result(part, "slot efficiency, ours / LPT", ratios, 1))
     return results

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mice_jax.data import loader
 from mice_jax.data.loader import StepSource, load_steps
 from mice_jax.data.mixture import Corpus, Mixture, PhasePools, Pool
 from mice_jax.data.packing import Shape, microbatch_shapes
@@ -192,3 +193,30 @@ def test_worker_processes_change_nothing() -> None:
     there = list(load_steps(source, 1, 2))
     assert len(here) == len(there) == 4
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
+
+
+# ---------------------------------------------------------------------------------------- blocks of steps
+@pytest.mark.parametrize("planned_together", [1, 30, 70, 10_000])
+def test_a_step_s_plan_is_the_same_from_wherever_a_run_begins(
+    planned_together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "PLANNED_TOGETHER", planned_together)
+    samples = random_samples(95)
+
+    def fresh(num_epochs: float = 2.0) -> StepSource:
+        return make_source(
+            samples, batch_size=10, shapes=microbatch_shapes(256, 2), num_shards=2, num_epochs=num_epochs
+        )
+
+    inorder = fresh()
+    plans = [inorder.plan(i) for i in range(len(inorder))]
+    assert len(plans) == 20
+    assert [sum(len(row) for m in plan for row in m.rows) for plan in plans] == ([10] * 9 + [5]) * 2
+    assert all(fresh().plan(i) == plan for i, plan in enumerate(plans))
+    backwards = fresh()
+    assert [backwards.plan(i) for i in reversed(range(20))] == plans[::-1]
+    assert len({tuple(tuple(row) for m in plan for row in m.rows) for plan in plans}) == 20
+    # A run that ends in the midst of the second epoch packs what it has of it the same.
+    shorter = fresh(1.5)
+    assert [len(shorter), len(shorter.mixture.step(14).samples)] == [15, 8]
+    assert [shorter.plan(i) for i in range(14)] == plans[:14]

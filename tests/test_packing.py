@@ -1,16 +1,20 @@
 """Every sample once, within the rows' room, in few shapes with few empty slots: properties, and the figures claimed."""
 
 import resource
+import sys
 import time
+import types
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mice_jax.data import packing
 from mice_jax.data.mixture import Mixture, PhasePools, Pool
-from mice_jax.data.packing import Microbatch, Shape, microbatch_shapes, pack_step, slot_efficiency
+from mice_jax.data.packing import Microbatch, Shape, microbatch_shapes, pack_steps, slot_efficiency
 
 
 def resident_bytes() -> int:
@@ -28,7 +32,7 @@ def study_lengths(count: int, seed: int) -> np.ndarray:
 
 
 def pack(lengths: np.ndarray, shapes: tuple[Shape, ...], num_shards: int, seed: int = 0) -> list[Microbatch]:
-    return pack_step(lengths, shapes, num_shards, np.random.default_rng(seed))
+    return pack_steps(lengths[None], shapes, num_shards, np.random.default_rng(seed))[0]
 
 
 def problems(plan: list[Microbatch], lengths: np.ndarray, shapes: tuple[Shape, ...], num_shards: int) -> list[str]:
@@ -148,6 +152,86 @@ def test_samples_just_above_half_a_row_take_a_row_each() -> None:
     plan = pack(lengths, shapes, 4)
     assert problems(plan, lengths, shapes, 4) == []
     assert max(len(row) for m in plan for row in m.rows) == 1
+
+
+@pytest.mark.parametrize("length", [1500, 2049, 2100])
+def test_samples_of_one_length_that_fit_badly_are_planned_fast_too(length: int) -> None:
+    """Far more rows than the tokens alone would need: the search does not try every layout up to them."""
+    lengths, shapes = np.full((1, 3840), length, np.int32), microbatch_shapes(4096, 1)
+    began = time.process_time()
+    (plan,) = pack_steps(lengths, shapes, 8, np.random.default_rng(0))
+    assert time.process_time() - began < 1
+    assert problems(plan, lengths[0], shapes, 8) == []
+    assert len(plan) <= -(-3840 // (4096 // length) // 8) + 1
+
+
+def by_python(lengths: list[int], slots: int) -> int:
+    """Rows that best-fit-decreasing takes, where each sample goes to the fullest row that it fits."""
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [r for r in rooms if r >= length]
+        if fitting:
+            rooms.remove(min(fitting))
+        rooms.append((min(fitting) if fitting else slots) - length)
+    return len(rooms)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(4, 256), min_size=1, max_size=80))
+def test_as_many_rows_as_best_fit_decreasing_takes(listed: list[int]) -> None:
+    lengths, shapes = np.array(listed, np.int32), (Shape(1, 256),)
+    plan = pack(lengths, shapes, 1)
+    assert len(plan) == by_python(listed, 256)
+    ranks = {i: r for r, i in enumerate(np.argsort(-lengths, kind="stable").tolist())}
+    assert all([ranks[i] for i in row] == sorted(ranks[i] for i in row) for m in plan for row in m.rows)
+
+
+# ---------------------------------------------------------------------------------------- blocks of steps
+@settings(deadline=None, max_examples=40)
+@given(CASES, st.integers(2, 5), st.data())
+def test_a_step_is_planned_alike_whatever_steps_follow_it(case: tuple, steps: int, data: st.DataObject) -> None:
+    (max_length, rows, num_shards), first = case
+    shapes = microbatch_shapes(max_length, rows)
+    more = st.lists(st.integers(1, max_length), min_size=len(first), max_size=len(first))
+    lengths = np.array([first] + [data.draw(more) for _ in range(steps - 1)], np.int32)
+    plans = pack_steps(lengths, shapes, num_shards, np.random.default_rng(0))
+    assert len(plans) == steps
+    for plan, of_step in zip(plans, lengths, strict=True):
+        assert problems(plan, of_step, shapes, num_shards) == []
+    assert plans[0] == pack(lengths[0], shapes, num_shards)
+
+
+def test_two_steps_of_the_same_lengths_are_dealt_in_different_orders() -> None:
+    a, b = pack_steps(np.tile(study_lengths(128, 0), (2, 1)), microbatch_shapes(4096, 1), 8, np.random.default_rng(0))
+    rows = [Counter(tuple(row) for m in plan for row in m.rows) for plan in (a, b)]
+    assert rows[0] == rows[1] and a != b
+
+
+def test_every_place_is_as_likely_for_a_row() -> None:
+    """Of five rows of a shape and three of another; 4,000 deals stray from a fifth and a third by 0.03 at most."""
+    shapes = (Shape(5, 256), Shape(3, 128))
+    steps = np.tile(np.array([256, 255, 254, 253, 252, 128, 127, 126], np.int32), (4000, 1))
+    plans = pack_steps(steps, shapes, 1, np.random.default_rng(0))
+    places = np.zeros((2, 5, 5))
+    for plan in plans:
+        for m, microbatch in enumerate(plan):
+            for place, row in enumerate(microbatch.rows):
+                places[m, place, row[0] - 5 * m] += 1 / len(steps)
+    assert [m.shape for m in plans[0]] == list(shapes)
+    assert np.abs(places[0] - 1 / 5).max() < 0.03  # the deviation of one is 0.0063
+    assert np.abs(places[1, :3, :3] - 1 / 3).max() < 0.03  # and 0.0075
+    assert np.abs(np.eye(5) - 1 / 5).max() > 0.03  # the negative control: rows left where they were
+
+
+def test_a_machine_where_nothing_compiled_can_be_kept_plans_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = types.ModuleType("nowhere")
+    monkeypatch.setitem(sys.modules, "nowhere", nowhere)
+    source = Path(packing.__file__).read_text()
+    exec(compile(source, "<nowhere>", "exec"), nowhere.__dict__)  # numba keeps nothing of what has no file
+    lengths = study_lengths(200, 0)
+    (plan,) = nowhere.pack_steps(lengths[None], microbatch_shapes(4096, 1), 8, np.random.default_rng(0))
+    here = pack(lengths, microbatch_shapes(4096, 1), 8)
+    assert [(m.shape.slots, list(m.rows)) for m in plan] == [(m.shape.slots, list(m.rows)) for m in here]
 
 
 # ---------------------------------------------------------------------------------------- order

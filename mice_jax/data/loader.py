@@ -5,7 +5,7 @@ hosts, workers or rows a device changes nothing in what a step holds.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
@@ -13,9 +13,10 @@ import numpy as np
 from absl import flags
 
 from mice_jax.data.mixture import Corpus, Mixture
-from mice_jax.data.packing import Microbatch, Shape, pack_step
+from mice_jax.data.packing import Microbatch, Shape, pack_steps
 
 PREFETCH_STEPS = 2
+PLANNED_TOGETHER = 2**14  # samples, about: the plans of so many are made at once
 
 # One microbatch of this host: tokens, targets, segment_ids, positions (int32) and loss_weights (float32), each
 # [local rows, slots].
@@ -37,6 +38,10 @@ class StepSource:
     loss_reduction: str
     seed: int
     split_every: int = 0  # of so many steps one that is a single microbatch is made two; 0 = none
+    # The number of the first step and the plans of the block of steps that was planned last.
+    _latest: list[tuple[int, Sequence[list[Microbatch]]]] = dataclasses.field(
+        default_factory=lambda: [(0, [])], init=False, repr=False, compare=False
+    )
 
     def __len__(self) -> int:
         return len(self.mixture)
@@ -70,10 +75,15 @@ class StepSource:
         return [set(order[: count // 2]), set(order[count // 2 :])]
 
     def plan(self, i: int) -> list[Microbatch]:
-        """How step i is packed."""
-        step = self.mixture.step(i)
-        rng = np.random.default_rng([self.seed, 0, step.phase, step.epoch, i])
-        return pack_step(self.corpus.lengths[step.samples], self.shapes, self.num_shards, rng)
+        """How step i is packed. It is planned with its block, which is kept, since its steps come together."""
+        first, plans = self._latest[0]
+        if not first <= i < first + len(plans):
+            block = self.mixture.block(i, PLANNED_TOGETHER)
+            rng = np.random.default_rng([self.seed, 0, block.phase, block.epoch, block.first])
+            first = block.first
+            plans = pack_steps(self.corpus.lengths[block.samples], self.shapes, self.num_shards, rng)
+            self._latest[0] = first, plans
+        return plans[i - first]
 
     def _fill(self, microbatch: Microbatch, samples: np.ndarray, half: set[int] | None = None) -> Arrays:
         count = microbatch.shape.rows

@@ -119,6 +119,16 @@ class Step:
     samples: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Steps of one epoch that follow each other and hold as many samples each: from step `first` on, a row each."""
+
+    phase: int
+    epoch: int
+    first: int
+    samples: np.ndarray  # [steps, samples]
+
+
 class Mixture:
     """The steps of a run, by number; the same on every host, whatever came before."""
 
@@ -148,12 +158,29 @@ class Mixture:
 
     def step(self, i: int) -> Step:
         """Step i, counted from 0 over the whole run."""
+        phase, epoch, size, number = self._find(i)
+        count = self._batch_sizes[phase]
+        start = number * count
+        return Step(phase, epoch, self._order(phase, epoch)[:size][start : start + count])
+
+    def block(self, i: int, about: int) -> Block:
+        """The steps that step i is planned with: about so many samples, the same whichever of them i is."""
+        phase, epoch, size, number = self._find(i)
+        count = self._batch_sizes[phase]
+        whole = size // count  # steps; one of fewer samples may follow
+        steps = max(1, about // count)
+        first, end = number // steps * steps, whole
+        if number >= whole:
+            first, end = whole, whole + 1
+        end = min(first + steps, end)
+        samples = self._order(phase, epoch)[:size][first * count : end * count]
+        return Block(phase, epoch, i - number + first, samples.reshape(end - first, -1))
+
+    def _find(self, i: int) -> tuple[int, int, int, int]:
+        """Step i's phase and epoch, the epoch's samples, and its number in the epoch."""
         assert 0 <= i < len(self)
         at = int(np.searchsorted(self._first_step, i, side="right")) - 1
-        phase, epoch, size = self._epochs[at]
-        count = self._batch_sizes[phase]
-        start = int(i - self._first_step[at]) * count
-        return Step(phase, epoch, self._order(phase, epoch)[:size][start : start + count])
+        return *self._epochs[at], int(i - self._first_step[at])
 
     def phase_ends(self) -> list[int]:
         """For each phase, the number of the first step behind it."""
