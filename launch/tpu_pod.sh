@@ -80,7 +80,7 @@ for ((attempt = 0; attempt <= retries; attempt++)); do
   fi
   mapfile -t ips < <(vm describe '--format=value[delimiter="\n"](networkEndpoints[].ipAddress)')
   gcloud compute tpus tpu-vm scp "$tar" "$name:" --worker=all "${where[@]}" || fail "the checkout did not reach $name."
-  vm ssh --worker=all '--command=mkdir -p mice_jax && tar xf mice_jax.tar -C mice_jax && cd mice_jax && python3 -m venv .venv && .venv/bin/pip install -q ".[tpu]"' ||
+  vm ssh --worker=all '--command=mkdir -p mice_jax && tar xf mice_jax.tar -C mice_jax && cd mice_jax && python3 -m venv .venv && .venv/bin/pip install -q ".[tpu,gcs]"' ||
     fail "mice_jax was not installed on $name."
   joined="--coordinator_address=${ips[0]}:8476 --num_processes=${#ips[@]} --process_id=$id"
   vm ssh --worker=all "--command=cd mice_jax; [ $id = 0 ] || exec >~/mice_jax.log 2>&1; .venv/bin/python -m mice_jax.train --expect_devices=$devices $joined $(printf '%q ' "$@")& echo \$! >~/mice_jax.pid; wait \$!" &

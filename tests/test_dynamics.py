@@ -11,7 +11,7 @@ from mice_jax.lab.dynamics import Death, Divergence, Goal, HalvingRule, MedianRu
 def run(losses: list[float], norms: list[float] | None = None, batch: int = 10, **more: list) -> list[dict]:
     norms = norms or [1.0] * len(losses)
     lines = [
-        {"step": i, "samples": batch * i, "loss": x, "grad_norm": n, "grad_sq_corrected": n * n}
+        {"step": i, "phase": "one", "samples": batch * i, "loss": x, "grad_norm": n, "grad_sq_corrected": n * n}
         for i, (x, n) in enumerate(zip(losses, norms, strict=True), 1)
     ]
     for name, values in more.items():
@@ -50,6 +50,15 @@ def test_a_loss_above_its_start_by_the_margin_for_so_many_steps_is_divergence() 
     assert rule.judge(run([2.0, 1.5, 3.1, 2.9, 9.0])) == "", "one step below it"
     assert rule.judge(run([2.0, 3.1, 9.0])) == "", "too few"
     assert rule.judge(run([2.0, 3.0, 3.0, 3.0])) == "", "not above the margin"
+
+
+def test_a_phase_of_harder_data_is_no_divergence() -> None:
+    rule = Divergence(margin=1.0, steps=3)
+    lines = run([0.5, 0.5, 0.5, 2.5, 2.6, 2.7, 2.5, 9.0, 9.0, 9.0])
+    for line in lines[3:]:
+        line["phase"] = "two"
+    assert not any(rule.judge(lines[:n]) for n in range(1, 10))
+    assert "its start of 2.5" in rule.judge(lines)
 
 
 def test_a_loss_at_the_vocabulary_s_logarithm_without_a_gradient_is_death() -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mice_jax.data.packing import Microbatch, microbatch_shapes, pack_step
+from mice_jax.data.packing import Microbatch, microbatch_shapes, pack_steps
 from mice_jax.models.transformer import Compute
 from mice_jax.optim import make_optimizer
 from mice_jax.progress import Progress
@@ -44,7 +44,7 @@ SLOPE = 0.004
 
 
 def dealt(lengths: np.ndarray, rng: np.random.Generator) -> list[Microbatch]:
-    return pack_step(lengths, microbatch_shapes(SLOTS, 4), 1, rng)
+    return pack_steps(lengths[None], microbatch_shapes(SLOTS, 4), 1, rng)[0]
 
 
 def by_length(lengths: np.ndarray, rng: np.random.Generator) -> list[Microbatch]:

@@ -99,15 +99,19 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """The loss is above its start by `margin` for `steps` steps in a row."""
+    """The loss is above its start by `margin` for `steps` steps in a row.
+
+    It starts with each phase: other data may have another loss, and that is no divergence.
+    """
 
     margin: float = 1.0  # nats
     steps: int = 10
 
     def judge(self, mine: Records, siblings: Sequence[Records] = (), goal: Goal = Goal()) -> str:
-        if len(mine) <= self.steps:
+        if len(mine) <= self.steps or mine[-self.steps - 1]["phase"] != mine[-1]["phase"]:
             return ""
-        start, latest = mine[0]["loss"], [r["loss"] for r in mine[-self.steps :]]
+        start = next(r["loss"] for r in mine if r["phase"] == mine[-1]["phase"])
+        latest = [r["loss"] for r in mine[-self.steps :]]
         if min(latest) <= start + self.margin:
             return ""
         return (
