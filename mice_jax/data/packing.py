@@ -155,6 +155,7 @@ def _layouts(shapes: tuple[Shape, ...], num_shards: int) -> _Layouts:
             end = start + len(list(same)) * shape.rows * num_shards
             row_slots[t, start:end], same_until[t, start:end] = shape.slots, end
             start = end
+    # A sample takes at least so much of a row's room: so no row can hold more samples than it may.
     charge = -(-main.slots // main.max_segments)
     numbers = (main.rows * num_shards, main.slots, charge, slots, rows, row_slots, same_until)
     return _Layouts([(main, main.rows * num_shards)], tails, numbers)
