@@ -16,6 +16,8 @@ from etils import epath
 from mice_jax.errors import UserError, one_line
 
 Place = Path | epath.Path
+# Other processes write there too: a listing that is kept, as etils' own file system would, is soon wrong.
+fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 NOT_SMALL = ("checkpoints", "tensorboard")  # what of a run's folders is not fetched
 
 

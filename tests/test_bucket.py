@@ -34,7 +34,7 @@ def store() -> Iterator[bucket.Bucket]:
     with bucket.serve() as served, pytest.MonkeyPatch.context() as patch:
         for name, value in bucket.environment(served).items():
             patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        patch.setitem(fsspec.config.conf, "gs", {"token": "anon", "use_listings_cache": False})
         yield served
         fsspec.get_filesystem_class("gs").clear_instance_cache()
 

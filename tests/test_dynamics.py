@@ -52,6 +52,13 @@ def test_a_loss_above_its_start_by_the_margin_for_so_many_steps_is_divergence() 
     assert rule.judge(run([2.0, 3.0, 3.0, 3.0])) == "", "not above the margin"
 
 
+def test_one_easy_sample_is_no_start() -> None:
+    rule = Divergence(margin=1.0, steps=3)
+    losses = [0.3, *[2.2] * 7, *[2.3] * 3]
+    assert rule.judge(run(losses, batch=1)) == ""
+    assert "its start of 0.3" in rule.judge(run(losses, batch=8)), "a step of eight is a start of its own"
+
+
 def test_a_phase_of_harder_data_is_no_divergence() -> None:
     rule = Divergence(margin=1.0, steps=3)
     lines = run([0.5, 0.5, 0.5, 2.5, 2.6, 2.7, 2.5, 9.0, 9.0, 9.0])

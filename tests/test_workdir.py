@@ -37,10 +37,8 @@ def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def take(path: Path) -> None:
     """Locks a workdir for a moment."""
-    run = Workdir(path)
-    run.lock()
-    assert run._lock is not None
-    run._lock.close()
+    with Workdir(path) as run:
+        run.lock()
 
 
 def write_lines(workdir: Path, steps: list[int], end: str = "") -> Path:

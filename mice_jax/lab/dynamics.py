@@ -16,6 +16,7 @@ Records = Sequence[Record]
 
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of a run's steps: where it is judged, and what results.csv shows
 SIGNALS = ("loss", "grad_norm", "grad_norm_corrected", "noise_scale", "update_norm", "param_norm", "eval/loss")
+START_SAMPLES = 8  # of which a start is the mean: one sample's loss says little of what the others' will be
 WINDOW = 0.25  # of the samples seen so far: the latest part, over which a signal is averaged
 
 
@@ -110,7 +111,10 @@ class Divergence:
     def judge(self, mine: Records, siblings: Sequence[Records] = (), goal: Goal = Goal()) -> str:
         if len(mine) <= self.steps or mine[-self.steps - 1]["phase"] != mine[-1]["phase"]:
             return ""
-        start = next(r["loss"] for r in mine if r["phase"] == mine[-1]["phase"])
+        first = next(i for i, r in enumerate(mine) if r["phase"] == mine[-1]["phase"])
+        before = mine[first - 1]["samples"] if first else 0
+        measured = [r["loss"] for r in mine[first:] if r["samples"] - before <= START_SAMPLES]
+        start = statistics.fmean(measured or [mine[first]["loss"]])
         latest = [r["loss"] for r in mine[-self.steps :]]
         if min(latest) <= start + self.margin:
             return ""
