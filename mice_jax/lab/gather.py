@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json
 
-from mice_jax.errors import UserError
 from mice_jax.lab.dynamics import Columns, Goal
 from mice_jax.workdir import EVENTS, METRICS
 
@@ -220,8 +220,8 @@ def _complete(table: pa.Table, problems: list[str]) -> pa.Table:
     if not {"step", "samples"} <= set(table.column_names):
         problems.append(f"the lines of {METRICS} have no step and samples")
         return table
-    known = pa.compute.and_(table["step"].is_valid(), table["samples"].is_valid())
-    lost = len(table) - (pa.compute.sum(known).as_py() or 0)
+    known = pc.and_(table["step"].is_valid(), table["samples"].is_valid())
+    lost = len(table) - (pc.sum(known).as_py() or 0)
     if lost:
         problems.append(f"{lost} lines of {METRICS} have no step or samples, and are left out")
     return table.filter(known)
@@ -267,6 +267,18 @@ def differing(configs: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
     names = dict.fromkeys(k for c in configs for k in c)
     told = {name: [c.get(name) for c in configs] for name in names}
     return {name: values for name, values in told.items() if any(repr(v) != repr(values[0]) for v in values)}
+
+
+def published_of(flat: dict[str, Any]) -> dict[str, float]:
+    """The numbers that a run's flat config says were published of it, by metric."""
+    found, i = {}, 0
+    while f"published.{i}.metric" in flat:
+        metric, value, where = (flat[f"published.{i}.{k}"] for k in ("metric", "value", "where"))
+        field, _, wanted = where.partition("=")
+        if not where or str(flat.get(field)) == wanted:
+            found[metric] = value
+        i += 1
+    return found
 
 
 def finite(value: Any) -> float | None:
