@@ -25,7 +25,9 @@ SHOWN = 10  # of the things that could not be read
 
 
 def define(values: command.Values, argv: list[str]) -> None:
-    flags.DEFINE_list("workdir", None, "folder of a run or of a sweep; or several runs, with commas", flag_values=values)
+    flags.DEFINE_list(
+        "workdir", None, "folder of a run or of a sweep; or several runs, with commas", flag_values=values
+    )
     flags.DEFINE_string("output", None, "the page, F.html", flag_values=values)
 
 

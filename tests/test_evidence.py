@@ -91,7 +91,9 @@ def test_batch_sizes_are_judged_apart_and_together() -> None:
 
 def test_a_run_s_columns_say_what_its_records_say() -> None:
     assert verdicts(RUNS, [PaperRule(), MedianRule()], Goal()) == verdicts(
-        [Finished(r.name, r.batch_size, in_columns(r.records), r.final) for r in RUNS], [PaperRule(), MedianRule()], Goal()
+        [Finished(r.name, r.batch_size, in_columns(r.records), r.final) for r in RUNS],
+        [PaperRule(), MedianRule()],
+        Goal(),
     )
     lines = run([1.0, 2.0, 4.0, 8.0], eval__loss=[None, 3.0, None, None])
     columns = in_columns(lines)

@@ -20,9 +20,9 @@ def get_config(arg: str = "") -> Config:
     c.optim.batch_size = int(choice(given, "batch", BATCHES))
     if given["model"] == "granite-7b":
         mmlu, mtbench = {128: 0.516, 3840: 0.526, 7680: 0.529}, {128: 6.406, 3840: 6.768, 7680: 6.831}
-        c.published = published("optim.batch_size", MMLU=mmlu, MTBench=mtbench)
+        c.published = published({"MMLU": mmlu, "MTBench": mtbench}, "optim.batch_size")
     elif given["model"] == "mistral-7b":
-        c.published = published("optim.batch_size", MTBench={3840: 7.33}, Leaderboard_v2={3840: 18.59})
+        c.published = published({"MTBench": {3840: 7.33}, "Leaderboard v2": {3840: 18.59}}, "optim.batch_size")
     return c
 
 

@@ -15,8 +15,8 @@ from paper_study import PHASES, choice, options, published, recipe, sources
 ARMS = ("stacked", "phased")
 VARIANTS = [f"data_in={a},model={m}" for a in ARMS for m in ("granite-7b", "llama-3.2-3b")]
 PUBLISHED = {
-    "stacked": {"GSM8K": 0.69, "ARC": 0.75, "MuSR": 0.08, "MATH_level_5": 0.04},
-    "phased": {"GSM8K": 0.67, "ARC": 0.71, "MuSR": 0.08, "MATH_level_5": 0.03},
+    "stacked": {"GSM8K": 0.69, "ARC": 0.75, "MuSR": 0.08, "MATH level 5": 0.04},
+    "phased": {"GSM8K": 0.67, "ARC": 0.71, "MuSR": 0.08, "MATH level 5": 0.03},
 }
 
 
@@ -30,5 +30,5 @@ def get_config(arg: str = "") -> Config:
         )
         c.data.phases = [short, long]
     if given["model"] == "llama-3.2-3b":
-        c.published = published(**PUBLISHED[given["data_in"]])
+        c.published = published(PUBLISHED[given["data_in"]])
     return c

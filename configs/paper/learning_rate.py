@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> Config:
     c.optim.learning_rate = float(choice(given, "rate", RATES))
     c.optim.batch_size = int(choice(given, "batch", BATCHES))
     if given["model"] == "mistral-7b" and given["batch"] == "3840":
-        c.published = published("optim.learning_rate", MTBench={1e-6: 7.33})
+        c.published = published({"MTBench": {1e-6: 7.33}}, "optim.learning_rate")
     return c
 
 

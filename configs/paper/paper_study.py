@@ -9,6 +9,8 @@ Data: data/paper/phase00.jsonl (instruction following, 308,343 samples), phase05
 Models: Hugging Face folders models/<name>.
 """
 
+from collections.abc import Mapping
+
 from mice_jax.config import Config, ConfigError, Phase, Published, Source, nearest
 
 MODELS = ("granite-7b", "granite-3b", "llama-3.2-3b", "mistral-7b")
@@ -41,12 +43,12 @@ def sources(given: dict[str, str], names: tuple[str, ...] = PHASES, half: str = 
     return [Source(path=f"{given['data']}/{n}.jsonl", name=f"{n}_{half}" if half else n, half=half) for n in names]
 
 
-def published(where: str = "", **numbers: float | dict) -> list[Published]:
+def published(numbers: Mapping[str, float | dict], where: str = "") -> list[Published]:
     """The study's numbers by metric, which the report shows beside ours; a dict has one for each value of `where`."""
     found = []
     for metric, value in numbers.items():
         cases = {f"{where}={at}": v for at, v in value.items()} if isinstance(value, dict) else {where: value}
-        found += [Published(metric.replace("_", " "), v, case) for case, v in cases.items()]
+        found += [Published(metric, v, case) for case, v in cases.items()]
     return found
 
 

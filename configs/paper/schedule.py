@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> Config:
     c.optim.schedule = choice(given, "schedule", SCHEDULES)
     if given["model"] == "granite-7b":
         mmlu, mtbench = {"constant": 0.5242, "cosine": 0.5251}, {"constant": 6.7562, "cosine": 6.6813}
-        c.published = published("optim.schedule", MMLU=mmlu, MTBench=mtbench)
+        c.published = published({"MMLU": mmlu, "MTBench": mtbench}, "optim.schedule")
     return c
 
 

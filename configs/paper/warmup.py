@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> Config:
     c = recipe(given, "lab")
     c.optim.warmup_steps = int(choice(given, "steps", WARMUPS))
     if given["model"] == "granite-7b":
-        c.published = published("optim.warmup_steps", MMLU={0: 0.531, 25: 0.528, 100: 0.526})
+        c.published = published({"MMLU": {0: 0.531, 25: 0.528, 100: 0.526}}, "optim.warmup_steps")
     return c
 
 

@@ -5,7 +5,6 @@ of its siblings, up to the same number of samples; it returns the reason to stop
 of plain numbers: nothing of a run is kept in them, so a run that was killed is judged again as before.
 """
 
-import bisect
 import dataclasses
 import itertools
 import math
@@ -33,6 +32,7 @@ class Columns(Sequence[Record]):
 
     def __init__(self, columns: Mapping[str, np.ndarray], phases: Sequence[str] = ()):
         self.columns, self.phases = columns, phases
+        self.records: dict[int, Record] = {}  # by where they stand
         self.cuts: dict[int, Columns] = {}  # by length
         self.signals: dict[tuple[str, float], float] = {}
 
@@ -53,8 +53,10 @@ class Columns(Sequence[Record]):
             if stop not in self.cuts:
                 self.cuts[stop] = Columns({k: v[:stop] for k, v in self.columns.items()}, self.phases[:stop])
             return self.cuts[stop]
-        record: Record = {k: v[at].item() for k, v in self.columns.items() if not math.isnan(v[at])}
-        return record | ({"phase": self.phases[at]} if self.phases else {})
+        if at not in self.records:
+            known = {k: v[at].item() for k, v in self.columns.items() if not math.isnan(v[at])}
+            self.records[at] = known | ({"phase": self.phases[at]} if self.phases else {})
+        return self.records[at]
 
 
 def column(records: Records, name: str) -> np.ndarray:
@@ -67,7 +69,7 @@ def column(records: Records, name: str) -> np.ndarray:
 
 def upto(records: Records, samples: int) -> Records:
     """The records of the first `samples` samples."""
-    return records[: bisect.bisect_right(records, samples, key=lambda r: r["samples"])]
+    return records[: int(np.searchsorted(column(records, "samples"), samples, side="right"))]
 
 
 # ---------------------------------------------------------------------------------------- signals

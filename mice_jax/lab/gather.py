@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.json
 
 from mice_jax.lab.dynamics import Columns, Goal
@@ -217,14 +216,16 @@ def _table(raw: bytes) -> pa.Table:
 
 def _complete(table: pa.Table, problems: list[str]) -> pa.Table:
     """The rows that say where they stand."""
-    if not {"step", "samples"} <= set(table.column_names):
-        problems.append(f"the lines of {METRICS} have no step and samples")
-        return table
-    known = pc.and_(table["step"].is_valid(), table["samples"].is_valid())
-    lost = len(table) - (pc.sum(known).as_py() or 0)
-    if lost:
-        problems.append(f"{lost} lines of {METRICS} have no step or samples, and are left out")
-    return table.filter(known)
+    for name in ("step", "samples"):
+        kind = table.schema.field(name).type if name in table.column_names else pa.null()
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+            problems.append(f"the lines of {METRICS} have no {name}")
+            return table.slice(0, 0)
+    where = np.stack([table[k].to_numpy(zero_copy_only=False).astype(np.float64) for k in ("step", "samples")])
+    known = ~np.isnan(where).any(axis=0)
+    if not known.all():
+        problems.append(f"{len(known) - known.sum()} lines of {METRICS} have no step or samples, and are left out")
+    return table.filter(pa.array(known))
 
 
 def _is_plain(name: str, value: Any) -> bool:

@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import json
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import jinja2
 import numpy as np
 
 from mice_jax import __version__
-from mice_jax.config import Config, flatten, to_dict
+from mice_jax.config import Config, Phase, Source, flatten, to_dict
 from mice_jax.errors import UserError
 from mice_jax.lab import dynamics, evidence, gather, thin
 from mice_jax.lab.gather import Run, finite
@@ -40,9 +41,14 @@ SIGNALS = {
 }
 OF_ONE_ONLY = ("slot_efficiency", "mfu")  # of several runs they would only fill the page
 STEPWISE = ("loss", "grad_norm")  # of several runs, drawn step by step too, where nothing is smoothed
-POINTS = 400_000  # of all curves of a page together: what keeps it below ten megabytes
+POINTS = 320_000  # of all curves of a page together: what keeps it below ten megabytes
 DIGITS = 5
 MANY_RUNS = 6  # beyond so many, values of a field are counted and not shown run by run
+DEFAULTS = [
+    (r".*\.(?:sources|validation)\.\d+\.(.+)", flatten(dataclasses.asdict(Source()))),
+    (r"data\.phases\.\d+\.(.+)", flatten(dataclasses.asdict(Phase()))),
+    (r"(.+)", flatten(to_dict(Config()))),
+]
 
 
 def write(folders: Sequence[Path], output: Path) -> list[str]:
@@ -262,11 +268,10 @@ def _evidence(runs: Sequence[Run], goal: dynamics.Goal) -> dict[str, Any] | None
 # ---------------------------------------------------------------------------------------- config and data
 def _config(runs: Sequence[Run], flats: Sequence[dict[str, Any]], differing: dict[str, list[Any]]) -> dict[str, Any]:
     """Of one run each field, with its default; of several those that differ, and those that are the same in all."""
-    defaults = flatten(to_dict(Config()))
     whole = flats[0] if flats else {}
     same = {k: v for k, v in whole.items() if k not in differing and not k.startswith("published.")}
     fields = [
-        {"name": k, "value": _shown(v), "changed": repr(v) != repr(defaults.get(k)), "default": _shown(defaults.get(k))}
+        {"name": k, "value": _shown(v), "changed": repr(v) != repr(_default(k)), "default": _shown(_default(k))}
         for k, v in same.items()
     ]
     if len(runs) <= MANY_RUNS:
@@ -281,13 +286,18 @@ def _config(runs: Sequence[Run], flats: Sequence[dict[str, Any]], differing: dic
     return {"fields": fields, "runs": [], "differing": counted}
 
 
+def _default(name: str) -> Any:
+    """Of a field of a flat config; None where it has none."""
+    return next(known.get(m[1]) for pattern, known in DEFAULTS if (m := re.fullmatch(pattern, name)))
+
+
 def _data_table(run: Run) -> dict[str, Any]:
     """What was read, kept and left out of each source, and what each phase draws."""
     report = run.data_report
     sources = []
     for kind in ("sources", "validation"):
         entries = report.get(kind, {})
-        for name, s in (entries.items() if isinstance(entries, dict) else ()):
+        for name, s in entries.items() if isinstance(entries, dict) else ():
             left_out = s.get("dropped", {}) | s.get("set_aside", {})
             lengths = s.get("length_percentiles", {})
             sources.append(

@@ -118,7 +118,14 @@ function paint() {
   const ordered = values.length > CATEGORIES.light.length || (values.length > 2 && values.every(v => typeof v === "number"));
   palette = new Map(values.map((v, i) => [JSON.stringify(v ?? null), ordered ? ramp(i / Math.max(1, values.length - 1)) : CATEGORIES[theme()][i % 8]]));
   const key = values.length > 24 ? [values[0], "…", values[values.length - 1]] : values;
-  byId("key").replaceChildren(...key.map(v => el("span", { class_: "chip" }, v === "…" ? "…" : dot(palette.get(JSON.stringify(v ?? null))), v === "…" ? "" : setting(v) || "none")));
+  byId("key").replaceChildren(...key.map(v => el("span", { class_: "chip" }, v === "…" ? "…" : dot(palette.get(JSON.stringify(v ?? null))), v === "…" ? "" : setting(v) || "none")), ...dash().told.map(text => el("span", { class_: "chip" }, text)));
+}
+const DASHES = ["solid", "dash", "dot", "dashdot"];
+/** Where colours tell one field, dashes tell the other of two, if it has few values. */
+function dash(run) {
+  const [other, more] = Object.keys(data.fields).filter(n => n !== state.colour), values = other && !more ? distinct(runs.map(r => r.fields[other])) : [];
+  if (!(state.colour in data.fields) || values.length < 2 || values.length > DASHES.length) return { dash: "solid", told: [] };
+  return { dash: run && DASHES[values.findIndex(v => v === run.fields[other])], told: values.map((v, i) => `${["—", "– –", "· ·", "– ·"][i]} ${data.fields[other]} ${setting(v)}`) };
 }
 const colour = run => palette.get(JSON.stringify(given(run, state.colour) ?? null));
 function dot(fill) { const node = el("span", { class_: "dot" }); node.style.background = fill; return node; }
@@ -172,13 +179,15 @@ function bounds(traces, logarithmic) {
   if (values.length < 20) return null;
   const at = q => values[Math.floor(q * (values.length - 1))], low = at(0.02), high = at(0.95), span = high - low;
   const top = values[values.length - 1], bottom = values[0];
+  if (top === bottom && !logarithmic) return bottom > 0 ? [0, 1.25 * bottom] : null;
   if (!span || (top <= high + 3 * span && bottom >= low - 3 * span)) return null;
   return [Math.max(bottom, low - span) - 0.08 * span, Math.min(top, high + span) + 0.08 * span];
 }
 function drawCurves(entry) {
   const logarithmic = state.log[entry.name], traces = [];
   const faded = i => state.chosen.size > 0 && !state.chosen.has(i);
-  const shown = visible.map(i => ({ i, run: runs[i], c: curve(runs[i], entry.name) })).filter(e => e.c && e.c.y.some(v => v !== null));
+  const positive = c => c && (logarithmic ? { x: c.x, y: c.y.map(v => v > 0 ? v : null) } : c);
+  const shown = visible.map(i => ({ i, run: runs[i], c: positive(curve(runs[i], entry.name)) })).filter(e => e.c && e.c.y.some(v => v !== null));
   const sparse = entry.name in (shown[0]?.run.evaluations ?? {}) && !(entry.name in data.signals);
   if (!alone && state.bands && !state.chosen.size) {
     const groups = new Map();
@@ -188,25 +197,27 @@ function drawCurves(entry) {
       if (!t) continue;
       const label = `${told(members[0].run)} (${members.length} ${members.length > 1 ? "seeds" : "seed"})`, plain = { hoverinfo: "skip", mode: "lines", line: { width: 0 }, skip: true };
       if (members.length > 1) traces.push({ ...plain, x: t.x, y: t.low }, { ...plain, x: t.x, y: t.high, fill: "tonexty", fillcolor: faint(fill) });
-      traces.push(line(t.x, t.mean, label, fill, 1.8, sparse));
+      traces.push(line(t.x, t.mean, label, fill, 1.8, sparse, dash(members[0].run).dash));
     }
   } else {
     for (const { i, run, c } of shown) {
       if (alone && state.smoothing && run.stepwise[entry.name]) traces.push({ ...line(...Object.values(curve(run, entry.name, 0)), "each step", faint(mainColour(), 0.35), 1), hoverinfo: "skip" });
-      traces.push({ ...line(c.x, c.y, alone ? data.signals[entry.name]?.title ?? entry.name : told(run, true), alone ? mainColour() : colour(run), alone ? 1.8 : state.chosen.has(i) ? 2.6 : runs.length > 40 ? 1.1 : 1.5, sparse), opacity: faded(i) ? 0.12 : 1 });
+      traces.push({ ...line(c.x, c.y, alone ? data.signals[entry.name]?.title ?? entry.name : told(run, true), alone ? mainColour() : colour(run), alone ? 1.8 : state.chosen.has(i) ? 2.6 : runs.length > 40 ? 1.1 : 1.5, sparse, alone ? "solid" : dash(run).dash), opacity: faded(i) ? 0.12 : 1 });
     }
   }
   if (alone && entry.name === "loss" && traces.length) held(traces);
   const range = bounds(traces, logarithmic);
-  entry.caption.textContent = entry.note + (range ? `${entry.note ? " · " : ""}axis cut, a double click shows all` : "");
+  const cut = range && traces.some(t => !t.skip && t.y.some(v => v !== null && (logarithmic ? v > 0 && Math.log10(v) > range[1] : v > range[1])));
+  entry.caption.textContent = entry.note + (cut ? `${entry.note ? " · " : ""}axis cut, a double click shows all` : "");
   const layout = { xaxis: { title: { text: xTitle(), font: { size: 11, color: colourOf("--faint") } }, rangemode: "tozero" }, yaxis: { type: logarithmic ? "log" : "linear" } };
   if (range) layout.yaxis.range = range;
-  if (alone) Object.assign(layout, { showlegend: traces.filter(t => t.hoverinfo !== "skip").length > 1, hovermode: "x unified", ...landmarks() });
+  const named = traces.filter(t => t.hoverinfo !== "skip").length > 1;
+  if (alone) Object.assign(layout, { showlegend: named, hovermode: "x unified", ...landmarks() }, named ? { margin: { l: 48, r: 12, t: 34, b: 36 } } : {});
   return { traces, layout };
 }
 const mainColour = () => CATEGORIES[theme()][0];
-function line(x, y, name, fill, width, markers = false) {
-  return { type: "scatter", x, y, name: clean(name), mode: markers ? "lines+markers" : y.filter(v => v !== null).length > 1 ? "lines" : "markers", line: { color: fill, width }, marker: { color: fill, size: 5 }, connectgaps: true, hovertemplate: `%{y:.5~g}<extra>${clean(name)}</extra>` };
+function line(x, y, name, fill, width, markers = false, dash = "solid") {
+  return { type: "scatter", x, y, name: clean(name), mode: markers ? "lines+markers" : y.filter(v => v !== null).length > 1 ? "lines" : "markers", line: { color: fill, width, dash }, marker: { color: fill, size: 5 }, connectgaps: true, hovertemplate: `%{y:.5~g}<extra>${clean(name)}</extra>` };
 }
 function faint(fill, alpha = 0.16) {
   const parts = fill.startsWith("#") ? [1, 3, 5].map(i => parseInt(fill.slice(i, i + 2), 16)) : fill.match(/\d+/g).slice(0, 3);
@@ -268,10 +279,12 @@ function drawGrid() {
   const scale = RAMPS[theme()].map((c, i, s) => [data.mode === "min" ? 1 - i / (s.length - 1) : i / (s.length - 1), c]).sort((p, q) => p[0] - q[0]);
   const low = sorted[0], high = cut > low ? cut : low + 1;
   const shades = z.map(row => row.map(v => v === null ? null : (Math.min(v, high) - low) / (high - low)));
-  const light = theme() === "dark" ? t => t : t => t; // share of the ramp, the better the brighter
-  const annotations = z.flatMap((row, j) => row.map((v, i) => ({ x: setting(xs[i]) || "none", y: setting(ys[j]) || "none", text: clean(text[j][i]), showarrow: false, font: { size: 12, color: v === null ? colourOf("--faint") : (data.mode === "min" ? 1 - light(shades[j][i]) : light(shades[j][i])) > 0.62 ? "#0c1117" : "#ffffff" } })));
-  return { traces: [{ type: "heatmap", x: xs.map(v => setting(v) || "none"), y: ys.map(v => setting(v) || "none"), z, zmin: low, zmax: high, colorscale: scale, xgap: 3, ygap: 3, hoverongaps: false, colorbar: { thickness: 10, outlinewidth: 0, tickfont: { color: colourOf("--soft") } }, hovertemplate: `${clean(data.fields[a] ?? a)} %{x}<br>${clean(data.fields[b] ?? b)} %{y}<br>${clean(data.metric)} %{z:.5~g}<extra></extra>` }],
-    layout: { annotations, xaxis: { type: "category", title: { text: clean(data.fields[a] ?? a) }, showgrid: false }, yaxis: { type: "category", title: { text: clean(data.fields[b] ?? b) }, showgrid: false }, margin: { l: 70, r: 12, t: 10, b: 52 } },
+  const goodness = v => { const t = (Math.min(v, high) - low) / (high - low); return data.mode === "min" ? 1 - t : t; };
+  const annotations = z.flatMap((row, j) => row.map((v, i) => ({ x: i, y: j, text: clean(text[j][i]), showarrow: false, font: { size: 13, color: v === null ? colourOf("--faint") : goodness(v) > 0.55 ? "#0c1117" : "#ffffff" } })));
+  const axis = (values, name) => ({ tickvals: values.map((_, i) => i), ticktext: values.map(v => clean(setting(v) || "none")), range: [-0.5, values.length - 0.5], title: { text: clean(data.fields[name] ?? name) }, showgrid: false, zeroline: false, ticks: "" });
+  const hover = cells.map((row, j) => row.map((c, i) => `${clean(data.fields[a] ?? a)} ${clean(setting(xs[i]))}<br>${clean(data.fields[b] ?? b)} ${clean(setting(ys[j]))}<br>${clean(data.metric)} ${short(z[j][i])}, ${c.filter(r => axisOf(r) !== null).length} of ${c.length} at their end`));
+  return { traces: [{ type: "heatmap", z, zmin: low, zmax: high, colorscale: scale, xgap: 4, ygap: 4, hoverongaps: false, text: hover, hovertemplate: "%{text}<extra></extra>", colorbar: { thickness: 10, outlinewidth: 0, tickfont: { color: colourOf("--soft") } } }],
+    layout: { annotations, xaxis: axis(xs, a), yaxis: axis(ys, b), margin: { l: 70, r: 12, t: 10, b: 52 } },
     height: `${Math.max(14, Math.min(40, 7 + 3.4 * ys.length))}rem` };
 }
 const RESULTS = [["loss", "loss"], ["grad_norm_corrected", "corrected norm"]];
@@ -323,7 +336,7 @@ function columnsOf() {
   const scores = distinct(runs.flatMap(r => Object.keys(r.evaluations))).filter(n => !n.startsWith("eval/")).slice(0, 12);
   for (const name of scores) columns.push({ key: name, title: `the best ${name} of the run's checkpoints`, of: r => bestOf(r, name)?.value, number: true });
   for (const name of distinct(runs.flatMap(r => Object.keys(r.published)))) columns.push({ key: `${name} (paper)`, title: "published of this very config", of: r => r.published[name], number: true });
-  columns.push({ key: "reason", of: r => r.reason, wrap: true });
+  columns.push({ key: "reason", of: r => r.reason, wrap: true, show: v => el("span", { class_: "clamp", title: v }, v) });
   return columns.filter(c => has(c.of)).map(c => ({ label: c.key, ...c }));
 }
 function bar(run) {
@@ -395,6 +408,7 @@ function makeTrials() {
   let waiting = 0;
   const later = () => { clearTimeout(waiting); waiting = setTimeout(showAll, 150); };
   byId("filter").addEventListener("input", e => { state.filter = e.target.value; filter(); later(); });
+
   const statuses = distinct(runs.map(r => r.status));
   if (statuses.length > 1) byId("statuses").append(...statuses.map(s => {
     const chip = el("button", { type: "button", class_: "chip", "aria-pressed": "true", onclick: () => { state.statuses.has(s) ? state.statuses.delete(s) : state.statuses.add(s); chip.setAttribute("aria-pressed", String(state.statuses.has(s))); filter(); later(); } }, `${s} ${runs.filter(r => r.status === s).length}`);
@@ -425,9 +439,10 @@ function makeHeader() {
   }
   byId("tiles").append(...tiles.filter(known));
 }
+const LOGARITHMIC = ["grad_norm", "grad_norm_corrected", "noise_scale", "update_norm"]; // until their button says otherwise
 function makeCurves() {
   for (const [name, { title, note }] of Object.entries(data.signals))
-    if (runs.some(r => name in r.means)) figure("charts", name, title, note, drawCurves, ["grad_norm", "grad_norm_corrected", "noise_scale", "update_norm"].includes(name));
+    if (runs.some(r => name in r.means)) figure("charts", name, title, note, drawCurves, LOGARITHMIC.includes(name) || (name === "learning_rate" && !alone));
   byId("x").addEventListener("change", e => { state.x = e.target.value; showAll(); });
   byId("smoothing").value = state.smoothing;
   byId("smoothing").addEventListener("input", e => { state.smoothing = Number(e.target.value); showAll(); });
