@@ -46,14 +46,14 @@ class Sums(NamedTuple):
 
 
 class StepFunctions(NamedTuple):
-    """The compiled functions of a run; `batch` is one microbatch."""
+    """The compiled functions of a run, each with its `jitted` and with `compile`; `batch` is one microbatch."""
 
     init: Callable[[jax.Array], TrainState]  # from a key
     start: Callable[[Params], TrainState]  # from parameters, donated
     zero_sums: Callable[[], Sums]
-    accumulate: Callable[[Params, Sums, Batch], Sums]
+    accumulate: Any  # of (Params, Sums, Batch) -> Sums; the sums are donated
     # A third argument is the gradient norm above which no update is made.
-    apply: Callable[..., tuple[TrainState, Sums, dict[str, jax.Array]]]  # of a state and sums, both donated
+    apply: Any  # of (TrainState, Sums), both donated -> (TrainState, Sums, dict[str, jax.Array])
     evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]  # loss_sum, weight_sum
     abstract_state: TrainState  # shapes with shardings, for restoring
 
@@ -128,7 +128,12 @@ def make_step(
             with jax.set_mesh(mesh):
                 return jitted(*args)
 
-        call.jitted = jitted  # type: ignore[attr-defined]  # for tests that count compilations
+        def compile(*abstract: Any) -> Any:
+            """Of shapes: a call with such arguments then finds the program there."""
+            with jax.set_mesh(mesh):
+                return jitted.lower(*abstract).compile()
+
+        call.jitted, call.compile = jitted, compile  # type: ignore[attr-defined]
         return call
 
     abstract = jax.eval_shape(start, decoder.abstract)
