@@ -159,7 +159,6 @@ def downloaded(store: bucket.Bucket, place: str, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="known defect: orbax's clean-up meets a damaged checkpoint that is being moved")
 def test_a_run_in_a_bucket_that_is_killed_goes_on_and_ends_as_one_on_disk(
     config: Path, store: bucket.Bucket, name: str, tmp_path: Path
 ) -> None:
