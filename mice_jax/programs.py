@@ -1,4 +1,4 @@
-"""Compiling: programs are kept on disk from run to run, and each one that a run needs is there before its first step."""
+"""Compiling: programs are kept on disk from run to run, and those of a run's steps are made before the first."""
 
 import hashlib
 import platform
@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from mice_jax.data.loader import StepSource, empty_rows
 from mice_jax.data.packing import Shape
-from mice_jax.sharding import put_rows
-from mice_jax.step import StepFunctions, Sums, TrainState
+from mice_jax.sharding import local_shards, put_rows
+from mice_jax.step import Batch, StepFunctions, Sums, TrainState
 
 PLANNED_AHEAD = 2_000_000  # samples whose steps are planned before the first, about two seconds
 
@@ -21,11 +21,13 @@ PLANNED_AHEAD = 2_000_000  # samples whose steps are planned before the first, a
 def keep(folder: Path) -> Path:
     """Has jax keep compiled programs under `folder`, which processes may share; returns where.
 
-    A folder that the user gives to jax stays ($JAX_COMPILATION_CACHE_DIR). Programs for a CPU use what that CPU has, so
-    each kind of machine has a folder of its own; jax's key knows the versions, the flags and the devices.
+    A folder that the user gives to jax stays ($JAX_COMPILATION_CACHE_DIR), and $JAX_ENABLE_COMPILATION_CACHE=0 keeps
+    none. Programs for a CPU use what that CPU has, so each kind of machine has a folder of its own; jax's key knows the
+    program, the versions, the flags and the devices. One that cannot be read is compiled anew, with a warning.
     """
-    if jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    settings: Any = jax.config  # its attributes are made when it is imported
+    if given := settings.jax_compilation_cache_dir:
+        return Path(given)
     kept = folder / "programs" / _machine()
     jax.config.update("jax_compilation_cache_dir", str(kept))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -42,7 +44,7 @@ def _machine() -> str:
 
 
 def shapes_ahead(steps: StepSource, start: int, stop: int) -> list[Shape]:
-    """The microbatch shapes of a run's steps, largest first.
+    """The microbatch shapes of steps number `start` up to `stop`, largest first.
 
     Only the steps of the first PLANNED_AHEAD samples are looked at: beyond them, a shape that none of them needed may
     still come up.
@@ -58,19 +60,25 @@ def shapes_ahead(steps: StepSource, start: int, stop: int) -> list[Shape]:
     return sorted(shapes, key=steps.shapes.index)
 
 
-def compile_step(
-    fns: StepFunctions, state: TrainState, sums: Sums, shapes: Iterable[Shape], shards: int, mesh: Mesh
+def compile_ahead(
+    fns: StepFunctions, state: TrainState, sums: Sums, trained: Iterable[Shape], evaluated: Iterable[Shape], mesh: Mesh
 ) -> float:
-    """Compiles what a step runs, for microbatches of each shape, without running it; returns the seconds it took.
+    """Compiles what steps and evaluations run on microbatches of these shapes; returns the seconds it took.
 
-    So no step later in the run waits for a compilation.
+    So no step later in the run waits for a compilation. Nothing is run.
     """
+
+    def batch(shape: Shape) -> Batch:
+        rows = empty_rows(shape.rows * len(local_shards(mesh)), shape.slots)
+        return _abstract(put_rows(rows, mesh))
+
     began = time.perf_counter()
     state, sums = _abstract((state, sums))
-    for shape in shapes:
-        batch = _abstract(put_rows(empty_rows(shape.rows * shards, shape.slots), mesh))
-        fns.accumulate.compile(state.params, sums, batch)
+    for shape in trained:
+        fns.accumulate.compile(state.params, sums, batch(shape))
     fns.apply.compile(state, sums, 0.0)
+    for shape in evaluated:
+        fns.evaluate.compile(state.params, batch(shape))
     return time.perf_counter() - began
 
 

@@ -47,7 +47,7 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.optim import make_optimizer, make_phase_schedule
 from mice_jax.progress import Alarm, Progress, crosses
-from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_rows
+from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_steps
 from mice_jax.start import Origin, find_origin, load_params, with_vocabulary
 from mice_jax.step import StepFunctions, TrainState, make_step
 from mice_jax.workdir import METRICS, PUBLISH_S, Workdir, code_state, environment
@@ -198,9 +198,9 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
 
     # ---- Train ----------------------------------------------------------------------------------------------
-    # The order within a step: enter its phase where it is the first, draw, accumulate, apply, await the numbers, stop
-    # if they are not finite, evaluate, write the line, save. So a checkpoint never knows of a step whose line is not
-    # written.
+    # The order within a step: enter its phase where it is the first, accumulate, apply, draw the next, await the
+    # numbers, stop if they are not finite, evaluate, write the line, save. So a checkpoint never knows of a step whose
+    # line is not written.
     writers: list[metrics.Writer] = []
     watch = Watch(run.local, config.stop, spec.vocab_size, total_steps) if lead else None
     if lead:
@@ -218,26 +218,27 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     sums = fns.zero_sums()
     ahead = programs.shapes_ahead(steps, start, total_steps)
     if ahead:
-        seconds = programs.compile_step(fns, state, sums, ahead, num_shards(mesh), mesh)
+        held = {s for h in held_out.sources(data.validation, source) for s in programs.shapes_ahead(h, 0, len(h))}
+        seconds = programs.compile_ahead(fns, state, sums, ahead, held, mesh)
         console.print(f"[dim]{len(ahead)} microbatch shapes compiled, or found in {kept}, in {seconds:.0f} s[/dim]")
     leave = distributed.LeaveRequest()
     save_alarm = Alarm(config.checkpoint.every_minutes)
     saved = start
     ended = time.perf_counter()
     try:
-        loader = load_steps(steps, start, config.data.num_workers)
+        loader = put_steps(load_steps(steps, start, config.data.num_workers), mesh)
         drawn = next(loader, None)
         for step in range(start + 1, total_steps + 1):
             here = phases.at(stretches, step - 1)
             stretch = stretches[here]
             if step - 1 == stretch.first > 0:
                 state = _enter(stretches, here, state, fns, checkpoints, console)
+            assert drawn is not None, "the loader has every step"
             batch = drawn
-            # Nothing is awaited here: rows are sent, and programs are queued, while the device works.
-            for rows_of_microbatch in batch["microbatches"]:
-                sums = fns.accumulate(state.params, sums, put_rows(rows_of_microbatch, mesh))
+            for microbatch in batch["microbatches"]:
+                sums = fns.accumulate(state.params, sums, microbatch)
             state, sums, on_device = fns.apply(state, sums, progress.spike(config.train.skip_spikes))
-            drawn = next(loader, None)
+            drawn = next(loader, None)  # what is above is queued: the next step goes to the devices while they work
             measured = {name: x.item() for name, x in jax.device_get(on_device).items()}
             if not measured.pop("finite"):
                 saved = _save(run, checkpoints, state, progress, None, saved)
