@@ -222,10 +222,10 @@ def _complete(table: pa.Table, problems: list[str]) -> pa.Table:
             problems.append(f"the lines of {METRICS} have no {name}")
             return table.slice(0, 0)
     where = np.stack([table[k].to_numpy(zero_copy_only=False).astype(np.float64) for k in ("step", "samples")])
-    known = ~np.isnan(where).any(axis=0)
-    if not known.all():
-        problems.append(f"{len(known) - known.sum()} lines of {METRICS} have no step or samples, and are left out")
-    return table.filter(pa.array(known))
+    lost = np.isnan(where).any(axis=0)
+    if np.count_nonzero(lost):
+        problems.append(f"{np.count_nonzero(lost)} lines of {METRICS} have no step or samples, and are left out")
+    return table.filter(pa.array(np.logical_not(lost)))
 
 
 def _is_plain(name: str, value: Any) -> bool:
