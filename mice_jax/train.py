@@ -122,11 +122,6 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             seed=config.seed,
             drop_remainder=config.data.drop_remainder,
         )
-        if not len(mixture):
-            raise UserError(
-                f"there is no step to take: optim.batch_size={config.optim.batch_size} is more than any epoch has, and "
-                "data.drop_remainder=True leaves short steps out. Take a smaller batch, or keep the remainder."
-            )
         total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
         stretches = phases.stretches(config.data.phases, mixture.phase_ends(), total_steps)
         chooses = _check_best_metric(config, stretches, data)

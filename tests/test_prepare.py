@@ -117,3 +117,14 @@ def test_flags_that_cannot_work_are_told_before_anything_is_read(
     assert run_prepare(config, "--ids") == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "there is no folder" in first and "--inspect=N" in second and stores(config) == {}
+
+
+def test_a_batch_above_every_epoch_is_refused_as_a_run_refuses_it(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--config.data.drop_remainder=true", "--config.optim.batch_size=17"]
+    assert run_prepare(config, *flags) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is no step to take in the phase 'stacked': optim.batch_size=17 is more than")
+    assert run_train(config, tmp_path / "work", *flags) == 2 and capsys.readouterr().err == said
+    assert run_prepare(config, *flags[:1]) == 0
