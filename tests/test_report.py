@@ -110,7 +110,7 @@ def test_what_users_regret_is_said_of_the_source(keys: dict[str, Any], words: st
 
 def test_held_out_samples_that_are_trained_on_are_said() -> None:
     (said,) = r.regrets(report(entry(), validation_overlap=12))
-    assert said.startswith("12 of the samples that are trained on are held out too (in data.validation, or in the val")
+    assert said.startswith("12 of the samples that are trained on are held out too (in data.validation, or in a phase")
 
 
 # ---------------------------------------------------------------------------------------- tables

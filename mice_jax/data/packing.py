@@ -122,12 +122,12 @@ def pack_steps(lengths: np.ndarray, shapes: tuple[Shape, ...], num_shards: int, 
     assert lengths.size and lengths.min() >= 1 and lengths.max() <= main.slots
     num_steps, count = lengths.shape
     layouts = _layouts(shapes, num_shards)
-    from mice_jax.data import best_fit  # here alone, as it takes a while
+    from mice_jax.data.best_fit import pack  # here alone, as it takes a while
 
     # In ascending order, the longest and of equals the first come last.
     ranked = np.sort(lengths.astype(np.int64) << 32 | np.arange(count - 1, -1, -1), axis=1)
     seeds = rng.integers(2**64, size=num_steps, dtype=np.uint64)
-    return Plans(layouts, *best_fit.pack(ranked, seeds, *layouts.numbers))
+    return Plans(layouts, *pack(ranked, seeds, *layouts.numbers))
 
 
 class _Layouts(NamedTuple):

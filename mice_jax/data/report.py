@@ -103,8 +103,8 @@ def regrets(report: Entry) -> list[str]:
     overlap = report["validation_overlap"]
     if overlap:
         found.append(
-            f"{overlap:,} of the samples that are trained on are held out too (in data.validation, or in the validation "
-            "of a phase), which then measures memory: take them out of either"
+            f"{overlap:,} of the samples that are trained on are held out too (in data.validation, or in a phase's "
+            "own), which then measures memory: take them out of either"
         )
     return found
 
