@@ -184,7 +184,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             resolved |= {"attention": attention, "today": str(encoder.today)}
             made_by = command.made_by(values) | code_state()
             run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": made_by})
-            whole = report.with_steps(data.report, data.corpus, mixture, steps.plan, total_steps)
+            whole = report.with_steps(data.report, steps, total_steps)
             run.write_json("data_report.json", whole)
             _keep_model(run.local / "model", origin, spec, tokenizer)
             run.publish()

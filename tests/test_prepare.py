@@ -88,7 +88,10 @@ def test_the_report_is_shown_and_written_as_a_run_has_it(
     assert run_prepare(config, "--report", f"--output={tmp_path / 'report.json'}") == 0
     out = capsys.readouterr().out
     assert (
-        "duplicates" in out and "longest: chats: " in out and re.search(r"2 steps; the first 2 fill \d+\.\d% of", out)
+        "duplicates" in out
+        and "longest: chats: " in out
+        and re.search(r"2 steps; the first 2 fill \d+\.\d% of", out)
+        and "on 1 shard(s) of 1 row(s)" in out
     )
     assert row(out, "stacked") == ["stacked", "1", "2", "16", "16 chats"]
     assert run_train(config, tmp_path / "work") == 0
@@ -96,6 +99,7 @@ def test_the_report_is_shown_and_written_as_a_run_has_it(
     written, kept = (json.loads(p.read_text()) for p in (tmp_path / "report.json", tmp_path / "work/data_report.json"))
     for report in (written, kept):
         assert 0 < report.pop("packing_efficiency_of_first_steps") <= 1
+    assert [report.pop("packed_for")["shards"] for report in (written, kept)] == [1, 8]
     assert written == kept and kept["phases"][0]["epochs"] == [{"steps": 2, "samples": 16, "by_source": {"chats": 16}}]
 
 

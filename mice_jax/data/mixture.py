@@ -37,6 +37,10 @@ class Corpus:
         """The numbers of a store's samples."""
         return np.arange(self._first[store], self._first[store + 1])
 
+    def stores_of(self, ids: np.ndarray) -> np.ndarray:
+        """The number of the store that each sample lies in."""
+        return np.searchsorted(self._first, ids, side="right") - 1
+
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and trained marks of sample number i, cut to its length here."""
         store, number = self._of(i)
@@ -49,7 +53,7 @@ class Corpus:
         return store.where(number)
 
     def _of(self, i: int) -> tuple[TokenStore, int]:
-        store = int(np.searchsorted(self._first, i, side="right")) - 1
+        store = int(self.stores_of(np.array(i)))
         return self._stores[store], int(i - self._first[store])
 
 
