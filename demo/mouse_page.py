@@ -154,7 +154,7 @@ def table(findings: Sequence[Finding]) -> list[str]:
 
 
 def number(x: float | str) -> str:
-    return f"{x:g}" if isinstance(x, float) else x
+    return f"{x:g}" if isinstance(x, float) else str(x)
 
 
 def answers_table(swept: Swept, axes: Sequence[str]) -> list[str]:
