@@ -371,7 +371,7 @@ def test_devices_are_split_evenly_or_refused() -> None:
 def test_the_screen_shows_each_trial_the_best_the_stopped_and_why_and_the_time_left(tmp_path: Path) -> None:
     study = Study(tiny(tmp_path, axes={RATE: [1e-3, 1e-2, 3e-2, 5e-2]}, metric="loss"), tmp_path / "out")
     text = io.StringIO()
-    console = Console(file=text, force_terminal=True, width=150)
+    console = Console(file=text, force_terminal=True, color_system=None, width=150)
     screen = sweep._Screen(console, study)
 
     def shown() -> str:
