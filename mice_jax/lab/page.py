@@ -41,7 +41,7 @@ SIGNALS = {
 }
 OF_ONE_ONLY = ("slot_efficiency", "mfu")  # of several runs they would only fill the page
 STEPWISE = ("loss", "grad_norm")  # of several runs, drawn step by step too, where nothing is smoothed
-POINTS = 320_000  # of all curves of a page together: what keeps it below ten megabytes
+POINTS = 200_000  # of all curves of a page together: what keeps it below ten megabytes
 DIGITS = 5
 MANY_RUNS = 6  # beyond so many, values of a field are counted and not shown run by run
 DEFAULTS = [
