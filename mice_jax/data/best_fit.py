@@ -12,9 +12,7 @@ import numba
 import numpy as np
 from numba import njit
 
-NARROW = (
-    2**31
-)  # what a row is found by, its room beside its number, is below it in most runs: half as wide, twice as fast
+NARROW = 2**31  # below it, rows are found by numbers that are half as wide, at twice the speed
 
 
 def pack(ranked: np.ndarray, seeds: np.ndarray, *numbers: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
