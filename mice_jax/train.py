@@ -181,6 +181,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     with distributed.together():
         if lead:
             run.cut_metrics(start)
+            run.tell("resumed" if restored else "started", start)
             resolved |= {"attention": attention, "today": str(encoder.today)}
             made_by = command.made_by(values) | code_state()
             run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": made_by})
@@ -293,6 +294,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             writer.close()
         checkpoints.wait()
         if lead:
+            run.tell(status, int(record.get("step", start)))
             run.write_json("summary.json", _summary(status, reason, saved, progress, record, run))
         checkpoints.close()
     console.print(escape(_ending(run, record, start, total_steps)))
