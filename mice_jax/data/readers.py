@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
@@ -475,11 +475,12 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[bytes]:
 
 
 def _remember(memo: Path, known: dict[str, str], key: str, digest: str) -> None:
-    """Whoever writes last wins; what is lost is only hashed again."""
+    """Whoever writes last wins; what is lost, or cannot be written, is only hashed again."""
     known[key] = digest
     while len(known) > MAX_REMEMBERED:
         del known[next(iter(known))]
-    memo.parent.mkdir(parents=True, exist_ok=True)
     ours = memo.with_name(f"digests.{os.getpid()}.json")
-    ours.write_text(json.dumps(known))
-    ours.replace(memo)
+    with suppress(OSError):
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        ours.write_text(json.dumps(known))
+        ours.replace(memo)
