@@ -231,6 +231,11 @@ class Checkpoints:
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
         return TrainState(count, restored["params"], restored["opt_state"]), restored["progress"]
 
+    def samples(self, step: int) -> int:
+        """How many samples the run had seen at a step."""
+        items = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["progress"]["samples"]
+
     def restore_params(self, step: int, abstract: Params) -> Params:
         """The parameters alone, laid out as `abstract` says."""
         self._check_shapes(step, abstract)
@@ -265,6 +270,12 @@ def pick_step(checkpoints: Checkpoints, step: int | None) -> int:
 
 
 # ---------------------------------------------------------------------------------------- damage
+def contents(folder: Place) -> dict[str, list[Any]]:
+    """What tells a checkpoint from any other: what its manifest says of its files, or they themselves."""
+    file = folder / MANIFEST
+    return json.loads(file.read_text())["files"] if file.exists() else digests(folder)
+
+
 def damage_of(folder: Place) -> str | None:
     """How a checkpoint's files differ from its manifest; None where they do not, or where it has none.
 
@@ -277,7 +288,7 @@ def damage_of(folder: Place) -> str | None:
         wanted = json.loads(file.read_text())["files"]
     except (ValueError, KeyError, TypeError):
         return f"its {MANIFEST} cannot be read"
-    found = _digests(folder)
+    found = digests(folder)
     missing = sorted(wanted.keys() - found)
     if missing:
         return f"{missing[0]} is missing"
@@ -291,10 +302,10 @@ def damage_of(folder: Place) -> str | None:
 
 def _seal(folder: Place) -> None:
     """Writes the manifest of a whole checkpoint."""
-    write_whole(folder / MANIFEST, json.dumps({"files": _digests(folder)}))
+    write_whole(folder / MANIFEST, json.dumps({"files": digests(folder)}))
 
 
-def _digests(folder: Place) -> dict[str, list[Any]]:
+def digests(folder: Place, pattern: str = "**/*") -> dict[str, list[Any]]:
     """Size and CRC-32 of each of a checkpoint's files; in a bucket, what the store knows of its objects."""
     if not isinstance(folder, Path):
         return {name: list(known) for name, known in objects(folder).items() if name != MANIFEST}
@@ -307,7 +318,7 @@ def _digests(folder: Place) -> dict[str, list[Any]]:
         return [size, crc]
 
     ours = (MANIFEST, f".{MANIFEST}.partial")
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ours]
+    files = [p for p in sorted(folder.glob(pattern)) if p.is_file() and p.name not in ours]
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # crc32 lets go of the interpreter's lock
         return {str(p.relative_to(folder)): d for p, d in zip(files, threads.map(digest, files), strict=True)}
 

@@ -22,7 +22,7 @@ from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import find_origin, load_params
+from mice_jax.start import find_origin, load_params, own_stop_ids
 
 DTYPES = ("float32", "bfloat16")
 
@@ -65,9 +65,7 @@ def export(values: command.Values) -> None:
 
 def _generation_config(config: dict[str, Any], stop_ids: list[int], pad_id: Any) -> dict[str, Any]:
     """Stops where the training stopped: at the token that ends an assistant's turn, besides the model's own."""
-    own = config.get("eos_token_id")
-    ids = [*stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])]
-    generation = {"eos_token_id": list(dict.fromkeys(ids)), "do_sample": False}
+    generation = {"eos_token_id": list(dict.fromkeys([*stop_ids, *own_stop_ids(config)])), "do_sample": False}
     if config.get("bos_token_id") is not None:
         generation["bos_token_id"] = config["bos_token_id"]
     return generation | ({"pad_token_id": pad_id} if pad_id is not None else {})
