@@ -22,10 +22,9 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax import command, distributed
+from mice_jax import command, distributed, programs, runtime
 from mice_jax.checkpoint import Checkpoints, contents, digests, pick_step
-from mice_jax.data.chat import ChatEncoder
-from mice_jax.data.store import default_cache_dir
+from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
 from mice_jax.errors import UserError
@@ -43,6 +42,7 @@ from mice_jax.start import (
     generation_stop_ids,
     load_params,
     own_stop_ids,
+    stop_ids,
 )
 
 SCORES = "eval_scores.jsonl"  # in a run's folder
@@ -74,6 +74,8 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 def evaluate(values: command.Values) -> None:
     # ------------------------------------------------------------------------------------ what is asked
+    runtime.set_flags(deterministic=False)
+    programs.keep(cache_folder(""))
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
     lead = distributed.is_lead()
     console = Console(quiet=not lead, highlight=False, soft_wrap=True)
@@ -85,15 +87,12 @@ def evaluate(values: command.Values) -> None:
         steps = _steps(origin, values)
         tokenizer = load_tokenizer(str(origin.folder), values.chat_template)
         check_vocabulary(origin, tokenizer.get_vocab())
-        if settings.apply_chat_template and not tokenizer.chat_template:
-            raise UserError(
-                f"--apply_chat_template: the tokenizer in {origin.folder} has no chat template. Give one with "
-                "--chat_template, or leave the flag out."
-            )
         dtype = compute_dtype(values.compute_dtype)
         if values.batch_size < 1:
             raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
-        asked = benchmarks.load_benchmarks(values.tasks, values.include_path, settings)
+        if not values.tasks:
+            raise UserError("--tasks is missing; give at least one, as in --tasks=mmlu,gsm8k.")
+        asked = benchmarks.load_benchmarks(values.tasks, values.include_path, settings, tokenizer)
     distributed.check_same("tasks", " ".join(b.fingerprint for b in asked))
 
     # ------------------------------------------------------------------------------------ scores
@@ -109,7 +108,7 @@ def evaluate(values: command.Values) -> None:
             mesh,
             dtype,
             tokenizer,
-            stop_ids(origin, tokenizer),
+            _stop_ids(origin, tokenizer),
             batch_size=values.batch_size,
             watch=_bars(display),
         )
@@ -133,7 +132,7 @@ def evaluate(values: command.Values) -> None:
                     found.append(kept)
             if lead:
                 by_step[step] = benchmarks.merged(found)
-                for warning in _warnings(by_step[step], origin):
+                for warning in benchmarks.warnings(by_step[step], lm.max_length):
                     display.say(f"warning: {warning}")
 
     # ------------------------------------------------------------------------------------ what is left of it
@@ -148,11 +147,10 @@ def evaluate(values: command.Values) -> None:
         console.print(f"results in {output}")
 
 
-def stop_ids(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer: as the folder says, or as the export of a run would say."""
+def _stop_ids(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: as a folder says, or as the export of a run would say."""
     if origin.kind == "run":
-        turn = ChatEncoder(tokenizer).stop_ids() if tokenizer.chat_template else []
-        return [*turn, *own_stop_ids(origin.config)]
+        return stop_ids(origin.config, tokenizer)
     own = generation_stop_ids(origin.folder)
     return own_stop_ids(origin.config) if own is None else own
 
@@ -208,7 +206,7 @@ def _fingerprint(origin: Origin, step: int | None) -> str:
 def _cached(model: str, benchmark: Benchmark, how: list[str]) -> Path:
     """Where the results of a benchmark are kept."""
     key = hashlib.sha256(json.dumps([model, benchmark.fingerprint, *how]).encode()).hexdigest()
-    return default_cache_dir() / "evals" / f"{key}.json"
+    return cache_folder("") / "evals" / f"{key}.json"
 
 
 def _text(results: Results) -> str:
@@ -230,20 +228,6 @@ def _bars(display: Display) -> Callable[[str, int, int], None]:
 
 def _what(benchmark: Benchmark, step: int | None) -> str:
     return benchmark.name if step is None else f"{benchmark.name} at step {step}"
-
-
-def _warnings(results: Results, origin: Origin) -> list[str]:
-    said = []
-    for name, cut in results["shortened"].items():
-        if cut["requests"]:
-            said.append(
-                f"{cut['requests']:,} requests of {name} were longer than the model's {origin.spec.max_positions} "
-                f"positions: they lost their first tokens, {cut['tokens']:,} in all"
-            )
-    for name, count in results["without_system"].items():
-        if count:
-            said.append(f"the chat template takes no system message: {count:,} prompts of {name} went without theirs")
-    return said
 
 
 def _table(results: Results) -> Table:

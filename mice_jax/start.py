@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from transformers import PreTrainedTokenizerBase
 
 from mice_jax.checkpoint import Checkpoints, pick_step
+from mice_jax.data.chat import ChatEncoder
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
@@ -91,6 +93,12 @@ def compute_dtype(name: str) -> Any:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def stop_ids(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer of a model that a run trained: the token that ends a turn, and what its config.json has."""
+    turn = ChatEncoder(tokenizer).stop_ids() if tokenizer.chat_template else []
+    return list(dict.fromkeys([*turn, *own_stop_ids(config)]))
 
 
 def own_stop_ids(config: dict[str, Any]) -> list[int]:

@@ -160,7 +160,7 @@ def test_what_cannot_be_scored_is_refused_before_weights_are_read(
     assert "--all_checkpoints is for a run's folder" in refused("--all_checkpoints")
     assert "include_path=nowhere is no folder" in refused("--include_path=nowhere")
     (hollow / "chat_template.jinja").unlink()
-    assert "has no chat template. Give one with --chat_template" in refused("--apply_chat_template")
+    assert "the tokenizer has no chat template. Give one" in refused("--apply_chat_template")
 
 
 def test_a_task_that_cannot_be_loaded_says_why_and_what_to_install(

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from mice_jax import __version__
 from mice_jax.errors import UserError, one_line
+from mice_jax.models.transformer import Params
 
 if TYPE_CHECKING:  # what of the package reads this file alone runs without the harness
     from lm_eval.api.group import Group
@@ -75,7 +77,7 @@ class Benchmark:
         names = []
         for task in self.tasks.values():
             filters = [f.name for f in task._filters]
-            names += [_name(task.task_name, m, f) for m in task.aggregation() for f in filters]
+            names += [_name(task.task_name, m, f) for m in task.aggregation() or () for f in filters]
         for group in self.groups.values():
             filters = sorted({f.name for t in group.get_all_tasks() for f in t._filters})
             metrics = [a.metric for a in group.aggregate_metric_list or []]
@@ -83,18 +85,20 @@ class Benchmark:
         return names
 
 
-def check_installed() -> None:
-    """UserError where the harness is not there."""
+def load_benchmarks(
+    names: Sequence[str], include_path: str, settings: Settings, tokenizer: PreTrainedTokenizerBase
+) -> list[Benchmark]:
+    """The benchmarks of these names, with their documents; UserError where one cannot be had."""
+    if not names:
+        return []
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("benchmarks need the package lm-eval: pip install 'mice_jax[eval]'.")
-
-
-def load_benchmarks(names: Sequence[str], include_path: str, settings: Settings) -> list[Benchmark]:
-    """The benchmarks of these names, with their documents; UserError where one cannot be had."""
-    check_installed()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its remarks on its own task files are not the user's
-    if not names:
-        raise UserError("no task is named; give at least one, as in --tasks=mmlu,gsm8k.")
+    if settings.apply_chat_template and not tokenizer.chat_template:
+        raise UserError(
+            "apply_chat_template is set, but the tokenizer has no chat template. Give one (chat_template), or leave it "
+            "unset."
+        )
     if len(set(names)) < len(names):
         raise UserError(f"tasks={','.join(names)} has one twice.")
     if include_path and not Path(include_path).is_dir():
@@ -185,6 +189,21 @@ def higher_is_better(results: Results) -> dict[str, bool]:
     return found
 
 
+def warnings(results: Results, positions: int) -> list[str]:
+    """What was not asked as the tasks have it."""
+    said = []
+    for name, cut in results["shortened"].items():
+        if cut["requests"]:
+            said.append(
+                f"{cut['requests']:,} requests of {name} were longer than the model's {positions} positions: they lost "
+                f"their first tokens, {cut['tokens']:,} in all"
+            )
+    for name, count in results["without_system"].items():
+        if count:
+            said.append(f"the chat template takes no system message: {count:,} prompts of {name} went without theirs")
+    return said
+
+
 def stderr_key(metric: str) -> str:
     """The harness's key of the standard error of a metric of `scores`."""
     name, _, by = metric.partition(",")
@@ -193,6 +212,35 @@ def stderr_key(metric: str) -> str:
 
 def _name(task: str, metric: str, by: str) -> str:
     return f"{task}/{metric}" if by == NO_FILTER else f"{task}/{metric},{by}"
+
+
+class InTraining:
+    """The benchmarks of a run, for the model as it is in memory."""
+
+    def __init__(self, asked: Sequence[Benchmark], settings: Settings, *model: Any):
+        """`model` is what a MiceLM is made of."""
+        self._asked, self._settings, self._lm = asked, settings, None
+        self._told: set[str] = set()
+        if asked:
+            from mice_jax.evals.harness import MiceLM
+
+            self._lm = MiceLM(*model)
+
+    def measure(self, params: Params, say: Callable[[str], None]) -> dict[str, float]:
+        """`eval/<task>/<metric>` of them all; what is to be said of them is said once."""
+        found: dict[str, float] = {}
+        if self._lm is None:
+            return found
+        self._lm.params = params
+        for benchmark in self._asked:
+            results = score(self._lm, benchmark, self._settings, bootstrap_iters=0)
+            found |= {f"eval/{name}": value for name, value in scores(results).items()}
+            for warning in warnings(results, self._lm.max_length):
+                if warning not in self._told:
+                    say(f"warning: {warning}")
+                    self._told.add(warning)
+        self._lm.params = None  # the next step gives their memory away
+        return found
 
 
 # ---------------------------------------------------------------------------------------- finding and loading
@@ -265,8 +313,7 @@ def _package_of(module: str) -> str:
     """What to install for a module: the harness's own extra, where it has one."""
     for requirement in requires("lm_eval") or []:
         found = re.match(r"([\w.-]+).*;\s*extra == [\"']([\w-]+)[\"']", requirement)
-        plain = found and found[1].lower().replace("-", "_")
-        if found and (plain == module.lower() or plain.startswith(f"{module.lower()}_")):
+        if found and f"{found[1]}_".lower().replace("-", "_").startswith(f"{module}_".lower()):
             return f"lm-eval[{found[2]}]"
     return module
 

@@ -59,9 +59,8 @@ class MiceLM(TemplateLM):
         self.without_system = 0  # conversations whose system message the chat template does not take
         self._max_length, self._mesh, self._watch = decoder.spec.max_positions, mesh, watch
         self._scorer, self._sampler = Scorer(decoder, mesh, dtype), Sampler(decoder, dtype)
-        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self._stop_ids = {*stop_ids, *own}
-        self._begins = tokenizer.decode(self.prefix_token_id)
+        self._stop_ids = {*stop_ids, *([] if self.eot_token_id is None else [self.eot_token_id])}
+        self._begins: str = self.tokenizer.decode(self.prefix_token_id)
 
     # ---- What the harness asks about the model ------------------------------------------------------------------
     @property
@@ -117,7 +116,8 @@ class MiceLM(TemplateLM):
 
     # ---- Scores -------------------------------------------------------------------------------------------------
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        for context, continuation in (r.args for r in requests):
+        for request in requests:
+            context, continuation = _pair(request)
             if not continuation:
                 raise UserError(f"a continuation is empty, after {_end(context)}: there is nothing to score.")
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -163,10 +163,10 @@ class MiceLM(TemplateLM):
         answers = [""] * len(requests)
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+            alike.setdefault(json.dumps(_pair(request)[1], sort_keys=True), []).append(i)
         done = 0
         for which in alike.values():
-            contexts, kwargs = [requests[i].args[0] for i in which], requests[which[0]].args[1]
+            contexts, kwargs = [_pair(requests[i])[0] for i in which], _pair(requests[which[0]])[1]
             for i, answer in zip(which, self._answers(contexts, kwargs), strict=True):
                 answers[i] = answer
                 done += 1
@@ -208,6 +208,12 @@ class MiceLM(TemplateLM):
 
     def _text(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def _pair(request: Instance) -> tuple[Any, Any]:
+    """A request's text, and what is to follow it or how it is to be answered."""
+    first, second = request.arguments
+    return first, second
 
 
 def _sampling(kwargs: dict[str, Any]) -> tuple[Sampling, list[str]]:
