@@ -273,7 +273,7 @@ def pick_step(checkpoints: Checkpoints, step: int | None) -> int:
 def contents(folder: Place) -> dict[str, list[Any]]:
     """What tells a checkpoint from any other: what its manifest says of its files, or they themselves."""
     file = folder / MANIFEST
-    return json.loads(file.read_text())["files"] if file.exists() else digests(folder)
+    return json.loads(file.read_text())["files"] if file.exists() else _digests(folder)
 
 
 def damage_of(folder: Place) -> str | None:
@@ -288,7 +288,7 @@ def damage_of(folder: Place) -> str | None:
         wanted = json.loads(file.read_text())["files"]
     except (ValueError, KeyError, TypeError):
         return f"its {MANIFEST} cannot be read"
-    found = digests(folder)
+    found = _digests(folder)
     missing = sorted(wanted.keys() - found)
     if missing:
         return f"{missing[0]} is missing"
@@ -302,10 +302,10 @@ def damage_of(folder: Place) -> str | None:
 
 def _seal(folder: Place) -> None:
     """Writes the manifest of a whole checkpoint."""
-    write_whole(folder / MANIFEST, json.dumps({"files": digests(folder)}))
+    write_whole(folder / MANIFEST, json.dumps({"files": _digests(folder)}))
 
 
-def digests(folder: Place, pattern: str = "**/*") -> dict[str, list[Any]]:
+def _digests(folder: Place) -> dict[str, list[Any]]:
     """Size and CRC-32 of each of a checkpoint's files; in a bucket, what the store knows of its objects."""
     if not isinstance(folder, Path):
         return {name: list(known) for name, known in objects(folder).items() if name != MANIFEST}
@@ -318,7 +318,7 @@ def digests(folder: Place, pattern: str = "**/*") -> dict[str, list[Any]]:
         return [size, crc]
 
     ours = (MANIFEST, f".{MANIFEST}.partial")
-    files = [p for p in sorted(folder.glob(pattern)) if p.is_file() and p.name not in ours]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in ours]
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # crc32 lets go of the interpreter's lock
         return {str(p.relative_to(folder)): d for p, d in zip(files, threads.map(digest, files), strict=True)}
 

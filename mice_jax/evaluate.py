@@ -23,7 +23,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax import command, distributed, programs, runtime
-from mice_jax.checkpoint import Checkpoints, contents, digests, pick_step
+from mice_jax.checkpoint import Checkpoints, contents, pick_step
+from mice_jax.data.readers import file_digests
 from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
@@ -197,7 +198,9 @@ def _steps(origin: Origin, values: command.Values) -> Sequence[int | None]:
 # ---------------------------------------------------------------------------------------- what was scored before
 def _fingerprint(origin: Origin, step: int | None) -> str:
     """Of a model's weights, config and tokenizer, by their content."""
-    files: dict[str, Any] = {"model": digests(origin.folder, "*")}
+    own = [p for p in sorted(origin.folder.iterdir()) if p.is_file()]
+    digests = file_digests(own, cache_folder(""))
+    files: dict[str, Any] = {p.name: d.hex() for p, d in zip(own, digests, strict=True)}
     if origin.workdir is not None:
         files["checkpoint"] = contents(origin.workdir / "checkpoints" / str(step))
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -176,7 +176,8 @@ class MiceLM(TemplateLM):
     def _answers(self, contexts: Sequence[str], kwargs: dict[str, Any]) -> Any:
         """Each context's answer, up to whatever ends it."""
         sampling, until = _sampling(kwargs)
-        until = handle_stop_sequences(until, eos=self._text([self.eot_token_id], False))
+        eos = None if self.eot_token_id is None else self._text([self.eot_token_id], False)
+        until = handle_stop_sequences(until, eos)
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
             raise UserError(
