@@ -134,6 +134,10 @@ def test_what_stands_in_padding_changes_neither_loss_nor_gradients(row: dict[str
 
 
 # ---------------------------------------------------------------------------------------- remat
+def products_of(compute: Compute, batch: dict[str, np.ndarray]) -> int:
+    return str(jax.make_jaxpr(forward_and_backward(DECODER, compute))(PARAMS, batch)).count("dot_general")
+
+
 def test_every_remat_policy_gives_the_same_gradients_and_recomputes_what_it_says(
     row: dict[str, np.ndarray], strict_dtypes: None
 ) -> None:
@@ -142,12 +146,15 @@ def test_every_remat_policy_gives_the_same_gradients_and_recomputes_what_it_says
     for remat in ("none", "dots", "full"):
         compute = dataclasses.replace(PLAIN, remat=remat)
         results[remat] = run(batch, compute)
-        traced = jax.make_jaxpr(forward_and_backward(DECODER, compute))(PARAMS, batch)
-        products[remat] = str(traced).count("dot_general")
+        products[remat] = products_of(compute, batch)
     assert products["none"] < products["dots"] < products["full"]
     for remat in ("dots", "full"):
         assert gap(results[remat][0], results["none"][0]) < LOGITS
         assert relative_gap(results[remat][2], results["none"][2]) < GRADIENT
+    again = dataclasses.replace(BLOCKED, remat="dots")
+    assert relative_gap(run(batch, again)[2], results["none"][2]) < GRADIENT
+    blocked = {r: products_of(dataclasses.replace(BLOCKED, remat=r), batch) for r in ("none", "dots", "full")}
+    assert blocked["none"] == blocked["dots"] < blocked["full"]  # our own attention is not computed twice
     other = run(batch | {"tokens": np.roll(batch["tokens"], 1)})
     assert relative_gap(other[2], results["none"][2]) > 10 * GRADIENT
 

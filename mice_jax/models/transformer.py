@@ -20,6 +20,7 @@ from mice_jax.models import rope
 from mice_jax.models.attention import attend
 from mice_jax.models.attention.reference import masked
 from mice_jax.models.attention.scoring import Scoring, softcapped
+from mice_jax.models.attention.slots import RESULT
 from mice_jax.models.spec import ModelSpec
 from mice_jax.sharding import constrain, gather_split_heads
 
@@ -39,7 +40,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 REMAT_POLICIES = {
     "full": None,  # keep a layer's input only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep what matrix products with weights give
+    # Keep what matrix products with weights give, and of our own attention the result: what is left is cheap.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESULT),
+    ),
 }
 
 
