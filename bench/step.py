@@ -47,6 +47,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads would spin while others work
 os.environ.setdefault("JAX_PLATFORMS", "cuda" if Path("/proc/driver/nvidia").exists() else "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # each side has the device to itself
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
@@ -199,9 +200,10 @@ def run_torch(args: argparse.Namespace, steps: list[list[dict[str, np.ndarray]]]
         apply_liger_kernel_to_llama()
     attention = "sdpa" if args.side == "sdpa" else "flex_attention"
     dtype = torch.bfloat16 if args.size in PURE_BFLOAT16 else torch.float32
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         Path(args.folder) / "model", dtype=dtype, attn_implementation=attention
-    ).to(device)
+    )
+    model = loaded.to(device)
     model.train()
     model.config.use_cache = False
     if args.remat == "full":
