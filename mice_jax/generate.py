@@ -216,7 +216,8 @@ class _Job:
 
 def _answer_file(job: _Job, speaker: Speaker, sampling: Sampling, batch_size: int) -> None:
     records, prompts = job.records[job.num_kept :], job.prompts[job.num_kept :]
-    answers = speaker.answers(prompts, sampling, batch_size=batch_size, first=job.num_kept)
+    numbers = range(job.num_kept, len(job.records))
+    answers = speaker.answers(prompts, sampling, numbers, batch_size=batch_size)
     with job.output.open("a", encoding="utf-8") as f, Display(Console(stderr=True)) as display:
         told = display.watch("answering")
         for done, (record, answer) in enumerate(zip(records, answers, strict=True), 1):

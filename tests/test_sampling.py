@@ -170,7 +170,9 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(sampler: Sampler
     prompts = prompts_of(LENGTHS)
     together = ids_of(sampler.generate(loaded[1], prompts, DRAWN, []))
     assert ids_of(sampler.generate(loaded[1], prompts, DRAWN, [], batch_size=4)) == together
-    assert ids_of(sampler.generate(loaded[1], prompts[4:], DRAWN, [], first=4, batch_size=4)) == together[4:]
+    assert (
+        ids_of(sampler.generate(loaded[1], prompts[4:], DRAWN, [], numbers=range(4, 7), batch_size=4)) == together[4:]
+    )
     others = prompts_of([9, 2, 50, 4], seed=7)
     assert ids_of(sampler.generate(loaded[1], prompts[:3] + others, DRAWN, []))[:3] == together[:3]
 

@@ -147,16 +147,18 @@ class Sampler:
         stop_ids: Iterable[int],
         *,
         batch_size: int = 16,
-        first: int = 0,
+        numbers: Sequence[int] | None = None,
         ended: Callable[[list[int]], bool] = lambda ids: False,
     ) -> Iterator[Answer]:
         """Each prompt's answer, in the prompts' order, as soon as it and all before it are there.
 
-        `first` is the first prompt's number, for who goes on with a list: draws depend on a prompt's number. `ended`
-        says whether an answer's ids so far hold what ends it, a text for example; by then a few more may be there.
+        `numbers` are the prompts', on which draws depend; by default they count from 0, and who goes on with a list
+        gives those that are left. `ended` says whether an answer's ids so far hold what ends it, a text for example; by
+        then a few more may be there.
         """
-        for i, prompt in enumerate(prompts):
-            check_fits(prompt, sampling, self.spec, f"prompt {first + i}")
+        numbers = range(len(prompts)) if numbers is None else numbers
+        for number, prompt in zip(numbers, prompts, strict=True):
+            check_fits(prompt, sampling, self.spec, f"prompt {number}")
         if not prompts:
             return
         size = min(batch_size, _power_of_two(len(prompts)))
@@ -166,7 +168,7 @@ class Sampler:
         answers: dict[int, Answer] = {}
         given = 0
         while given < len(prompts):
-            answers |= batch.advance(prompts, waiting, first)
+            answers |= batch.advance(prompts, waiting, numbers)
             while given in answers:
                 yield answers.pop(given)
                 given += 1
@@ -222,11 +224,13 @@ class _Batch:
         self._prompt: list[int | None] = [None] * size  # that each row answers
         self._ids: list[list[int]] = [[] for _ in range(size)]
 
-    def advance(self, prompts: Sequence[Sequence[int]], waiting: deque[int], first: int) -> dict[int, Answer]:
+    def advance(
+        self, prompts: Sequence[Sequence[int]], waiting: deque[int], numbers: Sequence[int]
+    ) -> dict[int, Answer]:
         """Lets waiting prompts enter rows that are free, goes on with all, and returns the answers that have ended."""
         ended: dict[int, Answer] = {}
         while waiting and self._prompt.count(None) >= min(self._part, len(waiting)):
-            ended |= self._fill(prompts, waiting, first)
+            ended |= self._fill(prompts, waiting, numbers)
         size, free = len(self._prompt), self._prompt.count(None)
         if free == size:
             return ended
@@ -240,15 +244,15 @@ class _Batch:
                 ended |= self._take(row, tokens)
         return ended
 
-    def _fill(self, prompts: Sequence[Sequence[int]], waiting: deque[int], first: int) -> dict[int, Answer]:
+    def _fill(self, prompts: Sequence[Sequence[int]], waiting: deque[int], numbers: Sequence[int]) -> dict[int, Answer]:
         """Lets a part of a batch enter; returns the answers that have ended with their first token."""
         free = [row for row, i in enumerate(self._prompt) if i is None][: self._part]
         which = [waiting.popleft() for _ in free[: len(waiting)]]
         where = np.full(self._part, len(self._prompt), np.int32)  # of those that are none, no row's
         where[: len(which)] = free[: len(which)]
-        numbers = np.zeros(self._part, np.int32)
-        numbers[: len(which)] = first + np.array(which)
-        entering = _entering([prompts[i] for i in which], self._part, self._sampling, numbers)
+        own = np.zeros(self._part, np.int32)
+        own[: len(which)] = [numbers[i] for i in which]
+        entering = _entering([prompts[i] for i in which], self._part, self._sampling, own)
         self._rows, new = self._sampler._enter(
             self._ready, entering, where, *self._how, rows=self._rows, **self._static
         )

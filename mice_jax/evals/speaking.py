@@ -52,16 +52,28 @@ class Speaker:
         return ids
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, batch_size: int = 16, first: int = 0
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers: Sequence[int], *, batch_size: int
     ) -> Iterator[Spoken]:
-        """Each prompt's answer, in their order; `first` is the first prompt's number, on which draws depend."""
+        """Each prompt's answer, in their order; draws depend on a prompt's number."""
         found = self.sampler.generate(
-            self.params, prompts, sampling, self.stop_ids, batch_size=batch_size, first=first, ended=self._ended
+            self.params, prompts, sampling, self.stop_ids, batch_size=batch_size, numbers=numbers, ended=self._ended
         )
         for answer in found:
             text = self._text(answer.ids)
             end = self._end(text)
             yield Spoken(text[:end], answer.stopped or end is not None)
+
+    def converse(
+        self, conversations: Sequence[list[Message]], sampling: Sampling, numbers: Sequence[int], *, batch_size: int
+    ) -> Iterator[Spoken | None]:
+        """As `answers` to conversations; None where the model's positions leave no room for one."""
+        prompts = [self.encoder.prompt_ids(messages) for messages in conversations]
+        room = self.sampler.spec.max_positions - sampling.max_new_tokens
+        fits = [len(p) <= room for p in prompts]
+        asked, own = ([x for x, fit in zip(xs, fits, strict=True) if fit] for xs in (prompts, numbers))
+        answers = self.answers(asked, sampling, own, batch_size=batch_size)
+        for fit in fits:
+            yield next(answers) if fit else None
 
     def speak(self, prompt: Sequence[int], sampling: Sampling, show: Callable[[str], None]) -> Spoken:
         """One answer, shown piece by piece as it comes; an interrupt ends it early."""
