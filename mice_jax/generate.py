@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from absl import flags
 from rich.console import Console
 
-from mice_jax import command
+from mice_jax import command, programs
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
+from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
 from mice_jax.errors import UserError
@@ -91,6 +92,7 @@ def generate(values: command.Values) -> None:
         check_fits(encoder.prompt_ids(_asked(system, values.prompt)), sampling, origin.spec, "--prompt")
 
     # ------------------------------------------------------------------------------------ model
+    programs.keep(cache_folder(""))
     mesh = make_mesh(1, -1, 1)
     dtype = _dtype(values.compute_dtype)
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])

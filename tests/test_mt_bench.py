@@ -1,4 +1,4 @@
-"""MT-Bench with questions made up here, judged by a real HTTP server on loopback: slow, wrong or busy, as tests want."""
+"""MT-Bench with made-up questions, judged by a real HTTP server on loopback: slow, wrong or busy, as tests want."""
 
 import json
 import logging
