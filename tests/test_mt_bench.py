@@ -419,7 +419,7 @@ def test_a_score_is_the_first_in_double_brackets() -> None:
 def test_a_model_answers_both_turns_and_where_it_has_no_room_that_is_counted(
     server: Server, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    llama(tmp_path / "m", vocab_size=300, initializer_range=0.3, max_position_embeddings=100)
+    llama(tmp_path / "m", vocab_size=300, initializer_range=0.3, max_position_embeddings=104)
     decoder, params = load(tmp_path / "m", mesh_of(1, 1, 1))
     encoder = ChatEncoder(make_tokenizer())
     speaker = Speaker(Sampler(decoder, jnp.float32), params, encoder, encoder.stop_ids())
@@ -432,7 +432,7 @@ def test_a_model_answers_both_turns_and_where_it_has_no_room_that_is_counted(
         return speaker.converse(conversations, *rest, batch_size=2)
 
     found = run(how, answerer, "m", tmp_path / "k.jsonl")
-    too_long = [key for key, size in sizes.items() if size + 16 > 100]
+    too_long = [key for key, size in sizes.items() if size + 16 > 104]
     assert 0 < len(too_long) < 3 and all(turn == 3 for _, turn in too_long)
     assert found["unanswered"] == len(too_long) and found["judgements"] == 6 - len(too_long)
     assert f"unanswered: {len(too_long)} turns" in mt_bench.describe(found)

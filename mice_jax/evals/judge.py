@@ -110,9 +110,7 @@ def make_judge(url: str | None, model: str | None, key_env: str, **patience: Any
         raise UserError("--judge_url holds a name or a key; give the key in an environment variable (--judge_key_env).")
     key = os.environ.get(key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError(
-            f"the environment variable {key_env} holds what cannot be a key: signs that no header may have."
-        )
+        raise UserError(f"the environment variable {key_env} holds signs that no header may have: it is no key.")
     return Judge(url.rstrip("/"), model, key, **patience)
 
 
