@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import urllib3
+from urllib3.util import parse_url
 
 from mice_jax.errors import UserError, one_line
 
@@ -103,7 +104,7 @@ def make_judge(url: str | None, model: str | None, key_env: str, **patience: Any
     """The judge that flags describe, with the key from an environment variable."""
     if not url or not model:
         raise UserError("a judge is needed: give --judge_url=https://host/v1 and --judge_model=NAME.")
-    parsed = urllib3.util.parse_url(url)
+    parsed = parse_url(url)
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise UserError(f"--judge_url={url!r} must begin with http:// or https:// and name a host.")
     if parsed.auth or parsed.query:

@@ -115,7 +115,8 @@ def read_questions(file: Path) -> tuple[Question, ...]:
                 raise UserError(f"{where} must have a question_id and choices[0].turns.") from None
     questions: dict[int, Question] = {}
     for where, record in _records(file):
-        number, category, turns = record.get("question_id"), record.get("category"), record.get("turns")
+        number, category = record.get("question_id"), record.get("category")
+        turns: Any = record.get("turns")
         if type(number) is not int or not isinstance(category, str) or not _two_texts(turns):
             raise UserError(f"{where} must have question_id (a number), category (a text) and turns (two texts).")
         if number in questions:
@@ -123,7 +124,7 @@ def read_questions(file: Path) -> tuple[Question, ...]:
         if category not in TEMPERATURES:
             known = ", ".join(TEMPERATURES)
             raise UserError(f"{where} is of category {category!r}; the temperature is known for {known}.")
-        reference = answers.get(number, record.get("reference"))
+        reference: Any = answers.get(number, record.get("reference"))
         if category in REFERENCED and not _two_texts(reference):
             raise UserError(
                 f"{where} is of category {category!r}, which is judged beside a reference answer; it has none of two "

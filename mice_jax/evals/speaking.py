@@ -7,6 +7,7 @@ out to be the rest of such an end.
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ class Speaker:
         prompts = [self.encoder.prompt_ids(messages) for messages in conversations]
         room = self.sampler.spec.max_positions - sampling.max_new_tokens
         fits = [len(p) <= room for p in prompts]
-        asked, own = ([x for x, fit in zip(xs, fits, strict=True) if fit] for xs in (prompts, numbers))
+        asked, own = list(itertools.compress(prompts, fits)), list(itertools.compress(numbers, fits))
         answers = self.answers(asked, sampling, own, batch_size=batch_size)
         for fit in fits:
             yield next(answers) if fit else None
