@@ -153,6 +153,7 @@ def test_progress_counts_every_request(mistral: Any, monkeypatch: pytest.MonkeyP
     folder, requests, _ = mistral
     monkeypatch.setattr(scoring, "CPU_SLOTS", 1)
     monkeypatch.setattr(trees, "LEAST_ROW", 128)
+    monkeypatch.setattr(trees, "MOST_ROW", 128)
     decoder, params = load(folder, mesh_of(1, 1, 1))
     told: list[int] = []
     Scorer(decoder, mesh_of(1, 1, 1), "float32").score(params, requests, told.append)
@@ -212,6 +213,10 @@ def test_rows_hold_every_tree_once_and_no_more_than_their_shape_says() -> None:
         assert sum(t.num_scored for t in row) <= shape.scored
     used = sum(len(t.tokens) for t in grown)
     assert used > 0.6 * len(rows) * (shape.trunks + shape.branches)
+    # Texts of 400 tokens fill long rows better than short ones, and a few short texts take no long row.
+    shape, rows = trees.pack(trees.grow(questions((400,) * 30)))
+    assert shape.trunks == 2048 and len(rows) == 6
+    assert trees.pack(trees.grow(questions((20,) * 5)))[0].trunks == 128
     assert [trees.rounded_up(n) for n in (1, 128, 129, 257, 385, 513, 769, 1025, 1537)] == [
         128, 128, 256, 384, 512, 768, 1024, 1536, 2048,
     ]  # fmt: skip

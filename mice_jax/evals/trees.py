@@ -20,7 +20,9 @@ from mice_jax.rows import max_segments
 LEAST_SHARED = 4  # a text is a branch where it shares at least one in so many of its tokens, else a tree of its own
 BRANCH_SLOTS = 1024  # of a tree's branches, or as many as the longest text has: its trunk is then computed anew
 TILE = 128  # slots; what kernels want
-LEAST_ROW = 512  # slots of the trunks of a row, where there are so many: short texts share rows
+BESIDE = 32  # slots of branches come in so many, where they are few
+LEAST_ROW, MOST_ROW = 512, 2048  # slots of the trunks of a row, where there are so many: short texts share rows
+ATTENDED = 16384  # slots of a row at which attention costs about as much as all else
 
 
 class Request(NamedTuple):
@@ -104,11 +106,26 @@ def _tree(requests: Sequence[Request], texts: list[int], shared: list[int]) -> T
 
 # ---------------------------------------------------------------------------------------- rows
 def pack(trees: Sequence[Tree]) -> tuple[Shape, list[list[Tree]]]:
-    """Rows of trees, and the one shape that holds each of them."""
+    """Rows of trees, and the one shape that holds each of them: of a few shapes, the one that costs least."""
+    longest, trunks = max(t.trunk for t in trees), sum(t.trunk for t in trees)
+    sizes = [rounded_up(max(longest, min(LEAST_ROW, trunks)))]
+    while (more := rounded_up(sizes[-1] + 1)) <= min(MOST_ROW, rounded_up(trunks)):
+        sizes.append(more)
+    packed = [_filled(trees, slots) for slots in sizes]
+
+    def cost(way: tuple[Shape, list[list[Tree]]]) -> float:
+        slots = way[0].trunks + way[0].branches
+        return len(way[1]) * slots * (1 + slots / ATTENDED)
+
+    return min(packed, key=cost)
+
+
+def _filled(trees: Sequence[Tree], slots: int) -> tuple[Shape, list[list[Tree]]]:
+    """Rows with so many slots of trunks, each tree in the first that has room, the largest first."""
     trunks, branches = sum(t.trunk for t in trees), sum(t.branches for t in trees)
-    slots = rounded_up(max(max(t.trunk for t in trees), min(LEAST_ROW, trunks)))
-    beside = max(max(t.branches for t in trees), round(slots * branches / trunks))
-    beside = rounded_up(beside) if branches else 0
+    # As many slots of branches as trees that fill the trunks have on average, and some.
+    beside = max(max(t.branches for t in trees), -(-slots * branches // trunks))
+    beside = rounded_up(beside) if beside > 2 * TILE else -(-beside // BESIDE) * BESIDE
     rows: list[list[Tree]] = []
     # What is left in each row: slots of trunks, of branches, segments.
     left = np.empty((len(trees), 3), np.int64)

@@ -5,6 +5,7 @@ any backend attends over it. The second holds what branches off. A slot there se
 itself among them, and no other branch.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from mice_jax.models.attention.scoring import Scoring
 
 # B rows, T slots, P slots of trunks, N query heads, K key heads, H head_dim, C queries at a time
 
-QUERIES = 128  # of branches whose scores exist at a time; it divides their slots
+QUERIES = 128  # of branches whose scores exist at a time, at most
 
 
 class Trees(NamedTuple):
@@ -41,8 +42,7 @@ def attend_branched(
     branches = q.shape[1] - trunks
     if not branches:
         return out
-    size = min(QUERIES, branches)
-    assert branches % size == 0
+    size = math.gcd(QUERIES, branches)
 
     def chunk(queries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, number, positions = queries
