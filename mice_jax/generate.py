@@ -47,7 +47,7 @@ def define(values: command.Values, argv: list[str]) -> None:
     flags.DEFINE_string("system", None, "system message of a conversation that has none", flag_values=values)
     longest = f"an answer is cut here ({MAX_NEW_TOKENS}, or half of the model's positions if they are few)"
     flags.DEFINE_integer("max_new_tokens", None, longest, flag_values=values)
-    flags.DEFINE_multi_string("stop", [], "a text that ends answers; may be given again", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "a text that ends answers", flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token each time (0)", flag_values=values)
     flags.DEFINE_float("top_p", 1.0, "draw from the likeliest that hold this probability (1)", flag_values=values)
     flags.DEFINE_integer("top_k", 0, "draw from this many of the likeliest; 0 = all (0)", flag_values=values)
