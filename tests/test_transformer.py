@@ -205,12 +205,13 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_whole_sequence(str
     expected = jax.jit(lambda *x: DECODER.bind(PARAMS).hidden(*x, PLAIN), compiler_options=QUICK)(
         tokens, positions, segments
     )
-    step = jax.jit(lambda *x: DECODER.bind(PARAMS).decode(*x), compiler_options=QUICK)
+    layers = DECODER.unstack(PARAMS)
+    step = jax.jit(lambda *x: DECODER.bind(PARAMS).decode(*x, layers), compiler_options=QUICK)
 
     def decoded(late: int = 0) -> jax.Array:
         """Four tokens at once, four more, then one by one; `late` slots too far from the fifth on."""
-        shape = (spec.num_layers, 3, 20, spec.num_kv_heads, spec.head_dim)
-        cache = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+        empty = jnp.zeros((3, spec.num_kv_heads, 20, spec.head_dim), jnp.float32)
+        cache = [(empty, empty)] * spec.num_layers
         out = []
         for start, stop in [(0, 4), (4, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
             shifted = positions[:, start:stop] + np.int32(late if start else 0)
