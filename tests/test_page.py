@@ -137,13 +137,9 @@ def test_a_run_s_page_has_its_curves_data_config_and_events(tmp_path: Path) -> N
     assert data["problems"] == [] and run["grid"][0] == [line["step"] for line in lines]
     assert run["grid"][1] == [line["samples"] for line in lines]
     assert run["means"]["loss"] == pytest.approx([line["loss"] for line in lines], rel=1e-4)
-    assert (
-        run["means"]["grad_norm_corrected"]
-        == pytest.approx(
-            [math.nan if v is None else v for v in (line["grad_sq_corrected"] for line in lines)], rel=1e-4, nan_ok=True
-        )
-        or None in run["means"]["grad_norm_corrected"]
-    )
+    squares = [line["grad_sq_corrected"] for line in lines]
+    known = [v if v is None else pytest.approx(v, rel=1e-4) for v in squares]
+    assert run["means"]["grad_norm_corrected"] == known and any(v is not None for v in squares)
     assert run["evaluations"]["eval/loss"][1] == [line["samples"] for line in lines if "eval/loss" in line]
     assert [e["event"] for e in run["events"]] == ["started", "completed"]
     assert run["checkpoints"] == sorted(int(f.name) for f in (tmp_path / "run" / "checkpoints").iterdir())
@@ -182,7 +178,7 @@ def test_a_sweep_s_page_says_what_results_csv_says(tmp_path: Path) -> None:
     assert evidence["groups"]["all"]["runs"] == 10
     assert evidence["groups"]["all"]["rules"]["MedianRule"]["10%"]["runs"] == 10
     assert -1 <= evidence["groups"]["all"]["signals"]["loss"]["50%"]["low"] <= 1
-    assert [d["name"] for d in data["config"]["differing"]] == [BATCH, RATE, "seed"] or data["config"]["differing"]
+    assert {d["name"] for d in data["config"]["differing"]} >= {BATCH, RATE, "seed"}
 
 
 def test_of_several_runs_what_differs_is_shown_and_the_rest_is_once(tmp_path: Path) -> None:
@@ -252,7 +248,8 @@ def test_a_run_that_was_killed_in_the_middle_of_a_line_is_shown_as_far_as_it_goe
     assert data["runs"][0]["evaluations"]["a/acc"][2] == [0.5]
     said = " ".join(p["text"] for p in data["problems"])
     for words in ("metrics.jsonl: 1 torn", "config.json is torn", "no summary.json", "eval_scores.jsonl: 1 torn"):
-        assert words in said and words in capsys.readouterr().out + said
+        assert words in said
+    assert "no summary.json" in capsys.readouterr().out
 
 
 def test_a_run_without_a_step_and_a_sweep_without_a_trial_have_pages(tmp_path: Path) -> None:
@@ -424,7 +421,7 @@ def test_a_browser_draws_a_sweep_s_page_sorts_and_filters_it(browser: Any, tmp_p
     assert shown.traces() == 11
     shown.tab.fill("#filter", "learning_rate>=3e-3 batch_size=8")
     shown.await_drawn()
-    assert sorted(shown.column(1), key=int) == ["10", "11", "6", "7"] or set(shown.column(1)) == {"6", "7", "10", "11"}
+    assert set(shown.column(1)) == {"6", "7", "10", "11"}
     assert shown.traces() == 3 and "4 of 12 shown" in shown.tab.text_content("#shown")
     shown.tab.fill("#filter", "")
     shown.await_drawn()
