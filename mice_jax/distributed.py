@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mice_jax.errors import AgreedError, UserError
+from mice_jax.errors import AgreedError, StoreError, UserError
 
 # Without a word from a peer for so long it is lost, and JAX ends the others: well within two minutes.
 HEARTBEAT_S = int(os.environ.get("MICE_JAX_HEARTBEAT_S", "60"))
@@ -47,9 +48,6 @@ def initialize(
     """
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX's own service would take SIGTERM, also the one that a machine gets before it is taken away, from LeaveRequest;
-    # the processes agree on leaving at every step anyway (`any_of`).
-    jax.config.update("jax_enable_preemption_service", False)
     if num_processes is not None:
         jax.distributed.initialize(
             coordinator_address,
@@ -108,7 +106,8 @@ def check_same(what: str, fingerprint: str) -> None:
 def together() -> Iterator[None]:
     """What one process refuses inside, all of them refuse, with its words: so none is left waiting for another.
 
-    Every process must enter and leave it, and nothing inside may wait for another process.
+    Every process must enter and leave it, and nothing inside may wait for another process. A store that fails one of
+    them is a StoreError in all of them.
     """
     refusal = None
     try:
@@ -116,15 +115,17 @@ def together() -> Iterator[None]:
     except UserError as e:
         refusal = e
     told = _told("" if refusal is None else str(refusal))
-    if refusal:
-        raise AgreedError(str(refusal)) from refusal
-    _raise_refusals(told)
+    if any(told):
+        kind = StoreError if any_process(isinstance(refusal, StoreError)) else AgreedError
+        if refusal:
+            raise kind(str(refusal)) from refusal
+        _raise_refusals(told, kind)
 
 
-def _raise_refusals(told: list[str]) -> None:
+def _raise_refusals(told: list[str], kind: type[UserError] = AgreedError) -> None:
     for process, text in enumerate(told):
         if text:
-            raise AgreedError(f"process {process} refused: {text}")
+            raise kind(f"process {process} refused: {text}")
 
 
 def _told(text: str) -> list[str]:
@@ -173,7 +174,11 @@ def peer_is_lost(error: BaseException) -> bool:
 
 
 class LeaveRequest:
-    """Whether SIGTERM, SIGINT or SIGUSR1 asked this process to save and leave; a second SIGINT ends it at once."""
+    """Whether SIGTERM, SIGINT or SIGUSR1 asked this process to save and leave; a second SIGINT ends it at once.
+
+    Before there is one, SIGTERM is what it was: in a run of several processes JAX notes it as a notice that the machine
+    is to be taken away, of which Checkpoints tells in the first step.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -187,4 +192,12 @@ class LeaveRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _leave_at_once)
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends this process, as a kill would, amid a save too: what is not whole of it the next run removes."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os.write(2, b"left at once, without saving: run the same command to go on from the last checkpoint\n")
+    os._exit(128 + number)

@@ -58,9 +58,10 @@ def begin(values: command.Values) -> int | None:
     if values.dry_run:
         _dry_run(sweep)
         return 0
-    folder = command.workdir_of(values)
-    if not isinstance(folder, Path):
-        raise UserError(f"--workdir={folder}: a sweep's folder is one that its workers share as a file system.")
+    named = command.required(values, "workdir")
+    if "://" in named:
+        raise UserError(f"--workdir={named}: a sweep's folder is one that its workers share as a file system.")
+    folder = Path(named)
     study = Study(sweep, folder, storage)
     if values.worker:
         return work(study)

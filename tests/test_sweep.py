@@ -22,7 +22,7 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from mice_jax import sweep
+from mice_jax import command, sweep
 from mice_jax.config import Config, ConfigError, Range, Sweep
 from mice_jax.errors import UserError
 from mice_jax.lab import dynamics
@@ -333,6 +333,13 @@ def test_a_wrong_sweep_is_refused_in_a_sentence(body: str, told: str, tmp_path: 
     assert run_verb(sweep.main, [f"--config={file}", f"--workdir={tmp_path / 'out'}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and told in said and "Traceback" not in said
+
+
+def test_a_sweep_in_a_bucket_is_refused_whatever_is_installed(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(command, "find_place", lambda name: pytest.fail("it was looked for"))
+    file = sweep_file(tmp_path, "axes={'optim.learning_rate': [1e-3]}")
+    assert run_verb(sweep.main, [f"--config={file}", "--workdir=gs://bucket/sweep"]) == 2
+    assert "one that its workers share as a file system" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_trials_steps_and_cost_and_leaves_nothing(tmp_path: Path, capsys) -> None:
