@@ -170,16 +170,21 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions | {p: version(p) for p in packages},
         "command": [sys.executable, *sys.argv],
-        "git_commit": _git("rev-parse", "HEAD"),
+        "git_commit": _commit(),
     }
 
 
 def code_state() -> dict[str, Any]:
     """The commit that the code is of, and what differs from it."""
     return {
-        "git_commit": _git("rev-parse", "HEAD"),
+        "git_commit": _commit(),
         "git_changed_files": (_git("status", "--porcelain", "--untracked-files=no") or "").splitlines(),
     }
+
+
+def _commit() -> str | None:
+    """The commit, also where a launcher has shipped the files without their history, and says it."""
+    return os.environ.get("MICE_JAX_COMMIT") or _git("rev-parse", "HEAD")
 
 
 def _git(*arguments: str) -> str | None:
