@@ -377,7 +377,7 @@ def _told_of_failures(folder: Place) -> Iterator[None]:
             raise StoreError(f"{folder} could not be written: {said[:300]}.") from e
         if not any(word in said.lower() for word in NO_ROOM):
             raise
-        stats = os.statvfs(folder)
+        stats = os.statvfs(folder.parent)  # it may be the folder that could not be made
         raise UserError(
             f"the checkpoint could not be written to {folder}: there is no room ({said[:200]}); "
             f"{stats.f_bavail * stats.f_frsize:,} bytes are free. The earlier checkpoints are whole. Make room (or set "

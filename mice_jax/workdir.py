@@ -89,16 +89,14 @@ class Workdir:
             self._beside.join()
         until, pause = time.monotonic() + WAIT_S, 1.0
         while failure := self._try_to_put():
-            if isinstance(failure, UserError) and not isinstance(failure, StoreError):
+            if not isinstance(failure, StoreError) or time.monotonic() + pause > until:
                 raise failure
-            if time.monotonic() + pause > until:
-                raise StoreError(f"--workdir={self.path} cannot be written: {one_line(failure)}.") from failure
             time.sleep(pause)
             pause *= 2
         self._tried = time.monotonic()
 
-    def _try_to_put(self) -> Exception | None:
-        """Puts what has changed; returns what it fails with, a UserError where the folder is another's by now."""
+    def _try_to_put(self) -> UserError | None:
+        """Puts what has changed; returns a UserError where the folder is another's by now, else a StoreError."""
         try:
             self.check()
             for file in self._files():
@@ -112,8 +110,10 @@ class Workdir:
                 name = str(file.relative_to(self.local))
                 put(self.path, name, content, there=before.count if before and grown else 0)
                 self._sent[file] = _sent(stat, content)
-        except Exception as e:
+        except UserError as e:
             return e
+        except Exception as e:
+            return StoreError(f"--workdir={self.path} cannot be written: {one_line(e)}.")
         return None
 
     def _note_sent(self) -> None:
@@ -128,6 +128,8 @@ class Workdir:
         if not self._lock:
             return
         try:
+            if self._beside:
+                self._beside.join()
             if self.local != self.path and (failure := self._try_to_put()):
                 raise failure
             self._lock.release()

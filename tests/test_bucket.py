@@ -334,12 +334,22 @@ def test_a_store_that_is_down_at_a_save_is_waited_for_and_then_left_with_75(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(workdir, "WAIT_S", 4.0)
+    save, managers = ocp.CheckpointManager.save, []
+    monkeypatch.setattr(
+        ocp.CheckpointManager, "save", lambda self, *a, **k: managers.append(self) or save(self, *a, **k)
+    )
+
+    def go_down() -> None:
+        while managers and managers[-1].is_saving_in_progress():
+            time.sleep(0.01)
+        store.refusing = 10**9
+
     place: Any = name
-    at_line(1, lambda: setattr(store, "refusing", 10**9))
+    at_line(1, go_down)
     assert run_train(config, place) == 2  # there is no checkpoint yet
     store.refusing = 0
     assert f"error: --workdir={name} cannot be" in capsys.readouterr().err
-    at_line(3, lambda: setattr(store, "refusing", 10**9))
+    at_line(3, go_down)
     assert run_train(config, place) == 75
     store.refusing = 0
     said = capsys.readouterr().err.splitlines()[-1]
@@ -347,6 +357,7 @@ def test_a_store_that_is_down_at_a_save_is_waited_for_and_then_left_with_75(
     at_line(4, lambda: setattr(store, "refusing", 2))  # a short one: the run goes on by itself
     assert run_train(config, place) == 0
     assert "resumed after step 2" in capsys.readouterr().out
+    at_line(0, go_down)  # no more
     assert run_train(config, tmp_path / "disk") == 0
     run = downloaded(store, name, tmp_path / "run")
     assert timeless(read_metrics(run)) == timeless(read_metrics(tmp_path / "disk"))
