@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mice_jax.errors import AgreedError, StoreError, UserError
+from mice_jax.errors import AgreedError, Preempted, StoreError, UserError
 
 # Without a word from a peer for so long it is lost, and JAX ends the others: well within two minutes.
 HEARTBEAT_S = int(os.environ.get("MICE_JAX_HEARTBEAT_S", "60"))
@@ -23,6 +23,7 @@ JOIN_S = 100  # for all processes to come together
 # What the errors say of which a lost peer is the cause, in lower case.
 LOST_PEER = ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service", "barrier timed out")
 TOLD_BYTES = 2000  # of a refusal, that the other processes are told
+LEAVING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def several(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> bool:
@@ -171,14 +172,21 @@ def peer_is_lost(error: BaseException) -> bool:
 class LeaveRequest:
     """Whether SIGTERM, SIGINT or SIGUSR1 asked this process to save and leave; a second SIGINT ends it at once.
 
-    Before there is one, SIGTERM is what it was: in a run of several processes JAX notes it as a notice that the machine
-    is to be taken away, of which Checkpoints tells in the first step.
+    Until `start` is called there is nothing to save: one process alone leaves then and there, and one of several, whose
+    others would miss it, in its first step. Of several JAX takes SIGTERM as they join, and tells it as a notice that
+    the machine is to be taken away (Checkpoints.reached_preemption), until `start` takes it back.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+        self._started = False
+        self._before = {number: signal.signal(number, self._ask) for number in LEAVING}
+
+    def start(self) -> None:
+        self._started = True
+        if self.signal is None:
+            for number in LEAVING:
+                signal.signal(number, self._ask)
 
     def forget(self) -> None:
         """Gives the signals back to whoever had them."""
@@ -187,12 +195,16 @@ class LeaveRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
-        signal.signal(signal.SIGINT, _leave_at_once)
+        if not self._started and not jax.distributed.is_initialized():
+            said = f"preempted: {self.signal} before the first step: nothing is lost, run the same command to go on."
+            _leave_at_once(Preempted.exit_code, said)
+        said = "left at once, without saving: run the same command to go on from the last checkpoint"
+        signal.signal(signal.SIGINT, lambda number, frame: _leave_at_once(128 + number, said))
 
 
-def _leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
+def _leave_at_once(code: int, said: str) -> NoReturn:
     """Ends this process, as a kill would, amid a save too: what is not whole of it the next run removes."""
     for child in multiprocessing.active_children():
         child.kill()
-    os.write(2, b"left at once, without saving: run the same command to go on from the last checkpoint\n")
-    os._exit(128 + number)
+    os.write(2, f"{said}\n".encode())
+    os._exit(code)

@@ -73,9 +73,10 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
         supervise.follow_parent()
     elif distributed.several(values.coordinator_address, values.num_processes, values.process_id):
         return supervise.run_child("mice_jax.train", arguments, workdir)
+    leave = distributed.LeaveRequest()
     try:
         with Workdir(workdir) as run:
-            train(config, run, values)
+            train(config, run, values, leave)
     except (AgreedError, StoppedByRule, Preempted):
         raise
     except BaseException as e:
@@ -84,9 +85,11 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
                 os._exit(supervise.say_lost(workdir, one_line(e)))
             distributed.abandon(e)
         raise
+    finally:
+        leave.forget()
 
 
-def train(config: Config, run: Workdir, values: command.Values) -> None:
+def train(config: Config, run: Workdir, values: command.Values, leave: distributed.LeaveRequest) -> None:
     time_limit = Alarm(config.train.max_minutes)
 
     # ---- Host and mesh --------------------------------------------------------------------------------------
@@ -231,7 +234,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         held = {s for h in held_out.sources(data.validation, source) for s in programs.shapes_ahead(h, 0, len(h))}
         seconds = programs.compile_ahead(fns, state, sums, ahead, held, mesh)
         console.print(f"[dim]{len(ahead)} microbatch shapes compiled, or found in {kept}, in {seconds:.0f} s[/dim]")
-    leave = distributed.LeaveRequest()
+    leave.start()
     save_alarm = Alarm(config.checkpoint.every_minutes)
     saved = start
     ended = time.perf_counter()
@@ -322,7 +325,6 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         raise e
     finally:
         checkpoints.close()
-        leave.forget()
     console.print(escape(_ending(run, record, start, total_steps)))
 
 

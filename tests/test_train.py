@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from runs import (
     REPOSITORY,
     Record,
     chat,
+    lines_of,
     make_chats,
     make_tokenizer,
     read_json,
@@ -32,6 +34,7 @@ from runs import (
     run_export,
     run_train,
     setting,
+    start_train,
     timeless,
     write_jsonl,
 )
@@ -399,6 +402,20 @@ def test_a_run_that_is_asked_to_leave_saves_and_goes_on_as_if_it_had_not(
     assert run_train(config, run) == 0
     assert timeless(read_metrics(run)) == timeless(read_metrics(workdir))
     assert read_json(run, "summary.json")["status"] == "completed"
+
+
+def test_a_run_that_is_asked_to_leave_before_its_first_step_does_so_with_75(config: Path, tmp_path: Path) -> None:
+    process = start_train(config, tmp_path / "run")
+    try:
+        while not (tmp_path / "run" / "lock").exists():  # data, model and compiling are still to come
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)  # as Slurm does
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75 and "preempted: SIGUSR1 before the first step" in said.splitlines()[-1], said
+    assert "Traceback" not in said and not lines_of(tmp_path / "run")
 
 
 LEAVING = """
