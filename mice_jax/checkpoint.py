@@ -135,8 +135,17 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._bare = step
 
+    def preempted_before(self, start: int) -> bool:
+        """Whether a machine of the run is to be taken away, as any of its processes was told; asked once, at its start.
+
+        The coordination service names the step after the latest that any process has asked about: the first of all
+        where none has, which a resumed run would never come to.
+        """
+        told = self._manager.reached_preemption(1)
+        return self._manager.reached_preemption(start) or told
+
     def reached_preemption(self, step: int) -> bool:
-        """Whether a machine of the run is to be taken away, as any of its processes was told; asked at every step."""
+        """Whether it is since then: true at one step, the same in every process; asked at every step."""
         return self._manager.reached_preemption(step)
 
     def newest_whole(self) -> int | None:

@@ -174,7 +174,7 @@ class LeaveRequest:
 
     Until `start` is called there is nothing to save: one process alone leaves then and there, and one of several, whose
     others would miss it, in its first step. Of several JAX takes SIGTERM as they join, and tells it as a notice that
-    the machine is to be taken away (Checkpoints.reached_preemption), until `start` takes it back.
+    the machine is to be taken away (Checkpoints.preempted_before), until `start` takes it back.
     """
 
     def __init__(self) -> None:

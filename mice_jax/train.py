@@ -235,6 +235,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
         seconds = programs.compile_ahead(fns, state, sums, ahead, held, mesh)
         console.print(f"[dim]{len(ahead)} microbatch shapes compiled, or found in {kept}, in {seconds:.0f} s[/dim]")
     leave.start()
+    taken_away = checkpoints.preempted_before(start)
     save_alarm = Alarm(config.checkpoint.every_minutes)
     saved = start
     ended = time.perf_counter()
@@ -292,7 +293,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
                 writer.write(record)
             run.publish(after_s=PUBLISH_S)
             stop = watch.reason(record) if watch and not last else ""
-            taken_away = checkpoints.reached_preemption(step)
+            taken_away |= checkpoints.reached_preemption(step)
             asked, taken_away, late, clock, stopped = distributed.any_of(
                 leave.signal is not None, taken_away, time_limit.rings(), save_alarm.rings(), bool(stop)
             )

@@ -248,11 +248,15 @@ def test_a_lost_peer_ends_the_other_with_a_word_and_the_run_goes_on(
     assert timeless(read_metrics(run)) == timeless(read_metrics(two))
 
 
+@pytest.mark.parametrize("resumed", [False, True])
 def test_a_notice_that_comes_while_a_run_starts_is_heard_by_both_in_the_first_steps(
-    config: Path, two: Path, tmp_path: Path, start: Start
+    resumed: bool, config: Path, two: Path, tmp_path: Path, start: Start
 ) -> None:
     """SIGTERM is then jax's own, which tells the coordination service, and that the other process."""
     run = tmp_path / "run"
+    if resumed:
+        from_half(two, run)
+        (run / "lock").unlink()
     processes = start([config, config], run)
     wait_for(processes, (run / "lock").exists)  # data, model and compiling are still to come
     processes[1].send_signal(signal.SIGTERM)
