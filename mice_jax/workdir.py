@@ -135,7 +135,7 @@ class Workdir:
                 raise failure
             self._lock.release()
         except Exception as e:
-            print(f"warning: --workdir={self.path}: {one_line(e)}", file=sys.stderr)
+            print(f"warning: the lock of {self.path} is not given back: {one_line(e)}", file=sys.stderr)
         self._lock = None
 
     def write_json(self, name: str, value: Any) -> None:
