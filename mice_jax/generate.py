@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from transformers import PreTrainedTokenizerBase
 
@@ -31,9 +30,8 @@ from mice_jax.evals.sampling import Sampler, Sampling, cast_params, check_fits
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Params, make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import RANDOM, Origin, check_vocabulary, find_origin, load_params
+from mice_jax.start import check_vocabulary, compute_dtype, find_model, generation_stop_ids, load_params
 
-DTYPES = ("auto", "float32", "bfloat16")
 MAX_NEW_TOKENS = 256
 ADDED = ("response", "stopped")  # what an output's line has besides its input's
 
@@ -62,7 +60,7 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 def generate(values: command.Values) -> None:
     # ------------------------------------------------------------------------------------ what is asked
-    origin = _origin(values)
+    origin = find_model(command.required(values, "model"), values.step)
     max_new_tokens = values.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = min(MAX_NEW_TOKENS, origin.spec.max_positions // 2)
@@ -76,7 +74,8 @@ def generate(values: command.Values) -> None:
     tokenizer = load_tokenizer(str(origin.folder), values.chat_template)
     check_vocabulary(origin, tokenizer.get_vocab())
     encoder = ChatEncoder(tokenizer)
-    stop_ids = _stop_ids(encoder, origin)
+    # What ends a turn in the chat template, and what the model's own generation config adds.
+    stop_ids = [*encoder.stop_ids(), *(generation_stop_ids(origin.folder) or [])]
     system = [] if values.system is None else [{"role": "system", "content": values.system}]
     job = None  # read before the model is, so that what is wrong is said at once
     if values.input is not None:
@@ -90,7 +89,7 @@ def generate(values: command.Values) -> None:
 
     # ------------------------------------------------------------------------------------ model
     mesh = make_mesh(1, -1, 1)
-    dtype = _dtype(values.compute_dtype)
+    dtype = compute_dtype(values.compute_dtype)
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
     params = cast_params(load_params(origin, decoder, shardings, step=values.step), dtype)
@@ -104,41 +103,6 @@ def generate(values: command.Values) -> None:
             speaker.say(_asked(system, values.prompt))
         else:
             _chat(speaker, system)
-
-
-def _origin(values: command.Values) -> Origin:
-    model = command.required(values, "model")
-    if model.startswith(RANDOM):
-        raise UserError(f"--model={model}: random weights have nothing to say. Give a folder with weights.")
-    try:
-        origin = find_origin(model)
-    except UserError as e:
-        raise UserError(f"--model: {e}") from None
-    if values.step is not None and origin.kind != "run":
-        raise UserError(f"--step={values.step} is for a run's folder; --model={model} is a Hugging Face folder.")
-    return origin
-
-
-def _dtype(name: str) -> Any:
-    if name not in DTYPES:
-        raise UserError(f"--compute_dtype={name} is not one of {', '.join(DTYPES)}.")
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-def _stop_ids(encoder: ChatEncoder, origin: Origin) -> list[int]:
-    """What ends a turn in the chat template, and what the model's own generation config adds."""
-    file, own = origin.folder / "generation_config.json", None
-    if file.exists():
-        try:
-            own = json.loads(file.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError) as e:
-            raise UserError(f"{file} is no JSON object: {e}. Mend it, or take it away.") from None
-    ids = own if isinstance(own, list) else [own] if own is not None else []
-    if not all(type(i) is int for i in ids):
-        raise UserError(f"{file} has eos_token_id={own!r}; it must be a token id or a list of them.")
-    return [*encoder.stop_ids(), *ids]
 
 
 def _asked(system: list[Message], prompt: str) -> list[Message]:

@@ -18,6 +18,7 @@ from flax import nnx
 
 from mice_jax.models import rope
 from mice_jax.models.attention import attend
+from mice_jax.models.attention.branches import Trees, attend_branched
 from mice_jax.models.attention.reference import masked
 from mice_jax.models.attention.scoring import Scoring, softcapped
 from mice_jax.models.spec import ModelSpec
@@ -28,6 +29,7 @@ from mice_jax.sharding import constrain, gather_split_heads
 Params = dict[str, Any]
 # What a block does with its queries, keys and values; the second result is kept (a cache), or None.
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 T = TypeVar("T")
 
@@ -201,15 +203,35 @@ class Transformer(nnx.Module):
     def hidden(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, compute: Compute) -> jax.Array:
         """Packed rows, each [B T] int32 -> the normalised last hidden state [B T D]."""
         lengths = rope.sample_lengths(segment_ids) if rope.needs_lengths(self.spec.ropes) else None
+
+        def attend_within(scoring: Scoring) -> Attend:
+            return lambda q, k, v: attend(q, k, v, segment_ids, scoring, backend=compute.attention)
+
+        return self._through_layers(tokens, positions, lengths, attend_within, compute)
+
+    def branched(self, tokens: jax.Array, lengths: jax.Array, trees: Trees, compute: Compute) -> jax.Array:
+        """Rows of trees, tokens [B T] -> the normalised last hidden state [B T D].
+
+        `lengths` [B T] are those of the texts that a slot belongs to: where a LongRoPE turns long ones differently, no
+        tree may hold some of each kind.
+        """
+
+        def attend_within(scoring: Scoring) -> Attend:
+            return lambda q, k, v: attend_branched(q, k, v, trees, scoring, backend=compute.attention)
+
+        return self._through_layers(tokens, trees.positions, lengths, attend_within, compute)
+
+    def _through_layers(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array | None,
+        attend_within: Callable[[Scoring], Attend],
+        compute: Compute,
+    ) -> jax.Array:
         turns_of = self._turns(positions, lengths)
-        windows = _distinct(self.spec.windows)
-
-        def attend_within(window: int | None) -> Callable[..., jax.Array]:
-            scoring, backend = self._scoring(window), compute.attention
-            return lambda q, k, v: attend(q, k, v, segment_ids, scoring, backend=backend)
-
         # One branch a window: a window is part of a kernel's mask, so it has to be known when it is compiled.
-        branches = [attend_within(window) for window in windows]
+        branches = [attend_within(self._scoring(window)) for window in _distinct(self.spec.windows)]
         graph, stack = nnx.split(self.layers)
 
         def layer(x: jax.Array, scanned: tuple[nnx.State, Layer]) -> tuple[jax.Array, None]:
