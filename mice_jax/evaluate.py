@@ -45,8 +45,7 @@ from mice_jax.start import (
     own_stop_ids,
     stop_ids,
 )
-
-SCORES = "eval_scores.jsonl"  # in a run's folder
+from mice_jax.workdir import SCORES
 
 
 def define(values: command.Values, argv: list[str]) -> None:
