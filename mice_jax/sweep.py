@@ -16,10 +16,13 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from optuna.trial import FrozenTrial
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -30,15 +33,15 @@ from rich.text import Text
 from mice_jax import command, lock, supervise
 from mice_jax.config import ConfigError, Sweep
 from mice_jax.errors import Preempted, UserError
-from mice_jax.lab import page, planned
+from mice_jax.lab import gather, page, planned
 from mice_jax.lab.devices import share_of_devices
-from mice_jax.lab.gather import RESULTS
 from mice_jax.lab.study import ENDS, Study, combinations, config_of, read_summary, rule_of, status_of
 from mice_jax.lab.watch import TRIAL, last_record
 
 STORAGE = "MICE_JAX_STORAGE"  # in the environment: a storage's URL, which may hold a password
 LOOK_S = 0.5
 FREE_S = 60.0  # how long a dead worker's run may take to let go of its folder
+COLOURS = {"completed": "green", "stopped": "yellow", "failed": "red", "running": "cyan"}
 TRIES = 3  # starts of a trial's process that get no further than those before
 
 
@@ -239,7 +242,7 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
 
 def _ending(study: Study) -> str:
     ends = [status_of(t) for t in study.trials()]
-    said = f"done: {', '.join(f'{ends.count(s)} {s}' for s in ENDS.values())}\nresults: {study.folder / RESULTS}"
+    said = f"done: {', '.join(f'{ends.count(s)} {s}' for s in ENDS.values())}\nresults: {study.folder / gather.RESULTS}"
     said += f"\nreport: {study.folder / page.REPORT}"
     best = study.best()
     return f"{said}\nbest: trial {best.number}, {study.sweep.metric} {best.value:.4g}" if best else said
@@ -276,25 +279,47 @@ class _Screen:
                 self._console.print(escape(f"trial {trial.number}: {how}{value}  ({len(self._said)} of {total} ended)"))
 
     def _table(self) -> Group:
-        study = self._study
-        table = Table("trial", *study.sweep.axes, "seed", "", "step", "loss", "status")
-        trials = study.trials()
+        study, trials = self._study, self._study.trials()
+        names = gather.short_names([*study.sweep.axes, "seed"], ".")
+        numbers = dict.fromkeys(["loss", study.sweep.metric])
+        table = Table("trial", *names, "", "step", *numbers, "status", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.columns[-1].min_width = len("completed (best)")
+        for column in table.columns[:-1]:
+            column.no_wrap = True  # only what is said of a status gives way to a narrow terminal
+        best, shown = study.best(), self._shown(trials)
         totals = [study.total_steps(t.number) for t in trials]
         known = [n for n in totals if n] or [0]
-        best = study.best()
         done = left = 0
         for trial, total in zip(trials, totals, strict=True):
             last = last_record(study.run_of(trial.number))
             step = last.get("step", 0)
             done += step
             left += 0 if trial.state.is_finished() else max(0, (total or sum(known) // len(known)) - step)
-            params = study.params(trial)
-            status = f"{status_of(trial)} {trial.user_attrs.get('reason', '')}".strip() + " (best)" * (trial is best)
-            cells = [*(str(params[name]) for name in study.sweep.axes), str(params["seed"])]
-            bar = ProgressBar(total=total or 1, completed=step, width=20)
-            loss = f"{last['loss']:.4f}" if last else ""
-            table.add_row(str(trial.number), *map(escape, cells), bar, str(step), loss, escape(status))
-        return Group(table, Text(self._left(done, left)))
+            if trial.number not in shown:
+                continue
+            is_best = best is not None and trial.number == best.number
+            status = Text(f"{status_of(trial)}{' (best)' * is_best}", COLOURS.get(status_of(trial), "dim"))
+            status.no_wrap, status.overflow = True, "ellipsis"
+            status.append(f" {trial.user_attrs.get('reason', '')}".rstrip(), "dim")
+            ended = f"{trial.value:.4g}" if trial.value is not None else ""
+            values = [f"{last['loss']:.4f}" if last else "", ended][: len(numbers)]
+            bar = ProgressBar(total=total or 1, completed=step, width=12)
+            cells = [escape(str(v)) for v in study.params(trial).values()]
+            table.add_row(str(trial.number), *cells, bar, str(step), *values, status, style="bold" if is_best else "")
+        counts = Counter(map(status_of, trials))
+        lines = [", ".join(f"{n} {status}" for status, n in counts.items())]
+        if best:
+            lines.append(f"best: trial {best.number}, {study.sweep.metric} {best.value:.4g}")
+        return Group(table, Text("  ·  ".join([*lines, self._left(done, left)])))
+
+    def _shown(self, trials: Sequence[FrozenTrial]) -> set[int]:
+        """The trials that there is room for: those that run, the best, the latest that ended, the next that wait."""
+        room, best = max(4, self._console.height - 6), self._study.best()
+        first = [t.number for t in trials if status_of(t) == "running"] + ([best.number] if best else [])
+        ended = [t.number for t in trials if t.state.is_finished()]
+        waiting = [t.number for t in trials if status_of(t) == "waiting"]
+        ordered = dict.fromkeys([*first, *ended[: -room // 2 - 1 : -1], *waiting, *ended[::-1]])
+        return set(list(ordered)[:room])
 
     def _left(self, done: int, left: int) -> str:
         self._first = done if self._first is None else self._first
