@@ -32,7 +32,7 @@ from mice_jax.errors import UserError
 from mice_jax.lab import evidence
 from mice_jax.lab.compare import Difference, difference
 from mice_jax.lab.dynamics import FRACTIONS, Goal, HalvingRule, MedianRule, PaperRule, Record
-from mice_jax.lab.study import RESULTS
+from mice_jax.lab.gather import RESULTS
 from mice_jax.lab.watch import read_records
 from mice_jax.models.transformer import make_decoder
 from mice_jax.start import find_origin

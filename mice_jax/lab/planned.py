@@ -39,8 +39,8 @@ def cost(config: Config) -> Cost:
     o = config.optim
     mixture = Mixture(data.phases, batch_size=o.batch_size, seed=config.seed, drop_remainder=config.data.drop_remainder)
     steps = min(len(mixture), o.max_steps or len(mixture))
-    looked = np.unique(np.linspace(0, steps - 1, min(steps, LOOKED_AT)).astype(int)) if steps else []
+    looked = np.unique(np.linspace(0, steps - 1, min(steps, LOOKED_AT)).astype(int))
     lengths = [data.corpus.lengths[mixture.step(int(i)).samples] for i in looked]
-    share = steps / max(1, len(lengths))
+    share = steps / len(lengths)
     flops = sum(train_flops(origin.spec, n) for n in lengths)
     return Cost(steps, share * sum(map(len, lengths)), share * sum(float(n.sum()) for n in lengths), share * flops)
