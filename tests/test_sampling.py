@@ -101,8 +101,8 @@ def test_a_cache_whose_position_is_off_by_one_gives_other_answers(
 ) -> None:
     decode = Transformer.decode
 
-    def shifted(self: Transformer, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, cache: Any) -> Any:
-        return decode(self, tokens, positions + (tokens.shape[1] == 1), lengths, cache)
+    def shifted(self: Transformer, tokens: jax.Array, positions: jax.Array, *rest: Any) -> Any:
+        return decode(self, tokens, positions + (tokens.shape[1] == 1), *rest)
 
     right = ids_of(sampler.generate(loaded[1], prompts_of(LENGTHS), GREEDY, []))
     monkeypatch.setattr(Transformer, "decode", shifted)
@@ -129,8 +129,9 @@ def test_parameters_cast_beforehand_compute_the_same_bits(loaded: Loaded) -> Non
 
     @jax.jit
     def last(params: Params) -> jax.Array:
-        hidden, _ = sampling._prefill(decoder, params, sampling._Entering(*map(jnp.asarray, entering)), jnp.bfloat16)
-        return decoder.bind(params).logits(hidden[:, None])
+        ready = sampling._ready(decoder, jnp.bfloat16, params)
+        hidden, _ = sampling._prefill(decoder, ready, sampling._Entering(*map(jnp.asarray, entering)))
+        return decoder.bind(ready.rest).logits(hidden[:, None])
 
     assert np.array_equal(last(cast), last(params))
 
@@ -169,7 +170,9 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(sampler: Sampler
     prompts = prompts_of(LENGTHS)
     together = ids_of(sampler.generate(loaded[1], prompts, DRAWN, []))
     assert ids_of(sampler.generate(loaded[1], prompts, DRAWN, [], batch_size=4)) == together
-    assert ids_of(sampler.generate(loaded[1], prompts[4:], DRAWN, [], first=4, batch_size=4)) == together[4:]
+    assert (
+        ids_of(sampler.generate(loaded[1], prompts[4:], DRAWN, [], numbers=range(4, 7), batch_size=4)) == together[4:]
+    )
     others = prompts_of([9, 2, 50, 4], seed=7)
     assert ids_of(sampler.generate(loaded[1], prompts[:3] + others, DRAWN, []))[:3] == together[:3]
 

@@ -13,7 +13,7 @@ import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,18 @@ import numpy as np
 
 from mice_jax.errors import UserError
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Decoder, Params
+from mice_jax.models.transformer import Cache, Decoder, Params
 from mice_jax.sharding import constrain
 
-# B rows, R rows that prompts enter, T prompt slots, C new tokens, D d_model, V vocabulary, L layers, K key heads
+# B rows, R rows that prompts enter, T prompt slots, C new tokens, D d_model, V vocabulary
+
+T = TypeVar("T")
 
 MIN_WIDTH = 32  # of a padded prompt, and of a row
 CHUNK = 256  # prompt tokens that enter the cache at once: bounds the attention scores of a long prompt
 TOKENS = 16  # that rows go on by before it is looked which have ended
 PARTS = 4  # of a batch; so many rows as one has are filled with new prompts at once
 WINDOW = 8  # batches whose prompts are sorted together, so that the longest do not come last
-
-Cache = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,13 @@ class Sampling:
 class Answer:
     ids: list[int]  # without the stop id
     stopped: bool  # by a stop id; else cut at max_new_tokens
+
+
+class _Ready(NamedTuple):
+    """Parameters as programs take them, in the dtype they are computed in."""
+
+    rest: Params  # all but the layers'
+    layers: list[Params]
 
 
 class _Rows(NamedTuple):
@@ -121,15 +128,16 @@ def cast_params(params: Params, dtype: Any) -> Params:
 class Sampler:
     """A decoder's programs, compiled when first needed for a shape and kept; parameters come with each call.
 
-    Parameters may be float32; whoever answers much, or one token at a time, does well to `cast_params` before.
+    Each call makes a copy of them, cast and layer by layer, which lives as long as the call.
     """
 
     def __init__(self, decoder: Decoder, dtype: Any):
         self.spec = decoder.spec
         static = ("num_ranked", "nucleus")
+        self._ready = jax.jit(functools.partial(_ready, decoder, dtype))
         self._empty = jax.jit(functools.partial(_empty, decoder, dtype), static_argnames=("rows", "slots"))
-        self._enter = jax.jit(functools.partial(_enter, decoder, dtype), static_argnames=static, donate_argnames="rows")
-        self._go_on = jax.jit(functools.partial(_go_on, decoder, dtype), static_argnames=static, donate_argnames="rows")
+        self._enter = jax.jit(functools.partial(_enter, decoder), static_argnames=static, donate_argnames="rows")
+        self._go_on = jax.jit(functools.partial(_go_on, decoder), static_argnames=static, donate_argnames="rows")
 
     def generate(
         self,
@@ -139,26 +147,28 @@ class Sampler:
         stop_ids: Iterable[int],
         *,
         batch_size: int = 16,
-        first: int = 0,
+        numbers: Sequence[int] | None = None,
         ended: Callable[[list[int]], bool] = lambda ids: False,
     ) -> Iterator[Answer]:
         """Each prompt's answer, in the prompts' order, as soon as it and all before it are there.
 
-        `first` is the first prompt's number, for who goes on with a list: draws depend on a prompt's number. `ended`
-        says whether an answer's ids so far hold what ends it, a text for example; by then a few more may be there.
+        `numbers` are the prompts', on which draws depend; by default they count from 0, and who goes on with a list
+        gives those that are left. `ended` says whether an answer's ids so far hold what ends it, a text for example; by
+        then a few more may be there.
         """
-        for i, prompt in enumerate(prompts):
-            check_fits(prompt, sampling, self.spec, f"prompt {first + i}")
+        numbers = range(len(prompts)) if numbers is None else numbers
+        for number, prompt in zip(numbers, prompts, strict=True):
+            check_fits(prompt, sampling, self.spec, f"prompt {number}")
         if not prompts:
             return
         size = min(batch_size, _power_of_two(len(prompts)))
         slots = _padded_length(max(map(len, prompts)) + sampling.max_new_tokens)
-        batch = _Batch(self, params, size, slots, sampling, stop_ids, ended)
+        batch = _Batch(self, self._ready(params), size, slots, sampling, stop_ids, ended)
         waiting = deque(_entry_order([len(p) for p in prompts], size))
         answers: dict[int, Answer] = {}
         given = 0
         while given < len(prompts):
-            answers |= batch.advance(prompts, waiting, first)
+            answers |= batch.advance(prompts, waiting, numbers)
             while given in answers:
                 yield answers.pop(given)
                 given += 1
@@ -168,19 +178,19 @@ class Sampler:
     ) -> Iterator[int]:
         """The answer of prompt 0, token by token; it was cut where there are max_new_tokens of them."""
         check_fits(prompt, sampling, self.spec, "the prompt")
-        stops, one = set(stop_ids), np.int32(1)
+        stops, one, ready = set(stop_ids), np.int32(1), self._ready(params)
         how = (_stop_array(stops), _chance(sampling))
         static = self._static(sampling)
         rows = self._empty(rows=1, slots=_padded_length(len(prompt) + sampling.max_new_tokens))
         zero = np.zeros(1, np.int32)
-        rows, new = self._enter(params, _entering([prompt], 1, sampling, zero), zero, *how, rows=rows, **static)
+        rows, new = self._enter(ready, _entering([prompt], 1, sampling, zero), zero, *how, rows=rows, **static)
         for step in range(sampling.max_new_tokens):
             token = int(new[0] if step == 0 else new[0, 0])
             if token in stops:
                 return
             yield token
             if step + 1 < sampling.max_new_tokens:
-                rows, new = self._go_on(params, np.zeros(1, bool), one, one, *how, rows=rows, **static)
+                rows, new = self._go_on(ready, np.zeros(1, bool), one, one, *how, rows=rows, **static)
 
     def _static(self, sampling: Sampling) -> dict[str, Any]:
         """What a program is compiled for; a change of the rest of `Sampling` compiles nothing."""
@@ -198,14 +208,14 @@ class _Batch:
     def __init__(
         self,
         sampler: Sampler,
-        params: Params,
+        ready: _Ready,
         size: int,
         slots: int,
         sampling: Sampling,
         stop_ids: Iterable[int],
         ended: Callable[[list[int]], bool],
     ):
-        self._sampler, self._params, self._sampling, self._ended = sampler, params, sampling, ended
+        self._sampler, self._ready, self._sampling, self._ended = sampler, ready, sampling, ended
         self._stops = set(stop_ids)
         self._how = (_stop_array(self._stops), _chance(sampling))
         self._static = sampler._static(sampling)
@@ -214,35 +224,37 @@ class _Batch:
         self._prompt: list[int | None] = [None] * size  # that each row answers
         self._ids: list[list[int]] = [[] for _ in range(size)]
 
-    def advance(self, prompts: Sequence[Sequence[int]], waiting: deque[int], first: int) -> dict[int, Answer]:
+    def advance(
+        self, prompts: Sequence[Sequence[int]], waiting: deque[int], numbers: Sequence[int]
+    ) -> dict[int, Answer]:
         """Lets waiting prompts enter rows that are free, goes on with all, and returns the answers that have ended."""
         ended: dict[int, Answer] = {}
         while waiting and self._prompt.count(None) >= min(self._part, len(waiting)):
-            ended |= self._fill(prompts, waiting, first)
+            ended |= self._fill(prompts, waiting, numbers)
         size, free = len(self._prompt), self._prompt.count(None)
         if free == size:
             return ended
         enough = np.int32(free + self._part if waiting else size)
         empty = np.array([i is None for i in self._prompt])
         self._rows, new = self._sampler._go_on(
-            self._params, empty, np.int32(TOKENS), enough, *self._how, rows=self._rows, **self._static
+            self._ready, empty, np.int32(TOKENS), enough, *self._how, rows=self._rows, **self._static
         )
         for row, tokens in enumerate(np.asarray(new).tolist()):
             if self._prompt[row] is not None:
                 ended |= self._take(row, tokens)
         return ended
 
-    def _fill(self, prompts: Sequence[Sequence[int]], waiting: deque[int], first: int) -> dict[int, Answer]:
+    def _fill(self, prompts: Sequence[Sequence[int]], waiting: deque[int], numbers: Sequence[int]) -> dict[int, Answer]:
         """Lets a part of a batch enter; returns the answers that have ended with their first token."""
         free = [row for row, i in enumerate(self._prompt) if i is None][: self._part]
         which = [waiting.popleft() for _ in free[: len(waiting)]]
         where = np.full(self._part, len(self._prompt), np.int32)  # of those that are none, no row's
         where[: len(which)] = free[: len(which)]
-        numbers = np.zeros(self._part, np.int32)
-        numbers[: len(which)] = first + np.array(which)
-        entering = _entering([prompts[i] for i in which], self._part, self._sampling, numbers)
+        own = np.zeros(self._part, np.int32)
+        own[: len(which)] = [numbers[i] for i in which]
+        entering = _entering([prompts[i] for i in which], self._part, self._sampling, own)
         self._rows, new = self._sampler._enter(
-            self._params, entering, where, *self._how, rows=self._rows, **self._static
+            self._ready, entering, where, *self._how, rows=self._rows, **self._static
         )
         ended: dict[int, Answer] = {}
         for row, i, token in zip(free, which, np.asarray(new).tolist(), strict=False):
@@ -312,27 +324,35 @@ def _chance(sampling: Sampling) -> _Chance:
 
 
 # ---------------------------------------------------------------------------------------- on the device
+def _ready(decoder: Decoder, dtype: Any, params: Params) -> _Ready:
+    params = cast_params(params, dtype)
+    return _Ready({k: v for k, v in params.items() if k != "layers"}, decoder.unstack(params))
+
+
 def _empty(decoder: Decoder, dtype: Any, *, rows: int, slots: int) -> _Rows:
     """Rows that are nobody's."""
     zeros = jnp.zeros(rows, jnp.int32)
     keys = jax.vmap(jax.random.key)(zeros)
-    return _Rows(zeros, zeros, zeros, jnp.ones(rows, bool), keys, _empty_cache(decoder.spec, rows, slots, dtype))
+    return _placed(_Rows(zeros, zeros, zeros, zeros == 0, keys, _empty_cache(decoder.spec, rows, slots, dtype)))
 
 
 def _empty_cache(spec: ModelSpec, rows: int, slots: int, dtype: Any) -> Cache:
-    zeros = jnp.zeros((spec.num_layers, rows, slots, spec.num_kv_heads, spec.head_dim), dtype)
-    return _placed((zeros, zeros))
+    zeros = jnp.zeros((rows, spec.num_kv_heads, slots, spec.head_dim), dtype)
+    return _placed([(zeros, zeros)] * spec.num_layers)
 
 
-def _placed(cache: Cache) -> Cache:
-    keys, values = (constrain(x, "layers", "batch", "length", "kv_heads", "head_dim") for x in cache)
-    return keys, values
+def _placed(rows: T) -> T:
+    """Arrays whose first dim is that of rows, where such arrays lie: caches split by heads too."""
+
+    def put(x: jax.Array) -> jax.Array:
+        return constrain(x, "batch", "kv_heads", None, None) if x.ndim == 4 else constrain(x, "batch")
+
+    return jax.tree.map(put, rows)
 
 
 def _enter(
     decoder: Decoder,
-    dtype: Any,
-    params: Params,
+    ready: _Ready,
     entering: _Entering,
     where: jax.Array,
     stops: jax.Array,
@@ -343,26 +363,23 @@ def _enter(
     nucleus: bool,
 ) -> tuple[_Rows, jax.Array]:
     """The rows with prompts in those at `where` [R], and the first token of each answer [R]."""
-    params = cast_params(params, dtype)
-    hidden, cache = _prefill(decoder, params, entering, dtype)
-    logits = decoder.bind(params).logits(hidden[:, None])[:, 0]
+    hidden, cache = _prefill(decoder, ready, entering)
+    logits = decoder.bind(ready.rest).logits(hidden[:, None])[:, 0]
     token = _pick(logits, entering.lengths, entering.keys, chance, num_ranked, nucleus)
     done = jnp.isin(token, stops) | (entering.lengths + 1 >= entering.totals)
     new = _Rows(token, entering.lengths, entering.totals, done, entering.keys, cache)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        if old.ndim == 4:  # of a cache
+            return old.at[where, :, : new.shape[2]].set(new, mode="drop")
         return old.at[where].set(new, mode="drop")
 
-    width = entering.tokens.shape[1]
-    keys, values = (old.at[:, where, :width].set(x, mode="drop") for old, x in zip(rows.cache, new.cache, strict=True))
-    old, new = rows._replace(cache=()), new._replace(cache=())  # type: ignore[arg-type]
-    return jax.tree.map(put, old, new)._replace(cache=_placed((keys, values))), constrain(token, None)
+    return _placed(jax.tree.map(put, rows, new)), constrain(token, None)
 
 
 def _go_on(
     decoder: Decoder,
-    dtype: Any,
-    params: Params,
+    ready: _Ready,
     free: jax.Array,
     steps: jax.Array,
     enough: jax.Array,
@@ -377,7 +394,7 @@ def _go_on(
 
     Also returns the new tokens [B C], -1 where a row was done before.
     """
-    params = cast_params(params, dtype)
+    model = decoder.bind(ready.rest)
 
     def more(state: tuple[jax.Array, _Rows, jax.Array]) -> jax.Array:
         step, rows, _ = state
@@ -385,8 +402,8 @@ def _go_on(
 
     def advance(state: tuple[jax.Array, _Rows, jax.Array]) -> tuple[jax.Array, _Rows, jax.Array]:
         step, rows, new = state
-        model = decoder.bind(params)
-        hidden, cache = model.decode(rows.token[:, None], rows.position[:, None], rows.total, rows.cache)
+        token, position = rows.token[:, None], rows.position[:, None]
+        hidden, cache = model.decode(token, position, rows.total, rows.cache, ready.layers)
         position = rows.position + 1
         token = _pick(model.logits(hidden)[:, 0], position, rows.keys, chance, num_ranked, nucleus)
         done = rows.done | jnp.isin(token, stops) | (position + 1 >= rows.total)
@@ -399,20 +416,21 @@ def _go_on(
     start = (jnp.zeros((), jnp.int32), rows._replace(done=rows.done | free), new)
     _, rows, new = jax.lax.while_loop(more, advance, start)
     # Whole on every device, so that every process of several can read it.
-    return rows._replace(cache=_placed(rows.cache)), constrain(new, None, None)
+    return _placed(rows), constrain(new, None, None)
 
 
-def _prefill(decoder: Decoder, params: Params, entering: _Entering, dtype: Any) -> tuple[jax.Array, Cache]:
-    """The hidden state of each prompt's last token [R D], and a cache [L R T K H] that holds the prompts."""
+def _prefill(decoder: Decoder, ready: _Ready, entering: _Entering) -> tuple[jax.Array, Cache]:
+    """The hidden state of each prompt's last token [R D], and a cache of T slots that holds the prompts."""
     tokens, lengths = entering.tokens, entering.lengths
     rows, width = tokens.shape
     size = math.gcd(CHUNK, width)
+    model, dtype = decoder.bind(ready.rest), ready.rest["embed"]["table"].dtype
 
     def enter(carry: tuple[jax.Array, Cache], start: jax.Array) -> tuple[tuple[jax.Array, Cache], None]:
         last, cache = carry
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32), piece.shape)
-        hidden, cache = decoder.bind(params).decode(piece, positions, entering.totals, cache)
+        hidden, cache = model.decode(piece, positions, entering.totals, cache, ready.layers)
         at = lengths - 1 - start
         found = jnp.take_along_axis(hidden, jnp.clip(at, 0, size - 1)[:, None, None], axis=1)[:, 0]
         return (jnp.where(((at >= 0) & (at < size))[:, None], found, last), cache), None
