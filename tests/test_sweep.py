@@ -22,9 +22,9 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from mice_jax import sweep
+from mice_jax import command, sweep
 from mice_jax.config import Config, ConfigError, Range, Sweep
-from mice_jax.errors import UserError
+from mice_jax.errors import Preempted, UserError
 from mice_jax.lab import dynamics
 from mice_jax.lab import study as study_module
 from mice_jax.lab.devices import share_of_devices
@@ -93,13 +93,18 @@ def test_of_eight_trials_the_bad_are_stopped_the_best_never_and_the_two_files_ag
         for fraction in FRACTIONS:
             value = dynamics.signal(lines[: math.ceil(round(fraction * whole, 6))], name)
             assert best[f"{name}@{fraction:.0%}"] == ("" if math.isnan(value) else repr(value))
-    # All of them read the one token store, and a stopped one goes on where it was when it is run by itself.
+    # All of them read the one token store.
     assert len({p.name for p in (tmp_path / "stores").iterdir() if p.is_dir()}) == 1
-    stopped = tmp_path / "sweep" / "runs" / by_rate[3e-3]["number"]
-    if by_rate[3e-3]["status"] == "stopped":
-        before = len(read_metrics(stopped))
-        assert run_train(stopped / "config.py", stopped, "--config.mesh.fsdp=1", "--config.mesh.data=8") == 0
-        assert len(read_metrics(stopped)) == whole > before
+    # Each stopped one but the diverged goes on where it was when it is run by itself: none would have been the best.
+    for row in rows:
+        if row["status"] != "stopped" or float(row[RATE]) == DIVERGING:
+            continue
+        run = tmp_path / "sweep" / "runs" / row["number"]
+        before = len(read_metrics(run))
+        assert run_train(run / "config.py", run, "--config.mesh.fsdp=1", "--config.mesh.data=8") == 0
+        revived = read_metrics(run)
+        assert len(revived) == whole > before
+        assert revived[-1]["eval/loss"] >= float(best["metric"]), "the best trial is never stopped"
 
 
 @pytest.mark.parametrize("rate, what", [("1e2", "diverged: "), ("1e4", "dead: ")])
@@ -326,6 +331,27 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         Study(made, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_a_trial_that_is_asked_to_leave_before_its_first_step_ends_its_worker_and_a_killed_one_is_tried_anew(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tiny(tmp_path, axes={RATE: [1e-3]}), tmp_path / "out")
+    started: list[str] = []
+
+    def run_child(module: str, *rest: object) -> int:
+        started.append(module)
+        return 128 + signal.Signals[name]
+
+    monkeypatch.setattr(sweep.supervise, "run_child", run_child)
+    if name == "SIGKILL":
+        assert sweep.work(study) == 0 and len(started) == sweep.TRIES
+        assert results(tmp_path / "out")[0]["status"] == "failed"
+        return
+    with pytest.raises(Preempted, match="asked to leave before its first step"):
+        sweep.work(study)
+    assert len(started) == 1 and study.claim() == 0, "the next worker takes it"
+
+
 # ---------------------------------------------------------------------------------------- the command
 @pytest.mark.parametrize(
     "body, told",
@@ -345,6 +371,13 @@ def test_a_wrong_sweep_is_refused_in_a_sentence(body: str, told: str, tmp_path: 
     assert run_verb(sweep.main, [f"--config={file}", f"--workdir={tmp_path / 'out'}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and told in said and "Traceback" not in said
+
+
+def test_a_sweep_in_a_bucket_is_refused_whatever_is_installed(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(command, "find_place", lambda name: pytest.fail("it was looked for"))
+    file = sweep_file(tmp_path, "axes={'optim.learning_rate': [1e-3]}")
+    assert run_verb(sweep.main, [f"--config={file}", "--workdir=gs://bucket/sweep"]) == 2
+    assert "one that its workers share as a file system" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_trials_steps_and_cost_and_leaves_nothing(tmp_path: Path, capsys) -> None:
