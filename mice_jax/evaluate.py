@@ -3,19 +3,24 @@
   mice evaluate --model=hf_folder --tasks=mmlu,arc_challenge --output=scores.json
   mice evaluate --model=runs/demo --tasks=gsm8k --apply_chat_template --log_samples --output=scores.json
   mice evaluate --model=runs/demo --tasks=mine --include_path=my_tasks --all_checkpoints --output=scores.json
+  mice evaluate --model=hf_folder --tasks=mt_bench --judge_url=https://host/v1 --judge_model=NAME --output=scores.json
 
 Tasks are named as the harness names them, or as the YAML files in --include_path do. The output is the harness's own
 result format. With --all_checkpoints it is that of the newest one, with the scores of each under "checkpoints", and a
 line for each is in the run's eval_scores.jsonl. What was scored before, with the same settings, is not scored again.
+mt_bench is not the harness's: a judge grades the answers, which are kept beside the output (docs/mt_bench.md).
 """
 
+import functools
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from rich.console import Console
 from rich.markup import escape
@@ -24,15 +29,17 @@ from transformers import PreTrainedTokenizerBase
 
 from mice_jax import command, distributed, programs, runtime
 from mice_jax.checkpoint import Checkpoints, contents, pick_step
+from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import file_digests
 from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
 from mice_jax.errors import UserError
-from mice_jax.evals import benchmarks
+from mice_jax.evals import benchmarks, mt_bench
 from mice_jax.evals.benchmarks import Benchmark, Results, Settings
-from mice_jax.evals.sampling import cast_params
-from mice_jax.models.transformer import make_decoder
+from mice_jax.evals.sampling import Sampler, cast_params
+from mice_jax.evals.speaking import Speaker
+from mice_jax.models.transformer import Params, make_decoder
 from mice_jax.places import Place, write_whole
 from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.start import (
@@ -69,6 +76,7 @@ def define(values: command.Values, argv: list[str]) -> None:
     )
     flags.DEFINE_string("compute_dtype", "auto", "float32, bfloat16 or auto (float32 on CPU only)", flag_values=values)
     flags.DEFINE_integer("batch_size", 16, "how many answers are written at once (16)", flag_values=values)
+    mt_bench.define(values)
     command.define_distributed(values)
 
 
@@ -92,28 +100,26 @@ def evaluate(values: command.Values) -> None:
             raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
         if not values.tasks:
             raise UserError("--tasks is missing; give at least one, as in --tasks=mmlu,gsm8k.")
-        asked = benchmarks.load_benchmarks(values.tasks, values.include_path, settings, tokenizer)
+        own = [name for name in values.tasks if name != mt_bench.NAME]
+        asked = benchmarks.load_benchmarks(own, values.include_path, settings, tokenizer)
+        judged = _judged(values)
     distributed.check_same("tasks", " ".join(b.fingerprint for b in asked))
 
     # ------------------------------------------------------------------------------------ scores
-    from mice_jax.evals.harness import MiceLM  # it imports the harness, of which we know by now that it is there
-
     mesh = make_mesh(1, -1, 1)
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
+    stops = _stop_ids(origin, tokenizer)
     by_step: dict[int | None, Results] = {}
     with Display(console) as display:
-        lm = MiceLM(
-            decoder,
-            mesh,
-            dtype,
-            tokenizer,
-            _stop_ids(origin, tokenizer),
-            batch_size=values.batch_size,
-            watch=_bars(display),
-        )
+        watch = _bars(display)
+        if asked:
+            from mice_jax.evals.harness import MiceLM  # it imports the harness, of which we know that it is there
+
+            lm = MiceLM(decoder, mesh, dtype, tokenizer, stops, batch_size=values.batch_size, watch=watch)
         for step in steps:
-            lm.params = None
+            params: Params | None = None
+            load = functools.partial(load_params, origin, decoder, shardings, step=step)
             model = _fingerprint(origin, step) if lead else ""
             found: list[Results] = []
             for benchmark in asked:
@@ -122,17 +128,27 @@ def evaluate(values: command.Values) -> None:
                 if distributed.any_process(kept is not None):  # only the lead looks
                     display.say(f"{_what(benchmark, step)} was scored before: {file}")
                 else:
-                    if lm.params is None:
-                        lm.params = cast_params(load_params(origin, decoder, shardings, step=step), dtype)
+                    lm.params = params = cast_params(load(), dtype) if params is None else params
                     kept = benchmarks.score(lm, benchmark, settings)
                     if lead:
                         file.parent.mkdir(parents=True, exist_ok=True)
                         write_whole(file, _text(kept))
                 if kept is not None:
                     found.append(kept)
+            if judged:
+                params = cast_params(load(), dtype) if params is None else params
+                speaker = Speaker(Sampler(decoder, dtype), params, ChatEncoder(tokenizer), stops)
+                answerer = functools.partial(speaker.converse, batch_size=values.batch_size)
+                which = f"{model} {dtype} {values.chat_template}"
+                file = output.with_suffix(f".{step}.mt_bench.jsonl" if values.all_checkpoints else ".mt_bench.jsonl")
+                began = time.time()
+                with jax.set_mesh(mesh):
+                    graded = mt_bench.run(judged, answerer, which, file, watch)
+                found.append(_as_results(graded, began))
+                display.say(mt_bench.describe(graded))
             if lead:
                 by_step[step] = benchmarks.merged(found)
-                for warning in benchmarks.warnings(by_step[step], lm.max_length):
+                for warning in benchmarks.warnings(by_step[step], origin.spec.max_positions):
                     display.say(f"warning: {warning}")
 
     # ------------------------------------------------------------------------------------ what is left of it
@@ -165,6 +181,30 @@ def _settings(values: command.Values) -> Settings:
         system_instruction=values.system_instruction,
         log_samples=values.log_samples,
     )
+
+
+def _judged(values: command.Values) -> mt_bench.Settings | None:
+    """What MT-Bench asks and who judges it, where it is among the tasks."""
+    if mt_bench.NAME not in values.tasks:
+        return None
+    if jax.process_count() > 1:
+        raise UserError(f"{mt_bench.NAME} runs in one process; this is one of {jax.process_count()}.")
+    return mt_bench.settings_of(values)
+
+
+def _as_results(graded: Mapping[str, Any], began: float) -> Results:
+    """MT-Bench's scores in the harness's form, with all that it found under its own name."""
+    means = {key: graded[key] for key in ("score", *(f"turn_{t}" for t in mt_bench.TURNS))}
+    return {
+        "results": {mt_bench.NAME: {"alias": mt_bench.NAME} | {f"{key},none": mean for key, mean in means.items()}},
+        "higher_is_better": {mt_bench.NAME: dict.fromkeys(means, True)},
+        "n-shot": {mt_bench.NAME: 0},
+        "shortened": {},
+        "without_system": {},
+        "date": began,
+        "total_evaluation_time_seconds": str(time.time() - began),
+        mt_bench.NAME: graded,
+    }
 
 
 def _output(values: command.Values) -> Path:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import pytest
 
-from mice_jax import command
+from mice_jax import command, evaluate
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.errors import UserError
 from mice_jax.evals import mt_bench
@@ -22,7 +22,7 @@ from mice_jax.evals.mt_bench import Settings, read_prompts, read_questions, run
 from mice_jax.evals.sampling import Sampler, Sampling
 from mice_jax.evals.speaking import Message, Speaker, Spoken
 from models import llama, load, mesh_of
-from runs import make_tokenizer, write_jsonl
+from runs import make_tokenizer, run_verb, write_jsonl
 
 KEY = "sk-squeak-12345"
 QUESTIONS: list[dict[str, Any]] = [
@@ -441,3 +441,23 @@ def test_a_model_answers_both_turns_and_where_it_has_no_room_that_is_counted(
     messages = [{"role": "user", "content": "Two mice and two?"}]
     alone = speaker.speak(encoder.prompt_ids(messages), Sampling(16), lambda piece: None)
     assert first == alone.text != ""
+
+
+@pytest.mark.slow
+def test_the_command_grades_a_folder_s_answers_and_writes_them_as_the_harness_would(
+    server: Server, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.reply = lambda prompt, nth: says(f"[[{score_in(prompt)}]]") if "Q " in prompt else says("yes")
+    llama(tmp_path / "m", vocab_size=300, initializer_range=0.3, max_position_embeddings=4096)
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    output = tmp_path / "scores.json"
+    _, argv = flags_of(files, f"--judge_url={server.url}", "--judge_model=j", "--judge_key_env=MICE_JUDGE_KEY")
+    argv += [f"--model={tmp_path / 'm'}", "--tasks=mt_bench", f"--output={output}"]
+    assert run_verb(evaluate.main, argv) == 0
+    found = json.loads(output.read_text())
+    assert found["results"]["mt_bench"]["score,none"] == found["mt_bench"]["score"] == 5.5
+    assert found["mt_bench"]["judgements"] == 6 and "MT-Bench 5.50" in capsys.readouterr().out
+    asked = len(server.asked)
+    assert run_verb(evaluate.main, argv) == 0  # nothing but the question whether the judge is there
+    assert len(server.asked) == asked + 1 and json.loads(output.read_text())["mt_bench"] == found["mt_bench"]
+    assert run_verb(evaluate.main, [*argv, "--judge_model="]) == 2

@@ -26,6 +26,7 @@ from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
 from mice_jax.evals.sampling import Sampling
 from mice_jax.evals.speaking import Message, Spoken
 
+NAME = "mt_bench"  # among the tasks of `evaluate`
 TURNS = (1, 2)
 MAX_NEW_TOKENS = 1024  # of a turn
 TEMPERATURES = {
