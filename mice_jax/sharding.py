@@ -53,7 +53,7 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def num_shards(mesh: Mesh) -> int:
+def num_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many ways a microbatch's rows are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -94,7 +94,7 @@ def replicated_dims(params: Any, axes: Any, mesh: Mesh) -> list[str]:
     return said
 
 
-def param_shardings(params: Any, axes: Any, mesh: Mesh) -> Any:
+def param_shardings(params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for each leaf of `params`, from the tree of their logical axes."""
     return jax.tree.map(lambda p, a: NamedSharding(mesh, param_spec(p.shape, a, mesh)), params, axes)
 

@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from mice_jax import metrics as metrics_module
+from mice_jax import resolve
 from mice_jax import train as train_module
 from runs import (
     REPOSITORY,
@@ -244,8 +245,8 @@ def test_what_is_dropped_of_the_held_out_data_is_said_too_and_names_in_brackets_
 # ---------------------------------------------------------------------------------------- compilation
 def test_nothing_is_compiled_but_a_few_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    make_step = train_module.make_step
-    monkeypatch.setattr(train_module, "make_step", lambda *a: made.append(make_step(*a)) or made[0])
+    make_step = resolve.make_step
+    monkeypatch.setattr(resolve, "make_step", lambda *a: made.append(make_step(*a)) or made[0])
     sizes: list[int] = []
     write = metrics_module.JsonlWriter.write
 

@@ -4,12 +4,13 @@ import dataclasses
 
 import numpy as np
 
+from mice_jax.chips import CHIPS
 from mice_jax.config import Config
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import build_dataset
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.metrics import PEAK_FLOPS, train_flops
+from mice_jax.metrics import train_flops
 from mice_jax.start import find_origin
 
 LOOKED_AT = 64  # steps, evenly over the run, that stand for all of them
@@ -28,7 +29,7 @@ class Cost:
         return Cost(*(a + b for a, b in zip(mine, its, strict=True)))
 
     def h100_hours(self) -> float:
-        return self.flops / (UTILISED * PEAK_FLOPS["NVIDIA H100"]) / 3600
+        return self.flops / (UTILISED * CHIPS["h100"].peak_flops) / 3600
 
 
 def cost(config: Config) -> Cost:
