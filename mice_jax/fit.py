@@ -19,6 +19,7 @@ from mice_jax.chips import find_chip
 from mice_jax.models.transformer import Decoder
 from mice_jax.step import LOGIT_TOKENS, TrainState
 
+POLICIES = ("none", "dots", "full")  # of rematerialisation, from the fastest to the leanest
 CPU_SLOTS = 4096  # of a microbatch on one CPU device: more is no faster there
 MOST_ROWS = 64  # of a microbatch on one device of any other kind
 LANES = 128  # of a TPU: the last dim of its arrays is padded to as many
@@ -81,7 +82,7 @@ def choose(load: Load, memory: float, *, rows: int, remat: str, most: int) -> tu
     The policies are tried from the fastest to the leanest, until one leaves room for the rows that are given, or for
     one. `memory` is the device's, in bytes; no more than `most` rows are taken.
     """
-    policies = ["none", "dots", "full"] if remat == "auto" else [remat]
+    policies = POLICIES if remat == "auto" else (remat,)
     for policy in policies:
         fitting = largest_rows(load, memory, policy, max(most, rows))
         if fitting >= max(1, rows) or policy == policies[-1]:

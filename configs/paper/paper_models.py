@@ -15,7 +15,7 @@ POD = Mesh(data=8, fsdp=-1, tensor=1)  # eight whole copies, each over an eighth
 # The least TPUs on which each has room for rows of 4,096 tokens and its data's steps, as `mice plan` counts it.
 TOPOLOGIES = {
     "granite-7b": "v5p:2x2x2",
-    "granite-3b": "v6e:2x4",
+    "granite-3b": "v5p:2x2x1",
     "llama-3.2-3b": "v5e:4x4",
     "mistral-7b": "v5p:2x2x2",
 }
