@@ -28,6 +28,8 @@ from mice_jax.places import Place, is_remote, move, objects, write_whole
 from mice_jax.step import TrainState
 
 PADDED = ("embed", "head")  # what has a vocabulary's dim
+# Of what it finds in a bucket orbax removes, as saves that were cut short, all folders but those that hold this.
+COMMITTED = "commit_success.txt"
 MANIFEST = "manifest.json"
 READ_BYTES = 1 << 24
 NO_ROOM = ("no space", "quota", "file too large", "os_error_code='28'", "os_error_code='27'")
@@ -200,7 +202,7 @@ class Checkpoints:
 
     def _damaged_ones(self) -> list[str]:
         folder = self.folder / "damaged"
-        return sorted(str(p) for p in folder.iterdir()) if folder.exists() else []
+        return sorted(str(p) for p in folder.iterdir() if p.name != COMMITTED) if folder.exists() else []
 
     def _set_aside(self, step: int) -> Place:
         """Moves a checkpoint to where orbax does not see it."""
@@ -210,6 +212,8 @@ class Checkpoints:
         place = next(folder / n for n in names if not (folder / n).exists())
         self._agree(False)  # every process has seen the names before one of them is taken
         if self._lead:
+            if is_remote(folder):
+                write_whole(folder / COMMITTED, "")
             move(self.folder / str(step), place)
         self._agree(False)  # and nobody looks before it is
         self._manager = self._open()

@@ -157,7 +157,7 @@ class Eval(_Strict):
 class Stop(_Strict):
     """Rules that every run is under, beside that of a number that is not finite."""
 
-    margin: float = 1.0  # nats of loss above that of its phase's first step: a run that stays there is stopped
+    margin: float = 1.0  # nats of loss above its phase's start: a run that stays there is stopped
     steps: int = 10  # in a row, of that and of a dead model (loss at ln of the vocabulary, no gradient); 0 = never
 
 

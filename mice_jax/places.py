@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import fsspec.config
 from etils import epath
 
 from mice_jax.errors import UserError, one_line

@@ -56,7 +56,7 @@ def test_splash_in_the_train_step_compiles_for_a_v5e_with_two_kinds_of_layers_an
     batch["loss_weights"] = jax.ShapeDtypeStruct(ints.shape, jnp.float32, sharding=ints.sharding)
     params = fns.abstract_state.params
     with jax.set_mesh(mesh):
-        compiled = fns.accumulate.jitted.lower(params, Sums(params, zero, zero), batch).compile()
+        compiled = fns.accumulate.jitted.lower(params, Sums(params, *[zero] * 4), batch).compile()
     # Of each window one: forward twice, the second time in the backward pass (remat).
     assert kernels_in(compiled) == dict(zip(KERNELS, (4, 2, 2), strict=True))
 

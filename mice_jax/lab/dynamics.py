@@ -6,6 +6,7 @@ of plain numbers: nothing of a run is kept in them, so a run that was killed is 
 """
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -102,7 +103,8 @@ class Goal:
 class Divergence:
     """The loss is above its start by `margin` for `steps` steps in a row.
 
-    It starts with each phase: other data may have another loss, and that is no divergence.
+    It starts with each phase: other data may have another loss, and that is no divergence. The start is the mean of the
+    phase's first START_SAMPLES samples, or of its first step where that has more.
     """
 
     margin: float = 1.0  # nats
@@ -113,8 +115,9 @@ class Divergence:
             return ""
         first = next(i for i, r in enumerate(mine) if r["phase"] == mine[-1]["phase"])
         before = mine[first - 1]["samples"] if first else 0
-        measured = [r["loss"] for r in mine[first:] if r["samples"] - before <= START_SAMPLES]
-        start = statistics.fmean(measured or [mine[first]["loss"]])
+        own = itertools.islice(mine, first, None)
+        counted = itertools.takewhile(lambda r: r["samples"] - before <= START_SAMPLES, own)
+        start = statistics.fmean([r["loss"] for r in counted] or [mine[first]["loss"]])
         latest = [r["loss"] for r in mine[-self.steps :]]
         if min(latest) <= start + self.margin:
             return ""
