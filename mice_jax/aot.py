@@ -7,8 +7,8 @@ A topology is `cpu:N`, a TPU slice (`v5p:2x2x2`, compiled by libtpu, which needs
 import dataclasses
 import os
 import re
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,22 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mice_jax.chips import CHIPS, GPUS_OF_A_HOST, Chip
+from mice_jax.chips import CHIPS, GPUS_OF_A_HOST, Chip, cpu_chip
 from mice_jax.config import nearest
 from mice_jax.data.loader import empty_rows
 from mice_jax.errors import UserError, one_line
 from mice_jax.fit import device_bytes, machine_memory
+from mice_jax.metrics import measured_matmul
 from mice_jax.sharding import batch_sharding, num_shards
 from mice_jax.step import Batch, StepFunctions
 
 FUNCTIONS = ("accumulate", "apply", "evaluate", "zero_sums", "start")  # of a step, and of what comes before and beside
-EXAMPLES = {"v4": "v4:2x2x2", "v5e": "v5e:4x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "7x": "7x:2x2x1"}
+COMPILERS = 2  # functions that are compiled at a time
+# Slices that TPUs come in, for examples; libtpu knows them all.
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SLICES = {"v4": DEEP, "v5e": FLAT, "v5p": DEEP, "v6e": FLAT, "tpu7x": DEEP}
+EXAMPLES = ("cpu:8", "v4:2x2x2", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")
 # libtpu takes a lock on the machine's TPU chips, and asks Google Cloud what they are: there is none to lock or to ask.
 WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -42,22 +48,9 @@ class Target:
     """The devices that a run is planned for."""
 
     topology: str
-    chip: Chip | None  # None: CPUs
-    memory: int  # bytes that a program may use of one device
+    chip: Chip
     count: int
     devices: list[Any] | None  # to compile for; None where there is no compiler for them
-
-    @property
-    def platform(self) -> str:
-        return self.chip.platform if self.chip else "cpu"
-
-    @property
-    def capability(self) -> str | None:
-        return self.chip.capability if self.chip else None
-
-    @property
-    def kind(self) -> str:
-        return self.chip.kinds[0] if self.chip else "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +60,6 @@ class Need:
     function: str
     arguments: int  # its own, and what stays beside them
     temporary: int
-    compile_s: float
     refused: bool = False  # by the compiler, which gave what the function would need
 
     @property
@@ -78,51 +70,48 @@ class Need:
 # ---------------------------------------------------------------------------------------- devices
 def find_target(topology: str, device_file: str = "") -> Target:
     """The devices of a topology; UserError where it is none, or its compiler is not installed."""
-    family, _, shape = topology.partition(":")
-    family = re.sub(r"^(tpu-?|v)(?=7x$)", "", family.lower())
-    if family != "cpu" and family not in CHIPS:
+    family, _, shape = topology.lower().partition(":")
+    family = {"7x": "tpu7x", "v7x": "tpu7x"}.get(family, family)
+    kinds = ["cpu", *CHIPS]
+    if family not in kinds:
         raise UserError(
-            f"--topology={topology}: {family!r} is no kind of device that is known{nearest(family, ['cpu', *CHIPS])} "
-            f"Examples: cpu:8, {', '.join(EXAMPLES.values())}, h100:8."
+            f"--topology={topology}: {family!r} is no kind of device that is known{nearest(family, kinds)} "
+            f"Each has its form: {', '.join(EXAMPLES)}."
         )
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-        example = EXAMPLES.get(family, f"{family}:8")
-        raise UserError(f"--topology={topology}: after the colon comes the number of devices or chips, as {example}.")
-    sizes = [int(n) for n in shape.split("x")]
-    if family == "cpu" or CHIPS[family].platform == "gpu":
-        if len(sizes) > 1:
-            raise UserError(f"--topology={topology}: after the colon comes the number of devices, as {family}:8.")
-        return _cpus(topology, sizes[0]) if family == "cpu" else _gpus(topology, family, sizes[0], device_file)
-    return _tpus(topology, family, shape)
+    if family in SLICES:
+        return _tpus(topology, family, shape)
+    if not re.fullmatch(r"[1-9]\d*", shape):
+        raise UserError(f"--topology={topology}: after the colon comes the number of devices, as in {family}:8.")
+    return _cpus(topology, int(shape)) if family == "cpu" else _gpus(topology, family, int(shape), device_file)
 
 
 def _cpus(topology: str, count: int) -> Target:
     there = jax.devices("cpu")
     assert len(there) >= count, "the command asks for them before JAX starts"
-    return Target(topology, None, machine_memory() // count, count, there[:count])
+    return Target(topology, cpu_chip(count, measured_matmul(), machine_memory()), count, there[:count])
 
 
 def _tpus(topology: str, family: str, shape: str) -> Target:
     for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
     cores = {"chip_config_name": "megacore"} if family == "v4" else {}  # a chip is one device, as it is when one runs
-    name = f"{'tpu7x' if family == '7x' else family}:{shape}"
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **cores)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{family}:{shape}", **cores)
     except Exception as e:  # what of JAX's it is depends on whether libtpu is missing, too old, or refuses the name
         if "INVALID_ARGUMENT" in str(e):
             raise UserError(
-                f"--topology={topology} is no slice of TPU {family}: {one_line(e)}. An example is {EXAMPLES[family]}."
+                f"--topology={topology} is no slice of TPU {family}{nearest(shape, SLICES[family])} "
+                f"What libtpu says: {one_line(e)}."
             ) from None
         raise UserError(
             f"--topology={topology} needs libtpu, TPU's compiler, which runs without a TPU: pip install "
             f"'mice_jax[aot]'. What it says here: {one_line(e)}."
         ) from None
-    return Target(topology, CHIPS[family], int(CHIPS[family].memory), len(found.devices), found.devices)
+    return Target(topology, CHIPS[family], len(found.devices), found.devices)
 
 
 def _gpus(topology: str, family: str, count: int, device_file: str) -> Target:
-    chip, devices = CHIPS[family], None
+    devices = None
     if device_file:
         if not Path(device_file).is_file():
             raise UserError(f"--device_file={device_file}: there is no such file.")
@@ -138,15 +127,15 @@ def _gpus(topology: str, family: str, count: int, device_file: str) -> Target:
                 f"*.gpu_target_config.pbtxt under XLA_FLAGS=--xla_dump_to=DIR. What is said here: {one_line(e)}. "
                 "Without --device_file the plan is an estimate."
             ) from None
-    return Target(topology, chip, int(chip.memory), count, devices)
+    return Target(topology, CHIPS[family], count, devices)
 
 
 # ---------------------------------------------------------------------------------------- needs
-def measure(fns: StepFunctions, mesh: Mesh, rows: int, slots: int, names: Sequence[str]) -> Iterator[Need]:
-    """Compiles the functions of a step one after another, for a microbatch of `rows` by `slots` on each device.
+def measure(fns: StepFunctions, mesh: Mesh, rows: int, slots: int, names: Sequence[str]) -> list[Need]:
+    """Compiles functions of a step, for a microbatch of `rows` by `slots` on each device.
 
     Beside a function's own arguments stays what the run holds meanwhile: the moments while a microbatch's gradients
-    are taken, the sums while held-out samples are measured.
+    are taken, the sums while held-out samples are measured or a phase starts with fresh moments.
     """
     state, sums, batch = fns.abstract_state, fns.abstract_sums, abstract_batch(mesh, rows, slots)
     functions = {
@@ -154,15 +143,18 @@ def measure(fns: StepFunctions, mesh: Mesh, rows: int, slots: int, names: Sequen
         "apply": (fns.apply, (state, sums, float("inf")), ()),
         "evaluate": (fns.evaluate, (state.params, batch), (state.step, state.opt_state, sums)),
         "zero_sums": (fns.zero_sums, (), state),
-        "start": (fns.start, (state.params,), ()),
+        "start": (fns.start, (state.params,), sums),
     }
-    for name in names:
+
+    def need(name: str) -> Need:
         function, arguments, beside = functions[name]
-        yield _need(name, function, mesh, arguments, device_bytes(beside))
+        return _need(name, function, mesh, arguments, device_bytes(beside))
+
+    with ThreadPoolExecutor(COMPILERS) as pool:
+        return list(pool.map(need, names))
 
 
 def _need(name: str, function: Any, mesh: Mesh, arguments: tuple, beside: int) -> Need:
-    began = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = function.jitted.lower(*arguments)
     try:
@@ -173,14 +165,14 @@ def _need(name: str, function: Any, mesh: Mesh, arguments: tuple, beside: int) -
         number, unit = (g for g in said.groups() if g)
         wanted = int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
         own = device_bytes([a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)])
-        return Need(name, own + beside, max(0, wanted - own), time.perf_counter() - began, refused=True)
+        return Need(name, own + beside, max(0, wanted - own), refused=True)
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes  # what is not written over an argument
     temporary = memory.temp_size_in_bytes + made + memory.generated_code_size_in_bytes
-    return Need(name, memory.argument_size_in_bytes + beside, temporary, time.perf_counter() - began)
+    return Need(name, memory.argument_size_in_bytes + beside, temporary)
 
 
 def abstract_batch(mesh: Mesh, rows: int, slots: int) -> Batch:
-    """The largest microbatch of a run, as shapes with shardings."""
+    """A microbatch as shapes with shardings."""
     sharding, total = batch_sharding(mesh), rows * num_shards(mesh)
     one = empty_rows(1, slots)
     made: Any = {n: jax.ShapeDtypeStruct((total, slots), a.dtype, sharding=sharding) for n, a in one.items()}

@@ -39,12 +39,12 @@ def peak_flops(device: Any) -> float | None:
     A CPU's is measured, as the rate of a large float32 matrix product over all of the process's CPU devices.
     """
     if device.platform == "cpu":
-        return _measured_matmul() / jax.local_device_count()
+        return measured_matmul() / jax.local_device_count()
     chip = find_chip(device)
     return chip.peak_flops if chip else None
 
 
-def _measured_matmul(n: int = 1024) -> float:
+def measured_matmul(n: int = 1024) -> float:
     x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()

@@ -1,12 +1,11 @@
 """How long a step takes, by arithmetic: the products, the links and the memory of a device, each at an assumed share.
 
-An estimate for comparing meshes and for an order of cost, not a measurement. What is assumed is in ASSUMED, in the
+An estimate for comparing meshes and for an order of cost, not a measurement. `assumed` has what is assumed, in the
 words that `plan` prints.
 """
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 
@@ -21,10 +20,6 @@ MEMORY = 0.7  # of the rate at which it reads and writes
 FULL = 0.95  # of the slots that hold a token
 HIDDEN = 0.8  # of the shorter of computing and sending goes on beside the longer
 UPDATE_BYTES = 36  # that an update reads and writes a parameter: gradient, parameter, two moments, zeroed sums
-ASSUMED = (
-    f"matrix products run at {PRODUCTS:.0%} of the peak, links and memory at {LINKS:.0%} of theirs, "
-    f"{HIDDEN:.0%} of sending is hidden behind computing, rows are {FULL:.0%} full, data are never waited for"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +33,6 @@ class Pace:
     microbatches: int
     tokens: float
     mfu: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds
 
 
 def estimate(load: fit.Load, chip: Chip, rows: int, remat: str, samples: float, mean_length: float) -> Pace:
@@ -78,5 +69,9 @@ def estimate(load: fit.Load, chip: Chip, rows: int, remat: str, samples: float, 
     return Pace(seconds, compute_s, network_s, update_s, microbatches, tokens, mfu)
 
 
-def as_dict(pace: Pace) -> dict[str, Any]:
-    return dataclasses.asdict(pace) | {"tokens_per_s": pace.tokens_per_s}
+def assumed(chip: Chip) -> str:
+    peak = "the peak that was measured here just now" if chip.platform == "cpu" else "the peak"
+    return (
+        f"matrix products run at {PRODUCTS:.0%} of {peak}, links and memory at {LINKS:.0%} and {MEMORY:.0%} of theirs, "
+        f"{HIDDEN:.0%} of sending is hidden behind computing, rows are {FULL:.0%} full, data are never waited for"
+    )

@@ -11,7 +11,6 @@ Memory is what XLA says; time and cost are arithmetic. docs/plan.md says how to 
 import contextlib
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -33,10 +32,10 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.lab import planned
 from mice_jax.models.spec import ModelSpec
-from mice_jax.planning import Planned
+from mice_jax.planning import Layout, Planned
 from mice_jax.start import RANDOM, Origin, find_origin, with_vocabulary
 
-READ_BYTES = 64 * 2**20  # of data: more is not read for a plan
+READ_BYTES = 16 * 2**20  # of data: more is not read for a plan
 MEAN_LENGTH = 512  # tokens a sample, where nothing is known
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 WIDTH = 160  # of tables in a file or a pipe
@@ -46,11 +45,10 @@ def define(values: command.Values, argv: list[str]) -> None:
     command.define_config(values, argv)
     flags.DEFINE_string("topology", None, "cpu:N, v5p:2x2x2, h100:8, ...", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
-    minutes = "for compiling other rows and meshes; beyond it they are estimated"
+    minutes = "after which no other rows or meshes are compiled, but estimated"
     flags.DEFINE_float("compile_minutes", 3.0, minutes, lower_bound=0.0, flag_values=values)
     flags.DEFINE_float("price_per_hour", 0.0, "of one chip, for the cost", lower_bound=0.0, flag_values=values)
     flags.DEFINE_float("mean_length", 0.0, "tokens a sample; 0 = of the data", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_integer("num_samples", 0, "of an epoch; 0 = of the data", lower_bound=0, flag_values=values)
     flags.DEFINE_string("device_file", "", "an NVIDIA GPU's *.gpu_target_config.pbtxt", flag_values=values)
 
 
@@ -60,28 +58,40 @@ def plan(values: command.Values) -> None:
     deadline = time.monotonic() + 60 * values.compile_minutes
     _start_jax(topology)
     target = aot.find_target(topology, values.device_file)
+
+    # ---- What is planned --------------------------------------------------------------------------------------
     assumed: list[str] = []
     config_file = Path(values["config"].config_filename)  # type: ignore[attr-defined]  # ml_collections' own kind
     origin = _origin(config, config_file, assumed)
-    work = _work(config, values.mean_length, values.num_samples, assumed)
-    run = Planned(config, _spec(config, origin, assumed), origin.architecture, target, work.mean_length)
+    tokenized = bool(config.data.tokenizer) or any((origin.folder / name).exists() for name in TOKENIZERS)
+    work = _work(config, values.mean_length, tokenized, assumed)
+    spec = _spec(config, origin, tokenized, assumed)
+    run = Planned(config, spec, origin.architecture, target, work.mean_length, deadline)
+
+    # ---- What it comes to -------------------------------------------------------------------------------------
+    began = time.perf_counter()
     needs = run.compile(run.layout)
+    compile_s = time.perf_counter() - began
+    rows, rows_known_by = run.largest_rows(needs)
     said = {
         "config": str(config_file),
         "model": origin.architecture,
         "topology": topology,
         "devices": target.count,
-        "device_kind": target.kind,
+        "device_kind": target.chip.kinds[0],
+        "planned": _layout(run, run.layout) | {"attention": run.attention, "compute_dtype": run.dtype},
         **_memory(run, needs),
-        **_rows(run, needs, deadline),
+        "compile_s": compile_s,
+        "rows_per_device": rows,
+        "rows_known_by": rows_known_by,
         **_time(run, work, values.price_per_hour, assumed),
-        "suggestions": _suggestions(run, deadline),
+        "suggestions": _suggestions(run, needs),
         "assumptions": assumed,
     }
     if values.json:
         print(json.dumps(said))
     else:
-        _print(said, run, needs)
+        _print(said)
 
 
 def _start_jax(topology: str) -> None:
@@ -112,34 +122,28 @@ def _origin(config: Config, config_file: Path, assumed: list[str]) -> Origin:
     return find_origin(RANDOM + str(shape))
 
 
-def _spec(config: Config, origin: Origin, assumed: list[str]) -> ModelSpec:
+def _spec(config: Config, origin: Origin, tokenized: bool, assumed: list[str]) -> ModelSpec:
     """With the vocabulary that `train` gives it, where the tokenizer is here."""
-    folder = config.data.tokenizer or str(origin.folder)
-    if not config.data.tokenizer and not any((origin.folder / name).exists() for name in TOKENIZERS):
+    if not tokenized:
         assumed.append("there is no tokenizer here: it adds no token to the model's vocabulary")
         return origin.spec
-    tokenizer = load_tokenizer(folder, config.data.chat_template)
+    tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
     return with_vocabulary(origin, tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values()})
 
 
-def _work(config: Config, mean_length: float, num_samples: int, assumed: list[str]) -> Work:
-    """By the flags; else from the data, where they are here and few; else assumed, and said."""
-    phases, batch = config.data.phases, config.optim.batch_size
-    if not mean_length and not num_samples and _few_data(config):
+def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str]) -> Work:
+    """From the data, where they are here and few; else by --mean_length and the config's steps, or assumed."""
+    if tokenized and _few_data(config):
         cost = planned.cost(config)
-        return Work(cost.tokens / max(1.0, cost.samples), cost.steps)
+        return Work(mean_length or cost.tokens / max(1.0, cost.samples), cost.steps)
     if not mean_length:
         mean_length = min(MEAN_LENGTH, config.data.max_length)
         assumed.append(f"samples have {mean_length} tokens on average (--mean_length)")
-    if not num_samples and not all(p.num_steps for p in phases):
-        if not config.optim.max_steps:
-            assumed.append("how long the run is is not known: its data are not here, or many (--num_samples)")
-        return Work(mean_length, config.optim.max_steps or None)
-    if num_samples and len(phases) > 1:
-        assumed.append(f"each of the {len(phases)} phases has the same share of the samples")
-    share = num_samples / len(phases)
-    steps = sum(p.num_steps or math.ceil(p.num_epochs * share / (p.batch_size or batch)) for p in phases)
-    return Work(mean_length, min(steps, config.optim.max_steps or steps))
+    by_phase = [p.num_steps for p in config.data.phases]
+    steps = config.optim.max_steps or (sum(by_phase) if all(by_phase) else None)
+    if not steps:
+        assumed.append("how many steps the run has is not known: its data were not read (--config.optim.max_steps)")
+    return Work(mean_length, steps)
 
 
 def _few_data(config: Config) -> bool:
@@ -153,50 +157,51 @@ def _few_data(config: Config) -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------- what is said
+# ---------------------------------------------------------------------------------------- what it comes to
 def _memory(run: Planned, needs: list[Need]) -> dict[str, Any]:
     """Of one device: the peak over the functions of the step, and what it is made of."""
-    estimate, memory = run.estimate(run.layout), run.target.memory
-    peak = max(needs, key=lambda n: n.total, default=None)
-    resident = estimate.resident
-    total = peak.total if peak else estimate.total
-    return {
-        "fits": total <= memory if peak else total <= fit.USABLE * memory,
-        "compiled": bool(needs),
-        "bytes_per_device": total,
+    estimate, memory = run.estimate(run.layout), int(run.target.chip.memory)
+    made_of = {
         "hbm_bytes": memory,
-        "arguments_bytes": peak.arguments if peak else resident,
-        "temp_bytes": peak.temporary if peak else estimate.total - resident,
-        "compile_s": sum(n.compile_s for n in needs),
         "params_bytes": estimate.params,
         "optimizer_bytes": estimate.optimizer,
         "sums_bytes": estimate.sums,
-        "peak_function": peak.function if peak else "accumulate",
-        "functions": {n.function: dataclasses.asdict(n) | {"total": n.total} for n in needs},
         "estimate": dataclasses.asdict(estimate) | {"total": estimate.total},
-        "planned": _layout(run, run.layout) | {"attention": run.attention, "compute_dtype": run.dtype},
+        "functions": {n.function: dataclasses.asdict(n) | {"total": n.total} for n in needs},
+    }
+    if not needs:
+        return made_of | {
+            "fits": estimate.total <= fit.USABLE * memory,
+            "compiled": False,
+            "bytes_per_device": estimate.total,
+            "arguments_bytes": estimate.resident,
+            "temp_bytes": estimate.total - estimate.resident,
+            "peak_function": "accumulate",
+        }
+    peak = max(needs, key=lambda n: n.total)
+    return made_of | {
+        "fits": peak.total <= memory,
+        "compiled": True,
+        "bytes_per_device": peak.total,
+        "arguments_bytes": peak.arguments,
+        "temp_bytes": peak.temporary,
+        "peak_function": peak.function,
     }
 
 
-def _layout(run: Planned, layout: Any) -> dict[str, Any]:
+def _layout(run: Planned, layout: Layout) -> dict[str, Any]:
     mesh = dict(run.load(layout.sizes).mesh.shape)
     return {"mesh": mesh, "remat": layout.remat, "rows_per_device": layout.rows, "flags": layout.flags()}
 
 
-def _rows(run: Planned, needs: list[Need], deadline: float) -> dict[str, Any]:
-    rows, known_by = run.largest_rows(needs, deadline)
-    return {"rows_per_device": rows, "rows_known_by": known_by}
-
-
 def _time(run: Planned, work: Work, price: float, assumed: list[str]) -> dict[str, Any]:
-    """Of a step and of the whole run, for chips that the table has."""
+    """Of a step, and of the whole run."""
     made, chip = run.pace(run.layout), run.target.chip
-    if made is None or chip is None:
-        return {"mean_length": work.mean_length, "steps": work.steps}
-    assumed.append(pace.ASSUMED)
-    days = work.steps * made.seconds / 86400 if work.steps else None
+    assumed.append(pace.assumed(chip))
     chips = run.target.count / chip.devices
-    cost = days * 24 * chips * price if days and price else None
+    days = work.steps * made.seconds / 86400 if work.steps else None
+    if days and not price:
+        assumed.append("no price: there is no cost (--price_per_hour, of a chip)")
     return {
         "mean_length": work.mean_length,
         "steps": work.steps,
@@ -209,64 +214,65 @@ def _time(run: Planned, work: Work, price: float, assumed: list[str]) -> dict[st
         "num_microbatches": made.microbatches,
         "days": days,
         "chips": chips,
-        "cost": cost,
+        "cost": days * 24 * chips * price if days and price else None,
     }
 
 
-def _suggestions(run: Planned, deadline: float) -> list[dict[str, Any]]:
-    said = []
-    for name, layout, total, known_by in run.suggestions(deadline):
-        made = run.pace(layout)
-        seconds = made.seconds if made else None
-        more = {"for": name, "bytes_per_device": total, "known_by": known_by, "step_time_s": seconds}
-        said.append(more | _layout(run, layout) | {"is_planned": layout == run.layout})
-    return said
+def _suggestions(run: Planned, needs: list[Need]) -> list[dict[str, Any]]:
+    return [
+        {
+            "for": name,
+            "bytes_per_device": total,
+            "known_by": known_by,
+            "step_time_s": run.pace(layout).seconds,
+            "is_planned": layout == run.layout,
+            **_layout(run, layout),
+        }
+        for name, layout, total, known_by in run.suggestions(needs)
+    ]
 
 
-def _print(said: dict[str, Any], run: Planned, needs: list[Need]) -> None:
+# ---------------------------------------------------------------------------------------- what is printed
+def _print(said: dict[str, Any]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     table = Table(show_header=False, box=box.SIMPLE, padding=(0, 1))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, line in _lines(said, needs).items():
+    for name, line in _lines(said).items():
         table.add_row(name, escape(line))
     console.print(table)
-    for suggestion in said["suggestions"]:
-        step = f", a step in about {suggestion['step_time_s']:.3g} s" if suggestion["step_time_s"] else ""
-        what = f"{suggestion['for']}: {_size(suggestion['bytes_per_device'])} ({suggestion['known_by']}){step}"
-        flags_of = "as planned" if suggestion["is_planned"] else suggestion["flags"]
-        console.print(escape(f"{what}: {flags_of}"), soft_wrap=True)
+    for s in said["suggestions"]:
+        what = f"{s['for']}: {_size(s['bytes_per_device'])} ({s['known_by']}), a step in about {s['step_time_s']:.3g} s"
+        console.print(escape(f"{what}: {'as planned' if s['is_planned'] else s['flags']}"), soft_wrap=True)
     for assumption in said["assumptions"]:
         console.print(escape(f"assumed: {assumption}"), soft_wrap=True)
 
 
-def _lines(said: dict[str, Any], needs: list[Need]) -> dict[str, str]:
+def _lines(said: dict[str, Any]) -> dict[str, str]:
     planned, estimate = said["planned"], said["estimate"]
     mesh = ", ".join(f"{k} {v}" for k, v in planned["mesh"].items())
-    how = f"compiled in {said['compile_s']:.0f} s" if said["compiled"] else "an estimate: nothing was compiled"
+    rows = f"{planned['rows_per_device']} rows a device, remat {planned['remat']}"
+    passing = estimate["total"] - said["params_bytes"] - said["optimizer_bytes"] - said["sums_bytes"]
     verdict = "fits" if said["fits"] else "does not fit"
+    how = f"compiled in {said['compile_s']:.0f} s" if said["compiled"] else "an estimate: nothing was compiled"
+    functions = [f"{n} {_size(f['total'])}" + " (refused)" * f["refused"] for n, f in said["functions"].items()]
     lines = {
-        "run": f"{said['model']}, {mesh} on {said['devices']} x {said['device_kind']}; "
-        f"{planned['rows_per_device']} rows a device, remat {planned['remat']}, {planned['attention']} attention, {planned['compute_dtype']}",
+        "model": f"{said['model']}, {planned['compute_dtype']}, {planned['attention']} attention",
+        "mesh": f"{mesh} on {said['devices']} x {said['device_kind']}; {rows}",
         "parameters": _size(said["params_bytes"]),
         "optimizer": _size(said["optimizer_bytes"]),
         "gradient sums": _size(said["sums_bytes"]),
-        "activations": f"{_size(said['temp_bytes'])}, all that comes and goes in {said['peak_function']}; by "
-        f"arithmetic {_size(estimate['total'] - said['params_bytes'] - said['optimizer_bytes'] - said['sums_bytes'])}",
+        "activations": f"{_size(said['temp_bytes'])}, with all else that comes and goes in {said['peak_function']}; by "
+        f"arithmetic {_size(passing)}",
         "peak": f"{_size(said['bytes_per_device'])} of {_size(said['hbm_bytes'])} a device: {verdict} ({how})",
-        "by function": ", ".join(f"{n.function} {_size(n.total)}" + " (refused)" * n.refused for n in needs),
+        "by function": ", ".join(functions),
         "most rows": f"{said['rows_per_device']} a device ({said['rows_known_by']})",
+        "a step": f"about {said['step_time_s']:.3g} s in {said['num_microbatches']} microbatches, "
+        f"{said['tokens_per_s']:,.0f} tokens/s, {said['mfu']:.0%} of the peak: an estimate",
     }
-    if "step_time_s" in said:
-        lines["a step"] = (
-            f"about {said['step_time_s']:.3g} s in {said['num_microbatches']} microbatches, "
-            f"{said['tokens_per_s']:,.0f} tokens/s, {said['mfu']:.0%} of the peak: an estimate"
-        )
-        if said["days"]:
-            cost = f", {said['cost']:,.0f} at the price given" if said["cost"] else ""
-            lines["the run"] = (
-                f"{said['steps']:,.0f} steps, about {said['days']:.3g} days on {said['chips']:g} chips{cost}"
-            )
+    if said["days"]:
+        cost = f", {said['cost']:,.0f} at the price given" if said["cost"] else ""
+        lines["the run"] = f"{said['steps']:,.0f} steps, about {said['days']:.3g} days on {said['chips']:g} chips{cost}"
     return {name: line for name, line in lines.items() if line}
 
 

@@ -4,18 +4,18 @@ The arithmetic of fit.py and pace.py proposes, the compiler says how it is, as l
 """
 
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
 
-from mice_jax import aot, fit, pace, resolve
+from mice_jax import aot, fit, pace, phases, resolve
 from mice_jax.aot import Need, Target
 from mice_jax.config import Config
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
-from mice_jax.optim import make_schedule
 from mice_jax.sharding import abstract_mesh, make_mesh, mesh_sizes, num_shards
 
 MOST_ROWS = 1024  # of one device that are tried
@@ -36,26 +36,27 @@ class Layout:
         mesh = f"--config.mesh.data={data} --config.mesh.fsdp={fsdp} --config.mesh.tensor={tensor}"
         return f"{mesh} --config.model.remat={self.remat} --config.train.rows_per_device={self.rows}"
 
+    def with_rows(self, rows: int) -> "Layout":
+        return dataclasses.replace(self, rows=rows)
+
 
 class Planned:
-    """A config's run on a target."""
+    """A config's run on a target; no compilation but that of the run as it is begins after `deadline`."""
 
-    def __init__(self, config: Config, spec: ModelSpec, architecture: str, target: Target, mean_length: float):
+    def __init__(
+        self, config: Config, spec: ModelSpec, architecture: str, target: Target, mean_length: float, deadline: float
+    ):
         self.config, self.spec, self.target, self.mean_length = config, spec, target, mean_length
-        self._architecture = architecture
-        self._loads: dict[tuple[int, ...], fit.Load] = {}
-        self.dtype = resolve.compute_dtype(config, target.platform)
-        self.attention = resolve.attention(config, spec, target.platform, target.capability)
+        self._architecture, self._deadline = architecture, deadline
+        self.load = functools.cache(self._load)
+        chip = target.chip
+        self.dtype = resolve.compute_dtype(config, chip.platform)
+        self.attention = resolve.attention(config, spec, chip.platform, chip.capability)
         sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, target.count)
         rows, remat = resolve.rows_and_remat(
-            config, self.load(sizes), mean_length=mean_length, memory=target.memory, platform=target.platform
+            config, self.load(sizes), mean_length=mean_length, memory=chip.memory, platform=chip.platform
         )
         self.layout = Layout(sizes, remat, rows)  # as `train` would have it
-
-    def load(self, sizes: tuple[int, ...]) -> fit.Load:
-        if sizes not in self._loads:
-            self._loads[sizes] = self._load(sizes)
-        return self._loads[sizes]
 
     def _load(self, sizes: tuple[int, ...]) -> fit.Load:
         decoder = make_decoder(self.spec, sizes[2])
@@ -65,84 +66,76 @@ class Planned:
     def estimate(self, layout: Layout) -> fit.Memory:
         return fit.estimate(self.load(layout.sizes), layout.rows, layout.remat)
 
-    def pace(self, layout: Layout) -> pace.Pace | None:
-        """None on CPUs, of which no table says what they can do."""
-        if self.target.chip is None:
-            return None
+    def pace(self, layout: Layout) -> pace.Pace:
         load, samples = self.load(layout.sizes), self.config.optim.batch_size
         return pace.estimate(load, self.target.chip, layout.rows, layout.remat, samples, self.mean_length)
 
-    def compile(self, layout: Layout, only: tuple[str, ...] = ()) -> list[Need]:
+    def compile(self, layout: Layout, only: Sequence[str] = ()) -> list[Need]:
         """What the functions of the step need, of all or of some; nothing where there is no compiler."""
         if self.target.devices is None:
             return []
-        o, d = self.config.optim, self.config.data
+        c = self.config
         mesh = make_mesh(*layout.sizes, self.target.devices)
-        schedule = make_schedule(o.schedule, o.learning_rate, o.max_steps or 1)
+        # When phases begin is in the program as numbers, which change nothing in its size.
+        stretches = phases.stretches(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
+        schedule = resolve.schedule(c, stretches, c.optim.max_steps or len(stretches))
         compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat)
         decoder = make_decoder(self.spec, layout.sizes[2])
-        fns = resolve.step_functions(self.config, decoder, self._architecture, mesh, compute, schedule)
-        holds_out = d.validation or d.validation_fraction or any(p.validation for p in d.phases)
-        functions = only or tuple(n for n in aot.FUNCTIONS if n != "evaluate" or holds_out)
-        return list(aot.measure(fns, mesh, layout.rows, d.max_length, functions))
+        fns = resolve.step_functions(c, decoder, self._architecture, mesh, compute, schedule)
+        holds_out = c.data.validation or c.data.validation_fraction or any(p.validation for p in c.data.phases)
+        functions = only or [n for n in aot.FUNCTIONS if n != "evaluate" or holds_out]
+        return aot.measure(fns, mesh, layout.rows, c.data.max_length, functions)
 
     # ---------------------------------------------------------------------------------------- rows
-    def largest_rows(self, needs: list[Need], deadline: float) -> tuple[int, str]:
-        """The most rows that fit, and how that is known.
-
-        `needs` are those of the layout as it is. No compilation begins that would not end by the deadline.
-        """
-        layout, memory = self.layout, self.target.memory
-
-        def estimated(rows: int) -> int:
-            return self.estimate(dataclasses.replace(layout, rows=rows)).total
-
+    def largest_rows(self, needs: list[Need]) -> tuple[int, str]:
+        """The most rows that fit, and how that is known; `needs` are those of the layout as it is."""
+        layout, memory = self.layout, self.target.chip.memory
         if not needs:
             rows = fit.largest_rows(self.load(layout.sizes), memory, layout.remat, MOST_ROWS)
             return rows, f"estimated, to {fit.USABLE:.0%} of the memory"
-        by_name = {n.function: n for n in needs}
         fixed = max(n.total for n in needs if n.function != "accumulate")
-        known = {layout.rows: by_name["accumulate"].total}
+        known = {layout.rows: next(n.total for n in needs if n.function == "accumulate")}  # by rows
+        if fixed > memory:
+            return 0, "compiled: whatever the rows are, the rest does not fit"
+
+        def estimated(rows: int) -> int:
+            return self.estimate(layout.with_rows(rows)).total
+
         while True:
-            fitting = max((r for r, total in known.items() if max(total, fixed) <= memory), default=0)
-            failing = min((r for r, total in known.items() if max(total, fixed) > memory), default=MOST_ROWS + 1)
+            fitting = max((rows for rows, total in known.items() if total <= memory), default=0)
+            failing = min((rows for rows, total in known.items() if total > memory), default=MOST_ROWS + 1)
             if failing - fitting == 1:
-                return (
-                    fitting,
-                    "compiled, and one more does not fit" if fitting < MOST_ROWS else "compiled; no more tried",
-                )
-            # The estimate's slope, from the nearest that was compiled.
-            near = min(known, key=lambda r: min(abs(r - fitting), abs(r - failing)))
-            gap = known[near] - estimated(near)
-            best = max((r for r in range(fitting + 1, failing) if estimated(r) + gap <= memory), default=fitting)
-            if time.monotonic() + by_name["accumulate"].compile_s > deadline:
-                return best, "compiled" if best in known else "estimated from the rows that were compiled"
-            rows = best if best > fitting else fitting + 1
-            (need,) = self.compile(dataclasses.replace(layout, rows=rows), ("accumulate",))
-            known[rows] = need.total
+                more = "no more are tried" if fitting == MOST_ROWS else "one more does not fit"
+                return fitting, f"compiled: {more}"
+            # By the arithmetic, less what it is off by where it was last seen to be off.
+            nearest = min(known, key=lambda rows: min(abs(rows - fitting), abs(rows - failing)))
+            off = estimated(nearest) - known[nearest]
+            between = range(fitting + 1, failing)
+            guess = max((rows for rows in between if estimated(rows) - off <= memory), default=fitting)
+            if time.monotonic() > self._deadline:
+                return guess, "compiled; more are not tried" if guess == fitting else "estimated from what was compiled"
+            rows = max(guess, fitting + 1)
+            known[rows] = self.compile(layout.with_rows(rows), ["accumulate"])[0].total
 
     # ---------------------------------------------------------------------------------------- meshes
-    def suggestions(self, deadline: float) -> Iterator[tuple[str, Layout, int, str]]:
-        """The layout of the least memory and, where it can be told, the fastest that fits: with bytes, and whence."""
-        layouts = [self._fitted(sizes, remat) for sizes, remat in itertools.product(self._meshes(), fit.POLICIES)]
-        chosen = {"least memory": min(layouts, key=lambda x: self.estimate(dataclasses.replace(x, rows=1)).total)}
-        chosen["least memory"] = dataclasses.replace(chosen["least memory"], rows=1)
-        fits = [x for x in layouts if self.estimate(x).total <= fit.USABLE * self.target.memory]
-        if self.target.chip and fits:
-            chosen["most speed"] = min(fits, key=lambda x: (self._seconds(x), self.estimate(x).total))
-        took = 0.0
-        for name, layout in chosen.items():
-            if layout == self.layout or time.monotonic() + took > deadline or not self.target.devices:
-                yield name, layout, self.estimate(layout).total, "estimated"
-                continue
-            (need,) = self.compile(layout, ("accumulate",))
-            took = need.compile_s
-            yield name, layout, need.total, "compiled"
+    def suggestions(self, needs: list[Need]) -> Iterator[tuple[str, Layout, int, str]]:
+        """The layouts of the least memory and, of those that fit, of the most speed: with bytes, and whence.
 
-    def _seconds(self, layout: Layout) -> float:
-        made = self.pace(layout)
-        assert made is not None
-        return made.seconds
+        `needs` are those of the layout as it is.
+        """
+        memory = self.target.chip.memory
+        layouts = [self._fitted(sizes, remat) for sizes, remat in itertools.product(self._meshes(), fit.POLICIES)]
+        chosen = {"least memory": min((x.with_rows(1) for x in layouts), key=lambda x: self.estimate(x).total)}
+        if fits := [x for x in layouts if self.estimate(x).total <= fit.USABLE * memory]:
+            chosen["most speed"] = min(fits, key=lambda x: (self.pace(x).seconds, self.estimate(x).total))
+        for name, layout in chosen.items():
+            compiled = needs if layout == self.layout else []
+            if not compiled and time.monotonic() <= self._deadline:
+                compiled = self.compile(layout, ["accumulate", "apply"])
+            if compiled:
+                yield name, layout, max(n.total for n in compiled), "compiled"
+            else:
+                yield name, layout, self.estimate(layout).total, "estimated"
 
     def _meshes(self) -> Iterator[tuple[int, ...]]:
         """All whose tensor axis divides the key heads, so that none is repeated."""
@@ -154,7 +147,7 @@ class Planned:
 
     def _fitted(self, sizes: tuple[int, ...], remat: str) -> Layout:
         """With the rows that `train` would take there."""
-        load, c = self.load(sizes), self.config
+        load, c, chip = self.load(sizes), self.config, self.target.chip
         wanted = self.mean_length * c.optim.batch_size / (c.data.max_length * num_shards(load.mesh))
-        most = fit.most_rows(self.target.platform, c.data.max_length, wanted)
-        return Layout(sizes, remat, max(1, fit.largest_rows(load, self.target.memory, remat, most)))
+        most = fit.most_rows(chip.platform, c.data.max_length, wanted)
+        return Layout(sizes, remat, max(1, fit.largest_rows(load, chip.memory, remat, most)))

@@ -1,12 +1,11 @@
-"""What a config comes to on a mesh: what "auto" and 0 stand for there, and the functions of its step.
+"""What a config comes to on a mesh: what "auto" and 0 stand for there, its schedule and the functions of its step.
 
 `train` runs what is made here and `plan` compiles it, so that what is planned is what is run.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
@@ -17,7 +16,8 @@ from mice_jax.models import hf
 from mice_jax.models.attention import choose_backend
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder
-from mice_jax.optim import make_optimizer
+from mice_jax.optim import Schedule, make_optimizer, make_phase_schedule
+from mice_jax.phases import Stretch
 from mice_jax.sharding import num_shards
 from mice_jax.step import StepFunctions, lay_out, make_step
 
@@ -101,13 +101,22 @@ def rows_and_remat(
     )
 
 
+def schedule(config: Config, stretches: Sequence[Stretch], horizon: int) -> Schedule:
+    """The learning rate over a run whose phases have these steps; a whole schedule takes `horizon` of them."""
+    o = config.optim
+    return make_phase_schedule(
+        [(s.first, s.phase.learning_rate or o.learning_rate, s.phase.schedule == "restart") for s in stretches],
+        horizon=horizon,
+        kind=o.schedule,
+        warmup_steps=o.warmup_steps,
+        warmup_ratio=o.warmup_ratio,
+        final_ratio=o.final_ratio,
+        decay_ratio=o.decay_ratio,
+    )
+
+
 def step_functions(
-    config: Config,
-    decoder: Decoder,
-    architecture: str,
-    mesh: Mesh,
-    compute: Compute,
-    schedule: Callable[[jax.Array], jax.Array],
+    config: Config, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute, schedule: Schedule
 ) -> StepFunctions:
     made, trained = optimizer(config, decoder, architecture)
     return make_step(decoder, made, schedule, mesh, compute, trained, config.optim.accumulate_dtype)

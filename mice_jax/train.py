@@ -42,7 +42,6 @@ from mice_jax.evals import held_out
 from mice_jax.lab.watch import Watch
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
-from mice_jax.optim import make_phase_schedule
 from mice_jax.progress import Alarm, Progress, crosses
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_rows
 from mice_jax.start import Origin, find_origin, load_params, with_vocabulary
@@ -153,16 +152,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     steps = source(mixture, config.optim.loss_reduction, SPLIT_EVERY)
 
     # ---- Optimizer ------------------------------------------------------------------------------------------
-    o = config.optim
-    schedule = make_phase_schedule(
-        [(s.first, s.phase.learning_rate or o.learning_rate, s.phase.schedule == "restart") for s in stretches],
-        horizon=o.max_steps or len(mixture),
-        kind=o.schedule,
-        warmup_steps=o.warmup_steps,
-        warmup_ratio=o.warmup_ratio,
-        final_ratio=o.final_ratio,
-        decay_ratio=o.decay_ratio,
-    )
+    schedule = resolve.schedule(config, stretches, config.optim.max_steps or len(mixture))
     fns = resolve.step_functions(config, decoder, origin.architecture, mesh, compute, schedule)
 
     # ---- Restore or start: 1 this workdir's newest checkpoint, 2 what init_from names -------------------------
@@ -400,6 +390,7 @@ def _enter(
             seeded, _ = checkpoints.restore(best, fns.abstract_state)
             state = TrainState(state.step, seeded.params, seeded.opt_state)
     if phase.optimizer == "reset":
+        jax.tree.map(lambda x: x.delete(), state.opt_state)  # two may not fit
         fresh = fns.start(state.params)
         state = TrainState(state.step, fresh.params, fresh.opt_state)
     return state
