@@ -27,6 +27,7 @@ from rich.table import Table
 from mice_jax import aot, command, fit, pace
 from mice_jax.aot import Need
 from mice_jax.config import Config
+from mice_jax.data import report
 from mice_jax.data.readers import open_source
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
@@ -109,7 +110,7 @@ class Work:
     """What a run has to get through, as far as it is known."""
 
     mean_length: float  # tokens a sample
-    steps: float | None
+    steps: int | None
 
 
 def _origin(config: Config, config_file: Path, assumed: list[str]) -> Origin:
@@ -134,8 +135,8 @@ def _spec(config: Config, origin: Origin, tokenized: bool, assumed: list[str]) -
 def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str]) -> Work:
     """From the data, where they are here and few; else by --mean_length and the config's steps, or assumed."""
     if tokenized and _few_data(config):
-        cost = planned.cost(config)
-        return Work(mean_length or cost.tokens / max(1.0, cost.samples), cost.steps)
+        data, _, steps = planned.open_data(config)
+        return Work(mean_length or report.mean_length(data.report), steps)
     if not mean_length:
         mean_length = min(MEAN_LENGTH, config.data.max_length)
         assumed.append(f"samples have {mean_length} tokens on average (--mean_length)")

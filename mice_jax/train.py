@@ -136,8 +136,9 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     dtype = resolve.compute_dtype(config, device.platform)
     load = resolve.load(config, decoder, origin.architecture, mesh, dtype, attention)
     memory = fit.device_memory(jax.local_devices()[0])  # another process's device does not tell
+    length = report.mean_length(data.report)
     rows, remat = resolve.rows_and_remat(
-        config, load, mean_length=_mean_length(data), memory=memory, platform=device.platform, recorded=recorded
+        config, load, mean_length=length, memory=memory, platform=device.platform, recorded=recorded
     )
     distributed.check_same("rows of a microbatch and remat, by their devices' memory", f"{rows} {remat}")
     compute = Compute(jnp.dtype(dtype), attention, remat)
@@ -283,12 +284,6 @@ def _day_of(run: Workdir) -> datetime.date | None:
     """The day that a run began on, for chat templates that write the date; None for one that begins."""
     day = (run.read_json("config.json") or {}).get("resolved", {}).get("today")
     return datetime.date.fromisoformat(day) if day else None
-
-
-def _mean_length(data: Dataset) -> float:
-    """Tokens a sample."""
-    sources = data.report["sources"].values()
-    return sum(s["tokens"] for s in sources) / sum(s["kept"] for s in sources)
 
 
 def _place(mesh: Mesh) -> dict[str, Any]:

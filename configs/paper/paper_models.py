@@ -12,7 +12,7 @@ from mice_jax.config import Mesh
 FSDP = Mesh(data=1, fsdp=-1, tensor=1)  # the parameters over all devices
 POD = Mesh(data=8, fsdp=-1, tensor=1)  # eight whole copies, each over an eighth of the devices
 
-# The least TPUs on which each has room for rows of 4,096 tokens and its data's steps, as `mice plan` counts it.
+# TPUs on which each has room for rows of 4,096 tokens; `make test-aot` compiles each of these pairs.
 TOPOLOGIES = {
     "granite-7b": "v5p:2x2x2",
     "granite-3b": "v5p:2x2x1",
