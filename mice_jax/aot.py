@@ -23,7 +23,7 @@ from mice_jax.errors import UserError, one_line
 from mice_jax.fit import device_bytes, machine_memory
 from mice_jax.metrics import measured_matmul
 from mice_jax.sharding import batch_sharding, num_shards
-from mice_jax.step import Batch, StepFunctions
+from mice_jax.step import Batch, Jitted, StepFunctions
 
 FUNCTIONS = ("accumulate", "apply", "evaluate", "zero_sums", "start")  # of a step, and of what comes before and beside
 COMPILERS = 2  # functions that are compiled at a time
@@ -146,19 +146,15 @@ def measure(fns: StepFunctions, mesh: Mesh, rows: int, slots: int, names: Sequen
         "start": (fns.start, (state.params,), sums),
     }
 
-    def need(name: str) -> Need:
-        function, arguments, beside = functions[name]
-        return _need(name, function, mesh, arguments, device_bytes(beside))
-
     with ThreadPoolExecutor(COMPILERS) as pool:
-        return list(pool.map(need, names))
+        return list(pool.map(lambda name: _need(name, *functions[name]), names))
 
 
-def _need(name: str, function: Any, mesh: Mesh, arguments: tuple, beside: int) -> Need:
-    with jax.set_mesh(mesh):
-        lowered = function.jitted.lower(*arguments)
+def _need(name: str, function: Jitted, arguments: tuple, held: Any) -> Need:
+    """`held` is what lies beside the arguments."""
+    beside = device_bytes(held)
     try:
-        memory = lowered.compile().memory_analysis()
+        memory = function.compile(*arguments).memory_analysis()
     except jax.errors.JaxRuntimeError as e:
         if (said := OUT_OF_MEMORY.search(str(e))) is None:
             raise

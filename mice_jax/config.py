@@ -87,7 +87,8 @@ class Data(_Strict):
     validation_fraction: float = 0.0  # held out of every source by the hash of its content
     drop_remainder: bool = False  # leave out the short last step of an epoch
     skip_bad: bool = False  # count bad lines instead of stopping at the first
-    cache_dir: str = ""  # token stores; "" = $MICE_JAX_CACHE, or mice_jax in the user's cache folder
+    # Token stores and compiled programs; "" = $MICE_JAX_CACHE, or mice_jax in the user's cache folder
+    cache_dir: str = ""
     num_workers: int = 0  # loader processes; 0 = a thread in this one
     prepare_workers: int = 0  # processes that tokenise; 0 = one a core, 32 at most
 

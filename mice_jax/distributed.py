@@ -65,11 +65,6 @@ def initialize(
         _raise_refusals(told)
 
 
-def ask_for_determinism() -> None:
-    """Bit-equal reruns on GPU, at some cost; CPU and TPU have them anyway. Before anything touches a device."""
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
-
-
 def _in_cluster() -> bool:
     """Whether an environment variable says that this is one of several processes."""
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):

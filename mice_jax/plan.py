@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mice_jax import aot, command, fit, pace
+from mice_jax import aot, command, fit, pace, runtime
 from mice_jax.aot import Need
 from mice_jax.config import Config
 from mice_jax.data import report
@@ -57,6 +57,7 @@ def plan(values: command.Values) -> None:
     config = command.config_of(values)
     topology = command.required(values, "topology")
     deadline = time.monotonic() + 60 * values.compile_minutes
+    runtime.set_flags(config.train.deterministic)
     _start_jax(topology)
     target = aot.find_target(topology, values.device_file)
 

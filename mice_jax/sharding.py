@@ -6,7 +6,7 @@ speaks of mesh axes. A dimension that its mesh axis does not divide is held whol
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -149,6 +149,12 @@ def put_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         return jax.make_array_from_callback(shape, sharding, block)
 
     return {name: put(rows) for name, rows in arrays.items()}
+
+
+def put_steps(steps: Iterator[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, Any]]:
+    """Each step as the loader gives it, all of its microbatches on their way to the devices."""
+    for step in steps:
+        yield step | {"microbatches": [put_rows(rows, mesh) for rows in step["microbatches"]]}
 
 
 def _mesh_axis(size: int, axis: str | None, mesh: Any) -> str | tuple[str, ...] | None:

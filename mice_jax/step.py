@@ -45,16 +45,33 @@ class Sums(NamedTuple):
     weight_sq_sum: jax.Array
 
 
+class Jitted:
+    """A function as it is compiled for a mesh."""
+
+    def __init__(self, f: Callable, mesh: Mesh, **jit_args: Any):
+        self.jitted, self._mesh = jax.jit(f, **jit_args), mesh
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self._mesh):
+            return self.jitted(*args)
+
+    def compile(self, *args: Any) -> Any:
+        """Compiles for arguments of such shapes, without running: a call with them finds the program there."""
+        with jax.set_mesh(self._mesh):
+            return self.jitted.lower(*args).compile()
+
+
 class StepFunctions(NamedTuple):
     """The compiled functions of a run; `batch` is one microbatch."""
 
-    init: Callable[[jax.Array], TrainState]  # from a key
-    start: Callable[[Params], TrainState]  # from parameters, donated
-    zero_sums: Callable[[], Sums]
-    accumulate: Callable[[Params, Sums, Batch], Sums]
-    # A third argument is the gradient norm above which no update is made.
-    apply: Callable[..., tuple[TrainState, Sums, dict[str, jax.Array]]]  # of a state and sums, both donated
-    evaluate: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]  # loss_sum, weight_sum
+    init: Jitted  # (key) -> TrainState
+    start: Jitted  # (params), donated -> TrainState
+    zero_sums: Jitted  # () -> Sums
+    accumulate: Jitted  # (params, sums, batch) -> Sums; the sums are donated
+    # (state, sums), both donated -> (TrainState, Sums, dict[str, jax.Array]). A third argument is the gradient norm
+    # above which no update is made.
+    apply: Jitted
+    evaluate: Jitted  # (params, batch) -> loss_sum, weight_sum
     abstract_state: TrainState  # shapes with shardings, for restoring and for compiling without arrays
     abstract_sums: Sums
 
@@ -124,23 +141,13 @@ def make_step(
         state, metrics = apply_sums(state, sums, optimizer, schedule, limit, trained)
         return state, jax.tree.map(jnp.zeros_like, sums), metrics  # zeroed in place for the next step
 
-    def in_mesh(f: Callable, **jit_args: Any) -> Callable:
-        jitted = jax.jit(f, **jit_args)
-
-        def call(*args: Any) -> Any:
-            with jax.set_mesh(mesh):
-                return jitted(*args)
-
-        call.jitted = jitted  # type: ignore[attr-defined]  # for tests that count compilations
-        return call
-
     return StepFunctions(
-        init=in_mesh(lambda key: start(decoder.init(key)), out_shardings=state_shardings),
-        start=in_mesh(start, donate_argnums=0, out_shardings=state_shardings),
-        zero_sums=in_mesh(zero_sums, out_shardings=sums_shardings),
-        accumulate=in_mesh(accumulate, donate_argnums=1, out_shardings=sums_shardings),
-        apply=in_mesh(apply, donate_argnums=(0, 1), out_shardings=(state_shardings, sums_shardings, whole)),
-        evaluate=in_mesh(loss, out_shardings=(whole, whole)),
+        init=Jitted(lambda key: start(decoder.init(key)), mesh, out_shardings=state_shardings),
+        start=Jitted(start, mesh, donate_argnums=0, out_shardings=state_shardings),
+        zero_sums=Jitted(zero_sums, mesh, out_shardings=sums_shardings),
+        accumulate=Jitted(accumulate, mesh, donate_argnums=1, out_shardings=sums_shardings),
+        apply=Jitted(apply, mesh, donate_argnums=(0, 1), out_shardings=(state_shardings, sums_shardings, whole)),
+        evaluate=Jitted(loss, mesh, out_shardings=(whole, whole)),
         abstract_state=abstract,
         abstract_sums=abstract_sums,
     )

@@ -26,15 +26,28 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax import command, distributed, fit, metrics, phases, resolve, startup, supervise, tracking
+from mice_jax import (
+    command,
+    distributed,
+    fit,
+    metrics,
+    phases,
+    programs,
+    resolve,
+    runtime,
+    startup,
+    supervise,
+    tracking,
+)
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.config import Config, differences, identity, nearest, to_dict
 from mice_jax.data import report
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
-from mice_jax.data.loader import StepSource, empty_rows, load_steps
+from mice_jax.data.loader import StepSource, load_steps
 from mice_jax.data.mixture import Mixture
-from mice_jax.data.packing import Shape, microbatch_shapes
+from mice_jax.data.packing import microbatch_shapes
+from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
 from mice_jax.errors import AgreedError, Preempted, StoppedByRule, UserError, one_line
@@ -43,14 +56,13 @@ from mice_jax.lab.watch import Watch
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.progress import Alarm, Progress, crosses
-from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_rows
+from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_steps
 from mice_jax.start import Origin, find_origin, load_params, with_vocabulary
-from mice_jax.step import StepFunctions, Sums, TrainState
+from mice_jax.step import StepFunctions, TrainState
 from mice_jax.workdir import METRICS, PUBLISH_S, Workdir, code_state, environment
 
 CHOSEN_BY = ("loss", "grad_norm", "param_norm", "update_norm")  # beside held-out losses
 SPLIT_EVERY = 8  # of so many steps, one that is a single microbatch is split in two, to measure the gradient's noise
-PLANNED_AHEAD = 2_000_000  # samples whose steps are planned before the first, about two seconds
 
 
 def define(values: command.Values, argv: list[str]) -> None:
@@ -83,8 +95,8 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     time_limit = Alarm(config.train.max_minutes)
 
     # ---- Host and mesh --------------------------------------------------------------------------------------
-    if config.train.deterministic:
-        distributed.ask_for_determinism()
+    runtime.set_flags(config.train.deterministic)
+    kept = programs.keep(cache_folder(config.data.cache_dir))
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
     lead = distributed.is_lead()
     console = Console(quiet=not lead, highlight=False, soft_wrap=True)
@@ -183,9 +195,9 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
 
     # ---- Train ----------------------------------------------------------------------------------------------
-    # The order within a step: enter its phase where it is the first, draw, accumulate, apply, await the numbers, stop
-    # if they are not finite, evaluate, write the line, save. So a checkpoint never knows of a step whose line is not
-    # written.
+    # The order within a step: enter its phase where it is the first, accumulate, apply, draw the next, await the
+    # numbers, stop if they are not finite, evaluate, write the line, save. So a checkpoint never knows of a step whose
+    # line is not written.
     writers: list[metrics.Writer] = []
     watch = Watch(run.local, config.stop, spec.vocab_size, total_steps) if lead else None
     if lead:
@@ -200,22 +212,30 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     peak = metrics.peak_flops(jax.local_devices()[0])
     record: dict[str, Any] = {}
     status, reason = "completed", ""
-    sums = _compile(fns, state, steps, start, total_steps, mesh, console)
+    sums = fns.zero_sums()
+    ahead = programs.shapes_ahead(steps, start, total_steps)
+    if ahead:
+        held = {s for h in held_out.sources(data.validation, source) for s in programs.shapes_ahead(h, 0, len(h))}
+        seconds = programs.compile_ahead(fns, state, sums, ahead, held, mesh)
+        console.print(f"[dim]{len(ahead)} microbatch shapes compiled, or found in {kept}, in {seconds:.0f} s[/dim]")
     leave = distributed.LeaveRequest()
     save_alarm = Alarm(config.checkpoint.every_minutes)
     saved = start
     ended = time.perf_counter()
     try:
-        loader = load_steps(steps, start, config.data.num_workers)
+        loader = put_steps(load_steps(steps, start, config.data.num_workers), mesh)
+        drawn = next(loader, None)
         for step in range(start + 1, total_steps + 1):
             here = phases.at(stretches, step - 1)
             stretch = stretches[here]
             if step - 1 == stretch.first > 0:
                 state = _enter(stretches, here, state, fns, checkpoints, console)
-            batch = next(loader)
-            for rows_of_microbatch in batch["microbatches"]:
-                sums = fns.accumulate(state.params, sums, put_rows(rows_of_microbatch, mesh))
+            assert drawn is not None, "the loader has every step"
+            batch = drawn
+            for microbatch in batch["microbatches"]:
+                sums = fns.accumulate(state.params, sums, microbatch)
             state, sums, on_device = fns.apply(state, sums, progress.spike(config.train.skip_spikes))
+            drawn = next(loader, None)  # what is above is queued: the next step goes to the devices while they work
             measured = {name: x.item() for name, x in jax.device_get(on_device).items()}
             if not measured.pop("finite"):
                 saved = _save(run, checkpoints, state, progress, None, saved)
@@ -294,33 +314,6 @@ def _recorded(run: Workdir, mesh: Mesh) -> dict[str, Any]:
     """What the run chose when it was last on this mesh of such devices."""
     recorded = (run.read_json("config.json") or {}).get("resolved", {})
     return recorded if _place(mesh).items() <= recorded.items() else {}
-
-
-def _compile(
-    fns: StepFunctions, state: TrainState, steps: StepSource, start: int, stop: int, mesh: Mesh, console: Console
-) -> Sums:
-    """Compiles each microbatch shape that the run will need, on rows of padding; returns the sums, still zero.
-
-    So no step later in the run waits for a compilation. Only the steps of the first PLANNED_AHEAD samples are
-    looked at: beyond them, a shape that none of them needed may still come up.
-    """
-    began = time.perf_counter()
-    shapes: set[Shape] = set()
-    samples = 0
-    for i in range(start, stop):
-        if samples > PLANNED_AHEAD:
-            break
-        plan = steps.plan(i)
-        shapes |= {m.shape for m in plan}
-        samples += sum(len(row) for m in plan for row in m.rows)
-    sums = fns.zero_sums()
-    for shape in sorted(shapes, key=steps.shapes.index):
-        rows = empty_rows(shape.rows * len(steps.shards), shape.slots)
-        sums = fns.accumulate(state.params, sums, put_rows(rows, mesh))
-    jax.block_until_ready(sums)
-    if shapes:
-        console.print(f"[dim]compiled {len(shapes)} microbatch shapes in {time.perf_counter() - began:.0f} s[/dim]")
-    return sums
 
 
 def _not_finite(step: int, measured: dict[str, Any], checkpoints: Checkpoints, saved: int) -> str:

@@ -21,6 +21,7 @@ import pytest
 from mice_jax import aot
 from mice_jax.command import find_neighbours
 from mice_jax.sharding import make_mesh
+from mice_jax.step import Jitted
 from runs import REPOSITORY
 
 FOLDER = REPOSITORY / "configs" / "paper"
@@ -116,13 +117,12 @@ def test_what_the_compiler_refuses_is_told_with_what_it_would_need() -> None:
     target = aot.find_target("v5e:1x1")
     mesh = make_mesh(1, 1, 1, target.devices)
 
-    class Doubled:
-        jitted = jax.jit(lambda x: jnp.sort(jnp.sort(x, axis=0), axis=1))
+    sort = Jitted(lambda x: jnp.sort(jnp.sort(x, axis=0), axis=1), mesh)
 
     def need(rows: int) -> aot.Need:
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         x = jax.ShapeDtypeStruct((rows, 2**20), jnp.float32, sharding=sharding)
-        return aot._need("sort", Doubled, mesh, (x,), 0)
+        return aot._need("sort", sort, (x,), ())
 
     small, large = need(2**8), need(2**12)  # 1 and 16 GiB, of which a sort holds some copies
     assert not small.refused and large.refused

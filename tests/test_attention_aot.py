@@ -44,8 +44,7 @@ def test_splash_in_the_train_step_compiles_for_a_v5e_with_two_kinds_of_layers_an
     compute = Compute(jnp.dtype("bfloat16"), "splash", "full")
     fns = make_step(decoder, optimizer, lambda step: jnp.float32(0), mesh, compute)
     batch = aot.abstract_batch(mesh, 2, 640)
-    with jax.set_mesh(mesh):
-        compiled = fns.accumulate.jitted.lower(fns.abstract_state.params, fns.abstract_sums, batch).compile()
+    compiled = fns.accumulate.compile(fns.abstract_state.params, fns.abstract_sums, batch)
     # Of each window one: forward twice, the second time in the backward pass (remat).
     assert kernels_in(compiled) == dict(zip(KERNELS, (4, 2, 2), strict=True))
 

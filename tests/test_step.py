@@ -362,6 +362,22 @@ def test_what_is_donated_is_deleted_and_parameters_outlive_accumulation(folder: 
     assert deleted((new_state, new_sums)) == {False}
 
 
+def test_sums_and_state_are_updated_in_the_memory_that_they_came_in(folder: Path, two_steps: list[Rows]) -> None:
+    run = run_on(folder, ALONE)
+    state, sums = run.state(), run.fns.zero_sums()
+    [batch] = run.batches(two_steps[0], 16)
+
+    def held(tree: Any) -> int:
+        return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+    def shared(program: Any) -> int:
+        return program.memory_analysis().alias_size_in_bytes
+
+    assert shared(run.fns.accumulate.compile(state.params, sums, batch)) == held(sums)
+    assert shared(run.fns.apply.compile(state, sums)) == held((state, sums))
+    assert shared(run.fns.evaluate.compile(state.params, batch)) == 0  # nothing is donated
+
+
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_parameters_moments_and_sums_lie_on_the_mesh_as_the_abstract_state_says(
     sizes: tuple[int, int, int], folder: Path

@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 
 from mice_jax import metrics as metrics_module
 from mice_jax import resolve
+from mice_jax import sharding as sharding_module
 from mice_jax import train as train_module
 from runs import (
     REPOSITORY,
@@ -243,27 +244,58 @@ def test_what_is_dropped_of_the_held_out_data_is_said_too_and_names_in_brackets_
 
 
 # ---------------------------------------------------------------------------------------- compilation
-def test_nothing_is_compiled_but_a_few_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_over_several_epochs_of_all_shapes_nothing_is_compiled_after_the_first_step_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[Any] = []
     make_step = resolve.make_step
     monkeypatch.setattr(resolve, "make_step", lambda *a: made.append(make_step(*a)) or made[0])
-    sizes: list[int] = []
-    write = metrics_module.JsonlWriter.write
+    happened: list[str] = []
 
-    def count(self: metrics_module.JsonlWriter, record: Record) -> None:
-        sizes.append(made[0].apply.jitted._cache_size())
-        write(self, record)
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            happened.append("compiled")
 
-    monkeypatch.setattr(metrics_module.JsonlWriter, "write", count)
+    def say(module: Any, name: str) -> None:
+        f = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: happened.append(name) or f(*a, **k))
+
+    say(train_module, "load_steps")
+    say(train_module.held_out, "evaluate")
     held = write_jsonl(tmp_path / "held.jsonl", HELD_OUT)
     body = f"c.data.max_length = 512\nc.train.rows_per_device = 2\nc.data.validation = [Source(path='{held}')]"
-    config = setting(tmp_path, body + "\nc.optim.batch_size = 100", samples=330)
-    assert run_train(config, tmp_path / "run", "--config.eval.every_samples=100") == 0
+    config = setting(tmp_path, body + "\nc.optim.batch_size = 100\nc.data.phases[0].num_epochs = 3.0", samples=330)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert run_train(config, tmp_path / "run", "--config.eval.every_samples=500") == 0
+        began = happened.index("load_steps")
+        assert happened[:began].count("compiled") > 5  # so that compiling would have been seen
+        assert happened[began:] == ["load_steps", "evaluate", "evaluate"]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
     (fns,) = made
     assert 2 <= fns.accumulate.jitted._cache_size() <= 6
     assert 1 <= fns.evaluate.jitted._cache_size() <= 6
-    assert fns.zero_sums.jitted._cache_size() == 1
-    assert sizes == [1] * 4  # not even the second step's arrays differ from the first's
+    assert fns.apply.jitted._cache_size() == fns.zero_sums.jitted._cache_size() == 1
+    assert read_metrics(tmp_path / "run")[-1]["epoch"] == 2
+
+
+def test_the_next_step_s_rows_are_on_their_way_to_the_devices_before_a_step_s_numbers_are_awaited(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    put_rows, device_get = sharding_module.put_rows, jax.device_get
+    monkeypatch.setattr(sharding_module, "put_rows", lambda *a: happened.append("put") or put_rows(*a))
+
+    def get(x: Any) -> Any:
+        happened.append("await")
+        return device_get(x)
+
+    monkeypatch.setattr(jax, "device_get", get)
+    assert run_train(config, tmp_path / "run", "--config.optim.max_steps=3") == 0
+    steps = [line["num_microbatches"] for line in read_metrics(tmp_path / "run")]
+    order = "".join(x[0] for x in happened)
+    assert order.startswith("p" * (steps[0] + steps[1]) + "a" + "p" * steps[2] + "a")
 
 
 # ---------------------------------------------------------------------------------------- ends

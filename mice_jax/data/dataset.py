@@ -17,7 +17,7 @@ from mice_jax import config
 from mice_jax.data import report
 from mice_jax.data.chat import ChatEncoder, Sign
 from mice_jax.data.mixture import Corpus, PhasePools, Pool
-from mice_jax.data.store import TokenStore, Watch, build_store, default_cache_dir
+from mice_jax.data.store import TokenStore, Watch, build_store, cache_folder
 from mice_jax.errors import UserError
 
 MAX_WORKERS = 32  # unless more are asked for: each has a few hundred MB
@@ -86,7 +86,7 @@ def _stores(
     data: config.Data, encoder: ChatEncoder, say: Callable[[str], None], watch: Callable[[str], Watch]
 ) -> dict[Key, TokenStore]:
     """The store of every source, those of phases and those held out."""
-    cache_dir = Path(data.cache_dir) if data.cache_dir else default_cache_dir()
+    cache_dir = cache_folder(data.cache_dir)
     stores: dict[Key, TokenStore] = {}
     for source in [s for p in data.phases for s in (*p.sources, *p.validation)] + data.validation:
         if (source.path, source.format) not in stores:

@@ -122,8 +122,10 @@ def build_store(
     return TokenStore(folder, reader.places)
 
 
-def default_cache_dir() -> Path:
-    """$MICE_JAX_CACHE, or mice_jax in the user's cache folder."""
+def cache_folder(given: str) -> Path:
+    """What is given, or $MICE_JAX_CACHE, or mice_jax in the user's cache folder."""
+    if given:
+        return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("MICE_JAX_CACHE") or Path(base) / "mice_jax")
 

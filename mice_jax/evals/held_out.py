@@ -22,6 +22,11 @@ def metric_names(held_out: Sequence[HeldOut], by_phase: bool) -> list[str]:
     return ["eval/loss", *sources, *phases]
 
 
+def sources(held_out: Sequence[HeldOut], source: Callable[[Mixture], StepSource]) -> list[StepSource]:
+    """What is held out, each packed as the steps of one pass over it."""
+    return [source(_once(h)) for h in held_out]
+
+
 def evaluate(
     loss: Callable[[dict[str, jax.Array]], tuple[jax.Array, jax.Array]],
     held_out: Sequence[HeldOut],
@@ -36,8 +41,8 @@ def evaluate(
       source: packs the steps of a mixture, for this mesh.
     """
     sums: dict[str, tuple[float, float]] = {}
-    for h in held_out:
-        loss_sum, weight_sum = _sums(loss, source(_once(h)), mesh)
+    for h, steps in zip(held_out, sources(held_out, source), strict=True):
+        loss_sum, weight_sum = _sums(loss, steps, mesh)
         names = {f"eval/{h.name}/loss", "eval/loss", *(f"eval/phase/{p}/loss" for p in h.phases * by_phase)}
         for name in names:
             before = sums.get(name, (0.0, 0.0))

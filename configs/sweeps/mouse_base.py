@@ -1,0 +1,28 @@
+"""The base model of the study at mouse scale: a small Llama, from scratch on Python's documentation as plain text.
+
+What is held out of the demo's knowledge is left out of these documents.
+Expected: a model that writes text that looks like documentation, and answers nothing.
+Cost: about three minutes on two CPU cores.
+Data: demo/mouse_study.py. Launch: mice train --config=configs/sweeps/mouse_base.py --workdir=demo/mouse/base
+"""
+
+from mice_jax.config import Config, Phase, Source
+from mouse import FOLDER
+
+
+def get_config(arg: str = FOLDER) -> Config:
+    folder = arg or FOLDER
+    c = Config()
+    c.model.init_from = f"random:{folder}/data/init/config.json"
+    c.model.compute_dtype = "float32"
+    c.data.max_length = 1024
+    documents = Source(path=f"{folder}/data/documents.jsonl")
+    c.data.phases = [Phase(name="documents", num_epochs=3.0, sources=[documents])]
+    c.data.validation_fraction = 0.02
+    c.optim.batch_size = 32
+    c.optim.learning_rate = 3e-3
+    c.optim.schedule = "cosine"
+    c.optim.warmup_steps = 20
+    c.log.trackers = []
+    c.log.every_steps = 20
+    return c

@@ -1,0 +1,27 @@
+"""All data in one phase against the three phases one after another, with batches of 12 and 96 samples.
+
+Tests the study's claim that stacked data ends at least as well as phased data, whatever the batch. As there, a phase
+starts from the best checkpoint of the one before, here by held-out loss, with a new optimizer; both arms see each
+sample as often.
+Found: docs/mouse_study.md.
+Cost: 12 runs, about a quarter of an hour on two CPU cores.
+Launch: mice sweep --config=configs/sweeps/mouse_phases.py --workdir=demo/mouse/phases --workers=2
+"""
+
+from mice_jax.config import Phase, Sweep
+from mouse import FOLDER, LARGE, NUM_EPOCHS, PHASES, SEEDS, SMALL, recipe, sources
+
+
+def phased(folder: str) -> list[Phase]:
+    each = zip(PHASES, sources(folder), strict=True)
+    phases = [Phase(name=name, num_epochs=NUM_EPOCHS, sources=[source]) for name, source in each]
+    for phase in phases[1:]:
+        phase.optimizer, phase.schedule, phase.seed_from = "reset", "restart", "best"
+    return phases
+
+
+def get_sweep(arg: str = FOLDER) -> Sweep:
+    folder = arg or FOLDER
+    base = recipe(folder)
+    axes = {"data.phases": [base.data.phases, phased(folder)], "optim.batch_size": [SMALL, LARGE]}
+    return Sweep(base=base, axes=axes, seeds=SEEDS)

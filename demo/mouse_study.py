@@ -1,0 +1,87 @@
+"""The study at mouse scale, from nothing to its page; about 90 minutes on two CPU cores.
+
+    python demo/mouse_study.py --workdir=demo/mouse
+
+Makes the demo's data, pretrains a small base model on Python's documentation, runs the sweeps of configs/sweeps and
+asks each trial the held-out questions. The same command again goes on where it was.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import mice_jax  # noqa: F401  (first: it keeps transformers from advising us to install torch)
+
+# isort: split
+from make_data import PHASES, Entry, clip, make_data, read_documentation, train_tokenizer, write_model_config
+
+from mice_jax import command, sweep, train
+from mice_jax.lab.study import read_summary
+
+CONFIGS = HERE.parent / "configs" / "sweeps"
+SWEEPS = ("batch", "schedule", "phases")
+VOCAB_SIZE = 2048
+SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3}
+SIZES |= {"num_key_value_heads": 1}
+
+
+def define(values: command.Values, argv: list[str]) -> None:
+    flags.DEFINE_string("workdir", None, "folder of the study", flag_values=values)
+    flags.DEFINE_integer("workers", 2, "trials at a time", 1, flag_values=values)
+
+
+def begin(values: command.Values) -> int:
+    folder = Path(command.required(values, "workdir"))
+    if not (folder / "data" / "documents.jsonl").exists():
+        prepare(folder / "data")
+    if (read_summary(folder / "base") or {}).get("status") != "completed":
+        config = f"{CONFIGS / 'mouse_base.py'}:{folder}"
+        if code := train.main([f"--config={config}", f"--workdir={folder / 'base'}"]):
+            return code
+    for name in SWEEPS:
+        print(f"\n== {name} ==", flush=True)
+        config = f"{CONFIGS / f'mouse_{name}.py'}:{folder}"
+        own = [f"--config={config}", f"--workdir={folder / name}", f"--workers={values.workers}"]
+        if code := sweep.main(own):
+            return code
+    return 0
+
+
+def prepare(folder: Path) -> None:
+    """The demo's data with its tokenizer, documents to pretrain on, and the config of the base model."""
+    make_data(folder)
+    train_tokenizer(folder, [folder / f"{phase}.jsonl" for phase in PHASES], VOCAB_SIZE)
+    file = write_model_config(folder, VOCAB_SIZE)
+    file.write_text(json.dumps(json.loads(file.read_text()) | SIZES, indent=2) + "\n", encoding="utf-8")
+    asked = (folder / "knowledge.heldout.jsonl").read_text(encoding="utf-8")
+    texts = "".join(json.dumps({"text": text}) + "\n" for text in documents(read_documentation(), asked))
+    (folder / "documents.jsonl").write_text(texts, encoding="utf-8")  # last: it says that the folder is whole
+
+
+def documents(entries: list[Entry], held_out: str) -> Iterator[str]:
+    """Each entry's documentation once, in pieces that a sample may have, without what `held_out` asks about."""
+    named = {e.doc for e in entries if f"`{e.name}`" in held_out or f" about {e.name}?" in held_out}
+    for doc in dict.fromkeys(e.doc for e in entries if e.doc not in named):
+        yield from pieces(doc)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text cut between paragraphs, else lines, else words, into parts of at most MAX_CHARS."""
+    while text := text.strip():
+        piece = clip(text)
+        yield piece
+        text = text[len(piece) :]
+
+
+def main() -> int:
+    return command.run(__doc__, define, begin, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

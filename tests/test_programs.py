@@ -1,0 +1,120 @@
+"""Compiled programs: kept on disk from run to run, harmless where damaged; and what XLA is asked for."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from mice_jax import programs, runtime
+
+HITS, MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
+X = np.arange(12, dtype=np.float32).reshape(3, 4)
+
+
+@pytest.fixture
+def no_folder() -> Iterator[None]:
+    """As a process begins: jax has been given no folder for programs."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def compile_anew() -> Iterator[Callable[[], tuple[np.ndarray, int, int]]]:
+    """Compiles and runs one function as a new process would; its result, and what was found on disk and what not."""
+    seen: Counter[str] = Counter()
+
+    def count(event: str, **_: object) -> None:
+        seen[event] += 1
+
+    def run() -> tuple[np.ndarray, int, int]:
+        seen.clear()
+        compilation_cache.reset_cache()
+        out = np.asarray(jax.jit(lambda x: jnp.tanh(x) @ x.T)(X))
+        return out, seen[HITS], seen[MISSES]
+
+    jax.monitoring.register_event_listener(count)
+    yield run
+    jax.monitoring.unregister_event_listener(count)
+
+
+def test_a_program_is_found_by_a_later_process_of_the_same_kind_of_machine(
+    no_folder: None, compile_anew: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = programs.keep(tmp_path)
+    assert kept.is_relative_to(tmp_path / "programs")
+    first, hits, misses = compile_anew()
+    assert (hits, misses) == (0, 1) and any(kept.iterdir())
+    again, hits, misses = compile_anew()
+    assert (hits, misses) == (1, 0) and again.tobytes() == first.tobytes()
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setattr(programs, "_machine", lambda: "another")
+    assert programs.keep(tmp_path) != kept
+    assert compile_anew()[1:] == (0, 1)
+
+
+def test_a_folder_that_the_user_gave_to_jax_stays(no_folder: None, tmp_path: Path) -> None:
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    assert programs.keep(tmp_path) == tmp_path / "own"
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+
+
+@pytest.mark.parametrize("damage", ["cut short", "emptied", "a byte changed"])
+def test_a_damaged_program_is_compiled_anew_with_a_warning(
+    damage: str, no_folder: None, compile_anew: Callable, tmp_path: Path
+) -> None:
+    kept = programs.keep(tmp_path)
+    expected, *_ = compile_anew()
+    [entry] = [file for file in kept.iterdir() if file.name.endswith("-cache")]
+    whole = entry.read_bytes()
+    middle = len(whole) // 2
+    changed = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    entry.write_bytes({"cut short": whole[:middle], "emptied": b"", "a byte changed": changed}[damage])
+    with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
+        out, hits, _ = compile_anew()
+    assert hits == 0 and out.tobytes() == expected.tobytes()
+
+
+# ---------------------------------------------------------------------------------------- flags
+def test_flags_are_added_once_and_never_over_the_user_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here --xla_gpu_deterministic_ops=false")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    for _ in range(2):
+        runtime.set_flags(deterministic=True)
+        assert os.environ["XLA_FLAGS"].split() == [
+            "--xla_dump_to=here", "--xla_gpu_deterministic_ops=false", *runtime.FLAGS["gpu"][1],
+        ]  # fmt: skip
+    assert "LIBTPU_INIT_ARGS" not in os.environ
+
+
+def test_reruns_that_are_to_be_bit_equal_ask_for_one_flag_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "")
+    runtime.set_flags(deterministic=False)
+    assert os.environ["XLA_FLAGS"].split() == list(runtime.FLAGS["gpu"][1])
+    runtime.set_flags(deterministic=True)
+    assert os.environ["XLA_FLAGS"].split() == [*runtime.FLAGS["gpu"][1], *runtime.DETERMINISTIC["gpu"]]
+
+
+@pytest.mark.slow  # two processes that import jax
+def test_xla_knows_every_flag_of_the_table() -> None:
+    def ends(flags: str) -> int:
+        command = [sys.executable, "-c", "import jax; jax.devices()"]
+        return subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode
+
+    known = [f for variable, flags in runtime.FLAGS.values() if variable == "XLA_FLAGS" for f in flags]
+    known += [f for flags in runtime.DETERMINISTIC.values() for f in flags]
+    assert ends(" ".join(known)) == 0
+    assert ends(" ".join([*known, "--xla_no_such_flag=true"])) != 0
