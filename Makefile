@@ -39,7 +39,7 @@ format: .venv/.test
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info demo/run demo/hf demo/data .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build *.egg-info demo/run demo/hf demo/data demo/mouse .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # --- set-up -------------------------------------------------------------------------------------
 # .base and .test say which packages .venv holds; new pins or dependencies install again.

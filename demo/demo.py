@@ -73,16 +73,21 @@ def main() -> None:
 
 
 class Model:
-    """The exported folder, loaded as any user's."""
+    """An exported folder, loaded as any user's, or a run's workdir."""
 
     def __init__(self, folder: Path):
         origin = find_origin(str(folder))
-        self._encoder = ChatEncoder(load_tokenizer(str(folder)))
-        decoder = make_decoder(origin.spec)
-        mesh = make_mesh(1, -1, 1)
-        self._params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
-        self._sampler = Sampler(decoder, jnp.float32)
+        self._encoder = ChatEncoder(load_tokenizer(str(origin.folder)))
+        self._decoder = make_decoder(origin.spec)
+        self._sampler = Sampler(self._decoder, jnp.float32)
         self._tokenizer = self._encoder.tokenizer
+        self.load(folder)
+
+    def load(self, folder: Path) -> None:
+        """Takes the weights of a folder of the same model and tokenizer."""
+        decoder, mesh = self._decoder, make_mesh(1, -1, 1)
+        shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
+        self._params = load_params(find_origin(str(folder)), decoder, shardings)
 
     def ask(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[tuple[str, bool]]:
         """The likeliest answer to each, and whether it ended by itself."""
@@ -92,9 +97,9 @@ class Model:
         )
         return [(str(self._tokenizer.decode(a.ids)), a.stopped) for a in answers]
 
-    def exact_match(self, file: Path) -> tuple[int, int]:
-        """How many of the first held-out answers are given word for word, and how many were asked for."""
-        samples = [json.loads(line)["messages"] for line in file.read_text().splitlines()[:SCORED]]
+    def exact_match(self, file: Path, count: int | None = SCORED) -> tuple[int, int]:
+        """How many of the first held-out answers (None: of all) are given word for word, and how many were asked."""
+        samples = [json.loads(line)["messages"] for line in file.read_text().splitlines()[:count]]
         answers = self.ask([s[:-1] for s in samples], max_new_tokens=60)
         right = sum(a == s[-1]["content"] for (a, _), s in zip(answers, samples, strict=True))
         return right, len(samples)

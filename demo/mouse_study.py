@@ -2,8 +2,9 @@
 
     python demo/mouse_study.py --workdir=demo/mouse
 
-Makes the demo's data, pretrains a small base model on Python's documentation, runs the sweeps of configs/sweeps and
-asks each trial the held-out questions. The same command again goes on where it was.
+Makes the demo's data, pretrains a small base model on Python's documentation, runs the sweeps of configs/sweeps, asks
+each trial the held-out questions and writes the page, WORKDIR/mouse_study.md (mouse_page.py: of sweeps that still run,
+too). The same command again goes on where it was.
 """
 
 import json
@@ -20,12 +21,14 @@ import mice_jax  # noqa: F401  (first: it keeps transformers from advising us to
 
 # isort: split
 from make_data import PHASES, Entry, clip, make_data, read_documentation, train_tokenizer, write_model_config
+from mouse_page import ANSWERS, SWEEPS, write_page
 
+from demo import Model
 from mice_jax import command, sweep, train
 from mice_jax.lab.study import read_summary
+from mice_jax.places import write_whole
 
 CONFIGS = HERE.parent / "configs" / "sweeps"
-SWEEPS = ("batch", "schedule", "phases")
 VOCAB_SIZE = 2048
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3}
 SIZES |= {"num_key_value_heads": 1}
@@ -50,7 +53,21 @@ def begin(values: command.Values) -> int:
         own = [f"--config={config}", f"--workdir={folder / name}", f"--workers={values.workers}"]
         if code := sweep.main(own):
             return code
+        ask(folder / name, folder / "data")
+    print(f"\n{write_page(folder, folder)}")
     return 0
+
+
+def ask(swept: Path, data: Path) -> None:
+    """Asks each completed trial of a sweep the held-out questions that have short answers; keeps how many are right."""
+    model = None
+    for run in sorted((swept / "runs").iterdir(), key=lambda r: int(r.name)):
+        if (read_summary(run) or {}).get("status") != "completed" or (run / ANSWERS).exists():
+            continue
+        model = model or Model(run)
+        model.load(run)
+        right = {p: model.exact_match(data / f"{p}.heldout.jsonl", count=None) for p in ("instructions", "skills")}
+        write_whole(run / ANSWERS, json.dumps(right) + "\n")
 
 
 def prepare(folder: Path) -> None:

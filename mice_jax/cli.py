@@ -8,6 +8,7 @@ VERBS = {
     "prepare": "tokenise the data ahead of a run, and look at it",
     "plan": "what will fit which devices, and what it would take",
     "sweep": "run many trials of a config, and stop the poor ones early",
+    "report": "write one HTML page of a run, of several, or of a sweep",
     "export": "write a run's model as a Hugging Face folder",
     "generate": "answer prompts with a model, or chat",
 }

@@ -163,6 +163,15 @@ class Stop(_Strict):
 
 
 @dataclass
+class Published(_Strict):
+    """A number that was published of this very run: the report shows it beside ours; nothing else reads it."""
+
+    metric: str = ""
+    value: float = 0.0
+    where: str = ""  # "optim.batch_size=128": of a config with this value only, so that a sweep's base can hold all
+
+
+@dataclass
 class Config(_Strict):
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -174,6 +183,7 @@ class Config(_Strict):
     eval: Eval = field(default_factory=Eval)
     stop: Stop = field(default_factory=Stop)
     seed: int = 0
+    published: list[Published] = field(default_factory=list)
 
     def validate(self) -> None:
         """Raises ConfigError, naming every problem: field, value, mend."""
@@ -192,7 +202,7 @@ class Config(_Strict):
 RESUMABLE = ("mesh", "train.rows_per_device", "model.attention", "model.remat", "data.cache_dir",
              "data.num_workers", "data.prepare_workers", "train.max_minutes", "checkpoint.every_samples",
              "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every",
-             "log", "eval", "stop")  # fmt: skip
+             "log", "eval", "stop", "published")  # fmt: skip
 
 
 @dataclass
@@ -265,13 +275,13 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def identity(config: Config) -> str:
     """Of a run: what all of its processes have to agree on."""
-    flat = {k: v for k, v in _flatten(to_dict(config)).items() if not _is_resumable(k)}
+    flat = {k: v for k, v in flatten(to_dict(config)).items() if not _is_resumable(k)}
     return repr(sorted(flat.items()))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`field: old -> new` for each field that keeps a run from being resumed under `new`."""
-    a, b = _flatten(old), _flatten(new)
+    a, b = flatten(old), flatten(new)
     changed = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     refused = [k for k in changed if not _is_resumable(k)]
     return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in refused]
@@ -293,7 +303,8 @@ def field_names(cls: type = Config, prefix: str = "") -> list[str]:
     return names
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """By dotted name, every plain value of nested dicts and lists."""
     if isinstance(tree, dict):
         items = tree.items()
     elif isinstance(tree, list):
@@ -302,7 +313,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     flat: dict[str, Any] = {}
     for k, v in items:
-        flat |= _flatten(v, f"{prefix}.{k}" if prefix else str(k))
+        flat |= flatten(v, f"{prefix}.{k}" if prefix else str(k))
     return flat
 
 
@@ -371,7 +382,7 @@ BOUNDS = {
 
 
 def _value_problems(c: Config) -> list[str]:
-    flat = _flatten(to_dict(c))
+    flat = flatten(to_dict(c))
     problems = []
     for name, choices in CHOICES.items():
         if flat[name] not in choices:
@@ -412,6 +423,9 @@ def _value_problems(c: Config) -> list[str]:
             f"eval.tasks={c.eval.tasks}: benchmarks are not run in training yet; leave it empty and evaluate what "
             "`mice export` writes"
         )
+    for i, p in enumerate(c.published):
+        if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
+            problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
     return problems + _mesh_problems(c.mesh) + _phase_problems(c.data)
 
 

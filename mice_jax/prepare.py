@@ -61,7 +61,7 @@ def prepare(values: command.Values) -> None:
             display.say(remark)
         data = build_dataset(config.data, encoder, display.say, display.watch)
     steps, total_steps = _steps(config, data)
-    whole = report.with_steps(data.report, data.corpus, steps.mixture, steps.plan, total_steps)
+    whole = report.with_steps(data.report, steps, total_steps)
     console.print(report.summary_table(whole))
     if values.report:
         _print_report(whole, console)
@@ -74,7 +74,7 @@ def prepare(values: command.Values) -> None:
 
 
 def _steps(config: Config, data: Dataset) -> tuple[StepSource, int]:
-    """The run's steps and how many it takes, for the devices that the config names (one where it names none)."""
+    """The run's steps and how many it takes, for the devices and rows that the config names (one where it does not)."""
     o, mesh = config.optim, config.mesh
     mixture = Mixture(data.phases, batch_size=o.batch_size, seed=config.seed, drop_remainder=config.data.drop_remainder)
     shards = max(1, mesh.data) * max(1, mesh.fsdp)
@@ -88,9 +88,11 @@ def _print_report(whole: dict[str, Any], console: Console) -> None:
     console.print(_epoch_table(whole))
     for line in report.longest_lines(whole):
         console.print(f"longest: {escape(line)}", soft_wrap=True)
+    packed_for = whole["packed_for"]
     console.print(
         f"{whole['steps']:,} steps; the first {min(report.STEPS_PACKED, whole['steps'])} fill "
-        f"{whole['packing_efficiency_of_first_steps']:.1%} of their slots"
+        f"{whole['packing_efficiency_of_first_steps']:.1%} of their slots on {packed_for['shards']} shard(s) of "
+        f"{packed_for['rows_per_shard']} row(s), which mesh and train.rows_per_device say; others fill others"
     )
 
 

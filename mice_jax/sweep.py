@@ -30,9 +30,10 @@ from rich.text import Text
 from mice_jax import command, lock, supervise
 from mice_jax.config import ConfigError, Sweep
 from mice_jax.errors import Preempted, UserError
-from mice_jax.lab import planned
+from mice_jax.lab import page, planned
 from mice_jax.lab.devices import share_of_devices
-from mice_jax.lab.study import ENDS, RESULTS, Study, combinations, config_of, read_summary, rule_of, status_of
+from mice_jax.lab.gather import RESULTS
+from mice_jax.lab.study import ENDS, Study, combinations, config_of, read_summary, rule_of, status_of
 from mice_jax.lab.watch import TRIAL, last_record
 
 STORAGE = "MICE_JAX_STORAGE"  # in the environment: a storage's URL, which may hold a password
@@ -224,7 +225,8 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
         for number, handler in before.items():
             signal.signal(number, handler)
         log.close()
-    study.write_results()  # the page of the sweep is written here, from what it leaves
+    study.write_results()
+    page.write([study.folder], study.folder / page.REPORT)
     left = len(study.trials()) - ended()
     if asked and left:
         raise Preempted(f"{left} trials have not ended; run the same command to go on.")
@@ -238,6 +240,7 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
 def _ending(study: Study) -> str:
     ends = [status_of(t) for t in study.trials()]
     said = f"done: {', '.join(f'{ends.count(s)} {s}' for s in ENDS.values())}\nresults: {study.folder / RESULTS}"
+    said += f"\nreport: {study.folder / page.REPORT}"
     best = study.best()
     return f"{said}\nbest: trial {best.number}, {study.sweep.metric} {best.value:.4g}" if best else said
 

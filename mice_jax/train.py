@@ -134,11 +134,6 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             seed=config.seed,
             drop_remainder=config.data.drop_remainder,
         )
-        if not len(mixture):
-            raise UserError(
-                f"there is no step to take: optim.batch_size={config.optim.batch_size} is more than any epoch has, and "
-                "data.drop_remainder=True leaves short steps out. Take a smaller batch, or keep the remainder."
-            )
         total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
         stretches = phases.stretches(config.data.phases, mixture.phase_ends(), total_steps)
         chooses = _check_best_metric(config, stretches, data)
@@ -183,10 +178,11 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         if lead:
             run.cut_metrics(start)
             resolved = _place(mesh) | {"compute_dtype": dtype, "rows_per_device": rows, "remat": remat}
+            run.tell("resumed" if restored else "started", start)
             resolved |= {"attention": attention, "today": str(encoder.today)}
             made_by = command.made_by(values) | code_state()
             run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": made_by})
-            whole = report.with_steps(data.report, data.corpus, mixture, steps.plan, total_steps)
+            whole = report.with_steps(data.report, steps, total_steps)
             run.write_json("data_report.json", whole)
             _keep_model(run.local / "model", origin, spec, tokenizer)
             run.publish()
@@ -295,6 +291,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             writer.close()
         checkpoints.wait()
         if lead:
+            run.tell(status, int(record.get("step", start)))
             run.write_json("summary.json", _summary(status, reason, saved, progress, record, run))
         checkpoints.close()
     console.print(escape(_ending(run, record, start, total_steps)))

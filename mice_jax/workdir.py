@@ -15,6 +15,7 @@ from mice_jax.errors import UserError, one_line
 from mice_jax.places import Place, fetch, fetched, filesystem, write_whole
 
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"  # a line each time that a process begins with the run, or leaves it
 PUBLISH_S = 30.0
 
 
@@ -93,6 +94,11 @@ class Workdir:
         """A file's content, or None where there is none."""
         file = self.local / name
         return json.loads(file.read_text()) if file.exists() else None
+
+    def tell(self, event: str, step: int) -> None:
+        """Adds a line to the run's events."""
+        with (self.local / EVENTS).open("a") as file:
+            file.write(json.dumps({"event": event, "step": step, "time": time.time()}) + "\n")
 
     def cut_metrics(self, step: int) -> None:
         """Leaves the lines of steps 1 to `step` in metrics.jsonl, as a resume from there needs them."""

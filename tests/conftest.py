@@ -24,7 +24,7 @@ def cache_dir(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("MICE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-MAY_SKIP = ("gpu", "postgres")  # what a machine of CI may lack
+MAY_SKIP = ("gpu", "postgres", "chromium")  # what a machine of CI may lack
 
 
 # In CI nothing but these may be skipped: there a skip is a failure that says so.

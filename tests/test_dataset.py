@@ -9,7 +9,7 @@ import pytest
 
 from mice_jax.config import Data, Phase, Source
 from mice_jax.data.chat import ChatEncoder
-from mice_jax.data.dataset import Dataset, build_dataset
+from mice_jax.data.dataset import Dataset, build_dataset, source_name
 from mice_jax.data.mixture import Mixture
 from mice_jax.errors import UserError
 from runs import Record, chat, make_chats, make_tokenizer, write_jsonl
@@ -267,6 +267,7 @@ def test_copies_are_counted_in_a_source_over_all_and_against_what_is_held_out(bu
     data = build(a, phases=phases, validation=[Source(str(held))])
     assert [s["duplicates"] for s in data.report["sources"].values()] == [3, 0, 3]
     assert (data.report["samples"], data.report["duplicates"]) == (17, 4)
+    assert data.report["duplicates_across_sources"] == 1  # the third of a, which b has too
     assert data.report["validation_overlap"] == 4  # three of the first, one of the fourth
     assert build(a).report["validation_overlap"] == 0
 
@@ -281,6 +282,17 @@ def test_signs_of_trouble_and_the_longest_samples_are_counted_with_their_lines(b
         "starts_with_assistant": {"samples": 1, "first": f"{path} line 3"},
     }
     assert entry["longest"][0]["where"] == f"{path} line 4" and entry["format"] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("x/a.jsonl.gz", "a"), ("x/chats", "chats"), ("x/chats/*.jsonl", "chats"), ("x/**/part-[0-9].parquet", "x"),
+        ("*.jsonl", "*"), ("gs://bucket/a.jsonl", "a"), ("tfds:mice/small:train", "small:train"),
+    ],
+)  # fmt: skip
+def test_a_source_without_a_name_is_called_by_its_path(path: str, name: str) -> None:
+    assert source_name(Source(path=path)) == name and source_name(Source(path=path, name="own")) == "own"
 
 
 # ---------------------------------------------------------------------------------------- held out for phases

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mice_jax.lab.dynamics import Goal, HalvingRule, MedianRule, PaperRule
+from mice_jax.lab.dynamics import Columns, Goal, HalvingRule, MedianRule, PaperRule, column, signal, upto
 from mice_jax.lab.evidence import Finished, correlations, spearman, verdicts
 from test_dynamics import run
 
@@ -28,8 +28,17 @@ def test_spearman_is_scipy_s_ties_and_all() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         x, y = rng.integers(0, 6, 12).astype(float), rng.normal(size=12)
-        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert math.isnan(spearman(np.ones(3), np.arange(3.0)))
+        assert spearman(x, y) == pytest.approx([stats.spearmanr(x, y).statistic], abs=1e-12)
+    assert np.isnan(spearman(np.ones(3), np.arange(3.0))).all()
+
+
+def test_a_pair_counted_twice_is_two_pairs_and_one_counted_never_is_none() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.integers(0, 4, 9).astype(float), rng.normal(size=9)
+    times = rng.integers(0, 4, (20, 9))
+    wanted = [stats.spearmanr(np.repeat(x, t), np.repeat(y, t)).statistic for t in times]
+    assert spearman(x, y, times.astype(float)) == pytest.approx(wanted, abs=1e-12)
+    assert spearman(x, y) != pytest.approx(wanted[:1], abs=1e-3), "they count"
 
 
 def test_a_signal_that_orders_the_runs_as_their_end_does_correlates_fully() -> None:
@@ -78,3 +87,24 @@ def test_batch_sizes_are_judged_apart_and_together() -> None:
         "batch 10": 4,
         "batch 40": 3,
     }
+
+
+def test_a_run_s_columns_say_what_its_records_say() -> None:
+    assert verdicts(RUNS, [PaperRule(), MedianRule()], Goal()) == verdicts(
+        [Finished(r.name, r.batch_size, in_columns(r.records), r.final) for r in RUNS],
+        [PaperRule(), MedianRule()],
+        Goal(),
+    )
+    lines = run([1.0, 2.0, 4.0, 8.0], eval__loss=[None, 3.0, None, None])
+    columns = in_columns(lines)
+    assert list(columns) == lines and list(columns[1:3]) == lines[1:3] and columns[-1] == lines[-1]
+    for samples in (5, 10, 29, 30, 99):
+        cut = upto(columns, samples)
+        assert list(cut) == upto(lines, samples) and cut is upto(columns, samples)
+        for name in ("loss", "eval/loss", "grad_norm_corrected", "noise_scale"):
+            assert signal(cut, name) == pytest.approx(signal(upto(lines, samples), name), nan_ok=True, abs=0)
+
+
+def in_columns(records) -> Columns:
+    names = {k for r in records for k in r} - {"phase"}
+    return Columns({n: column(records, n) for n in names}, [r["phase"] for r in records])

@@ -64,6 +64,13 @@ def test_the_loader_brings_no_more_than_grain_does() -> None:
     assert run_python("import sys, mice_jax.data.loader" + tail) == run_python("import sys, grain" + tail)
 
 
+def test_numba_waits_for_the_first_plan() -> None:
+    plan = "; p.pack_steps(np.ones((1, 1), int), p.microbatch_shapes(128, 1), 1, np.random.default_rng(0))"
+    told = "\nprint('numba' in sys.modules)"
+    assert run_python("import sys, mice_jax.sweep, mice_jax.prepare" + told).strip() == "False"
+    assert run_python("import sys, numpy as np, mice_jax.data.packing as p" + plan + told).strip() == "True"
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_no_module_imports_a_verb(file: Path) -> None:
     verbs = tuple(f"mice_jax.{verb}" for verb in [*VERBS, "cli"])
@@ -75,8 +82,8 @@ def test_a_leaf_imports_nothing_of_the_project_but_errors(module: str) -> None:
     named = imported((PACKAGE / f"{module}.py").read_text())
     shared = (
         "mice_jax.errors",
-        *["mice_jax.rows"] * (module == "data/packing"),
-    )  # kernels are told it too
+        *["mice_jax.rows", "mice_jax.data.best_fit"] * (module == "data/packing"),  # kernels are told of rows too
+    )
     assert {m for m in named if is_of(m, ("mice_jax",)) and not is_of(m, shared)} <= {"mice_jax"}
 
 

@@ -1,15 +1,24 @@
 """The arrays of a step, slot by slot by hand; the same samples however many shards, hosts or workers there are."""
 
-from collections.abc import Sequence
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from mice_jax.data import loader
+from mice_jax.config import Data, Phase, Source
+from mice_jax.data import loader, store
+from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.dataset import build_dataset
 from mice_jax.data.loader import StepSource, load_steps
 from mice_jax.data.mixture import Corpus, Mixture, PhasePools, Pool
 from mice_jax.data.packing import Shape, microbatch_shapes
+from mice_jax.data.tokenise import SCHEMA, Tokenised
+from runs import make_tokenizer
 
 Sample = tuple[list[int], list[int]]  # tokens, trained
 
@@ -24,6 +33,9 @@ class ListStore:
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    def num_trained_within(self, most: int) -> np.ndarray:
+        return np.array([sum(m[1:most]) for _, m in self._samples], np.int32)
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, trained = self._samples[i]
@@ -187,12 +199,129 @@ def test_loading_from_a_step_on_is_loading_all_and_skipping() -> None:
 
 
 @pytest.mark.slow
-def test_worker_processes_change_nothing() -> None:
+@pytest.mark.parametrize("planned_before", [False, True])
+def test_worker_processes_change_nothing(planned_before: bool) -> None:
     source = make_source(random_samples(40), batch_size=8, shapes=microbatch_shapes(256, 1))
+    if planned_before:  # as a run does, to know its shapes: the plans go to the workers too
+        assert all(source.plan(i) for i in range(len(source)))
     here = list(load_steps(source, 1, 0))
     there = list(load_steps(source, 1, 2))
     assert len(here) == len(there) == 4
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
+
+
+# ---------------------------------------------------------------------------------------- halves of a step
+def test_a_single_microbatch_is_split_into_the_halves_of_its_samples_slot_by_slot() -> None:
+    """Every other step of three: each half is the whole microbatch, with a loss on its own samples alone."""
+    source = dataclasses.replace(make_source([SHORT, LONG] * 3, batch_size=2, shapes=(Shape(1, 8),)), split_every=2)
+    whole = make_source([SHORT, LONG] * 3, batch_size=2, shapes=(Shape(1, 8),))
+    for i in (0, 2):
+        (only,) = whole[i]["microbatches"]
+        halves = source[i]["microbatches"]
+        assert len(halves) == 2
+        for name in ("tokens", "targets", "segment_ids", "positions"):
+            assert all(half[name].tolist() == only[name].tolist() for half in halves)
+        first = only["segment_ids"] == 1  # one of the two samples has the slots of segment 1, the other those of 2
+        parts = [(only["loss_weights"] * mask).tolist() for mask in (first, ~first)]
+        assert sorted(half["loss_weights"].tolist() for half in halves) == sorted(parts)
+        counts = {"slots": 16, "samples": 2, "loss_tokens": whole[i]["loss_tokens"], "tokens": whole[i]["tokens"]}
+        assert {name: source[i][name] for name in counts} == counts and whole[i]["slots"] == 8
+    assert same(source[1], whole[1])
+
+
+def test_the_halves_of_a_step_are_equal_random_and_the_same_on_every_host() -> None:
+    samples, shapes = random_samples(9, longest=28), (Shape(2, 256),)
+    source = dataclasses.replace(make_source(samples, batch_size=9, shapes=shapes, num_shards=2), split_every=1)
+    halves = [source._halves(i, 9) for i in range(200)]
+    assert all((len(a), len(b)) == (4, 5) and a | b == set(range(9)) for a, b in halves)
+    in_first = np.array([[sample in a for sample in range(9)] for a, _ in halves]).mean(axis=0)
+    assert np.abs(in_first - 4 / 9).max() < 0.14  # four deviations of one share over 200 steps
+    whole = source[0]["microbatches"]
+    for shard in (0, 1):
+        here = dataclasses.replace(source, shards=(shard,))[0]["microbatches"]
+        for all_rows, own in zip(whole, here, strict=True):
+            assert all(np.array_equal(own[name], all_rows[name][2 * shard : 2 * shard + 2]) for name in own)
+
+
+def test_a_step_of_several_microbatches_or_of_one_sample_is_not_split() -> None:
+    several = dataclasses.replace(make_source([LONG] * 3, batch_size=3, shapes=(Shape(1, 4),)), split_every=1)
+    assert len(several[0]["microbatches"]) == 3 and several[0]["slots"] == 12
+    one = dataclasses.replace(make_source([LONG], batch_size=1), split_every=1)
+    assert len(one[0]["microbatches"]) == 1 and one[0]["slots"] == 8
+
+
+# ---------------------------------------------------------------------------------------- fast enough
+def waited(source: StepSource, tokens_per_s: float) -> float:
+    """The share of a step's time for which a consumer of so many tokens a second waits for it: the median."""
+    shares = []
+    steps = load_steps(source, 0, 0)
+    next(steps)
+    began = time.perf_counter()
+    for step in steps:
+        wait = time.perf_counter() - began
+        span = step["tokens"] / tokens_per_s
+        time.sleep(span)
+        shares.append(wait / (wait + span))
+        began = time.perf_counter()
+    return float(np.median(shares))
+
+
+class Slow(StepSource):
+    """As long in the making as a consumer of 200,000 tokens/s takes for a step, and a half more."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step = super().__getitem__(index)
+        time.sleep(1.5 * step["tokens"] / 200_000)
+        return step
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_200_000_tokens_a_second_does_not_wait_for_its_data() -> None:
+    """A median, since others on the machine may take the loader's thread its core now and then; a loader that is too
+    slow is so at each step. `bench/data.py` has the sum, on a machine that is calm."""
+    source = make_source(random_samples(2000, longest=1000), batch_size=128, shapes=microbatch_shapes(1024, 4))
+    assert waited(source, 200_000) < 0.01
+    fields = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.init}
+    assert waited(Slow(**fields), 200_000) > 0.2  # the negative control
+
+
+@pytest.mark.slow
+def test_a_warm_store_of_a_million_samples_gives_its_first_step_within_ten_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of short ones: their lengths, hashes and places are read, and of the tokens those of the steps alone."""
+    count, tokens = 1_000_000, 6
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": "mice"}\n' * count)
+    encoder = ChatEncoder(make_tokenizer())
+
+    def blocks(*_: Any, **__: Any) -> Iterator[tuple[float, Tokenised]]:
+        many = 500
+        offsets = pa.array(np.arange(0, tokens * many + 1, tokens), pa.int32())
+        kinds = (pa.int32(), pa.uint8())
+        lists = [pa.ListArray.from_arrays(offsets, pa.array(np.ones(tokens * many), kind)) for kind in kinds]
+        for start in range(0, count, many):
+            numbers = np.arange(start + 1, start + 1 + many)
+            rest = {"num_trained": np.full(many, tokens - 1), "content_hash": numbers, "number": numbers}
+            columns = [pa.array(rest.get(f.name, np.zeros(many, int)), f.type) for f in list(SCHEMA)[2:]]
+            batch = pa.record_batch(lists + columns, schema=SCHEMA).serialize().to_pybytes()
+            yield start / count, Tokenised(batch, many, tokens * many, {})
+
+    def first_step() -> dict[str, Any]:
+        data = Data(phases=[Phase(sources=[Source(path=str(path), format="text")])], cache_dir=str(tmp_path / "stores"))
+        made = build_dataset(data, encoder)
+        mixture = Mixture(made.phases, batch_size=3840, seed=0)
+        source = StepSource(made.corpus, mixture, microbatch_shapes(4096, 4), 8, tuple(range(8)), "token", 0)
+        assert sum(len(source.plan(i)) for i in range(len(source))) >= 261  # all of them, as a run does
+        return next(load_steps(source, 0, 0))
+
+    monkeypatch.setattr(store, "tokenise", blocks)
+    first_step()
+    monkeypatch.setattr(store, "tokenise", None)  # from here on it is there, or fails
+    began = time.process_time()  # all is in the page cache, so that a calm machine takes no longer than this
+    step = first_step()
+    assert time.process_time() - began < 10  # with the report and the digest of the source
+    assert (step["samples"], step["tokens"]) == (3840, 3840 * tokens)
 
 
 # ---------------------------------------------------------------------------------------- blocks of steps

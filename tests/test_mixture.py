@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mice_jax.data.mixture import Mixture, PhasePools, Pool, Step
+from mice_jax.errors import UserError
 
 
 def phase(*pools: tuple[Sequence[int], float], num_epochs: float = 1.0, num_steps: int = 0) -> PhasePools:
@@ -58,13 +59,14 @@ def test_no_step_mixes_epochs_and_none_but_an_epoch_s_last_is_short(
 ) -> None:
     first = np.cumsum([0] + [n for n, _ in sizes])
     pools = [(range(a, a + n), w) for a, (n, w) in zip(first, sizes, strict=False)]
+    per_epoch = sum(round(n * w) for n, w in sizes)
+    assume(not drop or max(per_epoch * int(num_epochs >= 1), round(per_epoch * (num_epochs % 1))) >= batch_size)
     mixture = mix(phase(*pools, num_epochs=num_epochs), batch_size=batch_size, drop_remainder=drop)
     steps = steps_of(mixture)
     for step, following in itertools.zip_longest(steps, steps[1:]):
         ends = following is None or following.epoch != step.epoch
         assert len(step.samples) == batch_size or (ends and not drop and 0 < len(step.samples) < batch_size)
     assert [s.epoch for s in steps] == sorted(s.epoch for s in steps)
-    per_epoch = sum(round(n * w) for n, w in sizes)
     planned = per_epoch * int(num_epochs) + round(per_epoch * (num_epochs % 1))
     assert sum(len(s.samples) for s in steps) + mixture.samples_left_out == planned
 
@@ -85,7 +87,7 @@ def test_a_batch_larger_than_an_epoch_is_the_epoch() -> None:
     assert [sorted(s.samples.tolist()) for s in steps_of(mixture)] == [list(range(5))] * 2
     assert len(mixture.crowded_phases()) == 1 and "(100 samples a step, 5 an epoch)" in mixture.crowded_phases()[0]
     assert mix(phase((range(5), 1.0)), batch_size=5).crowded_phases() == []
-    assert len(mix(phase((range(5), 1.0)), batch_size=100, drop_remainder=True)) == 0
+    assert len(mix(phase((range(5), 1.0)), batch_size=5, drop_remainder=True)) == 1
 
 
 def test_a_phase_may_have_a_batch_size_of_its_own() -> None:
@@ -119,7 +121,16 @@ def test_steps_are_whole_where_the_remainder_is_left_out() -> None:
     mixture = mix(phase((range(10), 1.0), num_steps=5), batch_size=4, drop_remainder=True)
     assert [len(s.samples) for s in steps_of(mixture)] == [4] * 5
     assert mixture.samples_left_out == 4  # two of each of the two whole epochs; the third is not at its end
-    assert len(mix(phase((range(3), 1.0), num_steps=5), batch_size=4, drop_remainder=True)) == 0
+
+
+@pytest.mark.parametrize("length", [{"num_epochs": 2.0}, {"num_steps": 5}])
+def test_a_phase_whose_every_step_would_be_left_out_is_refused(length: dict) -> None:
+    whole, less = phase((range(10), 1.0)), phase((range(3), 1.0), **length)
+    with pytest.raises(UserError, match=r"'stacked': optim\.batch_size=4 is more than the 3 samples .*_remainder=T"):
+        mix(whole, less, batch_size=4, drop_remainder=True)
+    with pytest.raises(UserError, match=r"its batch_size=5 is more than the 3 samples"):
+        mix(whole, dataclasses.replace(less, batch_size=5), batch_size=3, drop_remainder=True)
+    assert len(mix(whole, dataclasses.replace(less, batch_size=3), batch_size=4, drop_remainder=True)) > 2
 
 
 # ---------------------------------------------------------------------------------------- counts
@@ -136,7 +147,9 @@ def test_what_is_counted_by_epoch_and_source_is_what_is_drawn(
 ) -> None:
     first = np.cumsum([0] + [n for n, _ in sizes])
     pools = [(range(a, a + n), w) for a, (n, w) in zip(first, sizes, strict=False)]
-    phases = [phase(*pools, **length), phase((range(100, 107), 1.0))]
+    phases = [phase(*pools, **length), phase((range(100, 109), 1.0))]
+    per_epoch = sum(round(n * w) for n, w in sizes)
+    assume(not drop or round(per_epoch * min(1, length.get("num_epochs", 1))) >= batch_size)
     mixture = mix(*phases, batch_size=batch_size, drop_remainder=drop)
     max_steps = max_steps or len(mixture)
     counted = mixture.epochs(max_steps)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mice_jax import sweep
-from mice_jax.config import Config, ConfigError
+from mice_jax.config import Config, ConfigError, flatten, to_dict
 from mice_jax.lab import planned
+from mice_jax.lab.gather import published_of
 from mice_jax.start import find_origin
 from runs import REPOSITORY, make_chats, run_prepare, run_verb, write_init, write_jsonl
 
@@ -108,3 +109,22 @@ def test_an_unknown_option_is_refused_with_the_nearest() -> None:
         get_config("bach=128")
     with pytest.raises(ConfigError, match="batch=64 of the config's argument is not one of 128, 3840, 7680"):
         get_config("batch=64")
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_number_that_the_report_shows_is_in_the_docstring(file: Path) -> None:
+    told, get_config = ast.get_docstring(ast.parse(file.read_text())) or "", runpy.run_path(str(file))["get_config"]
+    numbers = {float(n) for n in re.findall(r"[0-9]+\.[0-9]+", told)}
+    for variant in variants(file):
+        config = get_config(variant)
+        config.validate()
+        assert {p.value for p in config.published} <= numbers, variant
+
+
+def test_a_sweep_s_trials_are_each_shown_the_number_of_their_own_value() -> None:
+    base = runpy.run_path(str(FOLDER / "batch_size.py"))["get_sweep"]().base
+    told = {}
+    for batch in (128, 3840, 64):
+        base.optim.batch_size = batch
+        told[batch] = published_of(flatten(to_dict(base)))
+    assert told == {128: {"MMLU": 0.516, "MTBench": 6.406}, 3840: {"MMLU": 0.526, "MTBench": 6.768}, 64: {}}

@@ -88,7 +88,10 @@ def test_the_report_is_shown_and_written_as_a_run_has_it(
     assert run_prepare(config, "--report", f"--output={tmp_path / 'report.json'}") == 0
     out = capsys.readouterr().out
     assert (
-        "duplicates" in out and "longest: chats: " in out and re.search(r"2 steps; the first 2 fill \d+\.\d% of", out)
+        "duplicates" in out
+        and "longest: chats: " in out
+        and re.search(r"2 steps; the first 2 fill \d+\.\d% of", out)
+        and "on 1 shard(s) of 1 row(s)" in out
     )
     assert row(out, "stacked") == ["stacked", "1", "2", "16", "16 chats"]
     assert run_train(config, tmp_path / "work") == 0
@@ -96,6 +99,7 @@ def test_the_report_is_shown_and_written_as_a_run_has_it(
     written, kept = (json.loads(p.read_text()) for p in (tmp_path / "report.json", tmp_path / "work/data_report.json"))
     for report in (written, kept):
         assert 0 < report.pop("packing_efficiency_of_first_steps") <= 1
+    assert [report.pop("packed_for")["shards"] for report in (written, kept)] == [1, 8]
     assert written == kept and kept["phases"][0]["epochs"] == [{"steps": 2, "samples": 16, "by_source": {"chats": 16}}]
 
 
@@ -117,3 +121,14 @@ def test_flags_that_cannot_work_are_told_before_anything_is_read(
     assert run_prepare(config, "--ids") == 2
     first, second = capsys.readouterr().err.splitlines()
     assert "there is no folder" in first and "--inspect=N" in second and stores(config) == {}
+
+
+def test_a_batch_above_every_epoch_is_refused_as_a_run_refuses_it(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--config.data.drop_remainder=true", "--config.optim.batch_size=17"]
+    assert run_prepare(config, *flags) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is no step to take in the phase 'stacked': optim.batch_size=17 is more than")
+    assert run_train(config, tmp_path / "work", *flags) == 2 and capsys.readouterr().err == said
+    assert run_prepare(config, *flags[:1]) == 0

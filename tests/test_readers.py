@@ -1,11 +1,13 @@
 """Every kind of place that records come from: what they are, where they stand, and what their key follows."""
 
 import gzip
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mice_jax.data import readers
 from mice_jax.data.readers import Reader, file_digests, files_of, open_source
@@ -50,12 +54,96 @@ def test_packed_files_are_read_as_plain_ones(tmp_path: Path) -> None:
 def test_a_json_file_is_a_list_of_records(tmp_path: Path) -> None:
     (sample,) = read(tmp_path / "a.json", json.dumps([GOOD], indent=1).encode())
     assert (sample.messages, sample.where) == (HELLO, f"{tmp_path}/a.json item 1")
-    with pytest.raises(UserError, match=r"a\.json holds an object"):
-        read(tmp_path / "a.json", json.dumps(GOOD).encode())
-    with pytest.raises(UserError, match=r"a\.json is not one JSON document.*line 2.*name it \.jsonl"):
-        read(tmp_path / "a.json", lines(GOOD, GOOD))
     with pytest.raises(UserError, match=r"a\.json item 2: it is the number 3"):
         read(tmp_path / "a.json", json.dumps([GOOD, 3]).encode())
+
+
+BAD_LISTS = {  # a file that holds no list, its good items, and what is said of it
+    "": (0, "a list begins with '[' at line 1 column 1"),
+    '{"messages": []}': (0, r"a list begins with '\[' at line 1 column 1.*name it \.jsonl"),
+    "[1, 2": (2, "after an item comes ',' or ']' at line 1 column 6"),
+    "[1,\n 2,\n]": (2, "Expecting value at line 3 column 1"),
+    '[{"a": 1},\n {"b": "cut sho': (1, "Unterminated string starting at at line 2 column 8"),
+    '[{"a": 1}\n\n  {"b": 2}]': (1, "after an item comes ',' or ']' at line 3 column 3"),
+    "[1] [2]": (1, "behind the list there is more at line 1 column 5"),
+    "[1, NaN]": (1, "NaN is no JSON value"),
+    '[1, "\xff"]': (1, "codec can't decode byte 0xff"),
+    "[1, " + "[" * 100_000: (1, "recursion"),
+}
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 5, 2**20])
+@pytest.mark.parametrize("text", BAD_LISTS, ids=range(len(BAD_LISTS)))
+def test_a_json_file_that_is_no_list_is_told_with_item_line_and_column(
+    text: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", at_once)
+    good, words = BAD_LISTS[text]
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=words.replace("'['", r"'\['")) as raised:
+        list(open_source(str(tmp_path / "a.json")).blocks())
+    read = 0 if "codec" in words else good  # a bad byte spoils what is read with it
+    assert f"a.json cannot be read past item {read}: " in str(raised.value)
+
+
+JSON_LISTS = st.lists(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+), max_size=8)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(JSON_LISTS, st.sampled_from([None, 0, 1]), st.booleans(), st.integers(1, 40), st.data())
+def test_the_items_of_a_list_are_those_that_json_itself_finds_however_little_is_read_at_once(
+    tmp_path: Path, items: list[Any], indent: int | None, ascii: bool, at_once: int, data: st.DataObject
+) -> None:
+    text = json.dumps(items, indent=indent, ensure_ascii=ascii)
+    if data.draw(st.booleans()):  # damaged
+        at = data.draw(st.integers(0, len(text) - 1))
+        text = text[:at] + data.draw(st.sampled_from(["", "[", "]", "{", '"', ",", "1e", "-", "\\"])) + text[at + 1 :]
+    file = tmp_path / "a.json"
+    file.write_text(text, encoding="utf-8", errors="surrogatepass", newline="")
+    try:
+        wanted = json.loads(file.read_bytes())
+    except ValueError:
+        wanted = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "BLOCK_BYTES", at_once)
+        try:
+            found = [item for block in open_source(str(file)).blocks() for _, item in block.records()]
+        except UserError:
+            found = None
+    assert found == (wanted if isinstance(wanted, list) else None)
+
+
+HOLD = """
+import sys, resource
+from pathlib import Path
+from mice_jax.data.readers import open_source
+held = lambda field: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(field)) * 1024
+before, count = held("VmRSS"), 0
+blocks = open_source(sys.argv[1]).blocks()
+for block in (list(blocks) if sys.argv[2] == "all" else blocks):
+    count += sum(1 for _ in block.records())
+print(count, held("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_long_list_is_read_in_little_memory(tmp_path: Path) -> None:
+    path, record = tmp_path / "long.json", {"messages": [{**HELLO[0], "content": "mice " * 400}, HELLO[1]]}
+    path.write_text("[" + ",\n".join([json.dumps(record)] * 30_000) + "]")
+
+    def read(how: str) -> tuple[int, int]:
+        done = subprocess.run([sys.executable, "-c", HOLD, str(path), how], capture_output=True, text=True, check=True)
+        count, grown = done.stdout.split()
+        return int(count), int(grown)
+
+    assert path.stat().st_size > 60e6
+    count, grown = read("")
+    assert count == 30_000 and grown < 40e6
+    assert read("all")[1] > 60e6  # the negative control
 
 
 def test_parquet_rows_are_read_without_the_nulls_that_its_structs_add(tmp_path: Path) -> None:
@@ -160,13 +248,70 @@ def test_the_key_of_an_object_follows_it(bucket: str, tmp_path: Path) -> None:
     ("path", "words"),
     [
         ("memory://nowhere/*.jsonl", "names no file"),
-        ("zz://bucket/a.jsonl", "cannot be looked up: Protocol not known: zz"),
+        ("zz://bucket/a.jsonl", "cannot be read: Protocol not known: zz"),
         ("memory://bucket/c.txt", "of no kind that is read"),
     ],
 )
 def test_an_object_that_cannot_be_read_is_named(path: str, words: str, bucket: str) -> None:
     with pytest.raises(UserError, match=words):
         open_source(path)
+
+
+# ---------------------------------------------------------------------------------------- web servers
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves one content, with what it says of it, at every address; counts what is fetched."""
+
+    content, says, fetched, fails = b"", {}, 0, False
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        for name, value in {"Content-Length": str(len(self.content)), **self.says}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        type(self).fetched += 1
+        if self.fails:
+            return self.send_error(503, "Down")
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[type[Server]]:
+    kind = type("Fresh", (Server,), {"says": {}})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as running:
+        kind.address = f"http://127.0.0.1:{running.server_port}/a.jsonl"  # type: ignore[attr-defined]
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield kind
+        running.shutdown()
+
+
+@pytest.mark.parametrize("says", [{}, {"ETag": '"1"'}, {"Last-Modified": "Thu, 26 Nov 2026 13:00:00 GMT"}])
+def test_the_key_of_a_file_from_the_web_follows_its_content(says: dict[str, str], server: Any, tmp_path: Path) -> None:
+    other = {"messages": [HELLO[0], {**HELLO[1], "content": "Blu"}]}
+    assert len(lines(other)) == len(lines(GOOD))
+    server.content, server.says = lines(GOOD, GOOD), says
+    assert [s.messages for s in read_samples(open_source(server.address))] == [HELLO, HELLO]
+    again = open_source(server.address)
+    before = server.fetched
+    key = again.digest(tmp_path)
+    assert (server.fetched > before) == (not says)  # fetched only where the server has no word for it
+    assert open_source(server.address).digest(tmp_path) == key
+    server.content = lines(GOOD, other)
+    if says:
+        server.says = {name: value.replace("1", "2") for name, value in says.items()}
+    assert open_source(server.address).digest(tmp_path) != key
+
+
+def test_a_server_that_fails_is_told_and_no_traceback(server: Any) -> None:
+    server.content = lines(GOOD)
+    reader = open_source(server.address)
+    server.fails = True
+    with pytest.raises(UserError, match=r"a\.jsonl.* cannot be read.*(503|Down)"):
+        list(read_samples(reader))
 
 
 # ---------------------------------------------------------------------------------------- TFDS

@@ -34,7 +34,7 @@ def entry(**keys: Any) -> dict[str, Any]:
 
 
 def report(source: dict[str, Any], **keys: Any) -> dict[str, Any]:
-    return {"sources": {"a": source}, "validation": {}, "validation_overlap": 0} | keys
+    return {"sources": {"a": source}, "validation": {}, "duplicates_across_sources": 0, "validation_overlap": 0} | keys
 
 
 # ---------------------------------------------------------------------------------------- numbers
@@ -110,7 +110,12 @@ def test_what_users_regret_is_said_of_the_source(keys: dict[str, Any], words: st
 
 def test_held_out_samples_that_are_trained_on_are_said() -> None:
     (said,) = r.regrets(report(entry(), validation_overlap=12))
-    assert said.startswith("12 of the samples that are trained on are in data.validation too")
+    assert said.startswith("12 of the samples that are trained on are held out too (in data.validation, or in a phase")
+
+
+def test_copies_of_what_another_source_has_are_said() -> None:
+    (said,) = r.regrets(report(entry(), duplicates_across_sources=1200))
+    assert said.startswith("1,200 samples are exact copies of some in another source")
 
 
 # ---------------------------------------------------------------------------------------- tables

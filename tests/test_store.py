@@ -21,6 +21,7 @@ import pytest
 from mice_jax.data import readers, tokenise
 from mice_jax.data import store as store_module
 from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.mixture import Corpus
 from mice_jax.data.readers import FileReader
 from mice_jax.data.store import TokenStore, build_store
 from mice_jax.data.tokenizer import load_tokenizer
@@ -89,6 +90,20 @@ def test_the_first_token_of_a_sample_is_no_trained_one(build: Build, tmp_path: P
     store = build(write_jsonl(tmp_path / "documents.jsonl", [document]))
     assert store.sample(0)[1].all()
     assert store.num_trained.tolist() == [store.lengths[0] - 1]
+
+
+def test_what_is_trained_of_a_cut_sample_is_counted_without_asking_for_each(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "BLOCK_RECORDS", 7)
+    store = build()
+    marks = [store.sample(i)[1].tolist() for i in range(30)]
+    longest = int(store.lengths.max())
+    monkeypatch.setattr(TokenStore, "sample", None)  # whoever asks, fails
+    for most in (1, 2, 20, int(np.median(store.lengths)), longest - 1, longest):
+        assert store.num_trained_within(most).tolist() == [sum(m[1:most]) for m in marks], most
+        assert Corpus([store], most).num_trained.tolist() == store.num_trained_within(most).tolist()
+    assert store.num_trained_within(20).tolist() != store.num_trained.tolist()
 
 
 def test_a_sample_is_found_again_in_its_source_by_file_and_line(build: Build, data: Path, tmp_path: Path) -> None:

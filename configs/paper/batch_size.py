@@ -10,7 +10,7 @@ Launch: mice train --config=configs/paper/batch_size.py:batch=7680 --workdir=run
 """
 
 from mice_jax.config import Config, Sweep
-from paper_study import BATCHES, choice, options, recipe
+from paper_study import BATCHES, choice, options, published, recipe
 
 VARIANTS = [f"batch={b}" for b in BATCHES]
 
@@ -19,6 +19,11 @@ def get_config(arg: str = "") -> Config:
     given = options(arg, batch="3840")
     c = recipe(given, "lab")
     c.optim.batch_size = int(choice(given, "batch", BATCHES))
+    if given["model"] == "granite-7b":
+        mmlu, mtbench = {128: 0.516, 3840: 0.526, 7680: 0.529}, {128: 6.406, 3840: 6.768, 7680: 6.831}
+        c.published = published({"MMLU": mmlu, "MTBench": mtbench}, "optim.batch_size")
+    elif given["model"] == "mistral-7b":
+        c.published = published({"MTBench": {3840: 7.33}, "Leaderboard v2": {3840: 18.59}}, "optim.batch_size")
     return c
 
 

@@ -11,10 +11,14 @@ Launch: mice train --config=configs/paper/difficulty.py:data_in=phased --workdir
 """
 
 from mice_jax.config import Config, Phase
-from paper_study import PHASES, choice, options, recipe, sources
+from paper_study import PHASES, choice, options, published, recipe, sources
 
 ARMS = ("stacked", "phased")
 VARIANTS = [f"data_in={a},model={m}" for a in ARMS for m in ("granite-7b", "llama-3.2-3b")]
+PUBLISHED = {
+    "stacked": {"GSM8K": 0.69, "ARC": 0.75, "MuSR": 0.08, "MATH level 5": 0.04},
+    "phased": {"GSM8K": 0.67, "ARC": 0.71, "MuSR": 0.08, "MATH level 5": 0.03},
+}
 
 
 def get_config(arg: str = "") -> Config:
@@ -26,4 +30,6 @@ def get_config(arg: str = "") -> Config:
             name="long", num_epochs=10.0, sources=sources(given, PHASES, "long"), replay=0.01, seed_from="best"
         )
         c.data.phases = [short, long]
+    if given["model"] == "llama-3.2-3b":
+        c.published = published(PUBLISHED[given["data_in"]])
     return c

@@ -9,7 +9,7 @@ Launch: mice sweep --config=configs/paper/learning_rate.py:batch=128 --workdir=s
 """
 
 from mice_jax.config import Config, Sweep
-from paper_study import BATCHES, RATES, choice, options, recipe
+from paper_study import BATCHES, RATES, choice, options, published, recipe
 
 VARIANTS = [f"rate={r},batch={b}" for r in RATES for b in BATCHES]
 
@@ -19,6 +19,8 @@ def get_config(arg: str = "") -> Config:
     c = recipe(given, "lab")
     c.optim.learning_rate = float(choice(given, "rate", RATES))
     c.optim.batch_size = int(choice(given, "batch", BATCHES))
+    if given["model"] == "mistral-7b" and given["batch"] == "3840":
+        c.published = published({"MTBench": {1e-6: 7.33}}, "optim.learning_rate")
     return c
 
 

@@ -10,8 +10,9 @@ Models: Hugging Face folders models/<name>; paper_models.py has what they are, t
 """
 
 import dataclasses
+from collections.abc import Mapping
 
-from mice_jax.config import Config, ConfigError, Phase, Source, nearest
+from mice_jax.config import Config, ConfigError, Phase, Published, Source, nearest
 from paper_models import FSDP, MODELS
 
 RECIPES = ("lab", "tulu", "tulu++")
@@ -41,6 +42,15 @@ def choice(given: dict[str, str], name: str, allowed: tuple) -> str:
 
 def sources(given: dict[str, str], names: tuple[str, ...] = PHASES, half: str = "") -> list[Source]:
     return [Source(path=f"{given['data']}/{n}.jsonl", name=f"{n}_{half}" if half else n, half=half) for n in names]
+
+
+def published(numbers: Mapping[str, float | dict], where: str = "") -> list[Published]:
+    """The study's numbers by metric, which the report shows beside ours; a dict has one for each value of `where`."""
+    found = []
+    for metric, value in numbers.items():
+        cases = {f"{where}={at}": v for at, v in value.items()} if isinstance(value, dict) else {where: value}
+        found += [Published(metric, v, case) for case, v in cases.items()]
+    return found
 
 
 def recipe(given: dict[str, str], name: str) -> Config:

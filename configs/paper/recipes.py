@@ -10,11 +10,22 @@ Launch: mice train --config=configs/paper/recipes.py:recipe=tulu,model=llama-3.2
 """
 
 from mice_jax.config import Config
-from paper_study import MODELS, RECIPES, choice, options, recipe
+from paper_study import MODELS, RECIPES, choice, options, published, recipe
 
 VARIANTS = [f"recipe={r},model={m}" for r in RECIPES for m in MODELS]
+PUBLISHED = {
+    "lab": {
+        "MMLU": 0.57, "ARC": 0.78, "GSM8K": 0.51, "BBH": 0.19, "MuSR": 0.22, "MATH level 5": 0.02, "MTBench": 5.00
+    },
+    "tulu": {
+        "MMLU": 0.55, "ARC": 0.74, "GSM8K": 0.49, "BBH": 0.17, "MuSR": 0.15, "MATH level 5": 0.01, "MTBench": 4.97
+    },
+}  # fmt: skip
 
 
 def get_config(arg: str = "") -> Config:
     given = options(arg, recipe="lab")
-    return recipe(given, choice(given, "recipe", RECIPES))
+    c = recipe(given, choice(given, "recipe", RECIPES))
+    if given["model"] == "llama-3.2-3b" and given["recipe"] in PUBLISHED:
+        c.published = published(PUBLISHED[given["recipe"]])
+    return c

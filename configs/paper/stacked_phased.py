@@ -13,10 +13,20 @@ Launch: mice train --config=configs/paper/stacked_phased.py:data_in=phased --wor
 """
 
 from mice_jax.config import Config, Phase
-from paper_study import BATCHES, PHASES, choice, options, recipe, sources
+from paper_study import BATCHES, PHASES, choice, options, published, recipe, sources
 
 ARMS = ("stacked", "phased")
 VARIANTS = [f"data_in={a},batch={b},model={m}" for a in ARMS for b in BATCHES for m in ("granite-7b", "llama-3.2-3b")]
+PUBLISHED = {
+    ("granite-7b", "stacked"): {"MMLU": 0.53, "MTBench": 6.77, "GSM8K": 0.39},
+    ("granite-7b", "phased"): {"MMLU": 0.52, "MTBench": 6.76, "GSM8K": 0.37},
+    ("llama-3.2-3b", "stacked"): {
+        "MMLU": 0.57, "ARC": 0.78, "GSM8K": 0.51, "BBH": 0.19, "MuSR": 0.22, "MATH level 5": 0.02, "MTBench": 5.00
+    },
+    ("llama-3.2-3b", "phased"): {
+        "MMLU": 0.53, "ARC": 0.75, "GSM8K": 0.45, "BBH": 0.18, "MuSR": 0.11, "MATH level 5": 0.01, "MTBench": 4.30
+    },
+}  # fmt: skip
 
 
 def get_config(arg: str = "") -> Config:
@@ -27,4 +37,6 @@ def get_config(arg: str = "") -> Config:
         c.data.phases = [Phase(name=name, num_epochs=10.0, sources=sources(given, (name,))) for name in PHASES]
         for phase in c.data.phases[1:]:
             phase.optimizer, phase.schedule, phase.seed_from = "reset", "restart", "best"
+    numbers = PUBLISHED.get((given["model"], given["data_in"]), {})
+    c.published = published({metric: {3840: value} for metric, value in numbers.items()}, "optim.batch_size")
     return c

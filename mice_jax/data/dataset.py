@@ -78,8 +78,9 @@ def build_dataset(
 
 
 def source_name(source: config.Source) -> str:
-    """As reports and metrics call it."""
-    return source.name or Path(source.path).name.split(".")[0]
+    """As reports and metrics call it; a glob is called by its folder."""
+    named = [part for part in Path(source.path).parts if not set(part) & set("*?[")] or [source.path]
+    return source.name or named[-1].split(".")[0]
 
 
 def _stores(
@@ -250,8 +251,11 @@ def _overlaps(corpus: Corpus, phases: Sequence[PhasePools], validation: Sequence
     all_hashes = corpus.content_hashes
     hashes = all_hashes[trained]
     held = np.concatenate([hashes[:0], *(all_hashes[h.ids] for h in validation)])
+    contents = len(np.unique(hashes))
+    by_store = np.split(hashes, np.flatnonzero(np.diff(corpus.stores_of(trained))) + 1)
     return {
         "samples": len(trained),
-        "duplicates": len(trained) - len(np.unique(hashes)),
+        "duplicates": len(trained) - contents,
+        "duplicates_across_sources": sum(len(np.unique(h)) for h in by_store) - contents,
         "validation_overlap": int(np.isin(hashes, held).sum()),
     }

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mice_jax.data.store import TokenStore
+from mice_jax.errors import UserError
 
 
 class Corpus:
@@ -21,9 +22,7 @@ class Corpus:
         self._first = np.cumsum([0] + [len(s) for s in stores])
         self.full_lengths = np.concatenate([s.lengths for s in stores])
         self.lengths = np.minimum(self.full_lengths, max_length)
-        self.num_trained = np.concatenate([s.num_trained for s in stores])
-        for i in np.flatnonzero(self.full_lengths > max_length):
-            self.num_trained[i] = self.sample(int(i))[1][1:].sum()  # what the cut has left
+        self.num_trained = np.concatenate([s.num_trained_within(max_length) for s in stores])
 
     # Made when asked for: a loader's processes, to which a corpus is sent, need neither.
     @property
@@ -38,6 +37,10 @@ class Corpus:
         """The numbers of a store's samples."""
         return np.arange(self._first[store], self._first[store + 1])
 
+    def stores_of(self, ids: np.ndarray) -> np.ndarray:
+        """The number of the store that each sample lies in."""
+        return np.searchsorted(self._first, ids, side="right") - 1
+
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and trained marks of sample number i, cut to its length here."""
         store, number = self._of(i)
@@ -50,7 +53,7 @@ class Corpus:
         return store.where(number)
 
     def _of(self, i: int) -> tuple[TokenStore, int]:
-        store = int(np.searchsorted(self._first, i, side="right")) - 1
+        store = int(self.stores_of(np.array(i)))
         return self._stores[store], int(i - self._first[store])
 
 
@@ -146,7 +149,15 @@ class Mixture:
         steps = [0]
         self.samples_left_out = 0
         for p, phase in enumerate(self.phases):
-            for e, size in enumerate(phase.epoch_sizes(self._batch_sizes[p], drop_remainder)):
+            sizes = phase.epoch_sizes(self._batch_sizes[p], drop_remainder)
+            if drop_remainder and max(sizes, default=0) < self._batch_sizes[p]:
+                raise UserError(
+                    f"there is no step to take in the phase {phase.name!r}: "
+                    f"{'its ' if phase.batch_size else 'optim.'}batch_size={self._batch_sizes[p]} is more than the "
+                    f"{max(sizes, default=phase.per_epoch)} samples that an epoch of it has, and "
+                    "data.drop_remainder=True leaves short steps out. Take a smaller batch, or keep the remainder."
+                )
+            for e, size in enumerate(sizes):
                 self.samples_left_out += size % self._batch_sizes[p] * drop_remainder
                 self._epochs.append((p, e, size))
                 steps.append(steps[-1] + num_steps(size, self._batch_sizes[p], drop_remainder))

@@ -14,9 +14,10 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TextIO
 
 import fsspec
 import pyarrow as pa
@@ -143,8 +144,9 @@ class FileReader:
     def blocks(self) -> Iterator[Block]:
         before = 0
         for place, (file, (_, read), size) in enumerate(zip(self._files, self._kinds, self._sizes, strict=True)):
-            for make, first, content, at in read(file):
-                yield make(place, first, before + min(at, size), content)
+            with _asking_a_store(file):
+                for make, first, content, at in read(file):
+                    yield make(place, first, before + min(at, size), content)
             before += size
 
 
@@ -241,7 +243,7 @@ def _local_files(path: str) -> list[str]:
 
 
 def _remote_files(path: str) -> list[str]:
-    try:
+    with _asking_a_store(path):
         fs, there = fsspec.core.url_to_fs(path)
         if fs.isfile(there):
             found = [there]
@@ -250,24 +252,48 @@ def _remote_files(path: str) -> list[str]:
         else:
             found = [p for p in fs.glob(there) if fs.isfile(p)]
         return [fs.unstrip_protocol(p) for p in found]
-    except Exception as e:  # each kind of store raises its own
-        raise UserError(f"the source {path!r} cannot be looked up: {one_line(e)}.") from e
 
 
 def _remote_key(file: str) -> bytes:
-    fs, there = fsspec.core.url_to_fs(file)
-    return hashlib.sha256(str(fs.ukey(there)).encode()).digest()
+    """Changes with an object: its store's own word for its content (an ETag, mostly), else the hash of all of it."""
+    with _asking_a_store(file):
+        fs, there = fsspec.core.url_to_fs(file)
+        known = [str(fs.ukey(there))]
+        if "http" in fs.protocol:  # whose key is but the address
+            info = fs.info(there)
+            words = [info[k] for k in ("ETag", "Content-MD5", "Digest", "Last-Modified") if k in info]
+            if not words:
+                with fs.open(there) as f:
+                    return hashlib.file_digest(f, "sha256").digest()
+            known += [str(info.get("size")), *words]
+        return hashlib.sha256("\n".join(known).encode()).digest()
 
 
 def _size(file: str) -> int:
     if not is_remote(file):
         return os.stat(file).st_size
-    fs, there = fsspec.core.url_to_fs(file)
-    return int(fs.size(there) or 0)
+    with _asking_a_store(file):
+        fs, there = fsspec.core.url_to_fs(file)
+        return int(fs.size(there) or 0)
+
+
+@contextmanager
+def _asking_a_store(path: str) -> Iterator[None]:
+    """What goes wrong with an object store is the user's matter, whatever kind of error that store's library raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        if not is_remote(path):
+            raise
+        raise UserError(f"the source {path!r} cannot be read: {one_line(e)}.") from e
 
 
 def _open(file: str) -> BinaryIO:
-    return fsspec.open(file, "rb").open() if is_remote(file) else open(file, "rb")  # type: ignore[return-value]
+    if not is_remote(file):
+        return open(file, "rb")
+    return io.BufferedReader(fsspec.open(file, "rb").open())  # type: ignore[arg-type]  # whose lines have a bound
 
 
 # What a kind of file yields: how to make a block, its first record's number, its content, bytes read of the file.
@@ -299,20 +325,90 @@ def _lines(file: str) -> Iterator[_Yielded]:
 
 
 def _list(file: str) -> Iterator[_Yielded]:
+    """The items of one list, decoded as they come: no more of a long list is held than a block or an item needs."""
+    number = 0
+    items: list[Any] = []
+    held = 0
     try:
-        with _open(file) as f:
-            text = f.read().removeprefix(codecs.BOM_UTF8).decode()
-        items = DECODER.decode(text)
+        with _open(file) as f, io.TextIOWrapper(f, "utf-8-sig", newline="") as text:
+            for item, size in _ListText(text):
+                number += 1
+                items.append(item)
+                held += size
+                if len(items) == BLOCK_RECORDS or held >= BLOCK_BYTES:
+                    yield Items, number - len(items) + 1, items, f.tell()
+                    items, held = [], 0
+            if items:
+                yield Items, number - len(items) + 1, items, f.tell()
     except (OSError, ValueError, RecursionError) as e:
         raise UserError(
-            f"{file} is not one JSON document: {one_line(e)}. Mend it; if each line is an object, name it .jsonl."
+            f"{file} cannot be read past item {number}: {one_line(e)}. A .json file is one list of objects; if each "
+            "line is an object, name it .jsonl."
         ) from e
-    if not isinstance(items, list):
-        kind = "an object" if isinstance(items, dict) else f"{items!r:.40}"
-        raise UserError(f"{file} holds {kind}, and must hold a list of objects.")
-    for start in range(0, len(items), BLOCK_RECORDS):
-        some = items[start : start + BLOCK_RECORDS]
-        yield Items, start + 1, some, len(text) * (start + len(some)) // len(items)
+
+
+class _ListText:
+    """The items of a JSON list with the length of each, from as much of its text at a time as the next one needs."""
+
+    def __init__(self, text: TextIO):
+        self._text, self._held, self._at, self._is_all = text, "", 0, False
+        self._line, self._column = 1, 1  # of the first character that is held
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        self._expect("[", "a list begins with '['")
+        if self._next() != "]":
+            yield self._item()
+            while self._next() == ",":
+                self._at += 1
+                self._next()
+                yield self._item()
+        self._expect("]", "after an item comes ',' or ']'")
+        self._expect("", "behind the list there is more")
+
+    def _item(self) -> tuple[Any, int]:
+        while True:
+            is_enough = self._is_all or len(self._held) - self._at > MAX_LINE
+            try:
+                item, end = DECODER.raw_decode(self._held, self._at)
+            except json.JSONDecodeError as e:
+                if is_enough:
+                    raise self._error(e.pos, e.msg) from None
+            else:
+                if is_enough or self._held[end : end + 1] in _AFTER:  # the first digits of a number are one too
+                    size, self._at = end - self._at, end
+                    return item, size
+            self._read_on()
+
+    def _next(self) -> str:
+        """The character that comes next, blanks left out; "" at the end."""
+        while True:
+            self._at = _BLANKS.match(self._held, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._held) or self._is_all:
+                return self._held[self._at : self._at + 1]
+            self._read_on()
+
+    def _expect(self, character: str, rule: str) -> None:
+        if self._next() != character:
+            raise self._error(self._at, rule)
+        self._at += 1
+
+    def _read_on(self) -> None:
+        self._line, self._column = self._place(self._at)
+        rest = self._held[self._at :]
+        more = self._text.read(max(len(rest), BLOCK_BYTES))  # twice as much each time, so that trying again is cheap
+        self._held, self._at, self._is_all = rest + more, 0, not more
+
+    def _place(self, at: int) -> tuple[int, int]:
+        """Line and column in the file."""
+        lines = self._held.count("\n", 0, at)
+        return self._line + lines, at - self._held.rfind("\n", 0, at) if lines else self._column + at
+
+    def _error(self, at: int, why: str) -> ValueError:
+        return ValueError("{1} at line {0[0]} column {0[1]}".format(self._place(at), why))
+
+
+_BLANKS = re.compile(r"[ \t\n\r]*")
+_AFTER = set(",] \t\n\r")  # what may follow an item
 
 
 def _rows(file: str) -> Iterator[_Yielded]:

@@ -5,13 +5,15 @@ longer than a look at them.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
-from mice_jax.data.mixture import Corpus, Mixture
-from mice_jax.data.packing import Microbatch, slot_efficiency
+from mice_jax.data.packing import slot_efficiency
+
+if TYPE_CHECKING:  # it brings grain, which takes a while
+    from mice_jax.data.loader import StepSource
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BARS = "▁▂▃▄▅▆▇█"
@@ -66,26 +68,23 @@ def mean_length(report: Entry) -> float:
     return sum(s["tokens"] for s in sources) / sum(s["kept"] for s in sources)
 
 
-def with_steps(
-    report: Entry, corpus: Corpus, mixture: Mixture, plan: Callable[[int], Sequence[Microbatch]], total_steps: int
-) -> Entry:
-    """The whole of data_report.json: with what each epoch of the run's `total_steps` draws of each source, exactly.
-
-    `plan` says how a step is packed.
-    """
+def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
+    """The whole of data_report.json: with what each epoch of the run's `total_steps` draws of each source, exactly."""
+    mixture = source.mixture
     phases: list[Entry] = [{"name": p.name, "samples_per_epoch": p.per_epoch, "epochs": []} for p in mixture.phases]
     for e in mixture.epochs(total_steps):
         names = [pool.name for pool in mixture.phases[e.phase].pools]
         drawn = dict(zip(names, e.by_pool, strict=True))
         phases[e.phase]["epochs"].append({"steps": e.steps, "samples": e.samples, "by_source": drawn})
     first = range(min(total_steps, STEPS_PACKED))
-    tokens = sum(int(corpus.lengths[mixture.step(i).samples].sum()) for i in first)
-    packed = [microbatch for i in first for microbatch in plan(i)]
+    tokens = sum(int(source.corpus.lengths[mixture.step(i).samples].sum()) for i in first)
+    packed = [microbatch for i in first for microbatch in source.plan(i)]
     return report | {
         "phases": phases,
         "steps": total_steps,
         "samples_left_out_by_drop_remainder": mixture.samples_left_out,
         "packing_efficiency_of_first_steps": slot_efficiency(tokens, packed),
+        "packed_for": {"shards": source.num_shards, "rows_per_shard": source.shapes[0].rows},
     }
 
 
@@ -106,11 +105,16 @@ def regrets(report: Entry) -> list[str]:
         for name, entry in report[kind].items():
             name = name if kind == "sources" else f"{name}, held out"
             found += [f"{name}: {sentence}" for sentence in _regrets_of(entry)]
+    if copies := report["duplicates_across_sources"]:
+        found.append(
+            f"{copies:,} samples are exact copies of some in another source, and weigh that much more: take them out "
+            "of either"
+        )
     overlap = report["validation_overlap"]
     if overlap:
         found.append(
-            f"{overlap:,} of the samples that are trained on are in data.validation too, which then measures memory: "
-            "take them out of either"
+            f"{overlap:,} of the samples that are trained on are held out too (in data.validation, or in a phase's "
+            "own), which then measures memory: take them out of either"
         )
     return found
 

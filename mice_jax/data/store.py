@@ -77,6 +77,17 @@ class TokenStore:
         start, stop = self._offsets[chunk][i - self._first[chunk] :][:2]
         return self._tokens[chunk][start:stop], self._trained[chunk][start:stop]
 
+    def num_trained_within(self, most: int) -> np.ndarray:
+        """As `num_trained`, of each sample's first `most` tokens alone."""
+        counts = self.num_trained.copy()
+        for first, offsets, trained in zip(self._first, self._offsets, self._trained, strict=False):
+            (cut,) = np.nonzero(np.diff(offsets) > most)
+            if len(cut):
+                spans = np.stack([offsets[cut] + 1, offsets[cut] + most], axis=1).ravel()
+                # Of a span without a token, reduceat gives the token at its start.
+                counts[first + cut] = np.add.reduceat(trained, spans, dtype=np.int32)[::2] if most > 1 else 0
+        return counts
+
     def where(self, i: int) -> str:
         """Where sample i came from: `a.jsonl line 12`."""
         place, number = (self._table[name][i].as_py() for name in ("place", "number"))

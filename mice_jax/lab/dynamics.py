@@ -9,8 +9,10 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, overload
+
+import numpy as np
 
 Record = dict[str, Any]
 Records = Sequence[Record]
@@ -21,10 +23,56 @@ START_SAMPLES = 8  # of which a start is the mean: one sample's loss says little
 WINDOW = 0.25  # of the samples seen so far: the latest part, over which a signal is averaged
 
 
-# ---------------------------------------------------------------------------------------- signals
-def upto(records: Records, samples: int) -> list[Record]:
+# ---------------------------------------------------------------------------------------- records
+class Columns(Sequence[Record]):
+    """A finished run's records in a column a name, a tenth of the room of objects; NaN is what a record lacks.
+
+    What is cut from them or read off them is remembered, so hundreds of runs can be compared with each other.
+    """
+
+    def __init__(self, columns: Mapping[str, np.ndarray], phases: Sequence[str] = ()):
+        self.columns, self.phases = columns, phases
+        self.records: dict[int, Record] = {}  # by where they stand
+        self.cuts: dict[int, Columns] = {}  # by length
+        self.signals: dict[tuple[str, float], float] = {}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    @overload
+    def __getitem__(self, at: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> "Columns": ...
+
+    def __getitem__(self, at: int | slice) -> "Record | Columns":
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            if (start, step) != (0, 1):
+                return Columns({k: v[at] for k, v in self.columns.items()}, self.phases[at])
+            if stop not in self.cuts:
+                self.cuts[stop] = Columns({k: v[:stop] for k, v in self.columns.items()}, self.phases[:stop])
+            return self.cuts[stop]
+        if at not in self.records:
+            known = {k: v[at].item() for k, v in self.columns.items() if not math.isnan(v[at])}
+            self.records[at] = known | ({"phase": self.phases[at]} if self.phases else {})
+        return self.records[at]
+
+
+def column(records: Records, name: str) -> np.ndarray:
+    """A number of each record, float64; NaN where it has none."""
+    if isinstance(records, Columns):
+        found = records.columns.get(name)
+        return np.full(len(records), math.nan) if found is None else found
+    return np.array([math.nan if r.get(name) is None else r[name] for r in records], np.float64)
+
+
+def upto(records: Records, samples: int) -> Records:
     """The records of the first `samples` samples."""
-    return [r for r in records if r["samples"] <= samples]
+    return records[: int(np.searchsorted(column(records, "samples"), samples, side="right"))]
+
+
+# ---------------------------------------------------------------------------------------- signals
 
 
 def signal(records: Records, name: str, window: float = WINDOW) -> float:
@@ -33,19 +81,25 @@ def signal(records: Records, name: str, window: float = WINDOW) -> float:
     The corrected gradient norm is the root of a mean of squares, since only the squares are unbiased, and 0 where
     noise leaves none. Held-out values are not averaged: the latest is taken.
     """
-    if name.startswith("eval/"):
-        return next((float(r[name]) for r in reversed(records) if r.get(name) is not None), math.nan)
-    if not records:
-        return math.nan
+    if not isinstance(records, Columns):
+        return _signal(records, name, window)
+    if (name, window) not in records.signals:
+        records.signals[name, window] = _signal(records, name, window)
+    return records.signals[name, window]
+
+
+def _signal(records: Records, name: str, window: float) -> float:
     key = "grad_sq_corrected" if name == "grad_norm_corrected" else name
-    last = records[-1]["samples"]
-    recent = [r for r in records if r["samples"] > (1 - window) * last]
-    values = [float(r[key]) for r in recent if r.get(key) is not None]
-    if not values:  # measured now and then: the latest there is
-        values = [float(r[key]) for r in records if r.get(key) is not None][-1:]
-    if not values:
+    values = column(records, key)
+    known = ~np.isnan(values)
+    if not known.any():
         return math.nan
-    mean = statistics.fmean(values)
+    latest = values[known][-1:]
+    if name.startswith("eval/"):
+        return float(latest[0])
+    samples = column(records, "samples")
+    recent = values[known & (samples > (1 - window) * samples[-1])]
+    mean = float(np.mean(recent if len(recent) else latest))  # measured now and then: the latest there is
     return math.sqrt(max(0.0, mean)) if key == "grad_sq_corrected" else mean
 
 

@@ -112,35 +112,44 @@ def _groups(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
     return {"all": list(runs)} | own
 
 
-def _at(run: Finished, fraction: float) -> list:
+def _at(run: Finished, fraction: float) -> Records:
     """A run's records up to a fraction of its samples; at least the first."""
-    return upto(run.records, math.floor(fraction * run.records[-1]["samples"])) or list(run.records[:1])
+    return upto(run.records, math.floor(fraction * run.records[-1]["samples"])) or run.records[:1]
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """The correlation of ranks, equal values sharing the mean of theirs; NaN where one of the two is constant."""
-    if len(x) < 2:
-        return math.nan
-    a, b = _ranks(x), _ranks(y)
-    a, b = a - a.mean(), b - b.mean()
-    scale = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / scale if scale else math.nan
+def spearman(x: np.ndarray, y: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
+    """[N] [N] -> [R]: the correlation of ranks, equal values sharing the mean of theirs; NaN where one is constant.
+
+    `times` [R, N] says how often each pair is counted in each of R samples; once in one, where it is not given.
+    """
+    times = np.ones((1, len(x))) if times is None else times
+    a, b = _ranks(x, times), _ranks(y, times)
+    count = np.maximum(times.sum(1, keepdims=True), 1)
+    a, b = (r - (times * r).sum(1, keepdims=True) / count for r in (a, b))
+    scale = np.sqrt((times * a * a).sum(1) * (times * b * b).sum(1))
+    return np.divide((times * a * b).sum(1), scale, out=np.full(len(times), math.nan), where=scale > 0)
 
 
-def _ranks(x: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]
+def _ranks(x: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """[N] [R, N] -> [R, N]."""
+    order = np.argsort(x, kind="stable")
+    starts = np.flatnonzero(np.diff(x[order], prepend=math.nan) != 0)  # of equal values; NaN differs from all
+    counts = np.add.reduceat(times[:, order], starts, axis=1)
+    means = np.cumsum(counts, axis=1) - (counts - 1) / 2
+    ranks = np.empty(times.shape)
+    ranks[:, order] = np.repeat(means, np.diff(starts, append=len(x)), axis=1)
+    return ranks
 
 
 def _bootstrap(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float]:
     """Spearman's correlation and its percentile interval over resampled runs."""
     if len(x) < 3:
         return math.nan, math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    drawn = [spearman(x[i], y[i]) for i in rng.integers(0, len(x), (RESAMPLES, len(x)))]
-    known = [d for d in drawn if not math.isnan(d)]
-    if not known:
-        return spearman(x, y), math.nan, math.nan
+    drawn = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), RESAMPLES).astype(np.float64)
+    found = spearman(x, y, drawn)
+    known = found[~np.isnan(found)]
+    rho = float(spearman(x, y)[0])
+    if not len(known):
+        return rho, math.nan, math.nan
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return spearman(x, y), float(low), float(high)
+    return rho, float(low), float(high)

@@ -47,9 +47,9 @@ def open_data(config: Config) -> tuple[Dataset, Mixture, int]:
 
 def cost(config: Config) -> Cost:
     data, mixture, steps = open_data(config)
-    looked = np.unique(np.linspace(0, steps - 1, min(steps, LOOKED_AT)).astype(int)) if steps else []
+    looked = np.unique(np.linspace(0, steps - 1, min(steps, LOOKED_AT)).astype(int))
     lengths = [data.corpus.lengths[mixture.step(int(i)).samples] for i in looked]
-    share = steps / max(1, len(lengths))
+    share = steps / len(lengths)
     spec = find_origin(config.model.init_from).spec
     flops = sum(train_flops(spec, n) for n in lengths)
     return Cost(steps, share * sum(map(len, lengths)), share * sum(float(n.sum()) for n in lengths), share * flops)

@@ -32,18 +32,18 @@ from sqlalchemy import exc as sql_exc
 from mice_jax.config import Config, Range, Sweep, differences, locate, to_dict
 from mice_jax.errors import UserError, one_line
 from mice_jax.lab import dynamics
+from mice_jax.lab.gather import RESULTS
 from mice_jax.lab.watch import Trial, read_records, rule_fields
 from mice_jax.places import write_whole
 
 BEAT_S = 10.0  # how often a worker says that it lives
 DEAD_S = 60.0  # a worker of another machine that was not heard of for so long is dead
 BUSY_S = 60.0  # how long a SQLite database may be locked by others
-RESULTS = "results.csv"
 ENDS = {TrialState.COMPLETE: "completed", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 CONFIG_FILE = '''"""Trial {number} of the sweep in {folder}: {params}."""
 
 from mice_jax.config import (
-    Checkpoint, Config, Data, Eval, Log, Mesh, Model, Optim, Phase, Source, Stop, Train,
+    Checkpoint, Config, Data, Eval, Log, Mesh, Model, Optim, Phase, Published, Source, Stop, Train,
 )  # fmt: skip
 
 
