@@ -311,6 +311,7 @@ def load_of(fsdp: int, tensor: int = 1) -> fit.Load:
     config = Config()
     config.data.max_length = 1024
     spec = spec_of(d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=512, vocab_size=4096)
+    spec = dataclasses.replace(spec, qkv_bias=False, out_bias=False, mlp_bias=False)  # all that is left is split
     mesh = make_mesh(1, fsdp, tensor, jax.devices()[: fsdp * tensor])
     return resolve.load(config, make_decoder(spec, tensor), "LlamaForCausalLM", mesh, "bfloat16", "cudnn")
 
