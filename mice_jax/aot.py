@@ -94,9 +94,13 @@ def _cpus(topology: str, count: int) -> Target:
 def _tpus(topology: str, family: str, shape: str) -> Target:
     for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
-    cores = {"chip_config_name": "megacore"} if family == "v4" else {}  # a chip is one device, as it is when one runs
+    options: dict[str, Any] = {}
+    if family == "v4":
+        options["chip_config_name"] = "megacore"  # a chip is one device, as it is when one runs
+    if set(shape.split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu before 0.0.52 takes a host to have four
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{family}:{shape}", **cores)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{family}:{shape}", **options)
     except Exception as e:  # what of JAX's it is depends on whether libtpu is missing, too old, or refuses the name
         if "INVALID_ARGUMENT" in str(e):
             raise UserError(
