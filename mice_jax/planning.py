@@ -75,7 +75,7 @@ class Planned:
         if self.target.devices is None:
             return []
         c = self.config
-        mesh = make_mesh(*layout.sizes, self.target.devices)
+        mesh = make_mesh(*layout.sizes, devices=self.target.devices)
         # When phases begin is in the program as numbers, which change nothing in its size.
         stretches = phases.stretches(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
         schedule = resolve.schedule(c, stretches, c.optim.max_steps or len(stretches))
