@@ -231,6 +231,11 @@ class Checkpoints:
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
         return TrainState(count, restored["params"], restored["opt_state"]), restored["progress"]
 
+    def samples(self, step: int) -> int:
+        """How many samples the run had seen at a step."""
+        items = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["progress"]["samples"]
+
     def restore_params(self, step: int, abstract: Params) -> Params:
         """The parameters alone, laid out as `abstract` says."""
         self._check_shapes(step, abstract)
@@ -265,6 +270,12 @@ def pick_step(checkpoints: Checkpoints, step: int | None) -> int:
 
 
 # ---------------------------------------------------------------------------------------- damage
+def contents(folder: Place) -> dict[str, list[Any]]:
+    """What tells a checkpoint from any other: what its manifest says of its files, or they themselves."""
+    file = folder / MANIFEST
+    return json.loads(file.read_text())["files"] if file.exists() else _digests(folder)
+
+
 def damage_of(folder: Place) -> str | None:
     """How a checkpoint's files differ from its manifest; None where they do not, or where it has none.
 

@@ -9,6 +9,7 @@ VERBS = {
     "plan": "what will fit which devices, and what it would take",
     "sweep": "run many trials of a config, and stop the poor ones early",
     "report": "write one HTML page of a run, of several, or of a sweep",
+    "evaluate": "score a model on benchmarks",
     "export": "write a run's model as a Hugging Face folder",
     "generate": "answer prompts with a model, or chat",
 }

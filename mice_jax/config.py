@@ -150,8 +150,13 @@ class Log(_Strict):
 
 @dataclass
 class Eval(_Strict):
-    every_samples: int = 0  # held-out loss; 0 = at the end only
-    tasks: list[str] = field(default_factory=list)
+    every_samples: int = 0  # held-out loss and tasks; 0 = at the end only
+    tasks: list[str] = field(default_factory=list)  # benchmarks, by the names that `mice evaluate` takes
+    include_path: str = ""  # folder with YAML files of tasks of one's own
+    num_fewshot: int = -1  # examples in a prompt; -1 = as each task says
+    limit: int = 0  # documents of each task; 0 = all
+    apply_chat_template: bool = False
+    system_instruction: str = ""
 
 
 @dataclass
@@ -377,6 +382,8 @@ BOUNDS = {
     "stop.steps": (0, math.inf),
     "log.every_steps": (1, math.inf),
     "eval.every_samples": (0, math.inf),
+    "eval.num_fewshot": (-1, math.inf),
+    "eval.limit": (0, math.inf),
     "seed": (0, 2**32 - 1),
 }
 
@@ -418,11 +425,6 @@ def _value_problems(c: Config) -> list[str]:
             problems.append(f"log.trackers has {tracker!r}, which is not one of {', '.join(TRACKERS)}")
     if 0 < c.train.skip_spikes <= 1:
         problems.append(f"train.skip_spikes={c.train.skip_spikes} must be more than 1, or 0 for never")
-    if c.eval.tasks:
-        problems.append(
-            f"eval.tasks={c.eval.tasks}: benchmarks are not run in training yet; leave it empty and evaluate what "
-            "`mice export` writes"
-        )
     for i, p in enumerate(c.published):
         if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")

@@ -18,7 +18,7 @@ class Display:
     def __init__(self, console: Console):
         self._console = console
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-        counts = (TextColumn("{task.fields[samples]:,} samples"), TimeRemainingColumn())
+        counts = (TextColumn("{task.fields[count]:,} {task.fields[unit]}"), TimeRemainingColumn())
         hidden = console.quiet or not console.is_terminal
         self._bars = Progress(*columns, *counts, console=console, transient=True, disable=hidden)
 
@@ -32,16 +32,16 @@ class Display:
     def say(self, text: str) -> None:
         self._console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
-    def watch(self, what: str) -> Watch:
-        """A function to be told how much of `what` is done (0 to 1), and how many samples that is."""
-        bar = self._bars.add_task(escape(what), total=1.0, samples=0, visible=False)
+    def watch(self, what: str, unit: str = "samples") -> Watch:
+        """A function to be told how much of `what` is done (0 to 1), and how many samples, or others, that is."""
+        bar = self._bars.add_task(escape(what), total=1.0, count=0, unit=unit, visible=False)
         said = time.monotonic()
 
-        def told(done: float, samples: int) -> None:
+        def told(done: float, count: int) -> None:
             nonlocal said
-            self._bars.update(bar, completed=done, samples=samples, visible=done < 1)
+            self._bars.update(bar, completed=done, count=count, visible=done < 1)
             if self._bars.disable and time.monotonic() > said + WORD_EVERY_S:
                 said = time.monotonic()
-                self.say(f"{what}: {done:.0%}, {samples:,} samples")
+                self.say(f"{what}: {done:.0%}, {count:,} {unit}")
 
         return told

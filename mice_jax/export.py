@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from transformers import PreTrainedTokenizerBase
 
 from mice_jax import command
-from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import find_origin, load_params
+from mice_jax.start import find_origin, load_params, stop_ids
 
 DTYPES = ("float32", "bfloat16")
 
@@ -54,8 +54,7 @@ def export(values: command.Values) -> None:
     partial.mkdir(parents=True)
     count = hf.save_params(partial, params, decoder, origin.config, dtype)
     tokenizer.save_pretrained(partial)
-    stop_ids = ChatEncoder(tokenizer).stop_ids() if tokenizer.chat_template else []
-    generation = _generation_config(origin.config, stop_ids, tokenizer.pad_token_id)
+    generation = _generation_config(origin.config, tokenizer)
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if output.exists():
         output.rmdir()
@@ -63,14 +62,12 @@ def export(values: command.Values) -> None:
     print(f"exported {count:,} parameters in {dtype} to {output}")
 
 
-def _generation_config(config: dict[str, Any], stop_ids: list[int], pad_id: Any) -> dict[str, Any]:
+def _generation_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Stops where the training stopped: at the token that ends an assistant's turn, besides the model's own."""
-    own = config.get("eos_token_id")
-    ids = [*stop_ids, *(own if isinstance(own, list) else [own] if own is not None else [])]
-    generation = {"eos_token_id": list(dict.fromkeys(ids)), "do_sample": False}
+    generation = {"eos_token_id": stop_ids(config, tokenizer), "do_sample": False}
     if config.get("bos_token_id") is not None:
         generation["bos_token_id"] = config["bos_token_id"]
-    return generation | ({"pad_token_id": pad_id} if pad_id is not None else {})
+    return generation | ({} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

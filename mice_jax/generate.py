@@ -9,7 +9,6 @@ that of the input with its "response", and "stopped": whether the model ended it
 already is continued after its last whole line.
 """
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -18,26 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
-from transformers import PreTrainedTokenizerBase
+from rich.console import Console
 
-from mice_jax import command
+from mice_jax import command, programs
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
-from mice_jax.data.tokenizer import decode, load_tokenizer
+from mice_jax.data.store import cache_folder
+from mice_jax.data.tokenizer import load_tokenizer
+from mice_jax.display import Display
 from mice_jax.errors import UserError
 from mice_jax.evals.sampling import Sampler, Sampling, cast_params, check_fits
+from mice_jax.evals.speaking import Message, Speaker
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Params, make_decoder
+from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import RANDOM, Origin, check_vocabulary, find_origin, load_params
+from mice_jax.start import check_vocabulary, compute_dtype, find_model, generation_stop_ids, load_params
 
-DTYPES = ("auto", "float32", "bfloat16")
 MAX_NEW_TOKENS = 256
 ADDED = ("response", "stopped")  # what an output's line has besides its input's
-
-Message = dict[str, Any]
 
 
 def define(values: command.Values, argv: list[str]) -> None:
@@ -49,6 +47,7 @@ def define(values: command.Values, argv: list[str]) -> None:
     flags.DEFINE_string("system", None, "system message of a conversation that has none", flag_values=values)
     longest = f"an answer is cut here ({MAX_NEW_TOKENS}, or half of the model's positions if they are few)"
     flags.DEFINE_integer("max_new_tokens", None, longest, flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "a text that ends answers", flag_values=values)
     flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token each time (0)", flag_values=values)
     flags.DEFINE_float("top_p", 1.0, "draw from the likeliest that hold this probability (1)", flag_values=values)
     flags.DEFINE_integer("top_k", 0, "draw from this many of the likeliest; 0 = all (0)", flag_values=values)
@@ -62,7 +61,7 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 def generate(values: command.Values) -> None:
     # ------------------------------------------------------------------------------------ what is asked
-    origin = _origin(values)
+    origin = find_model(command.required(values, "model"), values.step)
     max_new_tokens = values.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = min(MAX_NEW_TOKENS, origin.spec.max_positions // 2)
@@ -71,12 +70,15 @@ def generate(values: command.Values) -> None:
         raise UserError("--prompt and --input are both given; give one of them.")
     if (values.input is None) != (values.output is None):
         raise UserError("--input and --output go together: the answers to one file are written to another.")
+    if not all(values.stop):
+        raise UserError("--stop is empty: it would end every answer before its first character.")
     if values.batch_size < 1:
         raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
     tokenizer = load_tokenizer(str(origin.folder), values.chat_template)
     check_vocabulary(origin, tokenizer.get_vocab())
     encoder = ChatEncoder(tokenizer)
-    stop_ids = _stop_ids(encoder, origin)
+    # What ends a turn in the chat template, and what the model's own generation config adds.
+    stop_ids = [*encoder.stop_ids(), *(generation_stop_ids(origin.folder) or [])]
     system = [] if values.system is None else [{"role": "system", "content": values.system}]
     job = None  # read before the model is, so that what is wrong is said at once
     if values.input is not None:
@@ -89,56 +91,22 @@ def generate(values: command.Values) -> None:
         check_fits(encoder.prompt_ids(_asked(system, values.prompt)), sampling, origin.spec, "--prompt")
 
     # ------------------------------------------------------------------------------------ model
+    programs.keep(cache_folder(""))
     mesh = make_mesh(1, -1, 1)
-    dtype = _dtype(values.compute_dtype)
+    dtype = compute_dtype(values.compute_dtype)
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
     params = cast_params(load_params(origin, decoder, shardings, step=values.step), dtype)
-    speaker = _Speaker(Sampler(decoder, dtype), params, encoder, tokenizer, sampling, stop_ids)
+    speaker = Speaker(Sampler(decoder, dtype), params, encoder, stop_ids, tuple(values.stop))
 
     # ------------------------------------------------------------------------------------ answers
     with jax.set_mesh(mesh):
         if job is not None:
-            _answer_file(job, speaker, values.batch_size)
+            _answer_file(job, speaker, sampling, values.batch_size)
         elif values.prompt is not None:
-            speaker.say(_asked(system, values.prompt))
+            say(speaker, _asked(system, values.prompt), sampling)
         else:
-            _chat(speaker, system)
-
-
-def _origin(values: command.Values) -> Origin:
-    model = command.required(values, "model")
-    if model.startswith(RANDOM):
-        raise UserError(f"--model={model}: random weights have nothing to say. Give a folder with weights.")
-    try:
-        origin = find_origin(model)
-    except UserError as e:
-        raise UserError(f"--model: {e}") from None
-    if values.step is not None and origin.kind != "run":
-        raise UserError(f"--step={values.step} is for a run's folder; --model={model} is a Hugging Face folder.")
-    return origin
-
-
-def _dtype(name: str) -> Any:
-    if name not in DTYPES:
-        raise UserError(f"--compute_dtype={name} is not one of {', '.join(DTYPES)}.")
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-def _stop_ids(encoder: ChatEncoder, origin: Origin) -> list[int]:
-    """What ends a turn in the chat template, and what the model's own generation config adds."""
-    file, own = origin.folder / "generation_config.json", None
-    if file.exists():
-        try:
-            own = json.loads(file.read_text()).get("eos_token_id")
-        except (ValueError, AttributeError) as e:
-            raise UserError(f"{file} is no JSON object: {e}. Mend it, or take it away.") from None
-    ids = own if isinstance(own, list) else [own] if own is not None else []
-    if not all(type(i) is int for i in ids):
-        raise UserError(f"{file} has eos_token_id={own!r}; it must be a token id or a list of them.")
-    return [*encoder.stop_ids(), *ids]
+            _chat(speaker, system, sampling)
 
 
 def _asked(system: list[Message], prompt: str) -> list[Message]:
@@ -146,41 +114,17 @@ def _asked(system: list[Message], prompt: str) -> list[Message]:
 
 
 # ---------------------------------------------------------------------------------------- one at a time
-@dataclasses.dataclass(frozen=True)
-class _Speaker:
-    """A model with all that its answers depend on."""
-
-    sampler: Sampler
-    params: Params
-    encoder: ChatEncoder
-    tokenizer: PreTrainedTokenizerBase
-    sampling: Sampling
-    stop_ids: list[int]
-
-    def text(self, ids: Sequence[int]) -> str:
-        return decode(self.tokenizer, ids, skip_special_tokens=True)
-
-    def say(self, messages: list[Message]) -> str:
-        """Prints the answer as it comes, and returns it; an interrupt ends it early."""
-        prompt = self.encoder.prompt_ids(messages)
-        check_fits(prompt, self.sampling, self.sampler.spec, "the conversation")
-        ids: list[int] = []
-        shown = ""
-        with contextlib.suppress(KeyboardInterrupt):
-            for token in self.sampler.stream(self.params, prompt, self.sampling, self.stop_ids):
-                ids.append(token)
-                text = self.text(ids)
-                if not text.endswith("\ufffd"):  # else a character of which only some bytes are there
-                    print(text[len(shown) :], end="", flush=True)
-                    shown = text
-        text = self.text(ids)
-        print(text[len(shown) :])
-        if len(ids) == self.sampling.max_new_tokens:
-            print(f"(cut at max_new_tokens={len(ids)})", file=sys.stderr)
-        return text
+def say(speaker: Speaker, messages: list[Message], sampling: Sampling) -> str:
+    """Prints the answer as it comes, and returns it."""
+    prompt = speaker.prompt(messages, None, sampling, "the conversation")
+    spoken = speaker.speak(prompt, sampling, lambda piece: print(piece, end="", flush=True))
+    print()
+    if not spoken.stopped:
+        print(f"(cut at max_new_tokens={sampling.max_new_tokens})", file=sys.stderr)
+    return spoken.text
 
 
-def _chat(speaker: _Speaker, system: list[Message]) -> None:
+def _chat(speaker: Speaker, system: list[Message], sampling: Sampling) -> None:
     print("A chat: /reset begins anew, /exit ends it.")
     messages = list(system)
     while True:
@@ -196,7 +140,7 @@ def _chat(speaker: _Speaker, system: list[Message]) -> None:
         elif said:
             asked = _asked(messages, said)
             try:
-                messages = [*asked, {"role": "assistant", "content": speaker.say(asked)}]
+                messages = [*asked, {"role": "assistant", "content": say(speaker, asked, sampling)}]
             except UserError as e:  # too long by now, or more than the template takes: what was said before stands
                 print(f"{e} /reset begins anew.", file=sys.stderr)
 
@@ -236,16 +180,17 @@ class _Job:
         return cls(records, prompts, output, _kept(source, output, records))
 
 
-def _answer_file(job: _Job, speaker: _Speaker, batch_size: int) -> None:
+def _answer_file(job: _Job, speaker: Speaker, sampling: Sampling, batch_size: int) -> None:
     records, prompts = job.records[job.num_kept :], job.prompts[job.num_kept :]
-    answers = speaker.sampler.generate(
-        speaker.params, prompts, speaker.sampling, speaker.stop_ids, batch_size=batch_size, first=job.num_kept
-    )
-    with job.output.open("a", encoding="utf-8") as f:
-        for record, answer in zip(records, answers, strict=True):
-            line = record | {"response": speaker.text(answer.ids), "stopped": answer.stopped}
+    numbers = range(job.num_kept, len(job.records))
+    answers = speaker.answers(prompts, sampling, numbers, batch_size=batch_size)
+    with job.output.open("a", encoding="utf-8") as f, Display(Console(stderr=True)) as display:
+        told = display.watch("answering")
+        for done, (record, answer) in enumerate(zip(records, answers, strict=True), 1):
+            line = record | {"response": answer.text, "stopped": answer.stopped}
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
             f.flush()
+            told(done / len(records), done)
     print(f"answered {len(records)} lines in {job.output}")
 
 

@@ -1,7 +1,8 @@
 """Weighted next-token cross-entropy, as the two sums of which a step's loss is the ratio.
 
-Logits exist for a chunk of slots at a time. Their gradient is taken while they are there, so the backward pass
-neither recomputes nor keeps them: it scales what the forward pass has already summed.
+Logits exist for a chunk of tokens at a time, and only for tokens that have a loss weight. Their gradient is taken
+while they are there, so the backward pass neither recomputes nor keeps them: it scales what the forward pass has
+already summed.
 """
 
 import functools
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-# B rows, T slots, D d_model, V vocabulary rows, C slots of a chunk, X = B * C tokens of a chunk
+# B rows, T slots, D d_model, V vocabulary rows, S = B * T slots of all rows, X tokens of a chunk
 
 
 def cross_entropy_sums(
@@ -31,21 +32,15 @@ def cross_entropy_sums(
 
     `hidden` is [B T D], `output_weight` [V D] of which the first `vocab_size` rows are real, `targets` and
     `loss_weights` [B T]; a slot of weight 0 adds nothing, whatever its target. Logits are, in float32,
-    hidden @ output_weight.T * logit_scale, and with a soft cap softcap * tanh(logits / softcap). `batch_axes` are the
-    mesh axes that split the rows: each device sums over its own, and the sums meet once, not once a chunk.
-    Differentiable in `hidden` and `output_weight`.
+    hidden @ output_weight.T * logit_scale, and with a soft cap softcap * tanh(logits / softcap); those of `chunk`
+    tokens exist at a time. `batch_axes` are the mesh axes that split the rows: each device sums over its own, and the
+    sums meet once, not once a chunk. Differentiable in `hidden` and `output_weight`.
     """
-    t = hidden.shape[1]
-    chunk = min(chunk, t)
-    pad = -t % chunk
-    if pad:
-        hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0)))
-        targets, loss_weights = (jnp.pad(x, ((0, 0), (0, pad))) for x in (targets, loss_weights))
     weight = output_weight.astype(hidden.dtype)
 
     def scan(with_gradient: bool) -> Callable[..., Any]:
         static = {"vocab_size": vocab_size, "chunk": chunk, "logit_scale": logit_scale, "softcap": softcap}
-        return _on_rows(functools.partial(_scan_chunks, **static, with_gradient=with_gradient), batch_axes)
+        return _on_rows(functools.partial(_over_chunks, **static, with_gradient=with_gradient), batch_axes)
 
     @jax.custom_vjp
     def loss_sum_of(*arrays: jax.Array) -> jax.Array:
@@ -67,15 +62,15 @@ def cross_entropy_sums(
 
 
 def _on_rows(scan: Callable[..., Any], batch_axes: tuple[str, ...]) -> Callable[..., Any]:
-    """The scan over each device's own rows, its sums added up over `batch_axes` at the end."""
+    """What `scan` sums over each device's own rows, added up over `batch_axes` at the end."""
     mesh = jax.sharding.get_abstract_mesh()
     # Axes of one device are left out: XLA refuses a sum over one where another axis splits the columns.
     batch_axes = () if mesh.empty else tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
     if not batch_axes:
-        return scan
+        return functools.partial(scan, most=lambda x: x)
 
     def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        loss_sum, d_hidden, d_weight = scan(*arrays)
+        loss_sum, d_hidden, d_weight = scan(*arrays, most=lambda x: jax.lax.pmax(x, batch_axes))
         return jax.lax.psum(loss_sum, batch_axes), d_hidden, jax.lax.psum(d_weight, batch_axes)
 
     rows, whole = PartitionSpec(batch_axes), PartitionSpec()
@@ -88,7 +83,7 @@ def _on_rows(scan: Callable[..., Any], batch_axes: tuple[str, ...]) -> Callable[
     )
 
 
-def _scan_chunks(
+def _over_chunks(
     hidden: jax.Array,
     weight: jax.Array,
     targets: jax.Array,
@@ -99,34 +94,43 @@ def _scan_chunks(
     logit_scale: float,
     softcap: float | None,
     with_gradient: bool,
+    most: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """loss_sum, and its gradients by hidden [B T D] and by weight [V D] float32 (empty without gradient)."""
-    b, t, d = hidden.shape
+    """loss_sum, and its gradients by hidden [B T D] and by weight [V D] float32 (empty without gradient).
 
-    def add_chunk(
-        sums: tuple[jax.Array, jax.Array], chunked: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        loss_sum, d_weight = sums
-        h, target, token_weight = (x.reshape(b * chunk, *x.shape[2:]) for x in chunked)
+    Tokens with a weight are taken first, and the loop ends after them. `most` is over the devices that run it: each
+    makes as many rounds, since where a tensor axis splits the vocabulary they meet in every one.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])  # [S D]
+    targets, loss_weights = targets.reshape(-1), loss_weights.reshape(-1)
+    slots, chunk = len(rows), min(chunk, len(rows))
+    order = jnp.argsort(loss_weights == 0, stable=True).astype(jnp.int32)
+    rounds = most(-(-jnp.count_nonzero(loss_weights).astype(jnp.int32) // chunk))
+    padded = jnp.pad(order, (0, -slots % chunk))
+
+    def add_chunk(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        loss_sum, d_rows, d_weight = sums
+        at = jax.lax.dynamic_slice_in_dim(padded, i * chunk, chunk)
+        in_order = i * chunk + jnp.arange(chunk, dtype=jnp.int32) < slots  # what pads the last chunk counts once
+        token_weight = jnp.where(in_order, loss_weights[at], 0.0)
+        h = rows[at]
         products = jnp.dot(h, weight.T, preferred_element_type=jnp.float32)
         logits, slopes = _logits(products, logit_scale, softcap)
-        loss, d_logits = _chunk_loss(logits, target, vocab_size)
+        loss, d_logits = _chunk_loss(logits, targets[at], vocab_size)
         loss_sum += jnp.sum(loss * token_weight)
         if not with_gradient:
-            return (loss_sum, d_weight), jnp.zeros((0,), hidden.dtype)
-        d_products = (d_logits * slopes * token_weight[:, None]).astype(hidden.dtype)
+            return loss_sum, d_rows, d_weight
+        d_products = (d_logits * slopes * token_weight[:, None]).astype(h.dtype)
         d_weight += jnp.dot(d_products.T, h, preferred_element_type=jnp.float32)
-        return (loss_sum, d_weight), jnp.dot(d_products, weight).reshape(b, chunk, d)
+        d_rows = jax.lax.dynamic_update_slice_in_dim(d_rows, jnp.dot(d_products, weight), i * chunk, 0)
+        return loss_sum, d_rows, d_weight
 
-    def chunks(x: jax.Array) -> jax.Array:  # [B T ...] -> [T/C B C ...]
-        return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
-
-    zeros = jnp.zeros(weight.shape if with_gradient else (0,), jnp.float32)
-    scanned = (chunks(hidden), chunks(targets), chunks(loss_weights))
-    (loss_sum, d_weight), d_hidden = jax.lax.scan(add_chunk, (jnp.zeros((), jnp.float32), zeros), scanned)
-    if with_gradient:
-        d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(b, t, d)
-    return loss_sum, d_hidden, d_weight
+    d_rows = jnp.zeros((len(padded), rows.shape[1]) if with_gradient else (0,), rows.dtype)
+    d_weight = jnp.zeros(weight.shape if with_gradient else (0,), jnp.float32)
+    loss_sum, d_rows, d_weight = jax.lax.fori_loop(0, rounds, add_chunk, (jnp.zeros((), jnp.float32), d_rows, d_weight))
+    if not with_gradient:
+        return loss_sum, d_rows, d_weight
+    return loss_sum, d_rows[jnp.argsort(order)].reshape(hidden.shape), d_weight
 
 
 def _logits(products: jax.Array, logit_scale: float, softcap: float | None) -> tuple[jax.Array, jax.Array | float]:

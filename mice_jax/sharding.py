@@ -118,6 +118,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, array_spec(x.shape, axes, mesh))
 
 
+def constrain_param(x: jax.Array, *axes: str | None) -> jax.Array:
+    """As `constrain`, for a parameter."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, param_spec(x.shape, axes, mesh))
+
+
 def gather_split_heads(x: jax.Array, *axes: str | None) -> jax.Array:
     """A parameter as it is used: heads that `param_spec` splits within are whole on every device."""
     mesh = jax.sharding.get_abstract_mesh()

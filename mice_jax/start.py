@@ -6,14 +6,17 @@ asked and started from without what it was started from.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from transformers import PreTrainedTokenizerBase
 
 from mice_jax.checkpoint import Checkpoints, pick_step
+from mice_jax.data.chat import ChatEncoder
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
@@ -22,6 +25,7 @@ from mice_jax.places import Place, fetched, find_place
 from mice_jax.sharding import param_shardings
 
 RANDOM = "random:"
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +71,55 @@ def find_origin(init_from: str) -> Origin:
         raise UserError(f"{init_from} is no run's folder; a Hugging Face folder has to lie on disk: copy it here.")
     config = hf.read_config(folder / "config.json")
     return Origin("hf", folder, None, None, config, hf.spec_from_config(config, folder / "config.json"))
+
+
+def find_model(model: str, step: int | None) -> Origin:
+    """What --model and --step name, which must have weights; UserError where they do not."""
+    if model.startswith(RANDOM):
+        raise UserError(f"--model={model}: random weights have nothing to say. Give a folder with weights.")
+    try:
+        origin = find_origin(model)
+    except UserError as e:
+        raise UserError(f"--model: {e}") from None
+    if step is not None and origin.kind != "run":
+        raise UserError(f"--step={step} is for a run's folder; --model={model} is a Hugging Face folder.")
+    return origin
+
+
+def compute_dtype(name: str) -> Any:
+    """What --compute_dtype says; auto is float32 on a CPU, else bfloat16."""
+    if name not in DTYPES:
+        raise UserError(f"--compute_dtype={name} is not one of {', '.join(DTYPES)}.")
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def stop_ids(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer of a model that a run trained: the token that ends a turn, and what its config.json has."""
+    turn = ChatEncoder(tokenizer).stop_ids() if tokenizer.chat_template else []
+    return list(dict.fromkeys([*turn, *own_stop_ids(config)]))
+
+
+def own_stop_ids(config: dict[str, Any]) -> list[int]:
+    """What ends a text by a config.json, or a generation_config.json."""
+    own = config.get("eos_token_id")
+    return own if isinstance(own, list) else [own] if own is not None else []
+
+
+def generation_stop_ids(folder: Path) -> list[int] | None:
+    """What ends a text by a folder's generation_config.json; None where it has none."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return None
+    try:
+        config = json.loads(file.read_text())
+        ids = own_stop_ids(config)
+    except (ValueError, AttributeError) as e:
+        raise UserError(f"{file} is no JSON object: {e}. Mend it, or take it away.") from None
+    if not all(type(i) is int for i in ids):
+        raise UserError(f"{file} has eos_token_id={config['eos_token_id']!r}; it must be a token id or a list of them.")
+    return ids
 
 
 def with_vocabulary(origin: Origin, ids: dict[str, int], added: Collection[str]) -> ModelSpec:

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mice_jax.loss import cross_entropy_sums
 from mice_jax.models.transformer import Compute, Decoder, Params
-from mice_jax.sharding import BATCH_AXES, constrain, num_shards, param_shardings
+from mice_jax.sharding import BATCH_AXES, constrain, param_shardings
 
 LOGIT_TOKENS = 512  # tokens of one device whose logits exist at a time
 LEAST_REST = 1e-3  # of a step's pairs of microbatches: below it there is one microbatch, and rounding
@@ -77,7 +77,7 @@ class StepFunctions(NamedTuple):
 
 
 def batch_loss(
-    decoder: Decoder, params: Params, batch: Batch, compute: Compute, chunk: int
+    decoder: Decoder, params: Params, batch: Batch, compute: Compute, chunk: int = LOGIT_TOKENS
 ) -> tuple[jax.Array, jax.Array]:
     """loss_sum and weight_sum of one microbatch."""
     model = decoder.bind(params)
@@ -121,8 +121,7 @@ def make_step(
     )
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        rows = batch["tokens"].shape[0] // num_shards(mesh)
-        return batch_loss(decoder, params, batch, compute, chunk=max(1, LOGIT_TOKENS // rows))
+        return batch_loss(decoder, params, batch, compute)
 
     def start(params: Params) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))

@@ -51,17 +51,17 @@ from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
 from mice_jax.errors import AgreedError, Preempted, StoppedByRule, UserError, one_line
-from mice_jax.evals import held_out
+from mice_jax.evals import benchmarks, held_out
 from mice_jax.lab.watch import Watch
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.progress import Alarm, Progress, crosses
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_steps
-from mice_jax.start import Origin, find_origin, load_params, with_vocabulary
+from mice_jax.start import Origin, find_origin, load_params, stop_ids, with_vocabulary
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.workdir import METRICS, PUBLISH_S, Workdir, code_state, environment
 
-CHOSEN_BY = ("loss", "grad_norm", "param_norm", "update_norm")  # beside held-out losses
+CHOSEN_BY = ("loss", "grad_norm", "param_norm", "update_norm")  # beside held-out losses and benchmarks
 SPLIT_EVERY = 8  # of so many steps, one that is a single microbatch is split in two, to measure the gradient's noise
 
 
@@ -117,6 +117,8 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         recorded = _recorded(run, mesh)
         attention = resolve.attention(config, spec, device.platform, capability, recorded)
         encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
+        settings = _benchmark_settings(config)
+        tasks = benchmarks.load_benchmarks(config.eval.tasks, config.eval.include_path, settings, tokenizer)
         if lead:
             run.lock(Display(console).say)
             _check_same_config(run, config)
@@ -127,6 +129,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             display.say(remark)
         data = build_dataset(config.data, encoder, display.say, display.watch)
     distributed.check_same("data", data.fingerprint)
+    distributed.check_same("tasks", " ".join(t.fingerprint for t in tasks))
     with distributed.together():
         mixture = Mixture(
             data.phases,
@@ -136,7 +139,9 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         )
         total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
         stretches = phases.stretches(config.data.phases, mixture.phase_ends(), total_steps)
-        chooses = _check_best_metric(config, stretches, data)
+        scored = [f"eval/{name}" for task in tasks for name in task.metric_names()]
+        chooses = _check_best_metric(config, stretches, data, scored)
+        chooses_by_task = chooses and config.checkpoint.best_metric in scored
 
     # ---- Model ----------------------------------------------------------------------------------------------
     decoder = make_decoder(spec, mesh.shape["tensor"])
@@ -151,6 +156,9 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
     compute = Compute(jnp.dtype(dtype), attention, remat)
     shapes = microbatch_shapes(config.data.max_length, rows)
 
+    exams = benchmarks.InTraining(
+        tasks, settings, decoder, mesh, compute.dtype, tokenizer, stop_ids(origin.config, tokenizer)
+    )
     by_phase = len(config.data.phases) > 1
 
     def source(mixture: Mixture, loss_reduction: str = "token", split_every: int = 0) -> StepSource:
@@ -260,6 +268,8 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
                 record |= held_out.evaluate(
                     functools.partial(fns.evaluate, state.params), data.validation, source, mesh, by_phase
                 )
+            if measures or (due and chooses_by_task):
+                record |= exams.measure(state.params, Display(console).say)
             for writer in writers:
                 writer.write(record)
             run.publish(after_s=PUBLISH_S)
@@ -381,10 +391,23 @@ def _enter(
     return state
 
 
-def _check_best_metric(config: Config, stretches: Sequence[phases.Stretch], data: Dataset) -> bool:
+def _benchmark_settings(config: Config) -> benchmarks.Settings:
+    e = config.eval
+    return benchmarks.Settings(
+        num_fewshot=None if e.num_fewshot < 0 else e.num_fewshot,
+        limit=e.limit or None,
+        apply_chat_template=e.apply_chat_template,
+        fewshot_as_multiturn=e.apply_chat_template,
+        system_instruction=e.system_instruction or None,
+    )
+
+
+def _check_best_metric(
+    config: Config, stretches: Sequence[phases.Stretch], data: Dataset, scored: Sequence[str]
+) -> bool:
     """Whether checkpoints are chosen by a metric; UserError where no line of the run will have it."""
     chosen = config.checkpoint.keep_best or any(s.phase.seed_from == "best" for s in stretches)
-    known = [*CHOSEN_BY, *held_out.metric_names(data.validation, len(config.data.phases) > 1)]
+    known = [*CHOSEN_BY, *held_out.metric_names(data.validation, len(config.data.phases) > 1), *scored]
     name = config.checkpoint.best_metric
     if chosen and name not in known:
         more = "" if data.validation else " Held-out losses are measured where data is held out (data.validation)."

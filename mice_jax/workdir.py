@@ -16,6 +16,8 @@ from mice_jax.places import Place, fetch, fetched, filesystem, write_whole
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"  # a line each time that a process begins with the run, or leaves it
+# A line a checkpoint that `evaluate` has scored: {"step", "samples", "<task>/<metric>": value}.
+SCORES = "eval_scores.jsonl"
 PUBLISH_S = 30.0
 
 

@@ -19,7 +19,8 @@ from mice_jax.checkpoint import Checkpoints
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.evals.sampling import Sampling
-from mice_jax.generate import _Speaker, main
+from mice_jax.evals.speaking import Speaker
+from mice_jax.generate import main, say
 from models import llama, load, mesh_of, spec_of
 from runs import make_tokenizer, write_init, write_jsonl
 
@@ -168,8 +169,7 @@ def test_a_character_of_many_tokens_is_printed_once_all_of_it_is_there(
 
     encoder = ChatEncoder(tokenizer, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
     sampler: Any = Spoken()
-    speaker = _Speaker(sampler, {}, encoder, tokenizer, Sampling(100), [])
-    assert speaker.say([{"role": "user", "content": "é"}]) == answer
+    assert say(Speaker(sampler, {}, encoder, []), [{"role": "user", "content": "é"}], Sampling(100)) == answer
     assert "".join(printed) + capsys.readouterr().out == answer + "\n"
     assert {"é", "🤖"} <= {p.strip() for p in printed}
     assert not any("\ufffd" in p or "<0x" in p for p in printed)
@@ -189,6 +189,46 @@ def byte_tokenizer(folder: Path, cls: str) -> PreTrainedTokenizerBase:
     config = {"tokenizer_class": cls, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return load_tokenizer(str(folder))
+
+
+def test_a_text_that_ends_answers_may_lie_within_and_across_tokens(
+    folder: Path, model: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = [expected(model, c) for c in CONVERSATIONS]
+    stop = "[c"  # the first answer has it, in a token and the beginning of the next
+    assert stop in whole[0] and make_tokenizer().tokenize(stop) == ["[", "c"] and "co" in make_tokenizer().get_vocab()
+    assert stop + "o" in whole[0] and sum(stop in w for w in whole) < len(whole)
+    questions, answers = write_jsonl(tmp_path / "q.jsonl", QUESTIONS), tmp_path / "a.jsonl"
+    assert run(folder, f"--input={questions}", f"--output={answers}", f"--stop={stop}", "--stop=never seen") == 0
+    lines = read(answers)
+    assert [a["response"] for a in lines] == [w.split(stop)[0] for w in whole]
+    assert [a["stopped"] for a in lines] == [stop in w for w in whole]
+    capsys.readouterr()
+    assert run(folder, f"--prompt={QUESTIONS[0]['prompt']}", f"--stop={stop}") == 0
+    assert capsys.readouterr() == (whole[0].split(stop)[0] + "\n", "")
+
+
+def test_what_may_be_the_beginning_of_an_end_is_shown_once_it_is_none() -> None:
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode("mice learn cold barn", add_special_tokens=False)
+    words = [tokenizer.decode([i]) for i in ids]
+    assert words == ["mice", " learn", " cold", " barn"]
+
+    class Spoken:
+        def stream(self, *args: Any) -> Iterator[int]:
+            yield from ids
+
+    def shown(*stops: str) -> tuple[list[str], bool]:
+        pieces: list[str] = []
+        sampler: Any = Spoken()
+        spoken = Speaker(sampler, {}, ChatEncoder(tokenizer), [], stops).speak([1], Sampling(4), pieces.append)
+        assert "".join(pieces) == spoken.text
+        return pieces, spoken.stopped
+
+    assert shown() == ([*words, ""], False)
+    assert shown("ice learn", "zz") == (["m", ""], True)  # held back from its first character, then never shown
+    assert shown("learnt") == (["mice", " ", "learn cold", " barn", ""], False)
+    assert shown("cold barn!") == (["mice", " learn", " ", "cold barn"], False)
 
 
 def test_a_chat_remembers_until_it_is_reset(
@@ -229,6 +269,7 @@ def test_flags_that_do_not_go_together_are_refused(
     assert "--input and --output go together" in said(capsys, folder, "--prompt=a", "--output=b")
     assert "temperature=-1.0 must be" in said(capsys, folder, "--prompt=a", "--temperature=-1")
     assert "--compute_dtype=half is not one of" in said(capsys, folder, "--prompt=a", "--compute_dtype=half")
+    assert "--stop is empty" in said(capsys, folder, "--prompt=a", "--stop=")
     assert "--batch_size=0" in said(capsys, folder, "--prompt=a", "--batch_size=0")
 
 

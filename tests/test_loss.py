@@ -77,8 +77,8 @@ def assert_equal(ours, expected) -> None:
     assert gap(ours[2:], expected[2:]) < GRADIENT * max(1, np.abs(expected[3]).max())
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 10, 29, 30, 512])
-def test_sums_and_gradients_are_torch_s_whether_or_not_the_chunk_divides_the_slots(
+@pytest.mark.parametrize("chunk", [1, 7, 16, 239, 240, 512])
+def test_sums_and_gradients_are_torch_s_whether_or_not_the_chunk_divides_the_tokens(
     chunk: int, strict_dtypes: None
 ) -> None:
     assert_equal(Case().ours(chunk), Case().in_torch())
@@ -169,6 +169,46 @@ def test_the_target_of_a_slot_without_weight_does_not_matter(strict_dtypes: None
     assert_equal(case.ours(), expected)
     case.targets[case.loss_weights > 0] = 0
     assert abs(float(case.ours()[0]) - expected[0]) > 10 * SUM * expected[0]
+
+
+@pytest.mark.parametrize("trained", [64, 65])
+def test_no_logits_are_computed_for_tokens_without_weight_beyond_the_last_chunk(
+    trained: int, strict_dtypes: None
+) -> None:
+    case = Case()
+    at = np.random.default_rng(1).permutation(B * T)[:trained]
+    weights = np.zeros(B * T, np.float32)
+    weights[at] = 1.5
+    case.loss_weights = weights.reshape(B, T)
+    expected = case.in_torch()
+    case.hidden[case.loss_weights == 0] = np.nan
+    ours = case.ours(chunk=32)
+    if trained == 64:  # two chunks, in which every token has a weight
+        assert_equal(ours, expected)
+    else:  # the third has one, and what fills it up is seen
+        assert np.isnan(float(ours[0])) and np.isnan(np.asarray(ours[3])).all()
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_memory_for_more_tokens_does_not_depend_on_the_vocabulary(with_gradient: bool) -> None:
+    def temporary(tokens: int, vocab: int, chunk: int = 64) -> int:
+        shapes = [((2, tokens // 2, D), jnp.float32), ((vocab, D), jnp.float32), ((2, tokens // 2), jnp.int32)]
+        arrays = [jax.ShapeDtypeStruct(*s) for s in [*shapes, ((2, tokens // 2), jnp.float32)]]
+
+        def loss(*x: jax.Array) -> jax.Array:
+            keys = {"vocab_size": vocab - 3, "chunk": chunk, "logit_scale": 1.0, "softcap": None}
+            return cross_entropy_sums(*x, **keys)[0]
+
+        f = jax.value_and_grad(loss, argnums=(0, 1)) if with_gradient else loss
+        return jax.jit(f).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = 1024, 8192
+    more = [temporary(many, v) - temporary(few, v) for v in (1024, 8192)]
+    # What is alive at the peak is packed otherwise, which moves some KB; one [tokens, vocab] would grow by 205 MB.
+    assert abs(more[1] - more[0]) < 0.01 * (many - few) * (8192 - 1024) * 4
+    # What the vocabulary costs is its gradient, and a few arrays of a chunk's logits.
+    assert temporary(many, 8192) < 8192 * D * 4 * with_gradient + 4 * 64 * 8192 * 4 + 8 * many * D * 4
+    assert temporary(many, 8192, chunk=many) > many * 8192 * 4  # all at once is told apart
 
 
 def test_large_logits_do_not_overflow(strict_dtypes: None) -> None:

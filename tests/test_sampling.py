@@ -1,6 +1,6 @@
 """Answers against transformers' own, in batches of ragged prompts; draws against the softmax they come from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,15 @@ Loaded = tuple[Decoder, Params]
 LENGTHS = [5, 1, 17, 32, 33, 3, 8]
 GREEDY = Sampling(48)
 DRAWN = Sampling(24, temperature=0.7, top_p=0.9, top_k=40, seed=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Of torch, whose threads cost more than they bring in models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +101,8 @@ def test_a_cache_whose_position_is_off_by_one_gives_other_answers(
 ) -> None:
     decode = Transformer.decode
 
-    def shifted(self: Transformer, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, cache: Any) -> Any:
-        return decode(self, tokens, positions + (tokens.shape[1] == 1), lengths, cache)
+    def shifted(self: Transformer, tokens: jax.Array, positions: jax.Array, *rest: Any) -> Any:
+        return decode(self, tokens, positions + (tokens.shape[1] == 1), *rest)
 
     right = ids_of(sampler.generate(loaded[1], prompts_of(LENGTHS), GREEDY, []))
     monkeypatch.setattr(Transformer, "decode", shifted)
@@ -116,12 +125,13 @@ def test_parameters_cast_beforehand_compute_the_same_bits(loaded: Loaded) -> Non
     cast = cast_params(params, jnp.bfloat16)
     assert cast["layers"]["mlp"]["up"].dtype == jnp.bfloat16
     assert cast["final_norm"]["scale"].dtype == jnp.float32
-    tokens, lengths = sampling._padded(prompts_of(LENGTHS), 8)
+    entering = sampling._entering(prompts_of(LENGTHS), 8, GREEDY, np.zeros(8, np.int32))
 
     @jax.jit
     def last(params: Params) -> jax.Array:
-        hidden, _ = sampling._prefill(decoder, params, jnp.array(tokens), jnp.array(lengths), 64, jnp.bfloat16)
-        return decoder.bind(params).logits(hidden[:, None])
+        ready = sampling._ready(decoder, jnp.bfloat16, params)
+        hidden, _ = sampling._prefill(decoder, ready, sampling._Entering(*map(jnp.asarray, entering)))
+        return decoder.bind(ready.rest).logits(hidden[:, None])
 
     assert np.array_equal(last(cast), last(params))
 
@@ -160,21 +170,57 @@ def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(sampler: Sampler
     prompts = prompts_of(LENGTHS)
     together = ids_of(sampler.generate(loaded[1], prompts, DRAWN, []))
     assert ids_of(sampler.generate(loaded[1], prompts, DRAWN, [], batch_size=4)) == together
-    assert ids_of(sampler.generate(loaded[1], prompts[4:], DRAWN, [], first=4, batch_size=4)) == together[4:]
+    assert (
+        ids_of(sampler.generate(loaded[1], prompts[4:], DRAWN, [], numbers=range(4, 7), batch_size=4)) == together[4:]
+    )
     others = prompts_of([9, 2, 50, 4], seed=7)
     assert ids_of(sampler.generate(loaded[1], prompts[:3] + others, DRAWN, []))[:3] == together[:3]
 
 
-def test_prompts_of_like_length_share_a_batch_and_answers_keep_the_prompts_order(
+def test_a_row_whose_answer_has_ended_is_given_to_the_next_prompt_and_the_order_is_kept(
     sampler: Sampler, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "WINDOW", 2)
-    lengths = [60, 1, 50, 2, 40, 3, 30, 4, 20, 5]
-    assert list(sampling._batches(lengths, 4)) == [[1, 3, 5, 7], [6, 4, 2, 0], [9, 8]]
-    assert list(sampling._batches(lengths[:6], 2)) == [[1, 3], [2, 0], [5, 4]]
-    prompts = prompts_of(lengths[:8], seed=2)
-    in_fours = ids_of(sampler.generate(loaded[1], prompts, DRAWN, [], batch_size=4))
-    assert in_fours == ids_of(sampler.generate(loaded[1], prompts, DRAWN, []))
+    prompts = prompts_of([60, 1, 50, 2, 40, 3, 30, 4, 20, 5, 33, 7], seed=2)
+    whole = ids_of(sampler.generate(loaded[1], prompts, GREEDY, [], batch_size=16))
+    stops = [ids[(40, 2, 3)[i % 3]] for i, ids in enumerate(whole)]  # so that answers end at very different times
+    wanted = [a[: next(i for i, t in enumerate(a) if t in stops)] for a in whole]
+    steps: list[int] = []
+    go_on = sampler._go_on
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        rows, new = go_on(*args, **kwargs)
+        steps.append(int((np.asarray(new) >= 0).any(axis=0).sum()))
+        return rows, new
+
+    monkeypatch.setattr(sampler, "_go_on", counted)
+    answers = list(sampler.generate(loaded[1], prompts, GREEDY, stops, batch_size=4))
+    assert ids_of(answers) == wanted and all(a.stopped for a in answers)
+    # Each batch of four by itself would go on until its longest answer ends.
+    order = list(sampling._entry_order([len(p) for p in prompts], 4))
+    assert 0 < sum(steps) < sum(max(len(wanted[i]) for i in order[at : at + 4]) for at in range(0, 12, 4))
+    monkeypatch.setattr(sampling, "WINDOW", 1)
+    assert ids_of(sampler.generate(loaded[1], prompts, GREEDY, stops, batch_size=4)) == wanted
+    assert list(sampling._entry_order([5, 9, 1, 7, 2, 3], 2)) == [1, 0, 3, 2, 5, 4]
+
+
+def test_an_answer_ends_where_its_text_does_and_its_first_token_may_be_its_last(
+    sampler: Sampler, loaded: Loaded
+) -> None:
+    prompts = prompts_of(LENGTHS)
+    whole = ids_of(sampler.generate(loaded[1], prompts, GREEDY, []))
+    pair = whole[2][4:6]
+
+    def ended(ids: list[int]) -> bool:
+        return any(ids[i : i + 2] == pair for i in range(len(ids)))
+
+    answers = list(sampler.generate(loaded[1], prompts, GREEDY, [], ended=ended, batch_size=2))
+    for answer, ids in zip(answers, whole, strict=True):
+        assert answer.ids == ids[: len(answer.ids)]
+        assert answer.stopped == ended(answer.ids) == ended(ids)
+    assert 6 <= len(answers[2].ids) <= 6 + sampling.TOKENS < 48
+    one = list(sampler.generate(loaded[1], prompts, Sampling(1), []))
+    assert [a.ids for a in one] == [ids[:1] for ids in whole]
+    assert list(sampler.generate(loaded[1], [], GREEDY, [])) == []
 
 
 def test_a_streamed_answer_is_that_of_a_batch(sampler: Sampler, loaded: Loaded) -> None:
@@ -228,9 +274,11 @@ def test_draws_come_as_often_as_the_softmax_of_what_is_left_says(how: dict[str, 
     probs = np.zeros(len(LOGITS))
     weights = np.exp(LOGITS[kept] / drawn.temperature)
     probs[kept] = weights / weights.sum()
-    chance = sampling._chance(drawn, np.arange(n, dtype=np.int32))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(n, dtype=np.int32))
     logits, positions = jnp.tile(LOGITS, (n, 1)), jnp.full(n, 7)
-    tokens = sampling._pick(logits, positions, chance, drawn.top_k or len(LOGITS), drawn.top_p < 1)
+    tokens = sampling._pick(
+        logits, positions, keys, sampling._chance(drawn), drawn.top_k or len(LOGITS), drawn.top_p < 1
+    )
     counts = np.bincount(np.asarray(tokens), minlength=len(LOGITS))
     # Five sigma of a binomial count. What is cut away, or too rare to come at all, must not come once.
     assert np.all(np.abs(counts - n * probs) <= 5 * np.sqrt(n * probs * (1 - probs)) + 1e-3)

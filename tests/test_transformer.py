@@ -134,6 +134,10 @@ def test_what_stands_in_padding_changes_neither_loss_nor_gradients(row: dict[str
 
 
 # ---------------------------------------------------------------------------------------- remat
+def products_of(compute: Compute, batch: dict[str, np.ndarray]) -> int:
+    return str(jax.make_jaxpr(forward_and_backward(DECODER, compute))(PARAMS, batch)).count("dot_general")
+
+
 def test_every_remat_policy_gives_the_same_gradients_and_recomputes_what_it_says(
     row: dict[str, np.ndarray], strict_dtypes: None
 ) -> None:
@@ -142,12 +146,15 @@ def test_every_remat_policy_gives_the_same_gradients_and_recomputes_what_it_says
     for remat in ("none", "dots", "full"):
         compute = dataclasses.replace(PLAIN, remat=remat)
         results[remat] = run(batch, compute)
-        traced = jax.make_jaxpr(forward_and_backward(DECODER, compute))(PARAMS, batch)
-        products[remat] = str(traced).count("dot_general")
+        products[remat] = products_of(compute, batch)
     assert products["none"] < products["dots"] < products["full"]
     for remat in ("dots", "full"):
         assert gap(results[remat][0], results["none"][0]) < LOGITS
         assert relative_gap(results[remat][2], results["none"][2]) < GRADIENT
+    again = dataclasses.replace(BLOCKED, remat="dots")
+    assert relative_gap(run(batch, again)[2], results["none"][2]) < GRADIENT
+    blocked = {r: products_of(dataclasses.replace(BLOCKED, remat=r), batch) for r in ("none", "dots", "full")}
+    assert blocked["none"] == blocked["dots"] < blocked["full"]  # our own attention is not computed twice
     other = run(batch | {"tokens": np.roll(batch["tokens"], 1)})
     assert relative_gap(other[2], results["none"][2]) > 10 * GRADIENT
 
@@ -198,12 +205,13 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_whole_sequence(str
     expected = jax.jit(lambda *x: DECODER.bind(PARAMS).hidden(*x, PLAIN), compiler_options=QUICK)(
         tokens, positions, segments
     )
-    step = jax.jit(lambda *x: DECODER.bind(PARAMS).decode(*x), compiler_options=QUICK)
+    layers = DECODER.unstack(PARAMS)
+    step = jax.jit(lambda *x: DECODER.bind(PARAMS).decode(*x, layers), compiler_options=QUICK)
 
     def decoded(late: int = 0) -> jax.Array:
         """Four tokens at once, four more, then one by one; `late` slots too far from the fifth on."""
-        shape = (spec.num_layers, 3, 20, spec.num_kv_heads, spec.head_dim)
-        cache = (jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+        empty = jnp.zeros((3, spec.num_kv_heads, 20, spec.head_dim), jnp.float32)
+        cache = [(empty, empty)] * spec.num_layers
         out = []
         for start, stop in [(0, 4), (4, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
             shifted = positions[:, start:stop] + np.int32(late if start else 0)

@@ -1,15 +1,19 @@
 """Answers prompts with a decoder: in batches on the device, or token by token for someone who reads along.
 
-The prompts of a batch are right-padded to one of few widths, so that few programs are compiled. What the padding
-leaves in the cache does no harm: a row goes on at its own position, and each slot is overwritten before a query
-comes far enough to see it. A row's randomness is drawn from its prompt's number and its position alone, so that
-an answer depends on its batch by rounding at most. Call inside `jax.set_mesh` where parameters lie on a mesh.
+A batch is so many rows, each with room for a prompt and its answer. Prompts enter rows a few at a time, right-padded to
+one of few widths, so that few programs are compiled; all rows go on together, a few tokens at a time; and a row whose
+answer has ended is given to the next prompt. What padding, or the prompt before, leaves in the cache does no harm: a
+row goes on at its own position, and each slot is overwritten before a query comes far enough to see it. A row's
+randomness is drawn from its prompt's number and its position alone, so that an answer depends on its batch by rounding
+at most. Call inside `jax.set_mesh` where parameters lie on a mesh.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +21,18 @@ import numpy as np
 
 from mice_jax.errors import UserError
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Decoder, Params
+from mice_jax.models.transformer import Cache, Decoder, Params
 from mice_jax.sharding import constrain
 
-# B rows, T prompt slots, D d_model, V vocabulary, E stop ids, A answer slots
+# B rows, R rows that prompts enter, T prompt slots, C new tokens, D d_model, V vocabulary
 
-MIN_WIDTH = 32  # of a padded prompt; widths are powers of two from here
+T = TypeVar("T")
+
+MIN_WIDTH = 32  # of a padded prompt, and of a row
 CHUNK = 256  # prompt tokens that enter the cache at once: bounds the attention scores of a long prompt
-WINDOW = 8  # batches whose prompts are sorted together, so that those of a length go together
-
-Cache = tuple[jax.Array, jax.Array]
+TOKENS = 16  # that rows go on by before it is looked which have ended
+PARTS = 4  # of a batch; so many rows as one has are filled with new prompts at once
+WINDOW = 8  # batches whose prompts are sorted together, so that the longest do not come last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +67,38 @@ class Answer:
     stopped: bool  # by a stop id; else cut at max_new_tokens
 
 
-class _Chance(NamedTuple):
-    """What a row's draws are made of."""
+class _Ready(NamedTuple):
+    """Parameters as programs take them, in the dtype they are computed in."""
 
-    keys: jax.Array  # [B], one a prompt
-    temperature: jax.Array
-    top_p: jax.Array
+    rest: Params  # all but the layers'
+    layers: list[Params]
 
 
-class _State(NamedTuple):
+class _Rows(NamedTuple):
     """A batch between two tokens."""
 
-    step: jax.Array  # tokens chosen so far
-    token: jax.Array  # [B], the last of them
-    answers: jax.Array  # [B A]
-    counts: jax.Array  # [B], of answer tokens
+    token: jax.Array  # [B], the last of each row
+    position: jax.Array  # [B], of that token
+    total: jax.Array  # [B], tokens that the row has in the end, unless its answer is ended before
     done: jax.Array  # [B]
+    keys: jax.Array  # [B], what draws are made of, one a prompt
     cache: Cache
+
+
+class _Entering(NamedTuple):
+    """Prompts that enter rows, right-padded; one that is none has length 0."""
+
+    tokens: jax.Array  # [R T]
+    lengths: jax.Array  # [R]
+    totals: jax.Array  # [R]
+    keys: jax.Array  # [R]
+
+
+class _Chance(NamedTuple):
+    """How a draw is made."""
+
+    temperature: jax.Array
+    top_p: jax.Array
 
 
 def check_fits(prompt: Sequence[int], sampling: Sampling, spec: ModelSpec, where: str) -> None:
@@ -107,15 +128,16 @@ def cast_params(params: Params, dtype: Any) -> Params:
 class Sampler:
     """A decoder's programs, compiled when first needed for a shape and kept; parameters come with each call.
 
-    Parameters may be float32; whoever answers much, or one token at a time, does well to `cast_params` before.
+    Each call makes a copy of them, cast and layer by layer, which lives as long as the call.
     """
 
     def __init__(self, decoder: Decoder, dtype: Any):
         self.spec = decoder.spec
         static = ("num_ranked", "nucleus")
-        self._answer = jax.jit(functools.partial(_answer, decoder, dtype), static_argnames=("max_new_tokens", *static))
-        self._first = jax.jit(functools.partial(_first, decoder, dtype), static_argnames=("max_new_tokens", *static))
-        self._next = jax.jit(functools.partial(_next, decoder, dtype), static_argnames=static, donate_argnames="cache")
+        self._ready = jax.jit(functools.partial(_ready, decoder, dtype))
+        self._empty = jax.jit(functools.partial(_empty, decoder, dtype), static_argnames=("rows", "slots"))
+        self._enter = jax.jit(functools.partial(_enter, decoder), static_argnames=static, donate_argnames="rows")
+        self._go_on = jax.jit(functools.partial(_go_on, decoder), static_argnames=static, donate_argnames="rows")
 
     def generate(
         self,
@@ -125,26 +147,28 @@ class Sampler:
         stop_ids: Iterable[int],
         *,
         batch_size: int = 16,
-        first: int = 0,
+        numbers: Sequence[int] | None = None,
+        ended: Callable[[list[int]], bool] = lambda ids: False,
     ) -> Iterator[Answer]:
         """Each prompt's answer, in the prompts' order, as soon as it and all before it are there.
 
-        `first` is the first prompt's number, for who goes on with a list: draws depend on a prompt's number.
+        `numbers` are the prompts', on which draws depend; by default they count from 0, and who goes on with a list
+        gives those that are left. `ended` says whether an answer's ids so far hold what ends it, a text for example; by
+        then a few more may be there.
         """
-        for i, prompt in enumerate(prompts):
-            check_fits(prompt, sampling, self.spec, f"prompt {first + i}")
-        stops = _stop_array(stop_ids)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        for number, prompt in zip(numbers, prompts, strict=True):
+            check_fits(prompt, sampling, self.spec, f"prompt {number}")
+        if not prompts:
+            return
+        size = min(batch_size, _power_of_two(len(prompts)))
+        slots = _padded_length(max(map(len, prompts)) + sampling.max_new_tokens)
+        batch = _Batch(self, self._ready(params), size, slots, sampling, stop_ids, ended)
+        waiting = deque(_entry_order([len(p) for p in prompts], size))
         answers: dict[int, Answer] = {}
         given = 0
-        for batch in _batches([len(p) for p in prompts], batch_size):
-            rows = _padded([prompts[i] for i in batch], batch_size)
-            numbers = np.zeros(len(rows[1]), np.int32)
-            numbers[: len(batch)] = first + np.array(batch)
-            chance = _chance(sampling, numbers)
-            new, counts, stopped = self._answer(params, *rows, stops, chance, **self._static(sampling))
-            new, counts, stopped = np.asarray(new), np.asarray(counts), np.asarray(stopped)
-            for row, i in enumerate(batch):
-                answers[i] = Answer(new[row, : counts[row]].tolist(), bool(stopped[row]))
+        while given < len(prompts):
+            answers |= batch.advance(prompts, waiting, numbers)
             while given in answers:
                 yield answers.pop(given)
                 given += 1
@@ -154,51 +178,138 @@ class Sampler:
     ) -> Iterator[int]:
         """The answer of prompt 0, token by token; it was cut where there are max_new_tokens of them."""
         check_fits(prompt, sampling, self.spec, "the prompt")
-        stops = set(stop_ids)
+        stops, one, ready = set(stop_ids), np.int32(1), self._ready(params)
+        how = (_stop_array(stops), _chance(sampling))
         static = self._static(sampling)
-        max_new_tokens = static.pop("max_new_tokens")
-        tokens, lengths = _padded([prompt], 1)
-        chance, totals = _chance(sampling, np.zeros(1, np.int32)), lengths + max_new_tokens
-        token, cache = self._first(params, tokens, lengths, chance, max_new_tokens=max_new_tokens, **static)
-        for step in range(max_new_tokens):
-            if int(token[0]) in stops:
+        rows = self._empty(rows=1, slots=_padded_length(len(prompt) + sampling.max_new_tokens))
+        zero = np.zeros(1, np.int32)
+        rows, new = self._enter(ready, _entering([prompt], 1, sampling, zero), zero, *how, rows=rows, **static)
+        for step in range(sampling.max_new_tokens):
+            token = int(new[0] if step == 0 else new[0, 0])
+            if token in stops:
                 return
-            yield int(token[0])
-            if step + 1 < max_new_tokens:
-                token, cache = self._next(params, token, lengths + step, totals, cache=cache, chance=chance, **static)
+            yield token
+            if step + 1 < sampling.max_new_tokens:
+                rows, new = self._go_on(ready, np.zeros(1, bool), one, one, *how, rows=rows, **static)
 
     def _static(self, sampling: Sampling) -> dict[str, Any]:
         """What a program is compiled for; a change of the rest of `Sampling` compiles nothing."""
         size = self.spec.vocab_size
         return {
-            "max_new_tokens": sampling.max_new_tokens,
             "num_ranked": min(sampling.top_k or size, size) if sampling.temperature else 1,
             "nucleus": sampling.top_p < 1,
         }
 
 
 # ---------------------------------------------------------------------------------------- on the host
-def _batches(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
-    """The prompts' indices in batches of like length; sorted in windows, so that early answers come early."""
+class _Batch:
+    """Rows on the device, and whose answers they are writing."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        ready: _Ready,
+        size: int,
+        slots: int,
+        sampling: Sampling,
+        stop_ids: Iterable[int],
+        ended: Callable[[list[int]], bool],
+    ):
+        self._sampler, self._ready, self._sampling, self._ended = sampler, ready, sampling, ended
+        self._stops = set(stop_ids)
+        self._how = (_stop_array(self._stops), _chance(sampling))
+        self._static = sampler._static(sampling)
+        self._rows = sampler._empty(rows=size, slots=slots)
+        self._part = max(1, size // PARTS)
+        self._prompt: list[int | None] = [None] * size  # that each row answers
+        self._ids: list[list[int]] = [[] for _ in range(size)]
+
+    def advance(
+        self, prompts: Sequence[Sequence[int]], waiting: deque[int], numbers: Sequence[int]
+    ) -> dict[int, Answer]:
+        """Lets waiting prompts enter rows that are free, goes on with all, and returns the answers that have ended."""
+        ended: dict[int, Answer] = {}
+        while waiting and self._prompt.count(None) >= min(self._part, len(waiting)):
+            ended |= self._fill(prompts, waiting, numbers)
+        size, free = len(self._prompt), self._prompt.count(None)
+        if free == size:
+            return ended
+        enough = np.int32(free + self._part if waiting else size)
+        empty = np.array([i is None for i in self._prompt])
+        self._rows, new = self._sampler._go_on(
+            self._ready, empty, np.int32(TOKENS), enough, *self._how, rows=self._rows, **self._static
+        )
+        for row, tokens in enumerate(np.asarray(new).tolist()):
+            if self._prompt[row] is not None:
+                ended |= self._take(row, tokens)
+        return ended
+
+    def _fill(self, prompts: Sequence[Sequence[int]], waiting: deque[int], numbers: Sequence[int]) -> dict[int, Answer]:
+        """Lets a part of a batch enter; returns the answers that have ended with their first token."""
+        free = [row for row, i in enumerate(self._prompt) if i is None][: self._part]
+        which = [waiting.popleft() for _ in free[: len(waiting)]]
+        where = np.full(self._part, len(self._prompt), np.int32)  # of those that are none, no row's
+        where[: len(which)] = free[: len(which)]
+        own = np.zeros(self._part, np.int32)
+        own[: len(which)] = [numbers[i] for i in which]
+        entering = _entering([prompts[i] for i in which], self._part, self._sampling, own)
+        self._rows, new = self._sampler._enter(
+            self._ready, entering, where, *self._how, rows=self._rows, **self._static
+        )
+        ended: dict[int, Answer] = {}
+        for row, i, token in zip(free, which, np.asarray(new).tolist(), strict=False):
+            self._prompt[row], self._ids[row] = i, []
+            ended |= self._take(row, [token])
+        return ended
+
+    def _take(self, row: int, tokens: list[int]) -> dict[int, Answer]:
+        """Adds a row's new tokens to its answer; where that ends it, the row is free and the answer returned."""
+        i, ids = self._prompt[row], self._ids[row]
+        assert i is not None
+        answer = None
+        for token in tokens:
+            if token < 0:  # none was chosen any more
+                break
+            if token in self._stops:
+                answer = Answer(ids, True)
+                break
+            ids.append(token)
+            if len(ids) == self._sampling.max_new_tokens:
+                answer = Answer(ids, self._ended(ids))
+                break
+        if answer is None and self._ended(ids):
+            answer = Answer(ids, True)
+        if answer is None:
+            return {}
+        self._prompt[row] = None
+        return {i: answer}
+
+
+def _entry_order(lengths: list[int], batch_size: int) -> Iterator[int]:
+    """The prompts' indices as they enter: the longest of a window first, and early windows early."""
     for start in range(0, len(lengths), WINDOW * batch_size):
         window = range(start, min(start + WINDOW * batch_size, len(lengths)))
-        by_length = sorted(window, key=lambda i: lengths[i])
-        for at in range(0, len(by_length), batch_size):
-            yield by_length[at : at + batch_size]
+        yield from sorted(window, key=lambda i: -lengths[i])
 
 
-def _padded(prompts: Sequence[Sequence[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B T] and lengths [B], both dims padded to powers of two; a row that is none has length 0."""
-    width = max(MIN_WIDTH, _power_of_two(max(map(len, prompts))))
-    rows = min(batch_size, _power_of_two(len(prompts)))
+def _entering(prompts: Sequence[Sequence[int]], rows: int, sampling: Sampling, numbers: np.ndarray) -> _Entering:
+    """Prompts of these numbers, right-padded, as the first of so many rows."""
+    width = _padded_length(max(map(len, prompts)))
     tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
-    return tokens, lengths
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), numbers)
+    return _Entering(tokens, lengths, lengths + np.int32(sampling.max_new_tokens), keys)  # type: ignore[arg-type]
 
 
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+def _padded_length(n: int) -> int:
+    """A power of two, or from 3/4 of 512 on what lies half-way: few of them, few programs."""
+    whole = max(MIN_WIDTH, _power_of_two(n))
+    return whole * 3 // 4 if whole >= 2 * CHUNK and n <= whole * 3 // 4 else whole
 
 
 def _stop_array(stop_ids: Iterable[int]) -> np.ndarray:
@@ -207,121 +318,136 @@ def _stop_array(stop_ids: Iterable[int]) -> np.ndarray:
     return np.array(stops + [-1] * (max(8, _power_of_two(len(stops))) - len(stops)), np.int32)
 
 
-def _chance(sampling: Sampling, numbers: np.ndarray) -> _Chance:
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), numbers)
+def _chance(sampling: Sampling) -> _Chance:
     # Python's own floats would make weakly typed arrays, and other programs.
-    return _Chance(keys, np.float32(sampling.temperature), np.float32(sampling.top_p))  # type: ignore[arg-type]
+    return _Chance(np.float32(sampling.temperature), np.float32(sampling.top_p))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------- on the device
-def _answer(
+def _ready(decoder: Decoder, dtype: Any, params: Params) -> _Ready:
+    params = cast_params(params, dtype)
+    return _Ready({k: v for k, v in params.items() if k != "layers"}, decoder.unstack(params))
+
+
+def _empty(decoder: Decoder, dtype: Any, *, rows: int, slots: int) -> _Rows:
+    """Rows that are nobody's."""
+    zeros = jnp.zeros(rows, jnp.int32)
+    keys = jax.vmap(jax.random.key)(zeros)
+    return _placed(_Rows(zeros, zeros, zeros, zeros == 0, keys, _empty_cache(decoder.spec, rows, slots, dtype)))
+
+
+def _empty_cache(spec: ModelSpec, rows: int, slots: int, dtype: Any) -> Cache:
+    zeros = jnp.zeros((rows, spec.num_kv_heads, slots, spec.head_dim), dtype)
+    return _placed([(zeros, zeros)] * spec.num_layers)
+
+
+def _placed(rows: T) -> T:
+    """Arrays whose first dim is that of rows, where such arrays lie: caches split by heads too."""
+
+    def put(x: jax.Array) -> jax.Array:
+        return constrain(x, "batch", "kv_heads", None, None) if x.ndim == 4 else constrain(x, "batch")
+
+    return jax.tree.map(put, rows)
+
+
+def _enter(
     decoder: Decoder,
-    dtype: Any,
-    params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    ready: _Ready,
+    entering: _Entering,
+    where: jax.Array,
     stops: jax.Array,
     chance: _Chance,
     *,
-    max_new_tokens: int,
+    rows: _Rows,
     num_ranked: int,
     nucleus: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Answers to a batch of prompts: ids [B A], how many of them, and which ended by a stop id."""
-    params = cast_params(params, dtype)
-    rows, totals = tokens.shape[0], lengths + max_new_tokens
+) -> tuple[_Rows, jax.Array]:
+    """The rows with prompts in those at `where` [R], and the first token of each answer [R]."""
+    hidden, cache = _prefill(decoder, ready, entering)
+    logits = decoder.bind(ready.rest).logits(hidden[:, None])[:, 0]
+    token = _pick(logits, entering.lengths, entering.keys, chance, num_ranked, nucleus)
+    done = jnp.isin(token, stops) | (entering.lengths + 1 >= entering.totals)
+    new = _Rows(token, entering.lengths, entering.totals, done, entering.keys, cache)
 
-    def choose(state: _State, hidden: jax.Array) -> _State:
-        logits = decoder.bind(params).logits(hidden[:, None])[:, 0]
-        token = _pick(logits, lengths + state.step, chance, num_ranked, nucleus)
-        done = state.done | jnp.isin(token, stops)
-        answers = state.answers.at[:, state.step].set(token)
-        return _State(state.step + 1, token, answers, state.counts + ~done, done, state.cache)
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        if old.ndim == 4:  # of a cache
+            return old.at[where, :, : new.shape[2]].set(new, mode="drop")
+        return old.at[where].set(new, mode="drop")
 
-    def advance(state: _State) -> _State:
-        positions = lengths + state.step - 1  # of the token that was chosen last
-        model = decoder.bind(params)
-        hidden, cache = model.decode(state.token[:, None], positions[:, None], totals, state.cache)
-        return choose(state._replace(cache=cache), hidden[:, 0])
-
-    hidden, cache = _prefill(decoder, params, tokens, lengths, max_new_tokens, dtype)
-    zero, none = jnp.zeros((), jnp.int32), jnp.zeros(rows, jnp.int32)
-    answers = jnp.zeros((rows, max_new_tokens), jnp.int32)
-    state = choose(_State(zero, none, answers, none, lengths == 0, cache), hidden)
-    state = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~jnp.all(s.done), advance, state)
-    # Whole on every device, so that every process of several can read them.
-    return constrain(state.answers, None, None), constrain(state.counts, None), constrain(state.done, None)
+    return _placed(jax.tree.map(put, rows, new)), constrain(token, None)
 
 
-def _first(
+def _go_on(
     decoder: Decoder,
-    dtype: Any,
-    params: Params,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    ready: _Ready,
+    free: jax.Array,
+    steps: jax.Array,
+    enough: jax.Array,
+    stops: jax.Array,
     chance: _Chance,
     *,
-    max_new_tokens: int,
+    rows: _Rows,
     num_ranked: int,
     nucleus: bool,
-) -> tuple[jax.Array, Cache]:
-    """The first token of each answer [B], and the cache to go on with."""
-    params = cast_params(params, dtype)
-    hidden, cache = _prefill(decoder, params, tokens, lengths, max_new_tokens, dtype)
-    logits = decoder.bind(params).logits(hidden[:, None])[:, 0]
-    return constrain(_pick(logits, lengths, chance, num_ranked, nucleus), None), cache
+) -> tuple[_Rows, jax.Array]:
+    """Goes on with all rows but the `free` [B] ones, by so many `steps` or until `enough` rows are done.
+
+    Also returns the new tokens [B C], -1 where a row was done before.
+    """
+    model = decoder.bind(ready.rest)
+
+    def more(state: tuple[jax.Array, _Rows, jax.Array]) -> jax.Array:
+        step, rows, _ = state
+        return (step < steps) & (jnp.sum(rows.done) < enough)
+
+    def advance(state: tuple[jax.Array, _Rows, jax.Array]) -> tuple[jax.Array, _Rows, jax.Array]:
+        step, rows, new = state
+        token, position = rows.token[:, None], rows.position[:, None]
+        hidden, cache = model.decode(token, position, rows.total, rows.cache, ready.layers)
+        position = rows.position + 1
+        token = _pick(model.logits(hidden)[:, 0], position, rows.keys, chance, num_ranked, nucleus)
+        done = rows.done | jnp.isin(token, stops) | (position + 1 >= rows.total)
+        new = new.at[:, step].set(jnp.where(rows.done, -1, token))
+        # A row that is done stands still, and so stays within its slots.
+        token, position = (jnp.where(rows.done, *x) for x in ((rows.token, token), (rows.position, position)))
+        return step + 1, rows._replace(token=token, position=position, done=done, cache=cache), new
+
+    new = jnp.full((rows.token.shape[0], TOKENS), -1, jnp.int32)
+    start = (jnp.zeros((), jnp.int32), rows._replace(done=rows.done | free), new)
+    _, rows, new = jax.lax.while_loop(more, advance, start)
+    # Whole on every device, so that every process of several can read it.
+    return _placed(rows), constrain(new, None, None)
 
 
-def _next(
-    decoder: Decoder,
-    dtype: Any,
-    params: Params,
-    token: jax.Array,
-    positions: jax.Array,
-    totals: jax.Array,
-    *,
-    cache: Cache,
-    chance: _Chance,
-    num_ranked: int,
-    nucleus: bool,
-) -> tuple[jax.Array, Cache]:
-    """The token [B] after the one at `positions` [B], in rows that will have `totals` [B] tokens in the end."""
-    model = decoder.bind(cast_params(params, dtype))
-    hidden, cache = model.decode(token[:, None], positions[:, None], totals, cache)
-    logits = model.logits(hidden)[:, 0]
-    return constrain(_pick(logits, positions + 1, chance, num_ranked, nucleus), None), cache
-
-
-def _prefill(
-    decoder: Decoder, params: Params, tokens: jax.Array, lengths: jax.Array, max_new_tokens: int, dtype: Any
-) -> tuple[jax.Array, Cache]:
-    """The hidden state of each prompt's last token [B D], and a cache that holds the prompts, with room for answers."""
-    spec, (rows, width) = decoder.spec, tokens.shape
-    slots, totals = width + max_new_tokens, lengths + max_new_tokens
-    size = min(CHUNK, width)
-    shape = (spec.num_layers, rows, slots, spec.num_kv_heads, spec.head_dim)
-    empty = constrain(jnp.zeros(shape, dtype), "layers", "batch", "length", "kv_heads", "head_dim")
+def _prefill(decoder: Decoder, ready: _Ready, entering: _Entering) -> tuple[jax.Array, Cache]:
+    """The hidden state of each prompt's last token [R D], and a cache of T slots that holds the prompts."""
+    tokens, lengths = entering.tokens, entering.lengths
+    rows, width = tokens.shape
+    size = math.gcd(CHUNK, width)
+    model, dtype = decoder.bind(ready.rest), ready.rest["embed"]["table"].dtype
 
     def enter(carry: tuple[jax.Array, Cache], start: jax.Array) -> tuple[tuple[jax.Array, Cache], None]:
         last, cache = carry
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32), piece.shape)
-        hidden, cache = decoder.bind(params).decode(piece, positions, totals, cache)
+        hidden, cache = model.decode(piece, positions, entering.totals, cache, ready.layers)
         at = lengths - 1 - start
         found = jnp.take_along_axis(hidden, jnp.clip(at, 0, size - 1)[:, None, None], axis=1)[:, 0]
         return (jnp.where(((at >= 0) & (at < size))[:, None], found, last), cache), None
 
-    nothing = jnp.zeros((rows, spec.d_model), dtype)
+    nothing = jnp.zeros((rows, decoder.spec.d_model), dtype)
     starts = jnp.arange(0, width, size, dtype=jnp.int32)
-    carry, _ = jax.lax.scan(enter, (nothing, (empty, empty)), starts)
+    carry, _ = jax.lax.scan(enter, (nothing, _empty_cache(decoder.spec, rows, width, dtype)), starts)
     return carry
 
 
-def _pick(logits: jax.Array, positions: jax.Array, chance: _Chance, num_ranked: int, nucleus: bool) -> jax.Array:
+def _pick(
+    logits: jax.Array, positions: jax.Array, keys: jax.Array, chance: _Chance, num_ranked: int, nucleus: bool
+) -> jax.Array:
     """A token [B] for each row of logits [B V], to stand at `positions` [B]."""
     if num_ranked == 1:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    keys = jax.vmap(jax.random.fold_in)(chance.keys, positions)
+    keys = jax.vmap(jax.random.fold_in)(keys, positions)
     logits = logits / chance.temperature
     if num_ranked == logits.shape[-1] and not nucleus:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

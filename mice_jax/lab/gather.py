@@ -19,10 +19,9 @@ import pyarrow as pa
 import pyarrow.json
 
 from mice_jax.lab.dynamics import Columns, Goal
-from mice_jax.workdir import EVENTS, METRICS
+from mice_jax.workdir import EVENTS, METRICS, SCORES
 
 RESULTS = "results.csv"
-SCORES = "eval_scores.jsonl"  # a line a checkpoint: {"step", "samples", "<task>/<metric>": value}, as `evaluate` leaves
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "mae", "brier_score")  # all else is a score
 
 

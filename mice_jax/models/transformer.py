@@ -18,16 +18,21 @@ from flax import nnx
 
 from mice_jax.models import rope
 from mice_jax.models.attention import attend
+from mice_jax.models.attention.branches import Trees, attend_branched
 from mice_jax.models.attention.reference import masked
 from mice_jax.models.attention.scoring import Scoring, softcapped
+from mice_jax.models.attention.slots import RESULT
 from mice_jax.models.spec import ModelSpec
-from mice_jax.sharding import constrain, gather_split_heads
+from mice_jax.sharding import constrain, constrain_param, gather_split_heads
 
 # B rows, T slots, S cache slots, D d_model, N query heads, K key heads, H head_dim, F d_ff, V vocabulary, L layers
 
 Params = dict[str, Any]
 # What a block does with its queries, keys and values; the second result is kept (a cache), or None.
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+KeysValues = tuple[jax.Array, jax.Array]  # each [B K S H]: as attention's products take them
+Cache = list[KeysValues]  # one a layer
 
 T = TypeVar("T")
 
@@ -39,7 +44,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 REMAT_POLICIES = {
     "full": None,  # keep a layer's input only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep what matrix products with weights give
+    # Keep what matrix products with weights give, and of our own attention the result: what is left is cheap.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(RESULT),
+    ),
 }
 
 
@@ -201,15 +210,36 @@ class Transformer(nnx.Module):
     def hidden(self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, compute: Compute) -> jax.Array:
         """Packed rows, each [B T] int32 -> the normalised last hidden state [B T D]."""
         lengths = rope.sample_lengths(segment_ids) if rope.needs_lengths(self.spec.ropes) else None
-        turns_of = self._turns(positions, lengths)
-        windows = _distinct(self.spec.windows)
 
-        def attend_within(window: int | None) -> Callable[..., jax.Array]:
-            scoring, backend = self._scoring(window), compute.attention
-            return lambda q, k, v: attend(q, k, v, segment_ids, scoring, backend=backend)
+        def attend_within(scoring: Scoring) -> Attend:
+            return lambda q, k, v: attend(q, k, v, segment_ids, scoring, backend=compute.attention)
 
+        return self._through_layers(tokens, positions, lengths, attend_within, compute)
+
+    def branched(self, tokens: jax.Array, lengths: jax.Array, trees: Trees, compute: Compute) -> jax.Array:
+        """Rows of trees, tokens [B T] -> the normalised last hidden state [B T D].
+
+        `lengths` [B T] are those of the texts that a slot belongs to: where a LongRoPE turns long ones differently, no
+        tree may hold some of each kind.
+        """
+
+        def attend_within(scoring: Scoring) -> Attend:
+            return lambda q, k, v: attend_branched(q, k, v, trees, scoring, backend=compute.attention)
+
+        return self._through_layers(tokens, trees.positions, lengths, attend_within, compute)
+
+    def _through_layers(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array | None,
+        attend_within: Callable[[Scoring], Attend],
+        compute: Compute,
+    ) -> jax.Array:
+        turns = self._turns(positions, lengths)
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *turns.values()) if len(turns) > 1 else None
         # One branch a window: a window is part of a kernel's mask, so it has to be known when it is compiled.
-        branches = [attend_within(window) for window in windows]
+        branches = [attend_within(self._scoring(window)) for window in _distinct(self.spec.windows)]
         graph, stack = nnx.split(self.layers)
 
         def layer(x: jax.Array, scanned: tuple[nnx.State, Layer]) -> tuple[jax.Array, None]:
@@ -220,7 +250,8 @@ class Transformer(nnx.Module):
                     return branches[0](q, k, v), None
                 return jax.lax.switch(which.window, branches, q, k, v), None
 
-            return nnx.merge(graph, params)(x, turns_of(which), mix)
+            own = jax.tree.map(lambda x: x[which.rope], stacked) if stacked else next(iter(turns.values()))
+            return nnx.merge(graph, params)(x, own, mix)
 
         if compute.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
@@ -228,34 +259,38 @@ class Transformer(nnx.Module):
         return self.final_norm(x)
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, cache: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Continues rows from a cache of keys and values, each [L B S K H]: -> hidden [B T D], the new cache.
+        self, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, cache: Cache, layers: list[Params]
+    ) -> tuple[jax.Array, Cache]:
+        """Continues rows from a cache: -> hidden [B T D], the new cache. `layers` are of `Decoder.unstack`.
 
         Row b's tokens [B T] go to the cache slots `positions[b]`, and attend to every slot up to their own that
         the layer's window reaches. `lengths` [B] are those that the rows will have in the end: a LongRoPE turns
         the tokens of long samples differently, from the first on.
+
+        Layers are not scanned here: on CPU a scan copies each layer's parameters and its part of the cache at every
+        token, which takes as long as the rest.
         """
-        turns_of = self._turns(positions, lengths[:, None])
+        turns = self._turns(positions, lengths[:, None])
         graph, stack = nnx.split(self.layers)
-        slots = jnp.arange(cache[0].shape[2], dtype=jnp.int32)
-        behind = positions[:, :, None] - slots  # [B T S]
-        sizes = jnp.array([window or slots.size for window in _distinct(self.spec.windows)], jnp.int32)
-        rows = jnp.arange(tokens.shape[0], dtype=jnp.int32)[:, None]
+        behind = positions[:, :, None] - jnp.arange(cache[0][0].shape[2], dtype=jnp.int32)  # [B T S]
+        x, continued = self._embedded(tokens, cache[0][0].dtype), []
+        for params, kept, rope_, window in zip(layers, cache, self.spec.ropes, self.spec.windows, strict=True):
+            state = jax.tree.map(lambda x: x, stack)
+            nnx.replace_by_pure_dict(state, params)
+            mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+            x, kept = nnx.merge(graph, state)(x, turns[rope_], self._going_on(kept, positions, mask))
+            continued.append(kept)
+        return self.final_norm(x), continued
 
-        def layer(x: jax.Array, scanned: tuple[nnx.State, Layer, jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
-            params, which, keys, values = scanned
-            mask = (behind >= 0) & (behind < sizes[which.window])
+    def _going_on(self, kept: KeysValues, positions: jax.Array, mask: jax.Array) -> Mix:
+        """Puts a layer's new keys and values into what is kept of it, and attends over that."""
+        rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
 
-            def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-                new = keys.at[rows, positions].set(k), values.at[rows, positions].set(v)
-                return masked(q, *new, mask, self._scoring(None)), new
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeysValues]:
+            keys, values = (old.at[rows, :, positions].set(x) for old, x in zip(kept, (k, v), strict=True))
+            return masked(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), mask, self._scoring(None)), (keys, values)
 
-            return nnx.merge(graph, params)(x, turns_of(which), mix)
-
-        scanned = (stack, self._which(), *cache)
-        x, cache = jax.lax.scan(layer, self._embedded(tokens, cache[0].dtype), scanned)
-        return self.final_norm(x), cache
+        return mix
 
     def output_weight(self) -> jax.Array:
         """[V D], the embedding where it is tied."""
@@ -263,8 +298,9 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B T D] -> float32 [B T vocab_size]."""
-        weight = self.output_weight()[: self.spec.vocab_size].astype(hidden.dtype)
+        weight = self.output_weight().astype(hidden.dtype)
         logits = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
+        logits = logits[..., : self.spec.vocab_size]  # of the weight, it would copy all of it
         return softcapped(logits * self.spec.logit_scale, self.spec.logit_softcap)
 
     def _embedded(self, tokens: jax.Array, dtype: Any) -> jax.Array:
@@ -282,15 +318,11 @@ class Transformer(nnx.Module):
             jnp.array([windows.index(w) for w in self.spec.windows], jnp.int32),
         )
 
-    def _turns(self, positions: jax.Array, lengths: jax.Array | None) -> Callable[[Layer], rope.Turns]:
-        """Cosines and sines of every kind of RoPE that the layers have, made once, to take a layer's from."""
+    def _turns(self, positions: jax.Array, lengths: jax.Array | None) -> dict[rope.Rope | None, rope.Turns]:
+        """Cosines and sines of every kind of RoPE that the layers have, made once."""
         kinds = _distinct(self.spec.ropes)
         dims = next((kind.dims for kind in kinds if kind), 2)
-        made = [rope.turns(kind, dims, positions, lengths) for kind in kinds]
-        if len(made) == 1:
-            return lambda which: made[0]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *made)
-        return lambda which: jax.tree.map(lambda x: x[which.rope], stacked)
+        return {kind: rope.turns(kind, dims, positions, lengths) for kind in kinds}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -313,6 +345,15 @@ class Decoder:
             return jnp.pad(fresh, [(0, w - f) for f, w in zip(fresh.shape, wanted.shape, strict=True)])
 
         return jax.tree.map(padded, params, self.abstract)
+
+    def unstack(self, params: Params) -> list[Params]:
+        """The layers' parameters one by one, for `Transformer.decode`."""
+        axes = self.axes["layers"]
+
+        def layer(i: int) -> Params:
+            return jax.tree.map(lambda x, axes: constrain_param(x[i], *axes[1:]), params["layers"], axes)
+
+        return [layer(i) for i in range(self.spec.num_layers)]
 
     def bind(self, params: Params) -> Transformer:
         """The module over these parameters, for use inside a traced function."""

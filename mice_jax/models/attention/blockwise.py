@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mice_jax.models.attention.scoring import Scoring
-from mice_jax.models.attention.slots import first_seen, padded
+from mice_jax.models.attention.slots import first_seen, kept, padded
 
 BLOCK = 64  # slots of a query or key block; on CPU twice as fast as 128 where samples are short
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -106,7 +106,7 @@ def _forward(
 def _save(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scoring: Scoring
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out, log_total = _forward(q, k, v, segments, scoring)
+    out, log_total = kept(*_forward(q, k, v, segments, scoring))
     return out, (q, k, v, segments, out, log_total)
 
 

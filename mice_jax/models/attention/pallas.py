@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from mice_jax.models.attention.scoring import Scoring
-from mice_jax.models.attention.slots import first_seen, last_seeing, padded
+from mice_jax.models.attention.slots import first_seen, kept, last_seeing, padded
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 LEAST_DIMS = 16  # of a head, for Triton's products; and a power of two
@@ -199,7 +199,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, call
 def _save(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, call: _Call
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out, log_total = _forward(q, k, v, segments, call)
+    out, log_total = kept(*_forward(q, k, v, segments, call))
     return out, (q, k, v, segments, out, log_total)
 
 

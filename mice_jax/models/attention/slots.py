@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+RESULT = "attention"  # under this name a rematerialised layer may keep what `kept` is given
 
 
 def padded(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -15,6 +18,11 @@ def cleared(segment_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]
     """Arrays [B T N H] with zeros at padding, and so are their gradients: no foreign kernel is trusted with either."""
     real = (segment_ids > 0)[:, :, None, None]
     return tuple(jnp.where(real, x, jnp.zeros((), x.dtype)) for x in arrays)
+
+
+def kept(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """What a forward pass leaves for the backward, so that a policy can keep it: else it is computed twice."""
+    return tuple(checkpoint_name(x, RESULT) for x in arrays)
 
 
 def first_seen(segments: jax.Array, window: int | None) -> jax.Array:

@@ -1,0 +1,238 @@
+"""A decoder in memory as a model of lm-evaluation-harness: its requests become ids, which are scored and answered here.
+
+Texts become ids as the harness's own `hf` model makes them: a context and its continuation are encoded together and
+cut where the context alone ends, a text that brings its own first token gets no second one, and what is longer than
+the model's positions loses its first tokens, which is counted. Every process of a run makes the same calls and gets
+all results, so to the harness they are one.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jinja2
+import numpy as np
+from jax.sharding import Mesh
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedTokenizerBase
+
+from mice_jax.errors import UserError
+from mice_jax.evals.sampling import Sampler, Sampling
+from mice_jax.evals.scoring import Scorer
+from mice_jax.evals.trees import Request
+from mice_jax.models.transformer import Decoder, Params
+
+MAX_GEN_TOKS = 256  # of a task that does not say; the harness's own default
+SHOWN = 60  # characters of a text that an error quotes
+KNOWN_KWARGS = {"do_sample", "temperature", "top_p", "top_k", "num_beams"}
+
+Tokens = tuple[Any, list[int], list[int]]  # whatever it came from, and the ids of context and continuation
+
+
+class MiceLM(TemplateLM):
+    """What the harness asks; `params` are set before it asks, and may be others each time."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        mesh: Mesh,
+        dtype: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int],
+        *,
+        batch_size: int = 16,
+        watch: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ):
+        """Args:
+        batch_size: of answers that are written at once.
+        watch: told what is done, of how many requests, of all of them.
+        """
+        super().__init__()
+        self.tokenizer: Any = tokenizer
+        self.batch_size = batch_size
+        self.params: Params | None = None
+        self.cut: list[int] = []  # by how many tokens each request that was too long was shortened
+        self.without_system = 0  # conversations whose system message the chat template does not take
+        self._max_length, self._mesh, self._watch = decoder.spec.max_positions, mesh, watch
+        self._scorer, self._sampler = Scorer(decoder, mesh, dtype), Sampler(decoder, dtype)
+        self._stop_ids = {*stop_ids, *([] if self.eot_token_id is None else [self.eot_token_id])}
+        self._begins: str = self.tokenizer.decode(self.prefix_token_id)
+
+    # ---- What the harness asks about the model ------------------------------------------------------------------
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context is scored after."""
+        found = [i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if i is not None]
+        if not found:
+            raise UserError("the tokenizer has neither a bos_token nor an eos_token; benchmarks need one of them.")
+        return found[0]
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        return MAX_GEN_TOKS
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        def render(messages: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        try:
+            return render(chat_history)
+        except jinja2.exceptions.TemplateError as e:  # many templates take no system message
+            without = [m for m in chat_history if m["role"] != "system"]
+            if len(without) == len(chat_history):
+                raise UserError(f"the chat template refuses a task's messages: {e}.") from None
+            self.without_system += 1
+            return render(without)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None and string.startswith(self._begins):
+            add_special_tokens = False
+        return self._encode(string, add_special_tokens)
+
+    def _encode(self, string: str, add_special_tokens: bool | None) -> list[int]:
+        how = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **how)
+
+    # ---- Scores -------------------------------------------------------------------------------------------------
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        for request in requests:
+            context, continuation = _pair(request)
+            if not continuation:
+                raise UserError(f"a continuation is empty, after {_end(context)}: there is nothing to score.")
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        windows: list[Tokens] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            (text,) = request.args
+            for window in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1):
+                windows.append((None, *make_disjoint_window(window)))
+                owners.append(i)
+        sums = np.zeros(len(requests))
+        np.add.at(sums, owners, [logprob for logprob, _ in self._loglikelihood_tokens(windows)])
+        return sums.tolist()
+
+    def _loglikelihood_tokens(self, requests: Sequence[Tokens], **kwargs: Any) -> list[tuple[float, bool]]:
+        made = [self._request(*r) for r in requests]
+        assert self.params is not None
+        return self._scorer.score(self.params, made, lambda done: self._watch("scoring requests", done, len(requests)))
+
+    def _request(self, texts: Any, context: list[int], continuation: list[int]) -> Request:
+        """What is scored of a context and its continuation: at most so many of their last tokens as fit."""
+        if not context or not continuation:
+            which = "context" if not context else "continuation"
+            raise UserError(f"the {which} of a request is no token: {_end(texts[0])} followed by {texts[1]!r}.")
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens is longer than the model's {self.max_length} positions; "
+                f"it begins with {texts[1][:SHOWN]!r}."
+            )
+        ids = self._shortened(context + continuation, self.max_length + 1)
+        whole = np.array(ids, np.int32)
+        return Request(whole[:-1], whole[len(whole) - len(continuation) :])
+
+    def _shortened(self, ids: list[int], most: int) -> list[int]:
+        if len(ids) > most:
+            self.cut.append(len(ids) - most)
+        return ids[-most:]
+
+    # ---- Answers ------------------------------------------------------------------------------------------------
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        answers = [""] * len(requests)
+        alike: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            alike.setdefault(json.dumps(_pair(request)[1], sort_keys=True), []).append(i)
+        done = 0
+        for which in alike.values():
+            contexts, kwargs = [_pair(requests[i])[0] for i in which], _pair(requests[which[0]])[1]
+            for i, answer in zip(which, self._answers(contexts, kwargs), strict=True):
+                answers[i] = answer
+                done += 1
+                self._watch("answering requests", done, len(requests))
+        return answers
+
+    def _answers(self, contexts: Sequence[str], kwargs: dict[str, Any]) -> Any:
+        """Each context's answer, up to whatever ends it."""
+        sampling, until = _sampling(kwargs)
+        eos = None if self.eot_token_id is None else self._text([self.eot_token_id], False)
+        until = handle_stop_sequences(until, eos)
+        room = self.max_length - sampling.max_new_tokens
+        if room < 1:
+            raise UserError(
+                f"a task asks for answers of max_gen_toks={sampling.max_new_tokens} tokens, which leave no room for a "
+                f"question in the model's {self.max_length} positions. Lower it in the task's generation_kwargs."
+            )
+        bos = self.tokenizer.bos_token
+        prompts = []
+        for context in contexts:
+            begun = bos is not None and context.startswith(bos)
+            prompts.append(self._shortened(self._encode(context, False if begun else None), room))
+        stops = self._stop_ids | {i for i in map(self._special_id, until) if i is not None}
+
+        def ended(ids: list[int]) -> bool:
+            text = self._text(ids, False)
+            return any(term in text for term in until if term)
+
+        with jax.set_mesh(self._mesh):
+            assert self.params is not None
+            for answer in self._sampler.generate(
+                self.params, prompts, sampling, stops, batch_size=self.batch_size, ended=ended
+            ):
+                yield postprocess_generated_text(self._text(answer.ids, True), until, None)
+
+    def _special_id(self, text: str) -> int | None:
+        """The id of a text that is one special token: it leaves no text by which it could be found."""
+        i = self.tokenizer.added_tokens_encoder.get(text)
+        return i if i is not None and self._text([i], True) == "" else None
+
+    def _text(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def _pair(request: Instance) -> tuple[Any, Any]:
+    """A request's text, and what is to follow it or how it is to be answered."""
+    first, second = request.arguments
+    return first, second
+
+
+def _sampling(kwargs: dict[str, Any]) -> tuple[Sampling, list[str]]:
+    """How a task wants its answers, and what ends them; UserError where it wants what there is not."""
+    how: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, MAX_GEN_TOKS))
+    until, longest = how.pop("until"), how.pop("max_gen_toks")
+    unknown = sorted(how.keys() - KNOWN_KWARGS)
+    if unknown or how.get("num_beams", 1) != 1:
+        what = ", ".join(f"{k}={how[k]!r}" for k in unknown or ["num_beams"])
+        raise UserError(
+            f"a task's generation_kwargs have {what}, which is not honoured here: there are max_gen_toks, until, "
+            "do_sample, temperature, top_p and top_k."
+        )
+    temperature = float(how.get("temperature", 0.0)) if how["do_sample"] else 0.0
+    if how["do_sample"] and not temperature:
+        raise UserError("a task's generation_kwargs have do_sample=True without a temperature above 0; give one.")
+    return Sampling(longest, temperature, float(how.get("top_p", 1.0)), int(how.get("top_k", 0)), seed=1234), until
+
+
+def _end(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else "..." + text[-SHOWN:])

@@ -1,0 +1,387 @@
+"""MT-Bench: two-turn answers, each turn graded by a judge from 1 to 10.
+
+As in FastChat's `llm_judge`: the temperature goes by the category, a turn is judged by itself (the second with the
+first in sight), and maths, reasoning and coding are judged beside a reference answer. The questions, the judge's
+prompts and the references are files in FastChat's formats; none comes with this package. What is answered and judged
+is kept in a file line by line, so that a second run pays only for what is missing. A judgement that fails is counted
+by its reason and left out of the means; the next run asks for it again.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import statistics
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TextIO
+
+from absl import flags
+
+from mice_jax.errors import UserError
+from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
+from mice_jax.evals.sampling import Sampling
+from mice_jax.evals.speaking import Message, Spoken
+
+TURNS = (1, 2)
+MAX_NEW_TOKENS = 1024  # of a turn
+TEMPERATURES = {
+    "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
+    "humanities": 0.1,
+}  # fmt: skip
+REFERENCED = ("math", "reasoning", "coding")  # judged beside a reference answer
+# The judge's prompts by whether there is a reference, one for each turn.
+PROMPTS = {False: ("single-v1", "single-v1-multi-turn"), True: ("single-math-v1", "single-math-v1-multi-turn")}
+PACKAGE = "fastchat"  # where it is installed from a checkout; its wheels have no data
+KEY_ENV = "OPENAI_API_KEY"
+
+# Answers conversations in their order, None where the model has no room for an answer. A prompt's number is what its
+# draws depend on besides the seed.
+Answerer = Callable[[Sequence[list[Message]], Sampling, Sequence[int]], Iterator[Spoken | None]]
+Watch = Callable[[str, int, int], None]  # told what is done, of how many, of all
+Key = tuple[int, int, int]  # repeat, question id, turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    id: int
+    category: str
+    turns: tuple[str, str]
+    reference: tuple[str, str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One of the judge's, with places for questions and answers."""
+
+    system: str
+    template: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is asked, and who judges it."""
+
+    judge: Judge
+    questions: tuple[Question, ...]
+    prompts: dict[str, Prompt]
+    repeats: int
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+    def describe(self, model: str) -> dict[str, Any]:
+        """What answers and judgements depend on; `model` tells one from another."""
+        content = [[dataclasses.asdict(q) for q in self.questions], {k: vars(p) for k, p in self.prompts.items()}]
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        judge = {"judge_url": self.judge.url, "judge_model": self.judge.model}
+        return {"model": model, **judge, "files": digest, "max_new_tokens": self.max_new_tokens}
+
+
+# ---------------------------------------------------------------------------------------- what is asked
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "judge_url", None, "mt_bench: an OpenAI-compatible endpoint, https://host/v1", flag_values=values
+    )
+    flags.DEFINE_string("judge_model", None, "mt_bench: the model that judges, by its name there", flag_values=values)
+    key = f"mt_bench: environment variable that holds the endpoint's key ({KEY_ENV})"
+    flags.DEFINE_string("judge_key_env", KEY_ENV, key, flag_values=values)
+    folder = "mt_bench: question.jsonl, reference_answer/ beside it; default those of an installed fastchat"
+    flags.DEFINE_string("questions", None, folder, flag_values=values)
+    flags.DEFINE_string("judge_prompts", None, "mt_bench: judge_prompts.jsonl; default likewise", flag_values=values)
+    flags.DEFINE_integer("repeats", 1, "mt_bench: how often all is answered and judged (1)", flag_values=values)
+
+
+def settings_of(values: flags.FlagValues) -> Settings:
+    """What flags ask for, with files read and the judge tried: what is wrong is said before anything is computed."""
+    if values.repeats < 1:
+        raise UserError(f"--repeats={values.repeats} must be at least 1.")
+    judge = make_judge(values.judge_url, values.judge_model, values.judge_key_env)
+    questions = read_questions(_file("questions", values.questions, "mt_bench/question.jsonl"))
+    prompts = read_prompts(_file("judge_prompts", values.judge_prompts, "judge_prompts.jsonl"))
+    judge.check()
+    return Settings(judge, questions, prompts, values.repeats)
+
+
+def read_questions(file: Path) -> tuple[Question, ...]:
+    """The questions of a file, with references from themselves or from `reference_answer/*.jsonl` beside it."""
+    answers: dict[int, Any] = {}
+    for other in sorted(file.parent.glob("reference_answer/*.jsonl")):
+        for where, record in _records(other):
+            try:
+                answers[record["question_id"]] = record["choices"][0]["turns"]
+            except (LookupError, TypeError):
+                raise UserError(f"{where} must have a question_id and choices[0].turns.") from None
+    questions: dict[int, Question] = {}
+    for where, record in _records(file):
+        number, category = record.get("question_id"), record.get("category")
+        turns: Any = record.get("turns")
+        if type(number) is not int or not isinstance(category, str) or not _two_texts(turns):
+            raise UserError(f"{where} must have question_id (a number), category (a text) and turns (two texts).")
+        if number in questions:
+            raise UserError(f"{where} has question_id {number}, which another line has too.")
+        if category not in TEMPERATURES:
+            known = ", ".join(TEMPERATURES)
+            raise UserError(f"{where} is of category {category!r}; the temperature is known for {known}.")
+        reference: Any = answers.get(number, record.get("reference"))
+        if category in REFERENCED and not _two_texts(reference):
+            raise UserError(
+                f"{where} is of category {category!r}, which is judged beside a reference answer; it has none of two "
+                f"texts, neither as its `reference` nor in {file.parent / 'reference_answer'}/*.jsonl."
+            )
+        questions[number] = Question(
+            number, category, tuple(turns), tuple(reference) if category in REFERENCED else None
+        )
+    if not questions:
+        raise UserError(f"{file} holds no question.")
+    return tuple(questions.values())
+
+
+def read_prompts(file: Path) -> dict[str, Prompt]:
+    """The judge's prompts that are needed, tried out with every place that they may have."""
+    found = {}
+    for where, record in _records(file):
+        name, system, template = (record.get(k) for k in ("name", "system_prompt", "prompt_template"))
+        if name in (*PROMPTS[False], *PROMPTS[True]):
+            if not isinstance(system, str) or not isinstance(template, str):
+                raise UserError(f"{where} must have system_prompt and prompt_template, two texts.")
+            found[name] = Prompt(system, template)
+    for name in (*PROMPTS[False], *PROMPTS[True]):
+        if name not in found:
+            raise UserError(f"{file} has no prompt named {name}; it has {', '.join(found) or 'none of those needed'}.")
+    for with_reference, names in PROMPTS.items():
+        tried = Question(0, "", ("?", "?"), ("!", "!") if with_reference else None)
+        for turn, name in zip(TURNS, names, strict=True):
+            try:
+                judge_prompt(found, tried, ("a", "b"), turn)
+            except (LookupError, ValueError) as e:
+                raise UserError(f"{file}: the prompt {name} has a place that nothing fills: {e}.") from None
+    return found
+
+
+def judge_prompt(prompts: dict[str, Prompt], question: Question, answers: Sequence[str], turn: int) -> tuple[str, str]:
+    """What the judge is told and asked about one turn."""
+    prompt = prompts[PROMPTS[question.reference is not None][turn - 1]]
+    places: dict[str, str] = {"question": question.turns[0], "answer": answers[0]} if turn == 1 else {}
+    for t in TURNS:
+        if turn == 2:
+            places |= {f"question_{t}": question.turns[t - 1], f"answer_{t}": answers[t - 1]}
+        if question.reference is not None:
+            places[f"ref_answer_{t}"] = question.reference[t - 1]
+    return prompt.system, prompt.template.format(**places)
+
+
+def _file(flag: str, given: str | None, inside: str) -> Path:
+    if given is not None:
+        file = Path(given) / Path(inside).name if Path(given).is_dir() else Path(given)
+        if not file.is_file():
+            raise UserError(f"--{flag}: there is no file {file}.")
+        return file
+    spec = importlib.util.find_spec(PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (file := Path(folder) / "llm_judge" / "data" / inside).is_file():
+            return file
+    raise UserError(f"--{flag} is missing, and no installed {PACKAGE} has llm_judge/data/{inside}. Give the file.")
+
+
+def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{file} cannot be read: {e}.") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as e:
+                raise UserError(f"{file} line {number} is not JSON: {e}.") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{file} line {number} is no object.")
+            yield f"{file} line {number}", record
+
+
+def _two_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(t, str) for t in value)
+
+
+# ---------------------------------------------------------------------------------------- answers and judgements
+class Kept:
+    """The file of answers and judgements: a line each, written as soon as it is there."""
+
+    def __init__(self, file: Path, described: dict[str, Any]):
+        """Reads what is there, and cuts a last line that is not whole; UserError where it is of something else."""
+        self.answers: dict[Key, Spoken] = {}
+        self.scores: dict[Key, float] = {}
+        content = file.read_bytes() if file.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            self._read(f"{file} line {number}", number, line, described)
+        try:
+            self._file: TextIO = file.open("a", encoding="utf-8")
+            self._file.truncate(len(whole))
+        except OSError as e:
+            raise UserError(f"{file} cannot be written: {e.strerror}.") from None
+        if not whole:
+            self._write({"settings": described})
+
+    def add_answer(self, key: Key, answer: Spoken) -> None:
+        self.answers[key] = answer
+        self._write(_named(key) | {"answer": answer.text, "stopped": answer.stopped})
+
+    def add_score(self, key: Key, score: float, said: str) -> None:
+        self.scores[key] = score
+        self._write(_named(key) | {"score": score, "judgement": said})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self, where: str, number: int, line: bytes, described: dict[str, Any]) -> None:
+        try:
+            record = json.loads(line)
+            if number == 1:
+                there = record["settings"]
+            else:
+                key = record["repeat"], record["question_id"], record["turn"]
+                if "score" in record:
+                    self.scores[key] = float(record["score"])
+                else:
+                    self.answers[key] = Spoken(record["answer"], record["stopped"])
+                return
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{where} is no line of answers and judgements. Give another --output.") from None
+        other = [f"{k} ({there.get(k)!r}, now {v!r})" for k, v in described.items() if there.get(k) != v]
+        if other:
+            raise UserError(f"{where}: it was written with another {', '.join(other)}. Give another --output.")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def _named(key: Key) -> dict[str, int]:
+    return dict(zip(("repeat", "question_id", "turn"), key, strict=True))
+
+
+def run(
+    settings: Settings, answerer: Answerer, model: str, file: Path, watch: Watch = lambda what, done, total: None
+) -> dict[str, Any]:
+    """Answers and judges whatever `file` does not hold yet; returns the means, and all that is missing from them."""
+    kept = Kept(file, settings.describe(model))
+    try:
+        unanswered = _answer(settings, answerer, kept, watch)
+        failed = _judge(settings, kept, watch)
+    finally:
+        kept.close()
+    return _summary(settings, kept, unanswered, failed)
+
+
+def _answer(settings: Settings, answerer: Answerer, kept: Kept, watch: Watch) -> set[Key]:
+    """Writes the answers that are missing; returns those for which the model has no room."""
+    unanswered: set[Key] = set()
+    total = len(settings.questions) * len(TURNS) * settings.repeats
+    for repeat in range(settings.repeats):
+        for turn in TURNS:
+            for temperature in sorted(set(TEMPERATURES.values())):
+                missing = [
+                    q
+                    for q in settings.questions
+                    if TEMPERATURES[q.category] == temperature
+                    and (repeat, q.id, turn) not in kept.answers
+                    and (repeat, q.id, 1) not in unanswered
+                ]
+                asked = [_conversation(q, turn, kept.answers.get((repeat, q.id, 1))) for q in missing]
+                sampling = Sampling(settings.max_new_tokens, temperature, seed=repeat)
+                numbers = [len(TURNS) * q.id + turn for q in missing]
+                for q, answer in zip(missing, answerer(asked, sampling, numbers), strict=True):
+                    if answer is None:
+                        unanswered |= {(repeat, q.id, t) for t in TURNS if t >= turn}
+                    else:
+                        kept.add_answer((repeat, q.id, turn), answer)
+                    watch("answering", len(kept.answers) + len(unanswered), total)
+    return unanswered
+
+
+def _conversation(question: Question, turn: int, first: Spoken | None) -> list[Message]:
+    asked: list[Message] = [{"role": "user", "content": question.turns[0]}]
+    if turn == 2:
+        assert first is not None
+        asked += [{"role": "assistant", "content": first.text}, {"role": "user", "content": question.turns[1]}]
+    return asked
+
+
+def _judge(settings: Settings, kept: Kept, watch: Watch) -> Counter[str]:
+    """Asks for the judgements that are missing, several at once; returns how many failed, by reason."""
+    by_id = {q.id: q for q in settings.questions}
+    missing = [key for key in _keys(settings) if key in kept.answers and key not in kept.scores]
+    failed: Counter[str] = Counter()
+    writing = threading.Lock()
+
+    def judge(key: Key) -> None:
+        repeat, number, turn = key
+        answers = [kept.answers[repeat, number, t].text for t in TURNS if t <= turn]
+        said = settings.judge.ask(*judge_prompt(settings.prompts, by_id[number], answers, turn))
+        score = score_of(said)
+        with writing:  # here, so that nothing that was paid for is lost when the run is ended
+            kept.add_score(key, score, said)
+
+    pool = ThreadPoolExecutor(settings.judge.parallel)
+    try:
+        for done, future in enumerate(as_completed([pool.submit(judge, key) for key in missing]), 1):
+            try:
+                future.result()
+            except Unusable as e:
+                failed[str(e)] += 1
+            watch("judging", done, len(missing))
+    finally:
+        pool.shutdown(cancel_futures=True)  # those under way are waited for, those that wait are not asked
+    return failed
+
+
+def _keys(settings: Settings) -> list[Key]:
+    return [(r, q.id, t) for r in range(settings.repeats) for q in settings.questions for t in TURNS]
+
+
+def _summary(settings: Settings, kept: Kept, unanswered: set[Key], failed: Counter[str]) -> dict[str, Any]:
+    """Means over what was judged; None where nothing was."""
+    category = {q.id: q.category for q in settings.questions}
+    judged = {key: kept.scores[key] for key in _keys(settings) if key in kept.scores}
+
+    def mean(wanted: Callable[[Key], bool]) -> float | None:
+        scores = [score for key, score in judged.items() if wanted(key)]
+        return statistics.fmean(scores) if scores else None
+
+    repeats = [mean(lambda key, r=r: key[0] == r) for r in range(settings.repeats)]
+    known = [m for m in repeats if m is not None]
+    return {
+        "score": mean(lambda key: True),
+        **{f"turn_{t}": mean(lambda key, t=t: key[2] == t) for t in TURNS},
+        "by_category": {c: mean(lambda key, c=c: category[key[1]] == c) for c in sorted(set(category.values()))},
+        "repeats": repeats,
+        "spread": statistics.stdev(known) if len(known) > 1 else None,  # of the repeats' means
+        "judgements": len(judged),
+        "failed": sum(failed.values()),
+        "failed_by_reason": dict(failed.most_common()),
+        "unanswered": len(unanswered),
+        "cut": sum(not kept.answers[key].stopped for key in _keys(settings) if key in kept.answers),
+        "judge_model": settings.judge.model,
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The result in a few lines, with all that is missing from it."""
+
+    def shown(score: float | None) -> str:
+        return "none" if score is None else f"{score:.2f}"
+
+    spread = "" if found["spread"] is None else f" (standard deviation of {len(found['repeats'])} repeats: "
+    spread += "" if found["spread"] is None else f"{found['spread']:.2f})"
+    turns = ", ".join(f"turn {t} {shown(found[f'turn_{t}'])}" for t in TURNS)
+    lines = [f"MT-Bench {shown(found['score'])}{spread}, {turns}, {found['judgements']} judgements"]
+    lines.append(", ".join(f"{name} {shown(score)}" for name, score in found["by_category"].items()))
+    lines += [f"failed: {count} judgements, {reason}" for reason, count in found["failed_by_reason"].items()]
+    if found["unanswered"]:
+        lines.append(f"unanswered: {found['unanswered']} turns, for which the model's positions leave no room")
+    if found["cut"]:
+        lines.append(f"cut: {found['cut']} answers at their longest")
+    return "\n".join(lines)

@@ -1,0 +1,282 @@
+"""Score a model on benchmarks, with lm-evaluation-harness.
+
+  mice evaluate --model=hf_folder --tasks=mmlu,arc_challenge --output=scores.json
+  mice evaluate --model=runs/demo --tasks=gsm8k --apply_chat_template --log_samples --output=scores.json
+  mice evaluate --model=runs/demo --tasks=mine --include_path=my_tasks --all_checkpoints --output=scores.json
+
+Tasks are named as the harness names them, or as the YAML files in --include_path do. The output is the harness's own
+result format. With --all_checkpoints it is that of the newest one, with the scores of each under "checkpoints", and a
+line for each is in the run's eval_scores.jsonl. What was scored before, with the same settings, is not scored again.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from mice_jax import command, distributed, programs, runtime
+from mice_jax.checkpoint import Checkpoints, contents, pick_step
+from mice_jax.data.readers import file_digests
+from mice_jax.data.store import cache_folder
+from mice_jax.data.tokenizer import load_tokenizer
+from mice_jax.display import Display
+from mice_jax.errors import UserError
+from mice_jax.evals import benchmarks
+from mice_jax.evals.benchmarks import Benchmark, Results, Settings
+from mice_jax.evals.sampling import cast_params
+from mice_jax.models.transformer import make_decoder
+from mice_jax.places import Place, write_whole
+from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.start import (
+    Origin,
+    check_vocabulary,
+    compute_dtype,
+    find_model,
+    generation_stop_ids,
+    load_params,
+    own_stop_ids,
+    stop_ids,
+)
+from mice_jax.workdir import SCORES
+
+
+def define(values: command.Values, argv: list[str]) -> None:
+    flags.DEFINE_string("model", None, "Hugging Face folder, or folder of a run", flag_values=values)
+    flags.DEFINE_integer("step", None, "checkpoint of a run; default the newest", flag_values=values)
+    flags.DEFINE_bool("all_checkpoints", False, "score every checkpoint of a run", flag_values=values)
+    flags.DEFINE_list("tasks", [], "names of tasks or groups, with commas between", flag_values=values)
+    flags.DEFINE_string("include_path", "", "folder with YAML files of tasks of one's own", flag_values=values)
+    flags.DEFINE_string("output", None, "results, F.json", flag_values=values)
+    shots = "examples in a prompt; default as the task says, and 5 for mmlu"
+    flags.DEFINE_integer("num_fewshot", None, shots, flag_values=values)
+    limit = "of each task only so many documents, or below 1 that fraction: to try things out"
+    flags.DEFINE_float("limit", None, limit, flag_values=values)
+    flags.DEFINE_bool("apply_chat_template", False, "ask in the tokenizer's chat template", flag_values=values)
+    multiturn = "examples as turns of the conversation; default as apply_chat_template"
+    flags.DEFINE_bool("fewshot_as_multiturn", None, multiturn, flag_values=values)
+    flags.DEFINE_string("system_instruction", None, "what each prompt begins with", flag_values=values)
+    flags.DEFINE_bool("log_samples", False, "each document with its requests and answers too", flag_values=values)
+    flags.DEFINE_string(
+        "chat_template", "", "F.jinja or a built-in one's name, not the tokenizer's own", flag_values=values
+    )
+    flags.DEFINE_string("compute_dtype", "auto", "float32, bfloat16 or auto (float32 on CPU only)", flag_values=values)
+    flags.DEFINE_integer("batch_size", 16, "how many answers are written at once (16)", flag_values=values)
+    command.define_distributed(values)
+
+
+def evaluate(values: command.Values) -> None:
+    # ------------------------------------------------------------------------------------ what is asked
+    runtime.set_flags(deterministic=False)
+    programs.keep(cache_folder(""))
+    distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
+    lead = distributed.is_lead()
+    console = Console(quiet=not lead, highlight=False, soft_wrap=True)
+    with distributed.together():
+        distributed.check_devices(values.expect_devices)
+        settings = _settings(values)
+        output = _output(values)
+        origin = find_model(command.required(values, "model"), values.step)
+        steps = _steps(origin, values)
+        tokenizer = load_tokenizer(str(origin.folder), values.chat_template)
+        check_vocabulary(origin, tokenizer.get_vocab())
+        dtype = compute_dtype(values.compute_dtype)
+        if values.batch_size < 1:
+            raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
+        if not values.tasks:
+            raise UserError("--tasks is missing; give at least one, as in --tasks=mmlu,gsm8k.")
+        asked = benchmarks.load_benchmarks(values.tasks, values.include_path, settings, tokenizer)
+    distributed.check_same("tasks", " ".join(b.fingerprint for b in asked))
+
+    # ------------------------------------------------------------------------------------ scores
+    from mice_jax.evals.harness import MiceLM  # it imports the harness, of which we know by now that it is there
+
+    mesh = make_mesh(1, -1, 1)
+    decoder = make_decoder(origin.spec, mesh.shape["tensor"])
+    shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
+    by_step: dict[int | None, Results] = {}
+    with Display(console) as display:
+        lm = MiceLM(
+            decoder,
+            mesh,
+            dtype,
+            tokenizer,
+            _stop_ids(origin, tokenizer),
+            batch_size=values.batch_size,
+            watch=_bars(display),
+        )
+        for step in steps:
+            lm.params = None
+            model = _fingerprint(origin, step) if lead else ""
+            found: list[Results] = []
+            for benchmark in asked:
+                file = _cached(model, benchmark, [str(dtype), values.chat_template])
+                kept = json.loads(file.read_text()) if lead and file.exists() else None
+                if distributed.any_process(kept is not None):  # only the lead looks
+                    display.say(f"{_what(benchmark, step)} was scored before: {file}")
+                else:
+                    if lm.params is None:
+                        lm.params = cast_params(load_params(origin, decoder, shardings, step=step), dtype)
+                    kept = benchmarks.score(lm, benchmark, settings)
+                    if lead:
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        write_whole(file, _text(kept))
+                if kept is not None:
+                    found.append(kept)
+            if lead:
+                by_step[step] = benchmarks.merged(found)
+                for warning in benchmarks.warnings(by_step[step], lm.max_length):
+                    display.say(f"warning: {warning}")
+
+    # ------------------------------------------------------------------------------------ what is left of it
+    if lead:
+        newest = by_step[steps[-1]] | {"model_name": str(values.model), "model_source": "mice_jax"}
+        if values.all_checkpoints:
+            assert origin.workdir is not None
+            lines, newest["checkpoints"] = _curve(origin.workdir, by_step)
+            console.print("\n".join(lines))
+        write_whole(output, _text(newest))
+        console.print(_table(newest))
+        console.print(f"results in {output}")
+
+
+def _stop_ids(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: as a folder says, or as the export of a run would say."""
+    if origin.kind == "run":
+        return stop_ids(origin.config, tokenizer)
+    own = generation_stop_ids(origin.folder)
+    return own_stop_ids(origin.config) if own is None else own
+
+
+def _settings(values: command.Values) -> Settings:
+    multiturn = values.fewshot_as_multiturn
+    return Settings(
+        num_fewshot=values.num_fewshot,
+        limit=values.limit,
+        apply_chat_template=values.apply_chat_template,
+        fewshot_as_multiturn=values.apply_chat_template if multiturn is None else multiturn,
+        system_instruction=values.system_instruction,
+        log_samples=values.log_samples,
+    )
+
+
+def _output(values: command.Values) -> Path:
+    output = Path(command.required(values, "output"))
+    if not output.parent.is_dir():
+        raise UserError(f"--output={output}: there is no folder {output.parent}.")
+    if output.is_dir():
+        raise UserError(f"--output={output} is a folder; give a file, F.json.")
+    return output
+
+
+def _steps(origin: Origin, values: command.Values) -> Sequence[int | None]:
+    """The checkpoints to score; None stands for a Hugging Face folder's weights."""
+    if origin.kind != "run":
+        if values.all_checkpoints:
+            raise UserError(
+                f"--all_checkpoints is for a run's folder; --model={values.model} is a Hugging Face folder."
+            )
+        return [None]
+    if values.all_checkpoints and (values.step is not None or origin.step is not None):
+        raise UserError("--all_checkpoints is for all steps of a run, but one of them is named too. Leave one out.")
+    assert origin.workdir is not None
+    checkpoints = Checkpoints(origin.workdir, read_only=True)
+    step = pick_step(checkpoints, origin.step if values.step is None else values.step)
+    steps = checkpoints.steps() if values.all_checkpoints else [step]
+    checkpoints.close()
+    return steps
+
+
+# ---------------------------------------------------------------------------------------- what was scored before
+def _fingerprint(origin: Origin, step: int | None) -> str:
+    """Of a model's weights, config and tokenizer, by their content."""
+    own = [p for p in sorted(origin.folder.iterdir()) if p.is_file()]
+    digests = file_digests(own, cache_folder(""))
+    files: dict[str, Any] = {p.name: d.hex() for p, d in zip(own, digests, strict=True)}
+    if origin.workdir is not None:
+        files["checkpoint"] = contents(origin.workdir / "checkpoints" / str(step))
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _cached(model: str, benchmark: Benchmark, how: list[str]) -> Path:
+    """Where the results of a benchmark are kept."""
+    key = hashlib.sha256(json.dumps([model, benchmark.fingerprint, *how]).encode()).hexdigest()
+    return cache_folder("") / "evals" / f"{key}.json"
+
+
+def _text(results: Results) -> str:
+    from lm_eval.utils import handle_non_serializable
+
+    return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
+
+
+# ---------------------------------------------------------------------------------------- what is said
+def _bars(display: Display) -> Callable[[str, int, int], None]:
+    bars: dict[str, Any] = {}
+
+    def watch(what: str, done: int, total: int) -> None:
+        bar = bars.setdefault(what, display.watch(what, "requests"))
+        bar(done / total, done)
+
+    return watch
+
+
+def _what(benchmark: Benchmark, step: int | None) -> str:
+    return benchmark.name if step is None else f"{benchmark.name} at step {step}"
+
+
+def _table(results: Results) -> Table:
+    table = Table("task", "examples", "metric", "value", "stderr")
+    for column in table.columns[1:2] + table.columns[3:]:
+        column.justify = "right"
+    for name, value in benchmarks.scores(results).items():
+        task, _, metric = name.rpartition("/")
+        error = results["results"][task].get(benchmarks.stderr_key(metric))
+        shots, shown = results["n-shot"].get(task, ""), f"{error:.4f}" if isinstance(error, float) else ""
+        table.add_row(escape(task), str(shots), escape(metric), f"{value:.4f}", shown)
+    return table
+
+
+def _curve(workdir: Place, by_step: Mapping[Any, Results]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Writes the scores of each checkpoint to the run's folder; returns what to say of the best, and the lines.
+
+    Lines of earlier evaluations stay, as do their other metrics at the same step.
+    """
+    checkpoints = Checkpoints(workdir, read_only=True)
+    samples = {step: checkpoints.samples(step) for step in by_step}
+    checkpoints.close()
+    file = workdir / SCORES
+    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = {line["step"]: line for line in before}
+    now = [{"step": s, "samples": samples[s]} | benchmarks.scores(r) for s, r in by_step.items()]
+    for line in now:
+        lines[line["step"]] = lines.get(line["step"], {}) | line
+    write_whole(file, "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines)))
+    better = benchmarks.higher_is_better(next(iter(by_step.values())))
+    return [_best(name, now, high) for name, high in better.items()], now
+
+
+def _best(name: str, lines: list[dict[str, Any]], higher: bool) -> str:
+    """The best score, and how soon it was reached, as far as the checkpoints can tell."""
+    sign = -1 if higher else 1
+    at = min(range(len(lines)), key=lambda i: (sign * lines[i][name], i))
+    after = lines[at - 1]["samples"] if at else 0
+    return (
+        f"{name}: best {lines[at][name]:.4f} at step {lines[at]['step']}, reached after {after:,} to "
+        f"{lines[at]['samples']:,} samples (checkpoints tell no more)"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(__doc__, define, evaluate, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Benchmarks give the numbers that lm-evaluation-harness's own `hf` model gives on torch, request by request."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mice_jax import evaluate
+from runs import run_verb
+from tasks import BARN, CHOICE, ROLLING, WRITTEN, by_harness, by_us, write_model, write_tasks
+
+# The contract. Sums of up to some hundred log-probabilities of float32 logits that these weights make large.
+CLOSE = 1e-3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Of torch, whose threads cost more than they bring in models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+def responses(results: dict[str, Any], task: str) -> list[Any]:
+    """What the model said to each request of a task."""
+    samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
+    return [response for s in samples for response in s["resps"]]
+
+
+def gap(a: dict[str, Any], b: dict[str, Any], task: str) -> float:
+    """The largest difference of two log-likelihoods."""
+    numbers = [[float(r[0][0] if isinstance(r[0], list | tuple) else r[0]) for r in responses(x, task)] for x in (a, b)]
+    assert len(numbers[0]) == len(numbers[1]) > 5
+    return max(abs(x - y) for x, y in zip(*numbers, strict=True))
+
+
+def metrics(results: dict[str, Any]) -> dict[str, Any]:
+    return {t: {k: v for k, v in m.items() if "stderr" not in k} for t, m in results["results"].items()}
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Each request, each metric, and whether each document was answered rightly."""
+    for task in theirs["samples"]:
+        if task == WRITTEN:
+            assert responses(ours, task) == responses(theirs, task)
+        else:
+            assert gap(ours, theirs, task) < CLOSE, task
+    found, wanted = metrics(ours), metrics(theirs)
+    assert found.keys() == wanted.keys()
+    for task, values in wanted.items():
+        assert found[task].keys() == values.keys()
+        for name, value in values.items():
+            assert found[task][name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), name
+    for task, samples in theirs["samples"].items():
+        for key in ("acc", "acc_norm", "exact_match"):
+            rights = [[s[key] for s in x if key in s] for x in (samples, ours["samples"][task])]
+            assert rights[0] == rights[1], (task, key)
+
+
+# A family, and a change of its config that must show. Mistral is beyond its window.
+FAMILIES = {
+    "llama": {"rms_norm_eps": 1e-2},
+    "granite": {"attention_multiplier": 0.45},
+    "mistral": {"sliding_window": None},
+    "qwen3": {"sliding_window": 40},
+}
+
+
+@pytest.mark.parametrize("case", [c if c == "llama" else pytest.param(c, marks=pytest.mark.slow) for c in FAMILIES])
+def test_every_request_and_metric_is_as_the_harness_s_own_model_has_it(case: str, tasks: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", case, bos=case == "llama")
+    names = (BARN, ROLLING, WRITTEN)
+    ours = by_us(model, tasks, tmp_path / "scores.json", *names)
+    theirs = by_harness(model, tasks, *names)
+    assert_same(ours, theirs)
+    assert len({r[0] for r in responses(ours, WRITTEN)}) > 2
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | FAMILIES[case]))
+    other = by_us(model, tasks, tmp_path / "other.json", CHOICE)
+    assert gap(other, theirs, CHOICE) > 10 * CLOSE
+
+
+def test_what_is_too_long_loses_its_first_tokens_as_in_the_harness_and_is_counted(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "model", "llama-linear", max_position_embeddings=128)
+    names = (CHOICE, ROLLING, WRITTEN)
+    ours = by_us(model, tasks, tmp_path / "scores.json", *names, flags=("--limit=6",))
+    said = capsys.readouterr().out
+    assert_same(ours, by_harness(model, tasks, *names, limit=6))
+    cut = ours["shortened"]
+    assert cut[CHOICE]["requests"] > 4 and cut[WRITTEN]["requests"] > 1
+    assert cut[ROLLING] == {"requests": 0, "tokens": 0}  # it is scored in windows, and loses nothing
+    assert f"{cut[CHOICE]['requests']} requests of {CHOICE} were longer than the model's 128 positions" in said
+
+
+def test_chat_templates_systems_and_examples_as_turns_are_asked_as_in_the_harness(tasks: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama")
+    names = (CHOICE, WRITTEN)
+    flags = ("--apply_chat_template", "--system_instruction=Be a mouse.", "--num_fewshot=2", "--limit=6")
+    ours = by_us(model, tasks, tmp_path / "scores.json", *names, flags=flags)
+    chat = {"apply_chat_template": True, "system_instruction": "Be a mouse.", "num_fewshot": 2, "limit": 6}
+    assert_same(ours, by_harness(model, tasks, *names, fewshot_as_multiturn=True, **chat))
+    prompt = ours["samples"][CHOICE][0]["arguments"][0][0]
+    assert prompt.startswith("<|im_start|>system\nBe a mouse.") and prompt.count("<|im_start|>assistant") == 3
+
+
+# ---------------------------------------------------------------------------------------- bad input
+@pytest.fixture(scope="module")
+def hollow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's folder without its weights: what is refused is refused before they are looked for."""
+    folder = write_model(tmp_path_factory.mktemp("hollow"), "llama-linear")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str], model: Path, tasks: Path, *flags: str) -> str:
+    """The error of a command that is refused."""
+    where = [f"--model={model}", f"--include_path={tasks}", f"--output={model / 'scores.json'}"]
+    assert run_verb(evaluate.main, [*where, *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1 and "Traceback" not in error
+    return error[error.index("error:") :]
+
+
+def test_a_task_that_there_is_not_is_refused_with_the_nearest_names(
+    hollow: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--tasks=mmlu,gsm8k" in said(capsys, hollow, tasks)
+    assert "has one twice" in said(capsys, hollow, tasks, "--tasks=barn,barn")
+    (tasks / "broken.yaml").write_text("task: [")
+    near = said(capsys, hollow, tasks, "--tasks=barn_choices")  # the harness's own names are looked through too
+    (tasks / "broken.yaml").unlink()
+    assert "there is no task 'barn_choices'; the nearest are barn_choice" in near
+    assert "these files name no task, or cannot be read" in near and "broken.yaml" in near
+
+
+def test_what_cannot_be_scored_is_refused_before_weights_are_read(
+    hollow: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*flags: str) -> str:
+        return said(capsys, hollow, tasks, f"--tasks={CHOICE}", *flags)
+
+    assert "limit=1.5 must be a number of documents" in refused("--limit=1.5")
+    assert "num_fewshot=-1 must be at least 0" in refused("--num_fewshot=-1")
+    assert "fewshot_as_multiturn needs apply_chat_template" in refused("--fewshot_as_multiturn")
+    assert "--batch_size=0 must be at least 1" in refused("--batch_size=0")
+    assert "--compute_dtype=half is not one of" in refused("--compute_dtype=half")
+    assert "there is no folder" in refused(f"--output={tmp_path}/none/scores.json")
+    assert "is a folder; give a file" in refused(f"--output={tmp_path}")
+    assert "--all_checkpoints is for a run's folder" in refused("--all_checkpoints")
+    assert "include_path=nowhere is no folder" in refused("--include_path=nowhere")
+    (hollow / "chat_template.jinja").unlink()
+    assert "the tokenizer has no chat template. Give one" in refused("--apply_chat_template")
+
+
+def test_a_task_that_cannot_be_loaded_says_why_and_what_to_install(
+    hollow: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (tasks / f"{CHOICE}.yaml").read_text().replace(CHOICE, "needy")
+    for module, mend in (("no_such_thing", "'no_such_thing'"), ("jieba", "'lm-eval[longbench]'")):
+        folder = tmp_path / module
+        folder.mkdir()
+        (folder / f"{module}_helper.py").write_text(f"import {module}\n\n\ndef answer(doc):\n    return 0\n")
+        changed = text.replace('doc_to_target: "{{answer}}"', f"doc_to_target: !function {module}_helper.answer")
+        (folder / "needy.yaml").write_text(changed)
+        assert f"needs the package {module}: pip install {mend}" in said(capsys, hollow, folder, "--tasks=needy")
+    (folder / "needy.yaml").write_text(text.replace(str(tasks / "data.jsonl"), "nowhere.jsonl"))
+    assert "the task 'needy' cannot be loaded" in said(capsys, hollow, folder, "--tasks=needy")
+
+
+def test_the_command_to_install_the_harness_is_given_where_it_is_missing(
+    hollow: Path, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'mice_jax[eval]'" in said(capsys, hollow, tasks, f"--tasks={CHOICE}")

@@ -1,0 +1,107 @@
+"""Benchmarks in training and of a run's checkpoints: the same numbers from memory, checkpoint and export."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mice_jax.evals import benchmarks
+from runs import ENVIRONMENT, REPOSITORY, place_flags, read_json, read_metrics, run_export, run_train, setting
+from tasks import CHOICE, ROLLING, WRITTEN, by_us, write_tasks
+
+# Sums of float32 log-probabilities over one mesh, or none.
+CLOSE = 1e-4
+
+
+def body(tasks: Path, *names: str) -> str:
+    return f"""
+c.eval.tasks = {list(names)}
+c.eval.include_path = "{tasks}"
+c.eval.every_samples = 16
+c.checkpoint.every_samples = 16
+c.checkpoint.best_metric = "eval/{CHOICE}/brier_score"
+c.checkpoint.keep_best = 1
+c.checkpoint.keep_last = 9
+"""
+
+
+def scores_of(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    return {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix) and "/" in k}
+
+
+def test_a_run_s_scores_are_those_of_its_checkpoints_and_of_its_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, run = write_tasks(tmp_path / "tasks", documents=8, longest=30), tmp_path / "run"
+    assert run_train(setting(tmp_path, body(tasks, CHOICE, WRITTEN)), run) == 0
+    lines = {r["step"]: scores_of(r, "eval/") for r in read_metrics(run)}
+    assert [step for step, found in lines.items() if found] == [2, 4, 5]
+    names = {f"{CHOICE}/acc", f"{CHOICE}/acc_norm", f"{CHOICE}/brier_score"}
+    assert lines[5].keys() == names | {f"{WRITTEN}/exact_match", f"{WRITTEN}/exact_match,first-word"}
+    assert len({found[f"{CHOICE}/brier_score"] for found in lines.values() if found}) == 3
+
+    assert run_export(run, tmp_path / "hf") == 0
+    exported = by_us(tmp_path / "hf", tasks, tmp_path / "hf.json", CHOICE, WRITTEN)
+    assert benchmarks.scores(exported) == pytest.approx(lines[5], abs=CLOSE)
+
+    capsys.readouterr()
+    curve = by_us(run, tasks, tmp_path / "run.json", CHOICE, WRITTEN, flags=("--all_checkpoints",))
+    said = capsys.readouterr().out
+    left = [json.loads(line) for line in (run / "eval_scores.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["samples"]) for x in left] == [(2, 16), (4, 32), (5, 40)] and curve["checkpoints"] == left
+    for line in left:
+        assert scores_of(line) == pytest.approx(lines[line["step"]], abs=CLOSE)
+    assert benchmarks.scores(curve) == scores_of(left[-1])
+    brier = f"{CHOICE}/brier_score"
+    best = min(left, key=lambda x: x[brier])
+    before = max((x["samples"] for x in left if x["step"] < best["step"]), default=0)
+    word = f"best {best[brier]:.4f} at step {best['step']}, reached after {before} to {best['samples']} samples"
+    assert word in said
+
+    # What was scored is not scored again, and what was not is.
+    monkeypatch.setattr(benchmarks, "score", None)
+    assert by_us(run, tasks, tmp_path / "again.json", CHOICE, WRITTEN, flags=("--all_checkpoints",)) == curve
+    with pytest.raises(TypeError):
+        by_us(run, tasks, tmp_path / "fewer.json", CHOICE, flags=("--limit=3",))
+    data = tasks / "data.jsonl"
+    data.write_text(data.read_text().replace("mice", "cats"))
+    with pytest.raises(TypeError):
+        by_us(run, tasks, tmp_path / "other.json", CHOICE, WRITTEN)
+
+
+def test_a_run_chooses_only_by_metrics_that_its_tasks_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = write_tasks(tmp_path / "tasks", documents=4)
+    wrong = body(tasks, CHOICE).replace("brier_score", "brier")
+    assert run_train(setting(tmp_path / "a", wrong), tmp_path / "run") == 2
+    assert f"did you mean 'eval/{CHOICE}/brier_score'?" in capsys.readouterr().err
+    assert run_train(setting(tmp_path / "b", body(tasks, "barn_choise")), tmp_path / "run") == 2
+    assert "there is no task 'barn_choise'; the nearest are" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+    tasks, run = write_tasks(tmp_path / "tasks", documents=8, longest=30), tmp_path / "run"
+    assert run_train(setting(tmp_path, samples=16), run) == 0
+    names = (CHOICE, ROLLING, WRITTEN)
+    alone = by_us(run, tasks, tmp_path / "alone.json", *names)
+    flags = [f"--model={run}", f"--include_path={tasks}", f"--tasks={','.join(names)}", "--log_samples"]
+    environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    environment["MICE_JAX_CACHE"] = str(tmp_path / "another")  # else nothing would be scored again
+    output = f"--output={tmp_path / 'both.json'}"
+    commands = [[sys.executable, "-m", "mice_jax.evaluate", *flags, output, *place] for place in place_flags(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    both = [subprocess.Popen(c, cwd=REPOSITORY, env=environment, **pipes) for c in commands]
+    said = [process.communicate(timeout=500)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "results in" in said[0] and "results in" not in said[1]
+    together = read_json(tmp_path, "both.json")
+    assert benchmarks.scores(together) == pytest.approx(benchmarks.scores(alone), rel=CLOSE)
+    for task in names:
+        for a, b in zip(alone["samples"][task], together["samples"][task], strict=True):
+            assert a["doc_id"] == b["doc_id"]
+            if task == WRITTEN:
+                assert a["resps"] == b["resps"]
