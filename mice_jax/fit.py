@@ -132,9 +132,10 @@ def _widths(load: Load) -> tuple[int, int, int, int]:
 def _kept(load: Load, remat: str) -> int:
     """Entries a slot that a layer keeps for the backward pass."""
     d, q, k, f = _widths(load)
+    result = q if load.attention in ("blockwise", "pallas") else 0  # attention's, where its name is kept
     return {
         "full": d,  # what went in
-        "dots": 2 * d + q + 2 * k + 2 * f,  # and what products with weights gave, but the last one
+        "dots": 2 * d + q + 2 * k + 2 * f + result,  # and what products with weights gave, but the last one
         "none": 10 * d + 3 * q + 3 * k + 6 * f,
     }[remat]
 
