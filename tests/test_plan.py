@@ -23,6 +23,7 @@ FIELDS = {
     "fits", "bytes_per_device", "hbm_bytes", "arguments_bytes", "temp_bytes", "compile_s", "rows_per_device",
 }  # fmt: skip
 LONE = "--compile_minutes=0"  # nothing is compiled but the run as it is
+ALL = "--compile_minutes=60"  # however slow the machine is
 
 # Of the model in runs.py by hand: embedding and output projection, their 300 rows padded to a multiple of 128; two
 # layers of q, k, v, o, the MLP, two norms; the last norm.
@@ -201,7 +202,7 @@ def test_the_most_rows_fit_and_one_more_does_not(
 ) -> None:
     one = run_plan(config, capsys, LONE)["bytes_per_device"]
     monkeypatch.setattr(aot, "machine_memory", lambda: DEVICES * int(4.5 * one))
-    said = run_plan(config, capsys)
+    said = run_plan(config, capsys, ALL)
     rows = said["rows_per_device"]
     assert rows > 1 and "one more does not fit" in said["rows_known_by"]
     as_it_is = [run_plan(config, capsys, LONE, f"--config.train.rows_per_device={n}")["fits"] for n in (rows, rows + 1)]
@@ -210,7 +211,7 @@ def test_the_most_rows_fit_and_one_more_does_not(
 
 @pytest.mark.slow
 def test_a_suggestion_s_flags_make_the_run_that_it_says(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = run_plan(config, capsys, "--config.data.max_length=512")
+    said = run_plan(config, capsys, ALL, "--config.data.max_length=512")
     least = next(s for s in said["suggestions"] if s["for"] == "least memory")
     assert least["known_by"] == "compiled" and least["bytes_per_device"] < said["bytes_per_device"]
     taken = run_plan(config, capsys, LONE, "--config.data.max_length=512", *least["flags"].split())
