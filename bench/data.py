@@ -532,6 +532,7 @@ def plan_all(args: argparse.Namespace) -> None:
     # Mean 700 tokens once clipped.
     drawn = np.random.default_rng(0).lognormal(np.log(700) - SIGMA**2 / 2 + 0.02, SIGMA, args.scale)
     lengths = np.clip(drawn, 16, MAX_LENGTH).astype(np.int32)
+    import mice_jax.data.best_fit
     import mice_jax.data.loader  # noqa: F401
 
     imported = memory_mib("VmRSS")

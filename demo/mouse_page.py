@@ -32,7 +32,7 @@ from mice_jax.errors import UserError
 from mice_jax.lab import evidence
 from mice_jax.lab.compare import Difference, difference
 from mice_jax.lab.dynamics import FRACTIONS, Goal, HalvingRule, MedianRule, PaperRule, Record
-from mice_jax.lab.study import RESULTS
+from mice_jax.lab.gather import RESULTS
 from mice_jax.lab.watch import read_records
 from mice_jax.models.transformer import make_decoder
 from mice_jax.start import find_origin
@@ -379,7 +379,7 @@ same base. No run was stopped early. What holds of such a model need not hold of
 
 A difference has a bootstrap interval over seeds (`mice_jax/lab/compare.py`). Where that holds zero it is undecided,
 which is not the same as no difference. No allowance is made for the number of comparisons: of twenty without a
-difference, one is expected to be decided.
+difference, one is expected to be decided. A batch's best rate is picked by the very runs that are then compared.
 
 {counts}
 """

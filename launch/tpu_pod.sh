@@ -9,6 +9,7 @@ launch/tpu_pod.sh --name=mice --zone=us-east5-a --type=v5p-16 --version=v2-alpha
   --project=P          the project (gcloud's own)
   --spot               a spot machine
   --queued             ask for it as a queued resource, and wait
+  --autocheckpoint     have Cloud TPU send SIGTERM, and wait for the save, before maintenance (v2 to v4, v5e)
   --keep               do not delete what was created
   --retries=N          runs again after a preemption (3)
   --expect_devices=N   the devices of a type that is not known here
@@ -19,13 +20,14 @@ EOF
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-name="" zone="" type="" version="" project="" spot="" queued=0 keep=0 retries=3 devices=""
+name="" zone="" type="" version="" project="" spot="" autocheckpoint="" queued=0 keep=0 retries=3 devices=""
 while (($#)); do
   case $1 in
     --name=* | --zone=* | --type=* | --version=* | --project=* | --retries=*)
       key=${1%%=*}; printf -v "${key#--}" %s "${1#*=}" ;;
     --expect_devices=*) devices=${1#*=} ;;
     --spot) spot=--spot ;;
+    --autocheckpoint) autocheckpoint=--autocheckpoint-enabled ;;
     --queued) queued=1 ;;
     --keep) keep=1 ;;
     -h | --help) usage; exit 0 ;;
@@ -55,11 +57,11 @@ delete() {
 create() {
   created=1
   if ((queued)); then
-    queue create "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$version" ${spot:+"$spot"} || return
+    queue create "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$version" ${spot:+"$spot"} ${autocheckpoint:+"$autocheckpoint"} || return
     until [[ $(queue describe '--format=value(state.state)') =~ ^(ACTIVE|FAILED|SUSPENDED)$ ]]; do sleep 30; done
     [[ $(state) == READY ]]
   else
-    vm create "--accelerator-type=$type" "--version=$version" ${spot:+"$spot"}
+    vm create "--accelerator-type=$type" "--version=$version" ${spot:+"$spot"} ${autocheckpoint:+"$autocheckpoint"}
   fi
 }
 packed=""
@@ -71,7 +73,12 @@ done
 
 packed=$(mktemp -d "${TMPDIR:-/tmp}/mice_jax.XXXXXX")
 tar=$packed/mice_jax.tar
-git archive --output="$tar" HEAD || fail "the checkout cannot be packed: run this in its root."
+# The checkout as it lies here, with what is not committed; what git ignores, and what was deleted, is not of it.
+if ! { git ls-files -z --cached --others --exclude-standard --deduplicate >"$packed/files" &&
+  tar --create --file="$tar" --null --files-from="$packed/files" --ignore-failed-read; } 2>"$packed/said"; then
+  fail "the checkout cannot be packed: run this in its root. $(cat "$packed/said")"
+fi
+commit=$(git rev-parse HEAD)$(git diff --quiet HEAD || echo " and changes")
 # shellcheck disable=SC2016  # expanded on the workers
 id='$(curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)'
 for ((attempt = 0; attempt <= retries; attempt++)); do
@@ -83,7 +90,7 @@ for ((attempt = 0; attempt <= retries; attempt++)); do
   vm ssh --worker=all '--command=mkdir -p mice_jax && tar xf mice_jax.tar -C mice_jax && cd mice_jax && python3 -m venv .venv && .venv/bin/pip install -q ".[tpu,gcs]"' ||
     fail "mice_jax was not installed on $name."
   joined="--coordinator_address=${ips[0]}:8476 --num_processes=${#ips[@]} --process_id=$id"
-  vm ssh --worker=all "--command=cd mice_jax; [ $id = 0 ] || exec >~/mice_jax.log 2>&1; .venv/bin/python -m mice_jax.train --expect_devices=$devices $joined $(printf '%q ' "$@")& echo \$! >~/mice_jax.pid; wait \$!" &
+  vm ssh --worker=all "--command=cd mice_jax; [ $id = 0 ] || exec >~/mice_jax.log 2>&1; MICE_JAX_COMMIT=$(printf %q "$commit") .venv/bin/python -m mice_jax.train --expect_devices=$devices $joined $(printf '%q ' "$@")& echo \$! >~/mice_jax.pid; wait \$!" &
   run=$!
   wait "$run"; code=$?
   while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done

@@ -11,6 +11,8 @@ import functools
 import json
 import math
 import os
+import re
+import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from mice_jax.config import Checkpoint
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import StoreError, UserError, one_line
 from mice_jax.models.transformer import Params
 from mice_jax.places import Place, is_remote, move, objects, write_whole
 from mice_jax.step import TrainState
@@ -73,8 +75,9 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Every process of the run makes the same calls. `lead` is whether this one writes what is written once, `agree` says
-    whether a flag is set in any of them. The best step of each of the ranges in `seeding` is kept: a phase starts from
-    it.
+    whether a flag is set in any of them; `check` raises, in each of them, where the folder is another run's by now, and
+    is asked before anything there is written or deleted. The best step of each of the ranges in `seeding` is kept: a
+    phase starts from it.
     """
 
     def __init__(
@@ -86,12 +89,14 @@ class Checkpoints:
         read_only: bool = False,
         lead: bool = True,
         agree: Callable[[bool], bool] = lambda flag: flag,
+        check: Callable[[], None] = lambda: None,
     ):
         self.folder = (workdir.resolve() if isinstance(workdir, Path) else workdir) / "checkpoints"
-        self._policy, self._lead, self._agree = policy or Checkpoint(), lead, agree
+        self._policy, self._lead, self._agree, self._check = policy or Checkpoint(), lead, agree, check
         self._saved: dict[int, dict[str, float]] = {}
         self._seeding = seeding
         self._bare: int | None = None  # the step whose manifest is not written yet
+        self._whole: int | None = None  # the newest step that is known to be
         self._read_only = read_only
         self._manager = self._open()
 
@@ -107,7 +112,8 @@ class Checkpoints:
             "opt_state": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
-        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        with _told_of_failures(self.folder):
+            return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     # ---- Saving -------------------------------------------------------------------------------------------------
     def save(self, state: TrainState, progress: dict[str, Any], score: float | None = None) -> None:
@@ -124,9 +130,31 @@ class Checkpoints:
             "opt_state": ocp.args.StandardSave(state.opt_state),
             "progress": ocp.args.JsonSave(progress | {"saved": {str(s): v for s, v in self._saved.items()}}),
         }
-        with _told_of_failures(self.folder):
+        self._check()
+        with self._together():
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._bare = step
+
+    def preempted_before(self, start: int) -> bool:
+        """Whether a machine of the run is to be taken away, as any of its processes was told; asked once, at its start.
+
+        The coordination service names the step after the latest that any process has asked about: the first of all
+        where none has, which a resumed run would never come to.
+        """
+        told = self._manager.reached_preemption(1)
+        return self._manager.reached_preemption(start) or told
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether it is since then: true at one step, the same in every process; asked at every step."""
+        return self._manager.reached_preemption(step)
+
+    def newest_whole(self) -> int | None:
+        """The newest step that is known to be whole, without a look at the folder, whose store may be down."""
+        if self._bare is not None and not self._manager.is_saving_in_progress():
+            with contextlib.suppress(Exception):  # what failed is not whole
+                self._manager.check_for_errors()
+                self._whole = self._bare
+        return self._whole
 
     def best(self, steps: range) -> int | None:
         """The best of those saved steps that are among `steps`, by the policy's metric."""
@@ -136,13 +164,21 @@ class Checkpoints:
     def wait(self) -> None:
         """Until every save is whole, sealed, and what need not be kept is gone."""
         bare, self._bare = self._bare, None
-        with _told_of_failures(self.folder):
+        with self._together():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         if bare is None or bare not in self.steps():  # what failed is none
             return
-        if self._lead:
-            _seal(self.folder / str(bare))
+        self._whole = bare
+        self._check()
+        with self._together():
+            if self._lead:
+                _seal(self.folder / str(bare))
+        with self._together():
+            self._delete_rest()
+
+    def _delete_rest(self) -> None:
+        """Deletes what need not be kept."""
         p = self._policy
         there = {s: self._saved[s] for s in self.steps() if s in self._saved}
         kept = to_keep(
@@ -157,8 +193,26 @@ class Checkpoints:
             self._manager.delete(step)
             del self._saved[step]
 
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What fails in one process fails in all of them, in words."""
+        failure = None
+        try:
+            with _told_of_failures(self.folder):
+                yield
+        except jax.errors.JaxRuntimeError:  # a process is gone: it would be waited for
+            raise
+        except Exception as e:
+            failure = e
+        if self._agree(failure is not None):
+            raise failure or StoreError("a checkpoint could not be written; another process says why.")
+
     def close(self) -> None:
-        self._manager.close()
+        """Lets go of the folder; a save that is still under way is waited for, and a failure of it only said."""
+        try:
+            self._manager.close()
+        except Exception as e:
+            print(f"warning: {self.folder}: {one_line(e)[:300]}", file=sys.stderr)
 
     # ---- Restoring ----------------------------------------------------------------------------------------------
     def steps(self) -> list[int]:
@@ -176,7 +230,7 @@ class Checkpoints:
             step = steps[-1]
             damage = damage_of(self.folder / str(step)) if self._lead else None  # every byte is read: once will do
             state, progress = None, {}
-            if not self._agree(damage is not None):
+            if not (differs := self._agree(damage is not None)):
                 try:
                     state, progress = self.restore(step, abstract)
                 except UserError:
@@ -186,10 +240,17 @@ class Checkpoints:
             if not self._agree(state is None):
                 assert state is not None
                 self._take_saved(progress.pop("saved", {}), steps)
+                self._whole = step
                 return step, state, progress
             damage = damage or "another process could not read it"
+            if is_remote(self.folder) and not differs and (self.folder / str(step) / MANIFEST).exists():
+                raise StoreError(f"{self.folder / str(step)} is whole, but cannot be read just now: {damage}.")
             place = self._set_aside(step)
             say(f"the checkpoint of step {step} is damaged ({damage}); it is set aside as {place}")
+        if is_remote(self.folder) and any(re.fullmatch(f"[0-9]+/{COMMITTED}", name) for name in objects(self.folder)):
+            raise StoreError(
+                f"{self.folder} holds checkpoints, but could not be listed just now. Run the command again."
+            )
         if damaged := self._damaged_ones():
             raise UserError(
                 f"{self.folder} holds no checkpoint that is whole; damaged are {', '.join(damaged)}. Start in "
@@ -325,14 +386,18 @@ def _digests(folder: Place) -> dict[str, list[Any]]:
 
 @contextlib.contextmanager
 def _told_of_failures(folder: Place) -> Iterator[None]:
-    """Turns what a save fails with where there is no room into a word for the user."""
+    """Turns what a save fails with, where there is no room or a store is down, into a word for the user."""
     try:
         yield
+    except (AssertionError, AttributeError, LookupError, TypeError, jax.errors.JaxRuntimeError):  # no store's
+        raise
     except Exception as e:
         said = one_line(e)
-        if is_remote(folder) or not any(word in said.lower() for word in NO_ROOM):
+        if is_remote(folder):
+            raise StoreError(f"{folder} could not be written: {said[:300]}.") from e
+        if not any(word in said.lower() for word in NO_ROOM):
             raise
-        stats = os.statvfs(folder)
+        stats = os.statvfs(folder.parent)  # it may be the folder that could not be made
         raise UserError(
             f"the checkpoint could not be written to {folder}: there is no room ({said[:200]}); "
             f"{stats.f_bavail * stats.f_frsize:,} bytes are free. The earlier checkpoints are whole. Make room (or set "

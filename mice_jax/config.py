@@ -144,7 +144,7 @@ class Checkpoint(_Strict):
 @dataclass
 class Log(_Strict):
     every_steps: int = 1  # terminal and trackers; metrics.jsonl has every step
-    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # tensorboard, wandb, mlflow
+    trackers: list[str] = field(default_factory=list)  # wandb, mlflow; TensorBoard's events are written always
     project: str = "mice_jax"  # of wandb, and mlflow's experiment
 
 

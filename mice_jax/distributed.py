@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mice_jax.errors import AgreedError, UserError
+from mice_jax.errors import AgreedError, Preempted, StoreError, UserError
 
 # Without a word from a peer for so long it is lost, and JAX ends the others: well within two minutes.
 HEARTBEAT_S = int(os.environ.get("MICE_JAX_HEARTBEAT_S", "60"))
@@ -22,6 +23,7 @@ JOIN_S = 100  # for all processes to come together
 # What the errors say of which a lost peer is the cause, in lower case.
 LOST_PEER = ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service", "barrier timed out")
 TOLD_BYTES = 2000  # of a refusal, that the other processes are told
+LEAVING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def several(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> bool:
@@ -47,9 +49,6 @@ def initialize(
     """
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX's own service would take SIGTERM, also the one that a machine gets before it is taken away, from LeaveRequest;
-    # the processes agree on leaving at every step anyway (`any_of`).
-    jax.config.update("jax_enable_preemption_service", False)
     if num_processes is not None:
         jax.distributed.initialize(
             coordinator_address,
@@ -103,7 +102,8 @@ def check_same(what: str, fingerprint: str) -> None:
 def together() -> Iterator[None]:
     """What one process refuses inside, all of them refuse, with its words: so none is left waiting for another.
 
-    Every process must enter and leave it, and nothing inside may wait for another process.
+    Every process must enter and leave it, and nothing inside may wait for another process. A store that fails one of
+    them is a StoreError in all of them.
     """
     refusal = None
     try:
@@ -111,15 +111,17 @@ def together() -> Iterator[None]:
     except UserError as e:
         refusal = e
     told = _told("" if refusal is None else str(refusal))
-    if refusal:
-        raise AgreedError(str(refusal)) from refusal
-    _raise_refusals(told)
+    if any(told):
+        kind = StoreError if any_process(isinstance(refusal, StoreError)) else AgreedError
+        if refusal:
+            raise kind(str(refusal)) from refusal
+        _raise_refusals(told, kind)
 
 
-def _raise_refusals(told: list[str]) -> None:
+def _raise_refusals(told: list[str], kind: type[UserError] = AgreedError) -> None:
     for process, text in enumerate(told):
         if text:
-            raise AgreedError(f"process {process} refused: {text}")
+            raise kind(f"process {process} refused: {text}")
 
 
 def _told(text: str) -> list[str]:
@@ -168,12 +170,23 @@ def peer_is_lost(error: BaseException) -> bool:
 
 
 class LeaveRequest:
-    """Whether SIGTERM, SIGINT or SIGUSR1 asked this process to save and leave; a second SIGINT ends it at once."""
+    """Whether SIGTERM, SIGINT or SIGUSR1 asked this process to save and leave; a second SIGINT ends it at once.
+
+    Until `start` is called there is nothing to save: one process alone leaves then and there, and one of several, whose
+    others would miss it, in its first step. Of several JAX takes SIGTERM as they join, and tells it as a notice that
+    the machine is to be taken away (Checkpoints.preempted_before), until `start` takes it back.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-        self._before = {number: signal.signal(number, self._ask) for number in numbers}
+        self._started = False
+        self._before = {number: signal.signal(number, self._ask) for number in LEAVING}
+
+    def start(self) -> None:
+        self._started = True
+        if self.signal is None:
+            for number in LEAVING:
+                signal.signal(number, self._ask)
 
     def forget(self) -> None:
         """Gives the signals back to whoever had them."""
@@ -182,4 +195,16 @@ class LeaveRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self._started and not jax.distributed.is_initialized():
+            said = f"preempted: {self.signal} before the first step: nothing is lost, run the same command to go on."
+            _leave_at_once(Preempted.exit_code, said)
+        said = "left at once, without saving: run the same command to go on from the last checkpoint"
+        signal.signal(signal.SIGINT, lambda number, frame: _leave_at_once(128 + number, said))
+
+
+def _leave_at_once(code: int, said: str) -> NoReturn:
+    """Ends this process, as a kill would, amid a save too: what is not whole of it the next run removes."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os.write(2, f"{said}\n".encode())
+    os._exit(code)

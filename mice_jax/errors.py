@@ -15,6 +15,10 @@ class AgreedError(UserError):
     """A `UserError` that every process of the run raises, so that none of them waits for another."""
 
 
+class StoreError(UserError):
+    """What is not on this machine cannot be reached or written, though it was tried for a while."""
+
+
 class StoppedByRule(Exception):
     """A rule ended the run (a non-finite loss, an early stop); exits with 3, the reason printed."""
 

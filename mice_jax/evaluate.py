@@ -240,7 +240,9 @@ def _table(results: Results) -> Table:
         task, _, metric = name.rpartition("/")
         error = results["results"][task].get(benchmarks.stderr_key(metric))
         shots, shown = results["n-shot"].get(task, ""), f"{error:.4f}" if isinstance(error, float) else ""
-        table.add_row(escape(task), str(shots), escape(metric), f"{value:.4f}", shown)
+        table.add_row(
+            escape(task), str(shots), escape(metric), "not finite" if value is None else f"{value:.4f}", shown
+        )
     return table
 
 
@@ -266,7 +268,10 @@ def _curve(workdir: Place, by_step: Mapping[Any, Results]) -> tuple[list[str], l
 def _best(name: str, lines: list[dict[str, Any]], higher: bool) -> str:
     """The best score, and how soon it was reached, as far as the checkpoints can tell."""
     sign = -1 if higher else 1
-    at = min(range(len(lines)), key=lambda i: (sign * lines[i][name], i))
+    there = [i for i, line in enumerate(lines) if line[name] is not None]
+    if not there:
+        return f"{name}: no finite score"
+    at = min(there, key=lambda i: (sign * lines[i][name], i))
     after = lines[at - 1]["samples"] if at else 0
     return (
         f"{name}: best {lines[at][name]:.4f} at step {lines[at]['step']}, reached after {after:,} to "

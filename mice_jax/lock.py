@@ -14,12 +14,13 @@ from typing import TextIO
 
 from etils import epath
 
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import StoreError, UserError, one_line
 from mice_jax.places import Place, filesystem
 
 BEAT_S = 10.0  # how often the holder of a bucket's lock writes it anew
 DEAD_S = 60.0  # a lock that is not written anew for so long has no holder
 LOOK_S = 1.0
+LEAVE_S = 5.0  # how long a holder that leaves waits for a sign of life under way, to a store that may be down
 
 
 def take(place: Place, say: Callable[[str], None]) -> "FolderLock | BucketLock":
@@ -65,17 +66,16 @@ class FolderLock:
 class BucketLock:
     """An object that names its holder, and one that its holder writes anew every BEAT_S.
 
-    The store sees to it that of two that create the first only one succeeds; nobody writes over it, so one that was
-    taken for dead finds the other's name there and leaves. It may be taken once the second has not changed for DEAD_S:
-    only that counts, so the machines' clocks do not matter. A holder of this machine whose process is gone is known to
-    be dead at once.
+    The store sees to it that of two that create the first only one succeeds; nobody writes over it, and it is removed
+    only as the generation that was looked at, so one that was taken for dead finds the other's name there and leaves.
+    It may be taken once the second has not changed for DEAD_S: only that counts, so the machines' clocks do not matter.
+    A holder whose process was here and is gone is known to be dead at once.
     """
 
     def __init__(self, folder: epath.Path, say: Callable[[str], None]):
         self._folder, self._id, self._beats = folder, uuid.uuid4().hex, 0
         self._fs, root = filesystem(folder)
         self._object = f"{root}/lock"
-        self._lost = ""
         self._done = threading.Event()
         try:
             while not self._create():
@@ -84,23 +84,31 @@ class BucketLock:
         except UserError:
             raise
         except Exception as e:
-            raise UserError(f"--workdir={folder} cannot be written: {one_line(e)}.") from e
+            raise StoreError(f"--workdir={folder} cannot be written: {one_line(e)}.") from e
         self._thread = threading.Thread(target=self._keep_alive, daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """UserError where another process has taken the lock, as it may where this one was not heard of for long."""
-        if self._lost:
+        """UserError where another process has taken the lock, as it may where this one was not heard of for long.
+
+        The store is asked each time, since between two signs of life this process may have stood still.
+        """
+        try:
+            _, holder = self._look()
+        except Exception as e:
+            raise StoreError(f"--workdir={self._folder} cannot be read: {one_line(e)}.") from e
+        if holder.get("id") != self._id:
             raise UserError(
-                f"--workdir={self._folder} has been taken by another process ({self._lost}), since nothing was heard "
-                f"of this one for {DEAD_S:.0f} s. It leaves the run to that one."
+                f"--workdir={self._folder} has been taken by another process ({_name(holder)}), since nothing was "
+                f"heard of this one for {DEAD_S:.0f} s. It leaves the run to that one."
             )
 
     def release(self) -> None:
         self._done.set()
-        self._thread.join()
-        if not self._lost and self._holder().get("id") == self._id:
-            self._fs.rm_file(self._object)
+        self._thread.join(LEAVE_S)
+        generation, holder = self._look()
+        if holder.get("id") == self._id:
+            self._remove_lock(generation)
         self._remove(self._sign(self._id))
 
     def _sign(self, holder: object) -> str:
@@ -108,9 +116,8 @@ class BucketLock:
         return f"{self._object}.{holder}"
 
     def _create(self) -> bool:
-        mine = {"process": os.getpid(), "host": socket.gethostname(), "machine": uuid.getnode(), "id": self._id}
         try:
-            self._fs.pipe_file(self._object, json.dumps(mine).encode(), mode="create")
+            self._fs.pipe_file(self._object, json.dumps(_here() | {"id": self._id}).encode(), mode="create")
         except FileExistsError:
             return False
         return True
@@ -130,15 +137,28 @@ class BucketLock:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(name)
 
-    def _holder(self) -> dict[str, object]:
+    def _remove_lock(self, generation: str) -> None:
+        """Removes the lock if it is still that generation: the store compares, so that nothing comes in between."""
+        bucket, key, _ = self._fs.split_path(self._object)
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # gone, or another's by now
+            self._fs.call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation)
+
+    def _look(self) -> tuple[str, dict[str, object]]:
+        """The generation of the lock, which no two have in common, and its holder; nothing where there is none."""
         try:
-            return dict(json.loads(self._read(self._object) or b"{}"))
-        except ValueError:  # written by something else: only its silence counts
-            return {}
+            generation = self._fs.info(self._object).get("generation", "")
+        except FileNotFoundError:
+            return "", {}
+        try:
+            return generation, dict(json.loads(self._read(self._object) or b"{}"))
+        except (ValueError, TypeError):  # written by something else: only its silence counts
+            return generation, {}
 
     def _bury(self, say: Callable[[str], None]) -> None:
         """Returns once the objects of a dead holder are removed, or gone; UserError as soon as it is known to live."""
-        before, holder = self._read(self._object), self._holder()
+        generation, holder = self._look()
+        if not generation:  # given back just now
+            return
         writer = _name(holder)
         sign = self._sign(holder.get("id"))
         if not _was_here(holder):
@@ -146,21 +166,18 @@ class BucketLock:
             last, until = self._read(sign), time.monotonic() + DEAD_S
             while time.monotonic() < until:
                 self._done.wait(LOOK_S)
-                if self._read(self._object) != before:  # given back, or taken by another
+                if self._look()[0] != generation:  # given back, or taken by another
                     return
                 if self._read(sign) != last:
                     raise _held(self._folder, writer)
-        if self._read(self._object) == before:
-            say(f"the lock of {writer}, which has ended without giving it back, is taken")
-            self._remove(self._object)
-            self._remove(sign)
+        say(f"the lock of {writer}, which has ended without giving it back, is taken")
+        self._remove_lock(generation)
+        self._remove(sign)
 
     def _keep_alive(self) -> None:
         while not self._done.wait(BEAT_S):
             try:
-                holder = self._holder()
-                if holder.get("id") != self._id:
-                    self._lost = _name(holder)
+                if self._look()[1].get("id") != self._id:  # it is another's, and no sign of this one is to be seen
                     return
                 self._beat()
             except Exception:  # the store cannot be reached: the next beat tries again
@@ -171,9 +188,18 @@ def _name(holder: dict[str, object]) -> str:
     return f"process {holder.get('process', '?')} on {holder.get('host', '?')}"
 
 
+def _here() -> dict[str, object]:
+    """This process, and what tells others of its number from it: a container has numbers of its own."""
+    here = {"process": os.getpid(), "host": socket.gethostname(), "machine": uuid.getnode()}
+    with contextlib.suppress(OSError):  # not Linux: then no holder is known to be of here
+        here["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        here["numbers"] = os.readlink("/proc/self/ns/pid")
+    return here
+
+
 def _was_here(holder: dict[str, object]) -> bool:
-    """Whether a holder was a process of this machine that is there no longer."""
-    if (holder.get("host"), holder.get("machine")) != (socket.gethostname(), uuid.getnode()):
+    """Whether a holder was a process of this machine, since it was started, and of this namespace, and is no more."""
+    here, number = _here(), holder.get("process")
+    if "numbers" not in here or any(holder.get(key) != here[key] for key in here.keys() - {"process"}):
         return False
-    number = holder.get("process")
     return isinstance(number, int) and (number == os.getpid() or not Path(f"/proc/{number}").exists())

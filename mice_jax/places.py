@@ -14,12 +14,13 @@ import fsspec
 import fsspec.config
 from etils import epath
 
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import StoreError, UserError, one_line
 
 Place = Path | epath.Path
 # Other processes write there too: a listing that is kept, as etils' own file system would, is soon wrong.
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 NOT_SMALL = ("checkpoints", "tensorboard")  # what of a run's folders is not fetched
+APPEND_FROM = 1 << 20  # bytes of an object from which on only what was added to it is sent
 
 
 def find_place(name: str) -> Place:
@@ -34,11 +35,11 @@ def find_place(name: str) -> Place:
         )
     place = epath.Path(name)
     try:
-        place.exists()
+        entries(*filesystem(place))
     except ImportError as e:
         raise UserError(f"{name} needs the package gcsfs: pip install 'mice_jax[gcs]' ({one_line(e)}).") from e
     except Exception as e:  # each store, and each way to its keys, raises its own
-        raise UserError(f"{name} cannot be reached: {one_line(e)}.") from e
+        raise StoreError(f"{name} cannot be reached: {one_line(e)}.") from e
     return place
 
 
@@ -69,7 +70,10 @@ def move(folder: Place, to: Place) -> None:
 def objects(folder: Place) -> dict[str, tuple[int, str]]:
     """For each object of a bucket's folder, by its name in there, its size and the store's own checksum of it."""
     fs, root = filesystem(folder)
-    found = fs.find(root, detail=True)
+    try:
+        found = fs.find(root, detail=True)
+    except Exception as e:
+        raise StoreError(f"{folder} cannot be listed: {one_line(e)}.") from e
     return {
         os.path.relpath(name, root): (int(info["size"] or 0), str(info.get("crc32c", "")))
         for name, info in found.items()
@@ -86,20 +90,52 @@ def fetched(place: Place) -> Path:
 
 
 def fetch(place: Place, folder: Path) -> None:
-    """Copies a run's small files from a bucket into a folder."""
+    """Copies a run's small files from a bucket into a folder; StoreError where it cannot be read."""
     fs, root = filesystem(place)
-    for name in sorted(_small(fs, root)):
-        file = folder / os.path.relpath(name, root)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(fs.cat_file(name))
+    try:
+        for name in sorted(_small(fs, root)):
+            file = folder / os.path.relpath(name, root)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(fs.cat_file(name))
+    except Exception as e:
+        raise StoreError(f"{place} cannot be read: {one_line(e)}.") from e
+
+
+def entries(fs: Any, root: str) -> list[dict[str, Any]]:
+    """What a bucket's folder holds. None is no folder; a store that is down raises, where `exists` would say no."""
+    try:
+        return fs.ls(root, detail=True)
+    except FileNotFoundError:
+        return []
+
+
+def put(place: Place, file: str, content: bytes, there: int) -> None:
+    """Writes an object of a folder, of which the first `there` bytes are there already, 0 where they are not.
+
+    Where that is much, only what is new is sent, and the store puts it behind the rest. It does so to the generation
+    that was looked at alone, so a request that is sent twice adds nothing twice.
+    """
+    fs, root = filesystem(place)
+    name = f"{root}/{file}"
+    known = fs.info(name) if there >= APPEND_FROM else {}
+    if not known or int(known["size"]) != there:
+        fs.pipe_file(name, content)
+        return
+    bucket, key, _ = fs.split_path(name)
+    more = fs.split_path(f"{root}/.more")[1]
+    fs.pipe_file(f"{root}/.more", content[there:])
+    parts = {
+        "sourceObjects": [{"name": key}, {"name": more}],
+        "destination": {"contentType": "application/octet-stream"},
+    }
+    fs.call("POST", "b/{}/o/{}/compose", bucket, key, ifGenerationMatch=known["generation"], json=parts)
+    fs.rm_file(f"{root}/.more")
 
 
 def _small(fs: Any, root: str) -> list[str]:
     """The objects of a folder and of those below that are not among NOT_SMALL, which may hold thousands."""
-    if not fs.isdir(root):
-        return []
     names: list[str] = []
-    for entry in fs.ls(root, detail=True):
+    for entry in entries(fs, root):
         name = entry["name"].rstrip("/")
         if entry["type"] == "file":
             names.append(name)

@@ -91,8 +91,8 @@ def _print_report(whole: dict[str, Any], console: Console) -> None:
     packed_for = whole["packed_for"]
     console.print(
         f"{whole['steps']:,} steps; the first {min(report.STEPS_PACKED, whole['steps'])} fill "
-        f"{whole['packing_efficiency_of_first_steps']:.1%} of their slots on {packed_for['shards']} shard(s) of "
-        f"{packed_for['rows_per_shard']} row(s), which mesh and train.rows_per_device say; others fill others"
+        f"{whole['packing_efficiency_of_first_steps']:.1%} of their slots, packed for {packed_for['shards']} "
+        f"shards of {packed_for['rows_per_shard']} rows (of mesh and train.rows_per_device; 1 where they leave it open)"
     )
 
 

@@ -5,7 +5,8 @@
 
 The file defines get_sweep(arg), which returns a mice_jax.config.Sweep. The same command again goes on where it was.
 Workers on other machines that reach the same folder share the work: give each --worker, and to all of them
---storage=postgresql+psycopg://USER@HOST/DB (or $MICE_JAX_STORAGE).
+--storage=postgresql+psycopg://USER@HOST/DB (or $MICE_JAX_STORAGE). A worker may be several processes, whose devices
+make up each trial's mesh: give each --coordinator_address, --num_processes and --process_id, as to mice train.
 """
 
 import dataclasses
@@ -16,10 +17,13 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from optuna.trial import FrozenTrial
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
@@ -27,18 +31,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mice_jax import command, lock, supervise
+from mice_jax import command, distributed, lock, supervise
 from mice_jax.config import ConfigError, Sweep
 from mice_jax.errors import Preempted, UserError
-from mice_jax.lab import page, planned
+from mice_jax.lab import gather, launch, page, planned
 from mice_jax.lab.devices import share_of_devices
-from mice_jax.lab.gather import RESULTS
 from mice_jax.lab.study import ENDS, Study, combinations, config_of, read_summary, rule_of, status_of
 from mice_jax.lab.watch import TRIAL, last_record
 
 STORAGE = "MICE_JAX_STORAGE"  # in the environment: a storage's URL, which may hold a password
 LOOK_S = 0.5
 FREE_S = 60.0  # how long a dead worker's run may take to let go of its folder
+COLOURS = {"completed": "green", "stopped": "yellow", "failed": "red", "running": "cyan"}
+ASKED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # the code of a trial that was, before it could answer by saving
 TRIES = 3  # starts of a trial's process that get no further than those before
 
 
@@ -48,27 +53,47 @@ def define(values: command.Values, argv: list[str]) -> None:
     flags.DEFINE_integer("workers", 1, "trials at a time, each on its share of devices", 1, flag_values=values)
     flags.DEFINE_bool("worker", False, "be one more worker of a sweep, and end with it", flag_values=values)
     flags.DEFINE_string("storage", "", "the study's database, an Optuna URL; SQLite if none", flag_values=values)
+    command.define_distributed(values)
     flags.DEFINE_bool("dry_run", False, "print the trials, their steps and cost, and end", flag_values=values)
 
 
 def begin(values: command.Values) -> int | None:
     if supervise.is_child():
         supervise.follow_parent()
+    place = _place(values)
     sweep = load_sweep(command.required(values, "config"))
     storage = values.storage or os.environ.get(STORAGE, "")
     if values.dry_run:
         _dry_run(sweep)
         return 0
-    folder = command.workdir_of(values)
-    if not isinstance(folder, Path):
-        raise UserError(f"--workdir={folder}: a sweep's folder is one that its workers share as a file system.")
+    named = command.required(values, "workdir")
+    if "://" in named:
+        raise UserError(f"--workdir={named}: a sweep's folder is one that its workers share as a file system.")
+    folder = Path(named)
+    if place and place.process_id:
+        return launch.follow(folder, place)
     study = Study(sweep, folder, storage)
     if values.worker:
-        return work(study)
+        return _work_together(study, place) if place else work(study)
     shares = share_of_devices(values.workers)
     # The storage's URL, which may hold a password, goes by the environment.
     own = [f"--config={values.config}", f"--workdir={folder}"]
     return _lead(study, [*own, "--worker"], [share | {STORAGE: storage} for share in shares])
+
+
+def _place(values: command.Values) -> launch.Place | None:
+    """Which process of a worker of several this is; None for a worker of one."""
+    given = values.coordinator_address, values.num_processes, values.process_id
+    if all(g is None for g in (*given, values.expect_devices)):
+        return None  # a cluster's environment is not asked: its processes may as well be workers of their own
+    if not values.worker or not distributed.several(*given):
+        raise UserError(
+            "--coordinator_address, --num_processes, --process_id and --expect_devices are for a worker of several "
+            "processes: give each of them --worker too."
+        )
+    place = launch.Place(*given, values.expect_devices)
+    place.meeting()
+    return place
 
 
 # ---------------------------------------------------------------------------------------- the sweep's file
@@ -121,7 +146,7 @@ def _dry_run(sweep: Sweep) -> None:
 
 
 # ---------------------------------------------------------------------------------------- a worker
-def work(study: Study) -> int:
+def work(study: Study, others: launch.Lead | None = None) -> int:
     """Runs trials until every one has ended."""
     while True:
         number = study.claim()
@@ -131,29 +156,52 @@ def work(study: Study) -> int:
             time.sleep(LOOK_S)  # others run the rest; should one of them die, its trial is resumed here
             continue
         with study.beating(number):
-            code = _run(study, number)
-            if code == Preempted.exit_code:
+            try:
+                code = _run(study, number, others)
+            except Preempted:
                 study.claims.release(number)
-                raise Preempted(f"trial {number} has saved its state; run the same command to go on.")
+                raise
             study.end(number, code)
 
 
-def _run(study: Study, number: int) -> int:
+def _work_together(study: Study, place: launch.Place) -> int:
+    """The same by several processes, of which this is the first."""
+    others = launch.Lead(place)
+    code = 1
+    try:
+        code = work(study, others)
+    except Preempted as e:
+        code = e.exit_code
+        raise
+    finally:
+        others.end(code)
+    return code
+
+
+def _run(study: Study, number: int, others: launch.Lead | None) -> int:
     """Runs or resumes a trial until its process has said how it ended; returns the exit code."""
     folder = study.run_of(number)
     done = {"completed": 0, "stopped": 3}.get((read_summary(folder) or {}).get("status", ""))
     if done is not None:  # its worker was killed before it could tell
         return done
     config = study.begin(number)
-    programs = {"JAX_COMPILATION_CACHE_DIR": str(study.folder.resolve() / "programs")}
-    environment = {TRIAL: study.environment_of(number)} | {k: v for k, v in programs.items() if k not in os.environ}
+    environment = {TRIAL: study.environment_of(number)} | launch.programs_of(study.folder)
     furthest, tries = -1, 0
     while True:
         _await_free(folder)
         with (folder / "log.txt").open("a") as log:
             arguments = [f"--config={config}", f"--workdir={folder}"]
+            if others:
+                others.begin(number)
+                arguments += others.place.flags()
             code = supervise.run_child("mice_jax.train", arguments, folder, environment, log)
-        if code in (0, UserError.exit_code, 3, Preempted.exit_code):
+        if others:
+            others.await_all()
+        if code == Preempted.exit_code:
+            raise Preempted(f"trial {number} has saved its state; run the same command to go on.")
+        if code in ASKED:
+            raise Preempted(f"trial {number} was asked to leave before its first step; run the same command to go on.")
+        if code in (0, UserError.exit_code, 3):
             return code
         reached = last_record(folder).get("step", 0)
         tries = 1 if reached > furthest else tries + 1
@@ -239,7 +287,7 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
 
 def _ending(study: Study) -> str:
     ends = [status_of(t) for t in study.trials()]
-    said = f"done: {', '.join(f'{ends.count(s)} {s}' for s in ENDS.values())}\nresults: {study.folder / RESULTS}"
+    said = f"done: {', '.join(f'{ends.count(s)} {s}' for s in ENDS.values())}\nresults: {study.folder / gather.RESULTS}"
     said += f"\nreport: {study.folder / page.REPORT}"
     best = study.best()
     return f"{said}\nbest: trial {best.number}, {study.sweep.metric} {best.value:.4g}" if best else said
@@ -276,25 +324,47 @@ class _Screen:
                 self._console.print(escape(f"trial {trial.number}: {how}{value}  ({len(self._said)} of {total} ended)"))
 
     def _table(self) -> Group:
-        study = self._study
-        table = Table("trial", *study.sweep.axes, "seed", "", "step", "loss", "status")
-        trials = study.trials()
+        study, trials = self._study, self._study.trials()
+        names = gather.short_names([*study.sweep.axes, "seed"], ".")
+        numbers = dict.fromkeys(["loss", study.sweep.metric])
+        table = Table("trial", *names, "", "step", *numbers, "status", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.columns[-1].min_width = len("completed (best)")
+        for column in table.columns[:-1]:
+            column.no_wrap = True  # only what is said of a status gives way to a narrow terminal
+        best, shown = study.best(), self._shown(trials)
         totals = [study.total_steps(t.number) for t in trials]
         known = [n for n in totals if n] or [0]
-        best = study.best()
         done = left = 0
         for trial, total in zip(trials, totals, strict=True):
             last = last_record(study.run_of(trial.number))
             step = last.get("step", 0)
             done += step
             left += 0 if trial.state.is_finished() else max(0, (total or sum(known) // len(known)) - step)
-            params = study.params(trial)
-            status = f"{status_of(trial)} {trial.user_attrs.get('reason', '')}".strip() + " (best)" * (trial is best)
-            cells = [*(str(params[name]) for name in study.sweep.axes), str(params["seed"])]
-            bar = ProgressBar(total=total or 1, completed=step, width=20)
-            loss = f"{last['loss']:.4f}" if last else ""
-            table.add_row(str(trial.number), *map(escape, cells), bar, str(step), loss, escape(status))
-        return Group(table, Text(self._left(done, left)))
+            if trial.number not in shown:
+                continue
+            is_best = best is not None and trial.number == best.number
+            status = Text(f"{status_of(trial)}{' (best)' * is_best}", COLOURS.get(status_of(trial), "dim"))
+            status.no_wrap, status.overflow = True, "ellipsis"
+            status.append(f" {trial.user_attrs.get('reason', '')}".rstrip(), "dim")
+            ended = f"{trial.value:.4g}" if trial.value is not None else ""
+            values = [f"{last['loss']:.4f}" if last else "", ended][: len(numbers)]
+            bar = ProgressBar(total=total or 1, completed=step, width=12)
+            cells = [escape(str(v)) for v in study.params(trial).values()]
+            table.add_row(str(trial.number), *cells, bar, str(step), *values, status, style="bold" if is_best else "")
+        counts = Counter(map(status_of, trials))
+        lines = [", ".join(f"{n} {status}" for status, n in counts.items())]
+        if best:
+            lines.append(f"best: trial {best.number}, {study.sweep.metric} {best.value:.4g}")
+        return Group(table, Text("  ·  ".join([*lines, self._left(done, left)])))
+
+    def _shown(self, trials: Sequence[FrozenTrial]) -> set[int]:
+        """The trials that there is room for: those that run, the best, the latest that ended, the next that wait."""
+        room, best = max(4, self._console.height - 6), self._study.best()
+        first = [t.number for t in trials if status_of(t) == "running"] + ([best.number] if best else [])
+        ended = [t.number for t in trials if t.state.is_finished()]
+        waiting = [t.number for t in trials if status_of(t) == "waiting"]
+        ordered = dict.fromkeys([*first, *ended[: -room // 2 - 1 : -1], *waiting, *ended[::-1]])
+        return set(list(ordered)[:room])
 
     def _left(self, done: int, left: int) -> str:
         self._first = done if self._first is None else self._first

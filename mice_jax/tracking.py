@@ -28,14 +28,10 @@ def check_trackers(names: Sequence[str]) -> None:
 def make_trackers(
     names: Sequence[str], run: Workdir, *, project: str, every_steps: int, config: dict[str, Any]
 ) -> list[Writer]:
-    """A writer for each name; `config` is shown with the run."""
-    made: list[Writer] = []
-    for name in dict.fromkeys(names):
-        if name == "tensorboard":
-            made.append(TensorBoardWriter(run.local / "tensorboard", every_steps))
-        else:
-            made.append({"wandb": WandbWriter, "mlflow": MlflowWriter}[name](run, project, every_steps, config))
-    return made
+    """TensorBoard's writer, and one for each other name; `config` is shown with the run."""
+    others = [name for name in dict.fromkeys(names) if name != "tensorboard"]
+    made = [{"wandb": WandbWriter, "mlflow": MlflowWriter}[name](run, project, every_steps, config) for name in others]
+    return [TensorBoardWriter(run.local / "tensorboard", every_steps), *made]
 
 
 class WandbWriter:

@@ -50,7 +50,7 @@ from mice_jax.data.packing import microbatch_shapes
 from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
-from mice_jax.errors import AgreedError, Preempted, StoppedByRule, UserError, one_line
+from mice_jax.errors import AgreedError, Preempted, StoppedByRule, StoreError, UserError, one_line
 from mice_jax.evals import benchmarks, held_out
 from mice_jax.lab.watch import Watch
 from mice_jax.models.spec import ModelSpec
@@ -61,7 +61,11 @@ from mice_jax.start import Origin, find_origin, load_params, stop_ids, with_voca
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.workdir import METRICS, PUBLISH_S, Workdir, code_state, environment
 
-CHOSEN_BY = ("loss", "grad_norm", "param_norm", "update_norm")  # beside held-out losses and benchmarks
+# The numbers of every line of metrics.jsonl; some are null where they cannot be told.
+MEASURED = (
+    "loss", "grad_norm", "param_norm", "update_norm", "grad_sq_corrected", "noise_scale", "learning_rate", "epoch",
+    "samples", "tokens", "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s",
+)  # fmt: skip
 SPLIT_EVERY = 8  # of so many steps, one that is a single microbatch is split in two, to measure the gradient's noise
 
 
@@ -78,9 +82,10 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
         supervise.follow_parent()
     elif distributed.several(values.coordinator_address, values.num_processes, values.process_id):
         return supervise.run_child("mice_jax.train", arguments, workdir)
+    leave = distributed.LeaveRequest()
     try:
         with Workdir(workdir) as run:
-            train(config, run, values)
+            train(config, run, values, leave)
     except (AgreedError, StoppedByRule, Preempted):
         raise
     except BaseException as e:
@@ -89,9 +94,11 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
                 os._exit(supervise.say_lost(workdir, one_line(e)))
             distributed.abandon(e)
         raise
+    finally:
+        leave.forget()
 
 
-def train(config: Config, run: Workdir, values: command.Values) -> None:
+def train(config: Config, run: Workdir, values: command.Values, leave: distributed.LeaveRequest) -> None:
     time_limit = Alarm(config.train.max_minutes)
 
     # ---- Host and mesh --------------------------------------------------------------------------------------
@@ -173,7 +180,14 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
 
     # ---- Restore or start: 1 this workdir's newest checkpoint, 2 what init_from names -------------------------
     seeding = [s.saved_steps for i, s in enumerate(stretches) if phases.seeds_by_best(stretches, i)]
-    checkpoints = Checkpoints(run.path, config.checkpoint, seeding=seeding, lead=lead, agree=distributed.any_process)
+    checkpoints = Checkpoints(
+        run.path,
+        config.checkpoint,
+        seeding=seeding,
+        lead=lead,
+        agree=distributed.any_process,
+        check=functools.partial(_check_still_ours, run),
+    )
     restored = checkpoints.restore_newest(fns.abstract_state, Display(console).say)
     if restored is None:
         shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
@@ -215,17 +229,25 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
         ]
     peak = metrics.peak_flops(jax.local_devices()[0])
     record: dict[str, Any] = {}
-    status, reason = "completed", ""
     sums = fns.zero_sums()
     ahead = programs.shapes_ahead(steps, start, total_steps)
     if ahead:
         held = {s for h in held_out.sources(data.validation, source) for s in programs.shapes_ahead(h, 0, len(h))}
         seconds = programs.compile_ahead(fns, state, sums, ahead, held, mesh)
         console.print(f"[dim]{len(ahead)} microbatch shapes compiled, or found in {kept}, in {seconds:.0f} s[/dim]")
-    leave = distributed.LeaveRequest()
+    leave.start()
+    taken_away = checkpoints.preempted_before(start)
     save_alarm = Alarm(config.checkpoint.every_minutes)
     saved = start
     ended = time.perf_counter()
+
+    def end(status: str, reason: str) -> None:
+        while writers:
+            writers.pop().close()
+        if lead:
+            run.tell(status, int(record.get("step", start)))
+            run.write_json("summary.json", _summary(status, reason, saved, progress, record, run))
+
     try:
         loader = put_steps(load_steps(steps, start, config.data.num_workers), mesh)
         drawn = next(loader, None)
@@ -243,6 +265,7 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
             measured = {name: x.item() for name, x in jax.device_get(on_device).items()}
             if not measured.pop("finite"):
                 saved = _save(run, checkpoints, state, progress, None, saved)
+                checkpoints.wait()
                 raise StoppedByRule(_not_finite(step, measured, checkpoints, saved))
             ended, step_time = time.perf_counter(), time.perf_counter() - ended
             corrected = measured["grad_sq_corrected"]
@@ -274,35 +297,38 @@ def train(config: Config, run: Workdir, values: command.Values) -> None:
                 writer.write(record)
             run.publish(after_s=PUBLISH_S)
             stop = watch.reason(record) if watch and not last else ""
-            asked, late, clock, stopped = distributed.any_of(
-                leave.signal is not None, time_limit.rings(), save_alarm.rings(), bool(stop)
+            taken_away |= checkpoints.reached_preemption(step)
+            asked, taken_away, late, clock, stopped = distributed.any_of(
+                leave.signal is not None, taken_away, time_limit.rings(), save_alarm.rings(), bool(stop)
             )
-            if due or asked or late or clock or stopped:
+            ends = last or asked or taken_away or late or stopped
+            if due or ends or clock:
                 score = record.get(config.checkpoint.best_metric) if due else None
                 saved = _save(run, checkpoints, state, progress, score, saved)
                 save_alarm.set()
+            if ends:
+                checkpoints.wait()
             if stopped:
                 raise StoppedByRule(f"{stop or 'the first process says why'}. Step {step} was the last, and is saved.")
-            if (asked or late) and not last:
+            if ends and not last:
                 why = leave.signal or ("train.max_minutes" if late else "another process was asked to leave")
+                why = "notice that a machine is to be taken away" if taken_away and not asked else why
                 raise Preempted(f"{why} after step {step}; its state is saved, run the same command to go on.")
+        end("completed", "")
+        with distributed.together():
+            run.publish()
     except BaseException as e:
-        kinds = {StoppedByRule: "stopped", Preempted: "preempted"}
-        status, reason = kinds.get(type(e), "failed"), str(e) or type(e).__name__
-        if distributed.peer_is_lost(e):  # waiting for it once more, as below, would take for ever
+        if distributed.peer_is_lost(e):  # closing the checkpoints, as below, would wait for it for ever
             if lead:
                 run.write_json("summary.json", _summary("failed", supervise.LOST, saved, progress, record, run))
-                run.close(failing=True)
+            run.close()
             os._exit(supervise.say_lost(run.path, one_line(e)))
-        raise
+        if isinstance(e, StoreError) and (whole := checkpoints.newest_whole()) is not None:
+            e = Preempted(f"{e} Run the same command to go on from {checkpoints.folder / str(whole)}, which is whole.")
+        kinds = {StoppedByRule: "stopped", Preempted: "preempted"}
+        end(kinds.get(type(e), "failed"), str(e) or type(e).__name__)
+        raise e
     finally:
-        leave.forget()
-        for writer in writers:
-            writer.close()
-        checkpoints.wait()
-        if lead:
-            run.tell(status, int(record.get("step", start)))
-            run.write_json("summary.json", _summary(status, reason, saved, progress, record, run))
         checkpoints.close()
     console.print(escape(_ending(run, record, start, total_steps)))
 
@@ -361,9 +387,16 @@ def _save(
     """Saves unless this step is saved already, its line first; returns the step."""
     step = int(state.step)
     if step != saved:
-        run.publish()
+        with distributed.together():
+            run.publish()
         checkpoints.save(state, dataclasses.asdict(progress), score)
     return step
+
+
+def _check_still_ours(run: Workdir) -> None:
+    """UserError in every process where the lead's lock of the folder is another's by now."""
+    with distributed.together():
+        run.check()
 
 
 def _enter(
@@ -378,7 +411,11 @@ def _enter(
     phase, before = stretches[number].phase, stretches[number - 1]
     if phase.seed_from == "best":
         best = checkpoints.best(before.saved_steps)
-        assert best is not None, "the last step of a phase that seeds the next is measured and saved"
+        if best is None:  # its last step is measured and saved, but some numbers cannot always be told
+            raise UserError(
+                f"the phase {phase.name!r} starts from the best checkpoint of {before.phase.name!r}, but "
+                "checkpoint.best_metric is null at each of them. Choose another, in another --workdir."
+            )
         console.print(f"the phase {phase.name!r} starts from step {best}, the best of {before.phase.name!r}")
         if best != before.end:
             jax.tree.map(lambda x: x.delete(), (state.params, state.opt_state))  # two states may not fit
@@ -407,7 +444,8 @@ def _check_best_metric(
 ) -> bool:
     """Whether checkpoints are chosen by a metric; UserError where no line of the run will have it."""
     chosen = config.checkpoint.keep_best or any(s.phase.seed_from == "best" for s in stretches)
-    known = [*CHOSEN_BY, *held_out.metric_names(data.validation, len(config.data.phases) > 1), *scored]
+    known = [*MEASURED, *["skipped_steps"] * bool(config.train.skip_spikes), *scored]
+    known += held_out.metric_names(data.validation, len(config.data.phases) > 1)
     name = config.checkpoint.best_metric
     if chosen and name not in known:
         more = "" if data.validation else " Held-out losses are measured where data is held out (data.validation)."

@@ -1,24 +1,38 @@
 """A run's folder: who writes it, what config made it, and the small files it leaves."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mice_jax import __version__, lock
-from mice_jax.errors import UserError, one_line
-from mice_jax.places import Place, fetch, fetched, filesystem, write_whole
+from mice_jax.errors import StoreError, UserError, one_line
+from mice_jax.places import Place, fetch, fetched, put, write_whole
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"  # a line each time that a process begins with the run, or leaves it
 # A line a checkpoint that `evaluate` has scored: {"step", "samples", "<task>/<metric>": value}.
 SCORES = "eval_scores.jsonl"
 PUBLISH_S = 30.0
+WAIT_S = 60.0  # for a store that is down, beside what its own library waits
+OWN_STORES = ("wandb", "mlflow", "mlruns")  # folders of trackers, which send what is in them themselves
+
+
+class Sent(NamedTuple):
+    """What was put into a bucket of a file that had this size and time of change."""
+
+    size: int
+    changed_ns: int
+    count: int  # bytes
+    crc: int
 
 
 class Workdir:
@@ -33,14 +47,15 @@ class Workdir:
         self.path = path
         self.local = path if isinstance(path, Path) else fetched(path)
         self._lock: lock.FolderLock | lock.BucketLock | None = None
-        self._published: dict[Path, tuple[int, int]] = {}  # what is there already: size and time of change
+        self._sent: dict[Path, Sent] = {}  # what is there already
         self._tried = time.monotonic()
+        self._beside: threading.Thread | None = None  # publishes while the run goes on
 
     def __enter__(self) -> "Workdir":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        self.close(failing=kind is not None)
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def lock(self, say: Callable[[str], None] = print) -> None:
         """Takes the folder; a dead writer's lock is never in the way.
@@ -49,43 +64,80 @@ class Workdir:
         """
         self._lock = lock.take(self.path, say)
         if self.local != self.path:
+            self._note_sent()  # what was fetched before this one had the lock is never put back
             fetch(self.path, self.local)  # as its writer before has left it
-            self._published = self._changed()
+            self._note_sent()
+
+    def check(self) -> None:
+        """UserError where the folder is another process's by now."""
+        if self._lock:
+            self._lock.check()
 
     def publish(self, after_s: float = 0.0) -> None:
-        """Puts what has changed here where others see it, unless that was tried in the last `after_s` seconds.
+        """Puts what has changed here where others see it: all of it has been when this returns.
 
-        Raises UserError where it cannot be; what is only due by the clock is then tried again later.
+        A store that is down is tried again for WAIT_S; then StoreError. With `after_s` it is done while the run goes
+        on, unless that was begun in the last `after_s` seconds; what fails is tried again the next time.
         """
-        if self.local == self.path or not self._lock or time.monotonic() - self._tried < after_s:
+        if self.local == self.path or not self._lock:
             return
-        self._lock.check()
-        fs, root = filesystem(self.path)
-        try:
-            for file, seen in self._changed().items():
-                fs.pipe_file(f"{root}/{file.relative_to(self.local)}", file.read_bytes())
-                self._published[file] = seen
-        except Exception as e:
-            if not after_s:
-                raise UserError(f"--workdir={self.path} cannot be written: {one_line(e)}.") from e
+        if after_s:
+            busy = self._beside is not None and self._beside.is_alive()
+            if not busy and time.monotonic() - self._tried >= after_s:
+                self._tried = time.monotonic()
+                self._beside = threading.Thread(target=self._try_to_put, daemon=True)
+                self._beside.start()
+            return
+        if self._beside:
+            self._beside.join()
+        until, pause = time.monotonic() + WAIT_S, 1.0
+        while failure := self._try_to_put():
+            if not isinstance(failure, StoreError) or time.monotonic() + pause > until:
+                raise failure
+            time.sleep(pause)
+            pause *= 2
         self._tried = time.monotonic()
 
-    def _changed(self) -> dict[Path, tuple[int, int]]:
-        files = [p for p in self.local.rglob("*") if p.is_file() and p.suffix != ".partial"]
-        found = {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)}
-        return {p: seen for p, seen in found.items() if self._published.get(p) != seen}
+    def _try_to_put(self) -> UserError | None:
+        """Puts what has changed; returns a UserError where the folder is another's by now, else a StoreError."""
+        try:
+            self.check()
+            for file in self._files():
+                before, stat = self._sent.get(file), file.stat()
+                if before and (before.size, before.changed_ns) == (stat.st_size, stat.st_mtime_ns):
+                    continue
+                content = file.read_bytes()
+                if file.name == METRICS:  # it may be written at this moment: whole lines only
+                    content = content[: content.rfind(b"\n") + 1]
+                grown = before and zlib.crc32(content[: before.count]) == before.crc
+                name = str(file.relative_to(self.local))
+                put(self.path, name, content, there=before.count if before and grown else 0)
+                self._sent[file] = _sent(stat, content)
+        except UserError as e:
+            return e
+        except Exception as e:
+            return StoreError(f"--workdir={self.path} cannot be written: {one_line(e)}.")
+        return None
 
-    def close(self, failing: bool = False) -> None:
-        """Publishes what is left and gives the lock back; where all is `failing` anyway, a failure is only said."""
+    def _note_sent(self) -> None:
+        self._sent = {p: _sent(p.stat(), p.read_bytes()) for p in self._files()}
+
+    def _files(self) -> list[Path]:
+        files = [p for p in self.local.rglob("*") if p.suffix != ".partial" and p.is_file()]
+        return sorted(p for p in files if p.relative_to(self.local).parts[0] not in OWN_STORES)
+
+    def close(self) -> None:
+        """Publishes what is left, if that can be done at once, and gives the lock back; a failure is only said."""
         if not self._lock:
             return
         try:
-            self.publish()
+            if self._beside:
+                self._beside.join()
+            if self.local != self.path and (failure := self._try_to_put()):
+                raise failure
             self._lock.release()
         except Exception as e:
-            if not failing:
-                raise
-            print(f"warning: {one_line(e)}", file=sys.stderr)
+            print(f"warning: the lock of {self.path} is not given back: {one_line(e)}", file=sys.stderr)
         self._lock = None
 
     def write_json(self, name: str, value: Any) -> None:
@@ -117,6 +169,10 @@ class Workdir:
             write_whole(file, "".join(line + "\n" for line in kept))
 
 
+def _sent(stat: os.stat_result, content: bytes) -> Sent:
+    return Sent(stat.st_size, stat.st_mtime_ns, len(content), zlib.crc32(content))
+
+
 def environment() -> dict[str, Any]:
     """Versions, command and git commit, for summary.json."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "pyarrow")
@@ -124,16 +180,21 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions | {p: version(p) for p in packages},
         "command": [sys.executable, *sys.argv],
-        "git_commit": _git("rev-parse", "HEAD"),
+        "git_commit": _commit(),
     }
 
 
 def code_state() -> dict[str, Any]:
     """The commit that the code is of, and what differs from it."""
     return {
-        "git_commit": _git("rev-parse", "HEAD"),
+        "git_commit": _commit(),
         "git_changed_files": (_git("status", "--porcelain", "--untracked-files=no") or "").splitlines(),
     }
+
+
+def _commit() -> str | None:
+    """The commit, also where a launcher has shipped the files without their history, and says it."""
+    return os.environ.get("MICE_JAX_COMMIT") or _git("rev-parse", "HEAD")
 
 
 def _git(*arguments: str) -> str | None:

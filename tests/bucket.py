@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -42,6 +43,8 @@ class Bucket(ThreadingHTTPServer):
         self.objects: dict[str, Stored] = {}
         self.uploads: dict[str, tuple[dict[str, str], list[bytes]]] = {}  # begun: parameters, pieces of content
         self.one_at_a_time = threading.RLock()
+        self.refusing = 0  # so many of the next requests, as a store does that is down
+        self.received: list[tuple[str, int]] = []  # name and bytes of each object that was sent
         self._generations = itertools.count(1000)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -52,7 +55,14 @@ class Bucket(ThreadingHTTPServer):
     def put(self, content: bytes, params: dict[str, str]) -> dict[str, Any]:
         self.check(params["name"], params)
         self.objects[params["name"]] = Stored(content, next(self._generations))
+        self.received.append((params["name"], len(content)))
         return self.about(params["name"])
+
+    def compose(self, name: str, parts: list[str], params: dict[str, str]) -> dict[str, Any]:
+        self.check(name, params)
+        whole = b"".join(self.objects[part].content for part in parts if self.about(part))
+        self.objects[name] = Stored(whole, next(self._generations))
+        return self.about(name)
 
     def check(self, name: str, params: dict[str, str]) -> None:
         generation = str(self.objects[name].generation) if name in self.objects else "0"
@@ -117,6 +127,9 @@ class Request(BaseHTTPRequestHandler):
             self.rfile.readline()
         try:
             with self.server.one_at_a_time:
+                if self.server.refusing:
+                    self.server.refusing -= 1
+                    raise Refused(403)
                 answer = self._answer(content)
         except Refused as e:
             answer = (e.args[0], b"" if e.args[0] == 304 else b"{}", {})
@@ -146,6 +159,8 @@ class Request(BaseHTTPRequestHandler):
         if self.command == "DELETE":
             bucket.delete(name, params)
             return 204, b"", {}
+        if target == ["compose"]:
+            return bucket.compose(name, [part["name"] for part in json.loads(content)["sourceObjects"]], params)
         if target:
             how = target[0]
             if how not in ("copyTo", "moveTo", "rewriteTo"):
@@ -223,6 +238,16 @@ def serve() -> Iterator[Bucket]:
         finally:
             bucket.shutdown()
             thread.join()
+
+
+def download(bucket: Bucket, key: str, folder: Path) -> Path:
+    """What lies in a folder of the bucket, as it would on disk."""
+    for name, stored in bucket.objects.items():
+        if name.startswith(f"{key}/") and not name.endswith("/"):
+            file = folder / name.removeprefix(f"{key}/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(stored.content)
+    return folder
 
 
 def environment(bucket: Bucket) -> dict[str, str]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from mice_jax import evaluate
-from runs import run_verb
+from mice_jax.errors import UserError
+from mice_jax.evals import benchmarks, harness
+from runs import make_tokenizer, run_verb
 from tasks import BARN, CHOICE, ROLLING, WRITTEN, by_harness, by_us, write_model, write_tasks
 
 # The contract. Sums of up to some hundred log-probabilities of float32 logits that these weights make large.
@@ -183,3 +185,44 @@ def test_the_command_to_install_the_harness_is_given_where_it_is_missing(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'mice_jax[eval]'" in said(capsys, hollow, tasks, f"--tasks={CHOICE}")
+
+
+def test_mmlu_has_five_examples_where_neither_the_task_nor_the_user_says_how_many(tasks: Path, tmp_path: Path) -> None:
+    for name, own in (("mmlu_a", ""), ("mmlu_b", "num_fewshot: 0\n"), ("mmlu_c", "num_fewshot: 3\n")):
+        text = (tasks / f"{CHOICE}.yaml").read_text().replace(f"task: {CHOICE}", f"task: {name}")
+        (tmp_path / f"{name}.yaml").write_text(text + own)
+    for group in ("mmlu", "others"):
+        (tmp_path / f"{group}.yaml").write_text(f"group: {group}\ntask: [mmlu_a, mmlu_b, mmlu_c]\n")
+
+    def shots(group: str, asked: int | None) -> list[int]:
+        settings = benchmarks.Settings(num_fewshot=asked)
+        (found,) = benchmarks.load_benchmarks([group], str(tmp_path), settings, make_tokenizer())
+        return [t.get_config("num_fewshot") for t in found.tasks.values()]
+
+    assert shots("mmlu", None) == [5, 0, 3]
+    assert shots("others", None) == [0, 0, 3]
+    assert shots("mmlu", 2) == [2, 0, 2]
+
+
+def test_numbers_without_bounds_are_none_and_errors_no_scores() -> None:
+    values = {"alias": "t", "sample_len": 3, "word_perplexity,none": float("inf"), "acc,none": 0.5}
+    found = benchmarks.scores({"results": {"t": values | {"acc_stderr,none": 0.1, "acc,first": 1}}})
+    assert found == {"t/word_perplexity": None, "t/acc": 0.5, "t/acc,first": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "word"),
+    [
+        ({"num_beams": 4}, "num_beams=4, which is not honoured"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1, which is not honoured"),
+        ({"do_sample": True}, "without a temperature above 0"),
+    ],
+)
+def test_answers_that_cannot_be_had_as_a_task_wants_them_are_refused(kwargs: dict[str, Any], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        harness._sampling({"until": ["x"], **kwargs})
+    sampling, until = harness._sampling(
+        {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "num_beams": 1}
+    )
+    assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, until) == (0.5, 0.9, 256, ["x"])
+    assert harness._sampling({"until": [], "do_sample": False, "temperature": 0.5})[0].temperature == 0

@@ -11,7 +11,7 @@ import pytest
 
 from mice_jax.evals import benchmarks
 from runs import ENVIRONMENT, REPOSITORY, place_flags, read_json, read_metrics, run_export, run_train, setting
-from tasks import CHOICE, ROLLING, WRITTEN, by_us, write_tasks
+from tasks import CHOICE, WRITTEN, by_us, write_model, write_tasks
 
 # Sums of float32 log-probabilities over one mesh, or none.
 CLOSE = 1e-4
@@ -84,11 +84,11 @@ def test_a_run_chooses_only_by_metrics_that_its_tasks_have(tmp_path: Path, capsy
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    tasks, run = write_tasks(tmp_path / "tasks", documents=8, longest=30), tmp_path / "run"
-    assert run_train(setting(tmp_path, samples=16), run) == 0
-    names = (CHOICE, ROLLING, WRITTEN)
-    alone = by_us(run, tasks, tmp_path / "alone.json", *names)
-    flags = [f"--model={run}", f"--include_path={tasks}", f"--tasks={','.join(names)}", "--log_samples"]
+    tasks = write_tasks(tmp_path / "tasks", documents=8, longest=30)
+    model = write_model(tmp_path / "model", "llama-linear")
+    names = (CHOICE, WRITTEN)
+    alone = by_us(model, tasks, tmp_path / "alone.json", *names)
+    flags = [f"--model={model}", f"--include_path={tasks}", f"--tasks={','.join(names)}", "--log_samples"]
     environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     environment["MICE_JAX_CACHE"] = str(tmp_path / "another")  # else nothing would be scored again
     output = f"--output={tmp_path / 'both.json'}"

@@ -1,21 +1,25 @@
 """A run whose workdir is in a bucket: one writer at a time, whole lines only, and the same run as on disk."""
 
+import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 import bucket
-from mice_jax import lock
-from mice_jax.errors import UserError
+from mice_jax import lock, metrics, places, workdir
+from mice_jax.checkpoint import Checkpoints
+from mice_jax.errors import StoreError, UserError
 from mice_jax.places import find_place
 from mice_jax.workdir import Workdir
 from runs import (
@@ -34,7 +38,7 @@ def store() -> Iterator[bucket.Bucket]:
     with bucket.serve() as served, pytest.MonkeyPatch.context() as patch:
         for name, value in bucket.environment(served).items():
             patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf, "gs", {"token": "anon", "use_listings_cache": False})
+        patch.setitem(fsspec.config.conf["gs"], "token", "anon")  # beside what places.py has set
         yield served
         fsspec.get_filesystem_class("gs").clear_instance_cache()
 
@@ -72,13 +76,44 @@ def test_a_second_writer_is_refused_as_soon_as_the_first_is_seen_to_live(
 def test_the_lock_of_a_dead_writer_of_this_machine_is_taken_at_once(store: bucket.Bucket, name: str) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
-    holder = {"process": process.pid, "host": socket.gethostname(), "machine": uuid.getnode(), "id": "x"}
+    holder = lock._here() | {"process": process.pid, "id": "x"}
     store.put(json.dumps(holder).encode(), {"name": key_of(name, "lock")})
     said: list[str] = []
     began = time.monotonic()
     with Workdir(find_place(name)) as run:
         run.lock(said.append)
-    assert time.monotonic() - began < 10 and f"process {process.pid} on " in said[0]
+    assert time.monotonic() - began < 30 and len(said) == 1 and f"process {process.pid} on " in said[0]
+
+
+@pytest.mark.parametrize("key", ["numbers", "boot", "machine", "host"])
+def test_a_process_that_is_not_of_this_namespace_and_boot_is_not_taken_for_dead(key: str) -> None:
+    """In another container its number is another process's here, or nobody's."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    gone = lock._here() | {"process": process.pid}
+    assert lock._was_here(gone)
+    assert not lock._was_here(gone | {key: "other"})
+    del gone[key]  # written by something that does not tell
+    assert not lock._was_here(gone)
+
+
+def test_a_lock_that_changes_hands_before_it_is_removed_stays(store: bucket.Bucket, name: str) -> None:
+    """Between the look at a dead holder and the removal another process has taken the lock, and lives."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    key = key_of(name, "lock")
+    store.put(json.dumps(lock._here() | {"process": process.pid, "id": "dead"}).encode(), {"name": key})
+    other = json.dumps(lock._here() | {"process": 1, "id": "other"}).encode()
+
+    def overtake(text: str) -> None:
+        if "is taken" in text:
+            store.put(other, {"name": key})
+        else:
+            raise UserError("it watches the other")
+
+    with pytest.raises(UserError, match="watches the other"):  # the second look
+        lock.BucketLock(find_place(name), overtake)  # type: ignore[arg-type]
+    assert store.objects[key].content == other
 
 
 def test_the_lock_of_a_silent_writer_elsewhere_is_taken_after_a_while(
@@ -97,16 +132,15 @@ def test_the_lock_of_a_silent_writer_elsewhere_is_taken_after_a_while(
 
 
 def test_a_writer_whose_lock_was_taken_writes_no_more(
-    store: bucket.Bucket, name: str, monkeypatch: pytest.MonkeyPatch
+    store: bucket.Bucket, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(lock, "BEAT_S", 0.1)
+    """Seen at the next write, not at the next sign of life, which is seconds away."""
     with pytest.raises(UserError, match="has been taken by another process"), Workdir(find_place(name)) as run:
         run.lock()
         run.write_json("mine.json", 1)
         run.publish()
         other = {"process": 1, "host": "elsewhere", "id": "x"}
         store.put(json.dumps(other).encode(), {"name": key_of(name, "lock")})
-        time.sleep(1)
         run.write_json("mine.json", 2)
         run.publish()
     assert text_of(store, name, "mine.json") == "1\n"
@@ -136,6 +170,88 @@ def test_what_is_written_is_there_once_published_and_the_next_writer_has_it(stor
     assert key_of(name, "lock") not in store.objects
 
 
+def test_a_store_that_cannot_be_read_is_no_empty_folder(store: bucket.Bucket, name: str) -> None:
+    """A run that was taken for a new one would be written over."""
+    store.put(b"{}", {"name": key_of(name, "config.json")})
+    place = find_place(name)
+    with refusing(store):
+        with pytest.raises(StoreError, match=f"{name} cannot be read: Forbidden"):
+            Workdir(place)
+        with pytest.raises(StoreError, match=f"{name} cannot be reached: Forbidden"):
+            find_place(name)
+        with pytest.raises(StoreError, match="could not be written"):
+            Checkpoints(place)
+    assert Workdir(place).read_json("config.json") == {}  # the control
+
+
+def test_of_a_file_that_has_grown_only_what_is_new_is_sent_and_of_a_tracker_s_folder_nothing(
+    store: bucket.Bucket, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "APPEND_FROM", 100)
+    with Workdir(find_place(name)) as run:
+        run.lock()
+        (run.local / "wandb").mkdir()
+        (run.local / "wandb" / "debug.log").write_text("its own")
+        lines = run.local / "metrics.jsonl"
+        lines.write_text('{"step": 1}\n' * 20)
+        run.publish()
+        for more in ('{"step": 2}\n', '{"step": 3}\n{"st'):  # the last is being written
+            with lines.open("a") as f:
+                f.write(more)
+            sent = len(store.received)
+            run.publish()
+            beat = [s for s in store.received[sent:] if "lock." not in s[0]]
+            assert beat == [(key_of(name, ".more"), 12)]
+        whole = '{"step": 1}\n' * 20 + '{"step": 2}\n{"step": 3}\n'
+        assert text_of(store, name, "metrics.jsonl") == whole
+        lines.write_text(whole.replace("1", "4"))  # rewritten: all of it is sent
+        run.publish()
+        assert text_of(store, name, "metrics.jsonl") == whole.replace("1", "4")
+        store.put(b"x", {"name": key_of(name, "metrics.jsonl")})  # changed there: the same
+        lines.write_text(whole.replace("1", "4") + '{"step": 5}\n')
+        run.publish()
+        assert text_of(store, name, "metrics.jsonl") == lines.read_text()
+    assert not any(key.startswith((key_of(name, "wandb"), key_of(name, ".more"))) for key in store.objects)
+
+
+def test_what_is_published_by_the_clock_keeps_nobody_waiting_and_comes_once_the_store_is_back(
+    store: bucket.Bucket, name: str
+) -> None:
+    with Workdir(find_place(name)) as run:
+        run.lock()
+        run.write_json("mine.json", 1)
+        with store.one_at_a_time:  # it answers nothing for now
+            began = time.monotonic()
+            run.publish(after_s=1e-9)
+            run.publish(after_s=1e-9)  # nor is a second begun
+            assert time.monotonic() - began < 1
+        with refusing(store):
+            run.publish(after_s=1e-9)
+        run.publish()
+        assert text_of(store, name, "mine.json") == "1\n"
+
+
+@contextlib.contextmanager
+def refusing(store: bucket.Bucket, requests: int = 10**9) -> Iterator[None]:
+    """A store that is down for so many requests."""
+    store.refusing = requests
+    try:
+        yield
+    finally:
+        store.refusing = 0
+
+
+def test_a_listing_is_never_kept(store: bucket.Bucket, name: str) -> None:
+    """What one process lists, another has changed: etils' file system keeps listings unless it is told otherwise."""
+    place = epath.Path(name)
+    store.put(b"", {"name": key_of(name, "checkpoints/1/commit_success.txt")})
+    assert [p.name for p in (place / "checkpoints").iterdir()] == ["1"]
+    store.put(b"", {"name": key_of(name, "checkpoints/2/commit_success.txt")})
+    store.delete(key_of(name, "checkpoints/1/commit_success.txt"), {})
+    assert [p.name for p in (place / "checkpoints").iterdir()] == ["2"]
+    assert not (place / "checkpoints" / "1").exists()
+
+
 def test_other_stores_are_refused() -> None:
     with pytest.raises(UserError, match="a s3:// store: a run's folder can be on disk or in a gs:// bucket"):
         find_place("s3://bucket/run")
@@ -148,14 +264,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def downloaded(store: bucket.Bucket, place: str, folder: Path) -> Path:
-    """The run as it would lie on disk."""
-    prefix = key_of(place, "")
-    for key, stored in store.objects.items():
-        if key.startswith(prefix) and not key.endswith("/"):
-            file = folder / key.removeprefix(prefix)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(stored.content)
-    return folder
+    return bucket.download(store, key_of(place, "").rstrip("/"), folder)
+
+
+def steps_of(run: Path) -> list[int]:
+    return sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
 
 
 @pytest.mark.slow
@@ -182,6 +295,7 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on_and_ends_as_one_on_disk(
     run = downloaded(store, name, tmp_path / "run")
     assert timeless(read_metrics(run)) == timeless(read_metrics(tmp_path / "disk"))
     assert (run / "checkpoints" / "damaged" / "4" / "manifest.json").exists()
+    assert steps_of(run) == steps_of(tmp_path / "disk") == [4, 5]  # keep_last=2
     assert list((run / "tensorboard").iterdir()) and not (run / "lock").exists()
     left, right = arrays(run, 5), arrays(tmp_path / "disk", 5)
     assert all(left[k].tobytes() == right[k].tobytes() for k in right) and left.keys() == right.keys()
@@ -190,3 +304,89 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on_and_ends_as_one_on_disk(
     assert run_export(tmp_path / "disk", tmp_path / "here") == 0
     files = [folder / "model.safetensors" for folder in (tmp_path / "there", tmp_path / "here")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+# ---------------------------------------------------------------------------------------- a store that is down
+@pytest.fixture
+def at_line(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What calls a function once a run in this process has written its line of a step."""
+    write = metrics.JsonlWriter.write
+
+    def at_line(step: int, then: Any) -> None:
+        def written(self: metrics.JsonlWriter, record: Any) -> None:
+            write(self, record)
+            if record["step"] == step:
+                then()
+
+        monkeypatch.setattr(metrics.JsonlWriter, "write", written)
+
+    return at_line
+
+
+@pytest.mark.slow
+def test_a_store_that_is_down_at_a_save_is_waited_for_and_then_left_with_75(
+    config: Path,
+    store: bucket.Bucket,
+    name: str,
+    at_line: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(workdir, "WAIT_S", 4.0)
+    save, managers = ocp.CheckpointManager.save, []
+    monkeypatch.setattr(
+        ocp.CheckpointManager, "save", lambda self, *a, **k: managers.append(self) or save(self, *a, **k)
+    )
+
+    def go_down() -> None:
+        while managers and managers[-1].is_saving_in_progress():
+            time.sleep(0.01)
+        store.refusing = 10**9
+
+    place: Any = name
+    at_line(1, go_down)
+    assert run_train(config, place) == 2  # there is no checkpoint yet
+    store.refusing = 0
+    assert f"error: --workdir={name} cannot be" in capsys.readouterr().err
+    at_line(3, go_down)
+    assert run_train(config, place) == 75
+    store.refusing = 0
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"preempted: --workdir={name} cannot be") and f"go on from {name}/checkpoints/2," in said
+    at_line(4, lambda: setattr(store, "refusing", 2))  # a short one: the run goes on by itself
+    assert run_train(config, place) == 0
+    assert "resumed after step 2" in capsys.readouterr().out
+    at_line(0, go_down)  # no more
+    assert run_train(config, tmp_path / "disk") == 0
+    run = downloaded(store, name, tmp_path / "run")
+    assert timeless(read_metrics(run)) == timeless(read_metrics(tmp_path / "disk"))
+    assert steps_of(run) == [4, 5] and not (run / "lock").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_has_lost_its_folder_deletes_and_seals_nothing_there(
+    config: Path, store: bucket.Bucket, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is taken while a save goes on, after which an older checkpoint would be deleted."""
+    wait, waited = ocp.CheckpointManager.wait_until_finished, []
+    other = json.dumps({"process": 1, "host": "elsewhere", "id": "x"}).encode()
+
+    def taken(self: ocp.CheckpointManager) -> None:
+        wait(self)
+        if self.latest_step() == 4 and not waited:
+            waited.append(4)
+            store.put(other, {"name": key_of(name, "lock")})
+
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", taken)
+    place: Any = name
+    assert run_train(config, place, "--config.checkpoint.keep_last=1") == 2
+    assert "has been taken by another process (process 1 on elsewhere)" in capsys.readouterr().err
+    there = {
+        key.removeprefix(key_of(name, "checkpoints/")).split("/")[0]
+        for key in store.objects
+        if key.startswith(key_of(name, ""))
+    }
+    assert waited and {"2", "4"} <= there
+    assert key_of(name, "checkpoints/4/manifest.json") not in store.objects
+    assert store.objects[key_of(name, "lock")].content == other

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mice_jax.data import chat as under_test
@@ -579,6 +579,92 @@ def test_documents_and_chats_of_one_batch_keep_their_places(
         assert alone.ids.tolist() == encoded.ids.tolist()
         assert alone.trained.tolist() == encoded.trained.tolist()
     assert encoder.encode([]) == []
+
+
+# ---------------------------------------------------------------------------------------- ids written out
+# Of a tokenizer whose ids are those of ASCII, a character each; its special tokens follow from 128 on, in the order in
+# which CHATS has them, then <think>, </think>, <tool_call>, </tool_call>. What is trained stands in brackets.
+IDS = {
+    "chatml": "129 117 115 101 114 10 72 105 128 10 129 97 115 115 105 115 116 97 110 116 10 [78 111 128] 10",
+    "llama3": "129 130 117 115 101 114 131 10 10 72 105 128 130 97 115 115 105 115 116 97 110 116 131 10 10 [78 "
+    "111 128]",
+    "mistral": "129 130 32 72 105 32 131 32 [78 111 128]",
+    "granite": "129 117 115 101 114 130 72 105 128 10 129 97 115 115 105 115 116 97 110 116 130 [78 111 128] 10",
+    "gemma": "129 130 117 115 101 114 10 72 105 131 10 130 109 111 100 101 108 10 [78 111 131] 10",
+    "zephyr": "60 124 117 115 101 114 124 62 10 72 105 128 10 60 124 97 115 115 105 115 116 97 110 116 124 62 "
+    "10 [78 111 128] 10",
+    "phi3": "131 10 72 105 130 132 10 [78 111 130] 128",
+    "plain": "85 115 101 114 58 32 72 105 10 65 115 115 105 115 116 97 110 116 58 32 [78 111 10]",
+    "qwen25": "129 115 121 115 116 101 109 10 89 111 117 32 97 114 101 32 97 32 109 111 117 115 101 46 128 10 "
+    "129 117 115 101 114 10 72 105 128 10 129 97 115 115 105 115 116 97 110 116 10 [78 111 128] 10",
+    "qwen3": "129 117 115 101 114 10 72 105 128 10 129 97 115 115 105 115 116 97 110 116 10 130 10 10 131 10 "
+    "10 [78 111 128] 10",
+}
+LAST = (
+    "129 117 115 101 114 10 65 128 10 129 97 115 115 105 115 116 97 110 116 10 66 128 10 129 117 115 101 114 10 67 "
+    "128 10 129 97 115 115 105 115 116 97 110 116 10 [68 128] 10"
+)
+UNMASKED = "129 117 115 101 114 10 [65 128] 10 129 97 115 115 105 115 116 97 110 116 10 [66 128] 10"
+REASONED = (
+    "129 117 115 101 114 10 65 128 10 129 97 115 115 105 115 116 97 110 116 10 [66 128] 10 129 117 115 101 114 10 "
+    "67 128 10 129 97 115 115 105 115 116 97 110 116 10 [130 10 84 10 131 10 10 68 128] 10"
+)
+CALLED_BY_ID = (
+    "129 115 121 115 116 101 109 10 91 123 34 110 34 58 32 49 125 93 128 10 129 117 115 101 114 10 65 128 10 129 97 "
+    "115 115 105 115 116 97 110 116 10 [132 10 123 34 102 34 58 32 50 125 10 133 128] 10 129 117 115 101 114 10 60 "
+    "116 111 111 108 95 114 101 115 112 111 110 115 101 62 10 51 10 60 47 116 111 111 108 95 114 101 115 112 111 "
+    "110 115 101 62 128 10 129 97 115 115 105 115 116 97 110 116 10 130 10 10 131 10 10 [68 128] 10"
+)
+
+
+def ascii_encoder(name: str, **keys: Any) -> ChatEncoder:
+    template, special, _ = CHATS[name]
+    backend = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    added = [*dict.fromkeys(special), "<think>", "</think>", "<tool_call>", "</tool_call>"]
+    backend.add_tokens([AddedToken(s, rstrip=s == "<|end|>", normalized=False) for s in added])
+    names = {"eos_token": special[0], "pad_token": special[0]} | ({"bos_token": special[1]} if special[1:] else {})
+    return ChatEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, **names), template, **keys)
+
+
+def written(encoder: ChatEncoder, sample: Sample) -> str:
+    """Ids as a line of numbers, runs of trained ones in brackets."""
+    (encoded,) = encoder.encode([sample])
+    line, inside = "", 0
+    for token, trained in zip(encoded.ids.tolist(), encoded.trained.tolist(), strict=True):
+        line += ("]" if inside and not trained else "") + " " + ("[" if trained and not inside else "") + str(token)
+        inside = trained
+    return line.strip() + "]" * inside
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_the_ids_and_the_mask_of_a_chat_are_those_written_out(name: str) -> None:
+    assert written(ascii_encoder(name), chat("Hi", "No")) == IDS[name]
+    assert written(ascii_encoder(name), chat("Hi", "on")) == IDS[name].replace("[78 111", "[111 110")  # it looks at ids
+
+
+def test_the_ids_and_the_masks_of_the_other_rules_are_those_written_out() -> None:
+    encoder, two = ascii_encoder("chatml"), chat("A", "B", "C", "D")
+    assert written(ascii_encoder("chatml", train_on="last"), two) == LAST
+    two.messages[1]["train"] = False
+    assert written(encoder, two) == LAST
+    assert written(encoder, chat("A", "B", unmask=True)) == UNMASKED
+    document = make([{"role": "pretraining", "content": "Hi"}])
+    assert written(encoder, document) == "[72 105 128]"
+    thought = chat("A", "B", "C", "D")
+    thought.messages[1]["reasoning_content"] = "S"  # which this template drops
+    thought.messages[3]["reasoning_content"] = "T"
+    assert written(ascii_encoder("qwen3"), thought) == REASONED
+    called = make(
+        [
+            {"role": "user", "content": "A"},
+            {"role": "assistant", "content": None, "tool_calls": [{"f": 2}]},
+            {"role": "tool", "content": "3"},
+            {"role": "assistant", "content": "D"},
+        ],
+        tools=[{"n": 1}],
+    )
+    assert written(ascii_encoder("qwen3"), called) == CALLED_BY_ID
 
 
 # ---------------------------------------------------------------------------------------- tools

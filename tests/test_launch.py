@@ -152,6 +152,7 @@ case "$*" in
   *describe*) printf '10.0.0.1\\n10.0.0.2\\n' ;;
   *" create "*) [[ ! -f full ]] && touch there ;;
   *" delete "*) rm there ;;
+  *" scp "*) tar tf "$5" >shipped ;;
   *mice_jax.train*) (($(grep -c mice_jax.train asked) > 1)) || exit 75 ;;
 esac
 """
@@ -168,6 +169,29 @@ def test_a_tpu_is_created_run_again_after_75_and_deleted_only_if_created(tmp_pat
     asked = (tmp_path / "asked").read_text()
     assert asked.count(" create ") == asked.count(" delete ") == (not there)
     assert asked.count("mice_jax.train --expect_devices=8 ") == 2 and "--num_processes=2" in asked
+
+
+def test_the_checkout_is_shipped_as_it_lies_there_and_its_commit_said(tmp_path: Path) -> None:
+    """A config that is not committed yet is what a run is often started with."""
+    path = stub(tmp_path / "bin", "gcloud", GCLOUD.format(tmp_path))
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for name in ("kept.py", "gone.py", "new.py", "ignored.log"):
+        (checkout / name).write_text("")
+    (checkout / ".gitignore").write_text("*.log\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "kept.py", "gone.py", ".gitignore"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], cwd=checkout, check=True)
+    (checkout / "gone.py").unlink()
+    command = [LAUNCH / "tpu_pod.sh", "--name=n", "--zone=z", "--type=v5p-16", "--version=v", "--autocheckpoint"]
+    environment = os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
+    done = subprocess.run([*command, "--", "--config=c"], cwd=checkout, env=environment, timeout=30)
+    assert done.returncode == 0
+    assert sorted((tmp_path / "shipped").read_text().split()) == [".gitignore", "kept.py", "new.py"]
+    asked = (tmp_path / "asked").read_text()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
+    assert f"MICE_JAX_COMMIT={commit}\\ and\\ changes " in asked
+    assert re.search(r" create .*--autocheckpoint-enabled", asked)
 
 
 def test_a_tpu_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The gradient norm corrected for batch size: by Monte Carlo with a known gradient, on packed data, and in the step."""
 
 import functools
+import sys
 from pathlib import Path
 
 import jax
@@ -71,8 +72,8 @@ def monte_carlo(deal, count: int = 96) -> tuple[float, float, float]:
 
 
 def test_rows_dealt_at_random_give_an_unbiased_estimate_where_those_sorted_by_length_do_not() -> None:
-    """Packing itself leaves a little: the tail's smaller microbatches get the shortest samples. It falls with the
-    batch; at 96 samples it is 1.3 % here, where gradients depend on their sample's length as much as on all else.
+    """Packing itself leaves a little, which the next test takes apart. It falls with the batch; at 96 samples it is
+    1.5 % here, where gradients depend on their sample's length as much as on all else.
     """
     true = float(TRUE @ TRUE)
     mean, error, raw = monte_carlo(dealt, 1000)
@@ -84,6 +85,39 @@ def test_rows_dealt_at_random_give_an_unbiased_estimate_where_those_sorted_by_le
     assert abs(mean - true) < 0.02 * true
     biased, its_error, _ = monte_carlo(by_length, 96)
     assert abs(biased - true) > 0.08 * true > 20 * its_error
+
+
+def rows_dealt_anew(lengths: np.ndarray, rng: np.random.Generator) -> list[Microbatch]:
+    """The plan's rows, in microbatches of as many rows, whatever the length of those."""
+    plan = dealt(lengths, rng)
+    rows = [row for m in plan for row in m.rows]
+    order = iter(rng.permutation(len(rows)).tolist())
+    return [Microbatch(m.shape, [rows[next(order)] for _ in m.rows]) for m in plan]
+
+
+def samples_dealt_anew(lengths: np.ndarray, rng: np.random.Generator) -> list[Microbatch]:
+    """The plan's microbatches, with as many samples, any."""
+    order = iter(rng.permutation(len(lengths)).tolist())
+    return [Microbatch(m.shape, [[next(order) for _ in row] for row in m.rows]) for m in dealt(lengths, rng)]
+
+
+def test_what_packing_leaves_comes_of_lengths_most_of_it_of_how_rows_are_filled_and_the_rest_of_the_last_microbatches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By 3,000 steps of 96 samples, in percent of the true square, with a standard error of 0.11: -1.45 as planned,
+    -0.98 where rows do not care for a microbatch's shape, 0.01 where samples do not, and -0.01 without SLOPE.
+    """
+    monkeypatch.setattr(sys.modules[__name__], "RUNS", 3000)
+    true = float(TRUE @ TRUE)
+    planned, error, _ = monte_carlo(dealt)
+    by_row, _, _ = monte_carlo(rows_dealt_anew)
+    by_sample, _, _ = monte_carlo(samples_dealt_anew)
+    assert planned < true - 4 * error and by_row < true - 4 * error, "filling rows to the brim is enough for it"
+    assert planned < by_row, "the shapes of the last microbatches add to it"
+    assert abs(by_sample - true) < 4 * error
+    monkeypatch.setattr(sys.modules[__name__], "SLOPE", 0.0)
+    without, error, _ = monte_carlo(dealt)
+    assert abs(without - true) < 4 * error
 
 
 @pytest.mark.parametrize("kind", ["equal", "unequal", "some of no weight"])

@@ -93,10 +93,18 @@ def test_a_shape_starts_a_fresh_model_from_any_working_directory(
     assert find_origin(config.model.init_from).spec.d_model == 4096
 
 
-def test_a_sweep_of_the_study_is_dry_run_with_its_trials(places: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code = run_verb(sweep.main, [f"--config={FOLDER / 'learning_rate.py'}:{places},batch=128", "--dry_run"])
-    assert code == 0
-    assert "8 trials, 80 steps" in capsys.readouterr().out
+# Steps: an epoch of this little data is one, ten epochs a trial.
+@pytest.mark.parametrize("name, trials", [("learning_rate", 8), ("batch_size", 3), ("warmup", 3), ("schedule", 2)])
+def test_a_sweep_of_the_study_is_dry_run_with_its_trials(
+    name: str, trials: int, places: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_verb(sweep.main, [f"--config={FOLDER / name}.py:{places}", "--dry_run"]) == 0
+    assert f"{trials} trials, {10 * trials} steps" in capsys.readouterr().out
+
+
+def test_no_sweep_of_the_study_is_left_out_above() -> None:
+    has = {f.stem for f in FILES if "def get_sweep" in f.read_text()}
+    assert has == {"learning_rate", "batch_size", "warmup", "schedule"}
 
 
 def test_the_command_reads_a_config_that_imports_its_neighbour(places: str) -> None:

@@ -91,7 +91,7 @@ def test_the_report_is_shown_and_written_as_a_run_has_it(
         "duplicates" in out
         and "longest: chats: " in out
         and re.search(r"2 steps; the first 2 fill \d+\.\d% of", out)
-        and "on 1 shard(s) of 1 row(s)" in out
+        and "packed for 1 shards of 1 rows (" in out
     )
     assert row(out, "stacked") == ["stacked", "1", "2", "16", "16 chats"]
     assert run_train(config, tmp_path / "work") == 0

@@ -135,7 +135,7 @@ def test_tables_have_a_row_for_each_source() -> None:
         validation={"b": entry(duplicates=4)},
     )
     shown = text(r.summary_table(told))
-    assert "3 no trained token, 5 beyond max_samples" in shown and "b (held out)" in shown and "50%" in shown
+    assert "3 no trained token, 5 beyond max_samples" in shown and "b (held out)" in shown and "500 (50%)" in shown
     shown = text(r.length_table(told))
     assert "messages" in shown and "█" in shown
     assert r.longest_lines(told) == ["a: 9 tokens at a.jsonl line 7", "b (held out): 9 tokens at a.jsonl line 7"]

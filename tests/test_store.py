@@ -410,3 +410,48 @@ def test_a_file_system_without_locks_is_refused(build: Build, monkeypatch: pytes
     monkeypatch.setattr(store_module.fcntl, "flock", no_locks)
     with pytest.raises(UserError, match=r"has no locks \(No locks available\).*data\.cache_dir"):
         build()
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_one_that_can_only_be_read_serves(
+    build: Build, cache: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(readers.time, "time", lambda: now + 60)  # so that digests are remembered
+    cache.write_text("a file, where a folder should be")
+    with pytest.raises(
+        UserError, match=r"token store of .*chats\.jsonl cannot be built in .*stores: .*data\.cache_dir"
+    ):
+        build()
+    cache.unlink()
+    build()
+    (cache / "digests.json").unlink()
+
+    def read_only(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    for name in ("mkdir", "write_text"):
+        monkeypatch.setattr(Path, name, read_only)
+    assert len(build()) == 30
+    with data.open("a") as f:
+        f.write(json.dumps(chat("one", "more")) + "\n")
+    with pytest.raises(UserError, match="Read-only file system"):
+        build()
+
+
+def test_a_full_disk_is_told_and_what_was_done_is_gone_on_with(
+    build: Build, cache: Path, many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = store_module._append
+
+    def append(stream: Any, progress: Any, block: Any) -> None:
+        if progress.blocks == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(stream, progress, block)
+
+    monkeypatch.setattr(store_module, "_append", append)
+    with pytest.raises(UserError, match=r"many\.jsonl cannot be built in .*: .*No space left on device"):
+        build(many)
+    monkeypatch.setattr(store_module, "_append", written)
+    said: list[str] = []
+    assert len(build(many, say=said.append)) == 200
+    assert said == [f"going on with the token store of {many}: 80 samples were tokenised before"]

@@ -22,9 +22,9 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from mice_jax import sweep
+from mice_jax import command, sweep
 from mice_jax.config import Config, ConfigError, Range, Sweep
-from mice_jax.errors import UserError
+from mice_jax.errors import Preempted, UserError
 from mice_jax.lab import dynamics
 from mice_jax.lab import study as study_module
 from mice_jax.lab.devices import share_of_devices
@@ -32,6 +32,7 @@ from mice_jax.lab.dynamics import FRACTIONS, SIGNALS, Goal, upto
 from mice_jax.lab.study import Study, combinations, config_of
 from runs import read_json, read_metrics, run_train, run_verb, setting, start_train, timeless
 from sweeps import await_none, kill, processes_of, results, run_sweep, start_sweep, study_of, sweep_file
+from test_page import data_of
 
 STATUS = {TrialState.COMPLETE: "completed", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 RATE = "optim.learning_rate"
@@ -53,6 +54,16 @@ def assert_agree(workdir: Path) -> None:
             assert int(row["steps"]) == len(read_metrics(workdir / "runs" / row["number"]))
 
 
+def assert_page_agrees(workdir: Path) -> None:
+    """report.html says what results.csv says of every trial."""
+    rows, runs = results(workdir), data_of(workdir / "report.html")["runs"]
+    assert [r["name"] for r in runs] == [r["number"] for r in rows]
+    for row, run in zip(rows, runs, strict=True):
+        assert (run["status"], run["step"], run["samples"]) == (row["status"], int(row["steps"]), int(row["samples"]))
+        assert run["reason"] == row["reason"] and {k: str(v) for k, v in run["fields"].items()}.items() <= row.items()
+        assert run["metric"] == (pytest.approx(float(row["metric"]), rel=1e-4) if row["metric"] else None)
+
+
 # ---------------------------------------------------------------------------------------- early termination
 @pytest.mark.slow
 def test_of_eight_trials_the_bad_are_stopped_the_best_never_and_the_two_files_agree(tmp_path: Path) -> None:
@@ -60,6 +71,7 @@ def test_of_eight_trials_the_bad_are_stopped_the_best_never_and_the_two_files_ag
     body = "c.optim.batch_size = 4\nc.eval.every_samples = 16\n"
     file = sweep_file(tmp_path, f"axes={{'{RATE}': {rates}}}, stop='halving'", body, samples=100)
     said = run_sweep(file, tmp_path / "sweep", "--workers=2")
+    assert_page_agrees(tmp_path / "sweep")
     rows = results(tmp_path / "sweep")
     assert len(rows) == 8 and "8 of 8 ended" in said
     by_rate = {float(r[RATE]): r for r in rows}
@@ -81,13 +93,18 @@ def test_of_eight_trials_the_bad_are_stopped_the_best_never_and_the_two_files_ag
         for fraction in FRACTIONS:
             value = dynamics.signal(lines[: math.ceil(round(fraction * whole, 6))], name)
             assert best[f"{name}@{fraction:.0%}"] == ("" if math.isnan(value) else repr(value))
-    # All of them read the one token store, and a stopped one goes on where it was when it is run by itself.
+    # All of them read the one token store.
     assert len({p.name for p in (tmp_path / "stores").iterdir() if p.is_dir()}) == 1
-    stopped = tmp_path / "sweep" / "runs" / by_rate[3e-3]["number"]
-    if by_rate[3e-3]["status"] == "stopped":
-        before = len(read_metrics(stopped))
-        assert run_train(stopped / "config.py", stopped, "--config.mesh.fsdp=1", "--config.mesh.data=8") == 0
-        assert len(read_metrics(stopped)) == whole > before
+    # Each stopped one but the diverged goes on where it was when it is run by itself: none would have been the best.
+    for row in rows:
+        if row["status"] != "stopped" or float(row[RATE]) == DIVERGING:
+            continue
+        run = tmp_path / "sweep" / "runs" / row["number"]
+        before = len(read_metrics(run))
+        assert run_train(run / "config.py", run, "--config.mesh.fsdp=1", "--config.mesh.data=8") == 0
+        revived = read_metrics(run)
+        assert len(revived) == whole > before
+        assert revived[-1]["eval/loss"] >= float(best["metric"]), "the best trial is never stopped"
 
 
 @pytest.mark.parametrize("rate, what", [("1e2", "diverged: "), ("1e4", "dead: ")])
@@ -314,6 +331,27 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         Study(made, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_a_trial_that_is_asked_to_leave_before_its_first_step_ends_its_worker_and_a_killed_one_is_tried_anew(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(tiny(tmp_path, axes={RATE: [1e-3]}), tmp_path / "out")
+    started: list[str] = []
+
+    def run_child(module: str, *rest: object) -> int:
+        started.append(module)
+        return 128 + signal.Signals[name]
+
+    monkeypatch.setattr(sweep.supervise, "run_child", run_child)
+    if name == "SIGKILL":
+        assert sweep.work(study) == 0 and len(started) == sweep.TRIES
+        assert results(tmp_path / "out")[0]["status"] == "failed"
+        return
+    with pytest.raises(Preempted, match="asked to leave before its first step"):
+        sweep.work(study)
+    assert len(started) == 1 and study.claim() == 0, "the next worker takes it"
+
+
 # ---------------------------------------------------------------------------------------- the command
 @pytest.mark.parametrize(
     "body, told",
@@ -333,6 +371,13 @@ def test_a_wrong_sweep_is_refused_in_a_sentence(body: str, told: str, tmp_path: 
     assert run_verb(sweep.main, [f"--config={file}", f"--workdir={tmp_path / 'out'}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and told in said and "Traceback" not in said
+
+
+def test_a_sweep_in_a_bucket_is_refused_whatever_is_installed(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(command, "find_place", lambda name: pytest.fail("it was looked for"))
+    file = sweep_file(tmp_path, "axes={'optim.learning_rate': [1e-3]}")
+    assert run_verb(sweep.main, [f"--config={file}", "--workdir=gs://bucket/sweep"]) == 2
+    assert "one that its workers share as a file system" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_trials_steps_and_cost_and_leaves_nothing(tmp_path: Path, capsys) -> None:
@@ -359,7 +404,7 @@ def test_devices_are_split_evenly_or_refused() -> None:
 def test_the_screen_shows_each_trial_the_best_the_stopped_and_why_and_the_time_left(tmp_path: Path) -> None:
     study = Study(tiny(tmp_path, axes={RATE: [1e-3, 1e-2, 3e-2, 5e-2]}, metric="loss"), tmp_path / "out")
     text = io.StringIO()
-    console = Console(file=text, force_terminal=True, width=150)
+    console = Console(file=text, force_terminal=True, color_system=None, width=150)
     screen = sweep._Screen(console, study)
 
     def shown() -> str:
@@ -383,7 +428,24 @@ def test_the_screen_shows_each_trial_the_best_the_stopped_and_why_and_the_time_l
     said = shown()
     assert "completed (best)" in said and "stopped worse than its siblings" in said and "running" in said
     assert "32 steps done, at most " in said and "2.5000" in said
+    assert "1 completed, 1 stopped, 1 running, 1 waiting" in said and "best: trial 0, loss 2.5" in said
+    console.size = (150, 9)  # room for four
+    assert screen._shown(study.trials()) == {0, 1, 2, 3}
     assert_agree_but_the_running(tmp_path / "out")
+
+
+def test_of_more_trials_than_the_screen_has_lines_those_that_matter_are_shown(tmp_path: Path) -> None:
+    study = Study(tiny(tmp_path, axes={RATE: [i / 1000 for i in range(1, 41)]}, metric="loss"), tmp_path / "out")
+    for number in range(20):
+        study.claim()
+        study.begin(number)
+        if number < 18:
+            summary = {"status": "completed", "last_metrics": {"loss": 5.0 - (number == 3)}}
+            (study.run_of(number) / "summary.json").write_text(json.dumps(summary))
+            study.end(number, 0)
+    screen = sweep._Screen(Console(file=io.StringIO(), force_terminal=True, width=150, height=16), study)
+    shown = screen._shown(study.trials())
+    assert len(shown) == 10 and {3, 18, 19, 17, 16} <= shown and 20 in shown and not shown & {0, 1, 2, 30}
 
 
 def assert_agree_but_the_running(workdir: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from mice_jax import resolve
 from mice_jax import sharding as sharding_module
 from mice_jax import train as train_module
 from runs import (
+    ENVIRONMENT,
     REPOSITORY,
     Record,
     chat,
+    lines_of,
     make_chats,
     make_tokenizer,
     read_json,
@@ -32,6 +35,7 @@ from runs import (
     run_export,
     run_train,
     setting,
+    start_train,
     timeless,
     write_jsonl,
 )
@@ -401,22 +405,47 @@ def test_a_run_that_is_asked_to_leave_saves_and_goes_on_as_if_it_had_not(
     assert read_json(run, "summary.json")["status"] == "completed"
 
 
-def test_a_second_sigint_leaves_at_once_with_the_last_checkpoint_whole(
-    workdir: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_is_asked_to_leave_before_its_first_step_does_so_with_75(config: Path, tmp_path: Path) -> None:
+    process = start_train(config, tmp_path / "run")
+    try:
+        while not (tmp_path / "run" / "lock").exists():  # data, model and compiling are still to come
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)  # as Slurm does
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75 and "preempted: SIGUSR1 before the first step" in said.splitlines()[-1], said
+    assert "Traceback" not in said and not lines_of(tmp_path / "run")
+
+
+LEAVING = """
+import os, signal, sys, threading, time
+import orbax.checkpoint as ocp
+from mice_jax import metrics, train
+write = metrics.JsonlWriter.write
+def ask(self, record):
+    write(self, record)
+    if record["step"] == 7:
+        threading.Thread(target=time.sleep, args=[600]).start()  # as the one that writes
+        ocp.CheckpointManager.wait_until_finished = lambda self: time.sleep(600)
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Timer(2, os.kill, [os.getpid(), signal.SIGINT]).start()
+metrics.JsonlWriter.write = ask
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_second_sigint_leaves_at_once_also_amid_a_save_with_the_last_checkpoint_whole(
+    workdir: Path, config: Path, tmp_path: Path
 ) -> None:
-    run, write = tmp_path / "run", metrics_module.JsonlWriter.write
-    every = "--config.checkpoint.every_samples=16"
-
-    def ask_twice(self: metrics_module.JsonlWriter, record: Record) -> None:
-        write(self, record)
-        for _ in range(2 * (record["step"] == 7)):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(metrics_module.JsonlWriter, "write", ask_twice)
-        with pytest.raises(KeyboardInterrupt):
-            run_train(config, run, every)
-    steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
+    """The save that goes on as the first comes never ends."""
+    run, every = tmp_path / "run", "--config.checkpoint.every_samples=16"
+    environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
+    command = [sys.executable, "-c", LEAVING, f"--config={config}", f"--workdir={run}", every]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith("left at once, without saving"), done
+    steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
     assert steps and steps[-1] < 7  # nothing was saved for it
     assert len(read_metrics(run)) == 7
     assert run_train(config, run, every) == 0

@@ -156,6 +156,32 @@ def test_a_metric_to_choose_by_that_no_line_will_have_is_refused_before_the_run(
     assert "checkpoint.best_metric" in err and "'eval/phase/knowledge/loss'" in err
 
 
+@pytest.mark.parametrize("metric", ["noise_scale", "mfu", "grad_sq_corrected", "learning_rate", "skipped_steps"])
+def test_checkpoints_are_chosen_by_any_number_of_metrics_jsonl(metric: str, tmp_path: Path) -> None:
+    body = f"c.checkpoint.every_samples = 8\nc.checkpoint.keep_best = 1\nc.checkpoint.best_metric = '{metric}'"
+    config = two_phases(tmp_path / "run", "", f"{body}\nc.train.skip_spikes = 100.0\nc.checkpoint.best_mode = 'max'")
+    assert run_train(config, tmp_path / "run" / "run") == 0
+    lines = read_metrics(tmp_path / "run" / "run")
+    scores = {line["step"]: line[metric] for line in lines if line[metric] is not None}
+    assert len(scores) > 1 or metric in ("noise_scale", "grad_sq_corrected")  # of steps that can be split in two
+    best = [max(scores, key=scores.__getitem__)] if scores else []  # of equal ones the earlier
+    assert steps_kept(tmp_path / "run" / "run") == sorted({*best, len(lines)})
+
+
+def test_every_number_of_a_line_can_be_chosen_by(restarted: Path) -> None:
+    found = {k for line in read_metrics(restarted) for k, v in line.items() if not isinstance(v, str)}
+    assert {k for k in found if not k.startswith("eval/")} - {"step"} == set(train_module.MEASURED)
+
+
+def test_a_phase_whose_seed_no_checkpoint_has_a_number_for_is_an_error_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Progress, "noise_scale", lambda self: None)
+    config = two_phases(tmp_path / "run", SEEDED, RISING.replace("eval/phase/knowledge/loss", "noise_scale"))
+    assert run_train(config, tmp_path / "run" / "run") == 2
+    assert "checkpoint.best_metric is null at each of them" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------- held-out loss
 def test_held_out_loss_by_source_and_phase_adds_up_to_the_whole(restarted: Path) -> None:
     last = read_metrics(restarted)[-1]

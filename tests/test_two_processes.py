@@ -7,10 +7,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import bucket
 from runs import (
     arrays,
     lines_of,
@@ -39,10 +41,10 @@ def starting() -> Iterator[Start]:
     """What starts a run of two processes; whatever is left of it at the end is killed."""
     started: Processes = []
 
-    def start(configs: Sequence[Path], run: Path, *flags: str) -> Processes:
+    def start(configs: Sequence[Path], run: Path, *flags: str, **more: str) -> Processes:
         for config, place in zip(configs, place_flags(2), strict=True):
             heartbeat = {"MICE_JAX_HEARTBEAT_S": HEARTBEAT_S}
-            started.append(start_train(config, run, *flags, *place, devices=4, **heartbeat))
+            started.append(start_train(config, run, *flags, *place, devices=4, **heartbeat, **more))
         return started[-2:]
 
     try:
@@ -86,7 +88,7 @@ def config(folder: Path) -> Path:
         "c.data.phases[0].num_epochs = 4",
         f"c.data.validation = [Source(path='{held}')]",
         "c.eval.every_samples = 100",
-        "c.checkpoint.every_samples = 40",
+        "c.checkpoint.every_samples = 56",  # steps 7 and 14, in the middle of an epoch of five
         "c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 2, 2",
     ]
     return setting(folder, "\n".join(body))
@@ -134,9 +136,9 @@ def test_two_processes_do_what_one_does(one: Path, two: Path) -> None:
 
 
 def from_half(run: Path, other: Path) -> None:
-    """A copy of a run as it was after its checkpoint of step 10."""
+    """A copy of a run as it was after its checkpoint of step 7."""
     shutil.copytree(run, other)
-    for step in (15, 20):
+    for step in (14, 20):
         shutil.rmtree(other / "checkpoints" / str(step))
 
 
@@ -150,7 +152,7 @@ def test_what_one_process_left_two_go_on_with(config: Path, one: Path, two: Path
     from_half(one, tmp_path / "run")
     told = ends(start([config, config], tmp_path / "run"))
     assert [code for code, _ in told] == [0, 0], told
-    assert "resumed after step 10" in told[0][1]
+    assert "resumed after step 7" in told[0][1]
     assert_same_run(two, tmp_path / "run")
 
 
@@ -224,7 +226,7 @@ def test_a_peer_that_is_lost_before_the_first_step_ends_the_other_with_a_word(
     assert code == (75 if saved else 1), text
     word = "preempted" if saved else "error"
     assert text.splitlines()[-1].startswith(f"{word}: another process of this run has ended"), text
-    assert "Traceback" not in text and "step 1" not in text.replace("step 10", "")
+    assert "Traceback" not in text and f"step {8 if saved else 1}/" not in text
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -246,6 +248,27 @@ def test_a_lost_peer_ends_the_other_with_a_word_and_the_run_goes_on(
     assert timeless(read_metrics(run)) == timeless(read_metrics(two))
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_notice_that_comes_while_a_run_starts_is_heard_by_both_in_the_first_steps(
+    resumed: bool, config: Path, two: Path, tmp_path: Path, start: Start
+) -> None:
+    """SIGTERM is then jax's own, which tells the coordination service, and that the other process."""
+    run = tmp_path / "run"
+    if resumed:
+        from_half(two, run)
+        (run / "lock").unlink()
+    processes = start([config, config], run)
+    wait_for(processes, (run / "lock").exists)  # data, model and compiling are still to come
+    processes[1].send_signal(signal.SIGTERM)
+    told = ends(processes)
+    assert [code for code, _ in told] == [75, 75], told
+    assert all("notice that a machine is to be taken away after step" in text for _, text in told)
+    assert read_json(run, "summary.json")["status"] == "preempted" and 0 < lines_of(run) < STEPS
+    told = ends(start([config, config], run))
+    assert [code for code, _ in told] == [0, 0], told
+    assert timeless(read_metrics(run)) == timeless(read_metrics(two))
+
+
 def test_one_that_is_asked_to_leave_takes_the_other_along(
     config: Path, two: Path, tmp_path: Path, start: Start
 ) -> None:
@@ -260,3 +283,29 @@ def test_one_that_is_asked_to_leave_takes_the_other_along(
     told = ends(start([config, config], run))
     assert [code for code, _ in told] == [0, 0], told
     assert timeless(read_metrics(run)) == timeless(read_metrics(two))
+
+
+# ---------------------------------------------------------------------------------------- in a bucket
+def test_two_processes_on_a_bucket_lose_their_lead_and_end_as_two_on_disk(
+    config: Path, two: Path, tmp_path: Path, start: Start
+) -> None:
+    """Each has its own view of the bucket: what the lead has saved, deleted or set aside, the other has to see."""
+    with bucket.serve() as store:
+        environment, keep = bucket.environment(store), "--config.checkpoint.keep_last=2"
+        name: Any = f"gs://{bucket.NAME}/run"
+        processes = start([config, config], name, keep, **environment)
+        wait_for(processes, lambda: "run/checkpoints/14/manifest.json" in store.objects)
+        processes[0].kill()
+        code, text = ends([processes[1]])[0]
+        assert code == 75 and f"{name}/checkpoints/" in text.splitlines()[-1], text
+        newest = max(int(key.split("/")[2]) for key in store.objects if key.endswith("/commit_success.txt"))
+        store.put(b"{", {"name": f"run/checkpoints/{newest}/params/_METADATA"})  # set aside by one, seen by both
+        told = ends(start([config, config], name, keep, **environment))
+        assert [code for code, _ in told] == [0, 0], told
+        assert newest == 14 and "resumed after step 7" in told[0][1]
+        run = bucket.download(store, "run", tmp_path / "run")
+    assert timeless(read_metrics(run)) == timeless(read_metrics(two))
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["14", "20", "damaged"]
+    left, right = arrays(run, STEPS), arrays(two, STEPS)
+    assert all(left[k].tobytes() == right[k].tobytes() for k in right) and left.keys() == right.keys()
+    assert not (run / "lock").exists()

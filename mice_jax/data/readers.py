@@ -14,7 +14,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO
@@ -27,6 +27,7 @@ from mice_jax.errors import UserError, one_line
 
 BLOCK_RECORDS = 512
 BLOCK_BYTES = 2 * 2**20  # of lines, packed ones unpacked
+PARQUET_BUFFER = 2**20  # bytes of a column at a time, where arrow would read a whole row group
 MAX_REMEMBERED = 10_000  # digests of files
 MAX_LINE = 256 * 2**20  # bytes; a longer one is a file of another kind
 
@@ -414,7 +415,7 @@ _AFTER = set(",] \t\n\r")  # what may follow an item
 def _rows(file: str) -> Iterator[_Yielded]:
     number = 0
     try:
-        with _open(file) as f, pq.ParquetFile(f) as table:
+        with _open(file) as f, pq.ParquetFile(f, pre_buffer=False, buffer_size=PARQUET_BUFFER) as table:
             size, total = _size(file), table.metadata.num_rows
             for rows in table.iter_batches(batch_size=BLOCK_RECORDS):
                 rows.validate(full=True)  # texts that are not UTF-8 among others
@@ -474,11 +475,12 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[bytes]:
 
 
 def _remember(memo: Path, known: dict[str, str], key: str, digest: str) -> None:
-    """Whoever writes last wins; what is lost is only hashed again."""
+    """Whoever writes last wins; what is lost, or cannot be written, is only hashed again."""
     known[key] = digest
     while len(known) > MAX_REMEMBERED:
         del known[next(iter(known))]
-    memo.parent.mkdir(parents=True, exist_ok=True)
     ours = memo.with_name(f"digests.{os.getpid()}.json")
-    ours.write_text(json.dumps(known))
-    ours.replace(memo)
+    with suppress(OSError):
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        ours.write_text(json.dumps(known))
+        ours.replace(memo)

@@ -159,7 +159,7 @@ def summary_table(report: Entry) -> Table:
     table = _table(["source"], ["read", "kept", "left out", "truncated", "tokens", "trained", "median", "longest"])
     for name, s in _entries(report):
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in (s["dropped"] | s["set_aside"]).items()) or "0"
-        trained = f"{s['loss_tokens'] / max(1, s['tokens']):.0%}"
+        trained = f"{s['loss_tokens']:,} ({s['loss_tokens'] / max(1, s['tokens']):.0%})"
         lengths = [f"{s['length_percentiles'][p]:,}" if s["length_percentiles"] else "-" for p in ("50", "100")]
         counts = [f"{s[k]:,}" for k in ("truncated", "tokens")]
         table.add_row(name, f"{s['read']:,}", f"{s['kept']:,}", dropped, *counts, trained, *lengths)

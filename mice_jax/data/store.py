@@ -31,7 +31,7 @@ from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import Reader, open_source
 from mice_jax.data.sources import find_format
 from mice_jax.data.tokenise import SCHEMA, Tokenised, tokenise
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, one_line
 
 VERSION = 2  # of the layout; part of the fingerprint
 JOURNAL_EVERY_S = 2.0  # what an interrupted build may have to do again
@@ -122,14 +122,20 @@ def build_store(
         say(detected)
     key = _fingerprint(reader.digest(cache_dir), format, encoder, skip_bad)
     folder = cache_dir / key
-    if not (folder / "meta.json").exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with _lock(cache_dir / f"{key}.lock", what=f"the token store of {path}"):
-            if not (folder / "meta.json").exists():
-                partial = cache_dir / f"{key}.partial"
-                _write(partial, path, reader, format, encoder, skip_bad, workers, say, watch)
-                shutil.rmtree(folder, ignore_errors=True)  # without a meta.json it is no store
-                partial.rename(folder)
+    try:
+        if not (folder / "meta.json").exists():
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            with _lock(cache_dir / f"{key}.lock", what=f"the token store of {path}"):
+                if not (folder / "meta.json").exists():
+                    partial = cache_dir / f"{key}.partial"
+                    _write(partial, path, reader, format, encoder, skip_bad, workers, say, watch)
+                    shutil.rmtree(folder, ignore_errors=True)  # without a meta.json it is no store
+                    partial.rename(folder)
+    except OSError as e:  # a full disk, a folder that may not be written
+        raise UserError(
+            f"the token store of {path} cannot be built in {cache_dir}: {one_line(e)}. Make room there, or set "
+            "data.cache_dir (or $MICE_JAX_CACHE) to a folder that can be written; what is done is gone on with."
+        ) from e
     return TokenStore(folder, reader.places)
 
 
@@ -137,7 +143,7 @@ def cache_folder(given: str) -> Path:
     """What is given, or $MICE_JAX_CACHE, or mice_jax in the user's cache folder."""
     if given:
         return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # a user may have no home: "~" then
     return Path(os.environ.get("MICE_JAX_CACHE") or Path(base) / "mice_jax")
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -168,14 +169,17 @@ def merged(results: Sequence[Results]) -> Results:
     return whole | {"date": results[0]["date"], "total_evaluation_time_seconds": str(seconds)}
 
 
-def scores(results: Results) -> dict[str, float]:
-    """Each metric by `task/metric`; `task/metric,filter` where the harness filtered the answers first."""
-    found = {}
+def scores(results: Results) -> dict[str, float | None]:
+    """Each metric by `task/metric`, or `task/metric,filter` where the harness filtered the answers first.
+
+    None stands for what is no finite number, a perplexity beyond all bounds for one.
+    """
+    found: dict[str, float | None] = {}
     for task, values in results["results"].items():
         for key, value in values.items():
             metric, comma, by = key.partition(",")
             if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-                found[_name(task, metric, by)] = float(value)
+                found[_name(task, metric, by)] = float(value) if math.isfinite(value) else None
     return found
 
 
@@ -226,9 +230,9 @@ class InTraining:
 
             self._lm = MiceLM(*model)
 
-    def measure(self, params: Params, say: Callable[[str], None]) -> dict[str, float]:
+    def measure(self, params: Params, say: Callable[[str], None]) -> dict[str, float | None]:
         """`eval/<task>/<metric>` of them all; what is to be said of them is said once."""
-        found: dict[str, float] = {}
+        found: dict[str, float | None] = {}
         if self._lm is None:
             return found
         self._lm.params = params
@@ -286,6 +290,11 @@ def _load(name: str, manager: Any, include_path: str, settings: Settings) -> Ben
         raise UserError(f"the task {name!r} cannot be loaded: {_reason(e)}") from e
     if not tasks:
         raise UserError(f"the group {name!r} has no task.")
+    for task in tasks.values():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"the task {task.task_name!r} runs code that the model writes, which is not done here.")
+        if getattr(task, "MULTIMODAL", False):
+            raise UserError(f"the task {task.task_name!r} shows more than text, which no model here can see.")
     return Benchmark(name, tasks, groups, fingerprint)
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +267,16 @@ def differing(configs: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
     names = dict.fromkeys(k for c in configs for k in c)
     told = {name: [c.get(name) for c in configs] for name in names}
     return {name: values for name, values in told.items() if any(repr(v) != repr(values[0]) for v in values)}
+
+
+def short_names(names: Sequence[str], separator: str = "/") -> list[str]:
+    """Each name's last parts, as many as tell it from the others."""
+    split = [n.split(separator) for n in names]
+    for count in range(1, max((len(s) for s in split), default=0) + 1):
+        short = [separator.join(s[-count:]) for s in split]
+        if len(set(short)) == len(set(names)):
+            return short
+    return list(names)
 
 
 def published_of(flat: dict[str, Any]) -> dict[str, float]:

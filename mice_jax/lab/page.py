@@ -41,7 +41,7 @@ SIGNALS = {
 }
 OF_ONE_ONLY = ("slot_efficiency", "mfu")  # of several runs they would only fill the page
 STEPWISE = ("loss", "grad_norm")  # of several runs, drawn step by step too, where nothing is smoothed
-POINTS = 320_000  # of all curves of a page together: what keeps it below ten megabytes
+POINTS = 200_000  # of all curves of a page together: what keeps it below ten megabytes
 DIGITS = 5
 MANY_RUNS = 6  # beyond so many, values of a field are counted and not shown run by run
 DEFAULTS = [
@@ -73,7 +73,7 @@ def render(data: dict[str, Any], output: Path) -> str:
 
 # ---------------------------------------------------------------------------------------- what is on it
 def of_runs(folders: Sequence[Path]) -> dict[str, Any]:
-    names = _short([str(f.resolve()) for f in folders])
+    names = gather.short_names([str(f.resolve()) for f in folders])
     runs = [gather.read_run(f, n) for f, n in zip(folders, names, strict=True)]
     measured = any("eval/loss" in r.evaluations for r in runs)
     goal = dynamics.Goal("eval/loss" if measured else "loss")
@@ -93,7 +93,7 @@ def _page(
     flats = [flatten(_plain(r.config)) for r in runs]
     differing = {k: v for k, v in gather.differing(flats).items() if not k.startswith("published.")}
     fields = axes or [k for k in differing if k != "seed"]
-    labels = dict(zip(fields, _short(fields, "."), strict=True))
+    labels = dict(zip(fields, gather.short_names(fields, "."), strict=True))
     values = [{f: r.params.get(f, flat.get(f)) for f in fields} for r, flat in zip(runs, flats, strict=True)]
     seeds = [r.params.get("seed", flat.get("seed")) for r, flat in zip(runs, flats, strict=True)]
     best = _best(runs, goal)
@@ -144,16 +144,6 @@ def _page(
         "data": [_data_table(r) for r in runs[:1]] if kind == "run" else [],
         "provenance": _provenance(runs[0]) if kind == "run" else [],
     }
-
-
-def _short(names: Sequence[str], separator: str = "/") -> list[str]:
-    """Each name's last parts, as many as tell it from the others."""
-    split = [n.split(separator) for n in names]
-    for count in range(1, max((len(s) for s in split), default=0) + 1):
-        short = [separator.join(s[-count:]) for s in split]
-        if len(set(short)) == len(set(names)):
-            return short
-    return list(names)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ function smooth(values, share) {
   values.forEach((v, i) => { sums.push(sums[i] + (v ?? 0)); counts.push(counts[i] + (v === null ? 0 : 1)); });
   return values.map((v, i) => {
     const a = Math.max(0, i - half), b = Math.min(values.length, i + half + 1), n = counts[b] - counts[a];
-    return n ? (sums[b] - sums[a]) / n : null;
+    return n ? Number(((sums[b] - sums[a]) / n).toPrecision(6)) : null;
   });
 }
 function curve(run, name, share = WIDTHS[state.smoothing]) {
@@ -118,7 +118,7 @@ function paint() {
   const ordered = values.length > CATEGORIES.light.length || (values.length > 2 && values.every(v => typeof v === "number"));
   palette = new Map(values.map((v, i) => [JSON.stringify(v ?? null), ordered ? ramp(i / Math.max(1, values.length - 1)) : CATEGORIES[theme()][i % 8]]));
   const key = values.length > 24 ? [values[0], "…", values[values.length - 1]] : values;
-  byId("key").replaceChildren(...key.map(v => el("span", { class_: "chip" }, v === "…" ? "…" : dot(palette.get(JSON.stringify(v ?? null))), v === "…" ? "" : setting(v) || "none")), ...dash().told.map(text => el("span", { class_: "chip" }, text)));
+  byId("key").replaceChildren(el("span", { class_: "quiet" }, data.fields[state.colour] ?? (state.colour || "run")), ...key.map(v => el("span", { class_: "chip" }, v === "…" ? "…" : dot(palette.get(JSON.stringify(v ?? null))), v === "…" ? "" : setting(v) || "none")), ...dash().told.map(text => el("span", { class_: "chip" }, text)));
 }
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 /** Where colours tell one field, dashes tell the other of two, if it has few values. */
@@ -148,7 +148,7 @@ function layoutOf(own) {
   return { font: { family: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", size: 12, color: colourOf("--ink") }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     margin: { l: 48, r: 12, t: 10, b: 36 }, showlegend: false, hovermode: "closest", dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     hoverlabel: { bgcolor: colourOf("--card"), bordercolor: line, font: { color: colourOf("--ink") }, namelength: -1 },
-    legend: { orientation: "h", y: 1.12, x: 0, font: { color: soft } }, ...rest,
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: soft } }, ...rest,
     xaxis: { ...axis, showgrid: false, ticks: "outside", tickcolor: line, ...xaxis }, yaxis: { ...axis, ...yaxis } };
 }
 function show(entry) {
@@ -212,7 +212,7 @@ function drawCurves(entry) {
   const layout = { xaxis: { title: { text: xTitle(), font: { size: 11, color: colourOf("--faint") } }, rangemode: "tozero" }, yaxis: { type: logarithmic ? "log" : "linear" } };
   if (range) layout.yaxis.range = range;
   const named = traces.filter(t => t.hoverinfo !== "skip").length > 1;
-  if (alone) Object.assign(layout, { showlegend: named, hovermode: "x unified", ...landmarks() }, named ? { margin: { l: 48, r: 12, t: 34, b: 36 } } : {});
+  if (alone) Object.assign(layout, { showlegend: named, hovermode: "x unified", ...landmarks() }, named ? { margin: { l: 48, r: 12, t: innerWidth < 600 ? 58 : 34, b: 36 } } : {});
   return { traces, layout };
 }
 const mainColour = () => CATEGORIES[theme()][0];
@@ -232,7 +232,8 @@ function told(run, withSeed = false) {
 const seeded = distinct(runs.map(r => r.seed)).length > 1;
 /** Held-out losses beside the training loss. */
 function held(traces) {
-  Object.keys(runs[0].evaluations).filter(n => n.startsWith("eval/") && data.lower.includes(n)).slice(0, 6).forEach((name, i) => {
+  const all = runs[0].evaluations, whole = JSON.stringify(all["eval/loss"]); // of a single source the same again
+  Object.keys(all).filter(n => n.startsWith("eval/") && data.lower.includes(n) && (n === "eval/loss" || JSON.stringify(all[n]) !== whole)).slice(0, 6).forEach((name, i) => {
     const c = curve(runs[0], name);
     traces.push(line(c.x, c.y, name === "eval/loss" ? "held out" : name, CATEGORIES[theme()][1 + i % 7], 1.6, true));
   });
@@ -491,14 +492,16 @@ function makeEvidence() {
   const found = data.evidence;
   if (!found) return;
   const body = byId("evidence-body"), fractions = found.fractions;
-  body.append(el("p", { class_: "note" }, `What signals and rules would have told at ${fractions.join(", ")} of the run, on the runs that went to their end${found.left_out ? ` (${found.left_out} others are left out: a stopped run has no end to compare with)` : ""}. ` +
+  body.append(el("p", { class_: "note" }, `What signals and rules would have told at ${fractions.map(spaced).join(", ")} of the run, on the runs that went to their end${found.left_out ? ` (${found.left_out} others are left out: a stopped run has no end to compare with)` : ""}. ` +
     `Spearman correlation with the final ${data.metric}, and its ${percent(found.level)} bootstrap interval over runs. Bold: the interval leaves zero out. Grey: undecided.`));
   Object.entries(found.groups).forEach(([name, group], i) => {
-    const parts = [el("h3", {}, "How well a signal orders the runs as their end does"), correlationTable(group, fractions), el("h3", {}, "What a rule would have saved and lost"), ruleTable(group, fractions)];
+    const told = Object.keys(group.signals).length ? [el("h3", {}, "How well a signal orders the runs as their end does"), correlationTable(group, fractions)] : [];
+    const parts = [...told, el("h3", {}, "What a rule would have saved and lost"), ruleTable(group, fractions)];
     const title = `${name === "all" ? "All runs" : name} (${group.runs})`;
     body.append(i ? el("details", {}, el("summary", {}, title), ...parts) : el("div", {}, ...parts));
   });
 }
+const spaced = f => f.replace("%", " %");
 const TITLES = name => name === "eval/loss" ? "held-out loss" : data.signals[name]?.title ?? name;
 function correlationTable(group, fractions) {
   const rows = Object.entries(group.signals).map(([name, told]) => [TITLES(name), ...fractions.map(f => {
@@ -507,12 +510,12 @@ function correlationTable(group, fractions) {
     const decided = known(c.low) && (c.low > 0 || c.high < 0), sign = v => v.toFixed(2).replace("-", "−");
     return el("td", { class_: `number ${decided ? "" : "weak"}`, title: `${c.runs} runs` }, el("span", { class_: decided ? "strong" : null }, sign(c.rho)), known(c.low) ? ` [${sign(c.low)}, ${sign(c.high)}]` : "");
   })]);
-  return plainTable(["signal", ...fractions.map(f => `at ${f}`)], rows, fractions.map((_, i) => i + 1));
+  return plainTable(["signal", ...fractions.map(f => `at ${spaced(f)}`)], rows, fractions.map((_, i) => i + 1));
 }
 function ruleTable(group, fractions) {
   const rows = Object.entries(group.rules).flatMap(([rule, told]) => fractions.filter(f => told[f]).map((f, i) => {
     const v = told[f];
-    return [i ? "" : rule.replace(/Rule$/, ""), f, `${v.stopped} of ${v.runs}`, percent(v.saved), known(v.regret) ? short(v.regret) : "–", el("td", {}, v.winner_killed ? el("span", { class_: "pill failed" }, "killed") : el("span", { class_: "pill completed" }, "kept"))];
+    return [i ? "" : rule.replace(/Rule$/, ""), spaced(f), `${v.stopped} of ${v.runs}`, percent(v.saved), known(v.regret) ? short(v.regret) : "–", el("td", {}, v.winner_killed ? el("span", { class_: "pill failed" }, "killed") : el("span", { class_: "pill completed" }, "kept"))];
   }));
   return plainTable(["rule", "at", "runs stopped", "compute saved", `regret, in ${data.metric}`, "the winner"], rows, [1, 2, 3, 4]);
 }
