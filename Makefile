@@ -6,12 +6,13 @@ PY := .venv/bin/python
 # Tests run on the CPU and fetch nothing.
 TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow test-aot lint format clean
 
 help:
 	@echo 'make demo       train, evaluate, export and ask a small model (demo/run, demo/hf)'
 	@echo 'make test       the test suite on CPU'
 	@echo 'make test-slow  the tests marked slow'
+	@echo 'make test-aot   compiles the 3B to 7B models for the TPUs that their configs name'
 	@echo 'make lint       style, types and layers;  make format mends what it can'
 	@echo 'make clean      removes .venv and what the demo left'
 
@@ -19,10 +20,13 @@ demo: .venv/.base
 	$(PY) demo/demo.py
 
 test: .venv/.test
-	$(TEST_ENV) $(PY) -m pytest -q -m 'not slow and not gpu' $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest -q -m 'not slow and not gpu and not aot' $(ARGS)
 
 test-slow: .venv/.test
 	$(TEST_ENV) $(PY) -m pytest -q -m 'slow and not gpu' $(ARGS)
+
+test-aot: .venv/.test
+	$(TEST_ENV) $(PY) -m pytest -q -m aot -rP $(ARGS)
 
 lint: .venv/.test
 	.venv/bin/ruff check .

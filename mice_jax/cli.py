@@ -6,6 +6,7 @@ import sys
 VERBS = {
     "train": "fine-tune a model, or resume a run",
     "prepare": "tokenise the data ahead of a run, and look at it",
+    "plan": "what will fit which devices, and what it would take",
     "sweep": "run many trials of a config, and stop the poor ones early",
     "report": "write one HTML page of a run, of several, or of a sweep",
     "evaluate": "score a model on benchmarks",

@@ -12,23 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from mice_jax.chips import find_chip
 from mice_jax.models.spec import ModelSpec
-
-# Dense peak of one device in bfloat16, FLOP/s, from the makers' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 
 
 def train_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
@@ -54,12 +39,12 @@ def peak_flops(device: Any) -> float | None:
     A CPU's is measured, as the rate of a large float32 matrix product over all of the process's CPU devices.
     """
     if device.platform == "cpu":
-        return _measured_matmul() / jax.local_device_count()
-    known = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
-    return PEAK_FLOPS[max(known, key=len)] if known else None
+        return measured_matmul() / jax.local_device_count()
+    chip = find_chip(device)
+    return chip.peak_flops if chip else None
 
 
-def _measured_matmul(n: int = 1024) -> float:
+def measured_matmul(n: int = 1024) -> float:
     x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()

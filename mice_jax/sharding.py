@@ -41,19 +41,30 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     Raises UserError where the sizes do not multiply to the devices there are.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, ...]:
+    """The sizes of a mesh's axes on so many devices, -1 filled in; UserError as in `make_mesh`."""
     sizes = [data, fsdp, tensor]
     given = math.prod(s for s in sizes if s != -1)
-    filled = [len(devices) // given if s == -1 else s for s in sizes]
-    if math.prod(filled) != len(devices):
+    filled = tuple(count // given if s == -1 else s for s in sizes)
+    if math.prod(filled) != count:
         asked = f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor}"
         raise UserError(
-            f"{asked} does not make the {len(devices)} devices there are: the sizes must multiply to "
-            f"{len(devices)}. One of them may be -1 for the devices that are left, if the others divide them."
+            f"{asked} does not make the {count} devices there are: the sizes must multiply to {count}. One of them may "
+            "be -1 for the devices that are left, if the others divide them."
         )
-    return jax.make_mesh(filled, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return filled
 
 
-def num_shards(mesh: Mesh) -> int:
+def abstract_mesh(sizes: Sequence[int]) -> AbstractMesh:
+    """A mesh of devices that need not be known: enough for shapes and shardings."""
+    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def num_shards(mesh: Mesh | AbstractMesh) -> int:
     """How many ways a microbatch's rows are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -94,7 +105,7 @@ def replicated_dims(params: Any, axes: Any, mesh: Mesh) -> list[str]:
     return said
 
 
-def param_shardings(params: Any, axes: Any, mesh: Mesh) -> Any:
+def param_shardings(params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A NamedSharding for each leaf of `params`, from the tree of their logical axes."""
     return jax.tree.map(lambda p, a: NamedSharding(mesh, param_spec(p.shape, a, mesh)), params, axes)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich import box
@@ -31,22 +32,23 @@ def table(
     steps: StepSource,
     stretches: list[Stretch],
     start: int,
-    mesh: Mesh,
     compute: Compute,
-    num_params: int,
+    load: fit.Load,
+    memory: int,
 ) -> Table:
     """Model, mesh, data, step, memory, schedule, run: what a person wants to know before it is done."""
     made = Table(show_header=False, box=box.SIMPLE, padding=(0, 1))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
-    total_steps = stretches[-1].end
+    total_steps, mesh = stretches[-1].end, load.mesh
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(load.decoder.abstract))
     lines = {
         "model": f"{origin.architecture}, {num_params:,} parameters, from {config.model.init_from}",
-        "mesh": ", ".join(f"{k} {v}" for k, v in mesh.shape.items()) + f" on {mesh.devices.flat[0].device_kind}",
+        "mesh": ", ".join(f"{k} {v}" for k, v in mesh.shape.items()) + f" on {jax.devices()[0].device_kind}",
         "data": _data(data),
         "step": _step(config, steps, total_steps),
         "compute": f"{jnp.dtype(compute.dtype).name}, {compute.attention} attention, remat {compute.remat}",
-        "memory": _memory(config, origin.spec, steps, mesh, compute, num_params),
+        "memory": _memory(fit.estimate(load, steps.shapes[0].rows, compute.remat), memory),
         "optimizer": _optimizer(config),
         "run": f"{total_steps:,} steps" + (f", resumed after step {start:,}" if start else ""),
     }
@@ -82,15 +84,11 @@ def _step(config: Config, steps: StepSource, total_steps: int) -> str:
     )
 
 
-def _memory(config: Config, spec: ModelSpec, steps: StepSource, mesh: Mesh, compute: Compute, num_params: int) -> str:
-    device = mesh.devices.flat[0]
-    state = fit.STATE_BYTES * num_params / (mesh.shape["fsdp"] * mesh.shape["tensor"])
-    slots = steps.shapes[0].rows * config.data.max_length
-    activations = slots * fit.slot_bytes(spec, jnp.dtype(compute.dtype).itemsize, compute.remat)
-    there = fit.device_memory(device)
+def _memory(needed: fit.Memory, there: int) -> str:
+    state = needed.resident + needed.gradients
     return (
-        f"about {_size(state + activations)} a device ({_size(state)} parameters, moments and gradients, "
-        f"{_size(activations)} activations) of {_size(there)}: an estimate"
+        f"about {_size(needed.total)} a device ({_size(state)} parameters, moments and gradients, "
+        f"{_size(needed.total - state)} activations) of {_size(there)}: an estimate; mice plan has more"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mice_jax.loss import cross_entropy_sums
 from mice_jax.models.transformer import Compute, Decoder, Params
@@ -72,7 +72,8 @@ class StepFunctions(NamedTuple):
     # above which no update is made.
     apply: Jitted
     evaluate: Jitted  # (params, batch) -> loss_sum, weight_sum
-    abstract_state: TrainState  # shapes with shardings, for restoring
+    abstract_state: TrainState  # shapes with shardings, for restoring and for compiling without arrays
+    abstract_sums: Sums
 
 
 def batch_loss(
@@ -109,13 +110,15 @@ def make_step(
       trained: a tree like the parameters' of bool arrays that broadcast to them; None = all of them.
       accumulate_dtype: of the sum of a step's gradients.
     """
-    shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    abstract_opt = jax.eval_shape(optimizer.init, decoder.abstract)
-    opt_shardings = _moment_shardings(abstract_opt, decoder.abstract, shardings, whole)
+    abstract = lay_out(decoder, optimizer, mesh)
     # Trees of shardings in the places of the arrays that they are for.
-    state_shardings = TrainState(cast(Any, whole), shardings, opt_shardings)
-    sums_shardings = Sums(shardings, *[cast(Any, whole)] * 4)
+    state_shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    sums_shardings = Sums(state_shardings.params, *[cast(Any, whole)] * 4)
+    abstract_sums = Sums(
+        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, accumulate_dtype, sharding=p.sharding), abstract.params),
+        *[cast(Any, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole))] * 4,
+    )
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return batch_loss(decoder, params, batch, compute)
@@ -137,8 +140,6 @@ def make_step(
         state, metrics = apply_sums(state, sums, optimizer, schedule, limit, trained)
         return state, jax.tree.map(jnp.zeros_like, sums), metrics  # zeroed in place for the next step
 
-    abstract = jax.eval_shape(start, decoder.abstract)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, state_shardings)
     return StepFunctions(
         init=Jitted(lambda key: start(decoder.init(key)), mesh, out_shardings=state_shardings),
         start=Jitted(start, mesh, donate_argnums=0, out_shardings=state_shardings),
@@ -147,7 +148,18 @@ def make_step(
         apply=Jitted(apply, mesh, donate_argnums=(0, 1), out_shardings=(state_shardings, sums_shardings, whole)),
         evaluate=Jitted(loss, mesh, out_shardings=(whole, whole)),
         abstract_state=abstract,
+        abstract_sums=abstract_sums,
     )
+
+
+def lay_out(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
+    """A run's state as shapes with shardings; parameters and moments lie as `sharding.RULES` says."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
+    opt_state = jax.eval_shape(optimizer.init, decoder.abstract)
+    lie = TrainState(cast(Any, whole), shardings, _moment_shardings(opt_state, decoder.abstract, shardings, whole))
+    state = TrainState(cast(Any, jax.ShapeDtypeStruct((), jnp.int32)), decoder.abstract, opt_state)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lie)
 
 
 def _moment_shardings(opt_state: Any, params: Params, shardings: Params, whole: NamedSharding) -> Any:

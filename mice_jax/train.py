@@ -26,7 +26,19 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax import command, distributed, fit, metrics, phases, programs, runtime, startup, supervise, tracking
+from mice_jax import (
+    command,
+    distributed,
+    fit,
+    metrics,
+    phases,
+    programs,
+    resolve,
+    runtime,
+    startup,
+    supervise,
+    tracking,
+)
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.config import Config, differences, identity, nearest, to_dict
 from mice_jax.data import report
@@ -41,15 +53,12 @@ from mice_jax.display import Display
 from mice_jax.errors import AgreedError, Preempted, StoppedByRule, StoreError, UserError, one_line
 from mice_jax.evals import benchmarks, held_out
 from mice_jax.lab.watch import Watch
-from mice_jax.models import hf
-from mice_jax.models.attention import choose_backend
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
-from mice_jax.optim import make_optimizer, make_phase_schedule
 from mice_jax.progress import Alarm, Progress, crosses
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_steps
 from mice_jax.start import Origin, find_origin, load_params, stop_ids, with_vocabulary
-from mice_jax.step import StepFunctions, TrainState, make_step
+from mice_jax.step import StepFunctions, TrainState
 from mice_jax.workdir import METRICS, PUBLISH_S, Workdir, code_state, environment
 
 # The numbers of every line of metrics.jsonl; some are null where they cannot be told.
@@ -110,7 +119,10 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
         tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template, remarks)
         added = {t.content for t in tokenizer.added_tokens_decoder.values()}
         spec = with_vocabulary(origin, tokenizer.get_vocab(), added)
-        attention = _choose_attention(config, spec, mesh, run)
+        device = mesh.devices.flat[0]
+        capability = getattr(device, "compute_capability", None)
+        recorded = _recorded(run, mesh)
+        attention = resolve.attention(config, spec, device.platform, capability, recorded)
         encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
         settings = _benchmark_settings(config)
         tasks = benchmarks.load_benchmarks(config.eval.tasks, config.eval.include_path, settings, tokenizer)
@@ -140,10 +152,15 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
 
     # ---- Model ----------------------------------------------------------------------------------------------
     decoder = make_decoder(spec, mesh.shape["tensor"])
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract))
-    resolved = _resolve(config, origin, mesh, data, num_params, run)
-    rows = resolved["rows_per_device"]
-    compute = Compute(jnp.dtype(resolved["compute_dtype"]), attention, resolved["remat"])
+    dtype = resolve.compute_dtype(config, device.platform)
+    load = resolve.load(config, decoder, origin.architecture, mesh, dtype, attention)
+    memory = fit.device_memory(jax.local_devices()[0])  # another process's device does not tell
+    length = report.mean_length(data.report)
+    rows, remat = resolve.rows_and_remat(
+        config, load, mean_length=length, memory=memory, platform=device.platform, recorded=recorded
+    )
+    distributed.check_same("rows of a microbatch and remat, by their devices' memory", f"{rows} {remat}")
+    compute = Compute(jnp.dtype(dtype), attention, remat)
     shapes = microbatch_shapes(config.data.max_length, rows)
 
     exams = benchmarks.InTraining(
@@ -158,29 +175,8 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
     steps = source(mixture, config.optim.loss_reduction, SPLIT_EVERY)
 
     # ---- Optimizer ------------------------------------------------------------------------------------------
-    o = config.optim
-    schedule = make_phase_schedule(
-        [(s.first, s.phase.learning_rate or o.learning_rate, s.phase.schedule == "restart") for s in stretches],
-        horizon=o.max_steps or len(mixture),
-        kind=o.schedule,
-        warmup_steps=o.warmup_steps,
-        warmup_ratio=o.warmup_ratio,
-        final_ratio=o.final_ratio,
-        decay_ratio=o.decay_ratio,
-    )
-    trained = hf.trained_mask(decoder, origin.architecture, o.frozen) if o.frozen else None
-    optimizer = make_optimizer(
-        name=o.name,
-        grad_clip=o.grad_clip,
-        beta1=o.beta1,
-        beta2=o.beta2,
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        moments_dtype=o.moments_dtype,
-        axes=decoder.axes,
-        trained=trained,
-    )
-    fns = make_step(decoder, optimizer, schedule, mesh, compute, trained, o.accumulate_dtype)
+    schedule = resolve.schedule(config, stretches, config.optim.max_steps or len(mixture))
+    fns = resolve.step_functions(config, decoder, origin.architecture, mesh, compute, schedule)
 
     # ---- Restore or start: 1 this workdir's newest checkpoint, 2 what init_from names -------------------------
     seeding = [s.saved_steps for i, s in enumerate(stretches) if phases.seeds_by_best(stretches, i)]
@@ -203,6 +199,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
     with distributed.together():
         if lead:
             run.cut_metrics(start)
+            resolved = _place(mesh) | {"compute_dtype": dtype, "rows_per_device": rows, "remat": remat}
             run.tell("resumed" if restored else "started", start)
             resolved |= {"attention": attention, "today": str(encoder.today)}
             made_by = command.made_by(values) | code_state()
@@ -211,7 +208,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
             run.write_json("data_report.json", whole)
             _keep_model(run.local / "model", origin, spec, tokenizer)
             run.publish()
-    console.print(startup.table(config, origin, data, steps, stretches, start, mesh, compute, num_params))
+    console.print(startup.table(config, origin, data, steps, stretches, start, compute, load, memory))
     for warning in startup.warnings(config, origin, decoder, data, mixture, mesh):
         console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
 
@@ -342,47 +339,6 @@ def _day_of(run: Workdir) -> datetime.date | None:
     return datetime.date.fromisoformat(day) if day else None
 
 
-def _resolve(
-    config: Config, origin: Origin, mesh: Mesh, data: Dataset, num_params: int, run: Workdir
-) -> dict[str, Any]:
-    """What "auto" and 0 stand for on this mesh: as recorded where the run has been on it before."""
-    recorded, device, dtype = _recorded(run, mesh), mesh.devices.flat[0], _compute_dtype(config, mesh)
-    sources = data.report["sources"].values()
-    mean = sum(s["tokens"] for s in sources) / sum(s["kept"] for s in sources)
-    wanted = mean * config.optim.batch_size / (config.data.max_length * num_shards(mesh))
-    rows, remat = fit.choose(
-        origin.spec,
-        num_params=num_params,
-        ways=mesh.shape["fsdp"] * mesh.shape["tensor"],
-        itemsize=jnp.dtype(dtype).itemsize,
-        max_length=config.data.max_length,
-        rows=config.train.rows_per_device or recorded.get("rows_per_device", 0),
-        remat=config.model.remat if config.model.remat != "auto" else recorded.get("remat", "auto"),
-        rows_wanted=max(1, round(wanted)),
-        device=device,
-    )
-    return _place(mesh) | {"compute_dtype": dtype, "rows_per_device": rows, "remat": remat}
-
-
-def _choose_attention(config: Config, spec: ModelSpec, mesh: Mesh, run: Workdir) -> str:
-    asked, device = config.model.attention, mesh.devices.flat[0]
-    return choose_backend(
-        _recorded(run, mesh).get("attention", asked) if asked == "auto" else asked,
-        spec,
-        platform=device.platform,
-        compute_capability=getattr(device, "compute_capability", None),
-        dtype=_compute_dtype(config, mesh),
-        max_length=config.data.max_length,
-        deterministic=config.train.deterministic,
-    )
-
-
-def _compute_dtype(config: Config, mesh: Mesh) -> str:
-    if config.model.compute_dtype != "auto":
-        return config.model.compute_dtype
-    return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-
-
 def _place(mesh: Mesh) -> dict[str, Any]:
     return {"mesh": dict(mesh.shape), "device": mesh.devices.flat[0].device_kind}
 
@@ -466,6 +422,7 @@ def _enter(
             seeded, _ = checkpoints.restore(best, fns.abstract_state)
             state = TrainState(state.step, seeded.params, seeded.opt_state)
     if phase.optimizer == "reset":
+        jax.tree.map(lambda x: x.delete(), state.opt_state)  # two may not fit
         fresh = fns.start(state.params)
         state = TrainState(state.step, fresh.params, fresh.opt_state)
     return state

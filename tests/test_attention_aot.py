@@ -7,31 +7,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mice_jax import aot
 from mice_jax.models.attention.scoring import Scoring
 from mice_jax.models.attention.splash import splash
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.optim import make_optimizer
-from mice_jax.sharding import batch_sharding, make_mesh
-from mice_jax.step import Sums, make_step
+from mice_jax.sharding import make_mesh
+from mice_jax.step import make_step
 from models import spec_of
 
 KERNELS = ("splash_mha_fwd_segmented", "splash_mha_dq_segmented", "splash_mha_dkv_segmented")
 
 
 @pytest.fixture
-def tpus(monkeypatch: pytest.MonkeyPatch) -> Sequence[Any]:
+def tpus() -> Sequence[Any]:
     """Eight chips of a v5e, which are not there."""
-    for name, value in {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    return aot.find_target("v5e:2x4").devices or []
 
 
 def kernels_in(compiled: Any) -> dict[str, int]:
@@ -50,13 +43,8 @@ def test_splash_in_the_train_step_compiles_for_a_v5e_with_two_kinds_of_layers_an
     optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)
     compute = Compute(jnp.dtype("bfloat16"), "splash", "full")
     fns = make_step(decoder, optimizer, lambda step: jnp.float32(0), mesh, compute)
-    zero = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    ints = jax.ShapeDtypeStruct((8, 640), jnp.int32, sharding=batch_sharding(mesh))
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), ints)
-    batch["loss_weights"] = jax.ShapeDtypeStruct(ints.shape, jnp.float32, sharding=ints.sharding)
-    params = fns.abstract_state.params
-    with jax.set_mesh(mesh):
-        compiled = fns.accumulate.jitted.lower(params, Sums(params, *[zero] * 4), batch).compile()
+    batch = aot.abstract_batch(mesh, 2, 640)
+    compiled = fns.accumulate.compile(fns.abstract_state.params, fns.abstract_sums, batch)
     # Of each window one: forward twice, the second time in the backward pass (remat).
     assert kernels_in(compiled) == dict(zip(KERNELS, (4, 2, 2), strict=True))
 

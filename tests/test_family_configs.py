@@ -29,6 +29,7 @@ from mice_jax.models.rope import frequencies
 from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, ModelSpec, Rope
 from mice_jax.models.transformer import make_decoder
 from models import QUICK
+from runs import REPOSITORY
 
 FILE = Path("folder/config.json")
 NEW = {"rope_parameters"}
@@ -481,6 +482,20 @@ def test_a_release_s_config_is_accepted_and_makes_as_many_parameters_as_in_trans
     assert type(model).__name__ == config["architectures"][0]
     assert parameter_count(spec) == theirs
     assert published in (0, theirs)  # 0 = none that is known to the last digit
+
+
+@pytest.mark.parametrize(
+    ("model", "release"),
+    [
+        ("granite-7b", "Llama-2-7b"),
+        ("granite-3b", "granite-3b-code-base"),
+        ("llama-3.2-3b", "Llama-3.2-3B"),
+        ("mistral-7b", "Mistral-7B-v0.3"),
+    ],
+)
+def test_the_study_s_shapes_are_those_of_the_releases(model: str, release: str) -> None:
+    file = REPOSITORY / "configs" / "paper" / "shapes" / model / "config.json"
+    assert hf.spec_from_config(hf.read_config(file), file) == spec_of(RELEASES[release][0])
 
 
 def test_every_family_has_a_release_that_is_tried() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from mice_jax.metrics import PEAK_FLOPS, JsonlWriter, TensorBoardWriter, TerminalWriter, peak_flops, train_flops
+from mice_jax.chips import CHIPS
+from mice_jax.metrics import JsonlWriter, TensorBoardWriter, TerminalWriter, peak_flops, train_flops
 from mice_jax.models.spec import ModelSpec
 from models import spec_of
 
@@ -54,7 +55,9 @@ def test_a_device_s_peak_is_that_of_the_longest_name_in_the_table_and_none_where
     assert peak("TPU v5p") == peak("TPU v5") == 459e12
     assert peak("NVIDIA H100 80GB HBM3") == 989e12
     assert peak("TPU v3") is None
-    assert all(peak(kind) == flops for kind, flops in PEAK_FLOPS.items())
+    assert peak("NVIDIA A100-SXM4-40GB") == peak("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak("TPU7x") == 2307e12 / 2  # JAX makes two devices of a chip
+    assert all(peak(kind) == chip.peak_flops for chip in CHIPS.values() for kind in chip.kinds)
 
 
 def test_a_cpu_s_peak_is_measured_and_shared_by_its_devices() -> None:

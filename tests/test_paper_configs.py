@@ -11,10 +11,11 @@ from mice_jax import sweep
 from mice_jax.config import Config, ConfigError, flatten, to_dict
 from mice_jax.lab import planned
 from mice_jax.lab.gather import published_of
+from mice_jax.start import find_origin
 from runs import REPOSITORY, make_chats, run_prepare, run_verb, write_init, write_jsonl
 
 FOLDER = REPOSITORY / "configs" / "paper"
-FILES = sorted(f for f in FOLDER.glob("*.py") if f.stem != "paper_study")
+FILES = sorted(f for f in FOLDER.glob("*.py") if not f.stem.startswith("paper_"))
 SAMPLES = 40  # of each of three sources
 
 
@@ -43,7 +44,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_there_is_a_file_for_each_factor() -> None:
     assert {f.stem for f in FILES} == {
-        "recipes", "batch_size", "learning_rate", "warmup", "schedule", "stacked_phased", "difficulty", "cadence"
+        "recipes", "batch_size", "learning_rate", "warmup", "schedule", "stacked_phased", "difficulty", "cadence", "pod"
     }  # fmt: skip
 
 
@@ -71,6 +72,25 @@ def test_every_variant_validates_is_planned_and_none_is_another(
 def test_a_docstring_says_what_was_published_what_it_costs_and_how_it_is_launched(file: Path) -> None:
     told = ast.get_docstring(ast.parse(file.read_text())) or ""
     assert "Published" in told and "Cost: " in told and f"configs/paper/{file.name}" in told
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_docstring_names_the_topology_of_each_of_its_models(file: Path) -> None:
+    told = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("Topology: ")[2].partition("\n")[0]
+    get_config = runpy.run_path(str(file))["get_config"]
+    configs = [get_config(variant) for variant in variants(file)]
+    known = runpy.run_path(str(FOLDER / "paper_models.py"))
+    pod, topologies = known["POD"], known["TOPOLOGIES"]
+    meant = {known["POD_TOPOLOGY"] if c.mesh == pod else topologies[Path(c.model.init_from).name] for c in configs}
+    assert set(re.findall(r"v\w+:[0-9x]+", told)) == meant
+
+
+def test_a_shape_starts_a_fresh_model_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = runpy.run_path(str(FOLDER / "pod.py"))["get_config"](f"models=random:{FOLDER / 'shapes'}")
+    assert find_origin(config.model.init_from).spec.d_model == 4096
 
 
 # Steps: an epoch of this little data is one, ten epochs a trial.

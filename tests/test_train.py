@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from mice_jax import metrics as metrics_module
+from mice_jax import resolve
 from mice_jax import sharding as sharding_module
 from mice_jax import train as train_module
 from runs import (
@@ -251,8 +252,8 @@ def test_over_several_epochs_of_all_shapes_nothing_is_compiled_after_the_first_s
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    make_step = train_module.make_step
-    monkeypatch.setattr(train_module, "make_step", lambda *a: made.append(make_step(*a)) or made[0])
+    make_step = resolve.make_step
+    monkeypatch.setattr(resolve, "make_step", lambda *a: made.append(make_step(*a)) or made[0])
     happened: list[str] = []
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:

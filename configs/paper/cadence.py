@@ -4,6 +4,7 @@ Published: every number of samples in its tables is a multiple of about 250,000 
 0.1 %), so each "samples to the best" is right to a quarter of a million. Here a save comes with the first step at
 or past each multiple, so runs of all batches are compared at the same samples to within one step.
 Cost: 8.3 million samples, 34 checkpoints.
+Topology: v5p:2x2x2.
 Launch: mice train --config=configs/paper/cadence.py:every=50000 --workdir=runs/cadence
 """
 

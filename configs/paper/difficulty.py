@@ -6,6 +6,7 @@ on all benchmarks; the numbers were not recovered. The same halves of the mathem
 Llama 3.2 3B (best of LAB stacked and phased; replay is not mentioned there): GSM8K 0.69 and 0.67; ARC 0.75 and
 0.71; MuSR 0.08 and 0.08; MATH level 5 0.04 and 0.03. Halves are taken of each source here, of the whole there.
 Cost: 8.3 million samples each.
+Topology: v5p:2x2x2; v5e:4x4 for Llama 3.2 3B.
 Launch: mice train --config=configs/paper/difficulty.py:data_in=phased --workdir=runs/difficulty
 """
 

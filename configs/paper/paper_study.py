@@ -6,14 +6,15 @@ the authors' own code names in its example.
 
 Data: data/paper/phase00.jsonl (instruction following, 308,343 samples), phase05.jsonl (foundational knowledge,
 231,178), phase10.jsonl (complex skills, 285,966): 825,487 together. They are not published; put your own there.
-Models: Hugging Face folders models/<name>.
+Models: Hugging Face folders models/<name>; paper_models.py has what they are, their meshes and the TPUs for them.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 from mice_jax.config import Config, ConfigError, Phase, Published, Source, nearest
+from paper_models import FSDP, MODELS
 
-MODELS = ("granite-7b", "granite-3b", "llama-3.2-3b", "mistral-7b")
 RECIPES = ("lab", "tulu", "tulu++")
 BATCHES = (128, 3840, 7680)
 RATES = (1e-6, 5e-6, 2e-5, 3e-5, 4e-5, 6e-5, 8e-5, 1e-4)
@@ -62,6 +63,7 @@ def recipe(given: dict[str, str], name: str) -> Config:
     model = choice(given, "model", MODELS)
     c = Config()
     c.model.init_from = f"{given['models']}/{model}"
+    c.mesh = dataclasses.replace(FSDP)
     c.data.max_length = 4096
     c.data.validation_fraction = 0.002
     o = c.optim

@@ -5,6 +5,7 @@ Published, Llama 3.2 3B (best over checkpoints; base, LAB, TULU): MMLU 0.56, 0.5
 The best checkpoints of TULU lie at 2.5 million samples at most, of LAB at up to 11 million, so TULU saw fewer. Of
 TULU++ and of the other models no numbers were recovered but those of the other files here.
 Cost: 8.3 million samples for LAB (2,150 steps of 3,840), 1.7 for TULU, 3.3 for TULU++.
+Topology: v5p:2x2x2 for Granite 7B and Mistral 7B, v5p:2x2x1 for Granite 3B, v5e:4x4 for Llama 3.2 3B.
 Launch: mice train --config=configs/paper/recipes.py:recipe=tulu,model=llama-3.2-3b --workdir=runs/tulu
 """
 

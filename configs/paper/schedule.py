@@ -3,6 +3,7 @@
 Published, Granite 7B, constant and cosine: MMLU 0.5242 and 0.5251; MTBench 6.7562 and 6.6813. So no decay is
 needed.
 Cost: 8.3 million samples each.
+Topology: v5p:2x2x2.
 Launch: mice train --config=configs/paper/schedule.py:schedule=cosine --workdir=runs/cosine
         mice sweep --config=configs/paper/schedule.py --workdir=sweeps/schedule
 """

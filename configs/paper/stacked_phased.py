@@ -8,6 +8,7 @@ needed fewer samples on four of the seven. The study chose checkpoints by MMLU a
 loss. Whether the optimizer's state was carried on is unknown: the code of the time starts each phase from weights
 alone.
 Cost: 8.3 million samples each.
+Topology: v5p:2x2x2; v5e:4x4 for Llama 3.2 3B.
 Launch: mice train --config=configs/paper/stacked_phased.py:data_in=phased --workdir=runs/phased
 """
 

@@ -2,6 +2,7 @@
 
 Published, Granite 7B: MMLU 0.531, 0.528, 0.526; MTBench nearly equal, its numbers unknown. So none is needed.
 Cost: 8.3 million samples each.
+Topology: v5p:2x2x2.
 Launch: mice train --config=configs/paper/warmup.py:steps=0 --workdir=runs/warmup_0
         mice sweep --config=configs/paper/warmup.py --workdir=sweeps/warmup
 """

@@ -62,6 +62,12 @@ def sign_numbers(signs: np.ndarray, ids: np.ndarray, where: Callable[[int], str]
     return {name: {"samples": len(at), "first": where(int(ids[at[0]]))} for name, at in shown.items() if len(at)}
 
 
+def mean_length(report: Entry) -> float:
+    """Tokens a sample, of all that are kept."""
+    sources = report["sources"].values()
+    return sum(s["tokens"] for s in sources) / sum(s["kept"] for s in sources)
+
+
 def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
     """The whole of data_report.json: with what each epoch of the run's `total_steps` draws of each source, exactly."""
     mixture = source.mixture

@@ -4,12 +4,13 @@ import dataclasses
 
 import numpy as np
 
+from mice_jax.chips import CHIPS
 from mice_jax.config import Config
 from mice_jax.data.chat import ChatEncoder
-from mice_jax.data.dataset import build_dataset
+from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.metrics import PEAK_FLOPS, train_flops
+from mice_jax.metrics import train_flops
 from mice_jax.start import find_origin
 
 LOOKED_AT = 64  # steps, evenly over the run, that stand for all of them
@@ -28,19 +29,27 @@ class Cost:
         return Cost(*(a + b for a, b in zip(mine, its, strict=True)))
 
     def h100_hours(self) -> float:
-        return self.flops / (UTILISED * PEAK_FLOPS["NVIDIA H100"]) / 3600
+        return self.flops / (UTILISED * CHIPS["h100"].peak_flops) / 3600
 
 
-def cost(config: Config) -> Cost:
-    """Builds the token stores where there are none yet: they are those that the run will use."""
+def open_data(config: Config) -> tuple[Dataset, Mixture, int]:
+    """A run's data, and its steps and their number.
+
+    Builds the token stores where there are none yet: they are those that the run will use.
+    """
     origin = find_origin(config.model.init_from)
     tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
     data = build_dataset(config.data, ChatEncoder(tokenizer, train_on=config.data.train_on))
     o = config.optim
     mixture = Mixture(data.phases, batch_size=o.batch_size, seed=config.seed, drop_remainder=config.data.drop_remainder)
-    steps = min(len(mixture), o.max_steps or len(mixture))
+    return data, mixture, min(len(mixture), o.max_steps or len(mixture))
+
+
+def cost(config: Config) -> Cost:
+    data, mixture, steps = open_data(config)
     looked = np.unique(np.linspace(0, steps - 1, min(steps, LOOKED_AT)).astype(int))
     lengths = [data.corpus.lengths[mixture.step(int(i)).samples] for i in looked]
     share = steps / len(lengths)
-    flops = sum(train_flops(origin.spec, n) for n in lengths)
+    spec = find_origin(config.model.init_from).spec
+    flops = sum(train_flops(spec, n) for n in lengths)
     return Cost(steps, share * sum(map(len, lengths)), share * sum(float(n.sum()) for n in lengths), share * flops)

@@ -1,0 +1,77 @@
+"""How long a step takes, by arithmetic: the products, the links and the memory of a device, each at an assumed share.
+
+An estimate for comparing meshes and for an order of cost, not a measurement. `assumed` has what is assumed, in the
+words that `plan` prints.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from mice_jax import fit
+from mice_jax.chips import GPUS_OF_A_HOST, NETWORK_RATE, Chip
+from mice_jax.metrics import train_flops
+from mice_jax.sharding import num_shards
+
+PRODUCTS = 0.6  # of a device's peak, in matrix products
+LINKS = 0.7  # of the rate at which it can send
+MEMORY = 0.7  # of the rate at which it reads and writes
+FULL = 0.95  # of the slots that hold a token
+HIDDEN = 0.8  # of the shorter of computing and sending goes on beside the longer
+UPDATE_BYTES = 36  # that an update reads and writes a parameter: gradient, parameter, two moments, zeroed sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """Of one step."""
+
+    seconds: float
+    compute_s: float
+    network_s: float
+    update_s: float
+    microbatches: int
+    tokens: float
+    mfu: float
+
+
+def estimate(load: fit.Load, chip: Chip, rows: int, remat: str, samples: float, mean_length: float) -> Pace:
+    """Of a step of so many samples of so many tokens, with so many rows a microbatch on each device."""
+    spec, mesh = load.decoder.spec, load.mesh
+    shards, tensor = num_shards(mesh), mesh.shape["tensor"]
+    tokens = samples * mean_length
+    share = max(tokens / FULL / shards / load.max_length, 1 / 8)  # rows of one device; the least microbatch is 1/8 row
+    microbatches = math.ceil(share / rows)
+
+    # ---- Compute: products of all slots; attention over whole rows where the backend goes over them.
+    by_row = load.attention in ("splash", "reference")
+    length = load.max_length if by_row else mean_length
+    slots = share * load.max_length
+    products = train_flops(spec, np.array([1.0])) * slots
+    attention = (train_flops(spec, np.array([length])) / length - train_flops(spec, np.array([1.0]))) * slots
+    again = {"none": 0.0, "dots": attention / 3, "full": (products + attention) / 3}[remat]
+    compute_s = (products + attention + again) / tensor / (PRODUCTS * chip.peak_flops)
+
+    # ---- Network: each microbatch gathers the weights twice and scatters their gradients; tensor joins activations.
+    weights = fit.device_bytes(load.state.params) / 4  # of this device
+    fsdp, item = mesh.shape["fsdp"], load.dtype.itemsize
+    sent = microbatches * weights * (fsdp - 1) * (2 * item + 4)
+    sent += microbatches * weights * 4 * 2 * (1 - 1 / mesh.shape["data"])
+    sent += 8 * spec.num_layers * slots * spec.d_model * item * (1 - 1 / tensor)
+    between_hosts = chip.platform == "gpu" and mesh.size > GPUS_OF_A_HOST
+    network_s = sent / (LINKS * (NETWORK_RATE if between_hosts else chip.link_rate))
+
+    update_s = weights * UPDATE_BYTES / (MEMORY * chip.memory_rate)
+    longer, shorter = max(compute_s, network_s), min(compute_s, network_s)
+    seconds = longer + (1 - HIDDEN) * shorter + update_s
+    model = train_flops(spec, np.array([mean_length])) * samples
+    mfu = model / (seconds * mesh.size * chip.peak_flops)
+    return Pace(seconds, compute_s, network_s, update_s, microbatches, tokens, mfu)
+
+
+def assumed(chip: Chip) -> str:
+    peak = "the peak that was measured here just now" if chip.platform == "cpu" else "the peak"
+    return (
+        f"matrix products run at {PRODUCTS:.0%} of {peak}, links and memory at {LINKS:.0%} and {MEMORY:.0%} of theirs, "
+        f"{HIDDEN:.0%} of sending is hidden behind computing, rows are {FULL:.0%} full, data are never waited for"
+    )

@@ -1,0 +1,290 @@
+"""Whether a run fits devices that need not be here, the rows and mesh to give it, and what it would take.
+
+  mice plan --config=configs/paper/recipes.py --topology=v5p:2x2x2
+  mice plan --config=configs/demo.py --topology=cpu:8 --json
+
+The functions of the real step are compiled ahead of time for the topology: TPU v4, v5e, v5p, v6e and 7x by libtpu
+(pip install 'mice_jax[aot]'), cpu:N, and NVIDIA GPUs (h100:8) with --device_file; without one, those are estimated.
+Memory is what XLA says; time and cost are arithmetic. docs/plan.md says how to read it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mice_jax import aot, command, fit, pace, runtime
+from mice_jax.aot import Need
+from mice_jax.config import Config
+from mice_jax.data import report
+from mice_jax.data.readers import open_source
+from mice_jax.data.tokenizer import load_tokenizer
+from mice_jax.errors import UserError
+from mice_jax.lab import planned
+from mice_jax.models.spec import ModelSpec
+from mice_jax.planning import Layout, Planned
+from mice_jax.start import RANDOM, Origin, find_origin, with_vocabulary
+
+READ_BYTES = 16 * 2**20  # of data: more is not read for a plan
+MEAN_LENGTH = 512  # tokens a sample, where nothing is known
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+WIDTH = 160  # of tables in a file or a pipe
+
+
+def define(values: command.Values, argv: list[str]) -> None:
+    command.define_config(values, argv)
+    flags.DEFINE_string("topology", None, "cpu:N, v5p:2x2x2, h100:8, ...", flag_values=values)
+    flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
+    minutes = "after which no other rows or meshes are compiled, but estimated"
+    flags.DEFINE_float("compile_minutes", 3.0, minutes, lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("price_per_hour", 0.0, "of one chip, for the cost", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("mean_length", 0.0, "tokens a sample; 0 = of the data", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_string("device_file", "", "an NVIDIA GPU's *.gpu_target_config.pbtxt", flag_values=values)
+
+
+def plan(values: command.Values) -> None:
+    config = command.config_of(values)
+    topology = command.required(values, "topology")
+    deadline = time.monotonic() + 60 * values.compile_minutes
+    runtime.set_flags(config.train.deterministic)
+    _start_jax(topology)
+    target = aot.find_target(topology, values.device_file)
+
+    # ---- What is planned --------------------------------------------------------------------------------------
+    assumed: list[str] = []
+    config_file = Path(values["config"].config_filename)  # type: ignore[attr-defined]  # ml_collections' own kind
+    origin = _origin(config, config_file, assumed)
+    tokenized = bool(config.data.tokenizer) or any((origin.folder / name).exists() for name in TOKENIZERS)
+    work = _work(config, values.mean_length, tokenized, assumed)
+    spec = _spec(config, origin, tokenized, assumed)
+    run = Planned(config, spec, origin.architecture, target, work.mean_length, deadline)
+
+    # ---- What it comes to -------------------------------------------------------------------------------------
+    began = time.perf_counter()
+    needs = run.compile(run.layout)
+    compile_s = time.perf_counter() - began
+    rows, rows_known_by = run.largest_rows(needs)
+    said = {
+        "config": str(config_file),
+        "model": origin.architecture,
+        "topology": topology,
+        "devices": target.count,
+        "device_kind": target.chip.kinds[0],
+        "planned": _layout(run, run.layout) | {"attention": run.attention, "compute_dtype": run.dtype},
+        **_memory(run, needs),
+        "compile_s": compile_s,
+        "rows_per_device": rows,
+        "rows_known_by": rows_known_by,
+        **_time(run, work, values.price_per_hour, assumed),
+        "suggestions": _suggestions(run, needs),
+        "assumptions": assumed,
+    }
+    if values.json:
+        print(json.dumps(said))
+    else:
+        _print(said)
+
+
+def _start_jax(topology: str) -> None:
+    """Asks JAX for CPU devices alone, as many as the topology has: what is compiled for is not taken, or not here."""
+    family, _, count = topology.partition(":")
+    with contextlib.suppress(RuntimeError):  # JAX has started, in a process that did more than this
+        jax.config.update("jax_platforms", "cpu")
+        if family == "cpu" and count.isdigit() and int(count):
+            jax.config.update("jax_num_cpu_devices", int(count))
+
+
+# ---------------------------------------------------------------------------------------- what is planned
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a run has to get through, as far as it is known."""
+
+    mean_length: float  # tokens a sample
+    steps: int | None
+
+
+def _origin(config: Config, config_file: Path, assumed: list[str]) -> Origin:
+    """What `init_from` names; where that is not here, the shape of its name that lies beside the config."""
+    init_from = config.model.init_from
+    shape = config_file.parent / "shapes" / Path(init_from).name / "config.json"
+    if init_from.startswith(RANDOM) or "://" in init_from or Path(init_from).exists() or not shape.is_file():
+        return find_origin(init_from)
+    assumed.append(f"{init_from} is not here: the model is that of {shape}")
+    return find_origin(RANDOM + str(shape))
+
+
+def _spec(config: Config, origin: Origin, tokenized: bool, assumed: list[str]) -> ModelSpec:
+    """With the vocabulary that `train` gives it, where the tokenizer is here."""
+    if not tokenized:
+        assumed.append("there is no tokenizer here: it adds no token to the model's vocabulary")
+        return origin.spec
+    tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
+    return with_vocabulary(origin, tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values()})
+
+
+def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str]) -> Work:
+    """From the data, where they are here and few; else by --mean_length and the config's steps, or assumed."""
+    if tokenized and _few_data(config):
+        data, _, steps = planned.open_data(config)
+        return Work(mean_length or report.mean_length(data.report), steps)
+    if not mean_length:
+        mean_length = min(MEAN_LENGTH, config.data.max_length)
+        assumed.append(f"samples have {mean_length} tokens on average (--mean_length)")
+    by_phase = [p.num_steps for p in config.data.phases]
+    steps = config.optim.max_steps or (sum(by_phase) if all(by_phase) else None)
+    if not steps:
+        assumed.append("how many steps the run has is not known: its data were not read (--config.optim.max_steps)")
+    return Work(mean_length, steps)
+
+
+def _few_data(config: Config) -> bool:
+    """Whether all of a run's sources lie on disk and are read in seconds."""
+    sources = [s for p in config.data.phases for s in (*p.sources, *p.validation)] + config.data.validation
+    if any("://" in s.path or s.path.startswith(("tfds:", "hf:")) for s in sources):
+        return False
+    try:
+        return sum(open_source(s.path).size for s in sources) <= READ_BYTES
+    except UserError:  # they are not there yet
+        return False
+
+
+# ---------------------------------------------------------------------------------------- what it comes to
+def _memory(run: Planned, needs: list[Need]) -> dict[str, Any]:
+    """Of one device: the peak over the functions of the step, and what it is made of."""
+    estimate, memory = run.estimate(run.layout), int(run.target.chip.memory)
+    made_of = {
+        "hbm_bytes": memory,
+        "params_bytes": estimate.params,
+        "optimizer_bytes": estimate.optimizer,
+        "sums_bytes": estimate.sums,
+        "estimate": dataclasses.asdict(estimate) | {"total": estimate.total},
+        "functions": {n.function: dataclasses.asdict(n) | {"total": n.total} for n in needs},
+    }
+    if not needs:
+        return made_of | {
+            "fits": estimate.total <= fit.USABLE * memory,
+            "compiled": False,
+            "bytes_per_device": estimate.total,
+            "arguments_bytes": estimate.resident,
+            "temp_bytes": estimate.total - estimate.resident,
+            "peak_function": "accumulate",
+        }
+    peak = max(needs, key=lambda n: n.total)
+    return made_of | {
+        "fits": peak.total <= memory,
+        "compiled": True,
+        "bytes_per_device": peak.total,
+        "arguments_bytes": peak.arguments,
+        "temp_bytes": peak.temporary,
+        "peak_function": peak.function,
+    }
+
+
+def _layout(run: Planned, layout: Layout) -> dict[str, Any]:
+    mesh = dict(run.load(layout.sizes).mesh.shape)
+    return {"mesh": mesh, "remat": layout.remat, "rows_per_device": layout.rows, "flags": layout.flags()}
+
+
+def _time(run: Planned, work: Work, price: float, assumed: list[str]) -> dict[str, Any]:
+    """Of a step, and of the whole run."""
+    made, chip = run.pace(run.layout), run.target.chip
+    assumed.append(pace.assumed(chip))
+    chips = run.target.count / chip.devices
+    days = work.steps * made.seconds / 86400 if work.steps else None
+    if days and not price:
+        assumed.append("no price: there is no cost (--price_per_hour, of a chip)")
+    return {
+        "mean_length": work.mean_length,
+        "steps": work.steps,
+        "step_time_s": made.seconds,
+        "tokens_per_s": made.tokens / made.seconds,
+        "mfu": made.mfu,
+        "compute_s": made.compute_s,
+        "network_s": made.network_s,
+        "update_s": made.update_s,
+        "num_microbatches": made.microbatches,
+        "days": days,
+        "chips": chips,
+        "cost": days * 24 * chips * price if days and price else None,
+    }
+
+
+def _suggestions(run: Planned, needs: list[Need]) -> list[dict[str, Any]]:
+    return [
+        {
+            "for": name,
+            "bytes_per_device": total,
+            "known_by": known_by,
+            "step_time_s": run.pace(layout).seconds,
+            "is_planned": layout == run.layout,
+            **_layout(run, layout),
+        }
+        for name, layout, total, known_by in run.suggestions(needs)
+    ]
+
+
+# ---------------------------------------------------------------------------------------- what is printed
+def _print(said: dict[str, Any]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    table = Table(show_header=False, box=box.SIMPLE, padding=(0, 1))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, line in _lines(said).items():
+        table.add_row(name, escape(line))
+    console.print(table)
+    for s in said["suggestions"]:
+        what = f"{s['for']}: {_size(s['bytes_per_device'])} ({s['known_by']}), a step in about {s['step_time_s']:.3g} s"
+        console.print(escape(f"{what}: {'as planned' if s['is_planned'] else s['flags']}"), soft_wrap=True)
+    for assumption in said["assumptions"]:
+        console.print(escape(f"assumed: {assumption}"), soft_wrap=True)
+
+
+def _lines(said: dict[str, Any]) -> dict[str, str]:
+    planned, estimate = said["planned"], said["estimate"]
+    mesh = ", ".join(f"{k} {v}" for k, v in planned["mesh"].items())
+    rows = f"{planned['rows_per_device']} rows a device, remat {planned['remat']}"
+    passing = estimate["total"] - said["params_bytes"] - said["optimizer_bytes"] - said["sums_bytes"]
+    verdict = "fits" if said["fits"] else "does not fit"
+    how = f"compiled in {said['compile_s']:.0f} s" if said["compiled"] else "an estimate: nothing was compiled"
+    functions = [f"{n} {_size(f['total'])}" + " (refused)" * f["refused"] for n, f in said["functions"].items()]
+    lines = {
+        "model": f"{said['model']}, {planned['compute_dtype']}, {planned['attention']} attention",
+        "mesh": f"{mesh} on {said['devices']} x {said['device_kind']}; {rows}",
+        "parameters": _size(said["params_bytes"]),
+        "optimizer": _size(said["optimizer_bytes"]),
+        "gradient sums": _size(said["sums_bytes"]),
+        "activations": f"{_size(said['temp_bytes'])}, with all else that comes and goes in {said['peak_function']}; by "
+        f"arithmetic {_size(passing)}",
+        "peak": f"{_size(said['bytes_per_device'])} of {_size(said['hbm_bytes'])} a device: {verdict} ({how})",
+        "by function": ", ".join(functions),
+        "most rows": f"{said['rows_per_device']} a device ({said['rows_known_by']})",
+        "a step": f"about {said['step_time_s']:.3g} s in {said['num_microbatches']} microbatches, "
+        f"{said['tokens_per_s']:,.0f} tokens/s, {said['mfu']:.0%} of the peak: an estimate",
+    }
+    if said["days"]:
+        cost = f", {said['cost']:,.0f} at the price given" if said["cost"] else ""
+        lines["the run"] = f"{said['steps']:,.0f} steps, about {said['days']:.3g} days on {said['chips']:g} chips{cost}"
+    return {name: line for name, line in lines.items() if line}
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(__doc__, define, plan, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

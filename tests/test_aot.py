@@ -1,0 +1,129 @@
+"""The study's models on the TPUs that their configs name, compiled as `mice plan` does, on a machine without one."""
+
+import ast
+import dataclasses
+import json
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mice_jax import aot
+from mice_jax.command import find_neighbours
+from mice_jax.sharding import make_mesh
+from mice_jax.step import Jitted
+from runs import REPOSITORY
+
+FOLDER = REPOSITORY / "configs" / "paper"
+PROCESSES = 2  # at a time, of about 2 GB each
+# Parameters by hand or as published: of granite-3b, tied embeddings of 49,152 x 2,560 and 32 layers with biases.
+PARAMS = {
+    "granite-7b": 6_738_415_616,
+    "granite-3b": 49_152 * 2560
+    + 32 * (4 * 2560 * 2560 + 3 * 2560 * 10_240 + 4 * 2560 + 2 * 10_240 + 2560 + 2 * 2560)
+    + 2560,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_248_023_552,
+}
+OFF = 0.15  # of the compiler's word, at most, that the arithmetic is off by
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A model and a mesh that shipped configs train it on, and the first such config's file and variant."""
+
+    model: str
+    mesh: tuple[int, int, int]
+    topology: str
+    config: str
+
+    def __str__(self) -> str:
+        return f"{self.model}-{self.topology}"
+
+
+def pairs() -> list[Pair]:
+    """All there are among the study's configs, each with the topology that the docstring names for it."""
+    known = runpy.run_path(str(FOLDER / "paper_models.py"))
+    found: dict[tuple[str, Any], Pair] = {}
+    for file in sorted(FOLDER.glob("*.py"), key=lambda f: (f.stem != "recipes", f.stem)):
+        if file.stem.startswith("paper_"):
+            continue
+        find_neighbours(file)
+        made = runpy.run_path(str(file))
+        told = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("Topology: ")[2].partition("\n")[0]
+        for variant in made["VARIANTS"]:
+            config = made["get_config"](variant)
+            model, mesh = Path(config.model.init_from).name, dataclasses.astuple(config.mesh)
+            topology = known["POD_TOPOLOGY"] if config.mesh == known["POD"] else known["TOPOLOGIES"][model]
+            assert topology in re.findall(r"v\w+:[0-9x]+", told), f"{file.name} does not name {topology}"
+            found.setdefault((model, mesh), Pair(model, mesh, topology, f"{file}:{variant}"))
+    return list(found.values())
+
+
+PAIRS = pairs()
+
+
+def plan(pair: Pair) -> dict[str, Any]:
+    """What `mice plan` says. Nothing is held out: to measure that is a part of the function that trains."""
+    flags = [f"--config={pair.config}", f"--topology={pair.topology}", "--config.data.validation_fraction=0"]
+    command = [sys.executable, "-m", "mice_jax.plan", *flags, "--json", "--compile_minutes=0"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def plans() -> Iterator[dict[Pair, Future]]:
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        yield {pair: pool.submit(plan, pair) for pair in PAIRS}
+
+
+def test_there_are_six_pairs_at_most_and_one_is_on_512_chips() -> None:
+    assert len(PAIRS) <= 6 and {p.model for p in PAIRS} == PARAMS.keys()
+    assert max(math.prod(map(int, p.topology.partition(":")[2].split("x"))) for p in PAIRS) == 512
+
+
+@pytest.mark.aot
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_a_model_compiles_for_and_fits_the_tpus_that_its_configs_name(pair: Pair, plans: dict[Pair, Future]) -> None:
+    said = plans[pair].result()
+    gib = {name: said[name] / 2**30 for name in ("bytes_per_device", "hbm_bytes", "arguments_bytes", "temp_bytes")}
+    print(pair, said["planned"], gib, said["functions"], said["estimate"], said["compile_s"])  # shown by -rP
+    assert said["compiled"] and said["fits"] and said["planned"]["attention"] == "splash"
+    assert said["planned"]["rows_per_device"] >= 1
+    assert not any(f["refused"] for f in said["functions"].values())
+    # Parameters, their sums and two moments in float32, split over the fsdp axis: to 1 %, since single numbers, norms
+    # and a microbatch come with it and arrays are padded to tiles.
+    ways = said["planned"]["mesh"]["fsdp"]
+    counted = 16 * PARAMS[pair.model] / ways
+    assert counted <= said["functions"]["apply"]["arguments"] <= 1.01 * counted
+    # The arithmetic by which `train` chooses.
+    assert abs(said["estimate"]["total"] / said["functions"]["accumulate"]["total"] - 1) < OFF
+
+
+@pytest.mark.aot
+def test_what_the_compiler_refuses_is_told_with_what_it_would_need() -> None:
+    target = aot.find_target("v5e:1x1")
+    mesh = make_mesh(1, 1, 1, target.devices)
+
+    sort = Jitted(lambda x: jnp.sort(jnp.sort(x, axis=0), axis=1), mesh)
+
+    def need(rows: int) -> aot.Need:
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        x = jax.ShapeDtypeStruct((rows, 2**20), jnp.float32, sharding=sharding)
+        return aot._need("sort", sort, (x,), ())
+
+    small, large = need(2**8), need(2**12)  # 1 and 16 GiB, of which a sort holds some copies
+    assert not small.refused and large.refused
+    assert large.arguments == 2**34 and large.total > target.chip.memory > small.total >= 2**30

@@ -1,0 +1,351 @@
+"""What `mice plan` says, against XLA's word on what `train` runs and against counts by hand."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mice_jax import aot, fit, pace, plan, resolve
+from mice_jax.chips import CHIPS, Chip, find_chip
+from mice_jax.config import Config
+from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.sharding import make_mesh
+from models import spec_of
+from runs import read_json, read_metrics, run_train, run_verb, setting
+
+DEVICES = 8
+FIELDS = {
+    "fits", "bytes_per_device", "hbm_bytes", "arguments_bytes", "temp_bytes", "compile_s", "rows_per_device",
+}  # fmt: skip
+LONE = "--compile_minutes=0"  # nothing is compiled but the run as it is
+ALL = "--compile_minutes=60"  # however slow the machine is
+
+# Of the model in runs.py by hand: embedding and output projection, their 300 rows padded to a multiple of 128; two
+# layers of q, k, v, o, the MLP, two norms; the last norm.
+VOCAB, D, Q, K, F = 384, 16, 16, 8, 48
+PARAMS = 2 * VOCAB * D + 2 * (2 * D * Q + 2 * D * K + 3 * D * F + 2 * D) + D
+
+
+def run_plan(config: Path, capsys: pytest.CaptureFixture[str], *flags: str, topology: str = "cpu:8") -> dict[str, Any]:
+    capsys.readouterr()
+    assert run_verb(plan.main, [f"--config={config}", f"--topology={topology}", "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal(config: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """What is said of a plan that ends with exit code 2."""
+    capsys.readouterr()
+    assert run_verb(plan.main, [f"--config={config}", *flags]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and not out
+    return err
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return setting(tmp_path_factory.mktemp("plan") / "run")
+
+
+# ---------------------------------------------------------------------------------------- against what is run
+class Spy:
+    """Keeps the shapes and shardings that a function of the step was called with, and calls it."""
+
+    def __init__(self, function: Any):
+        self._function, self.compile = function, function.compile
+        self.calls: list[Any] = []
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls.append(jax.tree.map(self._shape, arguments))
+        return self._function(*arguments)
+
+    @staticmethod
+    def _shape(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if isinstance(x, jax.Array) else x
+
+    def memory(self) -> set[tuple[int, int]]:
+        """Bytes of arguments, and of what comes and goes, of each program that was run."""
+        found = set()
+        for arguments in {str(a): a for a in self.calls}.values():
+            m = self.compile(*arguments).memory_analysis()
+            made = m.output_size_in_bytes - m.alias_size_in_bytes + m.generated_code_size_in_bytes
+            found.add((m.argument_size_in_bytes, m.temp_size_in_bytes + made))
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "body",
+    [
+        "c.optim.max_steps = 2\nc.data.validation_fraction = 0.1",
+        # Two phases with rates of their own, frozen parameters, tensor parallelism; rows and remat chosen.
+        "c.mesh = Mesh(data=2, fsdp=2, tensor=2)\n"
+        "c.train.rows_per_device = 0\n"
+        "c.optim.batch_size = 64\n"
+        "c.optim.frozen = ['model.embed_tokens.weight']\n"
+        "c.optim.moments_dtype = 'bfloat16'\n"
+        "p = c.data.phases[0]\n"
+        "c.data.phases = [p, Phase(name='second', sources=p.sources, learning_rate=1e-3, optimizer='reset')]",
+    ],
+    ids=["as_it_comes", "all_at_once"],
+)
+def test_a_plan_has_the_numbers_of_what_train_runs(
+    body: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = setting(tmp_path / "run", body, samples=128)
+    spies: dict[str, Spy] = {}
+    make_step = resolve.make_step
+
+    def spying(*arguments: Any) -> Any:
+        fns = make_step(*arguments)
+        spies.update({name: Spy(getattr(fns, name)) for name in ("accumulate", "apply", "evaluate")})
+        return fns._replace(**spies)
+
+    monkeypatch.setattr(resolve, "make_step", spying)
+    workdir = tmp_path / "workdir"
+    assert run_train(file, workdir) == 0
+    ran = dict(spies)
+    monkeypatch.setattr(resolve, "make_step", make_step)
+    said = run_plan(file, capsys, LONE)
+    resolved = read_json(workdir, "config.json")["resolved"]
+    for name in ("mesh", "rows_per_device", "remat", "attention", "compute_dtype"):
+        assert said["planned"][name] == resolved[name], name
+    report = read_json(workdir, "data_report.json")
+    kept = report["sources"].values()
+    assert said["mean_length"] == pytest.approx(sum(s["tokens"] for s in kept) / sum(s["kept"] for s in kept))
+    assert said["steps"] == read_metrics(workdir)[-1]["step"]
+    held = {  # beside a function's arguments, by hand: what of the state and sums is not among them
+        "accumulate": said["optimizer_bytes"] + 4,
+        "apply": 0,
+        "evaluate": said["optimizer_bytes"] + 4 + said["sums_bytes"] + 4 * 4,
+    }
+    for name, spy in ran.items():
+        if not spy.calls:
+            assert name == "evaluate" and name not in said["functions"]
+            continue
+        planned = said["functions"][name]
+        # Of a run's few shapes the largest is planned; there are samples enough for it to be run.
+        assert (planned["arguments"] - held[name], planned["temporary"]) == max(spy.memory()), name
+    assert said["bytes_per_device"] == max(f["total"] for f in said["functions"].values())
+    # Can it fail? Another remat is another program.
+    other = run_plan(file, capsys, LONE, "--config.model.remat=full")
+    assert other["functions"]["accumulate"]["temporary"] != said["functions"]["accumulate"]["temporary"]
+
+
+def batch_bytes(rows: int, slots: int) -> int:
+    """Of tokens, targets, segment_ids, positions, loss_weights."""
+    return 5 * 4 * rows * slots
+
+
+@pytest.mark.slow
+def test_the_arguments_are_parameters_moments_and_sums_as_counted_by_hand(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = run_plan(config, capsys, LONE)
+    own = 4 * PARAMS // DEVICES  # all dims of 16 are split in eight
+    scalars = 4 + 4 + 4 * 4  # step, Adam's count, the sums' four
+    assert said["peak_function"] == "accumulate"
+    assert said["arguments_bytes"] == 4 * own + scalars + batch_bytes(1, 128)
+    assert (said["params_bytes"], said["optimizer_bytes"], said["sums_bytes"]) == (own, 2 * own + 4, own)
+    assert said["arguments_bytes"] + said["temp_bytes"] == said["bytes_per_device"] <= said["hbm_bytes"]
+    limit = 4  # of the gradient norm
+    assert said["functions"]["apply"]["arguments"] == 4 * own + scalars + limit
+    # Moments of half the size, and rows twice as long, are seen.
+    half = run_plan(config, capsys, LONE, "--config.optim.moments_dtype=bfloat16")
+    assert half["arguments_bytes"] == said["arguments_bytes"] - own
+    longer = run_plan(config, capsys, LONE, "--config.data.max_length=256")
+    assert longer["arguments_bytes"] == said["arguments_bytes"] + batch_bytes(1, 128)
+    # On one device all is whole.
+    alone = run_plan(config, capsys, LONE, topology="cpu:1")
+    assert alone["functions"]["apply"]["arguments"] == 16 * PARAMS + scalars + limit
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
+def test_a_state_is_laid_out_as_start_makes_it(name: str) -> None:
+    config = Config()
+    config.optim.name = name
+    decoder = make_decoder(spec_of(), 1)
+    mesh = make_mesh(1, 4, 2, jax.devices()[:8])
+    compute = Compute(jnp.dtype("float32"), "reference", "none")
+    fns = resolve.step_functions(config, decoder, "LlamaForCausalLM", mesh, compute, lambda step: jnp.float32(0))
+    with jax.set_mesh(mesh):
+        made = jax.eval_shape(fns.start.jitted, fns.abstract_state.params)
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (made, fns.abstract_state)]
+    assert shapes[0] == shapes[1]
+    # What is as large as all parameters is split as they are: nothing of that size lies whole on every device.
+    whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(made.opt_state))
+    params = sum(math.prod(x.shape) for x in jax.tree.leaves(made.params)) * 4
+    moments = {"adamw": 2, "muon": 1, "lion": 1, "sgd": 1}.get(name, 0)
+    assert whole >= moments * params
+    if moments:
+        assert fit.device_bytes(fns.abstract_state.opt_state) < whole / 3
+
+
+# ---------------------------------------------------------------------------------------- what fits
+def test_a_run_that_does_not_fit_is_said_with_its_numbers(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aot, "machine_memory", lambda: DEVICES * 40_000)
+    said = run_plan(config, capsys, LONE)
+    assert said.keys() >= FIELDS
+    assert said["fits"] is False and said["rows_per_device"] == 0
+    assert said["bytes_per_device"] > said["hbm_bytes"] == 40_000
+
+
+@pytest.mark.slow
+def test_the_most_rows_fit_and_one_more_does_not(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = run_plan(config, capsys, LONE)["bytes_per_device"]
+    monkeypatch.setattr(aot, "machine_memory", lambda: DEVICES * int(4.5 * one))
+    said = run_plan(config, capsys, ALL)
+    rows = said["rows_per_device"]
+    assert rows > 1 and "one more does not fit" in said["rows_known_by"]
+    remat = f"--config.model.remat={said['planned']['remat']}"  # left to itself, one more row takes a leaner one
+    flags = [f"--config.train.rows_per_device={n}" for n in (rows, rows + 1)]
+    assert [run_plan(config, capsys, LONE, remat, f)["fits"] for f in flags] == [True, False]
+
+
+@pytest.mark.slow
+def test_a_suggestion_s_flags_make_the_run_that_it_says(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run_plan(config, capsys, ALL, "--config.data.max_length=512")
+    least = next(s for s in said["suggestions"] if s["for"] == "least memory")
+    assert least["known_by"] == "compiled" and least["bytes_per_device"] < said["bytes_per_device"]
+    taken = run_plan(config, capsys, LONE, "--config.data.max_length=512", *least["flags"].split())
+    functions = taken["functions"]
+    assert max(functions[n]["total"] for n in ("accumulate", "apply")) == least["bytes_per_device"]
+
+
+# ---------------------------------------------------------------------------------------- topologies
+@pytest.mark.parametrize(
+    ("topology", "said"),
+    [
+        ("v5q:2x2x2", "did you mean 'v5"),
+        ("h20:8", "did you mean 'h200'"),
+        ("toaster:8", "cpu, v4, v5e, v5p, v6e, tpu7x, a100-40, a100, h100, h200, b200"),
+        ("cpu", "as in cpu:8"),
+        ("cpu:0", "as in cpu:8"),
+        ("cpu:2x2", "as in cpu:8"),
+        ("h100:8x2", "as in h100:8"),
+        ("v5p:2x2x2x2", "did you mean '2x2x2'"),
+        ("v5e:3x3", "is no slice of TPU v5e"),
+        ("v5p:8", "is no slice of TPU v5p"),
+    ],
+)
+def test_an_unknown_topology_is_refused_with_the_nearest(
+    topology: str, said: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refusal(config, capsys, f"--topology={topology}")
+    assert f"--topology={topology}" in told and said in told
+
+
+@pytest.mark.parametrize("family", aot.SLICES)
+def test_the_slices_that_are_named_are_libtpu_s_with_a_chip_s_devices(family: str) -> None:
+    for shape in aot.SLICES[family]:
+        target = aot.find_target(f"{family}:{shape}")
+        chips = math.prod(int(n) for n in shape.split("x"))
+        assert target.count == len(target.devices or []) == chips * target.chip.devices
+        assert find_chip(target.devices[0]) == target.chip == CHIPS[family]
+
+
+def test_a_tpu7x_has_more_than_one_name() -> None:
+    assert {aot.find_target(f"{name}:2x2x1").count for name in ("7x", "v7x", "tpu7x", "TPU7x")} == {8}
+
+
+def test_a_topology_is_asked_for_and_a_device_file_must_be_there(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--topology is missing" in refusal(config, capsys)
+    gone = refusal(config, capsys, "--topology=h100:8", f"--device_file={tmp_path / 'gone.pbtxt'}")
+    assert "there is no such file" in gone
+    (tmp_path / "h100.pbtxt").write_text("")
+    told = refusal(config, capsys, "--topology=h100:8", f"--device_file={tmp_path / 'h100.pbtxt'}")
+    assert "mice_jax[cuda]" in told and "Without --device_file the plan is an estimate" in told
+
+
+def test_without_a_compiler_a_plan_is_an_estimate_and_says_so(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run_plan(config, capsys, topology="h200:8")
+    assert said.keys() >= FIELDS and said["compiled"] is False and said["compile_s"] < 1
+    assert said["planned"]["attention"] == "cudnn" and said["planned"]["compute_dtype"] == "bfloat16"
+    assert said["arguments_bytes"] == 16 * PARAMS // DEVICES + 4  # without the batch and single numbers
+    assert "estimated" in said["rows_known_by"] and said["rows_per_device"] > 1
+    assert all(s["known_by"] == "estimated" for s in said["suggestions"])
+    assert run_verb(plan.main, [f"--config={config}", "--topology=h200:8"]) == 0
+    assert "an estimate: nothing was compiled" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------- what is assumed
+def test_what_is_not_here_is_assumed_and_said(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    init = config.parent / "init"
+    (tmp_path / "config.json").write_text((init / "config.json").read_text())
+    lone = f"--config.model.init_from=random:{tmp_path / 'config.json'}"
+    said = run_plan(config, capsys, lone, topology="h200:8")
+    assert said["days"] is None and said["mean_length"] == 128
+    for word in ("there is no tokenizer here", "--mean_length", "--config.optim.max_steps", "60% of the peak"):
+        assert any(word in a for a in said["assumptions"]), word
+    given = ["--mean_length=64", "--config.optim.max_steps=86400", "--price_per_hour=2"]
+    said = run_plan(config, capsys, lone, *given, topology="h200:8")
+    assert said["days"] == pytest.approx(said["step_time_s"])
+    assert said["cost"] == pytest.approx(said["days"] * 24 * 8 * 2)
+
+
+def test_a_model_that_is_not_here_is_the_shape_of_its_name_beside_the_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = setting(tmp_path / "run")
+    shapes = tmp_path / "run" / "shapes" / "small"
+    shapes.mkdir(parents=True)
+    (shapes / "config.json").write_text((tmp_path / "run" / "init" / "config.json").read_text())
+    said = run_plan(file, capsys, "--config.model.init_from=models/small", topology="h200:8")
+    assert said["params_bytes"] == 4 * PARAMS // DEVICES
+    assert any("models/small is not here" in a for a in said["assumptions"])
+    assert "models/other is no folder" in refusal(
+        file, capsys, "--topology=h200:8", "--config.model.init_from=models/other"
+    )
+
+
+# ---------------------------------------------------------------------------------------- time
+def load_of(fsdp: int, tensor: int = 1) -> fit.Load:
+    config = Config()
+    config.data.max_length = 1024
+    spec = spec_of(d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=512, vocab_size=4096)
+    spec = dataclasses.replace(spec, qkv_bias=False, out_bias=False, mlp_bias=False)  # all that is left is split
+    mesh = make_mesh(1, fsdp, tensor, jax.devices()[: fsdp * tensor])
+    return resolve.load(config, make_decoder(spec, tensor), "LlamaForCausalLM", mesh, "bfloat16", "cudnn")
+
+
+CHIP = Chip(("x",), peak_flops=1e12, memory=1e9, memory_rate=1e11, link_rate=1e10)
+
+
+def test_a_step_s_time_is_that_of_its_products_weights_and_update_by_hand() -> None:
+    load = load_of(4)
+    params = sum(math.prod(x.shape) for x in jax.tree.leaves(load.state.params))
+    layers = load.decoder.spec.num_layers
+    made = pace.estimate(load, CHIP, rows=2, remat="none", samples=64, mean_length=500)
+    rows = 64 * 500 / 0.95 / 4 / 1024  # of one device
+    assert made.microbatches == math.ceil(rows / 2)
+    slots = rows * 1024
+    products = layers * (4 * 256 * 256 + 3 * 256 * 512) + 4096 * 256  # attention, MLP, output projection
+    # 6 FLOPs a parameter and token, and of attention 3 x 4 x heads x head_dim x half the length, a layer.
+    flops = slots * (6 * products + layers * 3 * 4 * 4 * 64 * 250)
+    assert made.compute_s == pytest.approx(flops / 0.6e12)
+    # Weights in bfloat16 are gathered twice and float32 gradients scattered, three quarters of them, each microbatch.
+    assert made.network_s == pytest.approx(made.microbatches * params * 3 / 4 * (2 * 2 + 4) / 0.7e10)
+    assert made.update_s == pytest.approx(params / 4 * 36 / 0.7e11)
+    longer, shorter = sorted((made.compute_s, made.network_s), reverse=True)
+    assert made.seconds == pytest.approx(longer + 0.2 * shorter + made.update_s)
+    assert 0 < made.mfu < 0.6
+    # Recomputing costs a third more, and a chip of twice the peak half the time.
+    again = pace.estimate(load, CHIP, rows=2, remat="full", samples=64, mean_length=500)
+    assert again.compute_s == pytest.approx(made.compute_s * 4 / 3)
+    faster = pace.estimate(load, dataclasses.replace(CHIP, peak_flops=2e12), 2, "none", 64, 500)
+    assert faster.compute_s == pytest.approx(made.compute_s / 2)
+
+
+def test_one_device_sends_nothing() -> None:
+    assert pace.estimate(load_of(1), CHIP, 2, "none", 64, 500).network_s == 0
+    assert pace.estimate(load_of(1, tensor=2), CHIP, 2, "none", 64, 500).network_s > 0
