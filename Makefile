@@ -20,7 +20,7 @@ demo: .venv/.base
 	$(PY) demo/demo.py
 
 test: .venv/.test
-	$(TEST_ENV) $(PY) -m pytest -q -m 'not slow and not gpu and not aot' $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest -q -n auto --maxprocesses=4 --dist loadfile -m 'not slow and not gpu and not aot' $(ARGS)
 
 test-slow: .venv/.test
 	$(TEST_ENV) $(PY) -m pytest -q -m 'slow and not gpu' $(ARGS)

@@ -137,7 +137,8 @@ def warnings(
 
 def _of_steps(config: Config, data: Dataset, mixture: Mixture) -> Iterator[str]:
     if crowded := mixture.crowded_phases():
-        yield f"a batch is larger than an epoch, so each step is a whole epoch, in {', '.join(crowded)}"
+        left = "data.drop_remainder=True leaves no step" if config.data.drop_remainder else "each step is a whole epoch"
+        yield f"a batch is larger than an epoch, so {left}, in {', '.join(crowded)}"
     if config.data.validation_fraction and not data.validation:
         yield f"data.validation_fraction={config.data.validation_fraction} holds out no sample of these few"
     if mixture.samples_left_out:

@@ -60,7 +60,8 @@ def test_no_step_mixes_epochs_and_none_but_an_epoch_s_last_is_short(
     first = np.cumsum([0] + [n for n, _ in sizes])
     pools = [(range(a, a + n), w) for a, (n, w) in zip(first, sizes, strict=False)]
     per_epoch = sum(round(n * w) for n, w in sizes)
-    assume(not drop or max(per_epoch * int(num_epochs >= 1), round(per_epoch * (num_epochs % 1))) >= batch_size)
+    longest = max(per_epoch * int(num_epochs >= 1), round(per_epoch * (num_epochs % 1)))
+    assume(longest >= (batch_size if drop else 1))
     mixture = mix(phase(*pools, num_epochs=num_epochs), batch_size=batch_size, drop_remainder=drop)
     steps = steps_of(mixture)
     for step, following in itertools.zip_longest(steps, steps[1:]):
@@ -124,12 +125,15 @@ def test_steps_are_whole_where_the_remainder_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("length", [{"num_epochs": 2.0}, {"num_steps": 5}])
-def test_a_phase_whose_every_step_would_be_left_out_is_refused(length: dict) -> None:
+def test_a_phase_whose_every_step_would_be_left_out_is_named_and_where_no_other_has_one_refused(length: dict) -> None:
     whole, less = phase((range(10), 1.0)), phase((range(3), 1.0), **length)
-    with pytest.raises(UserError, match=r"'stacked': optim\.batch_size=4 is more than the 3 samples .*_remainder=T"):
-        mix(whole, less, batch_size=4, drop_remainder=True)
-    with pytest.raises(UserError, match=r"its batch_size=5 is more than the 3 samples"):
-        mix(whole, dataclasses.replace(less, batch_size=5), batch_size=3, drop_remainder=True)
+    beside = mix(whole, less, batch_size=4, drop_remainder=True)
+    assert len(beside) == 2 and beside.crowded_phases() == ["'stacked' (4 samples a step, 3 an epoch)"]
+    assert mix(whole, whole, batch_size=4, drop_remainder=True).crowded_phases() == []
+    with pytest.raises(UserError, match=r"no step to take \('stacked' 3 samples, .* 4 a step\): .*drop_rem"):
+        mix(less, batch_size=4, drop_remainder=True)
+    with pytest.raises(UserError, match="5 a step"):
+        mix(dataclasses.replace(less, batch_size=5), batch_size=3, drop_remainder=True)
     assert len(mix(whole, dataclasses.replace(less, batch_size=3), batch_size=4, drop_remainder=True)) > 2
 
 

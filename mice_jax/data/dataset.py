@@ -79,7 +79,7 @@ def build_dataset(
 
 def source_name(source: config.Source) -> str:
     """As reports and metrics call it; a glob is called by its folder."""
-    named = [part for part in Path(source.path).parts if not set(part) & set("*?[")] or [source.path]
+    named = [part for part in Path(source.path).parts if not set(part) & set("*?")] or [source.path]
     return source.name or named[-1].split(".")[0]
 
 

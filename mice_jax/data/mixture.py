@@ -150,18 +150,18 @@ class Mixture:
         self.samples_left_out = 0
         for p, phase in enumerate(self.phases):
             sizes = phase.epoch_sizes(self._batch_sizes[p], drop_remainder)
-            if drop_remainder and max(sizes, default=0) < self._batch_sizes[p]:
-                raise UserError(
-                    f"there is no step to take in the phase {phase.name!r}: "
-                    f"{'its ' if phase.batch_size else 'optim.'}batch_size={self._batch_sizes[p]} is more than the "
-                    f"{max(sizes, default=phase.per_epoch)} samples that an epoch of it has, and "
-                    "data.drop_remainder=True leaves short steps out. Take a smaller batch, or keep the remainder."
-                )
             for e, size in enumerate(sizes):
                 self.samples_left_out += size % self._batch_sizes[p] * drop_remainder
                 self._epochs.append((p, e, size))
                 steps.append(steps[-1] + num_steps(size, self._batch_sizes[p], drop_remainder))
         self._first_step = np.array(steps)
+        if not len(self):
+            sizes = ", ".join(
+                f"{p.name!r} {p.per_epoch} samples, {p.num_epochs} epochs of them, {b} a step"
+                for p, b in zip(self.phases, self._batch_sizes, strict=True)
+            )
+            mend = "take a smaller batch, or data.drop_remainder=False" if drop_remainder else "take more of the data"
+            raise UserError(f"there is no step to take ({sizes}): {mend}.")
         self._latest: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.zeros(0, int))
 
     def __len__(self) -> int:
@@ -217,13 +217,12 @@ class Mixture:
 
     def crowded_phases(self) -> list[str]:
         """`'name' (8 samples a step, 5 an epoch)` for each phase of which an epoch is less than a step."""
-        shortest: dict[int, int] = {}
-        for phase, _, size in self._epochs:
-            shortest[phase] = min(size, shortest.get(phase, size))
+        sizes = [[size for p, _, size in self._epochs if p == number] for number in range(len(self.phases))]
+        shortest = [min(own, default=p.per_epoch) for own, p in zip(sizes, self.phases, strict=True)]
         return [
-            f"{self.phases[p].name!r} ({self._batch_sizes[p]:,} samples a step, {size:,} an epoch)"
-            for p, size in shortest.items()
-            if size < self._batch_sizes[p]
+            f"{phase.name!r} ({batch_size:,} samples a step, {size:,} an epoch)"
+            for phase, batch_size, size in zip(self.phases, self._batch_sizes, shortest, strict=True)
+            if size < batch_size
         ]
 
     def _order(self, phase: int, epoch: int) -> np.ndarray:
