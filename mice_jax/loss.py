@@ -67,10 +67,10 @@ def _on_rows(scan: Callable[..., Any], batch_axes: tuple[str, ...]) -> Callable[
     # Axes of one device are left out: XLA refuses a sum over one where another axis splits the columns.
     batch_axes = () if mesh.empty else tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
     if not batch_axes:
-        return functools.partial(scan, most=lambda x: x)
+        return scan
 
     def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        loss_sum, d_hidden, d_weight = scan(*arrays, most=lambda x: jax.lax.pmax(x, batch_axes))
+        loss_sum, d_hidden, d_weight = scan(*arrays)
         return jax.lax.psum(loss_sum, batch_axes), d_hidden, jax.lax.psum(d_weight, batch_axes)
 
     rows, whole = PartitionSpec(batch_axes), PartitionSpec()
@@ -94,18 +94,19 @@ def _over_chunks(
     logit_scale: float,
     softcap: float | None,
     with_gradient: bool,
-    most: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """loss_sum, and its gradients by hidden [B T D] and by weight [V D] float32 (empty without gradient).
 
-    Tokens with a weight are taken first, and the loop ends after them. `most` is over the devices that run it: each
-    makes as many rounds, since where a tensor axis splits the vocabulary they meet in every one.
+    Tokens with a weight are taken first, and the loop ends after them. Devices that meet in a round, because a tensor
+    axis splits the vocabulary between them, hold the same tokens and so make as many rounds. To make as many in all
+    others too would take a maximum over the mesh, which depends on nothing but the weights: on CPU devices that waited
+    for it early, while others were in a layer, all threads were taken and none went on.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])  # [S D]
     targets, loss_weights = targets.reshape(-1), loss_weights.reshape(-1)
     slots, chunk = len(rows), min(chunk, len(rows))
     order = jnp.argsort(loss_weights == 0, stable=True).astype(jnp.int32)
-    rounds = most(-(-jnp.count_nonzero(loss_weights).astype(jnp.int32) // chunk))
+    rounds = -(-jnp.count_nonzero(loss_weights).astype(jnp.int32) // chunk)
     padded = jnp.pad(order, (0, -slots % chunk))
 
     def add_chunk(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
