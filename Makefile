@@ -5,6 +5,8 @@ PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python
 PY := .venv/bin/python
 # Tests run on the CPU and fetch nothing.
 TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
+# A process for each of at most four cores; the tests of a file stay together.
+PARALLEL := -n auto --maxprocesses=4 --dist loadfile
 
 .PHONY: help demo test test-slow test-aot lint format clean
 
@@ -20,10 +22,10 @@ demo: .venv/.base
 	$(PY) demo/demo.py
 
 test: .venv/.test
-	$(TEST_ENV) $(PY) -m pytest -q -n auto --maxprocesses=4 --dist loadfile -m 'not slow and not gpu and not aot' $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -m 'not slow and not gpu and not aot' $(ARGS)
 
 test-slow: .venv/.test
-	$(TEST_ENV) $(PY) -m pytest -q -m 'slow and not gpu' $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -m 'slow and not gpu and not aot' $(ARGS)
 
 test-aot: .venv/.test
 	$(TEST_ENV) $(PY) -m pytest -q -m aot -rP $(ARGS)
