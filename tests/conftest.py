@@ -18,6 +18,17 @@ def strict_dtypes():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of torch, whose threads cost more than they bring in models as small as those of tests."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path_factory, monkeypatch):
     """Token stores of tests lie beside them."""

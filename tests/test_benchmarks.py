@@ -1,12 +1,10 @@
 """Benchmarks give the numbers that lm-evaluation-harness's own `hf` model gives on torch, request by request."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mice_jax import evaluate
 from mice_jax.errors import UserError
@@ -17,14 +15,7 @@ from tasks import BARN, CHOICE, ROLLING, WRITTEN, by_harness, by_us, write_model
 # The contract. Sums of up to some hundred log-probabilities of float32 logits that these weights make large.
 CLOSE = 1e-3
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of torch, whose threads cost more than they bring in models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ Cases are in families.py. Prompts are short, past the window, and past the lengt
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,14 +30,7 @@ PROMPTS = [np.random.default_rng(n).integers(0, VOCAB, n).tolist() for n in LENG
 
 Loaded = tuple[Decoder, Params]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of torch, whose threads cost more than they bring in models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Answers against transformers' own, in batches of ragged prompts; draws against the softmax they come from."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,7 @@ LENGTHS = [5, 1, 17, 32, 33, 3, 8]
 GREEDY = Sampling(48)
 DRAWN = Sampling(24, temperature=0.7, top_p=0.9, top_k=40, seed=3)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of torch, whose threads cost more than they bring in models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

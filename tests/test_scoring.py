@@ -1,6 +1,5 @@
 """Requests that share work in trees are scored as if each stood alone; and how trees and rows are made."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,7 @@ from models import load, mesh_of
 # these weights make large: 1e-4 was seen. The contract is 1e-3.
 CLOSE = 5e-4
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Of torch, whose threads cost more than they bring in models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def request(ids: list[int], count: int) -> Request:
