@@ -39,7 +39,7 @@ from mice_jax.evals import benchmarks, mt_bench
 from mice_jax.evals.benchmarks import Benchmark, Results, Settings
 from mice_jax.evals.sampling import Sampler, cast_params
 from mice_jax.evals.speaking import Speaker
-from mice_jax.models.transformer import Params, make_decoder
+from mice_jax.models.transformer import make_decoder
 from mice_jax.places import Place, write_whole
 from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.start import (
@@ -103,6 +103,7 @@ def evaluate(values: command.Values) -> None:
         own = [name for name in values.tasks if name != mt_bench.NAME]
         asked = benchmarks.load_benchmarks(own, values.include_path, settings, tokenizer)
         judged = _judged(values)
+        encoder = ChatEncoder(tokenizer) if judged else None
     distributed.check_same("tasks", " ".join(b.fingerprint for b in asked))
 
     # ------------------------------------------------------------------------------------ scores
@@ -117,9 +118,12 @@ def evaluate(values: command.Values) -> None:
             from mice_jax.evals.harness import MiceLM  # it imports the harness, of which we know that it is there
 
             lm = MiceLM(decoder, mesh, dtype, tokenizer, stops, batch_size=values.batch_size, watch=watch)
+        sampler = Sampler(decoder, dtype)  # one for all steps, as it compiles
         for step in steps:
-            params: Params | None = None
+            if asked:
+                lm.params = None  # those of the step before are gone before the next come
             load = functools.partial(load_params, origin, decoder, shardings, step=step)
+            weights = functools.cache(lambda load=load: cast_params(load(), dtype))
             model = _fingerprint(origin, step) if lead else ""
             found: list[Results] = []
             for benchmark in asked:
@@ -128,24 +132,21 @@ def evaluate(values: command.Values) -> None:
                 if distributed.any_process(kept is not None):  # only the lead looks
                     display.say(f"{_what(benchmark, step)} was scored before: {file}")
                 else:
-                    lm.params = params = cast_params(load(), dtype) if params is None else params
+                    lm.params = weights()
                     kept = benchmarks.score(lm, benchmark, settings)
                     if lead:
                         file.parent.mkdir(parents=True, exist_ok=True)
                         write_whole(file, _text(kept))
                 if kept is not None:
                     found.append(kept)
-            if judged:
-                params = cast_params(load(), dtype) if params is None else params
-                speaker = Speaker(Sampler(decoder, dtype), params, ChatEncoder(tokenizer), stops)
-                answerer = functools.partial(speaker.converse, batch_size=values.batch_size)
+            if judged and encoder:
                 which = f"{model} {dtype} {values.chat_template}"
                 file = output.with_suffix(f".{step}.mt_bench.jsonl" if values.all_checkpoints else ".mt_bench.jsonl")
-                began = time.time()
                 with jax.set_mesh(mesh):
-                    graded = mt_bench.run(judged, answerer, which, file, watch)
-                found.append(_as_results(graded, began))
-                display.say(mt_bench.describe(graded))
+                    speaker = Speaker(sampler, weights(), encoder, stops)
+                    found.append(_graded(judged, speaker, values.batch_size, which, file, watch))
+                del speaker
+                display.say(mt_bench.describe(found[-1][mt_bench.NAME]))
             if lead:
                 by_step[step] = benchmarks.merged(found)
                 for warning in benchmarks.warnings(by_step[step], origin.spec.max_positions):
@@ -192,8 +193,12 @@ def _judged(values: command.Values) -> mt_bench.Settings | None:
     return mt_bench.settings_of(values)
 
 
-def _as_results(graded: Mapping[str, Any], began: float) -> Results:
+def _graded(
+    judged: mt_bench.Settings, speaker: Speaker, batch_size: int, model: str, file: Path, watch: mt_bench.Watch
+) -> Results:
     """MT-Bench's scores in the harness's form, with all that it found under its own name."""
+    began = time.time()
+    graded = mt_bench.run(judged, functools.partial(speaker.converse, batch_size=batch_size), model, file, watch)
     means = {key: graded[key] for key in ("score", *(f"turn_{t}" for t in mt_bench.TURNS))}
     return {
         "results": {mt_bench.NAME: {"alias": mt_bench.NAME} | {f"{key},none": mean for key, mean in means.items()}},
