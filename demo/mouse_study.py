@@ -1,4 +1,4 @@
-"""The study at mouse scale, from nothing to its page; about 90 minutes on two CPU cores.
+"""The study at mouse scale, from nothing to its page; about 90 minutes on two CPU cores, by estimate.
 
     python demo/mouse_study.py --workdir=demo/mouse
 

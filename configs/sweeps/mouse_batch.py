@@ -2,8 +2,8 @@
 
 Tests the study's claims that a large batch ends better than a small one on the same samples, that a low rate is
 the better start, and that among such runs a lower gradient norm and a higher loss early promise the better end.
-Found: docs/mouse_study.md.
-Cost: 24 runs, about half an hour on two CPU cores.
+Found: nothing yet; `demo/mouse_study.py` writes it.
+Cost: 24 runs, about half an hour on two CPU cores, by estimate.
 Launch: mice sweep --config=configs/sweeps/mouse_batch.py --workdir=demo/mouse/batch --workers=2
 """
 

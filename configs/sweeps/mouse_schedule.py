@@ -1,8 +1,8 @@
 """Warm-ups of 0, 10 and 50 steps, with a constant rate and with cosine decay, in 132 steps of 96 samples.
 
 Tests the study's claims that neither warm-up nor decay changes the end by much.
-Found: docs/mouse_study.md.
-Cost: 18 runs, about 20 minutes on two CPU cores.
+Found: nothing yet; `demo/mouse_study.py` writes it.
+Cost: 18 runs, about 20 minutes on two CPU cores, by estimate.
 Launch: mice sweep --config=configs/sweeps/mouse_schedule.py --workdir=demo/mouse/schedule --workers=2
 """
 
