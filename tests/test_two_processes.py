@@ -211,16 +211,22 @@ def test_a_config_that_one_process_alone_refuses_is_told_to_the_other(
 
 
 # ---------------------------------------------------------------------------------------- a peer is lost
+def two_that_begin(run: Path, config: Path, half_of: Path | None, start: Start) -> Processes:
+    """Two processes that have the lock, with data, model and compiling still to come; they may go on from a half."""
+    if half_of:
+        from_half(half_of, run)
+        (run / "lock").unlink()
+    processes = start([config, config], run)
+    wait_for(processes, (run / "lock").exists)
+    return processes
+
+
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_peer_that_is_lost_before_the_first_step_ends_the_other_with_a_word(
     saved: bool, config: Path, one: Path, tmp_path: Path, start: Start
 ) -> None:
     run = tmp_path / "run"
-    if saved:
-        from_half(one, run)
-        (run / "lock").unlink()
-    processes = start([config, config], run)
-    wait_for(processes, (run / "lock").exists)  # data, model and compiling are still to come
+    processes = two_that_begin(run, config, one if saved else None, start)
     processes[1].kill()
     code, text = ends([processes[0]])[0]
     assert code == (75 if saved else 1), text
@@ -254,11 +260,7 @@ def test_a_notice_that_comes_while_a_run_starts_is_heard_by_both_in_the_first_st
 ) -> None:
     """SIGTERM is then jax's own, which tells the coordination service, and that the other process."""
     run = tmp_path / "run"
-    if resumed:
-        from_half(two, run)
-        (run / "lock").unlink()
-    processes = start([config, config], run)
-    wait_for(processes, (run / "lock").exists)  # data, model and compiling are still to come
+    processes = two_that_begin(run, config, two if resumed else None, start)
     processes[1].send_signal(signal.SIGTERM)
     told = ends(processes)
     assert [code for code, _ in told] == [75, 75], told
