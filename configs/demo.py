@@ -1,7 +1,7 @@
 """The demo: a small Llama from scratch on chat data made of Python's own documentation, stacked.
 
 Tests that the whole path works on real input. Expected: held-out loss from 5.8 after one epoch to about 4.5, and
-over a third of the held-out skills right word for word. Cost: about three minutes on two CPU cores, all of it.
+about a third of the held-out skills right word for word. Cost: about three minutes on two CPU cores, all of it.
 Every sample weighs the same: the answers of skills have two or three tokens, those of knowledge up to 800.
 Data: demo/make_data.py. Launch: make demo
 """
