@@ -18,12 +18,11 @@ from jax.sharding import Mesh
 
 from mice_jax.chips import CHIPS, GPUS_OF_A_HOST, Chip, cpu_chip
 from mice_jax.config import nearest
-from mice_jax.data.loader import empty_rows
 from mice_jax.errors import UserError, one_line
 from mice_jax.fit import device_bytes, machine_memory
 from mice_jax.metrics import measured_matmul
-from mice_jax.sharding import batch_sharding, num_shards
-from mice_jax.step import Batch, Jitted, StepFunctions
+from mice_jax.programs import abstract_batch
+from mice_jax.step import Jitted, StepFunctions
 
 FUNCTIONS = ("accumulate", "apply", "evaluate", "zero_sums", "start")  # of a step, and of what comes before and beside
 COMPILERS = 2  # functions that are compiled at a time
@@ -169,11 +168,3 @@ def _need(name: str, function: Jitted, arguments: tuple, held: Any) -> Need:
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes  # what is not written over an argument
     temporary = memory.temp_size_in_bytes + made + memory.generated_code_size_in_bytes
     return Need(name, memory.argument_size_in_bytes + beside, temporary)
-
-
-def abstract_batch(mesh: Mesh, rows: int, slots: int) -> Batch:
-    """A microbatch as shapes with shardings."""
-    sharding, total = batch_sharding(mesh), rows * num_shards(mesh)
-    one = empty_rows(1, slots)
-    made: Any = {n: jax.ShapeDtypeStruct((total, slots), a.dtype, sharding=sharding) for n, a in one.items()}
-    return made

@@ -16,7 +16,7 @@ from mice_jax.aot import Need, Target
 from mice_jax.config import Config
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
-from mice_jax.sharding import abstract_mesh, make_mesh, mesh_sizes, num_shards
+from mice_jax.sharding import abstract_mesh, make_mesh, mesh_sizes
 
 MOST_ROWS = 1024  # of one device that are tried
 TENSOR_WAYS = (1, 2, 4, 8)  # as links within a host, or next to each other, bear it
@@ -147,7 +147,6 @@ class Planned:
 
     def _fitted(self, sizes: tuple[int, ...], remat: str) -> Layout:
         """With the rows that `train` would take there."""
-        load, c, chip = self.load(sizes), self.config, self.target.chip
-        wanted = self.mean_length * c.optim.batch_size / (c.data.max_length * num_shards(load.mesh))
-        most = fit.most_rows(chip.platform, c.data.max_length, wanted)
+        load, chip = self.load(sizes), self.target.chip
+        most = resolve.most_rows(self.config, load, self.mean_length, chip.platform)
         return Layout(sizes, remat, max(1, fit.largest_rows(load, chip.memory, remat, most)))

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from mice_jax.data.loader import StepSource, empty_rows
 from mice_jax.data.packing import Shape
-from mice_jax.sharding import local_shards, put_rows
-from mice_jax.step import Batch, StepFunctions, Sums, TrainState
+from mice_jax.sharding import batch_sharding, num_shards
+from mice_jax.step import Batch, StepFunctions
 
 PLANNED_AHEAD = 2_000_000  # samples whose steps are planned before the first, about two seconds
 
@@ -60,27 +60,24 @@ def shapes_ahead(steps: StepSource, start: int, stop: int) -> list[Shape]:
     return sorted(shapes, key=steps.shapes.index)
 
 
-def compile_ahead(
-    fns: StepFunctions, state: TrainState, sums: Sums, trained: Iterable[Shape], evaluated: Iterable[Shape], mesh: Mesh
-) -> float:
+def compile_ahead(fns: StepFunctions, trained: Iterable[Shape], evaluated: Iterable[Shape], mesh: Mesh) -> float:
     """Compiles what steps and evaluations run on microbatches of these shapes; returns the seconds it took.
 
     So no step later in the run waits for a compilation. Nothing is run.
     """
-
-    def batch(shape: Shape) -> Batch:
-        rows = empty_rows(shape.rows * len(local_shards(mesh)), shape.slots)
-        return _abstract(put_rows(rows, mesh))
-
     began = time.perf_counter()
-    state, sums = _abstract((state, sums))
+    state, sums = fns.abstract_state, fns.abstract_sums
     for shape in trained:
-        fns.accumulate.compile(state.params, sums, batch(shape))
+        fns.accumulate.compile(state.params, sums, abstract_batch(mesh, shape.rows, shape.slots))
     fns.apply.compile(state, sums, 0.0)
     for shape in evaluated:
-        fns.evaluate.compile(state.params, batch(shape))
+        fns.evaluate.compile(state.params, abstract_batch(mesh, shape.rows, shape.slots))
     return time.perf_counter() - began
 
 
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+def abstract_batch(mesh: Mesh, rows: int, slots: int) -> Batch:
+    """A microbatch as shapes with shardings."""
+    sharding, total = batch_sharding(mesh), rows * num_shards(mesh)
+    one = empty_rows(1, slots)
+    made: Any = {n: jax.ShapeDtypeStruct((total, slots), a.dtype, sharding=sharding) for n, a in one.items()}
+    return made

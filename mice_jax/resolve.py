@@ -91,14 +91,19 @@ def rows_and_remat(
     `memory` is what a program may use of one device, in bytes; `mean_length` is tokens a sample.
     """
     recorded, remat = recorded or {}, config.model.remat
-    wanted = mean_length * config.optim.batch_size / (config.data.max_length * num_shards(load.mesh))
     return fit.choose(
         load,
         memory,
         rows=config.train.rows_per_device or recorded.get("rows_per_device", 0),
         remat=remat if remat != "auto" else recorded.get("remat", "auto"),
-        most=fit.most_rows(platform, config.data.max_length, wanted),
+        most=most_rows(config, load, mean_length, platform),
     )
+
+
+def most_rows(config: Config, load: fit.Load, mean_length: float, platform: str) -> int:
+    """Rows of one device beyond which a microbatch is no faster, or a step of such samples has no more."""
+    wanted = mean_length * config.optim.batch_size / (config.data.max_length * num_shards(load.mesh))
+    return fit.most_rows(platform, config.data.max_length, wanted)
 
 
 def schedule(config: Config, stretches: Sequence[Stretch], horizon: int) -> Schedule:

@@ -233,7 +233,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
     ahead = programs.shapes_ahead(steps, start, total_steps)
     if ahead:
         held = {s for h in held_out.sources(data.validation, source) for s in programs.shapes_ahead(h, 0, len(h))}
-        seconds = programs.compile_ahead(fns, state, sums, ahead, held, mesh)
+        seconds = programs.compile_ahead(fns, ahead, held, mesh)
         console.print(f"[dim]{len(ahead)} microbatch shapes compiled, or found in {kept}, in {seconds:.0f} s[/dim]")
     leave.start()
     taken_away = checkpoints.preempted_before(start)

@@ -129,6 +129,6 @@ def test_a_batch_above_every_epoch_is_refused_as_a_run_refuses_it(
     flags = ["--config.data.drop_remainder=true", "--config.optim.batch_size=17"]
     assert run_prepare(config, *flags) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: there is no step to take ('stacked' ") and "17 a step" in said
+    assert said.startswith("error: there is no step to take (phase 'stacked': 16 ") and "batch_size=17" in said
     assert run_train(config, tmp_path / "work", *flags) == 2 and capsys.readouterr().err == said
     assert run_prepare(config, *flags[:1]) == 0

@@ -78,8 +78,10 @@ def build_dataset(
 
 
 def source_name(source: config.Source) -> str:
-    """As reports and metrics call it; a glob is called by its folder."""
-    named = [part for part in Path(source.path).parts if not set(part) & set("*?")] or [source.path]
+    """As reports and metrics call it; a glob is called by its folder, and a file by its name, whatever is in that."""
+    path = Path(source.path)
+    magic = set() if path.exists() else set("*?[")
+    named = [part for part in path.parts if not set(part) & magic] or [source.path]
     return source.name or named[-1].split(".")[0]
 
 

@@ -156,8 +156,9 @@ class Mixture:
                 steps.append(steps[-1] + num_steps(size, self._batch_sizes[p], drop_remainder))
         self._first_step = np.array(steps)
         if not len(self):
-            sizes = ", ".join(
-                f"{p.name!r} {p.per_epoch} samples, {p.num_epochs} epochs of them, {b} a step"
+            sizes = "; ".join(
+                f"phase {p.name!r}: {p.per_epoch} samples an epoch, {p.num_epochs} epochs, "
+                f"{'its batch_size' if p.batch_size else 'optim.batch_size'}={b}"
                 for p, b in zip(self.phases, self._batch_sizes, strict=True)
             )
             mend = "take a smaller batch, or data.drop_remainder=False" if drop_remainder else "take more of the data"
