@@ -132,7 +132,7 @@ def test_a_phase_whose_every_step_would_be_left_out_is_named_and_where_no_other_
     assert mix(whole, whole, batch_size=4, drop_remainder=True).crowded_phases() == []
     with pytest.raises(UserError, match=r"no step .*'stacked': 3 samples .*, optim.batch_size=4\): .*drop_rem"):
         mix(less, batch_size=4, drop_remainder=True)
-    with pytest.raises(UserError, match="5 a step"):
+    with pytest.raises(UserError, match="its batch_size=5"):
         mix(dataclasses.replace(less, batch_size=5), batch_size=3, drop_remainder=True)
     assert len(mix(whole, dataclasses.replace(less, batch_size=3), batch_size=4, drop_remainder=True)) > 2
 
