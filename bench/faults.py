@@ -30,6 +30,7 @@ STEPS = 200
 FLAGS = ["--config.checkpoint.every_samples=40", "--config.checkpoint.keep_last=2"]
 START_S = 6.0  # about what a process takes to its first step
 PATIENCE_S = 120.0  # for processes to end after a fault
+JOINING_S = 180.0  # for one whose peer was killed before they had joined: it waits 100 s from when it is ready itself
 WHOLE_S = 600.0  # for a run to be completed
 
 Processes = list[subprocess.Popen[bytes]]
@@ -71,6 +72,7 @@ class Campaign:
     def hit(self, number: signal.Signals, amid_save: bool) -> None:
         """One fault; where the run is complete before it comes, the run is compared and the fault tried on the next."""
         while True:
+            lines = lines_of(self._run)
             processes = start(self._config, self._run, self._count, self._log)
             if self._wait(processes, amid_save):
                 break
@@ -78,7 +80,12 @@ class Campaign:
         self.amid_saves += saving(self._run)
         self.begun_again += lines_of(self._run) == 0
         self._rng.choice(processes).send_signal(number)
-        codes = leave(processes, PATIENCE_S)
+        joined = self._count == 1 or lines_of(self._run) > lines
+        try:
+            codes = leave(processes, PATIENCE_S if joined else JOINING_S)
+        except subprocess.TimeoutExpired:
+            print(self._log.read_text(errors="replace")[-3000:], file=sys.stderr)
+            raise
         if number == signal.SIGTERM:
             assert all(code == 75 for code in codes), codes
         else:

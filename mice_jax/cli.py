@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from mice_jax import runtime
+
 VERBS = {
     "train": "fine-tune a model, or resume a run",
     "prepare": "tokenise the data ahead of a run, and look at it",
@@ -13,6 +15,12 @@ VERBS = {
     "export": "write a run's model as a Hugging Face folder",
     "generate": "answer prompts with a model, or chat",
 }
+
+
+def start() -> None:
+    """What the installed `mice` runs."""
+    runtime.take_huge_pages()
+    main()
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -76,18 +77,22 @@ def estimate(load: Load, rows: int, remat: str) -> Memory:
     )
 
 
-def choose(load: Load, memory: float, *, rows: int, remat: str, most: int) -> tuple[int, str]:
-    """Rows of a microbatch on one device, and the remat policy, where they are not given (0, "auto").
+def choose(load: Load, memory: float, *, rows: int, policies: Sequence[str], most: int) -> tuple[int, str]:
+    """Rows of a microbatch on one device, where they are not given (0), and one of the remat policies.
 
-    The policies are tried from the fastest to the leanest, until one leaves room for the rows that are given, or for
-    one. `memory` is the device's, in bytes; no more than `most` rows are taken.
+    Those are tried in turn, until one leaves room for the rows that are given, or for one. `memory` is the device's,
+    in bytes; no more than `most` rows are taken.
     """
-    policies = POLICIES if remat == "auto" else (remat,)
     for policy in policies:
         fitting = largest_rows(load, memory, policy, max(most, rows))
         if fitting >= max(1, rows) or policy == policies[-1]:
             return rows or max(1, fitting), policy
     raise AssertionError("the last policy is always taken")
+
+
+def fastest_first(platform: str) -> tuple[str, ...]:
+    """The policies worth trying: to keep what `none` keeps takes a CPU longer than to compute it again."""
+    return tuple(p for p in POLICIES if platform != "cpu" or p != "none")
 
 
 def largest_rows(load: Load, memory: float, remat: str, most: int) -> int:

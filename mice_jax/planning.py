@@ -123,8 +123,8 @@ class Planned:
 
         `needs` are those of the layout as it is.
         """
-        memory = self.target.chip.memory
-        layouts = [self._fitted(sizes, remat) for sizes, remat in itertools.product(self._meshes(), fit.POLICIES)]
+        memory, policies = self.target.chip.memory, fit.fastest_first(self.target.chip.platform)
+        layouts = [self._fitted(sizes, remat) for sizes, remat in itertools.product(self._meshes(), policies)]
         chosen = {"least memory": min((x.with_rows(1) for x in layouts), key=lambda x: self.estimate(x).total)}
         if fits := [x for x in layouts if self.estimate(x).total <= fit.USABLE * memory]:
             chosen["most speed"] = min(fits, key=lambda x: (self.pace(x).seconds, self.estimate(x).total))

@@ -91,11 +91,13 @@ def rows_and_remat(
     `memory` is what a program may use of one device, in bytes; `mean_length` is tokens a sample.
     """
     recorded, remat = recorded or {}, config.model.remat
+    if remat == "auto":
+        remat = recorded.get("remat", "auto")
     return fit.choose(
         load,
         memory,
         rows=config.train.rows_per_device or recorded.get("rows_per_device", 0),
-        remat=remat if remat != "auto" else recorded.get("remat", "auto"),
+        policies=fit.fastest_first(platform) if remat == "auto" else (remat,),
         most=most_rows(config, load, mean_length, platform),
     )
 

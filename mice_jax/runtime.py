@@ -1,9 +1,10 @@
-"""What XLA is asked for before it starts: one table of flags by backend.
+"""What XLA and the system's allocator are asked for before they start: a table of flags by backend, and huge pages.
 
 Nothing here imports jax: a device's flags are read when it is first touched.
 """
 
 import os
+import sys
 
 # By backend: the variable that it reads, and what is put there beside what the user has; a flag that the user sets is
 # the user's. An unknown flag ends the process, so each has to be known to every jax that we run on.
@@ -15,6 +16,9 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     # libtpu overlaps collectives by itself.
     "tpu": ("LIBTPU_INIT_ARGS", ()),
 }
+# Of glibc: memory comes in pages of 2 MiB. XLA takes a program's memory anew at each run, which in pages of 4 KiB is a
+# sixth to a third of a CPU's step (BUILD_NOTES.md).
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 DETERMINISTIC = {"gpu": ("--xla_gpu_deterministic_ops=true",)}  # CPU and TPU repeat themselves anyway
 
 
@@ -27,3 +31,14 @@ def set_flags(deterministic: bool) -> None:
         added = [flag for flag in wanted if flag.partition("=")[0] not in names]
         if added:
             os.environ[variable] = " ".join([*mine, *added])
+
+
+def take_huge_pages() -> None:
+    """Starts this process's command anew, with the same process id, where glibc was not told of huge pages.
+
+    It reads its settings once, before any Python. What the user has set is kept, and nothing starts anew.
+    """
+    name = next(iter(HUGE_PAGES))
+    if sys.platform == "linux" and name not in os.environ:
+        os.environ |= HUGE_PAGES
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

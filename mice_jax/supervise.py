@@ -17,6 +17,7 @@ from typing import IO
 
 import orbax.checkpoint as ocp
 
+from mice_jax import runtime
 from mice_jax.places import Place
 
 CHILD = "MICE_JAX_PARENT_PIPE"  # in a child's environment: the end of a pipe that closes with its parent
@@ -36,7 +37,7 @@ def start_child(
     os.set_inheritable(reading, True)
     child = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env=os.environ | (environment or {}) | {CHILD: str(reading)},
+        env={**runtime.HUGE_PAGES, **os.environ, **(environment or {}), CHILD: str(reading)},
         stdout=output,
         stderr=output,
         pass_fds=[reading],

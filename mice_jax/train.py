@@ -511,4 +511,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    runtime.take_huge_pages()
     sys.exit(main())

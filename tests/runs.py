@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mice_jax import export, prepare, train
+from mice_jax import export, prepare, runtime, train
 from mice_jax.data.readers import Reader
 from mice_jax.data.sources import Sample, samples_of
 
@@ -46,6 +46,7 @@ KEEP_PROGRAMS = {"jax_compilation_cache_dir": PROGRAMS, "jax_persistent_cache_mi
 for _name, _value in KEEP_PROGRAMS.items():
     jax.config.update(_name, _value)
 ENVIRONMENT = {name.upper(): str(value) for name, value in KEEP_PROGRAMS.items()}  # for processes of their own
+ENVIRONMENT |= runtime.HUGE_PAGES  # so that none of them starts anew for them
 
 Record = dict[str, Any]
 

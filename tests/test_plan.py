@@ -321,6 +321,20 @@ def load_of(fsdp: int, tensor: int = 1) -> fit.Load:
 CHIP = Chip(("x",), peak_flops=1e12, memory=1e9, memory_rate=1e11, link_rate=1e10)
 
 
+def test_rematerialisation_is_what_is_fastest_on_a_platform_unless_it_is_given_or_recorded() -> None:
+    def chosen(platform: str, remat: str = "auto", memory: float = 1e12, recorded: Any = None) -> str:
+        config = Config()
+        config.data.max_length, config.model.remat = 1024, remat
+        load = load_of(1)
+        return resolve.rows_and_remat(
+            config, load, mean_length=500, memory=memory, platform=platform, recorded=recorded
+        )[1]
+
+    assert [chosen(platform) for platform in ("cpu", "gpu", "tpu")] == ["dots", "none", "none"]
+    assert [chosen(platform, memory=1) for platform in ("cpu", "gpu")] == ["full", "full"], "the leanest, in need"
+    assert chosen("cpu", "none") == chosen("cpu", recorded={"remat": "none"}) == "none"
+
+
 def test_a_step_s_time_is_that_of_its_products_weights_and_update_by_hand() -> None:
     load = load_of(4)
     params = sum(math.prod(x.shape) for x in jax.tree.leaves(load.state.params))

@@ -118,3 +118,44 @@ def test_xla_knows_every_flag_of_the_table() -> None:
     known += [f for flags in runtime.DETERMINISTIC.values() for f in flags]
     assert ends(" ".join(known)) == 0
     assert ends(" ".join([*known, "--xla_no_such_flag=true"])) != 0
+
+
+# ---------------------------------------------------------------------------------------- huge pages
+PAGES = """
+import os, sys
+from mice_jax import runtime
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], flush=True)
+runtime.take_huge_pages()
+block = bytearray(64 * 2**20)
+print(sum(int(x.split()[1]) for x in open("/proc/self/smaps") if x.startswith("AnonHugePages:")))
+"""
+
+
+def starts_of(environment: dict[str, str]) -> tuple[list[str], int]:
+    """What a command that takes huge pages says at each of its starts, and its KiB of them in the end."""
+    done = subprocess.run(
+        [sys.executable, "-c", PAGES, "--flag=a b"], env=environment, capture_output=True, text=True, check=True
+    )
+    *starts, kib = done.stdout.splitlines()
+    return starts, int(kib)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's own settings")
+def test_a_command_starts_anew_once_for_huge_pages_as_itself() -> None:
+    plain = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    (first, second), _ = starts_of(plain)
+    number, set_before, arguments = first.split(maxsplit=2)
+    assert set_before == "None" and "--flag=a b" in arguments
+    assert second == f"{number} {runtime.HUGE_PAGES['GLIBC_TUNABLES']} {arguments}"
+    [only], _ = starts_of(plain | {"GLIBC_TUNABLES": "glibc.malloc.check=0"})
+    assert only.split()[1] == "glibc.malloc.check=0", "the user's own is kept, and nothing starts anew"
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
+    or "[madvise]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="this system gives huge pages to all or to none",
+)
+def test_large_blocks_lie_in_huge_pages_once_they_are_asked_for() -> None:
+    none = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
+    assert starts_of(none)[1] < 8 * 1024 < 48 * 1024 < starts_of(os.environ | runtime.HUGE_PAGES)[1]
