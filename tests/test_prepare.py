@@ -99,6 +99,7 @@ def test_the_report_is_shown_and_written_as_a_run_has_it(
     written, kept = (json.loads(p.read_text()) for p in (tmp_path / "report.json", tmp_path / "work/data_report.json"))
     for report in (written, kept):
         assert 0 < report.pop("packing_efficiency_of_first_steps") <= 1
+        assert 0 < report.pop("packing_efficiency_by_source")["chats"] <= 1
     assert [report.pop("packed_for")["shards"] for report in (written, kept)] == [1, 8]
     assert written == kept and kept["phases"][0]["epochs"] == [{"steps": 2, "samples": 16, "by_source": {"chats": 16}}]
 

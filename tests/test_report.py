@@ -1,6 +1,7 @@
 """What is said of the data: every number by hand, every warning with a case that calls for it and one that does not."""
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from rich.console import Console
 
 from mice_jax.data import report as r
+from mice_jax.data.mixture import Mixture, PhasePools, Pool
+from mice_jax.data.packing import Microbatch, Shape
 
 
 def where(i: int) -> str:
@@ -34,7 +37,8 @@ def entry(**keys: Any) -> dict[str, Any]:
 
 
 def report(source: dict[str, Any], **keys: Any) -> dict[str, Any]:
-    return {"sources": {"a": source}, "validation": {}, "duplicates_across_sources": 0, "validation_overlap": 0} | keys
+    nothing: dict[str, Any] = {"validation": {}, "duplicates_across_sources": 0, "validation_overlap": 0}
+    return {"sources": {"a": source}, "packing_efficiency_by_source": {"a": 0.876}} | nothing | keys
 
 
 # ---------------------------------------------------------------------------------------- numbers
@@ -137,10 +141,38 @@ def test_tables_have_a_row_for_each_source() -> None:
     shown = text(r.summary_table(told))
     assert "3 no trained token, 5 beyond max_samples" in shown and "b (held out)" in shown and "500 (50%)" in shown
     shown = text(r.length_table(told))
-    assert "messages" in shown and "█" in shown
+    assert "messages" in shown and "█" in shown and "87.6%" in shown
     assert r.longest_lines(told) == ["a: 9 tokens at a.jsonl line 7", "b (held out): 9 tokens at a.jsonl line 7"]
 
 
 def test_a_source_of_which_nothing_is_left_has_a_row_too() -> None:
     nothing = entry(kept=0, tokens=0, loss_tokens=0, longest=[]) | r.length_numbers(np.zeros(0, int))
     assert "│ a " in text(r.summary_table(report(nothing))) and "│ a " in text(r.length_table(report(nothing)))
+
+
+def test_the_slots_of_a_row_are_shared_by_its_samples_as_their_tokens_are() -> None:
+    lengths = np.array([30, 30, 50, 10, 80])
+    phases = [
+        PhasePools("first", 1.0, (Pool(np.array([0, 2]), name="a"), Pool(np.array([1]), name="b"))),
+        PhasePools("second", 1.0, (Pool(np.array([3, 4]), name="c"),)),
+    ]
+    wide, narrow = Shape(2, 100), Shape(1, 100)
+    plans = {  # by step, of the step's samples in the order they are drawn in
+        (0, 1, 2): [Microbatch(wide, [[0, 1], [2], []])],  # 60 of 100 slots, 50 of 100, and a row of padding
+        (3, 4): [Microbatch(narrow, [[1]]), Microbatch(narrow, [[0]])],
+    }
+    mixture = Mixture(phases, batch_size=3, seed=0)
+    steps = {tuple(sorted(mixture.step(i).samples.tolist())): i for i in range(len(mixture))}
+
+    def plan(i: int) -> list[Microbatch]:
+        drawn = mixture.step(i).samples.tolist()
+        place = {s: drawn.index(s) for s in drawn}
+        named = sorted(drawn)
+        return [Microbatch(m.shape, [[place[named[j]] for j in row] for row in m.rows]) for m in plans[tuple(named)]]
+
+    source: Any = SimpleNamespace(corpus=SimpleNamespace(lengths=lengths), mixture=mixture, plan=plan)
+    assert sorted(steps) == [(0, 1, 2), (3, 4)]
+    found = r.packing_by_source(source, len(mixture))
+    # a: 30 of 60 tokens of a row of 100 slots, and all 50 of another; b: the other 30; c: 80 and 10, of 100 slots each.
+    assert found == pytest.approx({"a": 80 / 150, "b": 0.6, "c": 90 / 200})
+    assert r.packing_by_source(source, 1) == pytest.approx({"a": 80 / 150, "b": 0.6}), "only of steps that are taken"

@@ -4,6 +4,8 @@ All of it follows from the stores' columns (lengths, trained counts, hashes, sig
 longer than a look at them.
 """
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from mice_jax.data.packing import slot_efficiency
 
 if TYPE_CHECKING:  # it brings grain, which takes a while
     from mice_jax.data.loader import StepSource
+    from mice_jax.data.mixture import Mixture
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BARS = "▁▂▃▄▅▆▇█"
@@ -77,6 +80,7 @@ def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
         drawn = dict(zip(names, e.by_pool, strict=True))
         phases[e.phase]["epochs"].append({"steps": e.steps, "samples": e.samples, "by_source": drawn})
     first = range(min(total_steps, STEPS_PACKED))
+    of_sources = packing_by_source(source, total_steps)
     tokens = sum(int(source.corpus.lengths[mixture.step(i).samples].sum()) for i in first)
     packed = [microbatch for i in first for microbatch in source.plan(i)]
     return report | {
@@ -84,8 +88,45 @@ def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
         "steps": total_steps,
         "samples_left_out_by_drop_remainder": mixture.samples_left_out,
         "packing_efficiency_of_first_steps": slot_efficiency(tokens, packed),
+        "packing_efficiency_by_source": of_sources,  # of the first steps of each phase
         "packed_for": {"shards": source.num_shards, "rows_per_shard": source.shapes[0].rows},
     }
+
+
+def packing_by_source(source: "StepSource", total_steps: int) -> dict[str, float]:
+    """Each source's tokens over the slots they take, in the first steps of each phase.
+
+    The padding of a row is shared by its samples as their tokens are; rows of padding alone are nobody's.
+    """
+    tokens: dict[str, int] = defaultdict(int)
+    slots: dict[str, float] = defaultdict(float)
+    corpus, mixture = source.corpus, source.mixture
+    for number, phase in enumerate(mixture.phases):
+        pool_of = np.zeros(len(corpus.lengths), np.int16)
+        for i, pool in enumerate(phase.pools):
+            pool_of[pool.ids] = i
+        for step in _first_steps(mixture, number, total_steps):
+            samples = mixture.step(step).samples
+            lengths, names = corpus.lengths[samples], [phase.pools[i].name for i in pool_of[samples]]
+            for microbatch in source.plan(step):
+                for row in filter(None, microbatch.rows):
+                    whole = lengths[row].sum()
+                    for i in row:
+                        tokens[names[i]] += int(lengths[i])
+                        slots[names[i]] += float(lengths[i] / whole * microbatch.shape.slots)
+    return {name: tokens[name] / slots[name] for name in tokens}
+
+
+def _first_steps(mixture: "Mixture", phase: int, total_steps: int) -> list[int]:
+    """The first steps of a phase, of a run of so many."""
+    ends = itertools.accumulate(e.steps for e in mixture.epochs(total_steps))
+    of_phase = [
+        step
+        for epoch, end in zip(mixture.epochs(total_steps), ends, strict=True)
+        if epoch.phase == phase
+        for step in range(end - epoch.steps, end)
+    ]
+    return of_phase[:STEPS_PACKED]
 
 
 # ---------------------------------------------------------------------------------------- what users regret later
@@ -167,13 +208,15 @@ def summary_table(report: Entry) -> Table:
 
 
 def length_table(report: Entry) -> Table:
-    """A row a source: how long its samples are, and how many are copies."""
+    """A row a source: how long its samples are, how many are copies, and how full the rows are that they lie in."""
     middle = [str(p) for p in PERCENTILES if 0 < p < 100]
-    columns = ["shortest", *(f"{p} %" for p in middle), "longest", "duplicates"]
+    columns = ["shortest", *(f"{p} %" for p in middle), "longest", "duplicates", "packed"]
     table = _table(["source", "format", "tokens a sample"], columns)
     for name, s in _entries(report):
         lengths = [f"{v:,}" for v in s["length_percentiles"].values()] or ["-"] * (len(middle) + 2)
-        table.add_row(name, s["format"], spark(s["length_histogram"]), *lengths, f"{s['duplicates']:,}")
+        packed = report["packing_efficiency_by_source"].get(name)
+        counts = [f"{s['duplicates']:,}", f"{packed:.1%}" if packed else "-"]
+        table.add_row(name, s["format"], spark(s["length_histogram"]), *lengths, *counts)
     return table
 
 
