@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from mice_jax import runtime
 from mice_jax.evals.sampling import Sampler, Sampling
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
@@ -158,4 +159,5 @@ def report(args: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    runtime.take_huge_pages()  # as `mice` does; here for both sides
     sys.exit(main())

@@ -41,6 +41,7 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mice_jax import runtime
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.evals.harness import MiceLM
 from mice_jax.models.transformer import make_decoder
@@ -159,4 +160,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    runtime.take_huge_pages()  # as `mice` does; here for both sides
     main()

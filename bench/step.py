@@ -52,6 +52,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
+from mice_jax import runtime
+
 # hidden, MLP, layers, query heads, key heads, head dim, vocabulary, tied
 SIZES = {
     "tiny": (64, 128, 2, 4, 2, 16, 512, True),
@@ -292,7 +294,8 @@ def spawn(args: argparse.Namespace, side: str) -> dict[str, Any]:
     names = ("size", "rows", "slots", "steps", "microbatches", "remat", "folder")
     command = [sys.executable, str(Path(__file__).resolve()), f"--side={side}", f"--out={out}"]
     command += [f"--{name}={getattr(args, name)}" for name in names]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = (runtime.HUGE_PAGES if side == "ours" else {}) | os.environ  # as `mice` starts, and as a script does
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode or not out.exists():
         print(f"{side} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
         return {}

@@ -47,6 +47,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mice_jax import runtime
 from mice_jax.config import Config, Phase, Source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +130,8 @@ def spawn(args: argparse.Namespace, task: str, sampler: str = "", per_device: in
     quiet = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_HOME": f"{args.folder}/hf", "TQDM_DISABLE": "1"}
     kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # it may ask for more devices than one
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | kept | quiet | {"PYTHONPATH": str(ROOT)}
+    if task == "ours":
+        environment = runtime.HUGE_PAGES | environment  # as `mice` starts; a script of the peer's does not
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(f"{task} {sampler}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
