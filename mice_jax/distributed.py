@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mice_jax.errors import AgreedError, Preempted, StoreError, UserError
@@ -20,6 +21,7 @@ from mice_jax.errors import AgreedError, Preempted, StoreError, UserError
 # Without a word from a peer for so long it is lost, and JAX ends the others: well within two minutes.
 HEARTBEAT_S = int(os.environ.get("MICE_JAX_HEARTBEAT_S", "60"))
 JOIN_S = 100  # for all processes to come together
+MEET_S = 3600  # for those that are alive to come to the same place: they may compile for long
 # What the errors say of which a lost peer is the cause, in lower case.
 LOST_PEER = ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service", "barrier timed out")
 TOLD_BYTES = 2000  # of a refusal, that the other processes are told
@@ -85,6 +87,14 @@ def any_process(flag: bool) -> bool:
 def any_of(*flags: bool) -> list[bool]:
     """For each flag, whether it is set anywhere; every process must call it."""
     return np.any(_from_all(np.array(flags)), axis=0).tolist()
+
+
+def meet(where: str) -> None:
+    """Waits for all processes, by the coordination service: what else they wait in may give up on a late one.
+
+    Gloo does after 30 s, when processes first compute together, and one that finds fewer programs kept compiles longer.
+    """
+    ocp.multihost.get_barrier_sync_fn()(key=f"mice_jax_{where}", timeout_ms=MEET_S * 1000)
 
 
 def check_same(what: str, fingerprint: str) -> None:

@@ -235,6 +235,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
         held = {s for h in held_out.sources(data.validation, source) for s in programs.shapes_ahead(h, 0, len(h))}
         seconds = programs.compile_ahead(fns, ahead, held, mesh)
         console.print(f"[dim]{len(ahead)} microbatch shapes compiled, or found in {kept}, in {seconds:.0f} s[/dim]")
+    distributed.meet("compiled")
     leave.start()
     taken_away = checkpoints.preempted_before(start)
     save_alarm = Alarm(config.checkpoint.every_minutes)
