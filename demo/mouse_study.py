@@ -1,4 +1,4 @@
-"""The study at mouse scale, from nothing to its page; about 90 minutes on two CPU cores, by estimate.
+"""The study at mouse scale, from nothing to its page; about 80 minutes on two CPU cores.
 
     python demo/mouse_study.py --workdir=demo/mouse
 

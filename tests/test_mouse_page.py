@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,11 +106,15 @@ def test_the_page_says_of_each_claim_what_was_planted_and_turns_with_it(sign: fl
     assert told["batch 12, the lowest rate, 0.0003, less 0.003"] == "the opposite is seen"
     # The loss early is that of the end: the study's claim, that the higher is the better, is wrong of such runs.
     assert told["loss at 50%, all"] == "the opposite is seen"
-    # What is said in short is what the rows say.
+    # What is said in short is what the rows say: by name of arms, by number of the many correlations.
     short = page[page.index("## In short") : page.index("## Batch by")]
+    of_arms = {what: verdict for what, verdict in told.items() if " at " not in what or "less" in what}
     for verdict, count in re.findall(r"\*\*([^*]+)\*\* \((\d+)\)", short):
-        assert sum(v == verdict.lower() for v in told.values()) == int(count)
-    assert sum(int(n) for n in re.findall(r"\*\* \((\d+)\)", short)) == len(told)
+        assert sum(v == verdict.lower() for v in of_arms.values()) == int(count)
+    assert sum(int(n) for n in re.findall(r"\*\* \((\d+)\)", short)) == len(of_arms)
+    counts = Counter(verdict for what, verdict in told.items() if what not in of_arms)
+    assert f"Of the {counts.total()} correlations" in short
+    assert all(f"{count} {verdict}" in short.partition("correlations")[2] for verdict, count in counts.items())
 
 
 def test_the_numbers_are_those_of_the_runs(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What the study at mouse scale has in common: its data, its base model and the recipe that each sweep varies.
 
-It asks the questions of arXiv 2412.13337 of a model of a third of a million weights, on the demo's three phases, within
-about 90 minutes on two CPU cores by estimate. The folder that the configs' argument names holds data/ and base/, which
+It asks the questions of arXiv 2412.13337 of a model of half a million weights, on the demo's three phases: 81 minutes
+on two CPU cores that did other work too. The folder that the configs' argument names holds data/ and base/, which
 `demo/mouse_study.py` makes before it runs the sweeps:
   python demo/mouse_study.py --workdir=demo/mouse
 

@@ -2,7 +2,7 @@
 
 What is held out of the demo's knowledge is left out of these documents.
 Expected: a model that writes text that looks like documentation, and answers nothing.
-Cost: about three minutes on two CPU cores, by estimate.
+Cost: about two minutes on two CPU cores.
 Data: demo/mouse_study.py. Launch: mice train --config=configs/sweeps/mouse_base.py --workdir=demo/mouse/base
 """
 

@@ -1,8 +1,9 @@
 """Warm-ups of 0, 10 and 50 steps, with a constant rate and with cosine decay, in 132 steps of 96 samples.
 
 Tests the study's claims that neither warm-up nor decay changes the end by much.
-Found: nothing yet; `demo/mouse_study.py` writes it.
-Cost: 18 runs, about 20 minutes on two CPU cores, by estimate.
+Found (docs/mouse_study.md): small differences. Cosine decay ends 0.054 higher than a constant rate; ten steps of
+warm-up end 0.019 lower than none, and whether fifty do is undecided.
+Cost: 18 runs, about 20 minutes on two CPU cores that did other work too.
 Launch: mice sweep --config=configs/sweeps/mouse_schedule.py --workdir=demo/mouse/schedule --workers=2
 """
 
