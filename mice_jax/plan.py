@@ -68,7 +68,10 @@ def plan(values: command.Values) -> None:
     tokenized = bool(config.data.tokenizer) or any((origin.folder / name).exists() for name in TOKENIZERS)
     work = _work(config, values.mean_length, tokenized, assumed)
     spec = _spec(config, origin, tokenized, assumed)
-    run = Planned(config, spec, origin.architecture, target, work.mean_length, deadline)
+    run = Planned(
+        config, spec, origin.architecture, target,
+        samples=work.samples, mean_length=work.mean_length, deadline=deadline,
+    )  # fmt: skip
 
     # ---- What it comes to -------------------------------------------------------------------------------------
     began = time.perf_counter()
@@ -111,6 +114,7 @@ class Work:
     """What a run has to get through, as far as it is known."""
 
     mean_length: float  # tokens a sample
+    samples: float  # a step, on average: phases may have batch sizes of their own
     steps: int | None
 
 
@@ -136,8 +140,9 @@ def _spec(config: Config, origin: Origin, tokenized: bool, assumed: list[str]) -
 def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str]) -> Work:
     """From the data, where they are here and few; else by --mean_length and the config's steps, or assumed."""
     if tokenized and _few_data(config):
-        data, _, steps = planned.open_data(config)
-        return Work(mean_length or report.mean_length(data.report), steps)
+        data, mixture, steps = planned.open_data(config)
+        samples = sum(e.samples for e in mixture.epochs(steps)) / steps
+        return Work(mean_length or report.mean_length(data.report), samples, steps)
     if not mean_length:
         mean_length = min(MEAN_LENGTH, config.data.max_length)
         assumed.append(f"samples have {mean_length} tokens on average (--mean_length)")
@@ -145,7 +150,11 @@ def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str
     steps = config.optim.max_steps or (sum(by_phase) if all(by_phase) else None)
     if not steps:
         assumed.append("how many steps the run has is not known: its data were not read (--config.optim.max_steps)")
-    return Work(mean_length, steps)
+    sizes = [p.batch_size or config.optim.batch_size for p in config.data.phases]
+    if len(set(sizes)) > 1 and not all(by_phase):
+        assumed.append(f"phases have steps of {', '.join(map(str, sizes))} samples: a step has their mean")
+    weights = by_phase if all(by_phase) else [1] * len(sizes)
+    return Work(mean_length, sum(s * w for s, w in zip(sizes, weights, strict=True)) / sum(weights), steps)
 
 
 def _few_data(config: Config) -> bool:

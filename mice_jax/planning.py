@@ -44,9 +44,18 @@ class Planned:
     """A config's run on a target; no compilation but that of the run as it is begins after `deadline`."""
 
     def __init__(
-        self, config: Config, spec: ModelSpec, architecture: str, target: Target, mean_length: float, deadline: float
+        self,
+        config: Config,
+        spec: ModelSpec,
+        architecture: str,
+        target: Target,
+        *,
+        samples: float,
+        mean_length: float,
+        deadline: float,
     ):
-        self.config, self.spec, self.target, self.mean_length = config, spec, target, mean_length
+        self.config, self.spec, self.target = config, spec, target
+        self.samples, self.mean_length = samples, mean_length  # of a step, and tokens of each, on average
         self._architecture, self._deadline = architecture, deadline
         self.load = functools.cache(self._load)
         chip = target.chip
@@ -67,8 +76,8 @@ class Planned:
         return fit.estimate(self.load(layout.sizes), layout.rows, layout.remat)
 
     def pace(self, layout: Layout) -> pace.Pace:
-        load, samples = self.load(layout.sizes), self.config.optim.batch_size
-        return pace.estimate(load, self.target.chip, layout.rows, layout.remat, samples, self.mean_length)
+        load = self.load(layout.sizes)
+        return pace.estimate(load, self.target.chip, layout.rows, layout.remat, self.samples, self.mean_length)
 
     def compile(self, layout: Layout, only: Sequence[str] = ()) -> list[Need]:
         """What the functions of the step need, of all or of some; nothing where there is no compiler."""

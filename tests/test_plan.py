@@ -308,6 +308,25 @@ def test_a_model_that_is_not_here_is_the_shape_of_its_name_beside_the_config(
     )
 
 
+def test_a_step_has_as_many_samples_as_the_phases_have_on_average(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phases = (
+        "p = c.data.phases[0]\n"
+        "c.data.phases = [Phase(name='a', sources=p.sources, {}batch_size=8),\n"
+        "                 Phase(name='b', sources=p.sources, {}batch_size=24)]"
+    )
+
+    def samples(number: int, *num_steps: str) -> float:
+        file = setting(tmp_path / str(number), phases.format(*num_steps), samples=48)
+        said = run_plan(file, capsys, "--mean_length=10", topology="h200:8")
+        return said["tokens_per_s"] * said["step_time_s"] / 10
+
+    # An epoch is six steps of 8 samples, or two of 24.
+    assert samples(0, "", "") == pytest.approx((6 * 8 + 2 * 24) / 8)
+    assert samples(1, "num_steps=3, ", "num_steps=9, ") == pytest.approx((3 * 8 + 9 * 24) / 12)
+
+
 # ---------------------------------------------------------------------------------------- time
 def load_of(fsdp: int, tensor: int = 1) -> fit.Load:
     config = Config()
