@@ -7,6 +7,12 @@ The same command again resumes the run. It leaves in the workdir: config.json, d
 line a step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and summary.json.
 """
 
+from mice_jax import runtime
+
+if __name__ == "__main__":
+    runtime.take_huge_pages()  # before the imports below, which take seconds
+
+# isort: split
 import dataclasses
 import datetime
 import functools
@@ -34,7 +40,6 @@ from mice_jax import (
     phases,
     programs,
     resolve,
-    runtime,
     startup,
     supervise,
     tracking,
@@ -512,5 +517,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    runtime.take_huge_pages()
     sys.exit(main())
