@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "MICE_JAX_HEARTBEAT_S": "10"}
 
+from mice_jax.workdir import EVENTS
 from runs import ENVIRONMENT, assert_equal_runs, lines_of, place_flags, read_metrics, saving, setting
 
 STEPS = 200
@@ -45,6 +46,12 @@ def start(config: Path, run: Path, count: int, log: Path) -> Processes:
         with log.open("ab") as out:
             started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
     return started
+
+
+def begun(run: Path) -> int:
+    """Lines of a run's events: a start adds one once its processes have joined."""
+    file = run / EVENTS
+    return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def leave(processes: Processes, within_s: float) -> list[int]:
@@ -72,7 +79,7 @@ class Campaign:
     def hit(self, number: signal.Signals, amid_save: bool) -> None:
         """One fault; where the run is complete before it comes, the run is compared and the fault tried on the next."""
         while True:
-            lines = lines_of(self._run)
+            before = begun(self._run)
             processes = start(self._config, self._run, self._count, self._log)
             if self._wait(processes, amid_save):
                 break
@@ -80,7 +87,7 @@ class Campaign:
         self.amid_saves += saving(self._run)
         self.begun_again += lines_of(self._run) == 0
         self._rng.choice(processes).send_signal(number)
-        joined = self._count == 1 or lines_of(self._run) > lines
+        joined = self._count == 1 or begun(self._run) > before
         try:
             codes = leave(processes, PATIENCE_S if joined else JOINING_S)
         except subprocess.TimeoutExpired:

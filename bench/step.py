@@ -21,6 +21,8 @@ with attention by the samples' own lengths (`metrics.train_flops`), over the tim
 rate on a CPU (ours, for both sides) or the data sheet's on a GPU. peak is VmHWM on a CPU, device memory on a GPU. CPU
 seconds are user and system time of the whole process: on a machine that others use, they say more than the clock.
 
+Our side starts in huge pages, as `mice` does, and the peers as a script does.
+
 Weights and moments are float32 and products bfloat16 on a GPU, by autocast on torch's side; mistral-7b has bfloat16
 moments on both sides, for which torch's AdamW wants bfloat16 weights too, and bfloat16 sums on ours. `--remat=full` is
 gradient checkpointing on torch's side too; `dots`, which keeps all that is dear to compute, has no like there.

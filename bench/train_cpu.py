@@ -18,6 +18,7 @@ set one): spinning, they hold each other up on a machine that others use. It is 
   random           its default: microbatches are samples in the order they are drawn in
   group_by_length  alike lengths beside each other: steps are no longer random samples of the data
   batch_rebalance  sorted within a step: each step holds the same samples, with little padding
+Our side starts in huge pages, as `mice` does, and TRL as a script does.
 The order of the data is arranged so that step i holds the same samples on both sides (but for group_by_length).
 
 The figures: tokens/s are real tokens (padding is none) over the wall clock of whole steps, data and update included,

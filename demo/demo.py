@@ -14,13 +14,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import mice_jax  # noqa: F401  (first: it keeps transformers from advising us to install torch)
+from mice_jax import runtime  # first: the package keeps transformers from advising us to install torch
+
+if __name__ == "__main__":
+    runtime.take_huge_pages()  # as `mice` does, before the imports below, which take seconds
 
 # isort: split
 import jax.numpy as jnp
 from make_data import PHASES, make_data, train_tokenizer, write_model_config
 
-from mice_jax import export, runtime, train
+from mice_jax import export, train
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.evals.sampling import Sampler, Sampling
@@ -121,5 +124,4 @@ def stop_unless_done(exit_code: int) -> None:
 
 
 if __name__ == "__main__":
-    runtime.take_huge_pages()  # as `mice` does
     main()

@@ -16,8 +16,8 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     # libtpu overlaps collectives by itself.
     "tpu": ("LIBTPU_INIT_ARGS", ()),
 }
-# Of glibc: memory comes in pages of 2 MiB. XLA takes a program's memory anew at each run, which in pages of 4 KiB is a
-# sixth to a third of a CPU's step (BUILD_NOTES.md).
+# Of glibc: memory comes in pages of 2 MiB. XLA takes a program's memory anew at each run: in pages of 4 KiB, 7 to
+# 28 % of a CPU's step (BUILD_NOTES.md).
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 DETERMINISTIC = {"gpu": ("--xla_gpu_deterministic_ops=true",)}  # CPU and TPU repeat themselves anyway
 

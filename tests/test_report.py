@@ -172,7 +172,9 @@ def test_the_slots_of_a_row_are_shared_by_its_samples_as_their_tokens_are() -> N
 
     source: Any = SimpleNamespace(corpus=SimpleNamespace(lengths=lengths), mixture=mixture, plan=plan)
     assert sorted(steps) == [(0, 1, 2), (3, 4)]
-    found = r.packing_by_source(source, len(mixture))
+    found = r.packing_by_source(source, mixture.epochs(len(mixture)))
     # a: 30 of 60 tokens of a row of 100 slots, and all 50 of another; b: the other 30; c: 80 and 10, of 100 slots each.
     assert found == pytest.approx({"a": 80 / 150, "b": 0.6, "c": 90 / 200})
-    assert r.packing_by_source(source, 1) == pytest.approx({"a": 80 / 150, "b": 0.6}), "only of steps that are taken"
+    assert r.packing_by_source(source, mixture.epochs(1)) == pytest.approx({"a": 80 / 150, "b": 0.6}), (
+        "only of steps that are taken"
+    )

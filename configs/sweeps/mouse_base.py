@@ -2,7 +2,7 @@
 
 What is held out of the demo's knowledge is left out of these documents.
 Expected: a model that writes text that looks like documentation, and answers nothing.
-Cost: about two minutes on two CPU cores.
+Cost: under three minutes on two CPU cores, its data included.
 Data: demo/mouse_study.py. Launch: mice train --config=configs/sweeps/mouse_base.py --workdir=demo/mouse/base
 """
 

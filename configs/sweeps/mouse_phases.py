@@ -5,7 +5,7 @@ starts from the best checkpoint of the one before, here by held-out loss, with a
 sample as often.
 Found (docs/mouse_study.md): stacked ends far lower, and is lower at the best checkpoints too, by 0.80 and 0.89; what a
 phase taught is lost in the next.
-Cost: 12 runs, about a quarter of an hour on two CPU cores that did other work too.
+Cost: 12 runs, about 25 minutes on two CPU cores that did other work too.
 Launch: mice sweep --config=configs/sweeps/mouse_phases.py --workdir=demo/mouse/phases --workers=2
 """
 

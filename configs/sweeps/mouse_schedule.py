@@ -3,7 +3,7 @@
 Tests the study's claims that neither warm-up nor decay changes the end by much.
 Found (docs/mouse_study.md): small differences. Cosine decay ends 0.054 higher than a constant rate; ten steps of
 warm-up end 0.019 lower than none, and whether fifty do is undecided.
-Cost: 18 runs, about 20 minutes on two CPU cores that did other work too.
+Cost: 18 runs, about a quarter of an hour on two CPU cores that did other work too.
 Launch: mice sweep --config=configs/sweeps/mouse_schedule.py --workdir=demo/mouse/schedule --workers=2
 """
 

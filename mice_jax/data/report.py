@@ -4,7 +4,7 @@ All of it follows from the stores' columns (lengths, trained counts, hashes, sig
 longer than a look at them.
 """
 
-import itertools
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from mice_jax.data.packing import slot_efficiency
 
 if TYPE_CHECKING:  # it brings grain, which takes a while
     from mice_jax.data.loader import StepSource
-    from mice_jax.data.mixture import Mixture
+    from mice_jax.data.mixture import Epoch
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BARS = "▁▂▃▄▅▆▇█"
@@ -75,12 +75,12 @@ def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
     """The whole of data_report.json: with what each epoch of the run's `total_steps` draws of each source, exactly."""
     mixture = source.mixture
     phases: list[Entry] = [{"name": p.name, "samples_per_epoch": p.per_epoch, "epochs": []} for p in mixture.phases]
-    for e in mixture.epochs(total_steps):
+    epochs = mixture.epochs(total_steps)
+    for e in epochs:
         names = [pool.name for pool in mixture.phases[e.phase].pools]
         drawn = dict(zip(names, e.by_pool, strict=True))
         phases[e.phase]["epochs"].append({"steps": e.steps, "samples": e.samples, "by_source": drawn})
     first = range(min(total_steps, STEPS_PACKED))
-    of_sources = packing_by_source(source, total_steps)
     tokens = sum(int(source.corpus.lengths[mixture.step(i).samples].sum()) for i in first)
     packed = [microbatch for i in first for microbatch in source.plan(i)]
     return report | {
@@ -88,13 +88,13 @@ def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
         "steps": total_steps,
         "samples_left_out_by_drop_remainder": mixture.samples_left_out,
         "packing_efficiency_of_first_steps": slot_efficiency(tokens, packed),
-        "packing_efficiency_by_source": of_sources,  # of the first steps of each phase
+        "packing_efficiency_by_source": packing_by_source(source, epochs),  # of the first steps of each phase
         "packed_for": {"shards": source.num_shards, "rows_per_shard": source.shapes[0].rows},
     }
 
 
-def packing_by_source(source: "StepSource", total_steps: int) -> dict[str, float]:
-    """Each source's tokens over the slots they take, in the first steps of each phase.
+def packing_by_source(source: "StepSource", epochs: Sequence["Epoch"]) -> dict[str, float]:
+    """Each source's tokens over the slots they take, in the first steps of each phase; `epochs` are all of the run.
 
     The padding of a row is shared by its samples as their tokens are; rows of padding alone are nobody's.
     """
@@ -105,7 +105,7 @@ def packing_by_source(source: "StepSource", total_steps: int) -> dict[str, float
         pool_of = np.zeros(len(corpus.lengths), np.int16)
         for i, pool in enumerate(phase.pools):
             pool_of[pool.ids] = i
-        for step in _first_steps(mixture, number, total_steps):
+        for step in _first_steps(epochs, number):
             samples = mixture.step(step).samples
             lengths, names = corpus.lengths[samples], [phase.pools[i].name for i in pool_of[samples]]
             for microbatch in source.plan(step):
@@ -117,16 +117,10 @@ def packing_by_source(source: "StepSource", total_steps: int) -> dict[str, float
     return {name: tokens[name] / slots[name] for name in tokens}
 
 
-def _first_steps(mixture: "Mixture", phase: int, total_steps: int) -> list[int]:
-    """The first steps of a phase, of a run of so many."""
-    ends = itertools.accumulate(e.steps for e in mixture.epochs(total_steps))
-    of_phase = [
-        step
-        for epoch, end in zip(mixture.epochs(total_steps), ends, strict=True)
-        if epoch.phase == phase
-        for step in range(end - epoch.steps, end)
-    ]
-    return of_phase[:STEPS_PACKED]
+def _first_steps(epochs: Sequence["Epoch"], phase: int) -> range:
+    """A phase's first steps; its epochs follow each other."""
+    before, own = (sum(e.steps for e in epochs if belongs(e.phase, phase)) for belongs in (operator.lt, operator.eq))
+    return range(before, before + min(own, STEPS_PACKED))
 
 
 # ---------------------------------------------------------------------------------------- what users regret later
