@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from families import CASES, ORIGINAL, VOCAB, WINDOW, torch_model
 from mice_jax.evals.sampling import Sampler, Sampling
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
+from mice_jax.models.transformer import Compute, Decoder, Params, empty_cache, make_decoder
 from models import QUICK, gap, load, mesh_of
 
 # The last answer starts past the window, past ORIGINAL, and comes past phi3's window of 200. A LongRoPE turns by the
@@ -117,10 +117,8 @@ HIDDEN = 2e-4
 
 
 def decoded(decoder: Decoder, params: Params, lengths: np.ndarray) -> np.ndarray:
-    spec = decoder.spec
     step = jax.jit(lambda p, *x: decoder.bind(p).decode(*x, decoder.unstack(p)), compiler_options=QUICK)
-    empty = jnp.zeros((2, spec.num_kv_heads, sum(PIECES) + 5, spec.head_dim), jnp.float32)
-    cache, found, start = [(empty, empty)] * spec.num_layers, [], 0
+    cache, found, start = empty_cache(decoder.spec, 2, sum(PIECES) + 5, jnp.float32), [], 0
     for size in PIECES:
         piece = (slice(None), slice(start, start + size))
         hidden, cache = step(params, TOKENS[piece], POSITIONS[piece], lengths, cache)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mice_jax.models.transformer import Compute, Decoder, make_decoder
+from mice_jax.models.transformer import Compute, Decoder, empty_cache, make_decoder
 from mice_jax.sharding import param_shardings
 from mice_jax.step import batch_loss
 from models import QUICK, VOCAB, Sample, gap, mesh_of, packed, random_params, relative_gap, sample_of, spec_of
@@ -198,7 +198,6 @@ def test_fresh_parameters_are_normal_with_the_spec_s_deviation_and_no_two_layers
 
 # ---------------------------------------------------------------------------------------- decoding
 def test_decoding_with_a_cache_gives_the_hidden_states_of_the_whole_sequence(strict_dtypes: None) -> None:
-    spec = DECODER.spec
     tokens = np.random.default_rng(0).integers(0, VOCAB, (3, 12)).astype(np.int32)
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), (3, 12))
     segments = np.ones((3, 12), np.int32)
@@ -210,8 +209,7 @@ def test_decoding_with_a_cache_gives_the_hidden_states_of_the_whole_sequence(str
 
     def decoded(late: int = 0) -> jax.Array:
         """Four tokens at once, four more, then one by one; `late` slots too far from the fifth on."""
-        empty = jnp.zeros((3, spec.num_kv_heads, 20, spec.head_dim), jnp.float32)
-        cache = [(empty, empty)] * spec.num_layers
+        cache = empty_cache(DECODER.spec, 3, 20, jnp.float32)
         out = []
         for start, stop in [(0, 4), (4, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
             shifted = positions[:, start:stop] + np.int32(late if start else 0)

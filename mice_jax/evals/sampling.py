@@ -21,7 +21,7 @@ import numpy as np
 
 from mice_jax.errors import UserError
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Cache, Decoder, Params
+from mice_jax.models.transformer import Cache, Decoder, Params, empty_cache
 from mice_jax.sharding import constrain
 
 # B rows, R rows that prompts enter, T prompt slots, C new tokens, D d_model, V vocabulary
@@ -333,12 +333,7 @@ def _empty(decoder: Decoder, dtype: Any, *, rows: int, slots: int) -> _Rows:
     """Rows that are nobody's."""
     zeros = jnp.zeros(rows, jnp.int32)
     keys = jax.vmap(jax.random.key)(zeros)
-    return _placed(_Rows(zeros, zeros, zeros, zeros == 0, keys, _empty_cache(decoder.spec, rows, slots, dtype)))
-
-
-def _empty_cache(spec: ModelSpec, rows: int, slots: int, dtype: Any) -> Cache:
-    zeros = jnp.zeros((rows, spec.num_kv_heads, slots, spec.head_dim), dtype)
-    return _placed([(zeros, zeros)] * spec.num_layers)
+    return _placed(_Rows(zeros, zeros, zeros, zeros == 0, keys, empty_cache(decoder.spec, rows, slots, dtype)))
 
 
 def _placed(rows: T) -> T:
@@ -370,9 +365,7 @@ def _enter(
     new = _Rows(token, entering.lengths, entering.totals, done, entering.keys, cache)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        if old.ndim == 4:  # of a cache
-            return old.at[where, :, : new.shape[2]].set(new, mode="drop")
-        return old.at[where].set(new, mode="drop")
+        return old.at[where, *map(slice, new.shape[1:])].set(new, mode="drop")  # a cache may have more slots
 
     return _placed(jax.tree.map(put, rows, new)), constrain(token, None)
 
@@ -437,7 +430,7 @@ def _prefill(decoder: Decoder, ready: _Ready, entering: _Entering) -> tuple[jax.
 
     nothing = jnp.zeros((rows, decoder.spec.d_model), dtype)
     starts = jnp.arange(0, width, size, dtype=jnp.int32)
-    carry, _ = jax.lax.scan(enter, (nothing, _empty_cache(decoder.spec, rows, width, dtype)), starts)
+    carry, _ = jax.lax.scan(enter, (nothing, _placed(empty_cache(decoder.spec, rows, width, dtype))), starts)
     return carry
 
 

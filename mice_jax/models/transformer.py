@@ -22,6 +22,7 @@ from mice_jax.models.attention.branches import Trees, attend_branched
 from mice_jax.models.attention.reference import masked
 from mice_jax.models.attention.scoring import Scoring, softcapped
 from mice_jax.models.attention.slots import RESULT
+from mice_jax.models.product import product
 from mice_jax.models.spec import ModelSpec
 from mice_jax.sharding import constrain, constrain_param, gather_split_heads
 
@@ -31,7 +32,7 @@ Params = dict[str, Any]
 # What a block does with its queries, keys and values; the second result is kept (a cache), or None.
 Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-KeysValues = tuple[jax.Array, jax.Array]  # each [B K S H]: as attention's products take them
+KeysValues = tuple[jax.Array, jax.Array]  # [B K H S] and [B K S H]: as attention's products take them
 Cache = list[KeysValues]  # one a layer
 
 T = TypeVar("T")
@@ -119,8 +120,8 @@ class Attention(nnx.Module):
 
     def project(self, x: jax.Array, turns: rope.Turns) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B T D] -> turned queries [B T N H], turned keys and values [B T K H]."""
-        q = _product(x, gather_split_heads(self.q[...], "heads", "head_dim", "embed"))
-        k, v = (_product(x, w[...]) for w in (self.k, self.v))
+        q = product(x, gather_split_heads(self.q[...], "heads", "head_dim", "embed"))
+        k, v = (product(x, w[...]) for w in (self.k, self.v))
         if self.qkv_bias:
             q, k, v = (y + b[...].astype(x.dtype) for y, b in ((q, self.q_bias), (k, self.k_bias), (v, self.v_bias)))
         if self.qk_norm != "none":
@@ -129,7 +130,7 @@ class Attention(nnx.Module):
 
     def output(self, mixed: jax.Array) -> jax.Array:
         """[B T N H] -> [B T D]."""
-        y = _product(mixed, gather_split_heads(self.o[...], "embed", "heads", "head_dim"), in_dims=2)
+        y = product(mixed, gather_split_heads(self.o[...], "embed", "heads", "head_dim"), in_dims=2)
         return y + self.o_bias[...].astype(y.dtype) if self.out_bias else y
 
 
@@ -146,11 +147,11 @@ class MLP(nnx.Module):
             self.down_bias = _param(rngs, (d,), ("embed",), 0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = _product(x, self.gate[...]), _product(x, self.up[...])
+        gate, up = product(x, self.gate[...]), product(x, self.up[...])
         if self.bias:
             gate, up = gate + self.gate_bias[...].astype(x.dtype), up + self.up_bias[...].astype(x.dtype)
         inner = constrain(self.activation(gate) * up, "batch", "length", "mlp")
-        y = _product(inner, self.down[...])
+        y = product(inner, self.down[...])
         return y + self.down_bias[...].astype(x.dtype) if self.bias else y
 
 
@@ -272,7 +273,7 @@ class Transformer(nnx.Module):
         """
         turns = self._turns(positions, lengths[:, None])
         graph, stack = nnx.split(self.layers)
-        behind = positions[:, :, None] - jnp.arange(cache[0][0].shape[2], dtype=jnp.int32)  # [B T S]
+        behind = positions[:, :, None] - jnp.arange(cache[0][1].shape[2], dtype=jnp.int32)  # [B T S]
         x, continued = self._embedded(tokens, cache[0][0].dtype), []
         for params, kept, rope_, window in zip(layers, cache, self.spec.ropes, self.spec.windows, strict=True):
             state = jax.tree.map(lambda x: x, stack)
@@ -287,8 +288,9 @@ class Transformer(nnx.Module):
         rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KeysValues]:
-            keys, values = (old.at[rows, :, positions].set(x) for old, x in zip(kept, (k, v), strict=True))
-            return masked(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), mask, self._scoring(None)), (keys, values)
+            keys = kept[0].at[rows, :, :, positions].set(k)
+            values = kept[1].at[rows, :, positions].set(v)
+            return masked(q, keys, values, mask, self._scoring(None)), (keys, values)
 
         return mix
 
@@ -298,8 +300,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[B T D] -> float32 [B T vocab_size]."""
-        weight = self.output_weight().astype(hidden.dtype)
-        logits = jnp.einsum("btd,vd->btv", hidden, weight, preferred_element_type=jnp.float32)
+        logits = product(hidden, self.output_weight(), out_dtype=jnp.float32)
         logits = logits[..., : self.spec.vocab_size]  # of the weight, it would copy all of it
         return softcapped(logits * self.spec.logit_scale, self.spec.logit_softcap)
 
@@ -362,6 +363,11 @@ class Decoder:
         return nnx.merge(self._graph, state)
 
 
+def empty_cache(spec: ModelSpec, rows: int, slots: int, dtype: Any) -> Cache:
+    keys = jnp.zeros((rows, spec.num_kv_heads, spec.head_dim, slots), dtype)
+    return [(keys, keys.swapaxes(2, 3))] * spec.num_layers
+
+
 VOCAB_MULTIPLE = 128  # one padding for every mesh, so that checkpoints fit all of them; and whole tiles
 
 
@@ -374,17 +380,6 @@ def make_decoder(spec: ModelSpec, tensor: int = 1) -> Decoder:
     graph, state = nnx.split(module, nnx.Param)
     axes = nnx.to_pure_dict(nnx.get_partition_spec(state))
     return Decoder(spec, rows, nnx.to_pure_dict(state), jax.tree.map(tuple, axes), graph, state)
-
-
-def _product(x: jax.Array, weight: jax.Array, in_dims: int = 1) -> jax.Array:
-    """The last `in_dims` dims of x [B T ...] against the last of the weight, as one product of two matrices.
-
-    An einsum says the same, but on CPU its gradient by the weight takes twice the time.
-    """
-    w = weight.astype(x.dtype)
-    inputs = math.prod(w.shape[-in_dims:])
-    y = jax.lax.dot_general(x.reshape(-1, inputs), w.reshape(-1, inputs), (((1,), (1,)), ((), ())))
-    return y.reshape(*x.shape[:2], *w.shape[:-in_dims])
 
 
 def _times(x: jax.Array, by: float) -> jax.Array:

@@ -43,13 +43,14 @@ def attend_branched(
     if not branches:
         return out
     size = math.gcd(QUERIES, branches)
+    keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
 
     def chunk(queries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, number, positions = queries
         seen = (trees.number[:, None] <= number[:, :, None]) & (number[:, :, None] < trees.reach[:, None])
         if scoring.window is not None:
             seen &= positions[:, :, None] - trees.positions[:, None] < scoring.window
-        return masked(q, k, v, seen, scoring)
+        return masked(q, keys, values, seen, scoring)
 
     def chunks(x: jax.Array) -> jax.Array:  # [B T ...] -> [chunks B C ...]
         return jnp.moveaxis(x[:, trunks:].reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
