@@ -1,11 +1,15 @@
 """Training speed and memory on a CPU: this project against TRL's SFTTrainer, paired in one run.
 
-Both sides train the same Llama from the same weights on the same chats (demo/make_data.py), with the same template,
-trained tokens, maximum length, AdamW, float32 and number of samples a step. Each run has a process of its own; the
+Both sides train the same Llama from the same weights on the same chats, with the same template, trained tokens, maximum
+length, AdamW, float32 and number of samples a step. The chats are the demo's (demo/make_data.py), which are short, or
+with `--lengths=long` as many of them on end as make lengths like those of real chats: log-normal, a median of 245
+tokens, up to 4,096. Each run has a process of its own; the
 sides take turns, round after round, so that a machine's slow minutes strike both. A pair is one round.
 
     python bench/train_cpu.py                       # 10m, 3 rounds of 16 steps of 64 samples: about 20 minutes
     python bench/train_cpu.py --size=1m --rounds=5
+    python bench/train_cpu.py --lengths=long --batch=32 --steps=8 --per_device=8
+    JAX_NUM_CPU_DEVICES=2 python bench/train_cpu.py   # our side splits the CPU into two devices
     python bench/train_cpu.py --samplers=random,batch_rebalance --per_device=16
 
 It needs the peer: pip install -e '.[bench]' -c constraints/py311.txt
@@ -53,7 +57,8 @@ from mice_jax.config import Config, Phase, Source
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
-MAX_LENGTH = 1024
+MAX_LENGTH = {"demo": 1024, "long": 4096}
+MEAN_LOG, SPREAD_LOG = 5.5, 0.9  # of long chats' tokens
 LEARNING_RATE = 1e-3
 OURS = "ours"
 SAMPLERS = ("random", "group_by_length", "batch_rebalance")
@@ -100,6 +105,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help=f"steps a run, of which {WARM_UP} are warm-up")
     parser.add_argument("--batch", type=int, default=64, help="samples a step")
+    parser.add_argument("--lengths", choices=MAX_LENGTH, default="demo", help="of the chats")
     parser.add_argument("--samplers", type=lambda text: text.split(","), default=list(SAMPLERS))
     parser.add_argument("--per_device", type=int, default=0, help="the peer's; 0 = the fastest of a few")
     for internal in ("--task", "--folder", "--sampler", "--out"):
@@ -125,7 +131,7 @@ def spawn(args: argparse.Namespace, task: str, sampler: str = "", per_device: in
     """Runs one task in a process of its own and returns what it measured."""
     out = Path(args.folder) / "result.json"
     out.unlink(missing_ok=True)
-    names = ("size", "steps", "batch", "folder", "number")
+    names = ("size", "steps", "batch", "lengths", "folder", "number")
     command = [sys.executable, str(Path(__file__).resolve()), f"--task={task}", f"--out={out}", f"--sampler={sampler}"]
     command += [f"--{n}={getattr(args, n)}" for n in names] + [f"--per_device={per_device}"]
     quiet = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_HOME": f"{args.folder}/hf", "TQDM_DISABLE": "1"}
@@ -153,6 +159,8 @@ def setup(args: argparse.Namespace) -> None:
     files = sorted(f for f in (folder / "data").glob("*.jsonl") if "heldout" not in f.name)
     samples = [line for f in files for line in f.read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(samples)
+    if args.lengths == "long":
+        samples = joined(samples, count, folder / "data" / "init")
     samples = list(itertools.islice(itertools.cycle(samples), count))
     pools = [PhasePools("stacked", 1.0, (Pool(np.arange(count)),))]
     mixture = Mixture(pools, batch_size=args.batch, seed=0)
@@ -161,6 +169,26 @@ def setup(args: argparse.Namespace) -> None:
     write_lines(folder / "trl.jsonl", [samples[i] for i in order])
     write_model(args, folder / "data" / "init", folder / "model")
     write_result(args, {"samples": count})
+
+
+def joined(samples: list[str], count: int, tokenizer: Path) -> list[str]:
+    """So many chats, each of the turns of as many samples as come nearest to a length that is drawn."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    chats = [[m for m in json.loads(line)["messages"] if m["role"] != "system"] for line in samples]
+    sizes = [len(ids) for ids in encode.apply_chat_template(chats, tokenize=True, return_dict=False)]
+    lengths = np.clip(np.random.default_rng(0).lognormal(MEAN_LOG, SPREAD_LOG, count), 16, MAX_LENGTH["long"] - 1)
+    source, found = itertools.cycle(zip(chats, sizes, strict=True)), []
+    for length in lengths:
+        messages, size = next(source)
+        for more, tokens in source:
+            if size + tokens / 2 > length or size + tokens > MAX_LENGTH["long"]:
+                break
+            messages, size = messages + more, size + tokens
+        found.append(json.dumps({"messages": messages}))
+    return found
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
@@ -175,6 +203,7 @@ def write_model(args: argparse.Namespace, init: Path, out: Path) -> None:
     chats = [json.loads(line)["messages"] for line in (out.parent / "ours.jsonl").read_text().splitlines()[:200]]
     before = tokenizer.apply_chat_template(chats, tokenize=False)
     tokenizer.chat_template = TEMPLATE
+    tokenizer.model_max_length = MAX_LENGTH[args.lengths]
     assert before == tokenizer.apply_chat_template(chats, tokenize=False), "the tags change the text"
     tokenizer.save_pretrained(out)
     hidden, mlp, layers, heads, kv_heads = SIZES[args.size]
@@ -186,7 +215,7 @@ def write_model(args: argparse.Namespace, init: Path, out: Path) -> None:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=MAX_LENGTH,
+        max_position_embeddings=MAX_LENGTH[args.lengths],
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -198,12 +227,12 @@ def write_model(args: argparse.Namespace, init: Path, out: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- our side
 def get_config(arg: str = "") -> Config:
-    """Our side's run: `arg` is folder,batch; every choice of speed is left to "auto"."""
-    folder, batch = arg.rsplit(",", 1)
+    """Our side's run: `arg` is folder,batch,lengths; every choice of speed is left to "auto"."""
+    folder, batch, lengths = arg.rsplit(",", 2)
     c = Config()
     c.model.init_from = f"{folder}/model"
     c.model.compute_dtype = "float32"
-    c.data.max_length = MAX_LENGTH
+    c.data.max_length = MAX_LENGTH[lengths]
     c.data.overlong = "error"
     c.data.phases = [Phase(name="stacked", sources=[Source(path=f"{folder}/ours.jsonl")])]
     c.data.cache_dir = f"{folder}/cache"
@@ -227,7 +256,9 @@ def run_ours(args: argparse.Namespace) -> None:
             compiled.append((1 + len(metrics_of(workdir)), duration_secs))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    code = train.main([f"--config={Path(__file__).resolve()}:{args.folder},{args.batch}", f"--workdir={workdir}"])
+    code = train.main(
+        [f"--config={Path(__file__).resolve()}:{args.folder},{args.batch},{args.lengths}", f"--workdir={workdir}"]
+    )
     assert code == 0, f"train exited with {code}"
     lines = metrics_of(workdir)
     total = [line["tokens"] for line in lines]
@@ -282,7 +313,7 @@ def train_trl(args: argparse.Namespace, per_device: int, steps: int) -> dict[str
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=args.batch // per_device,
         train_sampling_strategy="sequential" if args.sampler == "random" else args.sampler,  # the file is shuffled
-        max_length=MAX_LENGTH,
+        max_length=MAX_LENGTH[args.lengths],
         assistant_only_loss=True,
         packing=False,
         optim="adamw_torch_fused",
@@ -411,7 +442,7 @@ def report(args: argparse.Namespace, per_device: dict[str, int], rounds: list[di
     print(f"ours resolved: {ours[0]['resolved']}")
     print(f"compiling took {statistics.median(r['compile_s'] for r in ours):.1f} s, steps left out for it: {left_out}")
     print(f"first-step losses {'agree' if agree else 'DO NOT AGREE'} within {LOSS_TOLERANCE}")
-    settings = {n: getattr(args, n) for n in ("size", "rounds", "steps", "batch")} | {"cpus": os.cpu_count()}
+    settings = {n: getattr(args, n) for n in ("size", "lengths", "rounds", "steps", "batch")} | {"cpus": os.cpu_count()}
     print(json.dumps({"bench": "train_cpu", **settings, "first_losses_agree": agree, "sides": summary}))
 
 
