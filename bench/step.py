@@ -13,7 +13,7 @@ Parts:
            sides take turns, and a pair is one round. The losses of the first step must agree
   growth   seconds and temporary memory of a step by its rows (1x to 64x), by devices that a CPU is split into (1 to 8,
            which shows what splitting costs: the cores stay the same), and memory by vocabulary (32k to 256k, a model of
-           one layer, the gradient of the embedding and logits of 512 tokens taken off)
+           one layer), beside the size of all tokens' logits, which never exist at once
   start    of the first microbatch: tracing, lowering, compiling, and the first step over XLA's part of it
 
 tokens/s are real tokens (padding is none), whole steps. share is of the device's peak: model FLOPs of real tokens,
@@ -399,15 +399,14 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
         sizes = [x / 2**20 for x in (memory.temp_size_in_bytes, memory.argument_size_in_bytes)]
         found["devices"][devices] = (*took, *sizes)
         print(f"{devices:>8}{took[0]:>10.2f}{took[1]:>10.2f}{sizes[0]:>10.0f}{sizes[1]:>10.0f}")
-    print("\nvocabulary, one layer: temporary MiB of a microbatch, less the embedding's gradient and a chunk's logits")
-    from mice_jax.step import LOGIT_TOKENS
-
+    tokens = 4 * args.slots
+    print(f"\nvocabulary, one layer: temporary MiB of {tokens} tokens; less the gradient; of all logits")
     for vocab in (32_768, 65_536, 131_072, 262_144):
         one = Ours(args, config_of(args.size, args.slots, vocab=vocab, layers=1))
         temporary = one.accumulate_program(make_rows(4, args.slots, vocab, 0)).memory_analysis().temp_size_in_bytes
-        rest = temporary - 4 * vocab * one.spec.d_model - 4 * 4 * LOGIT_TOKENS * vocab
-        found["vocabulary"][vocab] = (temporary / 2**20, rest / 2**20)
-        print(f"{vocab:>8}{temporary / 2**20:>10.0f}{rest / 2**20:>10.0f}")
+        sizes = [x / 2**20 for x in (temporary, temporary - 4 * vocab * one.spec.d_model, 4 * vocab * tokens)]
+        found["vocabulary"][vocab] = sizes
+        print("".join([f"{vocab:>8}", *(f"{x:>10.0f}" for x in sizes)]))
     return found
 
 

@@ -17,8 +17,9 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from mice_jax.chips import find_chip
+from mice_jax.loss import logit_tokens
 from mice_jax.models.transformer import Decoder
-from mice_jax.step import LOGIT_TOKENS, TrainState
+from mice_jax.step import TrainState
 
 POLICIES = ("none", "dots", "full")  # of rematerialisation, from the fastest to the leanest
 CPU_SLOTS = 4096  # of a microbatch on one CPU device: more is no faster there
@@ -163,4 +164,5 @@ def _gathered(load: Load) -> int:
 def _head(load: Load, rows: int) -> int:
     """Bytes of the output projection, whole, and of its gradient in float32, and of a chunk's logits, three of them."""
     vocab = load.decoder.vocab_rows // load.mesh.shape["tensor"]
-    return vocab * (load.decoder.spec.d_model * (load.dtype.itemsize + 4) + 3 * 4 * max(rows, LOGIT_TOKENS))
+    tokens = max(rows, logit_tokens(load.decoder.vocab_rows))
+    return vocab * (load.decoder.spec.d_model * (load.dtype.itemsize + 4) + 3 * 4 * tokens)

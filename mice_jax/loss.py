@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+LOGIT_TOKENS = 512  # of one device whose logits exist at a time, at most,
+LOGIT_BYTES = 300 * 2**20  # and what these may take: of more than 150,000 entries of a vocabulary fewer tokens do
+
 # B rows, T slots, D d_model, V vocabulary rows, S = B * T slots of all rows, X tokens of a chunk
+
+
+def logit_tokens(vocab_rows: int) -> int:
+    """How many tokens of one device have their logits at a time, by the vocabulary: a multiple of 128, if it can be."""
+    fit = LOGIT_BYTES // (4 * vocab_rows)
+    return min(LOGIT_TOKENS, fit // 128 * 128 or max(fit, 1))
 
 
 def cross_entropy_sums(

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from mice_jax.loss import cross_entropy_sums
+from mice_jax.loss import cross_entropy_sums, logit_tokens
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.sharding import BATCH_AXES, constrain, param_shardings
 
-LOGIT_TOKENS = 512  # tokens of one device whose logits exist at a time
 LEAST_REST = 1e-3  # of a step's pairs of microbatches: below it there is one microbatch, and rounding
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weights: each [B T]
@@ -77,7 +76,7 @@ class StepFunctions(NamedTuple):
 
 
 def batch_loss(
-    decoder: Decoder, params: Params, batch: Batch, compute: Compute, chunk: int = LOGIT_TOKENS
+    decoder: Decoder, params: Params, batch: Batch, compute: Compute, chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """loss_sum and weight_sum of one microbatch."""
     model = decoder.bind(params)
@@ -90,7 +89,7 @@ def batch_loss(
         vocab_size=decoder.spec.vocab_size,
         logit_scale=decoder.spec.logit_scale,
         softcap=decoder.spec.logit_softcap,
-        chunk=chunk,
+        chunk=chunk or logit_tokens(decoder.vocab_rows),
         batch_axes=BATCH_AXES,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mice_jax.loss import cross_entropy_sums
+from mice_jax.loss import LOGIT_BYTES, cross_entropy_sums, logit_tokens
 from mice_jax.sharding import BATCH_AXES
 from models import QUICK, gap, mesh_of
 
@@ -209,6 +209,14 @@ def test_memory_for_more_tokens_does_not_depend_on_the_vocabulary(with_gradient:
     # What the vocabulary costs is its gradient, and a few arrays of a chunk's logits.
     assert temporary(many, 8192) < 8192 * D * 4 * with_gradient + 4 * 64 * 8192 * 4 + 8 * many * D * 4
     assert temporary(many, 8192, chunk=many) > many * 8192 * 4  # all at once is told apart
+
+
+@pytest.mark.parametrize("vocab", [128, 32_000, 49_152, 128_256, 151_936, 200_064, 262_208, 10**9])
+def test_the_logits_of_a_chunk_take_no_more_memory_the_larger_a_vocabulary(vocab: int) -> None:
+    tokens = logit_tokens(vocab)
+    assert 4 * vocab * tokens <= LOGIT_BYTES or tokens == 1
+    assert tokens == 512 or 4 * vocab * (tokens + 128) > LOGIT_BYTES
+    assert tokens == {128_256: 512, 200_064: 384, 262_208: 256}.get(vocab, tokens)
 
 
 def test_large_logits_do_not_overflow(strict_dtypes: None) -> None:

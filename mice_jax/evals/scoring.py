@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mice_jax.evals import trees
 from mice_jax.evals.sampling import cast_params
 from mice_jax.evals.trees import Request
+from mice_jax.loss import logit_tokens
 from mice_jax.models import rope
 from mice_jax.models.attention import choose_backend
 from mice_jax.models.attention.branches import Trees
@@ -22,7 +23,6 @@ from mice_jax.sharding import constrain, local_shards, num_shards, put_rows
 # B rows, T slots, M scored tokens, C of them at a time, D d_model, V vocabulary
 
 CPU_SLOTS, DEVICE_SLOTS = 4096, 16384  # of a batch on one device: more is no faster there
-LOGIT_TOKENS = 512  # of one device whose logits exist at a time
 
 Score = tuple[float, bool]  # the sum of log-probabilities; whether each token was the likeliest
 Watch = Callable[[int], None]  # told how many requests are done
@@ -87,7 +87,7 @@ class Scorer:
         size = len(arrays["tokens"]) // shards
         ours = [r for s in local_shards(self._mesh) for r in range(s * size, (s + 1) * size)]
         on_devices = put_rows({name: x[ours] for name, x in arrays.items()}, self._mesh)
-        chunk = min(shape.scored, max(1, 1 << (LOGIT_TOKENS // size).bit_length() - 1))
+        chunk = min(shape.scored, max(1, 1 << (logit_tokens(self._spec.vocab_size) // size).bit_length() - 1))
         with jax.set_mesh(self._mesh):
             return self._score(params, on_devices, attention=attention, chunk=chunk)
 
