@@ -16,6 +16,7 @@ from runs import WORDS, make_tokenizer, run_verb, write_jsonl
 EOS = "<|im_end|>"
 BOS = "<|endoftext|>"
 CHOICE, ROLLING, WRITTEN = "barn_choice", "barn_rolling", "barn_written"
+FRAGILE = "barn_fragile"
 BARN = "barn"  # a group: CHOICE, and the same with an example before each question
 
 # Every question begins with the same instruction, as many benchmarks do.
@@ -92,6 +93,22 @@ def write_tasks(folder: Path, documents: int = 12, longest: int = 90) -> Path:
     group += "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
     (folder / "barn.yaml").write_text(group)
     return folder
+
+
+def write_fragile(tasks: Path) -> Path:
+    """Adds a task, FRAGILE, whose own code raises while a file is there; returns that file, which is not."""
+    switch = tasks / "broken"
+    (tasks / "fragile.py").write_text(f"""import os
+
+
+def judge(doc, results):
+    if os.path.exists({str(switch)!r}):
+        raise KeyError("a column of " + doc["written"])
+    return {{"acc": float(results[0][0] > results[1][0])}}
+""")
+    text = YAML[CHOICE].format(name=FRAGILE, data=_source(tasks / "data.jsonl")).partition("  - metric: acc_norm")[0]
+    (tasks / f"{FRAGILE}.yaml").write_text(text + "process_results: !function fragile.judge\n")
+    return switch
 
 
 def _source(data: Path) -> str:

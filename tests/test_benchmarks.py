@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from mice_jax import evaluate
 from mice_jax.errors import UserError
 from mice_jax.evals import benchmarks, harness
+from mice_jax.generation import Generation, read_generation
+from models import llama
 from runs import make_tokenizer, run_verb
 from tasks import BARN, CHOICE, ROLLING, WRITTEN, by_harness, by_us, write_model, write_tasks
 
@@ -171,12 +174,51 @@ def test_a_task_that_cannot_be_loaded_says_why_and_what_to_install(
     (folder / "needy.yaml").write_text(text.replace(str(tasks / "data.jsonl"), "nowhere.jsonl"))
     assert "the task 'needy' cannot be loaded" in said(capsys, hollow, folder, "--tasks=needy")
 
+    # A package of the very name goes before one that begins with it (onnxruntime-genai).
+    packages = {name: benchmarks._package_of(name) for name in ("onnxruntime", "antlr4", "optimum")}
+    assert packages == {
+        "onnxruntime": "lm-eval[onnxruntime]", "antlr4": "lm-eval[math]", "optimum": "lm-eval[optimum]"
+    }  # fmt: skip
 
-def test_the_command_to_install_the_harness_is_given_where_it_is_missing(
+
+def test_the_command_to_install_the_harness_is_given_where_it_is_missing_or_too_old(
     hollow: Path, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'mice_jax[eval]'" in said(capsys, hollow, tasks, f"--tasks={CHOICE}")
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        assert "pip install 'mice_jax[eval]'" in said(capsys, hollow, tasks, f"--tasks={CHOICE}")
+    monkeypatch.setattr(benchmarks, "version", lambda name: "0.4.9.1")
+    error = said(capsys, hollow, tasks, f"--tasks={CHOICE}")
+    assert "need lm-eval 0.4.13 or newer, and 0.4.9.1 is installed: pip install 'mice_jax[eval]'" in error
+
+
+def test_a_task_that_is_asked_in_two_ways_is_refused_with_both(
+    hollow: Path, tasks: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = (tasks / f"{CHOICE}.yaml").read_text().replace(CHOICE, "mmlu_a")
+    (tmp_path / "mmlu_a.yaml").write_text(text)
+    (tmp_path / "mmlu.yaml").write_text("group: mmlu\ntask: [mmlu_a]\n")
+    error = said(capsys, hollow, tmp_path, "--tasks=mmlu,mmlu_a")
+    assert "the tasks mmlu and mmlu_a both ask mmlu_a, but not alike: with 5 and 0 examples" in error
+    error = said(capsys, hollow, tmp_path, "--tasks=mmlu,mmlu_a", "--num_fewshot=2")
+    assert "model.safetensors" in error or "no weights" in error  # alike, so it comes as far as the weights
+
+
+def test_nltk_s_data_is_asked_for_where_a_task_needs_it_and_it_is_not_there(
+    hollow: Path,
+    tasks: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nltk.data.path", [])
+    text = (tasks / f"{CHOICE}.yaml").read_text().partition("  - metric: acc_norm")[0]
+    (tmp_path / "counting.py").write_text("def judge(doc, results):  # punkt_tab\n    return {'acc': 1.0}\n")
+    (tmp_path / "counting.yaml").write_text(
+        text.replace(CHOICE, "counting") + "process_results: !function counting.judge\n"
+    )
+    assert "which is not here" in (error := said(capsys, hollow, tmp_path, "--tasks=counting"))
+    assert "the task 'counting' counts" in error and "python -m nltk.downloader punkt_tab" in error
 
 
 def test_mmlu_has_five_examples_where_neither_the_task_nor_the_user_says_how_many(tasks: Path, tmp_path: Path) -> None:
@@ -188,7 +230,8 @@ def test_mmlu_has_five_examples_where_neither_the_task_nor_the_user_says_how_man
 
     def shots(group: str, asked: int | None) -> list[int]:
         settings = benchmarks.Settings(num_fewshot=asked)
-        (found,) = benchmarks.load_benchmarks([group], str(tmp_path), settings, make_tokenizer())
+        tokenizer, generation = make_tokenizer(), Generation()
+        (found,) = benchmarks.load_benchmarks([group], str(tmp_path), settings, tokenizer, generation, 512)
         return [t.get_config("num_fewshot") for t in found.tasks.values()]
 
     assert shots("mmlu", None) == [5, 0, 3]
@@ -212,9 +255,30 @@ def test_numbers_without_bounds_are_none_and_errors_no_scores() -> None:
 )
 def test_answers_that_cannot_be_had_as_a_task_wants_them_are_refused(kwargs: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
-        harness._sampling({"until": ["x"], **kwargs})
-    sampling, until = harness._sampling(
-        {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "num_beams": 1}
+        harness.sampling_of({"until": ["x"], **kwargs}, Generation(), 512)
+    sampling, until = harness.sampling_of(
+        {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "num_beams": 1}, Generation(), 512
     )
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, until) == (0.5, 0.9, 256, ["x"])
-    assert harness._sampling({"until": [], "do_sample": False, "temperature": 0.5})[0].temperature == 0
+    greedy = {"until": [], "do_sample": False, "temperature": 0.5}
+    assert harness.sampling_of(greedy, Generation(), 512)[0].temperature == 0
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"top_k": 7}, {"top_p": 0.8, "temperature": 3.0}, {"top_k": 0, "do_sample": True, "top_p": 0.5}]
+)
+@pytest.mark.parametrize("kwargs", [{}, {"top_k": 3}, {"top_p": 0.6}, {"do_sample": False}])
+def test_answers_are_drawn_as_the_harness_s_own_model_would_draw_them(
+    said: dict[str, Any], kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    asked = {"until": [], "do_sample": True, "temperature": 0.7} | kwargs
+    ours, _ = harness.sampling_of(asked, read_generation(tmp_path, {}), 512)
+    # What transformers makes of the same file and of the call that the harness's model makes.
+    model = llama()
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    call = {k: v for k, v in asked.items() if k != "until" and (k != "temperature" or asked["do_sample"])}
+    theirs, _ = model._prepare_generation_config(None, **call)
+    assert ours.temperature == (theirs.temperature if theirs.do_sample else 0)
+    if theirs.do_sample:
+        assert (ours.top_k, ours.top_p) == (theirs.top_k, theirs.top_p)

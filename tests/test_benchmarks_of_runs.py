@@ -9,9 +9,21 @@ from typing import Any
 
 import pytest
 
+from mice_jax import evaluate
 from mice_jax.evals import benchmarks
-from runs import ENVIRONMENT, REPOSITORY, place_flags, read_json, read_metrics, run_export, run_train, setting
-from tasks import CHOICE, WRITTEN, by_us, write_model, write_tasks
+from runs import (
+    ENVIRONMENT,
+    REPOSITORY,
+    arrays,
+    place_flags,
+    read_json,
+    read_metrics,
+    run_export,
+    run_train,
+    run_verb,
+    setting,
+)
+from tasks import CHOICE, FRAGILE, WRITTEN, by_us, write_fragile, write_model, write_tasks
 
 # Sums of float32 log-probabilities over one mesh, or none.
 CLOSE = 1e-4
@@ -80,6 +92,64 @@ def test_a_run_chooses_only_by_metrics_that_its_tasks_have(tmp_path: Path, capsy
     assert f"did you mean 'eval/{CHOICE}/brier_score'?" in capsys.readouterr().err
     assert run_train(setting(tmp_path / "b", body(tasks, "barn_choise")), tmp_path / "run") == 2
     assert "there is no task 'barn_choise'; the nearest are" in capsys.readouterr().err
+
+
+def test_a_task_that_cannot_be_scored_ends_a_run_with_its_step_saved_and_the_run_goes_on_from_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = write_tasks(tmp_path / "tasks", documents=4, longest=10)
+    broken = write_fragile(tasks)
+    how = f"""
+c.eval.tasks = ["{CHOICE}", "{FRAGILE}"]
+c.eval.include_path = "{tasks}"
+c.eval.every_samples = 16
+"""
+    config, run = setting(tmp_path, how), tmp_path / "run"
+    assert run_train(config, tmp_path / "whole") == 0
+
+    def ends_at(step: int) -> None:
+        broken.touch()
+        assert run_train(config, run) == 2
+        error = capsys.readouterr().err
+        assert error.count("error:") == 1 and "Traceback" not in error
+        assert f"the task '{FRAGILE}' cannot be scored: its own code raises KeyError, 'a column of" in error
+        assert f"saved in {run / 'checkpoints' / str(step)}, without" in error
+        assert read_json(run, "summary.json") | {"status": "failed", "step": step} == read_json(run, "summary.json")
+        found = scores_of(read_metrics(run)[-1], "eval/")
+        assert f"{CHOICE}/acc" in found and f"{FRAGILE}/acc" not in found  # what was found before is kept
+        broken.unlink()
+
+    ends_at(2)
+    assert (run / "checkpoints" / "2").is_dir()
+    ends_at(4)  # it has gone on from 2
+    assert run_train(config, run) == 0
+    assert [r["step"] for r in read_metrics(run)] == [1, 2, 3, 4, 5]
+    assert f"{FRAGILE}/acc" in scores_of(read_metrics(run)[-1], "eval/")
+    left, right = arrays(run, 5), arrays(tmp_path / "whole", 5)
+    assert all(left[name].tobytes() == right[name].tobytes() for name in right)
+
+    broken.touch()
+    assert run_verb(evaluate.main, [f"--model={run}", f"--include_path={tasks}", f"--tasks={FRAGILE}",
+                                    f"--output={tmp_path / 'x.json'}"]) == 2  # fmt: skip
+    assert f"the task '{FRAGILE}' cannot be scored" in capsys.readouterr().err
+
+
+def test_what_a_task_wants_and_cannot_have_is_said_before_a_run_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = write_tasks(tmp_path / "tasks", documents=4)
+    file, text = tasks / f"{WRITTEN}.yaml", (tasks / f"{WRITTEN}.yaml").read_text()
+    for i, (wish, words) in enumerate(
+        [
+            ("max_gen_toks: 2048", "asks for answers of max_gen_toks=2048 tokens, which leave no room"),
+            ("num_beams: 3", "num_beams=3, which is not honoured"),
+        ]
+    ):
+        file.write_text(text.replace("max_gen_toks: 24", wish))
+        assert run_train(setting(tmp_path / str(i), body(tasks, CHOICE, WRITTEN)), tmp_path / "run") == 2
+        error = capsys.readouterr().err
+        assert f"the task '{WRITTEN}': it" in error and words in error
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
