@@ -38,6 +38,7 @@ from mice_jax.evals import benchmarks, mt_bench
 from mice_jax.evals.benchmarks import Benchmark, Results, Settings
 from mice_jax.evals.sampling import Sampler, cast_params
 from mice_jax.evals.speaking import Speaker
+from mice_jax.generation import Generation
 from mice_jax.models.transformer import make_decoder
 from mice_jax.places import Place, write_whole
 from mice_jax.sharding import make_mesh, param_shardings
@@ -102,8 +103,10 @@ def evaluate(values: command.Values) -> None:
         generation = generation_of(origin, tokenizer)
         positions = origin.spec.max_positions
         asked = benchmarks.load_benchmarks(own, values.include_path, settings, tokenizer, generation, positions)
-        judged = _judged(values)
+        judged = _judged(values, generation)
         encoder = ChatEncoder(tokenizer) if judged or settings.apply_chat_template else None
+        if judged and judged.system and encoder:  # a template may take none
+            encoder.prompt_ids([{"role": "system", "content": judged.system}, {"role": "user", "content": ""}])
         template = encoder.fingerprint() if encoder else ""  # with the day, where it writes that
     distributed.check_same("tasks", " ".join(b.fingerprint for b in asked))
 
@@ -145,7 +148,7 @@ def evaluate(values: command.Values) -> None:
                 with jax.set_mesh(mesh):
                     stops = [*encoder.stop_ids(), *generation.stop_ids]
                     speaker = Speaker(sampler, weights(), encoder, stops)
-                    found.append(_graded(judged, speaker, values.batch_size, which, file, watch))
+                    found.append(_graded(judged, speaker, values.batch_size, which, file, watch, generation))
                 del speaker
                 display.say(mt_bench.describe(found[-1][mt_bench.NAME]))
             if lead:
@@ -177,17 +180,31 @@ def _settings(values: command.Values) -> Settings:
     )
 
 
-def _judged(values: command.Values) -> mt_bench.Settings | None:
+def _judged(values: command.Values, generation: Generation) -> mt_bench.Settings | None:
     """What MT-Bench asks and who judges it, where it is among the tasks."""
     if mt_bench.NAME not in values.tasks:
         return None
     if jax.process_count() > 1:
         raise UserError(f"{mt_bench.NAME} runs in one process; this is one of {jax.process_count()}.")
-    return mt_bench.settings_of(values)
+    if values.tasks == [mt_bench.NAME]:
+        for name in ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "log_samples"):
+            if values[name].present:
+                raise UserError(
+                    f"--{name} is for the harness's tasks; {mt_bench.NAME} asks its questions without examples, in the "
+                    "chat template, and keeps every answer. Leave it out."
+                )
+    limit, system = values.limit, values.system_instruction
+    return mt_bench.settings_of(values, limit=limit, system=system, generation=generation)
 
 
 def _graded(
-    judged: mt_bench.Settings, speaker: Speaker, batch_size: int, model: str, file: Path, watch: mt_bench.Watch
+    judged: mt_bench.Settings,
+    speaker: Speaker,
+    batch_size: int,
+    model: str,
+    file: Path,
+    watch: mt_bench.Watch,
+    generation: Generation,
 ) -> Results:
     """MT-Bench's scores in the harness's form, with all that it found under its own name."""
     began = time.time()
@@ -199,7 +216,7 @@ def _graded(
         "n-shot": {mt_bench.NAME: 0},
         "shortened": {},
         "without_system": {},
-        "not_followed": {},
+        "not_followed": {mt_bench.NAME: list(generation.not_followed)},
         "date": began,
         "total_evaluation_time_seconds": str(time.time() - began),
         mt_bench.NAME: graded,

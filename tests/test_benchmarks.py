@@ -12,7 +12,7 @@ from mice_jax.errors import UserError
 from mice_jax.evals import benchmarks, harness
 from mice_jax.generation import Generation, read_generation
 from models import llama
-from runs import make_tokenizer, run_verb
+from runs import CHATML, make_tokenizer, run_verb
 from tasks import BARN, CHOICE, ROLLING, WRITTEN, by_harness, by_us, write_model, write_tasks
 
 # The contract. Sums of up to some hundred log-probabilities of float32 logits that these weights make large.
@@ -100,7 +100,9 @@ def test_what_is_too_long_loses_its_first_tokens_as_in_the_harness_and_is_counte
     assert f"{cut[CHOICE]['requests']} requests of {CHOICE} were longer than the model's 128 positions" in said
 
 
-def test_chat_templates_systems_and_examples_as_turns_are_asked_as_in_the_harness(tasks: Path, tmp_path: Path) -> None:
+def test_chat_templates_systems_and_examples_as_turns_are_asked_as_in_the_harness(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = write_model(tmp_path / "model", "llama")
     names = (CHOICE, WRITTEN)
     flags = ("--apply_chat_template", "--system_instruction=Be a mouse.", "--num_fewshot=2", "--limit=6")
@@ -109,6 +111,16 @@ def test_chat_templates_systems_and_examples_as_turns_are_asked_as_in_the_harnes
     assert_same(ours, by_harness(model, tasks, *names, fewshot_as_multiturn=True, **chat))
     prompt = ours["samples"][CHOICE][0]["arguments"][0][0]
     assert prompt.startswith("<|im_start|>system\nBe a mouse.") and prompt.count("<|im_start|>assistant") == 3
+
+    # What was scored is found by what the template says, wherever it lies.
+    own = tmp_path / "own.jinja"
+    own.write_text(CHATML)
+    monkeypatch.setattr(benchmarks, "score", None)
+    again = (*flags, f"--chat_template={own}")
+    assert by_us(model, tasks, tmp_path / "again.json", *names, flags=again)["results"] == ours["results"]
+    own.write_text(CHATML.replace("<|im_end|>", "<|im_end|> "))
+    with pytest.raises(TypeError):
+        by_us(model, tasks, tmp_path / "again.json", *names, flags=again)
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from lm_eval.utils import handle_non_serializable
 
 from mice_jax import evaluate
 from mice_jax.evals import benchmarks
@@ -74,6 +76,26 @@ def test_a_run_s_scores_are_those_of_its_checkpoints_and_of_its_export(
     word = f"best {best[brier]:.4f} at step {best['step']}, reached after {before} to {best['samples']} samples"
     assert word in said
 
+    # MT-Bench's judge may have given a checkpoint no score: it is no measurement.
+    files = {name: (run / name).read_text() for name in ("eval_scores.jsonl", "eval_directions.json")}
+    assert json.loads(files["eval_directions.json"]) == {
+        f"{CHOICE}/acc": "max", f"{CHOICE}/acc_norm": "max", f"{CHOICE}/brier_score": "min",
+        f"{WRITTEN}/exact_match": "max", f"{WRITTEN}/exact_match,first-word": "max",
+    }  # fmt: skip
+    judged = {
+        step: {
+            "results": {"mt_bench": {"score,none": score}},
+            "higher_is_better": {"mt_bench": {"score": True}},
+        }
+        for step, score in {2: None, 4: None, 5: 7.5}.items()
+    }
+    said, _ = evaluate._curve(run, judged)
+    assert said == ["mt_bench/score: best 7.5000 at step 5, reached after 0 to 40 samples (checkpoints tell no more)"]
+    said, _ = evaluate._curve(run, judged | {2: judged[5], 5: judged[4]})
+    assert "at step 2, reached after 0 to 16 samples" in said[0]
+    for name, text in files.items():
+        (run / name).write_text(text)
+
     # What was scored is not scored again, and what was not is.
     monkeypatch.setattr(benchmarks, "score", None)
     assert by_us(run, tasks, tmp_path / "again.json", CHOICE, WRITTEN, flags=("--all_checkpoints",)) == curve
@@ -83,6 +105,14 @@ def test_a_run_s_scores_are_those_of_its_checkpoints_and_of_its_export(
     data.write_text(data.read_text().replace("mice", "cats"))
     with pytest.raises(TypeError):
         by_us(run, tasks, tmp_path / "other.json", CHOICE, WRITTEN)
+
+
+def test_results_are_written_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"a": np.float32(0.5), "b": np.bool_(True), "c": {3}, "d": [np.int64(7)], "e": Path("x")}
+    wanted = json.loads(json.dumps(values, default=handle_non_serializable))
+    for name in [n for n in sys.modules if n.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert json.loads(evaluate._text(values)) == wanted == {"a": 0.5, "b": True, "c": [3], "d": [7], "e": "x"}
 
 
 def test_a_run_chooses_only_by_metrics_that_its_tasks_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
