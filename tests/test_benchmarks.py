@@ -13,10 +13,20 @@ from mice_jax.evals import benchmarks, harness
 from mice_jax.generation import Generation, read_generation
 from models import llama
 from runs import CHATML, make_tokenizer, run_verb
-from tasks import BARN, CHOICE, ROLLING, WRITTEN, by_harness, by_us, write_model, write_tasks
-
-# The contract. Sums of up to some hundred log-probabilities of float32 logits that these weights make large.
-CLOSE = 1e-3
+from tasks import (
+    BARN,
+    CHOICE,
+    CLOSE,
+    ROLLING,
+    WRITTEN,
+    assert_same,
+    by_harness,
+    by_us,
+    gap,
+    responses,
+    write_model,
+    write_tasks,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,42 +34,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-def responses(results: dict[str, Any], task: str) -> list[Any]:
-    """What the model said to each request of a task."""
-    samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
-    return [response for s in samples for response in s["resps"]]
-
-
-def gap(a: dict[str, Any], b: dict[str, Any], task: str) -> float:
-    """The largest difference of two log-likelihoods."""
-    numbers = [[float(r[0][0] if isinstance(r[0], list | tuple) else r[0]) for r in responses(x, task)] for x in (a, b)]
-    assert len(numbers[0]) == len(numbers[1]) > 5
-    return max(abs(x - y) for x, y in zip(*numbers, strict=True))
-
-
-def metrics(results: dict[str, Any]) -> dict[str, Any]:
-    return {t: {k: v for k, v in m.items() if "stderr" not in k} for t, m in results["results"].items()}
-
-
-def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Each request, each metric, and whether each document was answered rightly."""
-    for task in theirs["samples"]:
-        if task == WRITTEN:
-            assert responses(ours, task) == responses(theirs, task)
-        else:
-            assert gap(ours, theirs, task) < CLOSE, task
-    found, wanted = metrics(ours), metrics(theirs)
-    assert found.keys() == wanted.keys()
-    for task, values in wanted.items():
-        assert found[task].keys() == values.keys()
-        for name, value in values.items():
-            assert found[task][name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), name
-    for task, samples in theirs["samples"].items():
-        for key in ("acc", "acc_norm", "exact_match"):
-            rights = [[s[key] for s in x if key in s] for x in (samples, ours["samples"][task])]
-            assert rights[0] == rights[1], (task, key)
 
 
 # A family, and a change of its config that must show. Mistral is beyond its window.

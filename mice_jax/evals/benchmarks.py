@@ -4,7 +4,6 @@ A benchmark is whatever one name stands for: a task, a group or a tag of the har
 own. Each is scored by itself, so that its results can be kept and found again by its fingerprint.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -17,10 +16,8 @@ import math
 import os
 import random
 import re
-import sys
 import time
 import traceback
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import requires, version
 from pathlib import Path
@@ -144,8 +141,7 @@ def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_i
 
     began = time.time()
     os.environ["DISABLE_MULTIPROC"] = "1"  # a process that is forked while JAX's threads run may hang
-    random.seed(SEEDS["random_seed"])
-    np.random.seed(SEEDS["numpy_seed"])
+    _seed()
     for task in benchmark.tasks.values():
         task.set_fewshot_seed(SEEDS["fewshot_seed"])
     lm.cut, lm.without_system = [], 0
@@ -350,9 +346,9 @@ def _unknown(name: str, manager: Any, include_path: str) -> str:
 
 
 def _load(name: str, manager: Any, include_path: str, settings: Settings) -> Benchmark:
+    _seed()  # tasks may shuffle as they load: GPQA does its options
     try:
-        with _old_module():
-            loaded = manager.load([name])
+        loaded = manager.load([name])
         tasks, groups = loaded["tasks"], loaded["groups"]
         for task in tasks.values():
             _set_shots(task, settings.num_fewshot, SHOTS.get(name, 0))
@@ -362,21 +358,6 @@ def _load(name: str, manager: Any, include_path: str, settings: Settings) -> Ben
     if not tasks:
         raise UserError(f"the group {name!r} has no task.")
     return Benchmark(name, tasks, groups, fingerprint)
-
-
-@contextlib.contextmanager
-def _old_module() -> Iterator[None]:
-    """With pkg_resources, which setuptools no longer has: the harness's leaderboard_ifeval asks it for a version."""
-    name = "pkg_resources"
-    lacking = name not in sys.modules and importlib.util.find_spec(name) is None
-    if lacking:
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__dict__["get_distribution"] = lambda package: types.SimpleNamespace(version=version(package))
-    try:
-        yield
-    finally:
-        if lacking:
-            del sys.modules[name]
 
 
 def _check_task(task: "Task", generation: Generation, positions: int) -> None:
@@ -428,6 +409,11 @@ def _check_apart(asked: Sequence[Benchmark]) -> None:
                     f"the tasks {a.name} and {b.name} both ask {name}, but not alike: with {shots[0]} and {shots[1]} "
                     "examples in a prompt. Score them by two commands, or give num_fewshot."
                 )
+
+
+def _seed() -> None:
+    random.seed(SEEDS["random_seed"])
+    np.random.seed(SEEDS["numpy_seed"])
 
 
 def _set_shots(task: "Task", asked: int | None, usual: int) -> None:
