@@ -15,6 +15,7 @@ from models import llama
 from runs import CHATML, make_tokenizer, run_verb
 from tasks import (
     BARN,
+    BOS,
     CHOICE,
     CLOSE,
     ROLLING,
@@ -23,6 +24,7 @@ from tasks import (
     by_harness,
     by_us,
     gap,
+    metrics,
     responses,
     write_model,
     write_tasks,
@@ -74,27 +76,74 @@ def test_what_is_too_long_loses_its_first_tokens_as_in_the_harness_and_is_counte
     assert f"{cut[CHOICE]['requests']} requests of {CHOICE} were longer than the model's 128 positions" in said
 
 
+REFUSING = "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+
+
 def test_chat_templates_systems_and_examples_as_turns_are_asked_as_in_the_harness(
-    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = write_model(tmp_path / "model", "llama")
+    """By a template that writes the token with which the tokenizer begins each text, which must not be there twice."""
+    model = write_model(tmp_path / "model", "llama", bos=True)
+    template = model / "chat_template.jinja"
+    template.write_text("{{ bos_token }}" + CHATML)
     names = (CHOICE, WRITTEN)
     flags = ("--apply_chat_template", "--system_instruction=Be a mouse.", "--num_fewshot=2", "--limit=6")
     ours = by_us(model, tasks, tmp_path / "scores.json", *names, flags=flags)
     chat = {"apply_chat_template": True, "system_instruction": "Be a mouse.", "num_fewshot": 2, "limit": 6}
-    assert_same(ours, by_harness(model, tasks, *names, fewshot_as_multiturn=True, **chat))
+    theirs = by_harness(model, tasks, *names, fewshot_as_multiturn=True, **chat)
+    assert_same(ours, theirs)
     prompt = ours["samples"][CHOICE][0]["arguments"][0][0]
-    assert prompt.startswith("<|im_start|>system\nBe a mouse.") and prompt.count("<|im_start|>assistant") == 3
+    assert prompt.startswith(f"{BOS}<|im_start|>system\nBe a mouse.") and prompt.count("<|im_start|>assistant") == 3
+    # Twice, the token would show.
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ bos_token }}{{ bos_token }}" + CHATML)
+    other = by_us(model, tasks, tmp_path / "other.json", CHOICE, flags=(*flags, f"--chat_template={own}"))
+    assert gap(other, theirs, CHOICE) > 10 * CLOSE
+
+    # A template that takes no system message gets none.
+    template.write_text(REFUSING)
+    capsys.readouterr()
+    bare = by_us(model, tasks, tmp_path / "bare.json", CHOICE, flags=flags)
+    assert_same(bare, by_harness(model, tasks, CHOICE, fewshot_as_multiturn=True, **chat))
+    asked = bare["samples"][CHOICE][0]["arguments"][0][0]
+    assert "Be a mouse." not in asked and asked.startswith(f"{BOS}<|im_start|>user")
+    assert bare["without_system"] == {CHOICE: 6}
+    assert f"takes no system message: 6 prompts of {CHOICE} went without theirs" in capsys.readouterr().out
 
     # What was scored is found by what the template says, wherever it lies.
-    own = tmp_path / "own.jinja"
-    own.write_text(CHATML)
+    own.write_text(REFUSING)
     monkeypatch.setattr(benchmarks, "score", None)
     again = (*flags, f"--chat_template={own}")
-    assert by_us(model, tasks, tmp_path / "again.json", *names, flags=again)["results"] == ours["results"]
-    own.write_text(CHATML.replace("<|im_end|>", "<|im_end|> "))
+    assert by_us(model, tasks, tmp_path / "again.json", CHOICE, flags=again)["results"] == bare["results"]
+    own.write_text(REFUSING + " ")
     with pytest.raises(TypeError):
-        by_us(model, tasks, tmp_path / "again.json", *names, flags=again)
+        by_us(model, tasks, tmp_path / "again.json", CHOICE, flags=again)
+
+
+@pytest.mark.slow
+def test_answers_that_are_drawn_several_times_differ_and_are_the_same_at_each_call(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (tasks / f"{WRITTEN}.yaml").read_text().replace(WRITTEN, "drawn")
+    (tmp_path / "drawn.yaml").write_text(
+        text.replace("  max_gen_toks", "  do_sample: true\n  temperature: 1.0\n  max_gen_toks") + "repeats: 2\n"
+    )
+    model = write_model(tmp_path / "model", "llama-linear")
+    generation = model / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"repetition_penalty": 1.2}))
+    found = []
+    for call in ("first", "second"):
+        monkeypatch.setenv("MICE_JAX_CACHE", str(tmp_path / call))
+        ours = by_us(model, tmp_path, tmp_path / "scores.json", "drawn", flags=("--limit=6",))
+        found.append(responses(ours, "drawn"))
+    assert found[0] == found[1]
+    assert ours["not_followed"] == {"drawn": ["repetition_penalty=1.2"]}
+    warning = "warning: the model's generation_config.json has repetition_penalty=1.2, which is not done here"
+    assert warning in capsys.readouterr().out
+    assert all(len(pair) == 2 for pair in found[0]) and sum(a != b for a, b in found[0]) > 3
+    theirs = by_harness(model, tmp_path, "drawn", limit=6)  # its draws are others, its form is the same
+    assert [len(pair) for pair in responses(theirs, "drawn")] == [2] * 12 == [len(pair) for pair in found[0]]
+    assert metrics(theirs)["drawn"].keys() == metrics(ours)["drawn"].keys()
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -24,8 +24,9 @@ from runs import (
     run_train,
     run_verb,
     setting,
+    start_train,
 )
-from tasks import CHOICE, FRAGILE, WRITTEN, by_us, write_fragile, write_model, write_tasks
+from tasks import CHOICE, FRAGILE, WRITTEN, by_us, write_fragile, write_tasks
 
 # Sums of float32 log-probabilities over one mesh, or none.
 CLOSE = 1e-4
@@ -182,12 +183,52 @@ def test_what_a_task_wants_and_cannot_have_is_said_before_a_run_starts(
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+CHAT = """
+c.eval.num_fewshot, c.eval.limit, c.eval.apply_chat_template, c.eval.system_instruction = 2, 5, True, "Be a mouse."
+c.mesh = Mesh(data=2, fsdp=2, tensor=2)
+one, two = c.data.phases[0], Phase(name="second", seed_from="best", sources=c.data.phases[0].sources)
+c.data.phases = [one, two]
+c.checkpoint.every_samples, c.checkpoint.keep_last = 24, 1
+c.checkpoint.best_mode = "max"  # of a score that training lowers, so that the best is neither the last nor a saved one
+"""
+
+
+@pytest.mark.slow
+def test_what_is_kept_and_gone_on_with_is_the_best_by_a_task_whatever_the_cadences_and_is_what_the_export_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a mesh with a tensor axis, with examples and a system message in a chat template."""
+    tasks, run, metric = write_tasks(tmp_path / "tasks", documents=8, longest=30), tmp_path / "run", "brier_score"
+    assert run_train(setting(tmp_path, body(tasks, CHOICE) + CHAT), run) == 0
+    said = capsys.readouterr().out
+    found = {r["step"]: r.get(f"eval/{CHOICE}/{metric}") for r in read_metrics(run)}
+    saved = [3, 5, 6, 9, 10]  # at 24, 48 and 72 samples, at the end of the first phase, and at the end
+    assert [step for step, value in found.items() if value is not None] == [2, 3, 4, 5, 6, 8, 9, 10]
+    known = {step: value for step, value in found.items() if value is not None}
+    seed, best = (max(steps, key=lambda s: known[s]) for steps in ([3, 5], saved))
+    assert f"the phase 'second' starts from step {seed}, the best of 'stacked'" in said
+    assert len(set(known.values())) == len(known) and max(known, key=lambda s: known[s]) == 2 and seed == 3
+    assert {int(p.name) for p in (run / "checkpoints").iterdir()} == {seed, best, 10} != set(saved)
+
+    flags = ("--num_fewshot=2", "--limit=5", "--apply_chat_template", "--system_instruction=Be a mouse.")
+    for step in {seed, best, 10}:
+        assert run_export(run, tmp_path / f"hf{step}", f"--step={step}") == 0
+        exported = by_us(tmp_path / f"hf{step}", tasks, tmp_path / "hf.json", CHOICE, flags=flags)
+        assert benchmarks.scores(exported)[f"{CHOICE}/{metric}"] == pytest.approx(found[step], abs=CLOSE)
+    bare = by_us(tmp_path / "hf10", tasks, tmp_path / "bare.json", CHOICE, flags=flags[:2])
+    assert benchmarks.scores(bare)[f"{CHOICE}/{metric}"] != pytest.approx(found[10], abs=10 * CLOSE)
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    tasks = write_tasks(tmp_path / "tasks", documents=8, longest=30)
-    model = write_model(tmp_path / "model", "llama-linear")
-    names = (CHOICE, WRITTEN)
+    tasks, model, names = write_tasks(tmp_path / "tasks", documents=8, longest=30), tmp_path / "run", (CHOICE, WRITTEN)
+    config = setting(tmp_path, body(tasks, *names), samples=16)
+    training = [start_train(config, model, *place, devices=2) for place in place_flags(2)]
+    told = [process.communicate(timeout=500)[0] for process in training]
+    assert [process.returncode for process in training] == [0, 0], told
     alone = by_us(model, tasks, tmp_path / "alone.json", *names)
+    line = scores_of(read_metrics(model)[-1], "eval/")
+    assert benchmarks.scores(alone) == pytest.approx(line, abs=CLOSE) and len(line) == 5
     flags = [f"--model={model}", f"--include_path={tasks}", f"--tasks={','.join(names)}", "--log_samples"]
     environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     environment["MICE_JAX_CACHE"] = str(tmp_path / "another")  # else nothing would be scored again

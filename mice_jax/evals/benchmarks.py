@@ -43,6 +43,7 @@ BOOTSTRAP = 100_000  # draws that a standard error is made of, where it has no f
 LEAST = (0, 4, 13)  # of the harness's versions: what is used of its inside came with this one
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}  # the harness's own
 NO_FILTER = "none"
+RULES = 2  # how tasks are asked and scored here; with another number, what was scored before is scored anew
 
 Results = dict[str, Any]  # of the harness, as it would write them
 
@@ -455,7 +456,7 @@ def _fingerprint(name: str, tasks: "dict[str, Task]", include_path: str, setting
     def add(value: Any) -> None:
         digest.update(_text(value).encode())
 
-    add([__version__, version("lm_eval"), name, dataclasses.asdict(settings)])
+    add([RULES, __version__, version("lm_eval"), name, dataclasses.asdict(settings)])
     for task in tasks.values():
         add(task.dump_config())
         for doc in task.eval_docs:
