@@ -44,6 +44,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mice_jax import runtime
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.evals.harness import MiceLM
+from mice_jax.generation import Generation
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.start import find_origin, load_params
@@ -87,7 +88,7 @@ def make_requests(part: str, documents: int) -> list[Instance]:
 def our_model(folder: Path) -> MiceLM:
     origin, mesh = find_origin(str(folder)), make_mesh(1, -1, 1)
     decoder = make_decoder(origin.spec)
-    lm = MiceLM(decoder, mesh, jnp.float32, load_tokenizer(str(folder)), [])
+    lm = MiceLM(decoder, mesh, jnp.float32, load_tokenizer(str(folder)), Generation())
     lm.params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
     return lm
 

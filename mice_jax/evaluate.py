@@ -21,16 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from mice_jax import command, distributed, programs, runtime
-from mice_jax.checkpoint import Checkpoints, contents, pick_step
+from mice_jax.checkpoint import Checkpoints, pick_step
 from mice_jax.data.chat import ChatEncoder
-from mice_jax.data.readers import file_digests
 from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
@@ -39,6 +38,7 @@ from mice_jax.evals import benchmarks, mt_bench
 from mice_jax.evals.benchmarks import Benchmark, Results, Settings
 from mice_jax.evals.sampling import Sampler, cast_params
 from mice_jax.evals.speaking import Speaker
+from mice_jax.generation import Generation
 from mice_jax.models.transformer import make_decoder
 from mice_jax.places import Place, write_whole
 from mice_jax.sharding import make_mesh, param_shardings
@@ -47,12 +47,11 @@ from mice_jax.start import (
     check_vocabulary,
     compute_dtype,
     find_model,
-    generation_stop_ids,
+    fingerprint,
+    generation_of,
     load_params,
-    own_stop_ids,
-    stop_ids,
 )
-from mice_jax.workdir import SCORES
+from mice_jax.workdir import DIRECTIONS, SCORES
 
 
 def define(values: command.Values, argv: list[str]) -> None:
@@ -101,33 +100,37 @@ def evaluate(values: command.Values) -> None:
         if not values.tasks:
             raise UserError("--tasks is missing; give at least one, as in --tasks=mmlu,gsm8k.")
         own = [name for name in values.tasks if name != mt_bench.NAME]
-        asked = benchmarks.load_benchmarks(own, values.include_path, settings, tokenizer)
-        judged = _judged(values)
-        encoder = ChatEncoder(tokenizer) if judged else None
+        generation = generation_of(origin, tokenizer)
+        positions = origin.spec.max_positions
+        asked = benchmarks.load_benchmarks(own, values.include_path, settings, tokenizer, generation, positions)
+        judged = _judged(values, generation)
+        encoder = ChatEncoder(tokenizer) if judged or settings.apply_chat_template else None
+        if judged and judged.system and encoder:  # a template may take none
+            encoder.prompt_ids([{"role": "system", "content": judged.system}, {"role": "user", "content": ""}])
+        template = encoder.fingerprint() if encoder else ""  # with the day, where it writes that
     distributed.check_same("tasks", " ".join(b.fingerprint for b in asked))
 
     # ------------------------------------------------------------------------------------ scores
     mesh = make_mesh(1, -1, 1)
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-    stops = _stop_ids(origin, tokenizer)
     by_step: dict[int | None, Results] = {}
     with Display(console) as display:
         watch = _bars(display)
         if asked:
             from mice_jax.evals.harness import MiceLM  # it imports the harness, of which we know that it is there
 
-            lm = MiceLM(decoder, mesh, dtype, tokenizer, stops, batch_size=values.batch_size, watch=watch)
+            lm = MiceLM(decoder, mesh, dtype, tokenizer, generation, batch_size=values.batch_size, watch=watch)
         sampler = Sampler(decoder, dtype)  # one for all steps, as it compiles
         for step in steps:
             if asked:
                 lm.params = None  # those of the step before are gone before the next come
             load = functools.partial(load_params, origin, decoder, shardings, step=step)
             weights = functools.cache(lambda load=load: cast_params(load(), dtype))
-            model = _fingerprint(origin, step) if lead else ""
+            model = fingerprint(origin, step) if lead else ""
             found: list[Results] = []
             for benchmark in asked:
-                file = _cached(model, benchmark, [str(dtype), values.chat_template])
+                file = _cached(model, benchmark, [str(dtype), template])
                 kept = json.loads(file.read_text()) if lead and file.exists() else None
                 if distributed.any_process(kept is not None):  # only the lead looks
                     display.say(f"{_what(benchmark, step)} was scored before: {file}")
@@ -140,16 +143,17 @@ def evaluate(values: command.Values) -> None:
                 if kept is not None:
                     found.append(kept)
             if judged and encoder:
-                which = f"{model} {dtype} {values.chat_template}"
+                which = f"{model} {dtype} {template}"
                 file = output.with_suffix(f".{step}.mt_bench.jsonl" if values.all_checkpoints else ".mt_bench.jsonl")
                 with jax.set_mesh(mesh):
+                    stops = [*encoder.stop_ids(), *generation.stop_ids]
                     speaker = Speaker(sampler, weights(), encoder, stops)
-                    found.append(_graded(judged, speaker, values.batch_size, which, file, watch))
+                    found.append(_graded(judged, speaker, values.batch_size, which, file, watch, generation))
                 del speaker
                 display.say(mt_bench.describe(found[-1][mt_bench.NAME]))
             if lead:
                 by_step[step] = benchmarks.merged(found)
-                for warning in benchmarks.warnings(by_step[step], origin.spec.max_positions):
+                for warning in benchmarks.warnings(by_step[step], positions):
                     display.say(f"warning: {warning}")
 
     # ------------------------------------------------------------------------------------ what is left of it
@@ -164,14 +168,6 @@ def evaluate(values: command.Values) -> None:
         console.print(f"results in {output}")
 
 
-def _stop_ids(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer: as a folder says, or as the export of a run would say."""
-    if origin.kind == "run":
-        return stop_ids(origin.config, tokenizer)
-    own = generation_stop_ids(origin.folder)
-    return own_stop_ids(origin.config) if own is None else own
-
-
 def _settings(values: command.Values) -> Settings:
     multiturn = values.fewshot_as_multiturn
     return Settings(
@@ -184,17 +180,31 @@ def _settings(values: command.Values) -> Settings:
     )
 
 
-def _judged(values: command.Values) -> mt_bench.Settings | None:
+def _judged(values: command.Values, generation: Generation) -> mt_bench.Settings | None:
     """What MT-Bench asks and who judges it, where it is among the tasks."""
     if mt_bench.NAME not in values.tasks:
         return None
     if jax.process_count() > 1:
         raise UserError(f"{mt_bench.NAME} runs in one process; this is one of {jax.process_count()}.")
-    return mt_bench.settings_of(values)
+    if values.tasks == [mt_bench.NAME]:
+        for name in ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "log_samples"):
+            if values[name].present:
+                raise UserError(
+                    f"--{name} is for the harness's tasks; {mt_bench.NAME} asks its questions without examples, in the "
+                    "chat template, and keeps every answer. Leave it out."
+                )
+    limit, system = values.limit, values.system_instruction
+    return mt_bench.settings_of(values, limit=limit, system=system, generation=generation)
 
 
 def _graded(
-    judged: mt_bench.Settings, speaker: Speaker, batch_size: int, model: str, file: Path, watch: mt_bench.Watch
+    judged: mt_bench.Settings,
+    speaker: Speaker,
+    batch_size: int,
+    model: str,
+    file: Path,
+    watch: mt_bench.Watch,
+    generation: Generation,
 ) -> Results:
     """MT-Bench's scores in the harness's form, with all that it found under its own name."""
     began = time.time()
@@ -206,6 +216,7 @@ def _graded(
         "n-shot": {mt_bench.NAME: 0},
         "shortened": {},
         "without_system": {},
+        "not_followed": {mt_bench.NAME: list(generation.not_followed)},
         "date": began,
         "total_evaluation_time_seconds": str(time.time() - began),
         mt_bench.NAME: graded,
@@ -240,16 +251,6 @@ def _steps(origin: Origin, values: command.Values) -> Sequence[int | None]:
 
 
 # ---------------------------------------------------------------------------------------- what was scored before
-def _fingerprint(origin: Origin, step: int | None) -> str:
-    """Of a model's weights, config and tokenizer, by their content."""
-    own = [p for p in sorted(origin.folder.iterdir()) if p.is_file()]
-    digests = file_digests(own, cache_folder(""))
-    files: dict[str, Any] = {p.name: d.hex() for p, d in zip(own, digests, strict=True)}
-    if origin.workdir is not None:
-        files["checkpoint"] = contents(origin.workdir / "checkpoints" / str(step))
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
 def _cached(model: str, benchmark: Benchmark, how: list[str]) -> Path:
     """Where the results of a benchmark are kept."""
     key = hashlib.sha256(json.dumps([model, benchmark.fingerprint, *how]).encode()).hexdigest()
@@ -257,9 +258,14 @@ def _cached(model: str, benchmark: Benchmark, how: list[str]) -> Path:
 
 
 def _text(results: Results) -> str:
-    from lm_eval.utils import handle_non_serializable
+    return json.dumps(results, indent=2, default=_plain, ensure_ascii=False) + "\n"
 
-    return json.dumps(results, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
+
+def _plain(value: Any) -> Any:
+    """What is no JSON as the harness writes it, which may not be installed where only MT-Bench is asked."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, set) else str(value)
 
 
 # ---------------------------------------------------------------------------------------- what is said
@@ -306,21 +312,27 @@ def _curve(workdir: Place, by_step: Mapping[Any, Results]) -> tuple[list[str], l
     for line in now:
         lines[line["step"]] = lines.get(line["step"], {}) | line
     write_whole(file, "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines)))
-    better = benchmarks.higher_is_better(next(iter(by_step.values())))
+    better = {name: high for found in by_step.values() for name, high in benchmarks.higher_is_better(found).items()}
+    file = workdir / DIRECTIONS
+    known = json.loads(file.read_text()) if file.exists() else {}
+    write_whole(file, json.dumps(known | benchmarks.directions(better), indent=2) + "\n")
     return [_best(name, now, high) for name, high in better.items()], now
 
 
 def _best(name: str, lines: list[dict[str, Any]], higher: bool) -> str:
-    """The best score, and how soon it was reached, as far as the checkpoints can tell."""
+    """The best score, and how soon it was reached, as far as the checkpoints can tell.
+
+    A checkpoint may have none: no number, or no judgement by whoever judges.
+    """
     sign = -1 if higher else 1
-    there = [i for i, line in enumerate(lines) if line[name] is not None]
-    if not there:
+    scored = [line for line in lines if line.get(name) is not None]
+    if not scored:
         return f"{name}: no finite score"
-    at = min(there, key=lambda i: (sign * lines[i][name], i))
-    after = lines[at - 1]["samples"] if at else 0
+    at = min(range(len(scored)), key=lambda i: (sign * scored[i][name], i))
+    after = scored[at - 1]["samples"] if at else 0
     return (
-        f"{name}: best {lines[at][name]:.4f} at step {lines[at]['step']}, reached after {after:,} to "
-        f"{lines[at]['samples']:,} samples (checkpoints tell no more)"
+        f"{name}: best {scored[at][name]:.4f} at step {scored[at]['step']}, reached after {after:,} to "
+        f"{scored[at]['samples']:,} samples (checkpoints tell no more)"
     )
 
 

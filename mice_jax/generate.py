@@ -6,7 +6,7 @@
 
 A line of --input is {"messages": [...]}, with "tools" if there are any, or {"prompt": "..."}. A line of --output is
 that of the input with its "response", and "stopped": whether the model ended it by itself. An output that is there
-already is continued after its last whole line.
+already is continued after its last whole line, by the same model and settings (OUTPUT.settings.json).
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from absl import flags
 from rich.console import Console
 
 from mice_jax import command, programs
+from mice_jax.checkpoint import Checkpoints, pick_step
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
 from mice_jax.data.store import cache_folder
@@ -29,12 +30,23 @@ from mice_jax.display import Display
 from mice_jax.errors import UserError
 from mice_jax.evals.sampling import Sampler, Sampling, cast_params, check_fits
 from mice_jax.evals.speaking import Message, Speaker
+from mice_jax.generation import FILE, Generation
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import make_decoder
+from mice_jax.places import write_whole
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import check_vocabulary, compute_dtype, find_model, generation_stop_ids, load_params
+from mice_jax.start import (
+    Origin,
+    check_vocabulary,
+    compute_dtype,
+    find_model,
+    fingerprint,
+    generation_of,
+    load_params,
+)
 
 MAX_NEW_TOKENS = 256
+DRAWN = ("temperature", "top_p", "top_k")
 ADDED = ("response", "stopped")  # what an output's line has besides its input's
 
 
@@ -48,9 +60,13 @@ def define(values: command.Values, argv: list[str]) -> None:
     longest = f"an answer is cut here ({MAX_NEW_TOKENS}, or half of the model's positions if they are few)"
     flags.DEFINE_integer("max_new_tokens", None, longest, flag_values=values)
     flags.DEFINE_multi_string("stop", [], "a text that ends answers", flag_values=values)
-    flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token each time (0)", flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "draw from the likeliest that hold this probability (1)", flag_values=values)
-    flags.DEFINE_integer("top_k", 0, "draw from this many of the likeliest; 0 = all (0)", flag_values=values)
+    folder = f"default as {FILE} says, else"
+    flags.DEFINE_float("temperature", None, f"0 takes the likeliest token each time; {folder} 0", flag_values=values)
+    nucleus = f"draw from the likeliest that hold this probability; {folder} 1"
+    flags.DEFINE_float("top_p", None, nucleus, flag_values=values)
+    flags.DEFINE_integer(
+        "top_k", None, f"draw from this many of the likeliest, 0 = all; {folder} 0", flag_values=values
+    )
     flags.DEFINE_integer("seed", 0, "of the draws (0)", flag_values=values)
     flags.DEFINE_string("compute_dtype", "auto", "float32, bfloat16 or auto (float32 on CPU only)", flag_values=values)
     flags.DEFINE_string(
@@ -65,7 +81,6 @@ def generate(values: command.Values) -> None:
     max_new_tokens = values.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = min(MAX_NEW_TOKENS, origin.spec.max_positions // 2)
-    sampling = Sampling(max_new_tokens, values.temperature, values.top_p, values.top_k, values.seed)
     if values.prompt is not None and values.input is not None:
         raise UserError("--prompt and --input are both given; give one of them.")
     if (values.input is None) != (values.output is None):
@@ -77,12 +92,18 @@ def generate(values: command.Values) -> None:
     tokenizer = load_tokenizer(str(origin.folder), values.chat_template)
     check_vocabulary(origin, tokenizer.get_vocab())
     encoder = ChatEncoder(tokenizer)
+    generation = generation_of(origin, tokenizer)
+    sampling = _sampling(values, generation, max_new_tokens)
+    for remark in _remarks(values, generation, origin.folder):
+        print(remark, file=sys.stderr)
     # What ends a turn in the chat template, and what the model's own generation config adds.
-    stop_ids = [*encoder.stop_ids(), *(generation_stop_ids(origin.folder) or [])]
+    stop_ids = [*encoder.stop_ids(), *generation.stop_ids]
+    dtype, step = compute_dtype(values.compute_dtype), _step(origin, values.step)
     system = [] if values.system is None else [{"role": "system", "content": values.system}]
     job = None  # read before the model is, so that what is wrong is said at once
     if values.input is not None:
         job = _Job.open(Path(values.input), Path(values.output), system, encoder, sampling, origin.spec)
+        job.check_settings(_settings(values, fingerprint(origin, step), step, encoder, sampling, stop_ids, dtype))
         if job.num_kept:
             print(f"{job.output} has {job.num_kept} of {len(job.records)} answers already: they are kept.")
         if job.num_kept == len(job.records):
@@ -93,10 +114,9 @@ def generate(values: command.Values) -> None:
     # ------------------------------------------------------------------------------------ model
     programs.keep(cache_folder(""))
     mesh = make_mesh(1, -1, 1)
-    dtype = compute_dtype(values.compute_dtype)
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-    params = cast_params(load_params(origin, decoder, shardings, step=values.step), dtype)
+    params = cast_params(load_params(origin, decoder, shardings, step=step), dtype)
     speaker = Speaker(Sampler(decoder, dtype), params, encoder, stop_ids, tuple(values.stop))
 
     # ------------------------------------------------------------------------------------ answers
@@ -107,6 +127,27 @@ def generate(values: command.Values) -> None:
             say(speaker, _asked(system, values.prompt), sampling)
         else:
             _chat(speaker, system, sampling)
+
+
+def _sampling(values: command.Values, generation: Generation, max_new_tokens: int) -> Sampling:
+    """As the flags say, else as the model's folder does, else greedy."""
+    temperature, top_p, top_k = (
+        getattr(generation, name) if values[name].value is None else values[name].value for name in DRAWN
+    )
+    return Sampling(max_new_tokens, temperature or 0.0, 1.0 if top_p is None else top_p, top_k or 0, values.seed)
+
+
+def _remarks(values: command.Values, generation: Generation, folder: Path) -> list[str]:
+    """What the user did not say and may not expect of the model's own generation_config.json."""
+    taken = [f"{n}={getattr(generation, n)}" for n in DRAWN if values[n].value is None and getattr(generation, n)]
+    drawn = values.temperature if values.temperature is not None else generation.temperature
+    said = []
+    if drawn and taken:
+        said.append(f"{folder / FILE} has {', '.join(taken)}: answers are drawn so, unless flags say otherwise")
+    if generation.not_followed:
+        wishes = ", ".join(generation.not_followed)
+        said.append(f"warning: {folder / FILE} has {wishes}, which is not done here; transformers would do it")
+    return said
 
 
 def _asked(system: list[Message], prompt: str) -> list[Message]:
@@ -146,6 +187,39 @@ def _chat(speaker: Speaker, system: list[Message], sampling: Sampling) -> None:
 
 
 # ---------------------------------------------------------------------------------------- a file
+def _step(origin: Origin, asked: int | None) -> int | None:
+    """The checkpoint that answers, of a run."""
+    if origin.workdir is None:
+        return None
+    checkpoints = Checkpoints(origin.workdir, read_only=True)
+    step = pick_step(checkpoints, origin.step if asked is None else asked)
+    checkpoints.close()
+    return step
+
+
+def _settings(
+    values: command.Values,
+    weights: str,
+    step: int | None,
+    encoder: ChatEncoder,
+    sampling: Sampling,
+    stop_ids: list[int],
+    dtype: Any,
+) -> dict[str, Any]:
+    """All that answers depend on besides their questions, and the model's place, which may change."""
+    return {
+        "model": values.model,
+        "weights": weights[:16],
+        "step": step,
+        "template": encoder.fingerprint()[:16],
+        "system": values.system,
+        **dataclasses.asdict(sampling),
+        "stop": list(values.stop),
+        "stop_ids": sorted(set(stop_ids)),
+        "compute_dtype": str(dtype),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class _Job:
     """Lines to answer, and the file that answers are added to."""
@@ -178,6 +252,25 @@ class _Job:
         if not records:
             raise UserError(f"--input={source} holds no line.")
         return cls(records, prompts, output, _kept(source, output, records))
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """UserError where the answers that are there were made in another way; else notes how, beside them."""
+        file = self.output.with_name(f"{self.output.name}.settings.json")
+        if self.num_kept:
+            try:
+                there: Any = json.loads(file.read_text())
+                changed = [f"{k} {there[k]!r} (now {v!r})" for k, v in settings.items() if there[k] != v]
+            except (OSError, ValueError, LookupError, TypeError):
+                raise UserError(
+                    f"{file}, which says how the answers in --output={self.output} were made, is missing or no such "
+                    "file. Put it back, give another --output, or remove the answers."
+                ) from None
+            if any(settings[k] != there[k] for k in settings.keys() - {"model"}):
+                raise UserError(
+                    f"--output={self.output} was written with {', '.join(changed)}. Ask as before, give another "
+                    "--output, or remove the file."
+                )
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
 
 
 def _answer_file(job: _Job, speaker: Speaker, sampling: Sampling, batch_size: int) -> None:

@@ -6,6 +6,7 @@ asked and started from without what it was started from.
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -15,9 +16,12 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax.checkpoint import Checkpoints, pick_step
+from mice_jax.checkpoint import Checkpoints, contents, pick_step
 from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.readers import file_digests
+from mice_jax.data.store import cache_folder
 from mice_jax.errors import UserError
+from mice_jax.generation import Generation, read_generation, stop_ids_in
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
@@ -98,28 +102,24 @@ def compute_dtype(name: str) -> Any:
 def stop_ids(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What ends an answer of a model that a run trained: the token that ends a turn, and what its config.json has."""
     turn = ChatEncoder(tokenizer).stop_ids() if tokenizer.chat_template else []
-    return list(dict.fromkeys([*turn, *own_stop_ids(config)]))
+    return list(dict.fromkeys([*turn, *stop_ids_in(config)]))
 
 
-def own_stop_ids(config: dict[str, Any]) -> list[int]:
-    """What ends a text by a config.json, or a generation_config.json."""
-    own = config.get("eos_token_id")
-    return own if isinstance(own, list) else [own] if own is not None else []
+def generation_of(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> Generation:
+    """How an origin's model is to answer: as its folder says, or as the export of a run would say."""
+    if origin.kind == "run":
+        return Generation(tuple(stop_ids(origin.config, tokenizer)))
+    return read_generation(origin.folder, origin.config)
 
 
-def generation_stop_ids(folder: Path) -> list[int] | None:
-    """What ends a text by a folder's generation_config.json; None where it has none."""
-    file = folder / "generation_config.json"
-    if not file.exists():
-        return None
-    try:
-        config = json.loads(file.read_text())
-        ids = own_stop_ids(config)
-    except (ValueError, AttributeError) as e:
-        raise UserError(f"{file} is no JSON object: {e}. Mend it, or take it away.") from None
-    if not all(type(i) is int for i in ids):
-        raise UserError(f"{file} has eos_token_id={config['eos_token_id']!r}; it must be a token id or a list of them.")
-    return ids
+def fingerprint(origin: Origin, step: int | None) -> str:
+    """Of a model's weights, config and tokenizer, by their content; `step` is a run's."""
+    own = [p for p in sorted(origin.folder.iterdir()) if p.is_file()]
+    digests = file_digests(own, cache_folder(""))
+    files: dict[str, Any] = {p.name: d.hex() for p, d in zip(own, digests, strict=True)}
+    if origin.workdir is not None:
+        files["checkpoint"] = contents(origin.workdir / "checkpoints" / str(step))
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def with_vocabulary(origin: Origin, ids: dict[str, int], added: Collection[str]) -> ModelSpec:

@@ -57,6 +57,7 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
 from mice_jax.errors import AgreedError, Preempted, StoppedByRule, StoreError, UserError, one_line
 from mice_jax.evals import benchmarks, held_out
+from mice_jax.generation import Generation
 from mice_jax.lab.watch import Watch
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
@@ -64,7 +65,7 @@ from mice_jax.progress import Alarm, Progress, crosses
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_steps
 from mice_jax.start import Origin, find_origin, load_params, stop_ids, with_vocabulary
 from mice_jax.step import StepFunctions, TrainState
-from mice_jax.workdir import METRICS, PUBLISH_S, Workdir, code_state, environment
+from mice_jax.workdir import DIRECTIONS, METRICS, PUBLISH_S, Workdir, code_state, environment
 
 # The numbers of every line of metrics.jsonl; some are null where they cannot be told.
 MEASURED = (
@@ -130,7 +131,10 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
         attention = resolve.attention(config, spec, device.platform, capability, recorded)
         encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
         settings = _benchmark_settings(config)
-        tasks = benchmarks.load_benchmarks(config.eval.tasks, config.eval.include_path, settings, tokenizer)
+        generation = Generation(tuple(stop_ids(origin.config, tokenizer)))  # as the run's export will have it
+        tasks = benchmarks.load_benchmarks(
+            config.eval.tasks, config.eval.include_path, settings, tokenizer, generation, spec.max_positions
+        )
         if lead:
             run.lock(Display(console).say)
             _check_same_config(run, config)
@@ -151,7 +155,8 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
         )
         total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
         stretches = phases.stretches(config.data.phases, mixture.phase_ends(), total_steps)
-        scored = [f"eval/{name}" for task in tasks for name in task.metric_names()]
+        better = {name: high for task in tasks for name, high in task.metrics().items()}
+        scored = [f"eval/{name}" for name in better]
         chooses = _check_best_metric(config, stretches, data, scored)
         chooses_by_task = chooses and config.checkpoint.best_metric in scored
 
@@ -168,9 +173,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
     compute = Compute(jnp.dtype(dtype), attention, remat)
     shapes = microbatch_shapes(config.data.max_length, rows)
 
-    exams = benchmarks.InTraining(
-        tasks, settings, decoder, mesh, compute.dtype, tokenizer, stop_ids(origin.config, tokenizer)
-    )
+    exams = benchmarks.InTraining(tasks, settings, decoder, mesh, compute.dtype, tokenizer, generation)
     by_phase = len(config.data.phases) > 1
 
     def source(mixture: Mixture, loss_reduction: str = "token", split_every: int = 0) -> StepSource:
@@ -211,6 +214,9 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
             run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": made_by})
             whole = report.with_steps(data.report, steps, total_steps)
             run.write_json("data_report.json", whole)
+            if better:
+                known = run.read_json(DIRECTIONS) or {}
+                run.write_json(DIRECTIONS, known | benchmarks.directions(better))
             _keep_model(run.local / "model", origin, spec, tokenizer)
             run.publish()
     console.print(startup.table(config, origin, data, steps, stretches, start, compute, load, memory))
@@ -297,23 +303,33 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
                 record |= held_out.evaluate(
                     functools.partial(fns.evaluate, state.params), data.validation, source, mesh, by_phase
                 )
+            failure: Exception | None = None
             if measures or (due and chooses_by_task):
-                record |= exams.measure(state.params, Display(console).say)
+                try:
+                    for found in exams.measure(state.params, Display(console).say):
+                        record |= found
+                except Exception as e:  # a task's: the step is kept all the same, and then the run ends
+                    if distributed.peer_is_lost(e):
+                        raise
+                    failure = e
             for writer in writers:
                 writer.write(record)
             run.publish(after_s=PUBLISH_S)
             stop = watch.reason(record) if watch and not last else ""
             taken_away |= checkpoints.reached_preemption(step)
-            asked, taken_away, late, clock, stopped = distributed.any_of(
-                leave.signal is not None, taken_away, time_limit.rings(), save_alarm.rings(), bool(stop)
-            )
-            ends = last or asked or taken_away or late or stopped
+            asked, taken_away, late, clock, stopped, failed = distributed.any_of(
+                leave.signal is not None, taken_away, time_limit.rings(), save_alarm.rings(), bool(stop),
+                failure is not None,
+            )  # fmt: skip
+            ends = last or asked or taken_away or late or stopped or failed
             if due or ends or clock:
                 score = record.get(config.checkpoint.best_metric) if due else None
                 saved = _save(run, checkpoints, state, progress, score, saved)
                 save_alarm.set()
             if ends:
                 checkpoints.wait()
+            if failed:
+                raise _not_evaluated(failure, step, checkpoints)
             if stopped:
                 raise StoppedByRule(f"{stop or 'the first process says why'}. Step {step} was the last, and is saved.")
             if ends and not last:
@@ -360,6 +376,17 @@ def _not_finite(step: int, measured: dict[str, Any], checkpoints: Checkpoints, s
     return (
         f"the loss ({measured['loss']}) or the gradient norm ({measured['grad_norm']}) of step {step} is not finite; "
         f"the update was not made. {good}."
+    )
+
+
+def _not_evaluated(failure: Exception | None, step: int, checkpoints: Checkpoints) -> Exception:
+    """What ends a run of which a task could not be scored, its step saved."""
+    if failure and not isinstance(failure, UserError):  # our own
+        return failure
+    return AgreedError(
+        f"{failure or 'another process says why its tasks could not be scored.'} The step is saved in "
+        f"{checkpoints.folder / str(step)}, without the scores that are missing: once the task is mended or left out, "
+        "run the same command to go on, and `mice evaluate` to score that step."
     )
 
 

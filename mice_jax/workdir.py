@@ -21,6 +21,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"  # a line each time that a process begins with the run, or leaves it
 # A line a checkpoint that `evaluate` has scored: {"step", "samples", "<task>/<metric>": value}.
 SCORES = "eval_scores.jsonl"
+DIRECTIONS = "eval_directions.json"  # {"<task>/<metric>": "max" | "min"}, which of its scores is the better
 PUBLISH_S = 30.0
 WAIT_S = 60.0  # for a store that is down, beside what its own library waits
 OWN_STORES = ("wandb", "mlflow", "mlruns")  # folders of trackers, which send what is in them themselves

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
@@ -15,7 +16,10 @@ from runs import WORDS, make_tokenizer, run_verb, write_jsonl
 
 EOS = "<|im_end|>"
 BOS = "<|endoftext|>"
+# The contract. Sums of up to some hundred log-probabilities of float32 logits that these weights make large.
+CLOSE = 1e-3
 CHOICE, ROLLING, WRITTEN = "barn_choice", "barn_rolling", "barn_written"
+FRAGILE = "barn_fragile"
 BARN = "barn"  # a group: CHOICE, and the same with an example before each question
 
 # Every question begins with the same instruction, as many benchmarks do.
@@ -94,6 +98,22 @@ def write_tasks(folder: Path, documents: int = 12, longest: int = 90) -> Path:
     return folder
 
 
+def write_fragile(tasks: Path) -> Path:
+    """Adds a task, FRAGILE, whose own code raises while a file is there; returns that file, which is not."""
+    switch = tasks / "broken"
+    (tasks / "fragile.py").write_text(f"""import os
+
+
+def judge(doc, results):
+    if os.path.exists({str(switch)!r}):
+        raise KeyError("a column of " + doc["written"])
+    return {{"acc": float(results[0][0] > results[1][0])}}
+""")
+    text = YAML[CHOICE].format(name=FRAGILE, data=_source(tasks / "data.jsonl")).partition("  - metric: acc_norm")[0]
+    (tasks / f"{FRAGILE}.yaml").write_text(text + "process_results: !function fragile.judge\n")
+    return switch
+
+
 def _source(data: Path) -> str:
     """Where a task finds its documents: a file of this machine, its copies beside it."""
     lines = [
@@ -119,20 +139,66 @@ def write_model(folder: Path, case: str, *, bos: bool = False, **changes: Any) -
     return folder
 
 
-def by_harness(model: Path, tasks: Path, *names: str, batch_size: int = 4, **settings: Any) -> dict[str, Any]:
+# ---------------------------------------------------------------------------------------- what is compared
+def responses(results: dict[str, Any], task: str) -> list[Any]:
+    """What the model said to each request of a task."""
+    samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
+    return [response for s in samples for response in s["resps"]]
+
+
+def writes(results: dict[str, Any], task: str) -> bool:
+    return (
+        isinstance(responses(results, task)[0][0], str) and results["configs"][task]["output_type"] == "generate_until"
+    )
+
+
+def gap(a: dict[str, Any], b: dict[str, Any], task: str) -> float:
+    """The largest difference of two log-likelihoods."""
+    numbers = [[float(r[0][0] if isinstance(r[0], list | tuple) else r[0]) for r in responses(x, task)] for x in (a, b)]
+    assert len(numbers[0]) == len(numbers[1]) > 5
+    return max(abs(x - y) for x, y in zip(*numbers, strict=True))
+
+
+def metrics(results: dict[str, Any]) -> dict[str, Any]:
+    return {t: {k: v for k, v in m.items() if "stderr" not in k} for t, m in results["results"].items()}
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Each request, each metric, and whether each document was answered rightly."""
+    for task in theirs["samples"]:
+        if writes(theirs, task):
+            assert responses(ours, task) == responses(theirs, task)
+        else:
+            assert gap(ours, theirs, task) < CLOSE, task
+    found, wanted = metrics(ours), metrics(theirs)
+    assert found.keys() == wanted.keys()
+    for task, values in wanted.items():
+        assert found[task].keys() == values.keys()
+        for name, value in values.items():
+            assert found[task][name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), name
+    for task, samples in theirs["samples"].items():
+        for key in ("acc", "acc_norm", "exact_match"):
+            rights = [[s[key] for s in x if key in s] for x in (samples, ours["samples"][task])]
+            assert rights[0] == pytest.approx(rights[1], rel=1e-4), (task, key)  # of truthfulqa_mc2 a share
+
+
+# ---------------------------------------------------------------------------------------- by whom
+def by_harness(
+    model: Path, tasks: Path | TaskManager, *names: str, batch_size: int = 4, **settings: Any
+) -> dict[str, Any]:
     """What the harness makes of a folder by itself, on torch."""
     from lm_eval.models.huggingface import HFLM  # imports torch's whole world
 
     lm = HFLM(str(model), device="cpu", dtype="float32", batch_size=batch_size)
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    manager = tasks if isinstance(tasks, TaskManager) else TaskManager(include_path=str(tasks), include_defaults=False)
     settings = {"log_samples": True, "bootstrap_iters": 0, "fewshot_as_multiturn": False} | settings
     found = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, **settings)
     assert found is not None
     return found
 
 
-def by_us(model: Path, tasks: Path, output: Path, *names: str, flags: tuple[str, ...] = ()) -> dict[str, Any]:
+def by_us(model: Path, tasks: Path | None, output: Path, *names: str, flags: tuple[str, ...] = ()) -> dict[str, Any]:
     """What `mice evaluate` writes."""
-    where = [f"--model={model}", f"--include_path={tasks}", f"--output={output}"]
+    where = [f"--model={model}", f"--include_path={tasks or ''}", f"--output={output}"]
     assert run_verb(evaluate.main, [*where, f"--tasks={','.join(names)}", "--log_samples", *flags]) == 0
     return json.loads(output.read_text())

@@ -5,15 +5,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from mice_jax import evaluate
 from mice_jax.errors import UserError
 from mice_jax.evals import benchmarks, harness
-from runs import make_tokenizer, run_verb
-from tasks import BARN, CHOICE, ROLLING, WRITTEN, by_harness, by_us, write_model, write_tasks
-
-# The contract. Sums of up to some hundred log-probabilities of float32 logits that these weights make large.
-CLOSE = 1e-3
+from mice_jax.generation import Generation, read_generation
+from models import llama
+from runs import CHATML, make_tokenizer, run_verb
+from tasks import (
+    BARN,
+    BOS,
+    CHOICE,
+    CLOSE,
+    ROLLING,
+    WRITTEN,
+    assert_same,
+    by_harness,
+    by_us,
+    gap,
+    metrics,
+    responses,
+    write_model,
+    write_tasks,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,42 +36,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-def responses(results: dict[str, Any], task: str) -> list[Any]:
-    """What the model said to each request of a task."""
-    samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
-    return [response for s in samples for response in s["resps"]]
-
-
-def gap(a: dict[str, Any], b: dict[str, Any], task: str) -> float:
-    """The largest difference of two log-likelihoods."""
-    numbers = [[float(r[0][0] if isinstance(r[0], list | tuple) else r[0]) for r in responses(x, task)] for x in (a, b)]
-    assert len(numbers[0]) == len(numbers[1]) > 5
-    return max(abs(x - y) for x, y in zip(*numbers, strict=True))
-
-
-def metrics(results: dict[str, Any]) -> dict[str, Any]:
-    return {t: {k: v for k, v in m.items() if "stderr" not in k} for t, m in results["results"].items()}
-
-
-def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Each request, each metric, and whether each document was answered rightly."""
-    for task in theirs["samples"]:
-        if task == WRITTEN:
-            assert responses(ours, task) == responses(theirs, task)
-        else:
-            assert gap(ours, theirs, task) < CLOSE, task
-    found, wanted = metrics(ours), metrics(theirs)
-    assert found.keys() == wanted.keys()
-    for task, values in wanted.items():
-        assert found[task].keys() == values.keys()
-        for name, value in values.items():
-            assert found[task][name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), name
-    for task, samples in theirs["samples"].items():
-        for key in ("acc", "acc_norm", "exact_match"):
-            rights = [[s[key] for s in x if key in s] for x in (samples, ours["samples"][task])]
-            assert rights[0] == rights[1], (task, key)
 
 
 # A family, and a change of its config that must show. Mistral is beyond its window.
@@ -97,15 +76,74 @@ def test_what_is_too_long_loses_its_first_tokens_as_in_the_harness_and_is_counte
     assert f"{cut[CHOICE]['requests']} requests of {CHOICE} were longer than the model's 128 positions" in said
 
 
-def test_chat_templates_systems_and_examples_as_turns_are_asked_as_in_the_harness(tasks: Path, tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model", "llama")
+REFUSING = "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+
+
+def test_chat_templates_systems_and_examples_as_turns_are_asked_as_in_the_harness(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a template that writes the token with which the tokenizer begins each text, which must not be there twice."""
+    model = write_model(tmp_path / "model", "llama", bos=True)
+    template = model / "chat_template.jinja"
+    template.write_text("{{ bos_token }}" + CHATML)
     names = (CHOICE, WRITTEN)
     flags = ("--apply_chat_template", "--system_instruction=Be a mouse.", "--num_fewshot=2", "--limit=6")
     ours = by_us(model, tasks, tmp_path / "scores.json", *names, flags=flags)
     chat = {"apply_chat_template": True, "system_instruction": "Be a mouse.", "num_fewshot": 2, "limit": 6}
-    assert_same(ours, by_harness(model, tasks, *names, fewshot_as_multiturn=True, **chat))
+    theirs = by_harness(model, tasks, *names, fewshot_as_multiturn=True, **chat)
+    assert_same(ours, theirs)
     prompt = ours["samples"][CHOICE][0]["arguments"][0][0]
-    assert prompt.startswith("<|im_start|>system\nBe a mouse.") and prompt.count("<|im_start|>assistant") == 3
+    assert prompt.startswith(f"{BOS}<|im_start|>system\nBe a mouse.") and prompt.count("<|im_start|>assistant") == 3
+    # Twice, the token would show.
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ bos_token }}{{ bos_token }}" + CHATML)
+    other = by_us(model, tasks, tmp_path / "other.json", CHOICE, flags=(*flags, f"--chat_template={own}"))
+    assert gap(other, theirs, CHOICE) > 10 * CLOSE
+
+    # A template that takes no system message gets none.
+    template.write_text(REFUSING)
+    capsys.readouterr()
+    bare = by_us(model, tasks, tmp_path / "bare.json", CHOICE, flags=flags)
+    assert_same(bare, by_harness(model, tasks, CHOICE, fewshot_as_multiturn=True, **chat))
+    asked = bare["samples"][CHOICE][0]["arguments"][0][0]
+    assert "Be a mouse." not in asked and asked.startswith(f"{BOS}<|im_start|>user")
+    assert bare["without_system"] == {CHOICE: 6}
+    assert f"takes no system message: 6 prompts of {CHOICE} went without theirs" in capsys.readouterr().out
+
+    # What was scored is found by what the template says, wherever it lies.
+    own.write_text(REFUSING)
+    monkeypatch.setattr(benchmarks, "score", None)
+    again = (*flags, f"--chat_template={own}")
+    assert by_us(model, tasks, tmp_path / "again.json", CHOICE, flags=again)["results"] == bare["results"]
+    own.write_text(REFUSING + " ")
+    with pytest.raises(TypeError):
+        by_us(model, tasks, tmp_path / "again.json", CHOICE, flags=again)
+
+
+@pytest.mark.slow
+def test_answers_that_are_drawn_several_times_differ_and_are_the_same_at_each_call(
+    tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (tasks / f"{WRITTEN}.yaml").read_text().replace(WRITTEN, "drawn")
+    (tmp_path / "drawn.yaml").write_text(
+        text.replace("  max_gen_toks", "  do_sample: true\n  temperature: 1.0\n  max_gen_toks") + "repeats: 2\n"
+    )
+    model = write_model(tmp_path / "model", "llama-linear")
+    generation = model / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"repetition_penalty": 1.2}))
+    found = []
+    for call in ("first", "second"):
+        monkeypatch.setenv("MICE_JAX_CACHE", str(tmp_path / call))
+        ours = by_us(model, tmp_path, tmp_path / "scores.json", "drawn", flags=("--limit=6",))
+        found.append(responses(ours, "drawn"))
+    assert found[0] == found[1]
+    assert ours["not_followed"] == {"drawn": ["repetition_penalty=1.2"]}
+    warning = "warning: the model's generation_config.json has repetition_penalty=1.2, which is not done here"
+    assert warning in capsys.readouterr().out
+    assert all(len(pair) == 2 for pair in found[0]) and sum(a != b for a, b in found[0]) > 3
+    theirs = by_harness(model, tmp_path, "drawn", limit=6)  # its draws are others, its form is the same
+    assert [len(pair) for pair in responses(theirs, "drawn")] == [2] * 12 == [len(pair) for pair in found[0]]
+    assert metrics(theirs)["drawn"].keys() == metrics(ours)["drawn"].keys()
 
 
 # ---------------------------------------------------------------------------------------- bad input
@@ -171,12 +209,51 @@ def test_a_task_that_cannot_be_loaded_says_why_and_what_to_install(
     (folder / "needy.yaml").write_text(text.replace(str(tasks / "data.jsonl"), "nowhere.jsonl"))
     assert "the task 'needy' cannot be loaded" in said(capsys, hollow, folder, "--tasks=needy")
 
+    # A package of the very name goes before one that begins with it (onnxruntime-genai).
+    packages = {name: benchmarks._package_of(name) for name in ("onnxruntime", "antlr4", "optimum")}
+    assert packages == {
+        "onnxruntime": "lm-eval[onnxruntime]", "antlr4": "lm-eval[math]", "optimum": "lm-eval[optimum]"
+    }  # fmt: skip
 
-def test_the_command_to_install_the_harness_is_given_where_it_is_missing(
+
+def test_the_command_to_install_the_harness_is_given_where_it_is_missing_or_too_old(
     hollow: Path, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'mice_jax[eval]'" in said(capsys, hollow, tasks, f"--tasks={CHOICE}")
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        assert "pip install 'mice_jax[eval]'" in said(capsys, hollow, tasks, f"--tasks={CHOICE}")
+    monkeypatch.setattr(benchmarks, "version", lambda name: "0.4.9.1")
+    error = said(capsys, hollow, tasks, f"--tasks={CHOICE}")
+    assert "need lm-eval 0.4.13 or newer, and 0.4.9.1 is installed: pip install 'mice_jax[eval]'" in error
+
+
+def test_a_task_that_is_asked_in_two_ways_is_refused_with_both(
+    hollow: Path, tasks: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = (tasks / f"{CHOICE}.yaml").read_text().replace(CHOICE, "mmlu_a")
+    (tmp_path / "mmlu_a.yaml").write_text(text)
+    (tmp_path / "mmlu.yaml").write_text("group: mmlu\ntask: [mmlu_a]\n")
+    error = said(capsys, hollow, tmp_path, "--tasks=mmlu,mmlu_a")
+    assert "the tasks mmlu and mmlu_a both ask mmlu_a, but not alike: with 5 and 0 examples" in error
+    error = said(capsys, hollow, tmp_path, "--tasks=mmlu,mmlu_a", "--num_fewshot=2")
+    assert "model.safetensors" in error or "no weights" in error  # alike, so it comes as far as the weights
+
+
+def test_nltk_s_data_is_asked_for_where_a_task_needs_it_and_it_is_not_there(
+    hollow: Path,
+    tasks: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nltk.data.path", [])
+    text = (tasks / f"{CHOICE}.yaml").read_text().partition("  - metric: acc_norm")[0]
+    (tmp_path / "counting.py").write_text("def judge(doc, results):  # punkt_tab\n    return {'acc': 1.0}\n")
+    (tmp_path / "counting.yaml").write_text(
+        text.replace(CHOICE, "counting") + "process_results: !function counting.judge\n"
+    )
+    assert "which is not here" in (error := said(capsys, hollow, tmp_path, "--tasks=counting"))
+    assert "the task 'counting' counts" in error and "python -m nltk.downloader punkt_tab" in error
 
 
 def test_mmlu_has_five_examples_where_neither_the_task_nor_the_user_says_how_many(tasks: Path, tmp_path: Path) -> None:
@@ -188,7 +265,8 @@ def test_mmlu_has_five_examples_where_neither_the_task_nor_the_user_says_how_man
 
     def shots(group: str, asked: int | None) -> list[int]:
         settings = benchmarks.Settings(num_fewshot=asked)
-        (found,) = benchmarks.load_benchmarks([group], str(tmp_path), settings, make_tokenizer())
+        tokenizer, generation = make_tokenizer(), Generation()
+        (found,) = benchmarks.load_benchmarks([group], str(tmp_path), settings, tokenizer, generation, 512)
         return [t.get_config("num_fewshot") for t in found.tasks.values()]
 
     assert shots("mmlu", None) == [5, 0, 3]
@@ -212,9 +290,30 @@ def test_numbers_without_bounds_are_none_and_errors_no_scores() -> None:
 )
 def test_answers_that_cannot_be_had_as_a_task_wants_them_are_refused(kwargs: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
-        harness._sampling({"until": ["x"], **kwargs})
-    sampling, until = harness._sampling(
-        {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "num_beams": 1}
+        harness.sampling_of({"until": ["x"], **kwargs}, Generation(), 512)
+    sampling, until = harness.sampling_of(
+        {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "num_beams": 1}, Generation(), 512
     )
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, until) == (0.5, 0.9, 256, ["x"])
-    assert harness._sampling({"until": [], "do_sample": False, "temperature": 0.5})[0].temperature == 0
+    greedy = {"until": [], "do_sample": False, "temperature": 0.5}
+    assert harness.sampling_of(greedy, Generation(), 512)[0].temperature == 0
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"top_k": 7}, {"top_p": 0.8, "temperature": 3.0}, {"top_k": 0, "do_sample": True, "top_p": 0.5}]
+)
+@pytest.mark.parametrize("kwargs", [{}, {"top_k": 3}, {"top_p": 0.6}, {"do_sample": False}])
+def test_answers_are_drawn_as_the_harness_s_own_model_would_draw_them(
+    said: dict[str, Any], kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    asked = {"until": [], "do_sample": True, "temperature": 0.7} | kwargs
+    ours, _ = harness.sampling_of(asked, read_generation(tmp_path, {}), 512)
+    # What transformers makes of the same file and of the call that the harness's model makes.
+    model = llama()
+    model.generation_config = GenerationConfig.from_pretrained(tmp_path)
+    call = {k: v for k, v in asked.items() if k != "until" and (k != "temperature" or asked["do_sample"])}
+    theirs, _ = model._prepare_generation_config(None, **call)
+    assert ours.temperature == (theirs.temperature if theirs.do_sample else 0)
+    if theirs.do_sample:
+        assert (ours.top_k, ours.top_p) == (theirs.top_k, theirs.top_p)

@@ -7,11 +7,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from lm_eval.utils import handle_non_serializable
 
+from mice_jax import evaluate
 from mice_jax.evals import benchmarks
-from runs import ENVIRONMENT, REPOSITORY, place_flags, read_json, read_metrics, run_export, run_train, setting
-from tasks import CHOICE, WRITTEN, by_us, write_model, write_tasks
+from runs import (
+    ENVIRONMENT,
+    REPOSITORY,
+    arrays,
+    place_flags,
+    read_json,
+    read_metrics,
+    run_export,
+    run_train,
+    run_verb,
+    setting,
+    start_train,
+)
+from tasks import CHOICE, FRAGILE, WRITTEN, by_us, write_fragile, write_tasks
 
 # Sums of float32 log-probabilities over one mesh, or none.
 CLOSE = 1e-4
@@ -62,6 +77,26 @@ def test_a_run_s_scores_are_those_of_its_checkpoints_and_of_its_export(
     word = f"best {best[brier]:.4f} at step {best['step']}, reached after {before} to {best['samples']} samples"
     assert word in said
 
+    # MT-Bench's judge may have given a checkpoint no score: it is no measurement.
+    files = {name: (run / name).read_text() for name in ("eval_scores.jsonl", "eval_directions.json")}
+    assert json.loads(files["eval_directions.json"]) == {
+        f"{CHOICE}/acc": "max", f"{CHOICE}/acc_norm": "max", f"{CHOICE}/brier_score": "min",
+        f"{WRITTEN}/exact_match": "max", f"{WRITTEN}/exact_match,first-word": "max",
+    }  # fmt: skip
+    judged = {
+        step: {
+            "results": {"mt_bench": {"score,none": score}},
+            "higher_is_better": {"mt_bench": {"score": True}},
+        }
+        for step, score in {2: None, 4: None, 5: 7.5}.items()
+    }
+    said, _ = evaluate._curve(run, judged)
+    assert said == ["mt_bench/score: best 7.5000 at step 5, reached after 0 to 40 samples (checkpoints tell no more)"]
+    said, _ = evaluate._curve(run, judged | {2: judged[5], 5: judged[4]})
+    assert "at step 2, reached after 0 to 16 samples" in said[0]
+    for name, text in files.items():
+        (run / name).write_text(text)
+
     # What was scored is not scored again, and what was not is.
     monkeypatch.setattr(benchmarks, "score", None)
     assert by_us(run, tasks, tmp_path / "again.json", CHOICE, WRITTEN, flags=("--all_checkpoints",)) == curve
@@ -73,6 +108,14 @@ def test_a_run_s_scores_are_those_of_its_checkpoints_and_of_its_export(
         by_us(run, tasks, tmp_path / "other.json", CHOICE, WRITTEN)
 
 
+def test_results_are_written_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"a": np.float32(0.5), "b": np.bool_(True), "c": {3}, "d": [np.int64(7)], "e": Path("x")}
+    wanted = json.loads(json.dumps(values, default=handle_non_serializable))
+    for name in [n for n in sys.modules if n.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert json.loads(evaluate._text(values)) == wanted == {"a": 0.5, "b": True, "c": [3], "d": [7], "e": "x"}
+
+
 def test_a_run_chooses_only_by_metrics_that_its_tasks_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = write_tasks(tmp_path / "tasks", documents=4)
     wrong = body(tasks, CHOICE).replace("brier_score", "brier")
@@ -82,12 +125,110 @@ def test_a_run_chooses_only_by_metrics_that_its_tasks_have(tmp_path: Path, capsy
     assert "there is no task 'barn_choise'; the nearest are" in capsys.readouterr().err
 
 
+def test_a_task_that_cannot_be_scored_ends_a_run_with_its_step_saved_and_the_run_goes_on_from_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = write_tasks(tmp_path / "tasks", documents=4, longest=10)
+    broken = write_fragile(tasks)
+    how = f"""
+c.eval.tasks = ["{CHOICE}", "{FRAGILE}"]
+c.eval.include_path = "{tasks}"
+c.eval.every_samples = 16
+"""
+    config, run = setting(tmp_path, how), tmp_path / "run"
+    assert run_train(config, tmp_path / "whole") == 0
+
+    def ends_at(step: int) -> None:
+        broken.touch()
+        assert run_train(config, run) == 2
+        error = capsys.readouterr().err
+        assert error.count("error:") == 1 and "Traceback" not in error
+        assert f"the task '{FRAGILE}' cannot be scored: its own code raises KeyError, 'a column of" in error
+        assert f"saved in {run / 'checkpoints' / str(step)}, without" in error
+        assert read_json(run, "summary.json") | {"status": "failed", "step": step} == read_json(run, "summary.json")
+        found = scores_of(read_metrics(run)[-1], "eval/")
+        assert f"{CHOICE}/acc" in found and f"{FRAGILE}/acc" not in found  # what was found before is kept
+        broken.unlink()
+
+    ends_at(2)
+    assert (run / "checkpoints" / "2").is_dir()
+    ends_at(4)  # it has gone on from 2
+    assert run_train(config, run) == 0
+    assert [r["step"] for r in read_metrics(run)] == [1, 2, 3, 4, 5]
+    assert f"{FRAGILE}/acc" in scores_of(read_metrics(run)[-1], "eval/")
+    left, right = arrays(run, 5), arrays(tmp_path / "whole", 5)
+    assert all(left[name].tobytes() == right[name].tobytes() for name in right)
+
+    broken.touch()
+    assert run_verb(evaluate.main, [f"--model={run}", f"--include_path={tasks}", f"--tasks={FRAGILE}",
+                                    f"--output={tmp_path / 'x.json'}"]) == 2  # fmt: skip
+    assert f"the task '{FRAGILE}' cannot be scored" in capsys.readouterr().err
+
+
+def test_what_a_task_wants_and_cannot_have_is_said_before_a_run_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = write_tasks(tmp_path / "tasks", documents=4)
+    file, text = tasks / f"{WRITTEN}.yaml", (tasks / f"{WRITTEN}.yaml").read_text()
+    for i, (wish, words) in enumerate(
+        [
+            ("max_gen_toks: 2048", "asks for answers of max_gen_toks=2048 tokens, which leave no room"),
+            ("num_beams: 3", "num_beams=3, which is not honoured"),
+        ]
+    ):
+        file.write_text(text.replace("max_gen_toks: 24", wish))
+        assert run_train(setting(tmp_path / str(i), body(tasks, CHOICE, WRITTEN)), tmp_path / "run") == 2
+        error = capsys.readouterr().err
+        assert f"the task '{WRITTEN}': it" in error and words in error
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+CHAT = """
+c.eval.num_fewshot, c.eval.limit, c.eval.apply_chat_template, c.eval.system_instruction = 2, 5, True, "Be a mouse."
+c.mesh = Mesh(data=2, fsdp=2, tensor=2)
+one, two = c.data.phases[0], Phase(name="second", seed_from="best", sources=c.data.phases[0].sources)
+c.data.phases = [one, two]
+c.checkpoint.every_samples, c.checkpoint.keep_last = 24, 1
+c.checkpoint.best_mode = "max"  # of a score that training lowers, so that the best is neither the last nor a saved one
+"""
+
+
+@pytest.mark.slow
+def test_what_is_kept_and_gone_on_with_is_the_best_by_a_task_whatever_the_cadences_and_is_what_the_export_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a mesh with a tensor axis, with examples and a system message in a chat template."""
+    tasks, run, metric = write_tasks(tmp_path / "tasks", documents=8, longest=30), tmp_path / "run", "brier_score"
+    assert run_train(setting(tmp_path, body(tasks, CHOICE) + CHAT), run) == 0
+    said = capsys.readouterr().out
+    found = {r["step"]: r.get(f"eval/{CHOICE}/{metric}") for r in read_metrics(run)}
+    saved = [3, 5, 6, 9, 10]  # at 24, 48 and 72 samples, at the end of the first phase, and at the end
+    assert [step for step, value in found.items() if value is not None] == [2, 3, 4, 5, 6, 8, 9, 10]
+    known = {step: value for step, value in found.items() if value is not None}
+    seed, best = (max(steps, key=lambda s: known[s]) for steps in ([3, 5], saved))
+    assert f"the phase 'second' starts from step {seed}, the best of 'stacked'" in said
+    assert len(set(known.values())) == len(known) and max(known, key=lambda s: known[s]) == 2 and seed == 3
+    assert {int(p.name) for p in (run / "checkpoints").iterdir()} == {seed, best, 10} != set(saved)
+
+    flags = ("--num_fewshot=2", "--limit=5", "--apply_chat_template", "--system_instruction=Be a mouse.")
+    for step in {seed, best, 10}:
+        assert run_export(run, tmp_path / f"hf{step}", f"--step={step}") == 0
+        exported = by_us(tmp_path / f"hf{step}", tasks, tmp_path / "hf.json", CHOICE, flags=flags)
+        assert benchmarks.scores(exported)[f"{CHOICE}/{metric}"] == pytest.approx(found[step], abs=CLOSE)
+    bare = by_us(tmp_path / "hf10", tasks, tmp_path / "bare.json", CHOICE, flags=flags[:2])
+    assert benchmarks.scores(bare)[f"{CHOICE}/{metric}"] != pytest.approx(found[10], abs=10 * CLOSE)
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
-    tasks = write_tasks(tmp_path / "tasks", documents=8, longest=30)
-    model = write_model(tmp_path / "model", "llama-linear")
-    names = (CHOICE, WRITTEN)
+    tasks, model, names = write_tasks(tmp_path / "tasks", documents=8, longest=30), tmp_path / "run", (CHOICE, WRITTEN)
+    config = setting(tmp_path, body(tasks, *names), samples=16)
+    training = [start_train(config, model, *place, devices=2) for place in place_flags(2)]
+    told = [process.communicate(timeout=500)[0] for process in training]
+    assert [process.returncode for process in training] == [0, 0], told
     alone = by_us(model, tasks, tmp_path / "alone.json", *names)
+    line = scores_of(read_metrics(model)[-1], "eval/")
+    assert benchmarks.scores(alone) == pytest.approx(line, abs=CLOSE) and len(line) == 5
     flags = [f"--model={model}", f"--include_path={tasks}", f"--tasks={','.join(names)}", "--log_samples"]
     environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     environment["MICE_JAX_CACHE"] = str(tmp_path / "another")  # else nothing would be scored again

@@ -126,6 +126,71 @@ def test_what_the_generation_config_names_ends_an_answer(folder: Path, model: Ll
     assert response != whole
 
 
+def test_answers_are_drawn_as_the_folder_says_unless_flags_say_otherwise(
+    folder: Path, model: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, greedy = tmp_path / "own", expected(model, CONVERSATIONS[3])
+    shutil.copytree(folder, own)
+
+    def answer(said: dict[str, Any], *flags: str) -> tuple[str, str]:
+        (own / "generation_config.json").write_text(json.dumps(said))
+        assert run(own, "--prompt=mice", *flags) == 0
+        out, err = capsys.readouterr()
+        return out.removesuffix("\n"), err.replace(f"(cut at max_new_tokens={NUM})\n", "")
+
+    hot = {"do_sample": True, "temperature": 5.0}
+    drawn, told = answer(hot)
+    assert drawn != greedy and told == f"{own}/generation_config.json has temperature=5.0: answers are drawn so, " \
+        "unless flags say otherwise\n"  # fmt: skip
+    assert answer({}, "--temperature=5") == (drawn, "")
+    assert answer(hot, "--temperature=0") == (greedy, "")
+    assert answer(hot | {"top_k": 1})[0] == answer(hot | {"top_p": 1e-6})[0] == greedy
+    assert answer(hot | {"top_k": 1}, "--top_k=0")[0] == drawn
+    assert answer(hot | {"do_sample": False}) == (greedy, "")
+
+    text, told = answer({"repetition_penalty": 1.3, "num_beams": 1, "min_p": None})
+    assert text == greedy and told == (
+        f"warning: {own}/generation_config.json has repetition_penalty=1.3, which is not done here; transformers would "
+        "do it\n"
+    )
+    for wrong, words in (
+        ({"top_p": 2}, "has top_p=2; it must be above 0 and at most 1"),
+        ({"top_k": "many"}, "has top_k='many'; it must be a whole number"),
+        ({"eos_token_id": "end"}, "has eos_token_id='end'; it must be a token id"),
+        ([], "is no JSON object"),
+    ):
+        (own / "generation_config.json").write_text(json.dumps(wrong))
+        assert f"{own}/generation_config.json {words}" in said(capsys, own, "--prompt=mice")
+
+
+def test_an_output_of_other_settings_is_left_alone_and_both_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions, answers = write_jsonl(tmp_path / "q.jsonl", QUESTIONS), tmp_path / "a.jsonl"
+    flags = [f"--input={questions}", f"--output={answers}"]
+    assert run(folder, *flags) == 0
+    whole = answers.read_bytes()
+    begun = b"".join(whole.splitlines(True)[:2])
+    answers.write_bytes(begun)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    llama(other, seed=1, vocab_size=300, initializer_range=0.3)
+    for changed, words in (
+        ([folder, "--temperature=0.5"], "was written with temperature 0.0 (now 0.5). Ask as before"),
+        ([folder, "--system=be kind"], "system None (now 'be kind')"),
+        ([folder, "--stop=x", "--seed=3"], "seed 0 (now 3), stop [] (now ['x'])"),
+        ([other], f"model '{folder}' (now '{other}'), weights '"),
+    ):
+        assert words in said(capsys, changed[0], *flags, *changed[1:])
+        assert answers.read_bytes() == begun
+    moved = tmp_path / "moved"  # the same model at another place
+    shutil.copytree(folder, moved)
+    assert run(moved, *flags) == 0
+    assert answers.read_bytes() == whole
+    (tmp_path / "a.jsonl.settings.json").unlink()
+    assert "a.jsonl.settings.json, which says how the answers" in said(capsys, folder, *flags)
+
+
 def test_a_run_answers_from_its_newest_checkpoint_or_the_one_asked_for(
     folder: Path, model: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

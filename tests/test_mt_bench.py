@@ -1,8 +1,10 @@
 """MT-Bench with made-up questions, judged by a real HTTP server on loopback: slow, wrong or busy, as tests want."""
 
+import dataclasses
 import json
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import pytest
 
-from mice_jax import command, evaluate
+from mice_jax import command, evaluate, generate
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.errors import UserError
 from mice_jax.evals import mt_bench
@@ -21,6 +23,7 @@ from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
 from mice_jax.evals.mt_bench import Settings, read_prompts, read_questions, run
 from mice_jax.evals.sampling import Sampler, Sampling
 from mice_jax.evals.speaking import Message, Speaker, Spoken
+from mice_jax.generation import Generation
 from models import llama, load, mesh_of
 from runs import make_tokenizer, run_verb, write_jsonl
 
@@ -70,6 +73,7 @@ class Server:
         self.asked: list[dict[str, Any]] = []
         self.times: dict[str, list[float]] = {}  # when, by the last message
         self.reply: Callable[[str, int], Reply] = lambda prompt, nth: says("Good. [[7]]")
+        self.judges: Callable[[dict[str, Any]], Reply] | None = None  # of a whole request; goes before `reply`
         lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
@@ -82,7 +86,7 @@ class Server:
                     times = outer.times.setdefault(prompt, [])
                     times.append(time.monotonic())
                     nth = len(times)
-                reply = outer.reply(prompt, nth)
+                reply = outer.judges(body) if outer.judges else outer.reply(prompt, nth)
                 time.sleep(reply.delay_s)
                 try:
                     self.send_response(reply.status)
@@ -270,8 +274,8 @@ def test_a_run_that_was_cut_short_goes_on_and_ends_with_the_same_file(
         assert run(how, again, "m", file) == whole
         assert file.read_bytes().splitlines(True) == lines
         assert again.asked == [a for i, a in enumerate(answerer.asked) if i >= kept - 1]
-    for change in ({"model": "other"}, {"max_new_tokens": 3}):
-        other = Settings(how.judge, how.questions, how.prompts, 1, change.get("max_new_tokens", 1024))
+    for change in ({"model": "other"}, {"max_new_tokens": 3}, {"system": "Be brief."}, {"top_k": 50}):
+        other = dataclasses.replace(how, **{k: v for k, v in change.items() if k != "model"})
         with pytest.raises(UserError, match=f"another {next(iter(change))} .*Give another --output"):
             run(other, answerer, change.get("model", "m"), file)
     file.write_text('{"some": "thing"}\n')
@@ -294,7 +298,10 @@ def test_a_judge_that_refuses_ends_with_2_before_anything_is_answered(
 ) -> None:
     def said(url: str) -> str:
         define, argv = flags_of(files, f"--judge_url={url}", "--judge_model=j", "--judge_key_env=MICE_JUDGE_KEY")
-        assert command.run("", define, lambda values: mt_bench.settings_of(values) and None, argv) == 2
+        assert (
+            command.run("", define, lambda values: mt_bench.settings_of(values, generation=Generation()) and None, argv)
+            == 2
+        )
         return capsys.readouterr().err
 
     server.reply = lambda prompt, nth: Reply(f"Incorrect API key provided: {KEY}.".encode(), 401)
@@ -321,6 +328,36 @@ def test_a_judge_that_refuses_half_way_ends_the_run_and_what_is_judged_is_kept(
     server.reply = lambda prompt, nth: says("[[5]]")
     assert run(how, Answerer(), "m", file)["judgements"] == 6
     assert len(server.asked) == asked + 4
+
+
+def test_a_judge_that_thinks_before_it_speaks_is_there_all_the_same(
+    server: Server, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    server.reply = lambda prompt, nth: says(None) if "yes" in prompt or "cheese" in prompt else says("[[4]]")
+    how = settings(server, files)
+    how.judge.check()
+    assert server.asked[0]["max_tokens"] == 2048  # a word cut short is refused by some
+    found = run(how, Answerer(), "m", tmp_path / "k.jsonl")
+    assert found["judgements"] == 4 and found["failed_by_reason"] == {"a chat completion without a text": 2}
+    for wrong in (b"{}", b'{"choices": []}', b'{"choices": [{"message": "yes"}]}', b"yes"):
+        server.reply = lambda prompt, nth, wrong=wrong: Reply(wrong)
+        with pytest.raises(UserError, match=r"an answer that is no chat completion\. Nothing was generated yet"):
+            how.judge.check()
+
+
+def test_an_endpoint_that_takes_only_the_newer_name_of_the_longest_answer_is_asked_with_that(
+    server: Server, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    says_no = Reply(b"Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", 400)
+    server.judges = lambda body: says_no if "max_tokens" in body else says("[[4]]")
+    how = settings(server, files)
+    how.judge.check()
+    assert run(how, Answerer(), "m", tmp_path / "k.jsonl")["judgements"] == 6
+    names = ["max_tokens" in a for a in server.asked]
+    assert names == [True] + [False] * 7 and server.asked[1]["max_completion_tokens"] == 2048
+    server.judges = lambda body: Reply(b"max_tokens is too large", 400)  # of both
+    with pytest.raises(UserError, match="status 400, 'max_tokens is too large'"):
+        settings(server, files).judge.check()
 
 
 def test_the_key_is_in_no_file_no_log_and_no_error(
@@ -358,6 +395,13 @@ def test_an_address_or_a_key_that_makes_no_sense_is_refused(
 
 
 # ---------------------------------------------------------------------------------------- files
+def test_a_question_may_hold_any_sign_that_ends_lines_elsewhere(tmp_path: Path) -> None:
+    odd = QUESTIONS[0] | {"turns": ["one\u2028line\x85 and\x0b no more", "Shorter."]}
+    file = tmp_path / "question.jsonl"
+    file.write_text(json.dumps(odd, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert read_questions(file)[0].turns == ("one\u2028line\x85 and\x0b no more", "Shorter.")
+
+
 def test_references_are_read_from_the_folder_beside_the_questions(tmp_path: Path) -> None:
     bare = [{k: v for k, v in q.items() if k != "reference"} for q in QUESTIONS]
     file = write_jsonl(tmp_path / "question.jsonl", bare)
@@ -443,21 +487,56 @@ def test_a_model_answers_both_turns_and_where_it_has_no_room_that_is_counted(
     assert first == alone.text != ""
 
 
+ENDED = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% if m.role == 'assistant' %}END{% else %}<|endoftext|>{% endif %}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
 @pytest.mark.slow
 def test_the_command_grades_a_folder_s_answers_and_writes_them_as_the_harness_would(
-    server: Server, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server,
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "lm_eval"] + ["lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)  # MT-Bench needs no harness
     server.reply = lambda prompt, nth: says(f"[[{score_in(prompt)}]]") if "Q " in prompt else says("yes")
     llama(tmp_path / "m", vocab_size=300, initializer_range=0.3, max_position_embeddings=4096)
-    make_tokenizer().save_pretrained(tmp_path / "m")
+    # A template that ends its turns with a sign that the model writes, which generation_config.json does not name.
+    asked = [f"--model={tmp_path / 'm'}", "--system=Be.", "--max_new_tokens=64", "--prompt=Two mice and two?"]
+    make_tokenizer(ENDED).save_pretrained(tmp_path / "m")
+    assert run_verb(generate.main, asked) == 0
+    whole = capsys.readouterr().out.removesuffix("\n")
+    end = next(sign for sign in whole[8:] if make_tokenizer().tokenize(sign) == [sign] and sign not in whole[:8])
+    make_tokenizer(ENDED.replace("END", end)).save_pretrained(tmp_path / "m")
+    assert run_verb(generate.main, asked) == 0
+    ended = capsys.readouterr().out.removesuffix("\n")
+    assert ended == whole.partition(end)[0]
+
     output = tmp_path / "scores.json"
     _, argv = flags_of(files, f"--judge_url={server.url}", "--judge_model=j", "--judge_key_env=MICE_JUDGE_KEY")
-    argv += [f"--model={tmp_path / 'm'}", "--tasks=mt_bench", f"--output={output}"]
-    assert run_verb(evaluate.main, argv) == 0
+    argv += [f"--model={tmp_path / 'm'}", "--tasks=mt_bench", "--system_instruction=Be."]
+    assert run_verb(evaluate.main, [*argv, f"--output={output}"]) == 0
     found = json.loads(output.read_text())
     assert found["results"]["mt_bench"]["score,none"] == found["mt_bench"]["score"] == 5.5
     assert found["mt_bench"]["judgements"] == 6 and "MT-Bench 5.50" in capsys.readouterr().out
-    asked = len(server.asked)
-    assert run_verb(evaluate.main, argv) == 0  # nothing but the question whether the judge is there
-    assert len(server.asked) == asked + 1 and json.loads(output.read_text())["mt_bench"] == found["mt_bench"]
-    assert run_verb(evaluate.main, [*argv, "--judge_model="]) == 2
+    lines = [json.loads(line) for line in (tmp_path / "scores.mt_bench.jsonl").read_text().splitlines()]
+    first = {"repeat": 0, "question_id": 2, "turn": 1, "answer": ended, "stopped": True}
+    assert first in lines
+    assert lines[0]["settings"].items() >= {"system": "Be.", "top_k": 50, "top_p": 1.0}.items()
+    count = len(server.asked)
+    assert run_verb(evaluate.main, [*argv, f"--output={output}"]) == 0  # only the question whether the judge is there
+    assert len(server.asked) == count + 1 and json.loads(output.read_text())["mt_bench"] == found["mt_bench"]
+
+    # Of three questions one; and what is not for it is refused.
+    assert run_verb(evaluate.main, [*argv, f"--output={tmp_path / 'few.json'}", "--limit=0.3"]) == 0
+    assert json.loads((tmp_path / "few.json").read_text())["mt_bench"]["judgements"] == 2
+    for wrong, words in (
+        ("--judge_model=", "a judge is needed"),
+        ("--num_fewshot=2", "--num_fewshot is for the harness's tasks; mt_bench asks its questions without examples"),
+    ):
+        assert run_verb(evaluate.main, [*argv, f"--output={output}", wrong]) == 2
+        assert words in capsys.readouterr().err

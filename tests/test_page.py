@@ -212,10 +212,16 @@ def test_scores_of_checkpoints_and_published_numbers_are_shown(tmp_path: Path) -
     assert "wiki/word_perplexity" in data["lower"] and "mmlu/acc" not in data["lower"]
 
 
-def test_whether_lower_is_better_is_told_by_the_metric_s_name() -> None:
+def test_whether_lower_is_better_is_told_by_the_run_or_else_by_the_metric_s_name(tmp_path: Path) -> None:
+    made_run(tmp_path / "run", made_config())
+    run = gather.read_run(tmp_path / "run")
     lower = ("eval/loss", "eval/phase/a/loss", "wiki/word_perplexity,none", "pile/bits_per_byte")
-    assert all(map(gather.lower_is_better, lower))
-    assert not any(map(gather.lower_is_better, ("mmlu/acc", "loss_task/acc_norm,none", "gsm8k/exact_match")))
+    assert all(map(run.lower_is_better, lower))
+    assert not any(map(run.lower_is_better, ("mmlu/acc", "loss_task/acc_norm,none", "gsm8k/exact_match", "t/errors")))
+    (tmp_path / "run" / "eval_directions.json").write_text('{"t/errors": "min", "pile/bits_per_byte": "max"}')
+    run = gather.read_run(tmp_path / "run")
+    assert run.lower_is_better("t/errors") and run.lower_is_better("eval/t/errors")
+    assert not run.lower_is_better("pile/bits_per_byte") and run.lower_is_better("eval/loss")
 
 
 # ---------------------------------------------------------------------------------------- torn files
@@ -453,6 +459,9 @@ def test_a_browser_draws_a_run_s_page_on_a_phone_in_the_dark_too(
     browser: Any, tmp_path: Path, width: int, scheme: str
 ) -> None:
     made_run(tmp_path / "run", made_config(), steps=3000, status="stopped", reason="diverged", phase=HOSTILE)
+    scores = [(20, 0.3), (40, None), (60, 0.5), (80, 0.4)]
+    lines = [{"step": s, "samples": 100 * s, "mmlu/acc": a} for s, a in scores]
+    write_jsonl(tmp_path / "run" / "eval_scores.jsonl", lines)
     page.write([tmp_path / "run"], tmp_path / "run.html")
     shown = Shown(browser, tmp_path / "run.html", width, scheme)
     shown.assert_well()
@@ -460,6 +469,7 @@ def test_a_browser_draws_a_run_s_page_on_a_phone_in_the_dark_too(
     lightness = shown.tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
     assert (lightness < 80) == (scheme == "dark")
     text = shown.tab.text_content("main")
+    assert "mmlu/acc0.40.5602,000 to 6,000" in shown.tab.text_content("#best")  # last, best, its step, its samples
     assert "diverged" in shown.tab.text_content("body") and HOSTILE in text and "checkpoint" in text
     assert shown.tab.evaluate("window.hacked") is None
     shown.tab.close()

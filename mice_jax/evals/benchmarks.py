@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -16,7 +17,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mice_jax import __version__
 from mice_jax.errors import UserError, one_line
+from mice_jax.generation import FILE, Generation
 from mice_jax.models.transformer import Params
 
 if TYPE_CHECKING:  # what of the package reads this file alone runs without the harness
@@ -37,8 +40,10 @@ if TYPE_CHECKING:  # what of the package reads this file alone runs without the 
 # Examples in a prompt that a name means to its users, where the harness's own file says none.
 SHOTS = {"mmlu": 5}
 BOOTSTRAP = 100_000  # draws that a standard error is made of, where it has no formula; the harness's own default
+LEAST = (0, 4, 13)  # of the harness's versions: what is used of its inside came with this one
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}  # the harness's own
 NO_FILTER = "none"
+RULES = 2  # how tasks are asked and scored here; with another number, what was scored before is scored anew
 
 Results = dict[str, Any]  # of the harness, as it would write them
 
@@ -73,27 +78,42 @@ class Benchmark:
     groups: "dict[str, Group]"
     fingerprint: str  # of its files, its documents and the settings
 
-    def metric_names(self) -> list[str]:
-        """What `scores` may find in its results."""
-        names = []
+    def writes(self) -> bool:
+        """Whether any of its tasks has the model write answers."""
+        return any(task.OUTPUT_TYPE == "generate_until" for task in self.tasks.values())
+
+    def metrics(self) -> dict[str, bool]:
+        """What `scores` may find in its results, and whether higher is better; true where the harness does not say."""
+        found = {}
         for task in self.tasks.values():
-            filters = [f.name for f in task._filters]
-            names += [_name(task.task_name, m, f) for m in task.aggregation() or () for f in filters]
+            better = task.higher_is_better() or {}
+            for metric in task.aggregation() or ():
+                found |= {_name(task.task_name, metric, f.name): better.get(metric) is not False for f in task._filters}
         for group in self.groups.values():
-            filters = sorted({f.name for t in group.get_all_tasks() for f in t._filters})
-            metrics = [a.metric for a in group.aggregate_metric_list or []]
-            names += [_name(group.name, m, f) for m in metrics for f in filters]
-        return names
+            members = group.get_all_tasks()
+            filters = sorted({f.name for t in members for f in t._filters})
+            for metric in (a.metric for a in group.aggregate_metric_list or ()):
+                higher = all((t.higher_is_better() or {}).get(metric) is not False for t in members)
+                found |= {_name(group.name, metric, f): higher for f in filters}
+        return found
 
 
 def load_benchmarks(
-    names: Sequence[str], include_path: str, settings: Settings, tokenizer: PreTrainedTokenizerBase
+    names: Sequence[str],
+    include_path: str,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: Generation,
+    positions: int,
 ) -> list[Benchmark]:
-    """The benchmarks of these names, with their documents; UserError where one cannot be had."""
+    """The benchmarks of these names, with their documents; UserError where one cannot be had, or asked of the model.
+
+    Args:
+      generation, positions: the model's.
+    """
     if not names:
         return []
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("benchmarks need the package lm-eval: pip install 'mice_jax[eval]'.")
+    _check_harness()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its remarks on its own task files are not the user's
     if settings.apply_chat_template and not tokenizer.chat_template:
         raise UserError(
@@ -108,7 +128,11 @@ def load_benchmarks(
     unknown = [n for n in names if n not in manager.task_index]
     if unknown:
         raise UserError(_unknown(unknown[0], manager, include_path))
-    return [_load(name, manager, include_path, settings) for name in names]
+    asked = [_load(name, manager, include_path, settings) for name in names]
+    for task in (t for benchmark in asked for t in benchmark.tasks.values()):
+        _check_task(task, generation, positions)
+    _check_apart(asked)
+    return asked
 
 
 def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_iters: int = BOOTSTRAP) -> Results:
@@ -118,21 +142,26 @@ def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_i
 
     began = time.time()
     os.environ["DISABLE_MULTIPROC"] = "1"  # a process that is forked while JAX's threads run may hang
-    random.seed(SEEDS["random_seed"])
-    np.random.seed(SEEDS["numpy_seed"])
+    _seed()
     for task in benchmark.tasks.values():
         task.set_fewshot_seed(SEEDS["fewshot_seed"])
     lm.cut, lm.without_system = [], 0
-    results: Any = evaluate(
-        lm,
-        {"tasks": benchmark.tasks, "groups": benchmark.groups},
-        limit=settings.limit,  # type: ignore[arg-type]  # a fraction is taken too
-        bootstrap_iters=bootstrap_iters,
-        log_samples=settings.log_samples,
-        system_instruction=settings.system_instruction,
-        apply_chat_template=settings.apply_chat_template,
-        fewshot_as_multiturn=settings.fewshot_as_multiturn,
-    )
+    try:
+        results: Any = evaluate(
+            lm,
+            {"tasks": benchmark.tasks, "groups": benchmark.groups},
+            limit=settings.limit,  # type: ignore[arg-type]  # a fraction is taken too
+            bootstrap_iters=bootstrap_iters,
+            log_samples=settings.log_samples,
+            system_instruction=settings.system_instruction,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.fewshot_as_multiturn,
+        )
+    except Exception as e:
+        said = _why_not_scored(e, benchmark)
+        if said is None:
+            raise
+        raise UserError(said) from e
     results["config"] = {
         "model": "mice_jax",
         "model_args": None,
@@ -153,9 +182,26 @@ def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_i
         # Ours: how many requests were longer than the model's positions, and lost how many of their first tokens.
         "shortened": {benchmark.name: {"requests": len(lm.cut), "tokens": sum(lm.cut)}},
         "without_system": {benchmark.name: lm.without_system},  # prompts whose template takes no system message
+        "not_followed": {benchmark.name: list(lm.generation.not_followed) if benchmark.writes() else []},
     }
     add_tokenizer_info(results, lm)
     return results
+
+
+def _why_not_scored(error: Exception, benchmark: Benchmark) -> str | None:
+    """What to say of an error out of the harness, with the task that made it; None where it is this package's own."""
+    name, ours = benchmark.name, False
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        ours |= frame.f_globals.get("__name__", "").startswith("mice_jax.") and frame.f_code is not score.__code__
+        name = next((t.task_name for t in benchmark.tasks.values() if t is frame.f_locals.get("self")), name)
+    if isinstance(error, UserError):
+        return f"the task {name!r}: {error}"
+    if ours:
+        return None
+    return (
+        f"the task {name!r} cannot be scored: its own code raises {type(error).__name__}, {one_line(error)}. Mend it, "
+        "or leave the task out."
+    )
 
 
 def merged(results: Sequence[Results]) -> Results:
@@ -193,6 +239,11 @@ def higher_is_better(results: Results) -> dict[str, bool]:
     return found
 
 
+def directions(higher: Mapping[str, bool]) -> dict[str, str]:
+    """As a run's folder keeps them."""
+    return {name: "max" if high else "min" for name, high in higher.items()}
+
+
 def warnings(results: Results, positions: int) -> list[str]:
     """What was not asked as the tasks have it."""
     said = []
@@ -205,6 +256,12 @@ def warnings(results: Results, positions: int) -> list[str]:
     for name, count in results["without_system"].items():
         if count:
             said.append(f"the chat template takes no system message: {count:,} prompts of {name} went without theirs")
+    for name, wishes in results["not_followed"].items():
+        if wishes:
+            said.append(
+                f"the model's {FILE} has {', '.join(wishes)}, which is not done here: transformers would, and answer "
+                f"{name} otherwise"
+            )
     return said
 
 
@@ -230,24 +287,34 @@ class InTraining:
 
             self._lm = MiceLM(*model)
 
-    def measure(self, params: Params, say: Callable[[str], None]) -> dict[str, float | None]:
-        """`eval/<task>/<metric>` of them all; what is to be said of them is said once."""
-        found: dict[str, float | None] = {}
+    def measure(self, params: Params, say: Callable[[str], None]) -> Iterator[dict[str, float | None]]:
+        """`eval/<task>/<metric>` of each benchmark, one after the other; what is to be said of them is said once."""
         if self._lm is None:
-            return found
+            return
         self._lm.params = params
-        for benchmark in self._asked:
-            results = score(self._lm, benchmark, self._settings, bootstrap_iters=0)
-            found |= {f"eval/{name}": value for name, value in scores(results).items()}
-            for warning in warnings(results, self._lm.max_length):
-                if warning not in self._told:
-                    say(f"warning: {warning}")
-                    self._told.add(warning)
-        self._lm.params = None  # the next step gives their memory away
-        return found
+        try:
+            for benchmark in self._asked:
+                results = score(self._lm, benchmark, self._settings, bootstrap_iters=0)
+                yield {f"eval/{name}": value for name, value in scores(results).items()}
+                for warning in warnings(results, self._lm.max_length):
+                    if warning not in self._told:
+                        say(f"warning: {warning}")
+                        self._told.add(warning)
+        finally:
+            self._lm.params = None  # the next step gives their memory away
 
 
 # ---------------------------------------------------------------------------------------- finding and loading
+def _check_harness() -> None:
+    """UserError where lm-eval is missing or too old."""
+    mend = "pip install 'mice_jax[eval]'"
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"benchmarks need the package lm-eval: {mend}.")
+    there, least = version("lm_eval"), ".".join(map(str, LEAST))
+    if tuple(int(n) for n in re.findall(r"\d+", there)[:3]) < LEAST:
+        raise UserError(f"benchmarks need lm-eval {least} or newer, and {there} is installed: {mend}.")
+
+
 def _manager(names: Sequence[str], include_path: str) -> Any:
     """The harness's index of tasks: of the folder's alone where that is enough, since reading its own takes seconds."""
     from lm_eval.tasks import TaskManager
@@ -280,6 +347,7 @@ def _unknown(name: str, manager: Any, include_path: str) -> str:
 
 
 def _load(name: str, manager: Any, include_path: str, settings: Settings) -> Benchmark:
+    _seed()  # tasks may shuffle as they load: GPQA does its options
     try:
         loaded = manager.load([name])
         tasks, groups = loaded["tasks"], loaded["groups"]
@@ -290,12 +358,63 @@ def _load(name: str, manager: Any, include_path: str, settings: Settings) -> Ben
         raise UserError(f"the task {name!r} cannot be loaded: {_reason(e)}") from e
     if not tasks:
         raise UserError(f"the group {name!r} has no task.")
-    for task in tasks.values():
-        if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(f"the task {task.task_name!r} runs code that the model writes, which is not done here.")
-        if getattr(task, "MULTIMODAL", False):
-            raise UserError(f"the task {task.task_name!r} shows more than text, which no model here can see.")
     return Benchmark(name, tasks, groups, fingerprint)
+
+
+def _check_task(task: "Task", generation: Generation, positions: int) -> None:
+    """UserError where a task wants what there is not, before anything is computed for it."""
+    from mice_jax.evals.harness import sampling_of
+
+    if getattr(task, "UNSAFE_CODE", False):
+        raise UserError(f"the task {task.task_name!r} runs code that the model writes, which is not done here.")
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"the task {task.task_name!r} shows more than text, which no model here can see.")
+    if task.OUTPUT_TYPE == "generate_until":
+        try:
+            sampling_of(task.get_config("generation_kwargs") or {}, generation, positions)
+        except UserError as e:
+            raise UserError(f"the task {task.task_name!r}: {e}") from None
+    if _counts_sentences(task) and not _has_punkt():
+        raise UserError(
+            f"the task {task.task_name!r} counts sentences with nltk's data punkt_tab, which is not here and could not "
+            "be fetched: python -m nltk.downloader punkt_tab (on a machine with network; NLTK_DATA says where it lies)."
+        )
+
+
+def _counts_sentences(task: "Task") -> bool:
+    """Whether a task is scored by code, as IFEval's, that names nltk's data and goes on where it cannot fetch it."""
+    scores_by = task.get_config("process_results")
+    if not inspect.isfunction(scores_by):
+        return False
+    beside = Path(inspect.getfile(scores_by)).parent.glob("*.py")
+    return any("punkt_tab" in file.read_text(errors="replace") for file in beside)
+
+
+def _has_punkt() -> bool:
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
+
+
+def _check_apart(asked: Sequence[Benchmark]) -> None:
+    """UserError where two benchmarks ask one task in two ways: results are kept by the task's name."""
+    for a, b in itertools.combinations(asked, 2):
+        for name in sorted(a.tasks.keys() & b.tasks.keys()):
+            if _text(a.tasks[name].dump_config()) != _text(b.tasks[name].dump_config()):
+                shots = [x.tasks[name].get_config("num_fewshot") for x in (a, b)]
+                raise UserError(
+                    f"the tasks {a.name} and {b.name} both ask {name}, but not alike: with {shots[0]} and {shots[1]} "
+                    "examples in a prompt. Score them by two commands, or give num_fewshot."
+                )
+
+
+def _seed() -> None:
+    random.seed(SEEDS["random_seed"])
+    np.random.seed(SEEDS["numpy_seed"])
 
 
 def _set_shots(task: "Task", asked: int | None, usual: int) -> None:
@@ -319,12 +438,15 @@ def _reason(error: Exception) -> str:
 
 
 def _package_of(module: str) -> str:
-    """What to install for a module: the harness's own extra, where it has one."""
+    """What to install for a module: the harness's own extra, where it has one of that name, or that begins with it."""
+    extras: dict[str, str] = {}
     for requirement in requires("lm_eval") or []:
-        found = re.match(r"([\w.-]+).*;\s*extra == [\"']([\w-]+)[\"']", requirement)
-        if found and f"{found[1]}_".lower().replace("-", "_").startswith(f"{module}_".lower()):
-            return f"lm-eval[{found[2]}]"
-    return module
+        if found := re.match(r"([\w.-]+).*;\s*extra == [\"']([\w-]+)[\"']", requirement):
+            extras.setdefault(found[1].lower().replace("-", "_"), found[2])
+    wanted = module.lower()
+    near = [extra for package, extra in extras.items() if package.startswith(f"{wanted}_")]
+    extra = extras.get(wanted, near[0] if near else None)
+    return f"lm-eval[{extra}]" if extra else module
 
 
 def _fingerprint(name: str, tasks: "dict[str, Task]", include_path: str, settings: Settings) -> str:
@@ -332,9 +454,9 @@ def _fingerprint(name: str, tasks: "dict[str, Task]", include_path: str, setting
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
-        digest.update(json.dumps(value, sort_keys=True, default=_described).encode())
+        digest.update(_text(value).encode())
 
-    add([__version__, version("lm_eval"), name, dataclasses.asdict(settings)])
+    add([RULES, __version__, version("lm_eval"), name, dataclasses.asdict(settings)])
     for task in tasks.values():
         add(task.dump_config())
         for doc in task.eval_docs:
@@ -346,6 +468,10 @@ def _fingerprint(name: str, tasks: "dict[str, Task]", include_path: str, setting
         if file.suffix in (".py", ".yaml"):
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=_described)
 
 
 def _described(value: Any) -> str:

@@ -24,11 +24,12 @@ from mice_jax.errors import UserError
 from mice_jax.evals.sampling import Sampler, Sampling
 from mice_jax.evals.scoring import Scorer
 from mice_jax.evals.trees import Request
+from mice_jax.generation import NEUTRAL, TOP_K, Generation, not_neutral
 from mice_jax.models.transformer import Decoder, Params
 
 MAX_GEN_TOKS = 256  # of a task that does not say; the harness's own default
 SHOWN = 60  # characters of a text that an error quotes
-KNOWN_KWARGS = {"do_sample", "temperature", "top_p", "top_k", "num_beams"}
+KNOWN_KWARGS = ("do_sample", "temperature", "top_p", "top_k")
 
 Tokens = tuple[Any, list[int], list[int]]  # whatever it came from, and the ids of context and continuation
 
@@ -42,12 +43,13 @@ class MiceLM(TemplateLM):
         mesh: Mesh,
         dtype: Any,
         tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Sequence[int],
+        generation: Generation,
         *,
         batch_size: int = 16,
         watch: Callable[[str, int, int], None] = lambda what, done, total: None,
     ):
         """Args:
+        generation: how the model is to answer, where a task does not say.
         batch_size: of answers that are written at once.
         watch: told what is done, of how many requests, of all of them.
         """
@@ -59,7 +61,8 @@ class MiceLM(TemplateLM):
         self.without_system = 0  # conversations whose system message the chat template does not take
         self._max_length, self._mesh, self._watch = decoder.spec.max_positions, mesh, watch
         self._scorer, self._sampler = Scorer(decoder, mesh, dtype), Sampler(decoder, dtype)
-        self._stop_ids = {*stop_ids, *([] if self.eot_token_id is None else [self.eot_token_id])}
+        self.generation = generation
+        self._stop_ids = {*generation.stop_ids, *([] if self.eot_token_id is None else [self.eot_token_id])}
         self._begins: str = self.tokenizer.decode(self.prefix_token_id)
 
     # ---- What the harness asks about the model ------------------------------------------------------------------
@@ -175,15 +178,10 @@ class MiceLM(TemplateLM):
 
     def _answers(self, contexts: Sequence[str], kwargs: dict[str, Any]) -> Any:
         """Each context's answer, up to whatever ends it."""
-        sampling, until = _sampling(kwargs)
+        sampling, until = sampling_of(kwargs, self.generation, self.max_length)
         eos = None if self.eot_token_id is None else self._text([self.eot_token_id], False)
         until = handle_stop_sequences(until, eos)
         room = self.max_length - sampling.max_new_tokens
-        if room < 1:
-            raise UserError(
-                f"a task asks for answers of max_gen_toks={sampling.max_new_tokens} tokens, which leave no room for a "
-                f"question in the model's {self.max_length} positions. Lower it in the task's generation_kwargs."
-            )
         bos = self.tokenizer.bos_token
         prompts = []
         for context in contexts:
@@ -217,21 +215,34 @@ def _pair(request: Instance) -> tuple[Any, Any]:
     return first, second
 
 
-def _sampling(kwargs: dict[str, Any]) -> tuple[Sampling, list[str]]:
-    """How a task wants its answers, and what ends them; UserError where it wants what there is not."""
+def sampling_of(kwargs: dict[str, Any], generation: Generation, positions: int) -> tuple[Sampling, list[str]]:
+    """How a task wants its answers, and what ends them; UserError where it wants what there is not.
+
+    As in the harness's `hf` model, whose temperature is the task's alone, and whose top_k and top_p are the task's,
+    else those of generation_config.json, else transformers' own.
+    """
     how: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, MAX_GEN_TOKS))
     until, longest = how.pop("until"), how.pop("max_gen_toks")
-    unknown = sorted(how.keys() - KNOWN_KWARGS)
-    if unknown or how.get("num_beams", 1) != 1:
-        what = ", ".join(f"{k}={how[k]!r}" for k in unknown or ["num_beams"])
+    unknown = {k: v for k, v in how.items() if k not in (*KNOWN_KWARGS, *NEUTRAL)}
+    wrong = [f"{k}={v!r}" for k, v in unknown.items()] + list(not_neutral(how))
+    if wrong:
         raise UserError(
-            f"a task's generation_kwargs have {what}, which is not honoured here: there are max_gen_toks, until, "
-            "do_sample, temperature, top_p and top_k."
+            f"its generation_kwargs have {', '.join(wrong)}, which is not honoured here: there are max_gen_toks, "
+            "until, do_sample, temperature, top_p and top_k."
         )
-    temperature = float(how.get("temperature", 0.0)) if how["do_sample"] else 0.0
-    if how["do_sample"] and not temperature:
-        raise UserError("a task's generation_kwargs have do_sample=True without a temperature above 0; give one.")
-    return Sampling(longest, temperature, float(how.get("top_p", 1.0)), int(how.get("top_k", 0)), seed=1234), until
+    if positions <= longest:
+        raise UserError(
+            f"it asks for answers of max_gen_toks={longest} tokens, which leave no room for a question in the model's "
+            f"{positions} positions. Lower it in the task's generation_kwargs."
+        )
+    if not how["do_sample"]:
+        return Sampling(longest), until
+    temperature = float(how.get("temperature", 0.0))
+    if not temperature:
+        raise UserError("its generation_kwargs have do_sample=True without a temperature above 0; give one.")
+    top_p = how.get("top_p", 1.0 if generation.top_p is None else generation.top_p)
+    top_k = how.get("top_k", TOP_K if generation.top_k is None else generation.top_k)
+    return Sampling(longest, temperature, float(top_p), int(top_k), seed=1234), until
 
 
 def _end(text: str) -> str:

@@ -19,6 +19,7 @@ RETRIED = (408, 429, 500, 502, 503, 504)
 REFUSED = (401, 403, 404)  # a key, a model or an address that is wrong: no other question fares better
 SCORE = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")  # what MT-Bench's prompts ask for
 LEAST, MOST = 1, 10
+LIMITS = ("max_tokens", "max_completion_tokens")  # names of the longest answer; newer endpoints take the second alone
 SHOWN = 200  # characters of an endpoint's word that an error quotes
 
 
@@ -39,15 +40,17 @@ class Judge:
     max_tokens: int = 2048
     parallel: int = 8  # questions that are asked at once
     _pool: urllib3.PoolManager = dataclasses.field(init=False, repr=False, compare=False)
+    _limit: list[str] = dataclasses.field(init=False, repr=False, compare=False)  # the one that the endpoint takes
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_pool", urllib3.PoolManager(maxsize=self.parallel))
+        object.__setattr__(self, "_limit", [LIMITS[0]])
 
     def check(self) -> None:
-        """One short question; UserError where the endpoint cannot be reached or refuses."""
+        """One short question, asked as judgements are; UserError where the endpoint cannot be reached or refuses."""
         try:
             retries = urllib3.Retry(min(self.retries, 2), connect=0, **self._patience())
-            self._ask([{"role": "user", "content": "Say yes."}], 1, retries)
+            self._ask([{"role": "user", "content": "Say yes."}], retries)
         except Unusable as e:
             raise UserError(f"--judge_url={self.url}: {e}. Nothing was generated yet.") from None
 
@@ -55,7 +58,10 @@ class Judge:
         """What the judge says; Unusable where it says nothing, UserError where it refuses whatever is asked."""
         said = [{"role": "system", "content": system}] if system else []
         retries = urllib3.Retry(self.retries, **self._patience())
-        return self._ask([*said, {"role": "user", "content": prompt}], self.max_tokens, retries)
+        content = self._ask([*said, {"role": "user", "content": prompt}], retries).get("content")
+        if not isinstance(content, str):  # one that thinks may have come to no word
+            raise Unusable("a chat completion without a text")
+        return content
 
     def _patience(self) -> dict[str, Any]:
         return {
@@ -69,13 +75,27 @@ class Judge:
             "raise_on_status": False,
         }
 
-    def _ask(self, messages: list[dict[str, str]], max_tokens: int, retries: urllib3.Retry) -> str:
+    def _ask(self, messages: list[dict[str, str]], retries: urllib3.Retry) -> dict[str, Any]:
+        """The message that is answered."""
+        limit = self._limit[0]
+        answer = self._post(messages, limit, retries)
+        if answer.status == 400 and limit == LIMITS[0] and any(name.encode() in answer.data for name in LIMITS):
+            other = self._post(messages, LIMITS[1], retries)
+            if other.status != 400:  # else it minds something else
+                self._limit[0], answer = LIMITS[1], other
+        if answer.status in REFUSED:
+            raise UserError(f"--judge_url={self.url} refuses: {self._status(answer)}")
+        if answer.status != 200:
+            raise Unusable(self._status(answer))
+        return _message(answer.data)
+
+    def _post(self, messages: list[dict[str, str]], limit: str, retries: urllib3.Retry) -> Any:
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        asked = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": max_tokens}
+        asked = {"model": self.model, "messages": messages, "temperature": 0, limit: self.max_tokens}
         try:
-            answer = self._pool.request(
+            return self._pool.request(
                 "POST",
                 f"{self.url}/chat/completions",
                 body=json.dumps(asked),
@@ -86,11 +106,6 @@ class Judge:
         except urllib3.exceptions.HTTPError as e:
             cause = e.reason if isinstance(e, urllib3.exceptions.MaxRetryError) and e.reason else e
             raise Unusable(self._cleared(f"no answer: {type(cause).__name__}, {one_line(cause)}")) from None
-        if answer.status in REFUSED:
-            raise UserError(f"--judge_url={self.url} refuses: {self._status(answer)}")
-        if answer.status != 200:
-            raise Unusable(self._status(answer))
-        return _content(answer.data)
 
     def _status(self, answer: Any) -> str:
         text = " ".join(answer.data.decode("utf-8", "replace").split())
@@ -126,11 +141,11 @@ def score_of(said: str) -> float:
     return score
 
 
-def _content(data: bytes) -> str:
+def _message(data: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(data)["choices"][0]["message"]["content"]
+        message = json.loads(data)["choices"][0]["message"]
     except (ValueError, LookupError, TypeError):
-        raise Unusable("an answer that is no chat completion") from None
-    if not isinstance(content, str):
-        raise Unusable("a chat completion without a text")
-    return content
+        message = None
+    if not isinstance(message, dict):
+        raise Unusable("an answer that is no chat completion")
+    return message

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import statistics
 import threading
 from collections import Counter
@@ -25,6 +26,7 @@ from mice_jax.errors import UserError
 from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
 from mice_jax.evals.sampling import Sampling
 from mice_jax.evals.speaking import Message, Spoken
+from mice_jax.generation import TOP_K, Generation
 
 NAME = "mt_bench"  # among the tasks of `evaluate`
 TURNS = (1, 2)
@@ -71,13 +73,17 @@ class Settings:
     prompts: dict[str, Prompt]
     repeats: int
     max_new_tokens: int = MAX_NEW_TOKENS
+    system: str | None = None  # what each conversation begins with
+    top_p: float = 1.0  # where answers are drawn, as their category has it
+    top_k: int = 0
 
     def describe(self, model: str) -> dict[str, Any]:
         """What answers and judgements depend on; `model` tells one from another."""
         content = [[dataclasses.asdict(q) for q in self.questions], {k: vars(p) for k, p in self.prompts.items()}]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         judge = {"judge_url": self.judge.url, "judge_model": self.judge.model}
-        return {"model": model, **judge, "files": digest, "max_new_tokens": self.max_new_tokens}
+        how = {name: getattr(self, name) for name in ("max_new_tokens", "system", "top_p", "top_k")}
+        return {"model": model, **judge, "files": digest, **how}
 
 
 # ---------------------------------------------------------------------------------------- what is asked
@@ -94,15 +100,26 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("repeats", 1, "mt_bench: how often all is answered and judged (1)", flag_values=values)
 
 
-def settings_of(values: flags.FlagValues) -> Settings:
-    """What flags ask for, with files read and the judge tried: what is wrong is said before anything is computed."""
+def settings_of(
+    values: flags.FlagValues, *, limit: float | None = None, system: str | None = None, generation: Generation
+) -> Settings:
+    """What flags ask for, with files read and the judge tried: what is wrong is said before anything is computed.
+
+    Args:
+      limit: of the questions only so many, or below 1 that fraction.
+      generation: the model's; draws are made as transformers makes them, with which FastChat answers.
+    """
     if values.repeats < 1:
         raise UserError(f"--repeats={values.repeats} must be at least 1.")
     judge = make_judge(values.judge_url, values.judge_model, values.judge_key_env)
     questions = read_questions(_file("questions", values.questions, "mt_bench/question.jsonl"))
     prompts = read_prompts(_file("judge_prompts", values.judge_prompts, "judge_prompts.jsonl"))
     judge.check()
-    return Settings(judge, questions, prompts, values.repeats)
+    if limit is not None:
+        questions = questions[: math.ceil(limit * len(questions)) if limit < 1 else int(limit)]
+    top_p = 1.0 if generation.top_p is None else generation.top_p
+    top_k = TOP_K if generation.top_k is None else generation.top_k
+    return Settings(judge, questions, prompts, values.repeats, system=system, top_p=top_p, top_k=top_k)
 
 
 def read_questions(file: Path) -> tuple[Question, ...]:
@@ -188,7 +205,7 @@ def _file(flag: str, given: str | None, inside: str) -> Path:
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{file} cannot be read: {e}.") from None
     for number, line in enumerate(lines, 1):
@@ -291,8 +308,8 @@ def _answer(settings: Settings, answerer: Answerer, kept: Kept, watch: Watch) ->
                     and (repeat, q.id, turn) not in kept.answers
                     and (repeat, q.id, 1) not in unanswered
                 ]
-                asked = [_conversation(q, turn, kept.answers.get((repeat, q.id, 1))) for q in missing]
-                sampling = Sampling(settings.max_new_tokens, temperature, seed=repeat)
+                asked = [_conversation(settings, q, turn, kept.answers.get((repeat, q.id, 1))) for q in missing]
+                sampling = Sampling(settings.max_new_tokens, temperature, settings.top_p, settings.top_k, seed=repeat)
                 numbers = [len(TURNS) * q.id + turn for q in missing]
                 for q, answer in zip(missing, answerer(asked, sampling, numbers), strict=True):
                     if answer is None:
@@ -303,8 +320,9 @@ def _answer(settings: Settings, answerer: Answerer, kept: Kept, watch: Watch) ->
     return unanswered
 
 
-def _conversation(question: Question, turn: int, first: Spoken | None) -> list[Message]:
-    asked: list[Message] = [{"role": "user", "content": question.turns[0]}]
+def _conversation(settings: Settings, question: Question, turn: int, first: Spoken | None) -> list[Message]:
+    asked: list[Message] = [] if settings.system is None else [{"role": "system", "content": settings.system}]
+    asked.append({"role": "user", "content": question.turns[0]})
     if turn == 2:
         assert first is not None
         asked += [{"role": "assistant", "content": first.text}, {"role": "user", "content": question.turns[1]}]

@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.json
 
 from mice_jax.lab.dynamics import Columns, Goal
-from mice_jax.workdir import EVENTS, METRICS, SCORES
+from mice_jax.workdir import DIRECTIONS, EVENTS, METRICS, SCORES
 
 RESULTS = "results.csv"
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "mae", "brier_score")  # all else is a score
+# Of names of which a run does not say it, losses and what older runs have; all else is a score.
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "mae", "brier_score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +50,19 @@ class Run:
     data_report: dict[str, Any]
     records: Columns
     evaluations: dict[str, Curve]
+    directions: dict[str, str]
     checkpoints: list[int]
     events: list[dict[str, Any]]
     status: str  # completed | stopped | failed | preempted | unknown, and a trial's: running | waiting
     reason: str
     problems: list[str]
     params: dict[str, Any] = dataclasses.field(default_factory=dict)  # of a trial: its value on every axis, and seed
+
+    def lower_is_better(self, name: str) -> bool:
+        """Of an evaluation, as the run says; where it does not, by the name."""
+        said = self.directions.get(name.removeprefix("eval/"))
+        guess = name.rpartition("/")[2].partition(",")[0].endswith(LOWER_IS_BETTER)
+        return guess if said is None else said == "min"
 
     def last(self, name: str) -> float | None:
         values = self.records.columns.get(name, np.zeros(0))
@@ -74,10 +82,6 @@ class Sweep:
     goal: Goal
     stop: str  # the rule among siblings, as the sweep's file names it; "" = none
     problems: list[str]
-
-
-def lower_is_better(name: str) -> bool:
-    return name.rpartition("/")[2].partition(",")[0].endswith(LOWER_IS_BETTER)
 
 
 def is_sweep(folder: Path) -> bool:
@@ -159,9 +163,10 @@ def read_run(folder: Path, name: str = "") -> Run:
     reason = str(summary.get("reason") or "")
     if status == "unknown" and folder.is_dir() and not any("summary.json" in p for p in problems):
         problems.append("it has no summary.json: it is running, or was killed")
+    directions, events = _object(folder / DIRECTIONS, problems), _lines(folder / EVENTS, problems)
     return Run(
-        name or folder.resolve().name, folder, config, summary, data_report, records, evaluations, checkpoints,
-        _lines(folder / EVENTS, problems), status, reason, problems,
+        name or folder.resolve().name, folder, config, summary, data_report, records, evaluations, directions,
+        checkpoints, events, status, reason, problems,
     )  # fmt: skip
 
 

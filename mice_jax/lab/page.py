@@ -135,7 +135,7 @@ def _page(
         "stop": stop,
         "fields": labels,
         "signals": {n: {"title": SIGNALS[n][0], "note": SIGNALS[n][1]} for n in names},
-        "lower": sorted({n for r in runs for n in r.evaluations if gather.lower_is_better(n)}),
+        "lower": sorted({n for r in runs for n in r.evaluations if r.lower_is_better(n)}),
         "runs": rows,
         "saved": _saved(runs),
         "problems": said,

@@ -332,7 +332,7 @@ function columnsOf() {
   columns.push({ key: "tokens_per_s", label: "tokens/s", of: r => r.signals.tokens_per_s, number: true });
   if (runs.some(r => r.evaluations[data.metric]?.[0].length > 1)) {
     columns.push({ key: "best", title: `the best ${data.metric} of the run`, label: `best ${data.metric}`, of: r => bestOf(r, data.metric)?.value, number: true });
-    columns.push({ key: "samples_to_best", label: "samples to it", of: r => bestOf(r, data.metric)?.samples, number: true });
+    columns.push({ key: "samples_to_best", label: "samples to it", title: REACH, of: r => bestOf(r, data.metric)?.samples, number: true, row: r => [reach(bestOf(r, data.metric))] });
   }
   const scores = distinct(runs.flatMap(r => Object.keys(r.evaluations))).filter(n => !n.startsWith("eval/")).slice(0, 12);
   for (const name of scores) columns.push({ key: name, title: `the best ${name} of the run's checkpoints`, of: r => bestOf(r, name)?.value, number: true });
@@ -349,10 +349,16 @@ function bestOf(run, name) {
   const found = run.evaluations[name];
   if (!found) return null;
   const lower = data.lower.includes(name);
-  let at = -1;
-  found[2].forEach((v, i) => { if (v !== null && (at < 0 || (lower ? v < found[2][at] : v > found[2][at]))) at = i; });
-  return at < 0 ? null : { value: found[2][at], step: found[0][at], samples: found[1][at] };
+  let at = -1, before = -1, last = -1;
+  found[2].forEach((v, i) => {
+    if (v === null) return;
+    if (at < 0 || (lower ? v < found[2][at] : v > found[2][at])) [at, before] = [i, last];
+    last = i;
+  });
+  return at < 0 ? null : { value: found[2][at], step: found[0][at], samples: found[1][at], after: before < 0 ? 0 : found[1][before] };
 }
+const REACH = "measured no oftener: it was reached after the first of these, and by the second";
+function reach(best) { return best ? `${short(best.after)} to ${short(best.samples)}` : ""; }
 /** Heads that sort; `rows` are [item, tr], whose items the columns read. */
 function sortable(table, columns, rows, start = null) {
   let by = null, down = false;
@@ -470,11 +476,11 @@ function makeEvaluations() {
   const items = names.map(name => {
     const lower = data.lower.includes(name), all = runs.map(r => ({ run: r, ...bestOf(r, name) })).filter(b => known(b.value));
     const best = all.reduce((p, q) => p && (lower ? p.value <= q.value : p.value >= q.value) ? p : q, null), values = runs[0].evaluations[name]?.[2] ?? [];
-    return best && { name, best: best.value, run: best.run.name, step: best.step, samples: best.samples, last: values[values.length - 1] };
+    return best && { name, best: best.value, run: best.run.name, step: best.step, samples: best.samples, after: best.after, last: values[values.length - 1] };
   }).filter(known);
   const columns = [{ label: "evaluation", of: r => r.name }, ...(alone ? [{ label: "last", of: r => r.last, number: true }] : [{ label: data.kind === "sweep" ? "best trial" : "best run", of: r => r.run }]),
-    { label: "best", of: r => r.best, number: true }, { label: "at step", of: r => r.step, number: true }, { label: "samples to it", of: r => r.samples, number: true }];
-  sortable(byId("best"), columns, items.map(r => [r, el("tr", {}, ...columns.map(c => cell(c, c.of(r))))]));
+    { label: "best", of: r => r.best, number: true }, { label: "at step", of: r => r.step, number: true }, { label: "samples to it", title: REACH, of: r => r.samples, number: true, row: r => [reach(r)] }];
+  sortable(byId("best"), columns, items.map(r => [r, el("tr", {}, ...columns.map(c => c.row ? el("td", { class_: NUMBER }, ...c.row(r)) : cell(c, c.of(r))))]));
 }
 function makeGrid() {
   const fields = Object.keys(data.fields).filter(n => distinct(runs.map(r => r.fields[n])).length > 1);
