@@ -131,9 +131,8 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
         attention = resolve.attention(config, spec, device.platform, capability, recorded)
         encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
         settings = _benchmark_settings(config)
-        generation = Generation(tuple(stop_ids(origin.config, tokenizer)))  # as the run's export will have it
         tasks = benchmarks.load_benchmarks(
-            config.eval.tasks, config.eval.include_path, settings, tokenizer, generation, spec.max_positions
+            config.eval.tasks, config.eval.include_path, settings, tokenizer, Generation(), spec.max_positions
         )
         if lead:
             run.lock(Display(console).say)
@@ -173,6 +172,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
     compute = Compute(jnp.dtype(dtype), attention, remat)
     shapes = microbatch_shapes(config.data.max_length, rows)
 
+    generation = Generation(tuple(stop_ids(origin.config, tokenizer)))  # as the run's export will have it
     exams = benchmarks.InTraining(tasks, settings, decoder, mesh, compute.dtype, tokenizer, generation)
     by_phase = len(config.data.phases) > 1
 
