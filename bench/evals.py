@@ -44,7 +44,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mice_jax import runtime
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.evals.harness import MiceLM
-from mice_jax.generation import Generation
+from mice_jax.generation_config import Generation
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.start import find_origin, load_params

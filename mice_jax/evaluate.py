@@ -38,7 +38,7 @@ from mice_jax.evals import benchmarks, mt_bench
 from mice_jax.evals.benchmarks import Benchmark, Results, Settings
 from mice_jax.evals.sampling import Sampler, cast_params
 from mice_jax.evals.speaking import Speaker
-from mice_jax.generation import Generation
+from mice_jax.generation_config import Generation
 from mice_jax.models.transformer import make_decoder
 from mice_jax.places import Place, write_whole
 from mice_jax.sharding import make_mesh, param_shardings

@@ -30,7 +30,7 @@ from mice_jax.display import Display
 from mice_jax.errors import UserError
 from mice_jax.evals.sampling import Sampler, Sampling, cast_params, check_fits
 from mice_jax.evals.speaking import Message, Speaker
-from mice_jax.generation import FILE, Generation
+from mice_jax.generation_config import FILE, Generation
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import make_decoder
 from mice_jax.places import write_whole

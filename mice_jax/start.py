@@ -21,7 +21,7 @@ from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import file_digests
 from mice_jax.data.store import cache_folder
 from mice_jax.errors import UserError
-from mice_jax.generation import Generation, read_generation, stop_ids_in
+from mice_jax.generation_config import Generation, read_generation, stop_ids_in
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder

@@ -57,7 +57,7 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.display import Display
 from mice_jax.errors import AgreedError, Preempted, StoppedByRule, StoreError, UserError, one_line
 from mice_jax.evals import benchmarks, held_out
-from mice_jax.generation import Generation
+from mice_jax.generation_config import Generation
 from mice_jax.lab.watch import Watch
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from mice_jax import evaluate
 from mice_jax.errors import UserError
 from mice_jax.evals import benchmarks, harness
-from mice_jax.generation import Generation, read_generation
+from mice_jax.generation_config import Generation, read_generation
 from models import llama
 from runs import CHATML, make_tokenizer, run_verb
 from tasks import (

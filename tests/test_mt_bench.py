@@ -23,7 +23,7 @@ from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
 from mice_jax.evals.mt_bench import Settings, read_prompts, read_questions, run
 from mice_jax.evals.sampling import Sampler, Sampling
 from mice_jax.evals.speaking import Message, Speaker, Spoken
-from mice_jax.generation import Generation
+from mice_jax.generation_config import Generation
 from models import llama, load, mesh_of
 from runs import make_tokenizer, run_verb, write_jsonl
 

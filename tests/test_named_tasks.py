@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from mice_jax.evals import benchmarks
 from mice_jax.evals.benchmarks import Settings
-from mice_jax.generation import Generation
+from mice_jax.generation_config import Generation
 from runs import make_tokenizer
 from tasks import assert_same, by_harness, by_us, responses, write_model
 

@@ -24,7 +24,7 @@ from mice_jax.errors import UserError
 from mice_jax.evals.sampling import Sampler, Sampling
 from mice_jax.evals.scoring import Scorer
 from mice_jax.evals.trees import Request
-from mice_jax.generation import NEUTRAL, TOP_K, Generation, not_neutral
+from mice_jax.generation_config import NEUTRAL, TOP_K, Generation, not_neutral
 from mice_jax.models.transformer import Decoder, Params
 
 MAX_GEN_TOKS = 256  # of a task that does not say; the harness's own default

@@ -26,7 +26,7 @@ from mice_jax.errors import UserError
 from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
 from mice_jax.evals.sampling import Sampling
 from mice_jax.evals.speaking import Message, Spoken
-from mice_jax.generation import TOP_K, Generation
+from mice_jax.generation_config import TOP_K, Generation
 
 NAME = "mt_bench"  # among the tasks of `evaluate`
 TURNS = (1, 2)
