@@ -35,6 +35,10 @@ class Generation:
     top_k: int | None = None
     not_followed: tuple[str, ...] = ()  # `field=value`, each that would change an answer
 
+    def leaves(self) -> tuple[float, int]:
+        """top_p and top_k of a draw, transformers' own where the folder does not say."""
+        return 1.0 if self.top_p is None else self.top_p, TOP_K if self.top_k is None else self.top_k
+
 
 def read_generation(folder: Path, config: dict[str, Any]) -> Generation:
     """What a folder's file says, or where it has none its config.json; UserError names the field that is wrong."""

@@ -157,7 +157,7 @@ def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_i
             apply_chat_template=settings.apply_chat_template,
             fewshot_as_multiturn=settings.fewshot_as_multiturn,
         )
-    except Exception as e:
+    except Exception as e:  # a task's own code may raise anything; what is ours is raised on
         said = _why_not_scored(e, benchmark)
         if said is None:
             raise

@@ -24,7 +24,7 @@ from mice_jax.errors import UserError
 from mice_jax.evals.sampling import Sampler, Sampling
 from mice_jax.evals.scoring import Scorer
 from mice_jax.evals.trees import Request
-from mice_jax.generation_config import NEUTRAL, TOP_K, Generation, not_neutral
+from mice_jax.generation_config import NEUTRAL, Generation, not_neutral
 from mice_jax.models.transformer import Decoder, Params
 
 MAX_GEN_TOKS = 256  # of a task that does not say; the harness's own default
@@ -240,9 +240,9 @@ def sampling_of(kwargs: dict[str, Any], generation: Generation, positions: int) 
     temperature = float(how.get("temperature", 0.0))
     if not temperature:
         raise UserError("its generation_kwargs have do_sample=True without a temperature above 0; give one.")
-    top_p = how.get("top_p", 1.0 if generation.top_p is None else generation.top_p)
-    top_k = how.get("top_k", TOP_K if generation.top_k is None else generation.top_k)
-    return Sampling(longest, temperature, float(top_p), int(top_k), seed=1234), until
+    top_p, top_k = generation.leaves()
+    top_p, top_k = float(how.get("top_p", top_p)), int(how.get("top_k", top_k))
+    return Sampling(longest, temperature, top_p, top_k, seed=1234), until
 
 
 def _end(text: str) -> str:

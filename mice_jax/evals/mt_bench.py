@@ -26,7 +26,7 @@ from mice_jax.errors import UserError
 from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
 from mice_jax.evals.sampling import Sampling
 from mice_jax.evals.speaking import Message, Spoken
-from mice_jax.generation_config import TOP_K, Generation
+from mice_jax.generation_config import Generation
 
 NAME = "mt_bench"  # among the tasks of `evaluate`
 TURNS = (1, 2)
@@ -117,8 +117,7 @@ def settings_of(
     judge.check()
     if limit is not None:
         questions = questions[: math.ceil(limit * len(questions)) if limit < 1 else int(limit)]
-    top_p = 1.0 if generation.top_p is None else generation.top_p
-    top_k = TOP_K if generation.top_k is None else generation.top_k
+    top_p, top_k = generation.leaves()
     return Settings(judge, questions, prompts, values.repeats, system=system, top_p=top_p, top_k=top_k)
 
 
