@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from mice_jax.chips import find_chip
 from mice_jax.loss import logit_tokens
+from mice_jax.models.attention import BACKENDS
 from mice_jax.models.transformer import Decoder
 from mice_jax.step import TrainState
 
@@ -73,8 +74,11 @@ def estimate(load: Load, rows: int, remat: str) -> Memory:
         sums=params * load.sums_dtype.itemsize // 4,
         gradients=params,
         cast=params * itemsize // 4 if itemsize < 4 else 0,
-        activations=slots * _kept(load, remat) * itemsize * load.decoder.spec.num_layers,
-        working=max((slots * _working(load) + _gathered(load)) * itemsize, _head(load, rows)),
+        activations=(slots * _kept(load, remat) * itemsize + rows * _row_bytes(load) * (remat == "none"))
+        * load.decoder.spec.num_layers,
+        working=max(
+            (slots * _working(load) + _gathered(load)) * itemsize + rows * _row_bytes(load), _head(load, rows)
+        ),
     )
 
 
@@ -101,10 +105,11 @@ def largest_rows(load: Load, memory: float, remat: str, most: int) -> int:
     return bisect.bisect(range(1, most + 1), USABLE * memory, key=lambda rows: estimate(load, rows, remat).total)
 
 
-def most_rows(platform: str, max_length: int, wanted: float) -> int:
-    """Rows beyond which a microbatch is no faster, or a step (of `wanted` rows a device) has no more."""
-    most = max(1, CPU_SLOTS // max_length) if platform == "cpu" else MOST_ROWS
-    return max(1, min(most, round(wanted)))
+def most_rows(load: Load, platform: str, wanted: float) -> int:
+    """Rows that attention can count, beyond which a microbatch is no faster, or a step (of `wanted`) has no more."""
+    most = max(1, CPU_SLOTS // load.max_length) if platform == "cpu" else MOST_ROWS
+    countable = BACKENDS[load.attention].entries / (load.max_length * _widths(load)[1])
+    return max(1, int(min(most, round(wanted), countable)))
 
 
 def device_memory(device: Any) -> int:
@@ -138,11 +143,12 @@ def _widths(load: Load) -> tuple[int, int, int, int]:
 def _kept(load: Load, remat: str) -> int:
     """Entries a slot that a layer keeps for the backward pass."""
     d, q, k, f = _widths(load)
-    result = q if load.attention in ("blockwise", "pallas") else 0  # attention's, where its name is kept
+    result = q if BACKENDS[load.attention].keeps else 0
+    windows = len(set(load.decoder.spec.windows))  # a branch each: a switch keeps more for several
     return {
         "full": d,  # what went in
         "dots": 2 * d + q + 2 * k + 2 * f + result,  # and what products with weights gave, but the last one
-        "none": 10 * d + 3 * q + 3 * k + 6 * f,
+        "none": 10 * d + 3 * q + 3 * k + 6 * f + (windows - 1) * (q + k),
     }[remat]
 
 
@@ -153,6 +159,12 @@ def _working(load: Load) -> int:
     if load.attention == "reference":  # masks and scores of a row's slots with each other
         entries += 4 * load.max_length * load.decoder.spec.num_heads // load.mesh.shape["tensor"]
     return entries
+
+
+def _row_bytes(load: Load) -> int:
+    """Of one row in one layer, what its attention takes beside entries of the layer's widths."""
+    heads = -(-load.decoder.spec.num_heads // load.mesh.shape["tensor"])
+    return BACKENDS[load.attention].row_bytes(load.max_length, heads)
 
 
 def _gathered(load: Load) -> int:

@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from mice_jax import command, programs
+from mice_jax import command, programs, runtime
 from mice_jax.checkpoint import Checkpoints, pick_step
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
@@ -77,6 +77,7 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 def generate(values: command.Values) -> None:
     # ------------------------------------------------------------------------------------ what is asked
+    runtime.set_flags(deterministic=False)
     origin = find_model(command.required(values, "model"), values.step)
     max_new_tokens = values.max_new_tokens
     if max_new_tokens is None:

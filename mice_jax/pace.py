@@ -12,6 +12,7 @@ import numpy as np
 from mice_jax import fit
 from mice_jax.chips import GPUS_OF_A_HOST, NETWORK_RATE, Chip
 from mice_jax.metrics import train_flops
+from mice_jax.models.attention import BACKENDS
 from mice_jax.sharding import num_shards
 
 PRODUCTS = 0.6  # of a device's peak, in matrix products
@@ -49,7 +50,8 @@ def estimate(load: fit.Load, chip: Chip, rows: int, remat: str, samples: float, 
     slots = share * load.max_length
     products = train_flops(spec, np.array([1.0])) * slots
     attention = (train_flops(spec, np.array([length])) / length - train_flops(spec, np.array([1.0]))) * slots
-    again = {"none": 0.0, "dots": attention / 3, "full": (products + attention) / 3}[remat]
+    dots = 0.0 if BACKENDS[load.attention].keeps else attention / 3
+    again = {"none": 0.0, "dots": dots, "full": (products + attention) / 3}[remat]
     compute_s = (products + attention + again) / tensor / (PRODUCTS * chip.peak_flops)
 
     # ---- Network: each microbatch gathers the weights twice and scatters their gradients; tensor joins activations.

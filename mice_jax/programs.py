@@ -60,16 +60,21 @@ def shapes_ahead(steps: StepSource, start: int, stop: int) -> list[Shape]:
     return sorted(shapes, key=steps.shapes.index)
 
 
-def compile_ahead(fns: StepFunctions, trained: Iterable[Shape], evaluated: Iterable[Shape], mesh: Mesh) -> float:
+def compile_ahead(
+    fns: StepFunctions, trained: Iterable[Shape], evaluated: Iterable[Shape], mesh: Mesh, *, resets: bool
+) -> float:
     """Compiles what steps and evaluations run on microbatches of these shapes; returns the seconds it took.
 
-    So no step later in the run waits for a compilation. Nothing is run.
+    Where a phase still to come `resets` the optimizer, what makes its state anew as well. So no step later in the run
+    waits for a compilation. Nothing is run.
     """
     began = time.perf_counter()
     state, sums = fns.abstract_state, fns.abstract_sums
     for shape in trained:
         fns.accumulate.compile(state.params, sums, abstract_batch(mesh, shape.rows, shape.slots))
     fns.apply.compile(state, sums, 0.0)
+    if resets:
+        fns.start.compile(state.params)
     for shape in evaluated:
         fns.evaluate.compile(state.params, abstract_batch(mesh, shape.rows, shape.slots))
     return time.perf_counter() - began

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from mice_jax import fit
 from mice_jax.config import Config
+from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.attention import choose_backend
 from mice_jax.models.spec import ModelSpec
@@ -33,15 +34,25 @@ def attention(
 ) -> str:
     """The attention backend; for "auto", the one that is `recorded` where there is one."""
     asked = config.model.attention
-    return choose_backend(
-        (recorded or {}).get("attention", asked) if asked == "auto" else asked,
-        spec,
-        platform=platform,
-        compute_capability=capability,
-        dtype=compute_dtype(config, platform),
-        max_length=config.data.max_length,
-        deterministic=config.train.deterministic,
-    )
+    taken = (recorded or {}).get("attention", asked) if asked == "auto" else asked
+    try:
+        return choose_backend(
+            taken,
+            spec,
+            platform=platform,
+            compute_capability=capability,
+            dtype=compute_dtype(config, platform),
+            max_length=config.data.max_length,
+            deterministic=config.train.deterministic,
+        )
+    except UserError as e:
+        if taken == asked:
+            raise
+        raise UserError(
+            f'{e} model.attention is "auto", which took {taken!r} when the run was last on such devices (config.json, '
+            "resolved.attention), and a run goes on as it began: use the versions that it began with, or another "
+            "--workdir."
+        ) from None
 
 
 def optimizer(config: Config, decoder: Decoder, architecture: str) -> tuple[optax.GradientTransformation, Any]:
@@ -105,7 +116,7 @@ def rows_and_remat(
 def most_rows(config: Config, load: fit.Load, mean_length: float, platform: str) -> int:
     """Rows of one device beyond which a microbatch is no faster, or a step of such samples has no more."""
     wanted = mean_length * config.optim.batch_size / (config.data.max_length * num_shards(load.mesh))
-    return fit.most_rows(platform, config.data.max_length, wanted)
+    return fit.most_rows(load, platform, wanted)
 
 
 def schedule(config: Config, stretches: Sequence[Stretch], horizon: int) -> Schedule:

@@ -244,7 +244,8 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
     ahead = programs.shapes_ahead(steps, start, total_steps)
     if ahead:
         held = {s for h in held_out.sources(data.validation, source) for s in programs.shapes_ahead(h, 0, len(h))}
-        seconds = programs.compile_ahead(fns, ahead, held, mesh)
+        resets = any(s.phase.optimizer == "reset" for s in stretches if s.first >= max(start, 1))
+        seconds = programs.compile_ahead(fns, ahead, held, mesh, resets=resets)
         console.print(f"[dim]{len(ahead)} microbatch shapes compiled, or found in {kept}, in {seconds:.0f} s[/dim]")
     distributed.meet("compiled")
     leave.start()

@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from mice_jax import aot, fit, pace, plan, resolve
 from mice_jax.chips import CHIPS, Chip, find_chip
 from mice_jax.config import Config
+from mice_jax.models.attention.cudnn import cudnn, softmax_bytes
+from mice_jax.models.attention.scoring import Scoring
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.sharding import make_mesh
 from models import spec_of
@@ -382,3 +385,46 @@ def test_a_step_s_time_is_that_of_its_products_weights_and_update_by_hand() -> N
 def test_one_device_sends_nothing() -> None:
     assert pace.estimate(load_of(1), CHIP, 2, "none", 64, 500).network_s == 0
     assert pace.estimate(load_of(1, tensor=2), CHIP, 2, "none", 64, 500).network_s > 0
+
+
+# ---------------------------------------------------------------------------------------- what attention needs
+def load_on_cudnn(slots: int) -> fit.Load:
+    config = Config()
+    config.data.max_length = slots
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    decoder = make_decoder(spec_of(num_heads=4, num_kv_heads=2, head_dim=64), 1)
+    return resolve.load(config, decoder, "LlamaForCausalLM", mesh, "bfloat16", "cudnn")
+
+
+@pytest.mark.parametrize("slots", [512, 4096, 16384])
+def test_cudnn_s_softmax_sums_are_counted_as_jax_makes_them(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What jax asks of the GPU before it traces.
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 99999)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    rows, scoring = 3, Scoring(scale=1.0, window=None, softcap=None)
+    q, k = (jax.ShapeDtypeStruct((rows, slots, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    segments = jax.ShapeDtypeStruct((rows, slots), jnp.int32)
+    _, pull = jax.eval_shape(lambda s, *x: jax.vjp(lambda *x: cudnn(*x, s, scoring), *x), segments, q, k, k)
+    sums = [x for x in jax.tree.leaves(pull) if x.dtype == jnp.float32 and x.ndim == 3]  # what is kept for backward
+    (made,) = {math.prod(x.shape) * x.dtype.itemsize for x in sums}
+    assert made == rows * softmax_bytes(slots, heads=4)
+
+
+def test_what_cudnn_takes_of_a_row_is_a_part_of_what_fits() -> None:
+    def working(slots: int, attention: str, rows: int = 1) -> int:
+        load = dataclasses.replace(load_on_cudnn(slots), attention=attention)
+        return fit.estimate(load, rows, "full").working
+
+    # 4 bytes for each of four heads, of 16,384 slots, of one sample for each 16 of them.
+    sums = 4 * 4 * 16384 * 1024
+    for rows in (1, 3):
+        assert working(16384, "cudnn", rows) - working(16384, "pallas", rows) == rows * sums
+    load = load_on_cudnn(16384)
+    kept = {a: fit.estimate(dataclasses.replace(load, attention=a), 1, "none").activations for a in ("cudnn", "pallas")}
+    assert kept["cudnn"] - kept["pallas"] == load.decoder.spec.num_layers * sums, "every layer keeps its own"
+
+
+def test_rows_are_no_more_than_attention_can_count() -> None:
+    load = load_on_cudnn(2**18)  # by 4 heads of 64: 2^26 entries a row, of which 2^31 - 1 are counted
+    assert fit.most_rows(load, "gpu", wanted=1000) == 31
+    assert fit.most_rows(dataclasses.replace(load, attention="pallas"), "gpu", wanted=1000) == fit.MOST_ROWS

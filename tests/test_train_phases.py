@@ -1,8 +1,10 @@
 """Runs of several phases: what each starts from, its rates and batches, and what is kept and saved on the way."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from mice_jax import train as train_module
@@ -93,6 +95,32 @@ def test_a_phase_that_resets_everything_is_a_run_from_the_weights_of_the_one_bef
     # And from other weights it is another run.
     other = alone(tmp_path / "other", restarted / "checkpoints" / "4")
     assert [line["loss"] for line in other] != pytest.approx([line["loss"] for line in there], rel=1e-3)
+
+
+def test_a_run_resumed_before_a_boundary_that_resets_compiles_nothing_there(
+    restarted: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(restarted, tmp_path / "run"))
+    for checkpoint in (run / "checkpoints").glob("[0-9]*"):
+        if int(checkpoint.name) > 4:
+            shutil.rmtree(checkpoint)
+    happened: list[str] = []
+    load_steps = train_module.load_steps
+    monkeypatch.setattr(train_module, "load_steps", lambda *a: happened.append("load_steps") or load_steps(*a))
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            happened.append("compiled")
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert run_train(folder / "restarted" / "run.py", run) == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    began = happened.index("load_steps")
+    assert happened[:began].count("compiled") > 2  # so that compiling would have been seen
+    assert happened[began:] == ["load_steps"]
+    assert_equal_runs(restarted, run)
 
 
 def test_moments_that_are_carried_on_make_another_update_than_none(restarted: Path, tmp_path: Path) -> None:

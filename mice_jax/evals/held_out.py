@@ -1,7 +1,8 @@
 """Held-out loss: over everything held out, by source, and by phase where there are several."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 
@@ -9,6 +10,8 @@ from mice_jax.data.dataset import HeldOut
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture, PhasePools, Pool
 from mice_jax.sharding import put_rows
+
+T = TypeVar("T")
 
 TOGETHER = 512  # samples that are packed together
 
@@ -56,8 +59,19 @@ def _once(held_out: HeldOut) -> Mixture:
 
 def _sums(loss: Callable[..., Any], steps: StepSource, mesh: jax.sharding.Mesh) -> tuple[float, float]:
     loss_sum = weight_sum = 0.0
-    for i in range(len(steps)):
-        for rows in steps[i]["microbatches"]:
-            sums = jax.device_get(loss(put_rows(rows, mesh)))
-            loss_sum, weight_sum = loss_sum + float(sums[0]), weight_sum + float(sums[1])
+    microbatches = itertools.chain.from_iterable(steps[i]["microbatches"] for i in range(len(steps)))
+    for sums in _one_behind(loss(put_rows(rows, mesh)) for rows in microbatches):
+        found = jax.device_get(sums)
+        loss_sum, weight_sum = loss_sum + float(found[0]), weight_sum + float(found[1])
     return loss_sum, weight_sum
+
+
+def _one_behind(queued: Iterator[T]) -> Iterator[T]:
+    """Each one once the next is queued too: rows are packed, and go to the devices, while these work."""
+    before = next(queued, None)
+    for after in queued:
+        assert before is not None
+        yield before
+        before = after
+    if before is not None:
+        yield before

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from mice_jax.errors import UserError
 from mice_jax.models.attention.blockwise import blockwise
-from mice_jax.models.attention.cudnn import MOST_ENTRIES, cudnn
+from mice_jax.models.attention.cudnn import MOST_ENTRIES, cudnn, softmax_bytes
 from mice_jax.models.attention.pallas import pallas
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.scoring import Scoring
@@ -32,27 +32,39 @@ class Backend:
     kernel: Kernel
     platform: str | None = None  # cpu | gpu | tpu; None: any
     capability: tuple[int, int] | None = None  # the least of an NVIDIA GPU; None: any device
+    below: tuple[int, int] = (99, 0)  # a capability that is too much
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     softcaps: bool = True
-    head_dim: float = math.inf  # at most
-    row_entries: float = math.inf  # slots x query heads x head_dim, at most
+    head_dim: float = math.inf  # at most,
+    head_dim_from: tuple[tuple[int, int], float] = ((99, 0), math.inf)  # and from a capability on
+    entries: float = math.inf  # of a device's queries, at most
+    row_bytes: Callable[[int, int], int] = lambda slots, heads: 0  # that a layer takes beside what all take
+    keeps: bool = True  # its result, under remat=dots; else that is computed twice
     deterministic: bool = True  # under train.deterministic
 
+
+MOST_ROW_BYTES = 2 * 2**30  # of `row_bytes`: more would crowd out the run
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
     # On a TPU the best, whatever the run.
     "splash": Backend(splash, platform="tpu"),
-    # Its maker's kernels, from Hopper on. Under XLA's flag for it the gradients would be bit-equal from run to run, but
-    # for packed rows that can take memory with the square of all slots together.
+    # Its maker's kernels, for Hopper and the Blackwell of data centres; on the consumers' (12.0) old versions of cuDNN
+    # train no packed rows, and on neither Blackwell does its backward pass take wide heads, as on Hopper. Under XLA's
+    # flag for it the gradients would be bit-equal from run to run, but for packed rows that can take memory with the
+    # square of all slots together.
     "cudnn": Backend(
         cudnn,
         platform="gpu",
         capability=(9, 0),
+        below=(12, 0),
         dtypes=("bfloat16",),
         softcaps=False,
         head_dim=256,
-        row_entries=MOST_ENTRIES,
+        head_dim_from=((10, 0), 128),
+        entries=MOST_ENTRIES,
+        row_bytes=softmax_bytes,
+        keeps=False,
         deterministic=False,
     ),
     # What cuDNN cannot, and older GPUs.
@@ -60,7 +72,7 @@ BACKENDS: dict[str, Backend] = {
     # Memory linear in T; skips the key blocks outside a query block's segments and window.
     "blockwise": Backend(blockwise),
     # One [T, T] mask a row: for short rows, and what the others are tested against.
-    "reference": Backend(reference),
+    "reference": Backend(reference, keeps=False),
 }
 
 
@@ -112,22 +124,26 @@ def _lacks(
     deterministic: bool,
 ) -> list[str]:
     """What of a run a backend cannot honour, each with the run's value."""
-    lacks = []
+    lacks, version = [], _version(compute_capability)
     if backend.platform not in (None, platform):
         lacks.append(f"it runs on {backend.platform}, and the devices are of platform {platform}")
-    elif backend.capability and _version(compute_capability) < backend.capability:
-        least, there = ".".join(map(str, backend.capability)), compute_capability or "none"
-        lacks.append(f"it needs an NVIDIA GPU of compute capability {least} or more, and the devices have {there}")
+    elif backend.capability and not backend.capability <= version < backend.below:
+        least, most = (".".join(map(str, x)) for x in (backend.capability, backend.below))
+        wanted = f"{least} or more" + (f" and less than {most}" if version >= backend.below else "")
+        there = compute_capability or "none"
+        lacks.append(f"it needs an NVIDIA GPU of compute capability {wanted}, and the devices have {there}")
     if dtype not in backend.dtypes:
         lacks.append(f"it computes in {' or '.join(backend.dtypes)}, and the run in {dtype} (model.compute_dtype)")
     if spec.attention_softcap is not None and not backend.softcaps:
         lacks.append(f"it has no soft cap on scores, and the model has one of {spec.attention_softcap}")
-    if spec.head_dim > backend.head_dim:
-        lacks.append(f"its heads have at most {backend.head_dim} dims, and the model's have {spec.head_dim}")
-    if (entries := max_length * spec.num_heads * spec.head_dim) > backend.row_entries:
+    newer, dims = backend.head_dim_from
+    if spec.head_dim > (dims := dims if version >= newer else backend.head_dim):
+        there = f" on capability {compute_capability}" if version >= newer else ""
+        lacks.append(f"its heads have at most {dims} dims{there}, and the model's have {spec.head_dim}")
+    if (size := backend.row_bytes(max_length, spec.num_heads)) > MOST_ROW_BYTES:
         lacks.append(
-            f"it counts at most {backend.row_entries:,} query entries in a row, and data.max_length={max_length} makes "
-            f"{entries:,} of {spec.num_heads} heads of {spec.head_dim} dims"
+            f"its softmax sums take {size / 2**30:.1f} GiB for a row of data.max_length={max_length} slots and "
+            f"{spec.num_heads} heads, of which {MOST_ROW_BYTES / 2**30:.0f} GiB at most are allowed"
         )
     if deterministic and not backend.deterministic:
         lacks.append("its gradients are not bit-equal from run to run, which train.deterministic=True asks for")

@@ -57,6 +57,11 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scor
     return cleared(segment_ids, out[..., :h])[0]
 
 
+def softmax_bytes(slots: int, heads: int) -> int:
+    """Of a row's softmax sums in one layer: float32 for each head and slot, and for each sample that a row may hold."""
+    return 4 * max_segments(slots) * heads * slots
+
+
 def spans(segment_ids: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Segments [B T] -> the lengths [B M] and first slots [B M+1] of the first M = `count`, and how many there are [B].
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as jax_splash
 
 from mice_jax.models.attention.scoring import Scoring
-from mice_jax.models.attention.slots import cleared, padded
+from mice_jax.models.attention.slots import RESULT, cleared, padded
 
 LANES = 128  # the kernels want whole tiles of slots
 BLOCK = 512  # slots of a query or key block, where the row has so many
@@ -50,5 +50,6 @@ def _kernel(slots: int, heads: int, scoring: Scoring, interpret: bool) -> Callab
         attn_logits_soft_cap=scoring.softcap,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=RESULT,
         interpret=interpret,
     )
