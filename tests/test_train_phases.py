@@ -120,7 +120,7 @@ def test_a_run_resumed_before_a_boundary_that_resets_compiles_nothing_there(
     began = happened.index("load_steps")
     assert happened[:began].count("compiled") > 2  # so that compiling would have been seen
     assert happened[began:] == ["load_steps"]
-    assert_equal_runs(restarted, run)
+    assert_equal_runs(restarted, run, 13)
 
 
 def test_moments_that_are_carried_on_make_another_update_than_none(restarted: Path, tmp_path: Path) -> None:
