@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from mice_jax import runtime
+from mice_jax import command, runtime
 
 VERBS = {
     "train": "fine-tune a model, or resume a run",
@@ -15,6 +15,7 @@ VERBS = {
     "export": "write a run's model as a Hugging Face folder",
     "generate": "answer prompts with a model, or chat",
 }
+CONFIGURED = ("train", "prepare", "plan")  # whose --config is a run's
 
 
 def start() -> None:
@@ -32,4 +33,6 @@ def main() -> None:
     if verb not in VERBS:
         print(f"error: {verb!r} is no verb of mice; it has {', '.join(VERBS)}.", file=sys.stderr)
         sys.exit(2)
+    if verb in CONFIGURED and (code := command.check_first(arguments)):
+        sys.exit(code)
     sys.exit(importlib.import_module(f"mice_jax.{verb}").main(arguments))

@@ -22,6 +22,9 @@ from mice_jax.errors import Preempted, StoppedByRule, UserError
 from mice_jax.places import Place, find_place
 
 Values = flags.FlagValues
+HELP = {"h", "help", "helpfull"}
+# In the environment of a process of a cluster, or of one that has a parent (supervise.py).
+SEVERAL = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MICE_JAX_PARENT_PIPE")
 
 
 def run(
@@ -41,7 +44,7 @@ def run(
     try:
         values = Values()
         define(values, arguments)
-        if {"-h", "--help", "-help", "--helpfull"} & set(argv):
+        if {a.lstrip("-") for a in argv if a.startswith("-")} & HELP:
             print(_help(doc, values))
             return 0
         _parse(values, arguments)
@@ -52,6 +55,30 @@ def run(
         if e.exit_code == 2:
             refused(e)
         return e.exit_code
+
+
+def check_first(argv: Sequence[str]) -> int:
+    """Refuses a config before a verb's imports, which take seconds: 2 where it cannot be run, else 0.
+
+    Nothing is looked at where this may be one of several processes, as the others have to hear of a refusal: the verb
+    looks again, and tells them.
+    """
+    place = Values()
+    define_distributed(place)
+    names = [a.lstrip("-").partition("=")[0] for a in argv]
+    if set(names) & {*place, *HELP} or any(variable in os.environ for variable in SEVERAL):
+        return 0
+    kept, word_follows = [], False
+    for argument, name in zip(argv, names, strict=True):
+        is_config = name.partition(".")[0] in ("config", "noconfig")
+        if is_config or (word_follows and not argument.startswith("--")):
+            kept.append(argument)
+        word_follows = is_config and "=" not in argument
+
+    def look(values: Values) -> None:
+        config_of(values)
+
+    return run(None, define_config, look, kept)
 
 
 def define_config(values: Values, argv: list[str]) -> None:

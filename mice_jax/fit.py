@@ -67,18 +67,15 @@ class Memory:
 def estimate(load: Load, rows: int, remat: str) -> Memory:
     """Of a step whose largest microbatch has so many rows on each device."""
     params, itemsize = device_bytes(load.state.params), load.dtype.itemsize
-    slots = rows * load.max_length
+    slots, own = rows * load.max_length, rows * _row_bytes(load)
     return Memory(
         params=params,
         optimizer=device_bytes(load.state.opt_state),
         sums=params * load.sums_dtype.itemsize // 4,
         gradients=params,
         cast=params * itemsize // 4 if itemsize < 4 else 0,
-        activations=(slots * _kept(load, remat) * itemsize + rows * _row_bytes(load) * (remat == "none"))
-        * load.decoder.spec.num_layers,
-        working=max(
-            (slots * _working(load) + _gathered(load)) * itemsize + rows * _row_bytes(load), _head(load, rows)
-        ),
+        activations=(slots * _kept(load, remat) * itemsize + own * (remat == "none")) * load.decoder.spec.num_layers,
+        working=max((slots * _working(load) + _gathered(load)) * itemsize + own, _head(load, rows)),
     )
 
 

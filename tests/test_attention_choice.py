@@ -13,9 +13,7 @@ from runs import read_json, run_train, setting
 
 CPU = {"platform": "cpu", "compute_capability": None, "dtype": "float32"}
 TPU = {"platform": "tpu", "compute_capability": None, "dtype": "bfloat16"}
-A100, H100, B200 = (
-    {"platform": "gpu", "compute_capability": c, "dtype": "bfloat16"} for c in ("8.0", "9.0", "10.0")
-)
+A100, H100, B200 = ({"platform": "gpu", "compute_capability": c, "dtype": "bfloat16"} for c in ("8.0", "9.0", "10.0"))
 AMD = {"platform": "gpu", "compute_capability": "gfx90a", "dtype": "bfloat16"}
 GEMMA_2 = {"windows": (None, 4096), "attention_softcap": 50.0, "head_dim": 256}
 
@@ -66,7 +64,7 @@ def test_auto_takes_the_first_that_can_honour_the_run(device: dict, run: dict, c
         ("pallas", AMD, {}, "compute capability 8.0 or more, and the devices have gfx90a"),
         ("cudnn", H100 | {"dtype": "float32"}, {}, "computes in bfloat16, and the run in float32"),
         ("cudnn", H100, GEMMA_2, "no soft cap on scores, and the model has one of 50.0"),
-        ("cudnn", B200 | {"compute_capability": "12.0"}, {}, "9.0 or more and less than 12.0, and the devices have 12.0"),
+        ("cudnn", B200 | {"compute_capability": "12.0"}, {}, "9.0 or more and less than 12.0, and the devices have 12"),
         ("cudnn", H100, {"head_dim": 264}, "at most 256 dims, and the model's have 264"),
         ("cudnn", B200, {"head_dim": 136}, "at most 128 dims on capability 10.0, and the model's have 136"),
         ("cudnn", H100, {"max_length": 2**15, "num_heads": 32, "head_dim": 128}, "sums take 8.0 GiB for a row"),

@@ -207,6 +207,56 @@ def test_the_command_line_lists_its_verbs(capsys: pytest.CaptureFixture[str], mo
     assert err.startswith("error: 'trian'") and all(verb in err for verb in VERBS)
 
 
+# ---------------------------------------------------------------------------------------- before the imports
+def begun(monkeypatch: pytest.MonkeyPatch, *argv: str) -> tuple[int, bool]:
+    """How `mice train` ends, and whether the verb was imported."""
+    imported: list[str] = []
+
+    class Verb:
+        @staticmethod
+        def main(arguments: list[str]) -> int:
+            return 0
+
+    with monkeypatch.context() as within:
+        within.setattr(importlib, "import_module", lambda name: imported.append(name) or Verb)
+        within.setattr(sys, "argv", ["mice", "train", *argv])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return int(str(ended.value.code)), bool(imported)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config=absent.py"], "there is no file absent.py"),
+        (["--config=FILE", "--config.optim.batchsize=3"], "did you mean 'optim.batch_size'"),
+        (["--config", "FILE", "--config.optim.batch_size", "-1", "--workdir", "w"], "optim.batch_size=-1"),
+        (["--workdir=w"], "--config is missing"),
+    ],
+)
+def test_a_config_that_cannot_be_run_is_refused_before_a_verb_s_imports(
+    arguments: list[str], said: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(file) if a == "FILE" else a.replace("FILE", str(file)) for a in arguments]
+    assert begun(monkeypatch, *arguments) == (2, False)
+    out, err = capsys.readouterr()
+    assert said in err and err.startswith("error: ") and not out
+
+
+def test_what_may_be_right_goes_to_the_verb(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = [f"--config={file}", "--config.optim.batch_size=3", "--noconfig.data.drop_remainder", "--workdir=w"]
+    for arguments in (right, [*right, "--unheard_of=1"], ["--help"]):
+        assert begun(monkeypatch, *arguments) == (0, True)
+
+
+def test_one_of_several_processes_is_refused_by_the_verb_which_tells_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert begun(monkeypatch, "--config=absent.py", "--num_processes=2") == (0, True)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert begun(monkeypatch, "--config=absent.py") == (0, True)
+
+
 def test_a_verb_run_by_name_is_the_module_run_by_itself(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
