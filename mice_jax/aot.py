@@ -4,6 +4,7 @@ A topology is `cpu:N`, a TPU slice (`v5p:2x2x2`, compiled by libtpu, which needs
 (`h100:8`, compiled where JAX's CUDA plugin and a description of the device are there).
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -16,11 +17,12 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mice_jax.chips import CHIPS, GPUS_OF_A_HOST, Chip, cpu_chip
+from mice_jax.chips import CHIPS, FRACTION, GPUS_OF_A_HOST, TAKEN, Chip, cpu_chip
 from mice_jax.config import nearest
 from mice_jax.errors import UserError, one_line
 from mice_jax.fit import device_bytes, machine_memory
 from mice_jax.metrics import measured_matmul
+from mice_jax.models.attention.cudnn import planned_for
 from mice_jax.programs import abstract_batch
 from mice_jax.step import Jitted, StepFunctions
 
@@ -114,7 +116,14 @@ def _tpus(topology: str, family: str, shape: str) -> Target:
 
 
 def _gpus(topology: str, family: str, count: int, device_file: str) -> Target:
-    devices = None
+    chip, devices = CHIPS[family], None
+    if fraction := os.environ.get(FRACTION):
+        chip = dataclasses.replace(chip, memory=chip.memory / TAKEN * float(fraction))
+    if device_file and count > GPUS_OF_A_HOST and count % GPUS_OF_A_HOST:
+        raise UserError(
+            f"--topology={topology}: {count} GPUs fill no whole hosts of {GPUS_OF_A_HOST}, and can only be estimated: "
+            f"take {count // GPUS_OF_A_HOST * GPUS_OF_A_HOST}, or leave --device_file out."
+        )
     if device_file:
         if not Path(device_file).is_file():
             raise UserError(f"--device_file={device_file}: there is no such file.")
@@ -130,12 +139,12 @@ def _gpus(topology: str, family: str, count: int, device_file: str) -> Target:
                 f"*.gpu_target_config.pbtxt under XLA_FLAGS=--xla_dump_to=DIR. What is said here: {one_line(e)}. "
                 "Without --device_file the plan is an estimate."
             ) from None
-    return Target(topology, CHIPS[family], count, devices)
+    return Target(topology, chip, count, devices)
 
 
 # ---------------------------------------------------------------------------------------- needs
-def measure(fns: StepFunctions, mesh: Mesh, rows: int, slots: int, names: Sequence[str]) -> list[Need]:
-    """Compiles functions of a step, for a microbatch of `rows` by `slots` on each device.
+def measure(fns: StepFunctions, mesh: Mesh, chip: Chip, rows: int, slots: int, names: Sequence[str]) -> list[Need]:
+    """Compiles functions of a step for a mesh of such chips and a microbatch of `rows` by `slots` on each device.
 
     Beside a function's own arguments stays what the run holds meanwhile: the moments while a microbatch's gradients
     are taken, the sums while held-out samples are measured or a phase starts with fresh moments.
@@ -149,7 +158,8 @@ def measure(fns: StepFunctions, mesh: Mesh, rows: int, slots: int, names: Sequen
         "start": (fns.start, (state.params,), sums),
     }
 
-    with ThreadPoolExecutor(COMPILERS) as pool:
+    there = planned_for(chip.capability) if chip.capability else contextlib.nullcontext()
+    with there, ThreadPoolExecutor(COMPILERS) as pool:
         return list(pool.map(lambda name: _need(name, *functions[name]), names))
 
 

@@ -2,8 +2,8 @@
 
 A device is what JAX calls one: a whole chip, but a half of a TPU7x chip. Arithmetic and bandwidths are from the makers'
 data sheets (docs.cloud.google.com/tpu/docs, NVIDIA's of A100, H100, H200 and B200), dense, of a half where a device is
-one; the memory of a TPU is what its compiler (libtpu 0.0.52) gives to a program, that of a GPU the three quarters of
-what is on it that JAX takes where XLA_PYTHON_CLIENT_MEM_FRACTION says nothing else.
+one; the memory of a TPU is what its compiler (libtpu 0.0.52) gives to a program, that of a GPU the share of what is on
+it that JAX takes.
 """
 
 import dataclasses
@@ -42,6 +42,8 @@ CHIPS: dict[str, Chip] = {
     "b200": _gpu("NVIDIA B200", "10.0", 2250e12, 144e9, 7.7e12, 900e9),
 }
 
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the variable that says what share of a GPU's memory JAX takes
+TAKEN = 0.75  # where it says nothing
 GPUS_OF_A_HOST = 8
 NETWORK_RATE = 50e9  # bytes/s of one GPU to those of other hosts: a link of 400 Gbit/s each
 CPU_MEMORY_RATE = 20e9  # bytes/s of a machine whose CPUs are the devices, all together

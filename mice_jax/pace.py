@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
 from mice_jax import fit
 from mice_jax.chips import GPUS_OF_A_HOST, NETWORK_RATE, Chip
@@ -57,11 +58,12 @@ def estimate(load: fit.Load, chip: Chip, rows: int, remat: str, samples: float, 
     # ---- Network: each microbatch gathers the weights twice and scatters their gradients; tensor joins activations.
     weights = fit.device_bytes(load.state.params) / 4  # of this device
     fsdp, item = mesh.shape["fsdp"], load.dtype.itemsize
-    sent = microbatches * weights * (fsdp - 1) * (2 * item + 4)
-    sent += microbatches * weights * 4 * 2 * (1 - 1 / mesh.shape["data"])
-    sent += 8 * spec.num_layers * slots * spec.d_model * item * (1 - 1 / tensor)
-    between_hosts = chip.platform == "gpu" and mesh.size > GPUS_OF_A_HOST
-    network_s = sent / (LINKS * (NETWORK_RATE if between_hosts else chip.link_rate))
+    sent = {
+        "fsdp": microbatches * weights * (fsdp - 1) * (2 * item + 4),
+        "data": microbatches * weights * 4 * 2 * (1 - 1 / mesh.shape["data"]),
+        "tensor": 8 * spec.num_layers * slots * spec.d_model * item * (1 - 1 / tensor),
+    }
+    network_s = sum(count / (LINKS * _rate(chip, mesh, axis)) for axis, count in sent.items())
 
     update_s = weights * UPDATE_BYTES / (MEMORY * chip.memory_rate)
     longer, shorter = max(compute_s, network_s), min(compute_s, network_s)
@@ -71,9 +73,23 @@ def estimate(load: fit.Load, chip: Chip, rows: int, remat: str, samples: float, 
     return Pace(seconds, compute_s, network_s, update_s, microbatches, tokens, mfu)
 
 
+def _rate(chip: Chip, mesh: Mesh | AbstractMesh, axis: str) -> float:
+    """Bytes/s that one device can send along an axis of the mesh, whose last axis has neighbours beside each other.
+
+    Between GPUs' hosts those of a group that share a host send through the links of all of them together, as NCCL's
+    rings do, and no faster than within it.
+    """
+    names = list(mesh.shape)
+    apart = math.prod(mesh.shape[name] for name in names[names.index(axis) + 1 :])  # from one of a group to the next
+    if chip.platform != "gpu" or apart * mesh.shape[axis] <= GPUS_OF_A_HOST:
+        return chip.link_rate
+    return min(chip.link_rate, max(1, GPUS_OF_A_HOST // apart) * NETWORK_RATE)
+
+
 def assumed(chip: Chip) -> str:
     peak = "the peak that was measured here just now" if chip.platform == "cpu" else "the peak"
     return (
         f"matrix products run at {PRODUCTS:.0%} of {peak}, links and memory at {LINKS:.0%} and {MEMORY:.0%} of theirs, "
-        f"{HIDDEN:.0%} of sending is hidden behind computing, rows are {FULL:.0%} full, data are never waited for"
+        f"{HIDDEN:.0%} of sending is hidden behind computing, rows are {FULL:.0%} full, data are never waited for; "
+        "compiling, evaluating and saving are left out"
     )

@@ -11,6 +11,7 @@ Memory is what XLA says; time and cost are arithmetic. docs/plan.md says how to 
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from rich.table import Table
 
 from mice_jax import aot, command, fit, pace, runtime
 from mice_jax.aot import Need
+from mice_jax.chips import FRACTION, TAKEN
 from mice_jax.config import Config
 from mice_jax.data import report
 from mice_jax.data.readers import open_source
@@ -34,6 +36,7 @@ from mice_jax.errors import UserError
 from mice_jax.lab import planned
 from mice_jax.models.spec import ModelSpec
 from mice_jax.planning import Layout, Planned
+from mice_jax.sharding import replicated_dims
 from mice_jax.start import RANDOM, Origin, find_origin, with_vocabulary
 
 READ_BYTES = 16 * 2**20  # of data: more is not read for a plan
@@ -85,6 +88,7 @@ def plan(values: command.Values) -> None:
         "devices": target.count,
         "device_kind": target.chip.kinds[0],
         "planned": _layout(run, run.layout) | {"attention": run.attention, "compute_dtype": run.dtype},
+        "held_whole": _held_whole(run),
         **_memory(run, needs),
         "compile_s": compile_s,
         "rows_per_device": rows,
@@ -205,10 +209,23 @@ def _layout(run: Planned, layout: Layout) -> dict[str, Any]:
     return {"mesh": mesh, "remat": layout.remat, "rows_per_device": layout.rows, "flags": layout.flags()}
 
 
+def _held_whole(run: Planned) -> list[str]:
+    """Dims of parameters that the planned mesh does not divide."""
+    load = run.load(run.layout.sizes)
+    return replicated_dims(load.decoder.abstract, load.decoder.axes, load.mesh)
+
+
 def _time(run: Planned, work: Work, price: float, assumed: list[str]) -> dict[str, Any]:
     """Of a step, and of the whole run."""
     made, chip = run.pace(run.layout), run.target.chip
     assumed.append(pace.assumed(chip))
+    if chip.platform == "gpu":
+        share = os.environ.get(FRACTION, f"{TAKEN}")
+        assumed.append(
+            f"JAX takes {float(share):.0%} of a GPU's memory ({FRACTION}, as it is here), the rest is not used"
+        )
+    if run.config.eval.tasks:
+        assumed.append("benchmarks in training (eval.tasks) are left out, their time and their memory")
     chips = run.target.count / chip.devices
     days = work.steps * made.seconds / 86400 if work.steps else None
     if days and not price:
@@ -262,7 +279,7 @@ def _print(said: dict[str, Any]) -> None:
 def _lines(said: dict[str, Any]) -> dict[str, str]:
     planned, estimate = said["planned"], said["estimate"]
     mesh = ", ".join(f"{k} {v}" for k, v in planned["mesh"].items())
-    rows = f"{planned['rows_per_device']} rows a device, remat {planned['remat']}"
+    rows = f"{_rows(planned['rows_per_device'])} a device, remat {planned['remat']}"
     passing = estimate["total"] - said["params_bytes"] - said["optimizer_bytes"] - said["sums_bytes"]
     verdict = "fits" if said["fits"] else "does not fit"
     how = f"compiled in {said['compile_s']:.0f} s" if said["compiled"] else "an estimate: nothing was compiled"
@@ -270,6 +287,7 @@ def _lines(said: dict[str, Any]) -> dict[str, str]:
     lines = {
         "model": f"{said['model']}, {planned['compute_dtype']}, {planned['attention']} attention",
         "mesh": f"{mesh} on {said['devices']} x {said['device_kind']}; {rows}",
+        "held whole": ", ".join(said["held_whole"]) + " on every device" * bool(said["held_whole"]),
         "parameters": _size(said["params_bytes"]),
         "optimizer": _size(said["optimizer_bytes"]),
         "gradient sums": _size(said["sums_bytes"]),
@@ -277,14 +295,29 @@ def _lines(said: dict[str, Any]) -> dict[str, str]:
         f"arithmetic {_size(passing)}",
         "peak": f"{_size(said['bytes_per_device'])} of {_size(said['hbm_bytes'])} a device: {verdict} ({how})",
         "by function": ", ".join(functions),
-        "most rows": f"{said['rows_per_device']} a device ({said['rows_known_by']})",
+        "most rows": f"{_rows(said['rows_per_device'])} a device ({said['rows_known_by']})",
         "a step": f"about {said['step_time_s']:.3g} s in {said['num_microbatches']} microbatches, "
         f"{said['tokens_per_s']:,.0f} tokens/s, {said['mfu']:.0%} of the peak: an estimate",
     }
     if said["days"]:
+        what = "devices" if said["device_kind"] == "cpu" else "chips"
         cost = f", {said['cost']:,.0f} at the price given" if said["cost"] else ""
-        lines["the run"] = f"{said['steps']:,.0f} steps, about {said['days']:.3g} days on {said['chips']:g} chips{cost}"
+        lines["the run"] = (
+            f"{said['steps']:,.0f} steps, about {_duration(said['days'])} on {said['chips']:g} {what}{cost}"
+        )
     return {name: line for name, line in lines.items() if line}
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" + "s" * (count != 1)
+
+
+def _duration(days: float) -> str:
+    """In the largest unit of which there is one at least."""
+    units = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}
+    unit = next((name for name, seconds in units.items() if days * 86400 >= seconds), "second")
+    count = f"{days * 86400 / units[unit]:.3g}"
+    return f"{count} {unit}" + "s" * (count != "1")
 
 
 def _size(count: float) -> str:

@@ -93,7 +93,7 @@ class Planned:
         fns = resolve.step_functions(c, decoder, self._architecture, mesh, compute, schedule)
         holds_out = c.data.validation or c.data.validation_fraction or any(p.validation for p in c.data.phases)
         functions = only or [n for n in aot.FUNCTIONS if n != "evaluate" or holds_out]
-        return aot.measure(fns, mesh, layout.rows, c.data.max_length, functions)
+        return aot.measure(fns, mesh, self.target.chip, layout.rows, c.data.max_length, functions)
 
     # ---------------------------------------------------------------------------------------- rows
     def largest_rows(self, needs: list[Need]) -> tuple[int, str]:

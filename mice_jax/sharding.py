@@ -91,7 +91,7 @@ def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | Ab
     return PartitionSpec(*split)
 
 
-def replicated_dims(params: Any, axes: Any, mesh: Mesh) -> list[str]:
+def replicated_dims(params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> list[str]:
     """`path dim name=size` for each dim whose mesh axis does not divide it."""
     said = []
     flat = jax.tree_util.tree_leaves_with_path(params)

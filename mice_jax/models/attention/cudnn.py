@@ -4,13 +4,16 @@ The cost follows the samples' lengths squared. JAX's own front (`jax.nn.dot_prod
 the function behind it is called; it is private to JAX, and what it expects was read in 0.10.2 and 0.11.2.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, one_line
 from mice_jax.models.attention.scoring import Scoring
 from mice_jax.models.attention.slots import cleared
 from mice_jax.rows import max_segments
@@ -41,20 +44,47 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scor
             f"heads of {q.shape[3]} dims are {q.size:,}, more than {MOST_ENTRIES:,}. Lower train.rows_per_device."
         )
     lengths, starts, found = spans(segment_ids, max_segments(t))
-    out: Any = dot_product_attention(
-        q,
-        k,
-        v,
-        q_seqlen=lengths,
-        kv_seqlen=lengths,
-        q_offsets=starts,
-        kv_offsets=starts,
-        scale=scoring.scale,
-        mask_type=MaskType.PADDING_CAUSAL,
-        sliding_window_length=scoring.window if scoring.window is not None and scoring.window < t else None,
-    )
+    try:
+        out: Any = dot_product_attention(
+            q,
+            k,
+            v,
+            q_seqlen=lengths,
+            kv_seqlen=lengths,
+            q_offsets=starts,
+            kv_offsets=starts,
+            scale=scoring.scale,
+            mask_type=MaskType.PADDING_CAUSAL,
+            sliding_window_length=scoring.window if scoring.window is not None and scoring.window < t else None,
+        )
+    except RuntimeError as e:  # what of it is missing or too old
+        raise UserError(
+            f"model.attention='cudnn' cannot be had here: {one_line(e)}. Install what JAX wants for CUDA (pip install "
+            "'mice_jax[cuda]'), or set model.attention='pallas'."
+        ) from e
     out = jnp.where((found <= lengths.shape[1])[:, None, None, None], out, jnp.nan)
     return cleared(segment_ids, out[..., :h])[0]
+
+
+@contextlib.contextmanager
+def planned_for(capability: str) -> Iterator[None]:
+    """While it lasts JAX takes the GPU to be one of this compute capability, which it asks a device in this process."""
+
+    def version(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split("."))
+
+    answers = {
+        "check_compute_capability": lambda least: version(capability) >= version(least),
+        "is_cuda_compute_capability_equal": lambda other: version(capability) == version(other),
+    }
+    asked = {name: getattr(fused_attention_stablehlo, name) for name in answers}
+    try:
+        for name, answer in answers.items():
+            setattr(fused_attention_stablehlo, name, answer)
+        yield
+    finally:
+        for name, answer in asked.items():
+            setattr(fused_attention_stablehlo, name, answer)
 
 
 def softmax_bytes(slots: int, heads: int) -> int:
