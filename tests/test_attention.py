@@ -28,6 +28,7 @@ from mice_jax.models.attention.pallas import Blocks, pallas
 from mice_jax.models.attention.reference import masked, reference
 from mice_jax.models.attention.scoring import Scoring
 from mice_jax.models.attention.slots import cleared, first_seen, last_seeing
+from mice_jax.models.attention.splash import BLOCK
 from mice_jax.rows import max_segments
 from models import QUICK, gap, mesh_of
 
@@ -52,6 +53,7 @@ ROWS = {
     "one token at the very end": [(0, 42), (1, 1)],
 }
 INSIDE = "segments start and end inside blocks"
+PACKED = [(1, 44), (2, 74), (3, 1), (4, 32), (5, 100), (0, 49)]  # 300 slots, for blocks of 64 or 128
 
 PLAIN = Scoring(scale=0.3, window=None, softcap=None)
 CAPPED = dataclasses.replace(PLAIN, softcap=1.5)  # scores are of order 1: half of them bend by a tenth or more
@@ -316,9 +318,10 @@ def test_what_a_kernel_leaves_at_padding_is_cleared_and_so_is_its_gradient() -> 
 
 # ---------------------------------------------------------------------------------------- each of the kernels
 def assert_is_reference(
-    kernel: Kernel, segments: np.ndarray, heads: tuple[int, int], names: Iterable[str], scoring: Scoring = PLAIN
-) -> None:
-    arrays = draw(segments, *heads)
+    kernel: Kernel, segments: np.ndarray, heads: tuple[int, int], names: Iterable[str], scoring: Scoring = PLAIN,
+    head_dim: int = 8,
+) -> None:  # fmt: skip
+    arrays = draw(segments, *heads, h=head_dim)
     out, grads = with_gradients(kernel, arrays, segments, scoring)
     expected, expected_grads = with_gradients(reference, arrays, segments, scoring)
     for row, name in enumerate(names):
@@ -349,10 +352,60 @@ def test_every_backend_equals_reference_at_the_blocks_of_a_run(
     backend: str, scoring: Scoring, strict_dtypes: None
 ) -> None:
     # Blocks are of 64 slots, and of 128 in splash and in the forward pass on GPUs: three of them, the last one cut.
-    packed = [(1, 44), (2, 74), (3, 1), (4, 32), (5, 100), (0, 49)]
-    segments = segments_of([packed, [(1, 297), (0, 3)]])
+    segments = segments_of([PACKED, [(1, 297), (0, 3)]])
     kernel = functools.partial(pallas, interpret=True) if backend == "pallas" else KERNELS[backend]
     assert_is_reference(kernel, segments, (4, 2), ["packed", "one long segment"], scoring)
+
+
+def of_head_dim(head_dim: int, window: int, softcap: float | None = 1.5) -> Scoring:
+    """Scores of order 1, as CAPPED has them: a sum of 256 products errs by some 1e-6, and by a 16th of it scaled."""
+    return Scoring(scale=head_dim**-0.5, window=window, softcap=softcap)
+
+
+def assert_tolerances_tell_apart(segments: np.ndarray, scoring: Scoring, head_dim: int) -> None:
+    """A head's last dim left out, and a window of one slot more."""
+    q, k, v, d_out = arrays = draw(segments, 4, 2, h=head_dim)
+    expected, expected_grads = with_gradients(reference, arrays, segments, scoring)
+    cut = np.where(np.arange(head_dim) < head_dim - 1, q, 0).astype(np.float32), k, v, d_out
+    wider = dataclasses.replace(scoring, window=scoring.window + 1)
+    for changed, used in ((cut, scoring), (arrays, wider)):
+        wrong, wrong_grads = with_gradients(reference, changed, segments, used)
+        assert gap(wrong, expected) > 10 * FORWARD
+        for g, e in zip(wrong_grads, expected_grads, strict=True):
+            assert gap(g, e) > 10 * GRADIENT
+
+
+# Neither 80 nor 256 is a tile of 128 lanes: the one is cut from it or padded to it, the other takes two.
+@pytest.mark.parametrize("head_dim", [80, 256, *(pytest.param(h, marks=pytest.mark.slow) for h in (64, 128))])
+@pytest.mark.parametrize("backend", OTHERS)
+def test_every_backend_equals_reference_at_the_head_dims_of_models(
+    backend: str, head_dim: int, strict_dtypes: None
+) -> None:
+    segments, scoring = segments_of([PACKED]), of_head_dim(head_dim, window=70)
+    kernel = functools.partial(pallas, interpret=True) if backend == "pallas" else KERNELS[backend]
+    assert_is_reference(kernel, segments, (4, 2), ["packed"], scoring, head_dim)
+    assert_tolerances_tell_apart(segments, scoring, head_dim)
+
+
+@pytest.mark.parametrize(("head_dim", "tiles"), [(80, 1), (256, 2)])
+def test_splash_spreads_what_it_keeps_of_a_query_over_the_tiles_of_a_head(
+    head_dim: int, tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread, tile = [], jnp.tile
+    monkeypatch.setattr(jnp, "tile", lambda x, reps: spread.append((x.dtype, reps)) or tile(x, reps))
+    segments, scoring = segments_of([PACKED]), of_head_dim(head_dim, window=70)
+    jax.eval_shape(lambda *x: KERNELS["splash"](*x, segments, scoring), *draw(segments, 4, 2, h=head_dim)[:3])
+    # Blocks are of one tile of slots here, so that nothing else is spread over several.
+    assert {reps for dtype, reps in spread if dtype == jnp.float32} == {(1, 1), (1, tiles)}
+
+
+def test_splash_equals_reference_at_its_largest_block(strict_dtypes: None) -> None:
+    # Two blocks of 512 slots. The second segment crosses from one to the other, farther than the window reaches.
+    segments = segments_of([[(1, 300), (2, 424), (3, 188), (0, 112)]])
+    assert segments.shape[1] == 2 * BLOCK
+    scoring = of_head_dim(64, window=270)
+    assert_is_reference(KERNELS["splash"], segments, (4, 2), ["two blocks"], scoring, 64)
+    assert_tolerances_tell_apart(segments, scoring, 64)
 
 
 @pytest.mark.parametrize("wrong", ["merged", "an edge one slot late", "padding seen"])
@@ -436,6 +489,16 @@ def test_cudnn_is_told_of_the_segments_that_there_are(
     window: int | None, heads: tuple[int, int], cudnn_written_out: None, strict_dtypes: None
 ) -> None:
     assert_is_reference(cudnn, SEGMENTS, heads, ROWS, windowed(window))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_cudnn_is_told_of_the_segments_at_the_head_dims_of_models(
+    head_dim: int, cudnn_written_out: None, strict_dtypes: None
+) -> None:
+    segments, scoring = segments_of([PACKED]), of_head_dim(head_dim, window=70, softcap=None)
+    assert_is_reference(cudnn, segments, (4, 2), ["packed"], scoring, head_dim)
+    assert_tolerances_tell_apart(segments, scoring, head_dim)
 
 
 def test_cudnn_reads_the_wrong_keys_without_repeated_heads_where_jax_counts_their_offsets_by_query_heads(

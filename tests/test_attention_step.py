@@ -32,7 +32,7 @@ def rows() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def gradients(backend: str, sizes: tuple[int, int, int], heads: tuple[int, int], capped: bool):
+def gradients(backend: str, sizes: tuple[int, int, int], heads: tuple[int, int], capped: bool, remat: str = "full"):
     """The sums of one microbatch, as the train step makes them on a mesh."""
     mesh = mesh_of(*sizes)
     cap = 1.5 if capped else None
@@ -40,7 +40,7 @@ def gradients(backend: str, sizes: tuple[int, int, int], heads: tuple[int, int],
     decoder = make_decoder(spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
     params = jax.device_put(random_params(decoder), shardings)
-    compute = Compute(jnp.dtype("float32"), backend, "full")
+    compute = Compute(jnp.dtype("float32"), backend, remat)
     optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)
     fns = make_step(decoder, optimizer, lambda step: jnp.float32(0), mesh, compute)
     sums = fns.accumulate(params, fns.zero_sums(), put_rows(rows(), mesh))
@@ -59,15 +59,22 @@ MESHES = {
     "tensor 2": ((1, 2, 2), (4, 2)),
     "key heads that tensor 2 does not divide": ((2, 2, 2), (6, 3)),
 }
-CASES = [("splash", "tensor 2"), *itertools.product(["pallas", "cudnn"], MESHES)]
+BACKENDS_WITH_DOTS = ["splash", "pallas", "cudnn", "blockwise"]  # it keeps what pallas and blockwise give
+CASES = [
+    ("splash", "tensor 2", "full"),
+    *itertools.product(["pallas", "cudnn"], MESHES, ["full"]),
+    *itertools.product(BACKENDS_WITH_DOTS, ["key heads that tensor 2 does not divide"], ["dots"]),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "mesh"), CASES)
-def test_a_step_s_loss_and_gradients_are_those_of_plain_attention(backend: str, mesh: str, on_cpu: None) -> None:
+@pytest.mark.parametrize(("backend", "mesh", "remat"), CASES)
+def test_a_step_s_loss_and_gradients_are_those_of_plain_attention(
+    backend: str, mesh: str, remat: str, on_cpu: None
+) -> None:
     sizes, heads = MESHES[mesh]
     capped = backend != "cudnn"
-    grads, loss = gradients(backend, sizes, heads, capped)
+    grads, loss = gradients(backend, sizes, heads, capped, remat)
     expected, expected_loss = gradients("reference", sizes, heads, capped)
     assert abs(loss - expected_loss) < TOLERANCE * expected_loss
     assert relative_gap(grads, expected) < TOLERANCE

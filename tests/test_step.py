@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from mice_jax.models.transformer import Compute, Params
+from mice_jax import step as step_module
+from mice_jax.loss import logit_tokens
+from mice_jax.models.transformer import Compute, Params, make_decoder
 from mice_jax.optim import make_optimizer
+from mice_jax.programs import abstract_batch
 from mice_jax.sharding import num_shards, put_rows
 from mice_jax.step import StepFunctions, Sums, TrainState, apply_sums, make_step
-from models import QUICK, Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of
+from models import QUICK, Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of, spec_of
 
 # Losses and norms are sums of hundreds of float32 terms (6e-8) whose errors largely cancel.
 LOSS = 1e-6  # of the value
@@ -376,6 +381,46 @@ def test_sums_and_state_are_updated_in_the_memory_that_they_came_in(folder: Path
     assert shared(run.fns.accumulate.compile(state.params, sums, batch)) == held(sums)
     assert shared(run.fns.apply.compile(state, sums)) == held((state, sums))
     assert shared(run.fns.evaluate.compile(state.params, batch)) == 0  # nothing is donated
+
+
+def plain_cross_entropy(
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array, loss_weights: jax.Array, **_: Any
+) -> tuple[jax.Array, jax.Array]:
+    """All logits at once."""
+    logits = jnp.einsum("btd,vd->btv", hidden, weight)
+    at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - at_target) * loss_weights), jnp.sum(loss_weights)
+
+
+def largest_array(program: Any) -> int:
+    """Entries of the largest array in a compiled program's text, on one device."""
+    found = re.findall(r"\b[a-z]+\d*\[(\d+(?:,\d+)*)\]", program.as_text())
+    return max(math.prod(map(int, dims.split(","))) for dims in found)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 1, 1), (1, 4, 2)))]
+)
+def test_no_program_of_a_step_holds_the_logits_of_all_tokens(
+    sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mesh = mesh_of(*sizes)
+    decoder = make_decoder(spec_of(num_layers=1, vocab_size=1400), mesh.shape["tensor"])
+    compute = Compute(jnp.dtype("float32"), "blockwise", "none")
+    columns = decoder.vocab_rows // mesh.shape["tensor"]
+    batch = abstract_batch(mesh, 2, 640)  # rows of a device: two chunks and a half
+    chunk, tokens = logit_tokens(decoder.vocab_rows), 2 * 640
+
+    def functions() -> StepFunctions:
+        return make_step(decoder, make_optimizer(name="adamw", **ADAM), schedule, mesh, compute)
+
+    fns = functions()
+    params, sums = fns.abstract_state.params, fns.abstract_sums
+    # Nothing else in it is nearly as large as a chunk's logits, which are seen.
+    for program in (fns.accumulate.compile(params, sums, batch), fns.evaluate.compile(params, batch)):
+        assert chunk * columns <= largest_array(program) < tokens * columns
+    monkeypatch.setattr(step_module, "cross_entropy_sums", plain_cross_entropy)
+    assert largest_array(functions().evaluate.compile(params, batch)) >= tokens * columns
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])

@@ -22,6 +22,8 @@ from mice_jax import metrics as metrics_module
 from mice_jax import resolve
 from mice_jax import sharding as sharding_module
 from mice_jax import train as train_module
+from mice_jax.data.packing import Shape, microbatch_shapes
+from mice_jax.step import Jitted
 from runs import (
     ENVIRONMENT,
     REPOSITORY,
@@ -254,6 +256,21 @@ def test_over_several_epochs_of_all_shapes_nothing_is_compiled_after_the_first_s
     made: list[Any] = []
     make_step = resolve.make_step
     monkeypatch.setattr(resolve, "make_step", lambda *a: made.append(make_step(*a)) or made[0])
+    accumulated: dict[str, set[Shape]] = {"compile": set(), "__call__": set()}
+
+    def note(name: str) -> None:
+        f = getattr(Jitted, name)
+
+        def noted(self: Jitted, *args: Any) -> Any:
+            if made and self is made[0].accumulate:
+                rows, slots = args[2]["tokens"].shape
+                accumulated[name].add(Shape(rows // jax.device_count(), slots))
+            return f(self, *args)
+
+        monkeypatch.setattr(Jitted, name, noted)
+
+    note("compile")
+    note("__call__")
     happened: list[str] = []
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
@@ -268,17 +285,21 @@ def test_over_several_epochs_of_all_shapes_nothing_is_compiled_after_the_first_s
     say(train_module.held_out, "evaluate")
     held = write_jsonl(tmp_path / "held.jsonl", HELD_OUT)
     body = f"c.data.max_length = 512\nc.train.rows_per_device = 2\nc.data.validation = [Source(path='{held}')]"
-    config = setting(tmp_path, body + "\nc.optim.batch_size = 100\nc.data.phases[0].num_epochs = 3.0", samples=330)
+    # Chats are of some 38 tokens and a largest microbatch has 8,192 slots: steps of 250 take one and a small one, the
+    # last of an epoch, of 130, two small ones.
+    config = setting(tmp_path, body + "\nc.optim.batch_size = 250\nc.data.phases[0].num_epochs = 3.0", samples=380)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        assert run_train(config, tmp_path / "run", "--config.eval.every_samples=500") == 0
+        assert run_train(config, tmp_path / "run", "--config.eval.every_samples=600") == 0
         began = happened.index("load_steps")
         assert happened[:began].count("compiled") > 5  # so that compiling would have been seen
         assert happened[began:] == ["load_steps", "evaluate", "evaluate"]
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     (fns,) = made
-    assert 2 <= fns.accumulate.jitted._cache_size() <= 6
+    shapes = set(microbatch_shapes(512, 2))
+    assert accumulated == {"compile": shapes, "__call__": shapes}
+    assert fns.accumulate.jitted._cache_size() == len(shapes) == 4
     assert 1 <= fns.evaluate.jitted._cache_size() <= 6
     assert fns.apply.jitted._cache_size() == fns.zero_sums.jitted._cache_size() == 1
     assert read_metrics(tmp_path / "run")[-1]["epoch"] == 2
