@@ -20,6 +20,9 @@ from mice_jax.sharding import make_mesh, num_shards, param_shardings, put_rows
 from mice_jax.step import make_step
 from models import packed, random_params, sample_of, spec_of
 
+# From 0.11 on JAX says so of Triton in Pallas: a JAX without it will want other kernels.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
 PLAIN = Scoring(scale=0.1, window=None, softcap=None)
 ROWS = [[[300, 212]], [[44, 74, 1, 32, 300], [3, 500], [512]], [[7] * 64, []]]  # lengths of samples, of 512 slots
 STEP = spec_of(num_heads=6, num_kv_heads=2, head_dim=80, attention_scale=0.1, windows=(None, 70))

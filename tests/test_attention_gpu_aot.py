@@ -24,6 +24,9 @@ from mice_jax.sharding import AXES
 from mice_jax.step import make_step
 from models import mesh_of, spec_of
 
+# From 0.11 on JAX says so of Triton in Pallas: a JAX without it will want other kernels.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
 SLOTS, HEAD_DIM = 640, 80
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
 CALL = re.compile(r"stablehlo\.custom_call @(__gpu\$xla\.gpu\.triton|__cudnn\$\w+)")
