@@ -24,7 +24,9 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
     "splash": functools.partial(splash, interpret=True),
 }
 
-CUDNN = importlib.import_module("mice_jax.models.attention.cudnn")  # a function hides it by its name
+# Functions hide them by their names.
+CUDNN = importlib.import_module("mice_jax.models.attention.cudnn")
+PALLAS = importlib.import_module("mice_jax.models.attention.pallas")
 
 
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, **told: Any) -> jax.Array:
