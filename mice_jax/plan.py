@@ -34,6 +34,7 @@ from mice_jax.data.readers import open_source
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.lab import planned
+from mice_jax.models.product import multiply_in
 from mice_jax.models.spec import ModelSpec
 from mice_jax.planning import Layout, Planned
 from mice_jax.sharding import replicated_dims
@@ -75,6 +76,7 @@ def plan(values: command.Values) -> None:
         config, spec, origin.architecture, target,
         samples=work.samples, mean_length=work.mean_length, deadline=deadline,
     )  # fmt: skip
+    multiply_in(run.dtype, target.chip.platform)
 
     # ---- What it comes to -------------------------------------------------------------------------------------
     began = time.perf_counter()

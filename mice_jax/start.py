@@ -23,6 +23,7 @@ from mice_jax.data.store import cache_folder
 from mice_jax.errors import UserError
 from mice_jax.generation_config import Generation, read_generation, stop_ids_in
 from mice_jax.models import hf
+from mice_jax.models.product import multiply_in
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
 from mice_jax.places import Place, fetched, find_place
@@ -91,11 +92,12 @@ def find_model(model: str, step: int | None) -> Origin:
 
 
 def compute_dtype(name: str) -> Any:
-    """What --compute_dtype says; auto is float32 on a CPU, else bfloat16."""
+    """What --compute_dtype says, in which this process then multiplies; auto is float32 on a CPU, else bfloat16."""
     if name not in DTYPES:
         raise UserError(f"--compute_dtype={name} is not one of {', '.join(DTYPES)}.")
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    multiply_in(name, jax.default_backend())
     return jnp.dtype(name)
 
 

@@ -59,6 +59,7 @@ from mice_jax.errors import AgreedError, Preempted, StoppedByRule, StoreError, U
 from mice_jax.evals import benchmarks, held_out
 from mice_jax.generation_config import Generation
 from mice_jax.lab.watch import Watch
+from mice_jax.models.product import multiply_in
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.progress import Alarm, Progress, crosses
@@ -162,6 +163,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
     # ---- Model ----------------------------------------------------------------------------------------------
     decoder = make_decoder(spec, mesh.shape["tensor"])
     dtype = resolve.compute_dtype(config, device.platform)
+    multiply_in(dtype, device.platform)
     load = resolve.load(config, decoder, origin.architecture, mesh, dtype, attention)
     memory = fit.device_memory(jax.local_devices()[0])  # another process's device does not tell
     length = report.mean_length(data.report)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mice_jax.models.product import FEW, product
+from mice_jax.models.product import FEW, multiply_in, product
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.normal(size=(24, 3, 8)).astype(np.float32)
@@ -34,3 +34,35 @@ def test_the_weight_stays_on_the_left_of_few_slots(slots: int, weight_first: boo
     program = jax.jit(product).lower(x, weight).compile().as_text()
     found = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(", program)
     assert found == [("1024", str(slots)) if weight_first else (str(slots), "1024")]
+
+
+@pytest.fixture
+def jax_s_own(request: pytest.FixtureRequest) -> None:
+    """The precision of products is what jax has it be, before and after."""
+    request.addfinalizer(lambda: jax.config.update("jax_default_matmul_precision", None))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "platform", "precision"),
+    [
+        ("float32", "gpu", "HIGHEST"),
+        ("float32", "tpu", "HIGHEST"),
+        ("bfloat16", "gpu", "DEFAULT"),
+        ("float32", "cpu", "DEFAULT"),
+    ],
+)
+def test_a_run_in_float32_multiplies_in_float32_on_devices_that_would_round(
+    dtype: str, platform: str, precision: str, jax_s_own: None
+) -> None:
+    multiply_in(dtype, platform)
+    x, weight = jax.ShapeDtypeStruct((1, FEW + 1, 8), dtype), jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    both_ways = jax.jit(jax.grad(lambda x, w: product(x, w).astype(jnp.float32).sum(), (0, 1)))
+    lowered = both_ways.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+    products = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", lowered)
+    assert products and set(products) == {(precision, precision)}
+
+
+def test_what_the_user_asks_of_jax_stays(jax_s_own: None) -> None:
+    jax.config.update("jax_default_matmul_precision", "tensorfloat32")
+    multiply_in("float32", "gpu")
+    assert jax.config.jax_default_matmul_precision == "tensorfloat32"  # type: ignore[attr-defined]
