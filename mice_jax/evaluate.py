@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mice_jax import command, distributed, programs, runtime
-from mice_jax.checkpoint import Checkpoints, pick_step
+from mice_jax.checkpoint import Checkpoints
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
@@ -50,6 +50,7 @@ from mice_jax.start import (
     fingerprint,
     generation_of,
     load_params,
+    picked_step,
 )
 from mice_jax.workdir import DIRECTIONS, SCORES
 
@@ -242,10 +243,12 @@ def _steps(origin: Origin, values: command.Values) -> Sequence[int | None]:
         return [None]
     if values.all_checkpoints and (values.step is not None or origin.step is not None):
         raise UserError("--all_checkpoints is for all steps of a run, but one of them is named too. Leave one out.")
+    newest = picked_step(origin, values.step)
+    if not values.all_checkpoints:
+        return [newest]
     assert origin.workdir is not None
     checkpoints = Checkpoints(origin.workdir, read_only=True)
-    step = pick_step(checkpoints, origin.step if values.step is None else values.step)
-    steps = checkpoints.steps() if values.all_checkpoints else [step]
+    steps = checkpoints.steps()
     checkpoints.close()
     return steps
 

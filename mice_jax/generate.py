@@ -21,7 +21,6 @@ from absl import flags
 from rich.console import Console
 
 from mice_jax import command, programs, runtime
-from mice_jax.checkpoint import Checkpoints, pick_step
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
 from mice_jax.data.store import cache_folder
@@ -36,13 +35,13 @@ from mice_jax.models.transformer import make_decoder
 from mice_jax.places import write_whole
 from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.start import (
-    Origin,
     check_vocabulary,
     compute_dtype,
     find_model,
     fingerprint,
     generation_of,
     load_params,
+    picked_step,
 )
 
 MAX_NEW_TOKENS = 256
@@ -99,7 +98,7 @@ def generate(values: command.Values) -> None:
         print(remark, file=sys.stderr)
     # What ends a turn in the chat template, and what the model's own generation config adds.
     stop_ids = [*encoder.stop_ids(), *generation.stop_ids]
-    dtype, step = compute_dtype(values.compute_dtype), _step(origin, values.step)
+    dtype, step = compute_dtype(values.compute_dtype), picked_step(origin, values.step)
     system = [] if values.system is None else [{"role": "system", "content": values.system}]
     job = None  # read before the model is, so that what is wrong is said at once
     if values.input is not None:
@@ -188,16 +187,6 @@ def _chat(speaker: Speaker, system: list[Message], sampling: Sampling) -> None:
 
 
 # ---------------------------------------------------------------------------------------- a file
-def _step(origin: Origin, asked: int | None) -> int | None:
-    """The checkpoint that answers, of a run."""
-    if origin.workdir is None:
-        return None
-    checkpoints = Checkpoints(origin.workdir, read_only=True)
-    step = pick_step(checkpoints, origin.step if asked is None else asked)
-    checkpoints.close()
-    return step
-
-
 def _settings(
     values: command.Values,
     weights: str,

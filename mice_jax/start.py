@@ -114,6 +114,19 @@ def generation_of(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> Generat
     return read_generation(origin.folder, origin.config)
 
 
+def picked_step(origin: Origin, asked: int | None) -> int | None:
+    """The checkpoint of a run that is asked for, or else that its path names, or the newest; None of a folder of HF's.
+
+    Raises UserError where it is not there.
+    """
+    if origin.workdir is None:
+        return None
+    checkpoints = Checkpoints(origin.workdir, read_only=True)
+    step = pick_step(checkpoints, origin.step if asked is None else asked)
+    checkpoints.close()
+    return step
+
+
 def fingerprint(origin: Origin, step: int | None) -> str:
     """Of a model's weights, config and tokenizer, by their content; `step` is a run's."""
     own = [p for p in sorted(origin.folder.iterdir()) if p.is_file()]
