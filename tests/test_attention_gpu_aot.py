@@ -6,11 +6,13 @@ Triton takes part here up to its own code; what becomes of that, in registers an
 import functools
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas import triton
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
@@ -40,11 +42,11 @@ Shape = tuple[int, ...]
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What JAX asks of cuDNN and of the GPU before it calls cuDNN."""
-    told = CUDNN.dot_product_attention.__globals__
-    monkeypatch.setitem(told, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setitem(told, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    with CUDNN.planned_for("9.0"):
+        yield
 
 
 def step_calls(backend: str, tensor: int, heads: tuple[int, int]) -> Counter[tuple[str, Shape, Shape]]:

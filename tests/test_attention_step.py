@@ -59,7 +59,7 @@ MESHES = {
     "tensor 2": ((1, 2, 2), (4, 2)),
     "key heads that tensor 2 does not divide": ((2, 2, 2), (6, 3)),
 }
-BACKENDS_WITH_DOTS = ["splash", "pallas", "cudnn", "blockwise"]  # it keeps what pallas and blockwise give
+BACKENDS_WITH_DOTS = ["splash", "pallas", "cudnn", "blockwise"]  # it keeps the result of all of them but cudnn
 CASES = [
     ("splash", "tensor 2", "full"),
     *itertools.product(["pallas", "cudnn"], MESHES, ["full"]),
