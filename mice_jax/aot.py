@@ -17,7 +17,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mice_jax.chips import CHIPS, FRACTION, GPUS_OF_A_HOST, TAKEN, Chip, cpu_chip
+from mice_jax.chips import CHIPS, GPUS_OF_A_HOST, TAKEN, Chip, cpu_chip, share_taken
 from mice_jax.config import nearest
 from mice_jax.errors import UserError, one_line
 from mice_jax.fit import device_bytes, machine_memory
@@ -117,8 +117,7 @@ def _tpus(topology: str, family: str, shape: str) -> Target:
 
 def _gpus(topology: str, family: str, count: int, device_file: str) -> Target:
     chip, devices = CHIPS[family], None
-    if fraction := os.environ.get(FRACTION):
-        chip = dataclasses.replace(chip, memory=chip.memory / TAKEN * float(fraction))
+    chip = dataclasses.replace(chip, memory=chip.memory * share_taken() / TAKEN)
     if device_file and count > GPUS_OF_A_HOST and count % GPUS_OF_A_HOST:
         raise UserError(
             f"--topology={topology}: {count} GPUs fill no whole hosts of {GPUS_OF_A_HOST}, and can only be estimated: "

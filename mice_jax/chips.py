@@ -7,6 +7,7 @@ it that JAX takes.
 """
 
 import dataclasses
+import os
 from typing import Any
 
 GIB = 2**30
@@ -42,11 +43,16 @@ CHIPS: dict[str, Chip] = {
     "b200": _gpu("NVIDIA B200", "10.0", 2250e12, 144e9, 7.7e12, 900e9),
 }
 
-FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # the variable that says what share of a GPU's memory JAX takes
-TAKEN = 0.75  # where it says nothing
+TAKEN = 0.75  # of a GPU's memory, by JAX, and so in the table,
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # where this variable says nothing else
 GPUS_OF_A_HOST = 8
 NETWORK_RATE = 50e9  # bytes/s of one GPU to those of other hosts: a link of 400 Gbit/s each
 CPU_MEMORY_RATE = 20e9  # bytes/s of a machine whose CPUs are the devices, all together
+
+
+def share_taken() -> float:
+    """What share of a GPU's memory JAX takes."""
+    return float(os.environ.get(FRACTION) or TAKEN)
 
 
 def find_chip(device: Any) -> Chip | None:

@@ -11,7 +11,6 @@ Memory is what XLA says; time and cost are arithmetic. docs/plan.md says how to 
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from rich.table import Table
 
 from mice_jax import aot, command, fit, pace, runtime
 from mice_jax.aot import Need
-from mice_jax.chips import FRACTION, TAKEN
+from mice_jax.chips import FRACTION, share_taken
 from mice_jax.config import Config
 from mice_jax.data import report
 from mice_jax.data.readers import open_source
@@ -222,10 +221,7 @@ def _time(run: Planned, work: Work, price: float, assumed: list[str]) -> dict[st
     made, chip = run.pace(run.layout), run.target.chip
     assumed.append(pace.assumed(chip))
     if chip.platform == "gpu":
-        share = os.environ.get(FRACTION, f"{TAKEN}")
-        assumed.append(
-            f"JAX takes {float(share):.0%} of a GPU's memory ({FRACTION}, as it is here), the rest is not used"
-        )
+        assumed.append(f"JAX takes {share_taken():.0%} of a GPU's memory ({FRACTION}, as it is here)")
     if run.config.eval.tasks:
         assumed.append("benchmarks in training (eval.tasks) are left out, their time and their memory")
     chips = run.target.count / chip.devices

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from absl import flags
 
-from mice_jax import cli, command
+from mice_jax import cli, command, supervise
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import Preempted, StoppedByRule, UserError
 from runs import DEPRECATED, write_config
@@ -253,8 +253,11 @@ def test_one_of_several_processes_is_refused_by_the_verb_which_tells_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert begun(monkeypatch, "--config=absent.py", "--num_processes=2") == (0, True)
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    assert begun(monkeypatch, "--config=absent.py") == (0, True)
+    for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", supervise.CHILD):
+        with monkeypatch.context() as within:
+            within.setenv(variable, "2")
+            assert begun(within, "--config=absent.py") == (0, True), variable
+    assert begun(monkeypatch, "--config=absent.py") == (2, False)
 
 
 def test_a_verb_run_by_name_is_the_module_run_by_itself(

@@ -65,4 +65,4 @@ def test_a_run_in_float32_multiplies_in_float32_on_devices_that_would_round(
 def test_what_the_user_asks_of_jax_stays(jax_s_own: None) -> None:
     jax.config.update("jax_default_matmul_precision", "tensorfloat32")
     multiply_in("float32", "gpu")
-    assert jax.config.jax_default_matmul_precision == "tensorfloat32"  # type: ignore[attr-defined]
+    assert jax.config.jax_default_matmul_precision == "tensorfloat32"
