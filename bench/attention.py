@@ -54,8 +54,8 @@ from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.attention import BACKENDS, attend, choose_backend
 from mice_jax.models.attention.reference import reference
-from mice_jax.models.attention.scoring import Scoring
-from mice_jax.rows import max_segments
+from mice_jax.models.attention.score_function import Scoring
+from mice_jax.packing_limits import max_segments
 
 Run = Callable[[], Any]  # one forward and backward pass, waited for
 # bfloat16 rounds weights, outputs and their gradients by 2^-9 each; float32 by 6e-8, over sums of up to 4,096 terms.

@@ -40,11 +40,11 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from mice_jax import runtime
-from mice_jax.evals.sampling import Sampler, Sampling
+from mice_jax.inference.sampler import Sampler, Sampling
+from mice_jax.model_source import find_origin, load_params
 from mice_jax.models.transformer import make_decoder
+from mice_jax.runtime import xla_flags
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import find_origin, load_params
 
 BATCH = 16
 VOCAB = 8192
@@ -159,5 +159,5 @@ def report(args: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.take_huge_pages()  # as `mice` does; here for both sides
+    xla_flags.take_huge_pages()  # as `mice` does; here for both sides
     sys.exit(main())

@@ -41,13 +41,13 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mice_jax import runtime
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.evals.harness import MiceLM
-from mice_jax.generation_config import Generation
+from mice_jax.inference.generation_config import Generation
+from mice_jax.model_source import find_origin, load_params
 from mice_jax.models.transformer import make_decoder
+from mice_jax.runtime import xla_flags
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import find_origin, load_params
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 CLOSE = 1e-3
@@ -161,5 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runtime.take_huge_pages()  # as `mice` does; here for both sides
+    xla_flags.take_huge_pages()  # as `mice` does; here for both sides
     main()

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "MICE_JAX_HEARTBEAT_S": "10"}
 
-from mice_jax.workdir import EVENTS
-from runs import ENVIRONMENT, assert_equal_runs, lines_of, place_flags, read_metrics, saving, setting
+from helpers.runs import ENVIRONMENT, assert_equal_runs, lines_of, place_flags, read_metrics, saving, setting
+from mice_jax.storage.workdir import EVENTS
 
 STEPS = 200
 FLAGS = ["--config.checkpoint.every_samples=40", "--config.checkpoint.keep_last=2"]

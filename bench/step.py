@@ -55,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from mice_jax import runtime
+from mice_jax.runtime import xla_flags
 
 # hidden, MLP, layers, query heads, key heads, head dim, vocabulary, tied
 SIZES = {
@@ -179,17 +179,17 @@ class Ours:
 def run_ours(args: argparse.Namespace, steps: list[list[dict[str, np.ndarray]]]) -> dict[str, Any]:
     import jax
 
-    from mice_jax import metrics
+    from mice_jax import hardware
 
     if args.devices > 1:
         jax.config.update("jax_num_cpu_devices", args.devices)
     ours = Ours(args, config_of(args.size, args.slots), Path(args.folder) / "model", args.devices)
     result = timed(ours.step, steps)
     device = jax.devices()[0]
-    peak = metrics.peak_flops(device) or 0.0
+    peak = hardware.peak_flops(device) or 0.0
     if device.platform != "cpu":
         result["peak_mib"] = device.memory_stats()["peak_bytes_in_use"] / 2**20
-    flops = [sum(metrics.train_flops(ours.spec, lengths_of(m)) for m in step) for step in steps]
+    flops = [sum(hardware.train_flops(ours.spec, lengths_of(m)) for m in step) for step in steps]
     return result | {
         "peak_flops": peak * args.devices,
         "flops": flops,
@@ -304,7 +304,9 @@ def spawn(args: argparse.Namespace, side: str) -> dict[str, Any]:
     names = ("size", "rows", "slots", "steps", "microbatches", "remat", "devices", "folder")
     command = [sys.executable, str(Path(__file__).resolve()), f"--side={side}", f"--out={out}"]
     command += [f"--{name}={getattr(args, name)}" for name in names]
-    environment = (runtime.HUGE_PAGES if side == "ours" else {}) | os.environ  # as `mice` starts, and as a script does
+    environment = (
+        xla_flags.HUGE_PAGES if side == "ours" else {}
+    ) | os.environ  # as `mice` starts, and as a script does
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode or not out.exists():
         print(f"{side} failed:\n{done.stderr[-3000:]}", file=sys.stderr)

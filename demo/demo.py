@@ -14,10 +14,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from mice_jax import runtime  # first: the package keeps transformers from advising us to install torch
+from mice_jax.runtime import xla_flags  # first: the package keeps transformers from advising us to install torch
 
 if __name__ == "__main__":
-    runtime.take_huge_pages()  # as `mice` does, before the imports below, which take seconds
+    xla_flags.take_huge_pages()  # as `mice` does, before the imports below, which take seconds
 
 # isort: split
 import jax.numpy as jnp
@@ -26,11 +26,11 @@ from make_data import PHASES, make_data, train_tokenizer, write_model_config
 from mice_jax import export, train
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.evals.sampling import Sampler, Sampling
+from mice_jax.inference.sampler import Sampler, Sampling
+from mice_jax.model_source import find_origin, load_params
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import find_origin, load_params
-from mice_jax.workdir import METRICS
+from mice_jax.storage.workdir import METRICS
 
 DATA, RUN, HF = HERE / "data", HERE / "run", HERE / "hf"
 VOCAB_SIZE = 2048

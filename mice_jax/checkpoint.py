@@ -26,8 +26,8 @@ import orbax.checkpoint as ocp
 from mice_jax.config import Checkpoint
 from mice_jax.errors import StoreError, UserError, one_line
 from mice_jax.models.transformer import Params
-from mice_jax.places import Place, is_remote, move, objects, write_whole
 from mice_jax.step import TrainState
+from mice_jax.storage.paths import Place, is_remote, move, objects, write_whole
 
 PADDED = ("embed", "head")  # what has a vocabulary's dim
 # Of what it finds in a bucket orbax removes, as saves that were cut short, all folders but those that hold this.

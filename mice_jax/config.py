@@ -220,7 +220,7 @@ class Sweep(_Strict):
     seeds: list[int] = field(default_factory=list)  # each combination runs with each; [] = that of base
     metric: str = "eval/loss"  # any of metrics.jsonl, of a run's last step
     mode: str = "min"  # min | max
-    stop: Any = None  # None, a rule's name (paper | median | halving), or one of mice_jax.lab.dynamics
+    stop: Any = None  # None, a rule's name (paper | median | halving), or one of mice_jax.training.stop_rules
     search: str = "grid"  # grid | random | tpe
     trials: int = 0  # of random and tpe
 

@@ -27,22 +27,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mice_jax import command, distributed, programs, runtime
 from mice_jax.checkpoint import Checkpoints
+from mice_jax.cli import command
+from mice_jax.cli.progress_display import Display
 from mice_jax.data.chat import ChatEncoder
-from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.display import Display
 from mice_jax.errors import UserError
 from mice_jax.evals import benchmarks, mt_bench
 from mice_jax.evals.benchmarks import Benchmark, Results, Settings
-from mice_jax.evals.sampling import Sampler, cast_params
-from mice_jax.evals.speaking import Speaker
-from mice_jax.generation_config import Generation
-from mice_jax.models.transformer import make_decoder
-from mice_jax.places import Place, write_whole
-from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import (
+from mice_jax.inference.chat import Speaker
+from mice_jax.inference.generation_config import Generation
+from mice_jax.inference.sampler import Sampler, cast_params
+from mice_jax.model_source import (
     Origin,
     check_vocabulary,
     compute_dtype,
@@ -52,7 +48,12 @@ from mice_jax.start import (
     load_params,
     picked_step,
 )
-from mice_jax.workdir import DIRECTIONS, SCORES
+from mice_jax.models.transformer import make_decoder
+from mice_jax.runtime import compile_cache, distributed, xla_flags
+from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.storage.cache import cache_folder
+from mice_jax.storage.paths import Place, write_whole
+from mice_jax.storage.workdir import DIRECTIONS, SCORES
 
 
 def define(values: command.Values, argv: list[str]) -> None:
@@ -82,8 +83,8 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 def evaluate(values: command.Values) -> None:
     # ------------------------------------------------------------------------------------ what is asked
-    runtime.set_flags(deterministic=False)
-    programs.keep(cache_folder(""))
+    xla_flags.set_flags(deterministic=False)
+    compile_cache.keep(cache_folder(""))
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
     lead = distributed.is_lead()
     console = Console(quiet=not lead, highlight=False, soft_wrap=True)

@@ -16,13 +16,13 @@ from typing import Any
 from absl import flags
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax import command
+from mice_jax.cli import command
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
+from mice_jax.model_source import find_origin, load_params, stop_ids
 from mice_jax.models import hf
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import find_origin, load_params, stop_ids
 
 DTYPES = ("float32", "bfloat16")
 

@@ -20,21 +20,16 @@ import jax
 from absl import flags
 from rich.console import Console
 
-from mice_jax import command, programs, runtime
+from mice_jax.cli import command
+from mice_jax.cli.progress_display import Display
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
-from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.display import Display
 from mice_jax.errors import UserError
-from mice_jax.evals.sampling import Sampler, Sampling, cast_params, check_fits
-from mice_jax.evals.speaking import Message, Speaker
-from mice_jax.generation_config import FILE, Generation
-from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import make_decoder
-from mice_jax.places import write_whole
-from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import (
+from mice_jax.inference.chat import Message, Speaker
+from mice_jax.inference.generation_config import FILE, Generation
+from mice_jax.inference.sampler import Sampler, Sampling, cast_params, check_fits
+from mice_jax.model_source import (
     check_vocabulary,
     compute_dtype,
     find_model,
@@ -43,6 +38,12 @@ from mice_jax.start import (
     load_params,
     picked_step,
 )
+from mice_jax.models.spec import ModelSpec
+from mice_jax.models.transformer import make_decoder
+from mice_jax.runtime import compile_cache, xla_flags
+from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.storage.cache import cache_folder
+from mice_jax.storage.paths import write_whole
 
 MAX_NEW_TOKENS = 256
 DRAWN = ("temperature", "top_p", "top_k")
@@ -76,7 +77,7 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 def generate(values: command.Values) -> None:
     # ------------------------------------------------------------------------------------ what is asked
-    runtime.set_flags(deterministic=False)
+    xla_flags.set_flags(deterministic=False)
     origin = find_model(command.required(values, "model"), values.step)
     max_new_tokens = values.max_new_tokens
     if max_new_tokens is None:
@@ -112,7 +113,7 @@ def generate(values: command.Values) -> None:
         check_fits(encoder.prompt_ids(_asked(system, values.prompt)), sampling, origin.spec, "--prompt")
 
     # ------------------------------------------------------------------------------------ model
-    programs.keep(cache_folder(""))
+    compile_cache.keep(cache_folder(""))
     mesh = make_mesh(1, -1, 1)
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)

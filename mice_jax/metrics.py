@@ -1,59 +1,12 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard, the terminal; and its share of the machine's peak."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
-
-from mice_jax.chips import find_chip
-from mice_jax.models.spec import ModelSpec
-
-
-def train_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
-    """Model FLOPs of forward and backward over samples of so many tokens, recomputation not counted.
-
-    Each weight of a matrix product costs 2 FLOPs a token forward and 4 backward; the embedding look-up costs
-    nothing, the output projection its product whether tied or not. Causal attention over a sample of n tokens has
-    n^2/2 pairs, each with head_dim multiply-adds for the score and as many for the value, in every head; a window
-    of w leaves wn - w^2/2 of them.
-    """
-    s = spec
-    attention = 2 * s.d_model * s.head_dim * (s.num_heads + s.num_kv_heads)
-    weights = s.num_layers * (attention + 3 * s.d_model * s.d_ff) + s.vocab_size * s.d_model
-    n = lengths.astype(np.float64)
-    seen = [np.minimum(n, window or np.inf) for window in s.windows]
-    pairs = s.num_heads * s.head_dim * sum(float((w * n - w * w / 2).sum()) for w in seen)
-    return 3 * (2 * weights * float(n.sum()) + 4 * pairs)
-
-
-def peak_flops(device: Any) -> float | None:
-    """FLOP/s that one device could do at most; None for one that the table lacks.
-
-    A CPU's is measured, as the rate of a large float32 matrix product over all of the process's CPU devices.
-    """
-    if device.platform == "cpu":
-        return measured_matmul() / jax.local_device_count()
-    chip = find_chip(device)
-    return chip.peak_flops if chip else None
-
-
-def measured_matmul(n: int = 1024) -> float:
-    x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
-    product = jax.jit(jnp.matmul)
-    product(x, x).block_until_ready()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        product(x, x).block_until_ready()
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
 
 
 class Writer(Protocol):

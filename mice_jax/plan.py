@@ -24,20 +24,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mice_jax import aot, command, fit, pace, runtime
-from mice_jax.aot import Need
-from mice_jax.chips import FRACTION, share_taken
+from mice_jax.cli import command
 from mice_jax.config import Config
-from mice_jax.data import report
+from mice_jax.data import statistics
 from mice_jax.data.readers import open_source
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from mice_jax.lab import planned
-from mice_jax.models.product import multiply_in
+from mice_jax.hardware import FRACTION, share_taken
+from mice_jax.model_source import RANDOM, Origin, find_origin, with_vocabulary
 from mice_jax.models.spec import ModelSpec
-from mice_jax.planning import Layout, Planned
+from mice_jax.planning import ahead_of_time, cost, step_time
+from mice_jax.planning.ahead_of_time import Need
+from mice_jax.planning.planner import Layout, Planned
+from mice_jax.runtime import xla_flags
+from mice_jax.runtime.precision import multiply_in
 from mice_jax.sharding import replicated_dims
-from mice_jax.start import RANDOM, Origin, find_origin, with_vocabulary
+from mice_jax.training import memory_model
 
 READ_BYTES = 16 * 2**20  # of data: more is not read for a plan
 MEAN_LENGTH = 512  # tokens a sample, where nothing is known
@@ -60,9 +62,9 @@ def plan(values: command.Values) -> None:
     config = command.config_of(values)
     topology = command.required(values, "topology")
     deadline = time.monotonic() + 60 * values.compile_minutes
-    runtime.set_flags(config.train.deterministic)
+    xla_flags.set_flags(config.train.deterministic)
     _start_jax(topology)
-    target = aot.find_target(topology, values.device_file)
+    target = ahead_of_time.find_target(topology, values.device_file)
 
     # ---- What is planned --------------------------------------------------------------------------------------
     assumed: list[str] = []
@@ -145,9 +147,9 @@ def _spec(config: Config, origin: Origin, tokenized: bool, assumed: list[str]) -
 def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str]) -> Work:
     """From the data, where they are here and few; else by --mean_length and the config's steps, or assumed."""
     if tokenized and _few_data(config):
-        data, mixture, steps = planned.open_data(config)
+        data, mixture, steps = cost.open_data(config)
         samples = sum(e.samples for e in mixture.epochs(steps)) / steps
-        return Work(mean_length or report.mean_length(data.report), samples, steps)
+        return Work(mean_length or statistics.mean_length(data.report), samples, steps)
     if not mean_length:
         mean_length = min(MEAN_LENGTH, config.data.max_length)
         assumed.append(f"samples have {mean_length} tokens on average (--mean_length)")
@@ -187,7 +189,7 @@ def _memory(run: Planned, needs: list[Need]) -> dict[str, Any]:
     }
     if not needs:
         return made_of | {
-            "fits": estimate.total <= fit.USABLE * memory,
+            "fits": estimate.total <= memory_model.USABLE * memory,
             "compiled": False,
             "bytes_per_device": estimate.total,
             "arguments_bytes": estimate.resident,
@@ -219,7 +221,7 @@ def _held_whole(run: Planned) -> list[str]:
 def _time(run: Planned, work: Work, price: float, assumed: list[str]) -> dict[str, Any]:
     """Of a step, and of the whole run."""
     made, chip = run.pace(run.layout), run.target.chip
-    assumed.append(pace.assumed(chip))
+    assumed.append(step_time.assumed(chip))
     if chip.platform == "gpu":
         assumed.append(f"JAX takes {share_taken():.0%} of a GPU's memory ({FRACTION}, as it is here)")
     if run.config.eval.tasks:

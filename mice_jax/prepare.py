@@ -20,18 +20,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mice_jax import command
+from mice_jax.cli import command
+from mice_jax.cli.progress_display import Display
 from mice_jax.config import Config
-from mice_jax.data import report
+from mice_jax.data import statistics
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import microbatch_shapes
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.display import Display
 from mice_jax.errors import UserError
-from mice_jax.start import find_origin
+from mice_jax.model_source import find_origin
 
 WIDTH = 160  # of tables in a file or a pipe
 
@@ -61,11 +61,11 @@ def prepare(values: command.Values) -> None:
             display.say(remark)
         data = build_dataset(config.data, encoder, display.say, display.watch)
     steps, total_steps = _steps(config, data)
-    whole = report.with_steps(data.report, steps, total_steps)
-    console.print(report.summary_table(whole))
+    whole = statistics.with_steps(data.report, steps, total_steps)
+    console.print(statistics.summary_table(whole))
     if values.report:
         _print_report(whole, console)
-    for sentence in report.regrets(whole):
+    for sentence in statistics.regrets(whole):
         console.print(f"[yellow]warning: {escape(sentence)}[/yellow]", soft_wrap=True)
     if output:
         output.write_text(json.dumps(whole, indent=1) + "\n")
@@ -84,13 +84,13 @@ def _steps(config: Config, data: Dataset) -> tuple[StepSource, int]:
 
 
 def _print_report(whole: dict[str, Any], console: Console) -> None:
-    console.print(report.length_table(whole))
+    console.print(statistics.length_table(whole))
     console.print(_epoch_table(whole))
-    for line in report.longest_lines(whole):
+    for line in statistics.longest_lines(whole):
         console.print(f"longest: {escape(line)}", soft_wrap=True)
     packed_for = whole["packed_for"]
     console.print(
-        f"{whole['steps']:,} steps; the first {min(report.STEPS_PACKED, whole['steps'])} fill "
+        f"{whole['steps']:,} steps; the first {min(statistics.STEPS_PACKED, whole['steps'])} fill "
         f"{whole['packing_efficiency_of_first_steps']:.1%} of their slots, packed for {packed_for['shards']} "
         f"shards of {packed_for['rows_per_shard']} rows (of mesh and train.rows_per_device; 1 where they leave it open)"
     )

@@ -16,10 +16,10 @@ from absl import flags
 from rich.console import Console
 from rich.markup import escape
 
-from mice_jax import command
+from mice_jax.cli import command
 from mice_jax.errors import UserError
-from mice_jax.lab import gather, page
-from mice_jax.places import fetched, find_place
+from mice_jax.report_page import page, read_runs
+from mice_jax.storage.paths import fetched, find_place
 
 SHOWN = 10  # of the things that could not be read
 
@@ -35,7 +35,7 @@ def begin(values: command.Values) -> None:
     folders = [_folder(name) for name in command.required(values, "workdir")]
     if not folders:
         raise UserError("--workdir is empty. See --help for an example.")
-    if len(folders) > 1 and (sweeps := [f for f in folders if gather.is_sweep(f)]):
+    if len(folders) > 1 and (sweeps := [f for f in folders if read_runs.is_sweep(f)]):
         raise UserError(f"--workdir: {sweeps[0]} is a sweep; give it alone, or some of the runs in its folder runs.")
     output = _output(values, folders)
     console = Console(highlight=False, soft_wrap=True)
@@ -53,7 +53,7 @@ def _folder(name: str) -> Path:
     folder = place if isinstance(place, Path) else fetched(place)
     if not folder.is_dir():
         raise UserError(f"--workdir: there is no folder {name}.")
-    if not (gather.is_sweep(folder) or gather.is_run(folder)):
+    if not (read_runs.is_sweep(folder) or read_runs.is_run(folder)):
         raise UserError(f"--workdir: {name} holds no run (metrics.jsonl, config.json) and no sweep (sweep.json).")
     return folder
 

@@ -31,13 +31,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mice_jax import command, distributed, lock, supervise
+from mice_jax.cli import command
 from mice_jax.config import ConfigError, Sweep
 from mice_jax.errors import Preempted, UserError
-from mice_jax.lab import gather, launch, page, planned
-from mice_jax.lab.devices import share_of_devices
-from mice_jax.lab.study import ENDS, Study, combinations, config_of, read_summary, rule_of, status_of
-from mice_jax.lab.watch import TRIAL, last_record
+from mice_jax.planning import cost
+from mice_jax.report_page import page, read_runs
+from mice_jax.runtime import distributed, watchdog
+from mice_jax.storage import lock, workdir
+from mice_jax.sweeps import workers
+from mice_jax.sweeps.devices import share_of_devices
+from mice_jax.sweeps.study import ENDS, Study, combinations, config_of, read_summary, rule_of, status_of
+from mice_jax.training.stop_monitor import TRIAL, last_record
 
 STORAGE = "MICE_JAX_STORAGE"  # in the environment: a storage's URL, which may hold a password
 LOOK_S = 0.5
@@ -58,8 +62,8 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 
 def begin(values: command.Values) -> int | None:
-    if supervise.is_child():
-        supervise.follow_parent()
+    if watchdog.is_child():
+        watchdog.follow_parent()
     place = _place(values)
     sweep = load_sweep(command.required(values, "config"))
     storage = values.storage or os.environ.get(STORAGE, "")
@@ -71,7 +75,7 @@ def begin(values: command.Values) -> int | None:
         raise UserError(f"--workdir={named}: a sweep's folder is one that its workers share as a file system.")
     folder = Path(named)
     if place and place.process_id:
-        return launch.follow(folder, place)
+        return workers.follow(folder, place)
     study = Study(sweep, folder, storage)
     if values.worker:
         return _work_together(study, place) if place else work(study)
@@ -81,7 +85,7 @@ def begin(values: command.Values) -> int | None:
     return _lead(study, [*own, "--worker"], [share | {STORAGE: storage} for share in shares])
 
 
-def _place(values: command.Values) -> launch.Place | None:
+def _place(values: command.Values) -> workers.Place | None:
     """Which process of a worker of several this is; None for a worker of one."""
     given = values.coordinator_address, values.num_processes, values.process_id
     if all(g is None for g in (*given, values.expect_devices)):
@@ -91,7 +95,7 @@ def _place(values: command.Values) -> launch.Place | None:
             "--coordinator_address, --num_processes, --process_id and --expect_devices are for a worker of several "
             "processes: give each of them --worker too."
         )
-    place = launch.Place(*given, values.expect_devices)
+    place = workers.Place(*given, values.expect_devices)
     place.meeting()
     return place
 
@@ -129,14 +133,14 @@ def _dry_run(sweep: Sweep) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     fixed = combinations(sweep)
     table = Table("trial", *sweep.axes, "seed", "steps", "samples", "tokens", "FLOPs")
-    whole = planned.Cost()
+    whole = cost.Cost()
     for number, params in enumerate(fixed):
-        cost = planned.cost(config_of(sweep, params))
-        whole += cost
+        one = cost.run_cost(config_of(sweep, params))
+        whole += one
         drawn = [str(params.get(name, "drawn")) for name in sweep.axes]
-        counts = [f"{n:,.0f}" for n in (cost.steps, cost.samples, cost.tokens)]
+        counts = [f"{n:,.0f}" for n in (one.steps, one.samples, one.tokens)]
         table.add_row(
-            str(number), *map(escape, drawn), str(params.get("seed", sweep.base.seed)), *counts, f"{cost.flops:.2e}"
+            str(number), *map(escape, drawn), str(params.get("seed", sweep.base.seed)), *counts, f"{one.flops:.2e}"
         )
     console.print(table)
     console.print(
@@ -146,7 +150,7 @@ def _dry_run(sweep: Sweep) -> None:
 
 
 # ---------------------------------------------------------------------------------------- a worker
-def work(study: Study, others: launch.Lead | None = None) -> int:
+def work(study: Study, others: workers.Lead | None = None) -> int:
     """Runs trials until every one has ended."""
     while True:
         number = study.claim()
@@ -164,9 +168,9 @@ def work(study: Study, others: launch.Lead | None = None) -> int:
             study.end(number, code)
 
 
-def _work_together(study: Study, place: launch.Place) -> int:
+def _work_together(study: Study, place: workers.Place) -> int:
     """The same by several processes, of which this is the first."""
-    others = launch.Lead(place)
+    others = workers.Lead(place)
     code = 1
     try:
         code = work(study, others)
@@ -178,14 +182,14 @@ def _work_together(study: Study, place: launch.Place) -> int:
     return code
 
 
-def _run(study: Study, number: int, others: launch.Lead | None) -> int:
+def _run(study: Study, number: int, others: workers.Lead | None) -> int:
     """Runs or resumes a trial until its process has said how it ended; returns the exit code."""
     folder = study.run_of(number)
     done = {"completed": 0, "stopped": 3}.get((read_summary(folder) or {}).get("status", ""))
     if done is not None:  # its worker was killed before it could tell
         return done
     config = study.begin(number)
-    environment = {TRIAL: study.environment_of(number)} | launch.programs_of(study.folder)
+    environment = {TRIAL: study.environment_of(number)} | workers.programs_of(study.folder)
     furthest, tries = -1, 0
     while True:
         _await_free(folder)
@@ -194,7 +198,7 @@ def _run(study: Study, number: int, others: launch.Lead | None) -> int:
             if others:
                 others.begin(number)
                 arguments += others.place.flags()
-            code = supervise.run_child("mice_jax.train", arguments, folder, environment, log)
+            code = watchdog.run_child("mice_jax.train", arguments, folder, environment, log)
         if others:
             others.await_all()
         if code == Preempted.exit_code:
@@ -242,7 +246,7 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
         return sum(t.state.is_finished() for t in study.trials())
 
     def start(share: dict[str, str], futile: int = 0) -> _Worker:
-        process, pipe = supervise.start_child("mice_jax.sweep", arguments, share, log)
+        process, pipe = watchdog.start_child("mice_jax.sweep", arguments, share, log)
         return _Worker(process, pipe, ended(), futile)
 
     workers = [start(share) for share in shares]
@@ -287,7 +291,9 @@ def _lead(study: Study, arguments: list[str], shares: list[dict[str, str]]) -> i
 
 def _ending(study: Study) -> str:
     ends = [status_of(t) for t in study.trials()]
-    said = f"done: {', '.join(f'{ends.count(s)} {s}' for s in ENDS.values())}\nresults: {study.folder / gather.RESULTS}"
+    said = (
+        f"done: {', '.join(f'{ends.count(s)} {s}' for s in ENDS.values())}\nresults: {study.folder / workdir.RESULTS}"
+    )
     said += f"\nreport: {study.folder / page.REPORT}"
     best = study.best()
     return f"{said}\nbest: trial {best.number}, {study.sweep.metric} {best.value:.4g}" if best else said
@@ -325,7 +331,7 @@ class _Screen:
 
     def _table(self) -> Group:
         study, trials = self._study, self._study.trials()
-        names = gather.short_names([*study.sweep.axes, "seed"], ".")
+        names = read_runs.short_names([*study.sweep.axes, "seed"], ".")
         numbers = dict.fromkeys(["loss", study.sweep.metric])
         table = Table("trial", *names, "", "step", *numbers, "status", box=box.SIMPLE_HEAD, pad_edge=False)
         table.columns[-1].min_width = len("completed (best)")

@@ -7,10 +7,10 @@ The same command again resumes the run. It leaves in the workdir: config.json, d
 line a step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and summary.json.
 """
 
-from mice_jax import runtime
+from mice_jax.runtime import xla_flags
 
 if __name__ == "__main__":
-    runtime.take_huge_pages()  # before the imports below, which take seconds
+    xla_flags.take_huge_pages()  # before the imports below, which take seconds
 
 # isort: split
 import dataclasses
@@ -32,41 +32,34 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax import (
-    command,
-    distributed,
-    fit,
-    metrics,
-    phases,
-    programs,
-    resolve,
-    startup,
-    supervise,
-    tracking,
-)
+from mice_jax import hardware, metrics, trackers
 from mice_jax.checkpoint import Checkpoints
+from mice_jax.cli import command
+from mice_jax.cli.progress_display import Display
 from mice_jax.config import Config, differences, identity, nearest, to_dict
-from mice_jax.data import report
+from mice_jax.data import statistics
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.loader import StepSource, load_steps
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import microbatch_shapes
-from mice_jax.data.store import cache_folder
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.display import Display
 from mice_jax.errors import AgreedError, Preempted, StoppedByRule, StoreError, UserError, one_line
-from mice_jax.evals import benchmarks, held_out
-from mice_jax.generation_config import Generation
-from mice_jax.lab.watch import Watch
-from mice_jax.models.product import multiply_in
+from mice_jax.evals import benchmarks
+from mice_jax.inference.generation_config import Generation
+from mice_jax.model_source import Origin, find_origin, load_params, stop_ids, with_vocabulary
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
-from mice_jax.progress import Alarm, Progress, crosses
+from mice_jax.runtime import compile_cache, distributed, signals, watchdog
+from mice_jax.runtime.precision import multiply_in
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_steps
-from mice_jax.start import Origin, find_origin, load_params, stop_ids, with_vocabulary
 from mice_jax.step import StepFunctions, TrainState
-from mice_jax.workdir import DIRECTIONS, METRICS, PUBLISH_S, Workdir, code_state, environment
+from mice_jax.storage.cache import cache_folder
+from mice_jax.storage.provenance import code_state, environment
+from mice_jax.storage.workdir import DIRECTIONS, METRICS, PUBLISH_S, Workdir
+from mice_jax.training import build, held_out, memory_model, phases, precompile, summary
+from mice_jax.training.progress import Alarm, Progress, crosses
+from mice_jax.training.stop_monitor import Watch
 
 # The numbers of every line of metrics.jsonl; some are null where they cannot be told.
 MEASURED = (
@@ -85,32 +78,32 @@ def define(values: command.Values, argv: list[str]) -> None:
 def begin(arguments: Sequence[str], values: command.Values) -> int | None:
     config = command.config_of(values)
     workdir = command.workdir_of(values)
-    if supervise.is_child():
-        supervise.follow_parent()
+    if watchdog.is_child():
+        watchdog.follow_parent()
     elif distributed.several(values.coordinator_address, values.num_processes, values.process_id):
-        return supervise.run_child("mice_jax.train", arguments, workdir)
-    leave = distributed.LeaveRequest()
+        return watchdog.run_child("mice_jax.train", arguments, workdir)
+    leave = signals.LeaveRequest()
     try:
         with Workdir(workdir) as run:
             train(config, run, values, leave)
     except (AgreedError, StoppedByRule, Preempted):
         raise
     except BaseException as e:
-        if supervise.is_child():
+        if watchdog.is_child():
             if distributed.peer_is_lost(e):
-                os._exit(supervise.say_lost(workdir, one_line(e)))
+                os._exit(watchdog.say_lost(workdir, one_line(e)))
             distributed.abandon(e)
         raise
     finally:
         leave.forget()
 
 
-def train(config: Config, run: Workdir, values: command.Values, leave: distributed.LeaveRequest) -> None:
+def train(config: Config, run: Workdir, values: command.Values, leave: signals.LeaveRequest) -> None:
     time_limit = Alarm(config.train.max_minutes)
 
     # ---- Host and mesh --------------------------------------------------------------------------------------
-    runtime.set_flags(config.train.deterministic)
-    kept = programs.keep(cache_folder(config.data.cache_dir))
+    xla_flags.set_flags(config.train.deterministic)
+    kept = compile_cache.keep(cache_folder(config.data.cache_dir))
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
     lead = distributed.is_lead()
     console = Console(quiet=not lead, highlight=False, soft_wrap=True)
@@ -120,7 +113,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
     with distributed.together():
         distributed.check_devices(values.expect_devices)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        tracking.check_trackers(config.log.trackers)
+        trackers.check_trackers(config.log.trackers)
         origin = find_origin(config.model.init_from)
         remarks: list[str] = []
         tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template, remarks)
@@ -129,7 +122,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
         device = mesh.devices.flat[0]
         capability = getattr(device, "compute_capability", None)
         recorded = _recorded(run, mesh)
-        attention = resolve.attention(config, spec, device.platform, capability, recorded)
+        attention = build.attention(config, spec, device.platform, capability, recorded)
         encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
         settings = _benchmark_settings(config)
         tasks = benchmarks.load_benchmarks(
@@ -162,12 +155,12 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
 
     # ---- Model ----------------------------------------------------------------------------------------------
     decoder = make_decoder(spec, mesh.shape["tensor"])
-    dtype = resolve.compute_dtype(config, device.platform)
+    dtype = build.compute_dtype(config, device.platform)
     multiply_in(dtype, device.platform)
-    load = resolve.load(config, decoder, origin.architecture, mesh, dtype, attention)
-    memory = fit.device_memory(jax.local_devices()[0])  # another process's device does not tell
-    length = report.mean_length(data.report)
-    rows, remat = resolve.rows_and_remat(
+    load = build.load(config, decoder, origin.architecture, mesh, dtype, attention)
+    memory = memory_model.device_memory(jax.local_devices()[0])  # another process's device does not tell
+    length = statistics.mean_length(data.report)
+    rows, remat = build.rows_and_remat(
         config, load, mean_length=length, memory=memory, platform=device.platform, recorded=recorded
     )
     distributed.check_same("rows of a microbatch and remat, by their devices' memory", f"{rows} {remat}")
@@ -185,8 +178,8 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
     steps = source(mixture, config.optim.loss_reduction, SPLIT_EVERY)
 
     # ---- Optimizer ------------------------------------------------------------------------------------------
-    schedule = resolve.schedule(config, stretches, config.optim.max_steps or len(mixture))
-    fns = resolve.step_functions(config, decoder, origin.architecture, mesh, compute, schedule)
+    schedule = build.schedule(config, stretches, config.optim.max_steps or len(mixture))
+    fns = build.step_functions(config, decoder, origin.architecture, mesh, compute, schedule)
 
     # ---- Restore or start: 1 this workdir's newest checkpoint, 2 what init_from names -------------------------
     seeding = [s.saved_steps for i, s in enumerate(stretches) if phases.seeds_by_best(stretches, i)]
@@ -214,15 +207,15 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
             resolved |= {"attention": attention, "today": str(encoder.today)}
             made_by = command.made_by(values) | code_state()
             run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": made_by})
-            whole = report.with_steps(data.report, steps, total_steps)
+            whole = statistics.with_steps(data.report, steps, total_steps)
             run.write_json("data_report.json", whole)
             if better:
                 known = run.read_json(DIRECTIONS) or {}
                 run.write_json(DIRECTIONS, known | benchmarks.directions(better))
             _keep_model(run.local / "model", origin, spec, tokenizer)
             run.publish()
-    console.print(startup.table(config, origin, data, steps, stretches, start, compute, load, memory))
-    for warning in startup.warnings(config, origin, decoder, data, mixture, mesh):
+    console.print(summary.table(config, origin, data, steps, stretches, start, compute, load, memory))
+    for warning in summary.warnings(config, origin, decoder, data, mixture, mesh):
         console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
 
     # ---- Train ----------------------------------------------------------------------------------------------
@@ -235,19 +228,19 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
         log = config.log
         writers = [
             metrics.JsonlWriter(run.local / METRICS),
-            *tracking.make_trackers(
+            *trackers.make_trackers(
                 log.trackers, run, project=log.project, every_steps=log.every_steps, config=to_dict(config)
             ),
             metrics.TerminalWriter(console, start, total_steps, log.every_steps),
         ]
-    peak = metrics.peak_flops(jax.local_devices()[0])
+    peak = hardware.peak_flops(jax.local_devices()[0])
     record: dict[str, Any] = {}
     sums = fns.zero_sums()
-    ahead = programs.shapes_ahead(steps, start, total_steps)
+    ahead = precompile.shapes_ahead(steps, start, total_steps)
     if ahead:
-        held = {s for h in held_out.sources(data.validation, source) for s in programs.shapes_ahead(h, 0, len(h))}
+        held = {s for h in held_out.sources(data.validation, source) for s in precompile.shapes_ahead(h, 0, len(h))}
         resets = any(s.phase.optimizer == "reset" for s in stretches if s.first >= max(start, 1))
-        seconds = programs.compile_ahead(fns, ahead, held, mesh, resets=resets)
+        seconds = precompile.compile_ahead(fns, ahead, held, mesh, resets=resets)
         console.print(f"[dim]{len(ahead)} microbatch shapes compiled, or found in {kept}, in {seconds:.0f} s[/dim]")
     distributed.meet("compiled")
     leave.start()
@@ -345,9 +338,9 @@ def train(config: Config, run: Workdir, values: command.Values, leave: distribut
     except BaseException as e:
         if distributed.peer_is_lost(e):  # closing the checkpoints, as below, would wait for it for ever
             if lead:
-                run.write_json("summary.json", _summary("failed", supervise.LOST, saved, progress, record, run))
+                run.write_json("summary.json", _summary("failed", watchdog.LOST, saved, progress, record, run))
             run.close()
-            os._exit(supervise.say_lost(run.path, one_line(e)))
+            os._exit(watchdog.say_lost(run.path, one_line(e)))
         if isinstance(e, StoreError) and (whole := checkpoints.newest_whole()) is not None:
             e = Preempted(f"{e} Run the same command to go on from {checkpoints.folder / str(whole)}, which is whole.")
         kinds = {StoppedByRule: "stopped", Preempted: "preempted"}
@@ -493,7 +486,7 @@ def _check_best_metric(
 
 
 def _rates(spec: ModelSpec, batch: dict[str, Any], seconds: float, peak: float | None) -> dict[str, Any]:
-    flops = metrics.train_flops(spec, batch["lengths"])
+    flops = hardware.train_flops(spec, batch["lengths"])
     return {
         "num_microbatches": len(batch["microbatches"]),
         "slot_efficiency": batch["tokens"] / batch["slots"],
@@ -528,7 +521,7 @@ def _ending(run: Workdir, record: dict[str, Any], start: int, total_steps: int) 
 
 def _refuse(arguments: Sequence[str], error: Exception) -> None:
     """What this process refuses before it joins the others of its run, they must hear: they would wait for it."""
-    if supervise.is_child():  # it has joined them
+    if watchdog.is_child():  # it has joined them
         return
     try:
         place = command.place_of(arguments)
@@ -536,7 +529,7 @@ def _refuse(arguments: Sequence[str], error: Exception) -> None:
     except (UserError, flags.Error):  # it cannot be told where they are
         return
     if others:
-        supervise.tell_others(place, str(error))
+        watchdog.tell_others(place, str(error))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

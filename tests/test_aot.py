@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mice_jax import aot
-from mice_jax.command import find_neighbours
+from helpers.runs import REPOSITORY
+from mice_jax.cli.command import find_neighbours
+from mice_jax.planning import ahead_of_time
 from mice_jax.sharding import make_mesh
 from mice_jax.step import Jitted
-from runs import REPOSITORY
 
 FOLDER = REPOSITORY / "configs" / "paper"
 PROCESSES = 2  # at a time, of about 2 GB each
@@ -121,15 +121,15 @@ def test_a_model_compiles_for_and_fits_the_tpus_that_its_configs_name(pair: Pair
 
 @pytest.mark.aot
 def test_what_the_compiler_refuses_is_told_with_what_it_would_need() -> None:
-    target = aot.find_target("v5e:1x1")
+    target = ahead_of_time.find_target("v5e:1x1")
     mesh = make_mesh(1, 1, 1, target.devices)
 
     sort = Jitted(lambda x: jnp.sort(jnp.sort(x, axis=0), axis=1), mesh)
 
-    def need(rows: int) -> aot.Need:
+    def need(rows: int) -> ahead_of_time.Need:
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         x = jax.ShapeDtypeStruct((rows, 2**20), jnp.float32, sharding=sharding)
-        return aot._need("sort", sort, (x,), ())
+        return ahead_of_time._need("sort", sort, (x,), ())
 
     small, large = need(2**8), need(2**12)  # 1 and 16 GiB, of which a sort holds some copies
     assert not small.refused and large.refused

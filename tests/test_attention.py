@@ -19,18 +19,18 @@ import torch
 from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from kernels import CUDNN, KERNELS, packed_attention
+from helpers.kernels import CUDNN, KERNELS, packed_attention
+from helpers.models import QUICK, gap, mesh_of
 from mice_jax.errors import UserError
 from mice_jax.models.attention import BACKENDS, Backend, Kernel, attend
 from mice_jax.models.attention.blockwise import blockwise
 from mice_jax.models.attention.cudnn import cudnn
 from mice_jax.models.attention.pallas import Blocks, pallas
 from mice_jax.models.attention.reference import masked, reference
-from mice_jax.models.attention.scoring import Scoring
-from mice_jax.models.attention.slots import cleared, first_seen, last_seeing
+from mice_jax.models.attention.score_function import Scoring
+from mice_jax.models.attention.segments import cleared, first_seen, last_seeing
 from mice_jax.models.attention.splash import BLOCK
-from mice_jax.rows import max_segments
-from models import QUICK, gap, mesh_of
+from mice_jax.packing_limits import max_segments
 
 OTHERS = [name for name in KERNELS if name != "reference"]
 BLOCKWISE = importlib.import_module("mice_jax.models.attention.blockwise")  # a function hides it by its name

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mice_jax import aot
-from mice_jax.models.attention.scoring import Scoring
+from helpers.models import spec_of
+from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.attention.splash import splash
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.optim import make_optimizer
+from mice_jax.planning import ahead_of_time
 from mice_jax.sharding import make_mesh
 from mice_jax.step import make_step
-from models import spec_of
 
 KERNELS = ("splash_mha_fwd_segmented", "splash_mha_dq_segmented", "splash_mha_dkv_segmented")
 
@@ -24,7 +24,7 @@ KERNELS = ("splash_mha_fwd_segmented", "splash_mha_dq_segmented", "splash_mha_dk
 @pytest.fixture
 def tpus() -> Sequence[Any]:
     """Eight chips of a v5e, which are not there."""
-    return aot.find_target("v5e:2x4").devices or []
+    return ahead_of_time.find_target("v5e:2x4").devices or []
 
 
 def kernels_in(compiled: Any) -> dict[str, int]:
@@ -44,7 +44,7 @@ def test_splash_in_the_train_step_compiles_for_a_v5e_with_two_kinds_of_layers_an
     optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)
     compute = Compute(jnp.dtype("bfloat16"), "splash", remat)
     fns = make_step(decoder, optimizer, lambda step: jnp.float32(0), mesh, compute)
-    batch = aot.abstract_batch(mesh, 2, 640)
+    batch = ahead_of_time.abstract_batch(mesh, 2, 640)
     compiled = fns.accumulate.compile(fns.abstract_state.params, fns.abstract_sums, batch)
     # Of each window one; under full rematerialisation forward a second time, in the backward pass.
     assert kernels_in(compiled) == dict(zip(KERNELS, (forward, 2, 2), strict=True))

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from helpers.models import spec_of
+from helpers.runs import read_json, run_train, setting
 from mice_jax.errors import UserError
 from mice_jax.models.attention import BACKENDS, choose_backend
-from models import spec_of
-from runs import read_json, run_train, setting
 
 CPU = {"platform": "cpu", "compute_capability": None, "dtype": "float32"}
 TPU = {"platform": "tpu", "compute_capability": None, "dtype": "bfloat16"}

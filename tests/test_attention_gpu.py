@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import triton
 
-from kernels import PALLAS
+from helpers.kernels import PALLAS
+from helpers.models import packed, random_params, sample_of, spec_of
 from mice_jax.errors import UserError
 from mice_jax.models.attention import attend, choose_backend
-from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import make_mesh, num_shards, param_shardings, put_rows
 from mice_jax.step import make_step
-from models import packed, random_params, sample_of, spec_of
 
 # From 0.11 on JAX says so of Triton in Pallas: a JAX without it will want other kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

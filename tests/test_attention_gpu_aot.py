@@ -16,15 +16,15 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas import triton
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from kernels import CUDNN, PALLAS
+from helpers.kernels import CUDNN, PALLAS
+from helpers.models import mesh_of, spec_of
 from mice_jax.models.attention.pallas import Blocks, pallas
-from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.optim import make_optimizer
-from mice_jax.programs import abstract_batch
 from mice_jax.sharding import AXES
 from mice_jax.step import make_step
-from models import mesh_of, spec_of
+from mice_jax.training.precompile import abstract_batch
 
 # From 0.11 on JAX says so of Triton in Pallas: a JAX without it will want other kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")

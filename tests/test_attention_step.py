@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import CUDNN, KERNELS, packed_attention
+from helpers.kernels import CUDNN, KERNELS, packed_attention
+from helpers.models import mesh_of, packed, random_params, relative_gap, sample_of, spec_of
 from mice_jax.models.attention import BACKENDS, Backend
 from mice_jax.models.attention.cudnn import cudnn
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import param_shardings, put_rows
 from mice_jax.step import make_step
-from models import mesh_of, packed, random_params, relative_gap, sample_of, spec_of
 
 # Two layers without and one with a window, of fewer tokens than the long samples have. A soft cap too where it can be.
 LAYERS = {"num_layers": 3, "windows": (None, 9, None), "ropes": spec_of(num_layers=3).ropes}

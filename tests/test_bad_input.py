@@ -11,8 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mice_jax import train as train_module
-from runs import (
+from helpers.runs import (
     CHATML,
     chat,
     make_tokenizer,
@@ -25,6 +24,7 @@ from runs import (
     write_init,
     write_jsonl,
 )
+from mice_jax import train as train_module
 
 Spoil = Callable[[Path], list[str]]  # breaks something in a folder made by `setting`; returns flags
 

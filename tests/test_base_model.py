@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from helpers.runs import make_tokenizer, read_json, run_export, run_prepare, run_train, setting
 from mice_jax.data.templates import TOKENS
-from runs import make_tokenizer, read_json, run_export, run_prepare, run_train, setting
 
 
 @pytest.fixture(scope="module")

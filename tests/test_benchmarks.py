@@ -7,13 +7,9 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from mice_jax import evaluate
-from mice_jax.errors import UserError
-from mice_jax.evals import benchmarks, harness
-from mice_jax.generation_config import Generation, read_generation
-from models import llama
-from runs import CHATML, make_tokenizer, run_verb
-from tasks import (
+from helpers.models import llama
+from helpers.runs import CHATML, make_tokenizer, run_verb
+from helpers.tasks import (
     BARN,
     BOS,
     CHOICE,
@@ -29,6 +25,10 @@ from tasks import (
     write_model,
     write_tasks,
 )
+from mice_jax import evaluate
+from mice_jax.errors import UserError
+from mice_jax.evals import benchmarks, harness
+from mice_jax.inference.generation_config import Generation, read_generation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from lm_eval.utils import handle_non_serializable
 
-from mice_jax import evaluate
-from mice_jax.evals import benchmarks
-from runs import (
+from helpers.runs import (
     ENVIRONMENT,
     REPOSITORY,
     arrays,
@@ -26,7 +24,9 @@ from runs import (
     setting,
     start_train,
 )
-from tasks import CHOICE, FRAGILE, WRITTEN, by_us, write_fragile, write_tasks
+from helpers.tasks import CHOICE, FRAGILE, WRITTEN, by_us, write_fragile, write_tasks
+from mice_jax import evaluate
+from mice_jax.evals import benchmarks
 
 # Sums of float32 log-probabilities over one mesh, or none.
 CLOSE = 1e-4

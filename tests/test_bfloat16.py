@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.models import Sample, llama, load, mesh_of, packed, sample_of
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import put_rows
 from mice_jax.step import StepFunctions, Sums, make_step
-from models import Sample, llama, load, mesh_of, packed, sample_of
 
 U = 2.0**-9
 PRODUCTS = 12

@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from families import CASES, torch_model
+from helpers.families import CASES, torch_model
+from helpers.models import llama, load, mesh_of, same_bits, whole
+from helpers.runs import REPOSITORY, make_tokenizer, read_metrics, run_export, run_train, setting, start_train
 from mice_jax.errors import UserError
+from mice_jax.model_source import check_vocabulary, find_origin, load_params, with_vocabulary
 from mice_jax.models import hf
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import param_shardings
-from mice_jax.start import check_vocabulary, find_origin, load_params, with_vocabulary
-from models import llama, load, mesh_of, same_bits, whole
-from runs import REPOSITORY, make_tokenizer, read_metrics, run_export, run_train, setting, start_train
 
 STILL = ("--config.optim.learning_rate=0", "--config.optim.max_steps=1")
 OWN, ADDED = 296, 3  # tokens of the tests' tokenizer: its own, and those added to it

@@ -16,13 +16,8 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-import bucket
-from mice_jax import lock, metrics, places, workdir
-from mice_jax.checkpoint import Checkpoints
-from mice_jax.errors import StoreError, UserError
-from mice_jax.places import find_place
-from mice_jax.workdir import Workdir
-from runs import (
+from helpers import bucket
+from helpers.runs import (
     arrays,
     read_metrics,
     run_export,
@@ -31,6 +26,12 @@ from runs import (
     start_train,
     timeless,
 )
+from mice_jax import metrics
+from mice_jax.checkpoint import Checkpoints
+from mice_jax.errors import StoreError, UserError
+from mice_jax.storage import lock, paths, workdir
+from mice_jax.storage.paths import find_place
+from mice_jax.storage.workdir import Workdir
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ def test_a_store_that_cannot_be_read_is_no_empty_folder(store: bucket.Bucket, na
 def test_of_a_file_that_has_grown_only_what_is_new_is_sent_and_of_a_tracker_s_folder_nothing(
     store: bucket.Bucket, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "APPEND_FROM", 100)
+    monkeypatch.setattr(paths, "APPEND_FROM", 100)
     with Workdir(find_place(name)) as run:
         run.lock()
         (run.local / "wandb").mkdir()

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mice_jax.checkpoint import MANIFEST, damage_of, ranked, to_keep
-from runs import (
+from helpers.runs import (
     ENVIRONMENT,
     REPOSITORY,
     assert_equal_runs,
@@ -19,6 +18,7 @@ from runs import (
     run_train,
     setting,
 )
+from mice_jax.checkpoint import MANIFEST, damage_of, ranked, to_keep
 
 STEPS = 10
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from absl import flags
 
-from mice_jax import cli, command, supervise
+from helpers.runs import DEPRECATED, write_config
+from mice_jax.cli import command, main
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import Preempted, StoppedByRule, UserError
-from runs import DEPRECATED, write_config
+from mice_jax.runtime import watchdog
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning") for message in DEPRECATED]
-VERBS = sorted(cli.VERBS)
+VERBS = sorted(main.VERBS)
 
 
 @pytest.fixture
@@ -197,11 +198,11 @@ def test_help_is_short_and_has_an_example(verb: str, capsys: pytest.CaptureFixtu
 
 def test_the_command_line_lists_its_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["mice", "--help"])
-    cli.main()
+    main.main()
     assert all(verb in capsys.readouterr().out or verb for verb in VERBS)
     monkeypatch.setattr(sys, "argv", ["mice", "trian"])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main.main()
     err = capsys.readouterr().err
     assert left.value.code == 2
     assert err.startswith("error: 'trian'") and all(verb in err for verb in VERBS)
@@ -221,7 +222,7 @@ def begun(monkeypatch: pytest.MonkeyPatch, *argv: str) -> tuple[int, bool]:
         within.setattr(importlib, "import_module", lambda name: imported.append(name) or Verb)
         within.setattr(sys, "argv", ["mice", "train", *argv])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
     return int(str(ended.value.code)), bool(imported)
 
 
@@ -253,7 +254,7 @@ def test_one_of_several_processes_is_refused_by_the_verb_which_tells_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert begun(monkeypatch, "--config=absent.py", "--num_processes=2") == (0, True)
-    for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", supervise.CHILD):
+    for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", watchdog.CHILD):
         with monkeypatch.context() as within:
             within.setenv(variable, "2")
             assert begun(within, "--config=absent.py") == (0, True), variable
@@ -266,7 +267,7 @@ def test_a_verb_run_by_name_is_the_module_run_by_itself(
     said = []
     monkeypatch.setattr(sys, "argv", ["mice", "prepare", "--help"])
     with pytest.raises(SystemExit) as left:
-        cli.main()
+        main.main()
     assert left.value.code == 0
     said.append(capsys.readouterr().out)
     monkeypatch.setattr(sys, "argv", ["prepare", "--help"])

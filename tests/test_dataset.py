@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.runs import Record, chat, make_chats, make_tokenizer, write_jsonl
 from mice_jax.config import Data, Phase, Source
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset, source_name
 from mice_jax.data.mixture import Mixture
 from mice_jax.errors import UserError
-from runs import Record, chat, make_chats, make_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")

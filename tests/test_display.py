@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from mice_jax import display
-from mice_jax.display import Display
+from mice_jax.cli import progress_display
+from mice_jax.cli.progress_display import Display
 
 
 def shown(terminal: bool, quiet: bool = False) -> str:
@@ -26,7 +26,7 @@ def test_a_terminal_has_a_bar() -> None:
 
 def test_elsewhere_there_is_a_line_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(False) == "tokens of [a].jsonl\n"  # nothing that takes no time is counted
-    monkeypatch.setattr(display, "WORD_EVERY_S", -1)
+    monkeypatch.setattr(progress_display, "WORD_EVERY_S", -1)
     assert "[a].jsonl: 75%, 3,000 samples\n" in shown(False)
 
 

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from runs import REPOSITORY, place_flags
+from helpers.runs import REPOSITORY, place_flags
 
 AGREE = """
 import sys

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from mice_jax.lab import dynamics
-from mice_jax.lab.dynamics import Death, Divergence, Goal, HalvingRule, MedianRule, PaperRule, judge, signal
+from mice_jax.training import stop_rules
+from mice_jax.training.stop_rules import Death, Divergence, Goal, HalvingRule, MedianRule, PaperRule, judge, signal
 
 
 def run(losses: list[float], norms: list[float] | None = None, batch: int = 10, **more: list) -> list[dict]:
@@ -78,7 +78,7 @@ def test_a_loss_at_the_vocabulary_s_logarithm_without_a_gradient_is_death() -> N
 
 
 def test_no_rule_is_on_for_0_steps() -> None:
-    assert len(dynamics.always_on(1.0, 10, 300)) == 2 and dynamics.always_on(1.0, 0, 300) == []
+    assert len(stop_rules.always_on(1.0, 10, 300)) == 2 and stop_rules.always_on(1.0, 0, 300) == []
 
 
 # ---------------------------------------------------------------------------------------- rules among siblings
@@ -128,6 +128,6 @@ def test_the_median_rule_needs_its_siblings_and_stops_below_their_median() -> No
     "rule, steps", [(PaperRule(), {2, 5, 10, 20, 50}), (HalvingRule(0.05, 4), {5, 20, 80}), (HalvingRule(0.5, 2), {50})]
 )
 def test_decisions_fall_on_fractions_of_the_run_and_never_on_its_end(rule, steps: set[int]) -> None:
-    assert dynamics.decision_steps(rule, 100) == steps
-    assert dynamics.decision_steps(PaperRule(), 1) == set()
-    assert dynamics.decision_steps(HalvingRule(0.05, 4), 76) == {4, 16, 64}, "each rung is four times the one before"
+    assert stop_rules.decision_steps(rule, 100) == steps
+    assert stop_rules.decision_steps(PaperRule(), 1) == set()
+    assert stop_rules.decision_steps(HalvingRule(0.05, 4), 76) == {4, 16, 64}, "each rung is four times the one before"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mice_jax.lab.dynamics import Columns, Goal, HalvingRule, MedianRule, PaperRule, column, signal, upto
-from mice_jax.lab.evidence import Finished, correlations, spearman, verdicts
+from mice_jax.report_page.rule_evaluation import Finished, correlations, spearman, verdicts
+from mice_jax.training.stop_rules import Columns, Goal, HalvingRule, MedianRule, PaperRule, column, signal, upto
 from test_dynamics import run
 
 

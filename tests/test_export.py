@@ -12,10 +12,10 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from helpers.runs import chat, make_tokenizer, read_json, run_export, run_train, setting
+from mice_jax.model_source import find_origin, load_params
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import find_origin, load_params
-from runs import chat, make_tokenizer, read_json, run_export, run_train, setting
 
 
 @pytest.fixture(scope="module")

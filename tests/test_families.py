@@ -19,7 +19,8 @@ import torch
 from jax.sharding import Mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, torch_model
+from helpers.families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, torch_model
+from helpers.models import QUICK, gap, load, mesh_of, our_logits, packed, same_bits, torch_logits, whole
 from mice_jax.data.loader import Arrays
 from mice_jax.models import hf
 from mice_jax.models.families import FAMILIES
@@ -28,7 +29,6 @@ from mice_jax.models.spec import ModelSpec, Rope
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.sharding import param_shardings
 from mice_jax.step import batch_loss
-from models import QUICK, gap, load, mesh_of, our_logits, packed, same_bits, torch_logits, whole
 
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 600).astype(np.int32)
 # Logits of order 5 in float32, by sums of a few hundred products in another order: torch's own distance from

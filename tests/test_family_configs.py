@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from families import CASES, ORIGINAL, POSITIONS, ROPES, SIZES
+from helpers.families import CASES, ORIGINAL, POSITIONS, ROPES, SIZES
+from helpers.models import QUICK
+from helpers.runs import REPOSITORY
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.families import FAMILIES
@@ -28,8 +30,6 @@ from mice_jax.models.families.positions import KINDS, in_both_spellings, read_ro
 from mice_jax.models.rope import frequencies
 from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, ModelSpec, Rope
 from mice_jax.models.transformer import make_decoder
-from models import QUICK
-from runs import REPOSITORY
 
 FILE = Path("folder/config.json")
 NEW = {"rope_parameters"}

@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from families import CASES, ORIGINAL, VOCAB, WINDOW, torch_model
-from mice_jax.evals.sampling import Sampler, Sampling
+from helpers.families import CASES, ORIGINAL, VOCAB, WINDOW, torch_model
+from helpers.models import QUICK, gap, load, mesh_of
+from mice_jax.inference.sampler import Sampler, Sampling
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, empty_cache, make_decoder
-from models import QUICK, gap, load, mesh_of
 
 # The last answer starts past the window, past ORIGINAL, and comes past phi3's window of 200. A LongRoPE turns by the
 # length that a row has in the end: transformers gives the same where each answer ends on the side of ORIGINAL on

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.runs import chat, make_tokenizer, read_samples, run_prepare, setting
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import FileReader
 from mice_jax.data.sources import Sample
 from mice_jax.errors import UserError
-from runs import chat, make_tokenizer, read_samples, run_prepare, setting
 
 RECORDS: list[dict[str, Any]] = [
     chat("who?", "mice"),

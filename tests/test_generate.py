@@ -14,15 +14,15 @@ import sentencepiece
 import torch
 from transformers import ByT5Tokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from helpers.models import llama, load, mesh_of, spec_of
+from helpers.runs import make_tokenizer, write_init, write_jsonl
 from mice_jax import step
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.evals.sampling import Sampling
-from mice_jax.evals.speaking import Speaker
 from mice_jax.generate import main, say
-from models import llama, load, mesh_of, spec_of
-from runs import make_tokenizer, write_init, write_jsonl
+from mice_jax.inference.chat import Speaker
+from mice_jax.inference.sampler import Sampling
 
 NUM = 12  # tokens of an answer
 QUESTIONS: list[dict[str, Any]] = [

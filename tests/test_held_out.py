@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import pytest
 
-from mice_jax.evals import held_out
-from runs import make_chats, read_metrics, run_train, setting, write_jsonl
+from helpers.runs import make_chats, read_metrics, run_train, setting, write_jsonl
+from mice_jax.training import held_out
 
 
 def test_the_next_rows_go_to_the_devices_before_a_microbatch_s_sums_are_awaited(

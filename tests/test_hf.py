@@ -16,11 +16,11 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from transformers import LlamaForCausalLM
 
+from helpers.models import gap, in_float64, llama, load, mesh_of, our_logits, packed, same_bits, torch_logits, whole
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.spec import Rope
 from mice_jax.models.transformer import Decoder, Params
-from models import gap, in_float64, llama, load, mesh_of, our_logits, packed, same_bits, torch_logits, whole
 
 # float32 logits of order 10 after two layers. The bound is this or three times torch's own distance from float64.
 LOGITS = 1e-4

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from absl import flags
 
+from helpers.runs import ENVIRONMENT, REPOSITORY, lines_of, read_metrics, setting
 from mice_jax import train
-from runs import ENVIRONMENT, REPOSITORY, lines_of, read_metrics, setting
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from helpers.runs import make_tokenizer
 from mice_jax.config import Data, Phase, Source
 from mice_jax.data import loader, store
 from mice_jax.data.chat import ChatEncoder
@@ -18,7 +19,6 @@ from mice_jax.data.loader import StepSource, load_steps
 from mice_jax.data.mixture import Corpus, Mixture, PhasePools, Pool
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.data.tokenise import SCHEMA, Tokenised
-from runs import make_tokenizer
 
 Sample = tuple[list[int], list[int]]  # tokens, trained
 

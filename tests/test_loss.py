@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.models import QUICK, gap, mesh_of
 from mice_jax.loss import LOGIT_BYTES, cross_entropy_sums, logit_tokens
 from mice_jax.sharding import BATCH_AXES
-from models import QUICK, gap, mesh_of
 
 # float32 keeps a sum of some 200 terms, and each term, a difference of logits of order 10, to a few 1e-7 of itself.
 SUM = 1e-6  # of the value

@@ -12,10 +12,10 @@ import numpy as np
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from mice_jax.chips import CHIPS
-from mice_jax.metrics import JsonlWriter, TensorBoardWriter, TerminalWriter, peak_flops, train_flops
+from helpers.models import spec_of
+from mice_jax.hardware import CHIPS, peak_flops, train_flops
+from mice_jax.metrics import JsonlWriter, TensorBoardWriter, TerminalWriter
 from mice_jax.models.spec import ModelSpec
-from models import spec_of
 
 
 # ---------------------------------------------------------------------------------------- FLOPs

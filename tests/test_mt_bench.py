@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import pytest
 
-from mice_jax import command, evaluate, generate
+from helpers.models import llama, load, mesh_of
+from helpers.runs import make_tokenizer, run_verb, write_jsonl
+from mice_jax import evaluate, generate
+from mice_jax.cli import command
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.errors import UserError
 from mice_jax.evals import mt_bench
 from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
 from mice_jax.evals.mt_bench import Settings, read_prompts, read_questions, run
-from mice_jax.evals.sampling import Sampler, Sampling
-from mice_jax.evals.speaking import Message, Speaker, Spoken
-from mice_jax.generation_config import Generation
-from models import llama, load, mesh_of
-from runs import make_tokenizer, run_verb, write_jsonl
+from mice_jax.inference.chat import Message, Speaker, Spoken
+from mice_jax.inference.generation_config import Generation
+from mice_jax.inference.sampler import Sampler, Sampling
 
 KEY = "sk-squeak-12345"
 QUESTIONS: list[dict[str, Any]] = [

@@ -15,11 +15,11 @@ import pytest
 from lm_eval.tasks import TaskManager
 from safetensors.numpy import load_file, save_file
 
+from helpers.runs import make_tokenizer
+from helpers.tasks import assert_same, by_harness, by_us, responses, write_model
 from mice_jax.evals import benchmarks
 from mice_jax.evals.benchmarks import Settings
-from mice_jax.generation_config import Generation
-from runs import make_tokenizer
-from tasks import assert_same, by_harness, by_us, responses, write_model
+from mice_jax.inference.generation_config import Generation
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

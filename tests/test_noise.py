@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.models import llama, load, mesh_of, packed, sample_of
 from mice_jax.data.packing import Microbatch, microbatch_shapes, pack_steps
 from mice_jax.models.transformer import Compute
 from mice_jax.optim import make_optimizer
-from mice_jax.progress import Progress
 from mice_jax.sharding import put_rows
 from mice_jax.step import Sums, batch_loss, corrected_square, make_step
-from models import llama, load, mesh_of, packed, sample_of
+from mice_jax.training.progress import Progress
 
 DIM = 8
 SLOTS = 512

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.runs import REPOSITORY
 from mice_jax.data import best_fit, packing
 from mice_jax.data.packing import Microbatch, Shape, microbatch_shapes, pack_steps, slot_efficiency
-from runs import REPOSITORY
 
 # Lengths like those of the study's data.
 MEAN_LOG, SIGMA, SHORTEST, LONGEST = 6.2, 0.9, 16, 4096

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.runs import run_train, run_verb, setting, write_jsonl
 from mice_jax import report
 from mice_jax.config import Config, Phase, Published, Source, to_dict
-from mice_jax.lab import gather, page, thin
-from runs import run_train, run_verb, setting, write_jsonl
+from mice_jax.report_page import downsample, page, read_runs
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><b>\'&amp;'
 
@@ -107,20 +107,20 @@ def test_a_thinned_curve_keeps_its_ends_and_every_extreme() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=5000)
     values[[777, 4001]], values[1234] = (50.0, -60.0), math.nan
-    kept = thin.extremes(values, 200)
+    kept = downsample.extremes(values, 200)
     assert len(kept) <= 200 and list(kept) == sorted(set(kept)) and {0, 777, 4001, 4999} <= set(kept)
     for part in np.array_split(np.arange(5000), 50):  # each fiftieth keeps its own least and greatest to a stretch
         inside = values[kept[(kept >= part[0]) & (kept <= part[-1])]]
         assert inside.max() >= np.sort(values[part])[-60] and not np.isnan(inside).any()
     assert not {777, 4001} <= set(range(0, 5000, 25)), "every 25th step would lose both"
-    assert list(thin.extremes(np.array([1.0, math.nan, 2.0]), 9)) == [0, 2]
+    assert list(downsample.extremes(np.array([1.0, math.nan, 2.0]), 9)) == [0, 2]
 
 
 def test_a_mean_curve_s_points_are_the_means_of_equal_stretches() -> None:
     values = np.array([1.0, 3.0, math.nan, 5.0, 7.0, 9.0, math.nan, math.nan])
-    assert thin.means(values, 4) == pytest.approx([2.0, 5.0, 8.0, math.nan], nan_ok=True)
-    assert thin.means(values, 99) == pytest.approx(values, nan_ok=True)
-    assert len(thin.means(np.zeros(0), 4)) == 0
+    assert downsample.means(values, 4) == pytest.approx([2.0, 5.0, 8.0, math.nan], nan_ok=True)
+    assert downsample.means(values, 99) == pytest.approx(values, nan_ok=True)
+    assert len(downsample.means(np.zeros(0), 4)) == 0
 
 
 # ---------------------------------------------------------------------------------------- what is on it
@@ -214,12 +214,12 @@ def test_scores_of_checkpoints_and_published_numbers_are_shown(tmp_path: Path) -
 
 def test_whether_lower_is_better_is_told_by_the_run_or_else_by_the_metric_s_name(tmp_path: Path) -> None:
     made_run(tmp_path / "run", made_config())
-    run = gather.read_run(tmp_path / "run")
+    run = read_runs.read_run(tmp_path / "run")
     lower = ("eval/loss", "eval/phase/a/loss", "wiki/word_perplexity,none", "pile/bits_per_byte")
     assert all(map(run.lower_is_better, lower))
     assert not any(map(run.lower_is_better, ("mmlu/acc", "loss_task/acc_norm,none", "gsm8k/exact_match", "t/errors")))
     (tmp_path / "run" / "eval_directions.json").write_text('{"t/errors": "min", "pile/bits_per_byte": "max"}')
-    run = gather.read_run(tmp_path / "run")
+    run = read_runs.read_run(tmp_path / "run")
     assert run.lower_is_better("t/errors") and run.lower_is_better("eval/t/errors")
     assert not run.lower_is_better("pile/bits_per_byte") and run.lower_is_better("eval/loss")
 

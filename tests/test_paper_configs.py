@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers.runs import REPOSITORY, make_chats, run_prepare, run_verb, write_init, write_jsonl
 from mice_jax import sweep
 from mice_jax.config import Config, ConfigError, flatten, to_dict
-from mice_jax.lab import planned
-from mice_jax.lab.gather import published_of
-from mice_jax.start import find_origin
-from runs import REPOSITORY, make_chats, run_prepare, run_verb, write_init, write_jsonl
+from mice_jax.model_source import find_origin
+from mice_jax.planning import cost
+from mice_jax.report_page.read_runs import published_of
 
 FOLDER = REPOSITORY / "configs" / "paper"
 FILES = sorted(f for f in FOLDER.glob("*.py") if not f.stem.startswith("paper_"))
@@ -60,12 +60,12 @@ def test_every_variant_validates_is_planned_and_none_is_another(
         assert config not in seen
         seen.append(config)
         config.data.validation_fraction = 0.0
-        cost = planned.cost(config)
+        one = cost.run_cost(config)
         # A batch is larger than an epoch of this little data: each step is an epoch, or a phase's.
         epochs = sum(p.num_epochs for p in config.data.phases)
         per_phase = 3 * SAMPLES / len(config.data.phases)
-        assert cost.steps == epochs
-        assert cost.samples == pytest.approx(epochs * per_phase, rel=0.05)  # 1 % more where some are replayed
+        assert one.steps == epochs
+        assert one.samples == pytest.approx(epochs * per_phase, rel=0.05)  # 1 % more where some are replayed
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)

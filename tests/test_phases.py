@@ -2,8 +2,8 @@
 
 import pytest
 
-from mice_jax import phases
 from mice_jax.config import Phase
+from mice_jax.training import phases
 
 THREE = [Phase(name="a"), Phase(name="b", seed_from="best"), Phase(name="c")]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import chat, make_chats, run_prepare, run_train, setting, write_jsonl
+from helpers.runs import chat, make_chats, run_prepare, run_train, setting, write_jsonl
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mice_jax.models.product import FEW, multiply_in, product
+from mice_jax.models.matmul import FEW, product
+from mice_jax.runtime.precision import multiply_in
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.normal(size=(24, 3, 8)).astype(np.float32)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from mice_jax import programs, runtime
+from mice_jax.runtime import compile_cache, xla_flags
+from mice_jax.training import precompile
 
 HITS, MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -54,21 +55,21 @@ def compile_anew() -> Iterator[Callable[[], tuple[np.ndarray, int, int]]]:
 def test_a_program_is_found_by_a_later_process_of_the_same_kind_of_machine(
     no_folder: None, compile_anew: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = programs.keep(tmp_path)
+    kept = compile_cache.keep(tmp_path)
     assert kept.is_relative_to(tmp_path / "programs")
     first, hits, misses = compile_anew()
     assert (hits, misses) == (0, 1) and any(kept.iterdir())
     again, hits, misses = compile_anew()
     assert (hits, misses) == (1, 0) and again.tobytes() == first.tobytes()
     jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setattr(programs, "_machine", lambda: "another")
-    assert programs.keep(tmp_path) != kept
+    monkeypatch.setattr(precompile, "_machine", lambda: "another")
+    assert compile_cache.keep(tmp_path) != kept
     assert compile_anew()[1:] == (0, 1)
 
 
 def test_a_folder_that_the_user_gave_to_jax_stays(no_folder: None, tmp_path: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-    assert programs.keep(tmp_path) == tmp_path / "own"
+    assert compile_cache.keep(tmp_path) == tmp_path / "own"
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
 
 
@@ -76,7 +77,7 @@ def test_a_folder_that_the_user_gave_to_jax_stays(no_folder: None, tmp_path: Pat
 def test_a_damaged_program_is_compiled_anew_with_a_warning(
     damage: str, no_folder: None, compile_anew: Callable, tmp_path: Path
 ) -> None:
-    kept = programs.keep(tmp_path)
+    kept = compile_cache.keep(tmp_path)
     expected, *_ = compile_anew()
     [entry] = [file for file in kept.iterdir() if file.name.endswith("-cache")]
     whole = entry.read_bytes()
@@ -93,19 +94,19 @@ def test_flags_are_added_once_and_never_over_the_user_s_own(monkeypatch: pytest.
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here --xla_gpu_deterministic_ops=false")
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     for _ in range(2):
-        runtime.set_flags(deterministic=True)
+        xla_flags.set_flags(deterministic=True)
         assert os.environ["XLA_FLAGS"].split() == [
-            "--xla_dump_to=here", "--xla_gpu_deterministic_ops=false", *runtime.FLAGS["gpu"][1],
+            "--xla_dump_to=here", "--xla_gpu_deterministic_ops=false", *xla_flags.FLAGS["gpu"][1],
         ]  # fmt: skip
     assert "LIBTPU_INIT_ARGS" not in os.environ
 
 
 def test_reruns_that_are_to_be_bit_equal_ask_for_one_flag_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "")
-    runtime.set_flags(deterministic=False)
-    assert os.environ["XLA_FLAGS"].split() == list(runtime.FLAGS["gpu"][1])
-    runtime.set_flags(deterministic=True)
-    assert os.environ["XLA_FLAGS"].split() == [*runtime.FLAGS["gpu"][1], *runtime.DETERMINISTIC["gpu"]]
+    xla_flags.set_flags(deterministic=False)
+    assert os.environ["XLA_FLAGS"].split() == list(xla_flags.FLAGS["gpu"][1])
+    xla_flags.set_flags(deterministic=True)
+    assert os.environ["XLA_FLAGS"].split() == [*xla_flags.FLAGS["gpu"][1], *xla_flags.DETERMINISTIC["gpu"]]
 
 
 @pytest.mark.slow  # two processes that import jax
@@ -114,8 +115,8 @@ def test_xla_knows_every_flag_of_the_table() -> None:
         command = [sys.executable, "-c", "import jax; jax.devices()"]
         return subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode
 
-    known = [f for variable, flags in runtime.FLAGS.values() if variable == "XLA_FLAGS" for f in flags]
-    known += [f for flags in runtime.DETERMINISTIC.values() for f in flags]
+    known = [f for variable, flags in xla_flags.FLAGS.values() if variable == "XLA_FLAGS" for f in flags]
+    known += [f for flags in xla_flags.DETERMINISTIC.values() for f in flags]
     assert ends(" ".join(known)) == 0
     assert ends(" ".join([*known, "--xla_no_such_flag=true"])) != 0
 
@@ -125,7 +126,7 @@ PAGES = """
 import os, sys
 from mice_jax import runtime
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], flush=True)
-runtime.take_huge_pages()
+xla_flags.take_huge_pages()
 block = bytearray(64 * 2**20)
 print(sum(int(x.split()[1]) for x in open("/proc/self/smaps") if x.startswith("AnonHugePages:")))
 """
@@ -146,7 +147,7 @@ def test_a_command_starts_anew_once_for_huge_pages_as_itself() -> None:
     (first, second), _ = starts_of(plain)
     number, set_before, arguments = first.split(maxsplit=2)
     assert set_before == "None" and "--flag=a b" in arguments
-    assert second == f"{number} {runtime.HUGE_PAGES['GLIBC_TUNABLES']} {arguments}"
+    assert second == f"{number} {xla_flags.HUGE_PAGES['GLIBC_TUNABLES']} {arguments}"
     [only], _ = starts_of(plain | {"GLIBC_TUNABLES": "glibc.malloc.check=0"})
     assert only.split()[1] == "glibc.malloc.check=0", "the user's own is kept, and nothing starts anew"
 
@@ -159,6 +160,6 @@ SYSTEM_S = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # of three words
 )
 def test_large_blocks_lie_in_huge_pages_once_they_are_asked_for() -> None:
     none = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
-    assert starts_of(os.environ | runtime.HUGE_PAGES)[1] > 48 * 1024
+    assert starts_of(os.environ | xla_flags.HUGE_PAGES)[1] > 48 * 1024
     if "[madvise]" in SYSTEM_S.read_text():  # else it gives them unasked
         assert starts_of(none)[1] < 8 * 1024

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from mice_jax import progress as progress_module
-from mice_jax.progress import NORMS_KEPT, NORMS_NEEDED, Alarm, Progress, crosses
+from mice_jax.training import progress as progress_module
+from mice_jax.training.progress import NORMS_KEPT, NORMS_NEEDED, Alarm, Progress, crosses
 
 BATCH = {"samples": 8, "tokens": 100, "loss_tokens": 60, "phase": 0}
 

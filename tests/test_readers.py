@@ -20,10 +20,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from helpers.runs import read_samples
 from mice_jax.data import readers
 from mice_jax.data.readers import Reader, file_digests, files_of, open_source
 from mice_jax.errors import UserError
-from runs import read_samples
 from test_sources import GOOD, HELLO, lines, read
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mice_jax.data import report as r
+from mice_jax.data import statistics as r
 from mice_jax.data.mixture import Mixture, PhasePools, Pool
 from mice_jax.data.packing import Microbatch, Shape
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runs import (
+from helpers.runs import (
     arrays,
     assert_equal_runs,
     kill_when,

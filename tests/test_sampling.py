@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
+from helpers.models import VOCAB, llama, load, mesh_of
 from mice_jax.errors import UserError
-from mice_jax.evals import sampling
-from mice_jax.evals.sampling import Answer, Sampler, Sampling, cast_params, check_fits
+from mice_jax.inference import sampler as sampler_module
+from mice_jax.inference.sampler import Answer, Sampler, Sampling, cast_params, check_fits
 from mice_jax.models.transformer import Decoder, Params, Transformer
-from models import VOCAB, llama, load, mesh_of
 
 Loaded = tuple[Decoder, Params]
 
@@ -84,7 +84,7 @@ def test_prompts_that_enter_in_chunks_are_answered_as_by_transformers(
     sampler: Sampler, loaded: Loaded, torch_model: LlamaForCausalLM
 ) -> None:
     # Padded to 512 slots, two chunks; one prompt ends in the second, the others in the first and at its edges.
-    prompts = prompts_of([300, sampling.CHUNK, sampling.CHUNK + 1, 2], seed=1)
+    prompts = prompts_of([300, sampler_module.CHUNK, sampler_module.CHUNK + 1, 2], seed=1)
     answers = sampler.generate(loaded[1], prompts, Sampling(16), [])
     assert ids_of(answers) == [expected(torch_model, p, 16) for p in prompts]
 
@@ -118,12 +118,12 @@ def test_parameters_cast_beforehand_compute_the_same_bits(loaded: Loaded) -> Non
     cast = cast_params(params, jnp.bfloat16)
     assert cast["layers"]["mlp"]["up"].dtype == jnp.bfloat16
     assert cast["final_norm"]["scale"].dtype == jnp.float32
-    entering = sampling._entering(prompts_of(LENGTHS), 8, GREEDY, np.zeros(8, np.int32))
+    entering = sampler_module._entering(prompts_of(LENGTHS), 8, GREEDY, np.zeros(8, np.int32))
 
     @jax.jit
     def last(params: Params) -> jax.Array:
-        ready = sampling._ready(decoder, jnp.bfloat16, params)
-        hidden, _ = sampling._prefill(decoder, ready, sampling._Entering(*map(jnp.asarray, entering)))
+        ready = sampler_module._ready(decoder, jnp.bfloat16, params)
+        hidden, _ = sampler_module._prefill(decoder, ready, sampler_module._Entering(*map(jnp.asarray, entering)))
         return decoder.bind(ready.rest).logits(hidden[:, None])
 
     assert np.array_equal(last(cast), last(params))
@@ -185,15 +185,15 @@ def test_a_row_whose_answer_has_ended_is_given_to_the_next_prompt_and_the_order_
         steps.append(int((np.asarray(new) >= 0).any(axis=0).sum()))
         return rows, new
 
-    monkeypatch.setattr(sampler, "_go_on", counted)
+    monkeypatch.setattr(sampler_module, "_go_on", counted)
     answers = list(sampler.generate(loaded[1], prompts, GREEDY, stops, batch_size=4))
     assert ids_of(answers) == wanted and all(a.stopped for a in answers)
     # Each batch of four by itself would go on until its longest answer ends.
-    order = list(sampling._entry_order([len(p) for p in prompts], 4))
+    order = list(sampler_module._entry_order([len(p) for p in prompts], 4))
     assert 0 < sum(steps) < sum(max(len(wanted[i]) for i in order[at : at + 4]) for at in range(0, 12, 4))
-    monkeypatch.setattr(sampling, "WINDOW", 1)
+    monkeypatch.setattr(sampler_module, "WINDOW", 1)
     assert ids_of(sampler.generate(loaded[1], prompts, GREEDY, stops, batch_size=4)) == wanted
-    assert list(sampling._entry_order([5, 9, 1, 7, 2, 3], 2)) == [1, 0, 3, 2, 5, 4]
+    assert list(sampler_module._entry_order([5, 9, 1, 7, 2, 3], 2)) == [1, 0, 3, 2, 5, 4]
 
 
 def test_an_answer_ends_where_its_text_does_and_its_first_token_may_be_its_last(
@@ -210,7 +210,7 @@ def test_an_answer_ends_where_its_text_does_and_its_first_token_may_be_its_last(
     for answer, ids in zip(answers, whole, strict=True):
         assert answer.ids == ids[: len(answer.ids)]
         assert answer.stopped == ended(answer.ids) == ended(ids)
-    assert 6 <= len(answers[2].ids) <= 6 + sampling.TOKENS < 48
+    assert 6 <= len(answers[2].ids) <= 6 + sampler_module.TOKENS < 48
     one = list(sampler.generate(loaded[1], prompts, Sampling(1), []))
     assert [a.ids for a in one] == [ids[:1] for ids in whole]
     assert list(sampler.generate(loaded[1], [], GREEDY, [])) == []
@@ -269,9 +269,7 @@ def test_draws_come_as_often_as_the_softmax_of_what_is_left_says(how: dict[str, 
     probs[kept] = weights / weights.sum()
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(n, dtype=np.int32))
     logits, positions = jnp.tile(LOGITS, (n, 1)), jnp.full(n, 7)
-    tokens = sampling._pick(
-        logits, positions, keys, sampling._chance(drawn), drawn.top_k or len(LOGITS), drawn.top_p < 1
-    )
+    tokens = sampler._pick(logits, positions, keys, sampler._chance(drawn), drawn.top_k or len(LOGITS), drawn.top_p < 1)
     counts = np.bincount(np.asarray(tokens), minlength=len(LOGITS))
     # Five sigma of a binomial count. What is cut away, or too rare to come at all, must not come once.
     assert np.all(np.abs(counts - n * probs) <= 5 * np.sqrt(n * probs * (1 - probs)) + 1e-3)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from families import CASES, ORIGINAL, VOCAB, WINDOW, torch_model
-from mice_jax.evals import scoring, trees
-from mice_jax.evals.scoring import Scorer
-from mice_jax.evals.trees import Request, Tree
-from mice_jax.models.attention import branches
-from models import load, mesh_of
+from helpers.families import CASES, ORIGINAL, VOCAB, WINDOW, torch_model
+from helpers.models import load, mesh_of
+from mice_jax.evals import loglikelihood, prefix_tree
+from mice_jax.evals.loglikelihood import Scorer
+from mice_jax.evals.prefix_tree import Request, Tree
+from mice_jax.models.attention import tree as tree_attention
 
 # Sums of up to 40 log-probabilities of order 10, each with some hundred float32 roundings of attention scores that
 # these weights make large: 1e-4 was seen. The contract is 1e-3.
@@ -81,7 +81,7 @@ def test_options_that_share_their_question_are_scored_as_by_torch_one_by_one(cas
     assert [f[1] for f in found] == [w[1] for w in wanted]
     assert any(w[1] for w in wanted)
     # The trees do share: far fewer tokens are computed than the requests have.
-    grown = trees.grow(requests, scoring._kinds(requests, decoder.spec))
+    grown = prefix_tree.grow(requests, loglikelihood._kinds(requests, decoder.spec))
     assert sum(len(t.tokens) for t in grown) < 0.4 * sum(len(r.ids) for r in requests)
 
 
@@ -101,7 +101,7 @@ def test_branches_that_see_each_other_or_beyond_the_window_or_stand_elsewhere_sc
     decoder, params = load(folder, mesh_of(1, 1, 1))
 
     def gap_with(change: Any) -> float:
-        made = trees.arrays
+        made = prefix_tree.arrays
 
         def changed(*args: Any) -> Any:
             arrays, owners = made(*args)
@@ -109,7 +109,7 @@ def test_branches_that_see_each_other_or_beyond_the_window_or_stand_elsewhere_sc
             return arrays, owners
 
         with monkeypatch.context() as patched:
-            patched.setattr(trees, "arrays", changed)
+            patched.setattr(prefix_tree, "arrays", changed)
             return worst(Scorer(decoder, mesh_of(1, 1, 1), "float32").score(params, requests), wanted)
 
     def see_each_other(arrays: Any) -> None:
@@ -123,12 +123,12 @@ def test_branches_that_see_each_other_or_beyond_the_window_or_stand_elsewhere_sc
     assert gap_with(stand_elsewhere) > 100 * CLOSE
 
     def without_window(q: Any, k: Any, v: Any, forest: Any, scoring: Any, *, backend: str) -> Any:
-        wide = branches.Scoring(scoring.scale, None, scoring.softcap)
+        wide = tree_attention.Scoring(scoring.scale, None, scoring.softcap)
         both = [attend_branched(q, k, v, forest, s, backend=backend) for s in (scoring, wide)]
         trunks = forest.segment_ids.shape[1]
         return jax.numpy.concatenate([both[0][:, :trunks], both[1][:, trunks:]], axis=1)
 
-    attend_branched = branches.attend_branched
+    attend_branched = tree_attention.attend_branched
     monkeypatch.setattr("mice_jax.models.transformer.attend_branched", without_window)
     assert gap_with(lambda arrays: None) > 100 * CLOSE
 
@@ -143,9 +143,9 @@ def test_scores_are_the_same_on_any_mesh(mistral: Any, sizes: tuple[int, int, in
 
 def test_progress_counts_every_request(mistral: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, requests, _ = mistral
-    monkeypatch.setattr(scoring, "CPU_SLOTS", 1)
-    monkeypatch.setattr(trees, "LEAST_ROW", 128)
-    monkeypatch.setattr(trees, "MOST_ROW", 128)
+    monkeypatch.setattr(loglikelihood, "CPU_SLOTS", 1)
+    monkeypatch.setattr(prefix_tree, "LEAST_ROW", 128)
+    monkeypatch.setattr(prefix_tree, "MOST_ROW", 128)
     decoder, params = load(folder, mesh_of(1, 1, 1))
     told: list[int] = []
     Scorer(decoder, mesh_of(1, 1, 1), "float32").score(params, requests, told.append)
@@ -172,7 +172,7 @@ def test_the_ancestors_of_what_is_scored_are_the_request_s_own_tokens(seed: int)
     # Over three tokens texts part everywhere, are each other's beginnings, and come twice.
     requests = [request(rng.integers(0, 3, rng.integers(2, 12)).tolist(), 1) for _ in range(60)]
     found: dict[int, list[int]] = {}
-    grown = trees.grow(requests)
+    grown = prefix_tree.grow(requests)
     for tree in grown:
         found |= texts_of(tree, requests)
         assert tree.trunk <= len(tree.tokens)
@@ -184,21 +184,21 @@ def test_the_ancestors_of_what_is_scored_are_the_request_s_own_tokens(seed: int)
 def test_a_tree_s_branches_are_bounded_and_texts_that_share_little_are_trees_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trees, "BRANCH_SLOTS", 40)
+    monkeypatch.setattr(prefix_tree, "BRANCH_SLOTS", 40)
     requests = questions((10,) * 8, preamble=20)
-    grown = trees.grow(requests)
+    grown = prefix_tree.grow(requests)
     assert len(grown) > 2 and max(t.branches for t in grown) <= 40
     apart = [request([1, *np.random.default_rng(i).integers(2, 50, 9).tolist()], 1) for i in range(5)]
-    assert [t.branches for t in trees.grow(apart)] == [0] * 5
-    assert trees.grow([]) == []
-    assert len(trees.grow([apart[0]] * 2, [0, 1])) == 2
-    assert len(trees.grow([apart[0]] * 2, [0, 0])) == 1
+    assert [t.branches for t in prefix_tree.grow(apart)] == [0] * 5
+    assert prefix_tree.grow([]) == []
+    assert len(prefix_tree.grow([apart[0]] * 2, [0, 1])) == 2
+    assert len(prefix_tree.grow([apart[0]] * 2, [0, 0])) == 1
 
 
 def test_rows_hold_every_tree_once_and_no_more_than_their_shape_says() -> None:
     requests = questions(tuple(range(5, 200, 3)))
-    grown = trees.grow(requests)
-    shape, rows = trees.pack(grown)
+    grown = prefix_tree.grow(requests)
+    shape, rows = prefix_tree.pack(grown)
     assert sorted(id(t) for row in rows for t in row) == sorted(map(id, grown))
     for row in rows:
         assert sum(t.trunk for t in row) <= shape.trunks and sum(t.branches for t in row) <= shape.branches
@@ -206,9 +206,9 @@ def test_rows_hold_every_tree_once_and_no_more_than_their_shape_says() -> None:
     used = sum(len(t.tokens) for t in grown)
     assert used > 0.6 * len(rows) * (shape.trunks + shape.branches)
     # Texts of 400 tokens fill long rows better than short ones, and a few short texts take no long row.
-    shape, rows = trees.pack(trees.grow(questions((400,) * 30)))
+    shape, rows = prefix_tree.pack(prefix_tree.grow(questions((400,) * 30)))
     assert shape.trunks == 2048 and len(rows) == 6
-    assert trees.pack(trees.grow(questions((20,) * 5)))[0].trunks == 128
-    assert [trees.rounded_up(n) for n in (1, 128, 129, 257, 385, 513, 769, 1025, 1537)] == [
+    assert prefix_tree.pack(prefix_tree.grow(questions((20,) * 5)))[0].trunks == 128
+    assert [prefix_tree.rounded_up(n) for n in (1, 128, 129, 257, 385, 513, 769, 1025, 1537)] == [
         128, 128, 256, 384, 512, 768, 1024, 1536, 2048,
     ]  # fmt: skip

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from helpers.models import mesh_of, spec_of
 from mice_jax import sharding
 from mice_jax.errors import UserError
 from mice_jax.models.transformer import make_decoder
-from models import mesh_of, spec_of
 
 
 # ---------------------------------------------------------------------------------------- mesh

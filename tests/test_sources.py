@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from helpers.runs import read_samples
 from mice_jax.data.readers import FileReader
 from mice_jax.data.sources import FORMATS, Sample, find_format
 from mice_jax.errors import UserError
-from runs import read_samples
 
 HELLO = [{"role": "user", "content": "Hello 🤖"}, {"role": "assistant", "content": "Red"}]
 GOOD = {"messages": HELLO}

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from helpers.runs import run_train, setting
 from mice_jax.errors import UserError
+from mice_jax.model_source import find_origin, load_params
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
-from mice_jax.start import find_origin, load_params
-from runs import run_train, setting
 
 STILL = "--config.optim.learning_rate=0"
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from helpers.models import QUICK, Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of, spec_of
 from mice_jax import step as step_module
 from mice_jax.loss import logit_tokens
 from mice_jax.models.transformer import Compute, Params, make_decoder
 from mice_jax.optim import make_optimizer
-from mice_jax.programs import abstract_batch
 from mice_jax.sharding import num_shards, put_rows
 from mice_jax.step import StepFunctions, Sums, TrainState, apply_sums, make_step
-from models import QUICK, Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of, spec_of
+from mice_jax.training.precompile import abstract_batch
 
 # Losses and norms are sums of hundreds of float32 terms (6e-8) whose errors largely cancel.
 LOSS = 1e-6  # of the value

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.runs import CHATML, REPOSITORY, chat, make_chats, make_tokenizer, read_samples, write_jsonl
 from mice_jax.data import readers, tokenise
 from mice_jax.data import store as store_module
 from mice_jax.data.chat import ChatEncoder
@@ -26,7 +27,6 @@ from mice_jax.data.readers import FileReader
 from mice_jax.data.store import TokenStore, build_store
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from runs import CHATML, REPOSITORY, chat, make_chats, make_tokenizer, read_samples, write_jsonl
 
 Build = Callable[..., TokenStore]
 

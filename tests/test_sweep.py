@@ -22,16 +22,17 @@ import pytest
 from optuna.trial import TrialState
 from rich.console import Console
 
-from mice_jax import command, sweep
+from helpers.runs import read_json, read_metrics, run_train, run_verb, setting, start_train, timeless
+from helpers.sweeps import await_none, kill, processes_of, results, run_sweep, start_sweep, study_of, sweep_file
+from mice_jax import sweep
+from mice_jax.cli import command
 from mice_jax.config import Config, ConfigError, Range, Sweep
 from mice_jax.errors import Preempted, UserError
-from mice_jax.lab import dynamics
-from mice_jax.lab import study as study_module
-from mice_jax.lab.devices import share_of_devices
-from mice_jax.lab.dynamics import FRACTIONS, SIGNALS, Goal, upto
-from mice_jax.lab.study import Study, combinations, config_of
-from runs import read_json, read_metrics, run_train, run_verb, setting, start_train, timeless
-from sweeps import await_none, kill, processes_of, results, run_sweep, start_sweep, study_of, sweep_file
+from mice_jax.sweeps import study as study_module
+from mice_jax.sweeps.devices import share_of_devices
+from mice_jax.sweeps.study import Study, combinations, config_of
+from mice_jax.training import stop_rules
+from mice_jax.training.stop_rules import FRACTIONS, SIGNALS, Goal, upto
 from test_page import data_of
 
 STATUS = {TrialState.COMPLETE: "completed", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
@@ -91,7 +92,7 @@ def test_of_eight_trials_the_bad_are_stopped_the_best_never_and_the_two_files_ag
     lines = read_metrics(tmp_path / "sweep" / "runs" / best["number"])
     for name in SIGNALS:
         for fraction in FRACTIONS:
-            value = dynamics.signal(lines[: math.ceil(round(fraction * whole, 6))], name)
+            value = stop_rules.signal(lines[: math.ceil(round(fraction * whole, 6))], name)
             assert best[f"{name}@{fraction:.0%}"] == ("" if math.isnan(value) else repr(value))
     # All of them read the one token store.
     assert len({p.name for p in (tmp_path / "stores").iterdir() if p.is_dir()}) == 1

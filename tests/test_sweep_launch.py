@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.runs import place_flags, read_metrics, run_verb, start_train
+from helpers.sweeps import await_none, kill, processes_of, results, start_sweep, sweep_file
 from mice_jax import sweep
 from mice_jax.errors import UserError
-from mice_jax.lab import launch
-from runs import place_flags, read_metrics, run_verb, start_train
-from sweeps import await_none, kill, processes_of, results, start_sweep, sweep_file
+from mice_jax.sweeps import workers
 
 RATE = "optim.learning_rate"
 QUICK_LOSS = {"MICE_JAX_HEARTBEAT_S": "40"}
@@ -86,12 +86,12 @@ def test_the_others_end_with_the_first(tmp_path: Path) -> None:
 
 
 def test_a_process_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "JOIN_S", 0.3)
+    monkeypatch.setattr(workers, "JOIN_S", 0.3)
     address = place_flags(3)[0][0].partition("=")[2]
     with pytest.raises(UserError, match=r"of this worker's 3 processes, \[1, 2\] did not come within"):
-        launch.Lead(launch.Place(address, 3, 0))
+        workers.Lead(workers.Place(address, 3, 0))
     with pytest.raises(UserError, match=r"was not reached at 127\.0\.0\.1:"):
-        launch.follow(Path("/nowhere"), launch.Place(address, 3, 2))
+        workers.follow(Path("/nowhere"), workers.Place(address, 3, 2))
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+from helpers.runs import make_chats, run_export, run_train, write_config, write_init, write_jsonl
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import Sample
 from mice_jax.data.templates import TOKENS
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from runs import make_chats, run_export, run_train, write_config, write_init, write_jsonl
 from test_chat import chat, make, make_tokenizer, marked, runs
 
 # Special tokens of base models (the first is eos, the second bos), and whether bos is put before a text.

@@ -13,6 +13,17 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+from helpers.runs import (
+    Record,
+    chat,
+    make_chats,
+    run_export,
+    run_train,
+    run_verb,
+    write_config,
+    write_init,
+    write_jsonl,
+)
 from mice_jax import generate
 from mice_jax.data import tokenizer as under_test
 from mice_jax.data.chat import ChatEncoder
@@ -21,7 +32,6 @@ from mice_jax.data.store import build_store
 from mice_jax.data.templates import TOKENS
 from mice_jax.data.tokenizer import decode, load_tokenizer, locator
 from mice_jax.errors import UserError
-from runs import Record, chat, make_chats, run_export, run_train, run_verb, write_config, write_init, write_jsonl
 
 LINES = [
     "Hello there, how are you? I am fine, thank you.",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mice_jax import tracking
-from runs import read_json, read_metrics, run_train, setting
+from helpers.runs import read_json, read_metrics, run_train, setting
+from mice_jax import trackers
 
 Calls = list[tuple[Any, ...]]
 
@@ -63,7 +63,7 @@ def test_every_number_of_every_step_is_told_and_a_resumed_run_goes_on_in_the_sam
     for calls in (wandb, mlflow):
         logged = {call[1]: call[2] for call in calls if call[0] == "log"}
         assert list(logged) == [1, 2, 3, 4, 5]
-        assert logged == {line["step"]: tracking.numbers(line) for line in lines}
+        assert logged == {line["step"]: trackers.numbers(line) for line in lines}
         assert {"loss", "grad_norm", "samples"} <= logged[1].keys() and "phase" not in logged[1]
     assert [call[1]["id"] for call in wandb if call[0] == "init"] == [None, *["abc"] * 4]
     assert wandb[0][1]["project"] == "mice" and wandb[0][1]["config"]["optim"]["batch_size"] == 8
@@ -85,7 +85,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_model_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = both(tmp_path)
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     assert run_train(config, run) == 2
     err = capsys.readouterr().err
     assert "log.trackers has 'wandb'" in err and "mice_jax[tracking]" in err

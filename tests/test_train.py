@@ -18,13 +18,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from mice_jax import metrics as metrics_module
-from mice_jax import resolve
-from mice_jax import sharding as sharding_module
-from mice_jax import train as train_module
-from mice_jax.data.packing import Shape, microbatch_shapes
-from mice_jax.step import Jitted
-from runs import (
+from helpers.runs import (
     ENVIRONMENT,
     REPOSITORY,
     Record,
@@ -41,6 +35,12 @@ from runs import (
     timeless,
     write_jsonl,
 )
+from mice_jax import metrics as metrics_module
+from mice_jax import sharding as sharding_module
+from mice_jax import train as train_module
+from mice_jax.data.packing import Shape, microbatch_shapes
+from mice_jax.step import Jitted
+from mice_jax.training import build
 
 SAMPLES, EPOCHS, BATCH = 36, 4, 8  # five steps an epoch, the last of four samples
 KEYS = {
@@ -254,8 +254,8 @@ def test_over_several_epochs_of_all_shapes_nothing_is_compiled_after_the_first_s
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    make_step = resolve.make_step
-    monkeypatch.setattr(resolve, "make_step", lambda *a: made.append(make_step(*a)) or made[0])
+    make_step = build.make_step
+    monkeypatch.setattr(build, "make_step", lambda *a: made.append(make_step(*a)) or made[0])
     accumulated: dict[str, set[Shape]] = {"compile": set(), "__call__": set()}
 
     def note(name: str) -> None:
@@ -360,7 +360,7 @@ def test_a_first_step_that_is_not_finite_leaves_the_weights_as_they_were(
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[Path]:
     """A workdir that another live process has."""
-    code = "import sys, time; from pathlib import Path; from mice_jax.workdir import Workdir\n"
+    code = "import sys, time; from pathlib import Path; from mice_jax.storage.workdir import Workdir\n"
     code += "run = Workdir(Path(sys.argv[1])); run.lock(); print('held', flush=True); time.sleep(600)"
     command = [sys.executable, "-c", code, str(tmp_path / "held")]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:

@@ -7,9 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from mice_jax import train as train_module
-from mice_jax.progress import Progress
-from runs import (
+from helpers.runs import (
     Record,
     arrays,
     assert_equal_runs,
@@ -22,6 +20,8 @@ from runs import (
     write_init,
     write_jsonl,
 )
+from mice_jax import train as train_module
+from mice_jax.training.progress import Progress
 
 SAME = {"rel": 1e-5}  # the same arithmetic on rows dealt in another order
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.models import QUICK, VOCAB, Sample, gap, mesh_of, packed, random_params, relative_gap, sample_of, spec_of
 from mice_jax.models.transformer import Compute, Decoder, empty_cache, make_decoder
 from mice_jax.sharding import param_shardings
 from mice_jax.step import batch_loss
-from models import QUICK, VOCAB, Sample, gap, mesh_of, packed, random_params, relative_gap, sample_of, spec_of
 
 # Logits are of order 10 and gradients are compared in units of the largest entry of their parameter: a few tens of
 # float32 roundings (6e-8) of values added in another order.

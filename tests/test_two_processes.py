@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import bucket
-from runs import (
+from helpers import bucket
+from helpers.runs import (
     arrays,
     lines_of,
     make_chats,

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.runs import REPOSITORY
 from mice_jax.errors import UserError
-from mice_jax.workdir import Workdir, environment
-from runs import REPOSITORY
+from mice_jax.storage.provenance import environment
+from mice_jax.storage.workdir import Workdir
 
 HOLDER = """
 import sys, time

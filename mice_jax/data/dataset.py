@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from mice_jax import config
-from mice_jax.data import report
+from mice_jax.data import statistics
 from mice_jax.data.chat import ChatEncoder, Sign
 from mice_jax.data.mixture import Corpus, PhasePools, Pool
-from mice_jax.data.store import TokenStore, Watch, build_store, cache_folder
+from mice_jax.data.store import TokenStore, Watch, build_store
 from mice_jax.errors import UserError
+from mice_jax.storage.cache import cache_folder
 
 MAX_WORKERS = 32  # unless more are asked for: each has a few hundred MB
 
@@ -184,11 +185,11 @@ class _Pools:
             "tokens": int(lengths.sum()),
             "loss_tokens": int(corpus.num_trained[ids].sum()),
             "duplicates": len(ids) - len(np.unique(self._hashes[ids])),
-            "signs": report.sign_numbers(
+            "signs": statistics.sign_numbers(
                 self._signs[ids], ids, corpus.where, {str(s.name).lower(): s.value for s in Sign}
             ),
-            **report.length_numbers(lengths),
-            "longest": report.longest(lengths, ids, corpus.where),
+            **statistics.length_numbers(lengths),
+            "longest": statistics.longest(lengths, ids, corpus.where),
         }
 
 

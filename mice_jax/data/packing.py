@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mice_jax.rows import max_segments
+from mice_jax.packing_limits import max_segments
 
 MAX_SHAPES = 6  # each one costs a compilation
 MAX_TAILS = 4  # microbatches smaller than the largest, in one step

@@ -139,14 +139,6 @@ def build_store(
     return TokenStore(folder, reader.places)
 
 
-def cache_folder(given: str) -> Path:
-    """What is given, or $MICE_JAX_CACHE, or mice_jax in the user's cache folder."""
-    if given:
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # a user may have no home: "~" then
-    return Path(os.environ.get("MICE_JAX_CACHE") or Path(base) / "mice_jax")
-
-
 # ---------------------------------------------------------------------------------------- writing
 @dataclass
 class _Progress:

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mice_jax import __version__
 from mice_jax.errors import UserError, one_line
-from mice_jax.generation_config import FILE, Generation
+from mice_jax.inference.generation_config import FILE, Generation
 from mice_jax.models.transformer import Params
 
 if TYPE_CHECKING:  # what of the package reads this file alone runs without the harness

@@ -21,10 +21,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.errors import UserError
-from mice_jax.evals.sampling import Sampler, Sampling
-from mice_jax.evals.scoring import Scorer
-from mice_jax.evals.trees import Request
-from mice_jax.generation_config import NEUTRAL, Generation, not_neutral
+from mice_jax.evals.loglikelihood import Scorer
+from mice_jax.evals.prefix_tree import Request
+from mice_jax.inference.generation_config import NEUTRAL, Generation, not_neutral
+from mice_jax.inference.sampler import Sampler, Sampling
 from mice_jax.models.transformer import Decoder, Params
 
 MAX_GEN_TOKS = 256  # of a task that does not say; the harness's own default

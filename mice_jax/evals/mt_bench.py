@@ -24,9 +24,9 @@ from absl import flags
 
 from mice_jax.errors import UserError
 from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
-from mice_jax.evals.sampling import Sampling
-from mice_jax.evals.speaking import Message, Spoken
-from mice_jax.generation_config import Generation
+from mice_jax.inference.chat import Message, Spoken
+from mice_jax.inference.generation_config import Generation
+from mice_jax.inference.sampler import Sampling
 
 NAME = "mt_bench"  # among the tasks of `evaluate`
 TURNS = (1, 2)

@@ -18,11 +18,11 @@ from flax import nnx
 
 from mice_jax.models import rope
 from mice_jax.models.attention import attend
-from mice_jax.models.attention.branches import Trees, attend_branched
 from mice_jax.models.attention.reference import masked
-from mice_jax.models.attention.scoring import Scoring, softcapped
-from mice_jax.models.attention.slots import RESULT
-from mice_jax.models.product import product
+from mice_jax.models.attention.score_function import Scoring, softcapped
+from mice_jax.models.attention.segments import RESULT
+from mice_jax.models.attention.tree import Trees, attend_branched
+from mice_jax.models.matmul import product
 from mice_jax.models.spec import ModelSpec
 from mice_jax.sharding import constrain, constrain_param, gather_split_heads
 

@@ -17,7 +17,7 @@ from mice_jax.models.attention.blockwise import blockwise
 from mice_jax.models.attention.cudnn import MOST_ENTRIES, cudnn, softmax_bytes
 from mice_jax.models.attention.pallas import pallas
 from mice_jax.models.attention.reference import reference
-from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.attention.splash import splash
 from mice_jax.models.spec import ModelSpec
 from mice_jax.sharding import BATCH_AXES

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mice_jax.models.attention.scoring import Scoring
-from mice_jax.models.attention.slots import first_seen, kept, padded
+from mice_jax.models.attention.score_function import Scoring
+from mice_jax.models.attention.segments import first_seen, kept, padded
 
 BLOCK = 64  # slots of a query or key block; on CPU twice as fast as 128 where samples are short
 LOWEST = float(jnp.finfo(jnp.float32).min)

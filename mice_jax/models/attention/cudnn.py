@@ -4,19 +4,16 @@ The cost follows the samples' lengths squared. JAX's own front (`jax.nn.dot_prod
 the function behind it is called; it is private to JAX, and what it expects was read in 0.10.2 and 0.11.2.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
 from mice_jax.errors import UserError, one_line
-from mice_jax.models.attention.scoring import Scoring
-from mice_jax.models.attention.slots import cleared
-from mice_jax.rows import max_segments
+from mice_jax.models.attention.score_function import Scoring
+from mice_jax.models.attention.segments import cleared
+from mice_jax.packing_limits import max_segments
 
 HEAD_DIMS = 8  # a head's dims are a multiple of it
 MOST_ENTRIES = 2**31 - 1  # of a device's queries: the kernels count them in int32
@@ -64,27 +61,6 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scor
         ) from e
     out = jnp.where((found <= lengths.shape[1])[:, None, None, None], out, jnp.nan)
     return cleared(segment_ids, out[..., :h])[0]
-
-
-@contextlib.contextmanager
-def planned_for(capability: str) -> Iterator[None]:
-    """While it lasts JAX takes the GPU to be one of this compute capability, which it asks a device in this process."""
-
-    def version(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split("."))
-
-    answers = {
-        "check_compute_capability": lambda least: version(capability) >= version(least),
-        "is_cuda_compute_capability_equal": lambda other: version(capability) == version(other),
-    }
-    asked = {name: getattr(fused_attention_stablehlo, name) for name in answers}
-    try:
-        for name, answer in answers.items():
-            setattr(fused_attention_stablehlo, name, answer)
-        yield
-    finally:
-        for name, answer in asked.items():
-            setattr(fused_attention_stablehlo, name, answer)
 
 
 def softmax_bytes(slots: int, heads: int) -> int:

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from mice_jax.models.attention.scoring import Scoring
-from mice_jax.models.attention.slots import first_seen, kept, last_seeing, padded
+from mice_jax.models.attention.score_function import Scoring
+from mice_jax.models.attention.segments import first_seen, kept, last_seeing, padded
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 LEAST_DIMS = 16  # of a head, for Triton's products; and a power of two

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mice_jax.models.attention.scoring import Scoring
+from mice_jax.models.attention.score_function import Scoring
 
 # B rows, T query slots, S key slots, N query heads, K key heads, G = N/K, H head_dim
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as jax_splash
 
-from mice_jax.models.attention.scoring import Scoring
-from mice_jax.models.attention.slots import RESULT, cleared, padded
+from mice_jax.models.attention.score_function import Scoring
+from mice_jax.models.attention.segments import RESULT, cleared, padded
 
 LANES = 128  # the kernels want whole tiles of slots
 BLOCK = 512  # slots of a query or key block, where the row has so many

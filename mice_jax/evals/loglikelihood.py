@@ -1,0 +1,129 @@
+"""The log-probability of given tokens after given ones, for many requests at once: in rows of trees, over a mesh."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mice_jax.evals import prefix_tree
+from mice_jax.evals.prefix_tree import Request
+from mice_jax.inference.sampler import cast_params
+from mice_jax.loss import logit_tokens
+from mice_jax.models import rope
+from mice_jax.models.attention import choose_backend
+from mice_jax.models.attention.tree import Trees
+from mice_jax.models.spec import LongScaling, ModelSpec
+from mice_jax.models.transformer import Compute, Decoder, Params
+from mice_jax.sharding import constrain, local_shards, num_shards, put_rows
+
+# B rows, T slots, M scored tokens, C of them at a time, D d_model, V vocabulary
+
+CPU_SLOTS, DEVICE_SLOTS = 4096, 16384  # of a batch on one device: more is no faster there
+
+Score = tuple[float, bool]  # the sum of log-probabilities; whether each token was the likeliest
+Watch = Callable[[int], None]  # told how many requests are done
+
+
+class Scorer:
+    """A decoder's programs, compiled when first needed for a shape and kept; parameters come with each call.
+
+    Every process of a run makes the same calls, and gets all scores.
+    """
+
+    def __init__(self, decoder: Decoder, mesh: Mesh, dtype: Any):
+        self._spec, self._mesh, self._dtype = decoder.spec, mesh, jnp.dtype(dtype)
+        self._score = jax.jit(functools.partial(_score, decoder, self._dtype), static_argnames=("attention", "chunk"))
+
+    def score(self, params: Params, requests: Sequence[Request], watch: Watch = lambda done: None) -> list[Score]:
+        """Each request's score; none may be longer than the model's positions."""
+        if not requests:
+            return []
+        assert all(0 < len(r.targets) <= len(r.ids) <= self._spec.max_positions for r in requests)
+        shape, rows = prefix_tree.pack(prefix_tree.grow(requests, _kinds(requests, self._spec)))
+        sums, best = np.zeros(len(requests)), np.ones(len(requests), bool)
+        done = 0
+        pending: tuple[Any, list[np.ndarray]] | None = None
+        for batch in [*self._batches(shape, rows), None]:
+            computed = None
+            if batch is not None:
+                arrays, owners = prefix_tree.arrays(batch, shape, requests)
+                computed = self._run(params, arrays, shape), owners
+            if pending is not None:  # while the next batch is computed
+                logprobs, likeliest = (np.asarray(x) for x in pending[0])
+                for r, owner in enumerate(pending[1]):
+                    np.add.at(sums, owner, logprobs[r, : len(owner)].astype(np.float64))
+                    np.logical_and.at(best, owner, likeliest[r, : len(owner)])
+                    done += len(np.unique(owner))
+                watch(done)
+            pending = computed
+        return [(float(s), bool(b)) for s, b in zip(sums, best, strict=True)]
+
+    def _batches(
+        self, shape: prefix_tree.Shape, rows: list[list[prefix_tree.Tree]]
+    ) -> list[list[list[prefix_tree.Tree]]]:
+        """Rows by batches of one size, the last filled up with empty ones."""
+        shards = num_shards(self._mesh)
+        slots = CPU_SLOTS if self._mesh.devices.flat[0].platform == "cpu" else DEVICE_SLOTS
+        fitting = max(1, slots // (shape.trunks + shape.branches))
+        size = shards * min(fitting, -(-len(rows) // shards))
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+        return [batch + [[]] * (size - len(batch)) for batch in batches]
+
+    def _run(
+        self, params: Params, arrays: dict[str, np.ndarray], shape: prefix_tree.Shape
+    ) -> tuple[jax.Array, jax.Array]:
+        """Log-probabilities and likeliest [B M], whole on every device."""
+        device = self._mesh.devices.flat[0]
+        attention = choose_backend(
+            "auto",
+            self._spec,
+            platform=device.platform,
+            compute_capability=getattr(device, "compute_capability", None),
+            dtype=str(self._dtype),
+            max_length=shape.trunks,
+            deterministic=False,
+        )
+        shards = num_shards(self._mesh)
+        size = len(arrays["tokens"]) // shards
+        ours = [r for s in local_shards(self._mesh) for r in range(s * size, (s + 1) * size)]
+        on_devices = put_rows({name: x[ours] for name, x in arrays.items()}, self._mesh)
+        chunk = min(shape.scored, max(1, 1 << (logit_tokens(self._spec.vocab_size) // size).bit_length() - 1))
+        with jax.set_mesh(self._mesh):
+            return self._score(params, on_devices, attention=attention, chunk=chunk)
+
+
+def _kinds(requests: Sequence[Request], spec: ModelSpec) -> list[int] | None:
+    """Which requests may share work: where a LongRoPE turns long texts differently, those on one side of its limit."""
+    if not rope.needs_lengths(spec.ropes):
+        return None
+    limits = {r.scaling.original_positions for r in spec.ropes if r and isinstance(r.scaling, LongScaling)}
+    return [sum(len(r.ids) > limit for limit in limits) for r in requests]
+
+
+def _score(
+    decoder: Decoder, dtype: Any, params: Params, rows: dict[str, jax.Array], *, attention: str, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """The log-probability of each target [B M], and whether nothing is likelier."""
+    model = decoder.bind(cast_params(params, dtype))
+    forest = Trees(rows["segment_ids"], rows["positions"], rows["number"], rows["reach"])
+    hidden = model.branched(rows["tokens"], rows["lengths"], forest, Compute(dtype, attention, "none"))
+    hidden = jnp.take_along_axis(hidden, rows["slots"][..., None], axis=1)  # [B M D]
+
+    def compare(scored: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, targets = scored  # [B C D], [B C]
+        logits = model.logits(hidden)
+        column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        # Compared, not gathered: a gather along a split vocabulary would collect the logits on one device.
+        at_target = jnp.sum(jnp.where(column == targets[..., None], logits, 0), axis=-1)
+        return at_target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+
+    def chunks(x: jax.Array) -> jax.Array:  # [B M ...] -> [M/C B C ...]
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    found = jax.lax.map(compare, (chunks(hidden), chunks(rows["targets"])))
+    logprobs, best = (jnp.moveaxis(x, 0, 1).reshape(rows["targets"].shape) for x in found)
+    return constrain(logprobs, None, None), constrain(best, None, None)

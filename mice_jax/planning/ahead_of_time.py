@@ -1,0 +1,199 @@
+"""The functions of a step compiled for devices that need not be here, and what XLA says they take of one device.
+
+A topology is `cpu:N`, a TPU slice (`v5p:2x2x2`, compiled by libtpu, which needs no TPU for that), or NVIDIA GPUs
+(`h100:8`, compiled where JAX's CUDA plugin and a description of the device are there).
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from mice_jax.config import nearest
+from mice_jax.errors import UserError, one_line
+from mice_jax.hardware import CHIPS, GPUS_OF_A_HOST, TAKEN, Chip, cpu_chip, measured_matmul, share_taken
+from mice_jax.step import Jitted, StepFunctions
+from mice_jax.training.memory_model import device_bytes, machine_memory
+from mice_jax.training.precompile import abstract_batch
+
+FUNCTIONS = ("accumulate", "apply", "evaluate", "zero_sums", "start")  # of a step, and of what comes before and beside
+COMPILERS = 2  # functions that are compiled at a time
+# Slices that TPUs come in, for examples; libtpu knows them all.
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SLICES = {"v4": DEEP, "v5e": FLAT, "v5p": DEEP, "v6e": FLAT, "tpu7x": DEEP}
+EXAMPLES = ("cpu:8", "v4:2x2x2", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")
+# libtpu takes a lock on the machine's TPU chips, and asks Google Cloud what they are: there is none to lock or to ask.
+WITHOUT_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+OUT_OF_MEMORY = re.compile(r"\(([0-9.]+)([KMG])\) exceeds available HBM|Used ([0-9.]+)([KMG]) of [0-9.]+[KMG] hbm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The devices that a run is planned for."""
+
+    topology: str
+    chip: Chip
+    count: int
+    devices: list[Any] | None  # to compile for; None where there is no compiler for them
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """What one device holds while a function of the step runs, in bytes."""
+
+    function: str
+    arguments: int  # its own, and what stays beside them
+    temporary: int
+    refused: bool = False  # by the compiler, which gave what the function would need
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporary
+
+
+# ---------------------------------------------------------------------------------------- devices
+def find_target(topology: str, device_file: str = "") -> Target:
+    """The devices of a topology; UserError where it is none, or its compiler is not installed."""
+    family, _, shape = topology.lower().partition(":")
+    family = {"7x": "tpu7x", "v7x": "tpu7x"}.get(family, family)
+    kinds = ["cpu", *CHIPS]
+    if family not in kinds:
+        raise UserError(
+            f"--topology={topology}: {family!r} is no kind of device that is known{nearest(family, kinds)} "
+            f"Each has its form: {', '.join(EXAMPLES)}."
+        )
+    if family in SLICES:
+        return _tpus(topology, family, shape)
+    if not re.fullmatch(r"[1-9]\d*", shape):
+        raise UserError(f"--topology={topology}: after the colon comes the number of devices, as in {family}:8.")
+    return _cpus(topology, int(shape)) if family == "cpu" else _gpus(topology, family, int(shape), device_file)
+
+
+def _cpus(topology: str, count: int) -> Target:
+    there = jax.devices("cpu")
+    assert len(there) >= count, "the command asks for them before JAX starts"
+    return Target(topology, cpu_chip(count, measured_matmul(), machine_memory()), count, there[:count])
+
+
+def _tpus(topology: str, family: str, shape: str) -> Target:
+    for name, value in WITHOUT_TPU.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {}
+    if family == "v4":
+        options["chip_config_name"] = "megacore"  # a chip is one device, as it is when one runs
+    if set(shape.split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu before 0.0.52 takes a host to have four
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{family}:{shape}", **options)
+    except Exception as e:  # what of JAX's it is depends on whether libtpu is missing, too old, or refuses the name
+        if "INVALID_ARGUMENT" in str(e):
+            raise UserError(
+                f"--topology={topology} is no slice of TPU {family}{nearest(shape, SLICES[family])} "
+                f"What libtpu says: {one_line(e)}."
+            ) from None
+        raise UserError(
+            f"--topology={topology} needs libtpu, TPU's compiler, which runs without a TPU: pip install "
+            f"'mice_jax[aot]'. What it says here: {one_line(e)}."
+        ) from None
+    return Target(topology, CHIPS[family], len(found.devices), found.devices)
+
+
+def _gpus(topology: str, family: str, count: int, device_file: str) -> Target:
+    chip, devices = CHIPS[family], None
+    chip = dataclasses.replace(chip, memory=chip.memory * share_taken() / TAKEN)
+    if device_file and count > GPUS_OF_A_HOST and count % GPUS_OF_A_HOST:
+        raise UserError(
+            f"--topology={topology}: {count} GPUs fill no whole hosts of {GPUS_OF_A_HOST}, and can only be estimated: "
+            f"take {count // GPUS_OF_A_HOST * GPUS_OF_A_HOST}, or leave --device_file out."
+        )
+    if device_file:
+        if not Path(device_file).is_file():
+            raise UserError(f"--device_file={device_file}: there is no such file.")
+        hosts = f"1x{-(-count // GPUS_OF_A_HOST)}x{min(count, GPUS_OF_A_HOST)}"
+        try:
+            devices = topologies.get_topology_desc(
+                platform="cuda", topology_name=family, target_config=Path(device_file).read_text(), topology=hosts
+            ).devices
+        except Exception as e:
+            raise UserError(
+                f"--topology={topology} cannot be compiled for: it takes JAX's CUDA plugin (pip install "
+                f"'mice_jax[cuda]') and, as --device_file, what a run on such a GPU leaves as "
+                f"*.gpu_target_config.pbtxt under XLA_FLAGS=--xla_dump_to=DIR. What is said here: {one_line(e)}. "
+                "Without --device_file the plan is an estimate."
+            ) from None
+    return Target(topology, chip, count, devices)
+
+
+# ---------------------------------------------------------------------------------------- needs
+def measure(fns: StepFunctions, mesh: Mesh, chip: Chip, rows: int, slots: int, names: Sequence[str]) -> list[Need]:
+    """Compiles functions of a step for a mesh of such chips and a microbatch of `rows` by `slots` on each device.
+
+    Beside a function's own arguments stays what the run holds meanwhile: the moments while a microbatch's gradients
+    are taken, the sums while held-out samples are measured or a phase starts with fresh moments.
+    """
+    state, sums, batch = fns.abstract_state, fns.abstract_sums, abstract_batch(mesh, rows, slots)
+    functions = {
+        "accumulate": (fns.accumulate, (state.params, sums, batch), (state.step, state.opt_state)),
+        "apply": (fns.apply, (state, sums, float("inf")), ()),
+        "evaluate": (fns.evaluate, (state.params, batch), (state.step, state.opt_state, sums)),
+        "zero_sums": (fns.zero_sums, (), state),
+        "start": (fns.start, (state.params,), sums),
+    }
+
+    there = planned_for(chip.capability) if chip.capability else contextlib.nullcontext()
+    with there, ThreadPoolExecutor(COMPILERS) as pool:
+        return list(pool.map(lambda name: _need(name, *functions[name]), names))
+
+
+def _need(name: str, function: Jitted, arguments: tuple, held: Any) -> Need:
+    """`held` is what lies beside the arguments."""
+    beside = device_bytes(held)
+    try:
+        memory = function.compile(*arguments).memory_analysis()
+    except jax.errors.JaxRuntimeError as e:
+        if (said := OUT_OF_MEMORY.search(str(e))) is None:
+            raise
+        number, unit = (g for g in said.groups() if g)
+        wanted = int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
+        own = device_bytes([a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)])
+        return Need(name, own + beside, max(0, wanted - own), refused=True)
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes  # what is not written over an argument
+    temporary = memory.temp_size_in_bytes + made + memory.generated_code_size_in_bytes
+    return Need(name, memory.argument_size_in_bytes + beside, temporary)
+
+
+@contextlib.contextmanager
+def planned_for(capability: str) -> Iterator[None]:
+    """While the context lasts, JAX takes the GPU to have this compute capability; it would ask a device otherwise."""
+
+    def version(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split("."))
+
+    answers = {
+        "check_compute_capability": lambda least: version(capability) >= version(least),
+        "is_cuda_compute_capability_equal": lambda other: version(capability) == version(other),
+    }
+    asked = {name: getattr(fused_attention_stablehlo, name) for name in answers}
+    try:
+        for name, answer in answers.items():
+            setattr(fused_attention_stablehlo, name, answer)
+        yield
+    finally:
+        for name, answer in asked.items():
+            setattr(fused_attention_stablehlo, name, answer)

@@ -1,0 +1,162 @@
+"""A run on devices that need not be here: what it needs as it is, its largest rows, and meshes that may suit better.
+
+The arithmetic of fit.py and pace.py proposes, the compiler says how it is, as long as there is time for it.
+"""
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+
+import jax.numpy as jnp
+
+from mice_jax.config import Config
+from mice_jax.models.spec import ModelSpec
+from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.planning import ahead_of_time, step_time
+from mice_jax.planning.ahead_of_time import Need, Target
+from mice_jax.sharding import abstract_mesh, make_mesh, mesh_sizes
+from mice_jax.training import build, memory_model, phases
+
+MOST_ROWS = 1024  # of one device that are tried
+TENSOR_WAYS = (1, 2, 4, 8)  # as links within a host, or next to each other, bear it
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh, a policy of rematerialisation, and rows of a microbatch on each device."""
+
+    sizes: tuple[int, ...]  # data, fsdp, tensor
+    remat: str
+    rows: int
+
+    def flags(self) -> str:
+        """What makes a config so."""
+        data, fsdp, tensor = self.sizes
+        mesh = f"--config.mesh.data={data} --config.mesh.fsdp={fsdp} --config.mesh.tensor={tensor}"
+        return f"{mesh} --config.model.remat={self.remat} --config.train.rows_per_device={self.rows}"
+
+    def with_rows(self, rows: int) -> "Layout":
+        return dataclasses.replace(self, rows=rows)
+
+
+class Planned:
+    """A config's run on a target; no compilation but that of the run as it is begins after `deadline`."""
+
+    def __init__(
+        self,
+        config: Config,
+        spec: ModelSpec,
+        architecture: str,
+        target: Target,
+        *,
+        samples: float,
+        mean_length: float,
+        deadline: float,
+    ):
+        self.config, self.spec, self.target = config, spec, target
+        self.samples, self.mean_length = samples, mean_length  # of a step, and tokens of each, on average
+        self._architecture, self._deadline = architecture, deadline
+        self.load = functools.cache(self._load)
+        chip = target.chip
+        self.dtype = build.compute_dtype(config, chip.platform)
+        self.attention = build.attention(config, spec, chip.platform, chip.capability)
+        sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, target.count)
+        rows, remat = build.rows_and_remat(
+            config, self.load(sizes), mean_length=mean_length, memory=chip.memory, platform=chip.platform
+        )
+        self.layout = Layout(sizes, remat, rows)  # as `train` would have it
+
+    def _load(self, sizes: tuple[int, ...]) -> memory_model.Load:
+        decoder = make_decoder(self.spec, sizes[2])
+        mesh = abstract_mesh(sizes)
+        return build.load(self.config, decoder, self._architecture, mesh, self.dtype, self.attention)
+
+    def estimate(self, layout: Layout) -> memory_model.Memory:
+        return memory_model.estimate(self.load(layout.sizes), layout.rows, layout.remat)
+
+    def pace(self, layout: Layout) -> step_time.Pace:
+        load = self.load(layout.sizes)
+        return step_time.estimate(load, self.target.chip, layout.rows, layout.remat, self.samples, self.mean_length)
+
+    def compile(self, layout: Layout, only: Sequence[str] = ()) -> list[Need]:
+        """What the functions of the step need, of all or of some; nothing where there is no compiler."""
+        if self.target.devices is None:
+            return []
+        c = self.config
+        mesh = make_mesh(*layout.sizes, devices=self.target.devices)
+        # When phases begin is in the program as numbers, which change nothing in its size.
+        stretches = phases.stretches(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
+        schedule = build.schedule(c, stretches, c.optim.max_steps or len(stretches))
+        compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat)
+        decoder = make_decoder(self.spec, layout.sizes[2])
+        fns = build.step_functions(c, decoder, self._architecture, mesh, compute, schedule)
+        holds_out = c.data.validation or c.data.validation_fraction or any(p.validation for p in c.data.phases)
+        functions = only or [n for n in ahead_of_time.FUNCTIONS if n != "evaluate" or holds_out]
+        return ahead_of_time.measure(fns, mesh, self.target.chip, layout.rows, c.data.max_length, functions)
+
+    # ---------------------------------------------------------------------------------------- rows
+    def largest_rows(self, needs: list[Need]) -> tuple[int, str]:
+        """The most rows that fit, and how that is known; `needs` are those of the layout as it is."""
+        layout, memory = self.layout, self.target.chip.memory
+        if not needs:
+            rows = memory_model.largest_rows(self.load(layout.sizes), memory, layout.remat, MOST_ROWS)
+            return rows, f"estimated, to {memory_model.USABLE:.0%} of the memory"
+        fixed = max(n.total for n in needs if n.function != "accumulate")
+        known = {layout.rows: next(n.total for n in needs if n.function == "accumulate")}  # by rows
+        if fixed > memory:
+            return 0, "compiled: whatever the rows are, the rest does not fit"
+
+        def estimated(rows: int) -> int:
+            return self.estimate(layout.with_rows(rows)).total
+
+        while True:
+            fitting = max((rows for rows, total in known.items() if total <= memory), default=0)
+            failing = min((rows for rows, total in known.items() if total > memory), default=MOST_ROWS + 1)
+            if failing - fitting == 1:
+                more = "no more are tried" if fitting == MOST_ROWS else "one more does not fit"
+                return fitting, f"compiled: {more}"
+            # By the arithmetic, less what it is off by where it was last seen to be off.
+            nearest = min(known, key=lambda rows: min(abs(rows - fitting), abs(rows - failing)))
+            off = estimated(nearest) - known[nearest]
+            between = range(fitting + 1, failing)
+            guess = max((rows for rows in between if estimated(rows) - off <= memory), default=fitting)
+            if time.monotonic() > self._deadline:
+                return guess, "compiled; more are not tried" if guess == fitting else "estimated from what was compiled"
+            rows = max(guess, fitting + 1)
+            known[rows] = self.compile(layout.with_rows(rows), ["accumulate"])[0].total
+
+    # ---------------------------------------------------------------------------------------- meshes
+    def suggestions(self, needs: list[Need]) -> Iterator[tuple[str, Layout, int, str]]:
+        """The layouts of the least memory and, of those that fit, of the most speed: with bytes, and whence.
+
+        `needs` are those of the layout as it is.
+        """
+        memory, policies = self.target.chip.memory, memory_model.fastest_first(self.target.chip.platform)
+        layouts = [self._fitted(sizes, remat) for sizes, remat in itertools.product(self._meshes(), policies)]
+        chosen = {"least memory": min((x.with_rows(1) for x in layouts), key=lambda x: self.estimate(x).total)}
+        if fits := [x for x in layouts if self.estimate(x).total <= memory_model.USABLE * memory]:
+            chosen["most speed"] = min(fits, key=lambda x: (self.pace(x).seconds, self.estimate(x).total))
+        for name, layout in chosen.items():
+            compiled = needs if layout == self.layout else []
+            if not compiled and time.monotonic() <= self._deadline:
+                compiled = self.compile(layout, ["accumulate", "apply"])
+            if compiled:
+                yield name, layout, max(n.total for n in compiled), "compiled"
+            else:
+                yield name, layout, self.estimate(layout).total, "estimated"
+
+    def _meshes(self) -> Iterator[tuple[int, ...]]:
+        """All whose tensor axis divides the key heads, so that none is repeated."""
+        for tensor in TENSOR_WAYS:
+            if self.target.count % tensor or self.spec.num_kv_heads % tensor:
+                continue
+            left = self.target.count // tensor
+            yield from ((left // fsdp, fsdp, tensor) for fsdp in range(1, left + 1) if left % fsdp == 0)
+
+    def _fitted(self, sizes: tuple[int, ...], remat: str) -> Layout:
+        """With the rows that `train` would take there."""
+        load, chip = self.load(sizes), self.target.chip
+        most = build.most_rows(self.config, load, self.mean_length, chip.platform)
+        return Layout(sizes, remat, max(1, memory_model.largest_rows(load, chip.memory, remat, most)))

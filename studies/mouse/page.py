@@ -1,0 +1,468 @@
+"""Writes what the study at mouse scale found: mouse_study.md and its plots, from the sweeps' own files alone.
+
+    python studies/mouse/page.py --workdir=studies/mouse/runs --output=studies/mouse
+
+Every figure and every verdict of the page is computed here; of sweeps that still run, those trials count that have
+completed. No sentence says more than the interval beside it.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from absl import flags
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+
+import mice_jax  # noqa: F401  (first: it keeps transformers from advising us to install torch)
+
+# isort: split
+import jax
+import matplotlib
+from matplotlib.figure import Figure
+
+from mice_jax.cli import command
+from mice_jax.errors import UserError
+from mice_jax.model_source import find_origin
+from mice_jax.models.transformer import make_decoder
+from mice_jax.report_page import rule_evaluation
+from mice_jax.storage.workdir import RESULTS
+from mice_jax.training.stop_monitor import read_records
+from mice_jax.training.stop_rules import FRACTIONS, Goal, HalvingRule, MedianRule, PaperRule, Record
+from welch import Difference, difference
+
+SWEEPS = ("batch", "schedule", "phases")
+ANSWERS = "answers.json"  # of a run: by phase, held-out answers that are right word for word, and how many there are
+BATCH, RATE = "optim.batch_size", "optim.learning_rate"
+WARMUP, SCHEDULE, PHASES = "optim.warmup_steps", "optim.schedule", "data.phases"
+EARLY = 0.2  # of the samples: where "early" is looked at
+COLOURS = ("#0b66a8", "#b5470b", "#00795a", "#7a4fa3")
+matplotlib.rcParams |= {"svg.hashsalt": "mouse", "svg.fonttype": "none", "font.size": 9, "axes.grid": True}
+matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3}
+
+Arm = tuple[float | str, ...]
+
+
+# ---------------------------------------------------------------------------------------- what the sweeps left
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    number: str
+    params: dict[str, str]
+    seed: str
+    records: list[Record]
+    final: float  # held-out loss at the end
+    answers: dict[str, list[int]]
+
+    def early(self) -> float:
+        """The held-out loss that was measured nearest to EARLY of the samples."""
+        whole = self.records[-1]["samples"]
+        return min(self.held_out(), key=lambda e: abs(e[0] - EARLY * whole))[1]
+
+    def held_out(self) -> list[tuple[int, float]]:
+        return [(r["samples"], r["eval/loss"]) for r in self.records if r.get("eval/loss") is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Swept:
+    """A sweep's completed trials, of how many there are."""
+
+    trials: list[Trial]
+    planned: int
+    others: list[str]  # what became of the rest
+
+    def arms(self, *axes: str, of: Callable[[Trial], float] = lambda t: t.final) -> dict[Arm, list[float]]:
+        found: dict[Arm, list[float]] = {}
+        for t in self.trials:
+            found.setdefault(tuple(plain(a, t.params[a]) for a in axes), []).append(of(t))
+        return dict(sorted(found.items()))
+
+
+def read_sweep(folder: Path) -> Swept:
+    if not (folder / RESULTS).exists():
+        return Swept([], 0, [])
+    with (folder / RESULTS).open() as file:
+        rows = list(csv.DictReader(file))
+    trials, others = [], []
+    for row in rows:
+        if row["status"] != "completed":
+            others.append(row["status"])
+            continue
+        run = folder / "runs" / row["number"]
+        asked = run / ANSWERS
+        answers = json.loads(asked.read_text()) if asked.exists() else {}
+        trials.append(Trial(row["number"], row, row["seed"], read_records(run), float(row["metric"]), answers))
+    return Swept(trials, len(rows), others)
+
+
+def plain(axis: str, value: str) -> float | str:
+    """A value of an axis as it is spoken of."""
+    if axis == PHASES:
+        return "stacked" if value.count("Phase(") == 1 else "phased"
+    return value if axis == SCHEDULE else float(value)
+
+
+# ---------------------------------------------------------------------------------------- words for numbers
+def interval(d: Difference, digits: int = 4) -> str:
+    return f"{d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]"
+
+
+VERDICTS = ("replicates", "the opposite is seen", "there is a difference", "undecided")
+
+
+def verdict(claim: int, d: Difference) -> str:
+    """What a difference says of a claim about its sign, 0 for the claim that there is none."""
+    replicates, opposite, there_is, undecided = VERDICTS
+    if not d.sign:
+        return undecided
+    if not claim:
+        return there_is
+    return replicates if d.sign == claim else opposite
+
+
+def compared(arms: Mapping[Arm, Sequence[float]], plus: Sequence[Arm], minus: Sequence[Arm]) -> Difference | None:
+    """None where an arm has not two seeds yet."""
+    known = all(len(arms.get(arm, ())) > 1 for arm in (*plus, *minus))
+    return difference(arms, plus, minus) if known else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was compared."""
+
+    what: str
+    claim: int  # the sign that the study's claim gives it; 0 where it claims that there is no difference
+    found: Difference | None  # None: not measured yet
+    digits: int = 4
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.claim, self.found) if self.found else "not measured yet"
+
+    def row(self) -> str:
+        return f"| {self.what} | {interval(self.found, self.digits) if self.found else ''} | {self.verdict} |"
+
+
+def table(findings: Sequence[Finding]) -> list[str]:
+    head = ["", "| compared | difference [95 % interval] | of the study's claim |", "|---|---|---|"]
+    return [*head, *(f.row() for f in findings)]
+
+
+def number(x: float | str) -> str:
+    return f"{x:g}" if isinstance(x, float) else str(x)
+
+
+def answers_table(swept: Swept, axes: Sequence[str]) -> list[str]:
+    """Right answers by arm, where the trials were asked."""
+    told = [t for t in swept.trials if t.answers]
+    if not told:
+        return []
+    phases = list(told[0].answers)
+    asked = Swept(told, 0, [])
+    by_phase = {p: asked.arms(*axes, of=lambda t, p=p: float(t.answers[p][0])) for p in phases}
+    lines = ["", "Held-out answers that are right word for word, mean over seeds:", ""]
+    totals = [f"{p}, of {told[0].answers[p][1]}" for p in phases]
+    lines += [f"| {' | '.join([*map(short, axes), *totals])} |", "|---" * (len(axes) + len(phases)) + "|"]
+    for arm in by_phase[phases[0]]:
+        cells = [f"{statistics.fmean(by_phase[p][arm]):.1f}" for p in phases]
+        lines.append(f"| {' | '.join([*map(number, arm), *cells])} |")
+    return lines
+
+
+def short(axis: str) -> str:
+    return {BATCH: "batch", RATE: "rate", WARMUP: "warm-up", SCHEDULE: "schedule", PHASES: "data"}[axis]
+
+
+def loss_table(arms: Mapping[Arm, Sequence[float]], axes: Sequence[str]) -> list[str]:
+    head = [*map(short, axes), "seeds", "held-out loss, mean", "least to most"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm, values in arms.items():
+        cells = [str(len(values)), f"{statistics.fmean(values):.4f}", f"{min(values):.4f} to {max(values):.4f}"]
+        lines.append(f"| {' | '.join([*map(number, arm), *cells])} |")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------- the questions
+Section = tuple[list[str], list[Finding]]
+NOTHING: Section = (["Not measured yet."], [])
+
+
+def batch_section(swept: Swept) -> Section:
+    axes = (BATCH, RATE)
+    arms, early = swept.arms(*axes), swept.arms(*axes, of=Trial.early)
+    if len({a[0] for a in arms}) < 2:
+        return NOTHING
+    small, large = min(arms)[0], max(arms)[0]
+    best = {b: min((a for a in arms if a[0] == b), key=lambda a: statistics.fmean(arms[a])) for b in (small, large)}
+    what = f"batch {large:g} less batch {small:g}"
+    sizes = [
+        Finding(f"{what}, at the end, both at {rate:g}", -1, compared(arms, [(large, rate)], [(small, rate)]))
+        for rate in sorted({a[1] for a in arms})
+    ]
+    own = f"each at its best rate ({best[large][1]:g} and {best[small][1]:g})"
+    sizes.append(Finding(f"{what}, at the end, {own}", -1, compared(arms, [best[large]], [best[small]])))
+    sizes.append(Finding(f"{what}, at a fifth, {own}", 1, compared(early, [best[large]], [best[small]])))
+    rates = []
+    for b in (small, large):
+        lowest = min(a for a in arms if a[0] == b)
+        for other in [a for a in arms if a[0] == b and a != lowest]:
+            d = compared(arms, [lowest], [other])
+            rates.append(Finding(f"batch {b:g}, the lowest rate, {lowest[1]:g}, less {other[1]:g}", -1, d))
+    lines = [*loss_table(arms, axes), "", "![Held-out loss by rate](mouse_batch.svg)", ""]
+    lines += ["The study: the large batch ends better, and the small one is ahead early.", *table(sizes)]
+    lines += ["", "The study: a low rate is the better one.", *table(rates)]
+    return lines + answers_table(swept, axes), sizes + rates
+
+
+def schedule_section(swept: Swept) -> Section:
+    axes = (WARMUP, SCHEDULE)
+    arms = swept.arms(*axes)
+    if not arms:
+        return NOTHING
+    warmups = sorted({a[0] for a in arms})
+    both = ("constant", "cosine")
+    findings = []
+    for w in warmups[1:]:
+        d = compared(arms, [(w, s) for s in both], [(warmups[0], s) for s in both])
+        findings.append(Finding(f"a warm-up of {w:g} steps less one of {warmups[0]:g}, over both schedules", 0, d))
+    d = compared(arms, [(w, "cosine") for w in warmups], [(w, "constant") for w in warmups])
+    findings.append(Finding("cosine less constant, over all warm-ups", 0, d))
+    lines = [*loss_table(arms, axes), "", "![Held-out loss by warm-up](mouse_schedule.svg)", ""]
+    lines += ["The study: neither warm-up nor decay is needed; with and without are alike.", *table(findings)]
+    return lines + answers_table(swept, axes), findings
+
+
+def phases_section(swept: Swept) -> Section:
+    axes = (PHASES, BATCH)
+    arms, best = swept.arms(*axes), swept.arms(*axes, of=best_on_the_way)
+    if not arms:
+        return NOTHING
+    findings = []
+    for batch in sorted({a[1] for a in arms}):
+        pair = [("stacked", batch)], [("phased", batch)]
+        findings.append(Finding(f"stacked less phased, at the end, batch {batch:g}", -1, compared(arms, *pair)))
+        what = f"stacked less phased, each at its best checkpoint, batch {batch:g}"
+        findings.append(Finding(what, -1, compared(best, *pair)))
+    lines = [*loss_table(arms, axes), "", "![Held-out loss by samples](mouse_phases.svg)", ""]
+    lines += [
+        "The study: stacked data ends at least as well as phased. The loss is over what is held out of all three",
+        "phases; a phase may unlearn what an earlier one taught, so best checkpoints are compared too.",
+        *table(findings),
+    ]
+    return lines + answers_table(swept, axes), findings
+
+
+def best_on_the_way(trial: Trial) -> float:
+    return min(loss for _, loss in trial.held_out())
+
+
+# The study: a lower gradient norm (so correlated with the final loss) and a higher loss (against it) end better.
+CLAIMS = {"grad_norm": 1, "grad_norm_corrected": 1, "loss": -1}
+RULES = {
+    "paper's": PaperRule(),
+    "paper's, raw norm": PaperRule(norm="grad_norm"),
+    "median": MedianRule(),
+    "halving": HalvingRule(),
+}
+
+
+def signals_section(runs: Sequence[rule_evaluation.Finished], found: Sequence[rule_evaluation.Correlation]) -> Section:
+    if not found:
+        return NOTHING
+    findings = [
+        Finding(f"{c.signal} at {c.fraction:.0%}, {c.group}", CLAIMS[c.signal], Difference(c.rho, c.low, c.high), 2)
+        for c in found
+    ]
+    lines = [
+        "Spearman's correlation of a signal with the held-out loss at the end, over the runs of the first sweep, with",
+        "a bootstrap interval over runs. The study: a lower gradient norm early ends better (a correlation above 0),",
+        "and so does a higher loss early (below 0).",
+        "",
+        "![Correlations](mouse_signals.svg)",
+        *table(findings),
+        "",
+        "What rules would have done, asked once, with all runs side by side. Regret is how much worse the best run",
+        "left ends than the best of all.",
+        "",
+        "| rule | among | at | stopped | samples saved | regret | winner stopped |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rule in RULES.items():
+        for v in rule_evaluation.verdicts(runs, [rule], Goal()):
+            regret = "no run left" if math.isnan(v.regret) else f"{v.regret:.4f}"
+            told = [name, v.group, f"{v.fraction:.0%}", f"{len(v.stopped)} of {v.runs}", f"{v.saved:.0%}", regret]
+            lines.append(f"| {' | '.join([*told, 'yes' if v.winner_killed else 'no'])} |")
+    return lines, findings
+
+
+def correlated(runs: Sequence[rule_evaluation.Finished]) -> list[rule_evaluation.Correlation]:
+    """Those that can be told: of three runs or more that differ."""
+    found = rule_evaluation.correlations(runs, names=tuple(CLAIMS))
+    return [c for c in found if not math.isnan(c.rho + c.low + c.high)]
+
+
+# ---------------------------------------------------------------------------------------- plots
+def dots(swept: Swept, axes: tuple[str, str], file: Path) -> None:
+    """The metric at the end over the second axis, a dot a seed and a line through the means, for each of the first."""
+    figure = Figure((6.4, 3.2), layout="constrained")
+    plot = figure.subplots()
+    arms = swept.arms(*axes)
+    places = {v: i for i, v in enumerate(sorted({a[1] for a in arms}))}
+    for colour, first in zip(COLOURS, dict.fromkeys(a[0] for a in arms), strict=False):
+        mine = {places[a[1]]: values for a, values in arms.items() if a[0] == first}
+        means = [statistics.fmean(v) for v in mine.values()]
+        plot.plot(list(mine), means, color=colour, label=f"{short(axes[0])} {number(first)}")
+        plot.plot([x for x, v in mine.items() for _ in v], [y for v in mine.values() for y in v], ".", color=colour)
+    plot.set_xticks(list(places.values()), [number(v) for v in places])
+    plot.set_xlabel(short(axes[1]))
+    plot.set_ylabel("held-out loss at the end")
+    plot.legend(frameon=False)
+    save(figure, file)
+
+
+def curves(swept: Swept, axes: tuple[str, str], file: Path) -> None:
+    """Held-out loss over samples: the mean of the seeds, with all of them as a band."""
+    figure = Figure((6.4, 3.2), layout="constrained")
+    plot = figure.subplots()
+    for colour, (arm, points) in zip(COLOURS, by_arm(swept, axes).items(), strict=False):
+        ys = list(zip(*[[y for _, y in own] for own in points], strict=True))
+        xs = [x for x, _ in points[0]]
+        plot.plot(xs, [statistics.fmean(y) for y in ys], color=colour, label=", ".join(map(number, arm)))
+        plot.fill_between(xs, [min(y) for y in ys], [max(y) for y in ys], color=colour, alpha=0.2, linewidth=0)
+    plot.set_xlabel("samples")
+    plot.set_ylabel("held-out loss")
+    plot.legend(frameon=False)
+    save(figure, file)
+
+
+def by_arm(swept: Swept, axes: tuple[str, str]) -> dict[Arm, list[list[tuple[int, float]]]]:
+    """Each arm's curves of held-out loss, one a seed."""
+    found: dict[Arm, list[list[tuple[int, float]]]] = {}
+    for t in swept.trials:
+        found.setdefault(tuple(plain(a, t.params[a]) for a in axes), []).append(t.held_out())
+    return dict(sorted(found.items()))
+
+
+def signals(found: Sequence[rule_evaluation.Correlation], file: Path) -> None:
+    """Correlations with the end by where they are taken."""
+    groups = list(dict.fromkeys(c.group for c in found))
+    figure = Figure((8.6, 3.0), layout="constrained")
+    for plot, group in zip(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups, strict=True):
+        for i, (colour, name) in enumerate(zip(COLOURS, CLAIMS, strict=False)):
+            mine = [c for c in found if c.group == group and c.signal == name]
+            xs = [FRACTIONS.index(c.fraction) + 0.12 * (i - 1) for c in mine]
+            spans = [[c.rho - c.low for c in mine], [c.high - c.rho for c in mine]]
+            plot.errorbar(xs, [c.rho for c in mine], spans, color=colour, fmt="o", markersize=3, label=name)
+        plot.axhline(0, color="black", linewidth=0.6)
+        plot.set_xticks(range(len(FRACTIONS)), [f"{f:.0%}" for f in FRACTIONS])
+        plot.set_title(group)
+        plot.set_ylim(-1.05, 1.05)
+    figure.axes[0].set_ylabel("correlation with the end")
+    figure.axes[0].legend(frameon=False, fontsize=7)
+    save(figure, file)
+
+
+def save(figure: Figure, file: Path) -> None:
+    figure.savefig(file, metadata={"Date": None})
+
+
+# ---------------------------------------------------------------------------------------- the page
+OPENING = """# The study at mouse scale
+
+Made by `python demo/mouse_page.py` from the files that `python demo/mouse_study.py` left; not written by hand.
+
+The four questions of arXiv 2412.13337, asked of a Llama of {weights:,} weights that was first pretrained on Python's
+documentation (held-out loss {base:.2f}), on the demo's three phases: {seen:,} samples a run, each sample twice. Arms
+see equal samples, so the large batch makes fewer updates. A seed is an order of the samples; all runs start from the
+same base. No run was stopped early. What holds of such a model need not hold of one ten thousand times its size.
+
+A difference has Welch's 95 % interval over seeds (`studies/mouse/welch.py`). Where that holds zero it is undecided,
+which is not the same as no difference. No allowance is made for the number of comparisons: of twenty without a
+difference, one is expected to be decided. A batch's best rate is picked by the very runs that are then compared.
+
+{counts}
+"""
+
+
+def write_page(folder: Path, output: Path) -> Path:
+    """The page and its plots; UserError where no trial has completed."""
+    swept = {name: read_sweep(folder / name) for name in SWEEPS}
+    if not any(s.trials for s in swept.values()):
+        raise UserError(f"--workdir={folder} has no completed trial of {', '.join(SWEEPS)} yet.")
+    output.mkdir(parents=True, exist_ok=True)
+    batch, schedule, phases = (swept[name] for name in SWEEPS)
+    if batch.trials:
+        dots(batch, (BATCH, RATE), output / "mouse_batch.svg")
+    if schedule.trials:
+        dots(schedule, (SCHEDULE, WARMUP), output / "mouse_schedule.svg")
+    if phases.trials:
+        curves(phases, (PHASES, BATCH), output / "mouse_phases.svg")
+    runs = [rule_evaluation.Finished(t.number, int(t.params[BATCH]), t.records, t.final) for t in batch.trials]
+    if found := correlated(runs):
+        signals(found, output / "mouse_signals.svg")
+    sections = {
+        "Batch by learning rate": batch_section(batch),
+        "Warm-up and schedule": schedule_section(schedule),
+        "Stacked or phased": phases_section(phases),
+        "Do early signals tell the end?": signals_section(runs, found),
+    }
+    text = [OPENING.format(counts=counted(swept), **base_of(folder, swept))]
+    *compared_arms, (_, correlations) = sections.values()
+    text += ["## In short", *in_short([f for _, findings in compared_arms for f in findings], correlations), ""]
+    for title, (lines, _) in sections.items():
+        text += [f"## {title}", *lines, ""]
+    page = output / "mouse_study.md"
+    page.write_text("\n".join(text), encoding="utf-8")
+    return page
+
+
+def in_short(findings: Sequence[Finding], correlations: Sequence[Finding]) -> list[str]:
+    """Each finding by its verdict, and how many of the correlations have which."""
+    lines = []
+    for told in dict.fromkeys([*VERDICTS, *(f.verdict for f in findings)]):
+        some = [f.what for f in findings if f.verdict == told]
+        if some:
+            lines += ["", f"**{told[0].upper()}{told[1:]}** ({len(some)}):", *(f"- {what}" for what in some)]
+    counts = Counter(f.verdict for f in correlations)
+    told = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
+    return [*lines, "", f"Of the {len(correlations)} correlations of early signals with the end: {told}."]
+
+
+def counted(swept: Mapping[str, Swept]) -> str:
+    told = []
+    for name, s in swept.items():
+        rest = ", ".join(f"{s.others.count(o)} {o}" for o in sorted(set(s.others)))
+        told.append(f"{name} {len(s.trials)} of {s.planned}" + (f" ({rest})" if rest else ""))
+    return f"Runs that have completed: {'; '.join(told)}."
+
+
+def base_of(folder: Path, swept: Mapping[str, Swept]) -> dict[str, float]:
+    """The model's size and held-out loss, and the samples that a run sees."""
+    last = json.loads((folder / "base" / "summary.json").read_text())["last_metrics"]
+    decoder = make_decoder(find_origin(str(folder / "base")).spec)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract))
+    seen = max(t.records[-1]["samples"] for s in swept.values() for t in s.trials)
+    return {"weights": weights, "base": last["eval/loss"], "seen": seen}
+
+
+def define(values: command.Values, argv: list[str]) -> None:
+    flags.DEFINE_string("workdir", None, "folder of the study", flag_values=values)
+    flags.DEFINE_string("output", "docs", "folder of the page and its plots", flag_values=values)
+
+
+def begin(values: command.Values) -> None:
+    print(write_page(Path(command.required(values, "workdir")), Path(values.output)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(__doc__, define, begin, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The study at mouse scale, from nothing to its page; about 80 minutes on two CPU cores.
+
+    python studies/mouse/run.py --workdir=studies/mouse/runs
+
+Makes the demo's data, pretrains a small base model on Python's documentation, runs the sweeps of studies/mouse, asks
+each trial the held-out questions and writes the page, WORKDIR/mouse_study.md (page.py: of sweeps that still run,
+too). The same command again goes on where it was.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from absl import flags
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "demo")]
+
+import mice_jax  # noqa: F401  (first: it keeps transformers from advising us to install torch)
+
+# isort: split
+from make_data import PHASES, Entry, clip, make_data, read_documentation, train_tokenizer, write_model_config
+
+from demo import Model
+from mice_jax import sweep, train
+from mice_jax.cli import command
+from mice_jax.storage.paths import write_whole
+from mice_jax.sweeps.study import read_summary
+from page import ANSWERS, SWEEPS, write_page
+
+CONFIGS = HERE
+VOCAB_SIZE = 2048
+SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3}
+SIZES |= {"num_key_value_heads": 1}
+
+
+def define(values: command.Values, argv: list[str]) -> None:
+    flags.DEFINE_string("workdir", None, "folder of the study", flag_values=values)
+    flags.DEFINE_integer("workers", 2, "trials at a time", 1, flag_values=values)
+
+
+def begin(values: command.Values) -> int:
+    folder = Path(command.required(values, "workdir"))
+    if not (folder / "data" / "documents.jsonl").exists():
+        prepare(folder / "data")
+    if (read_summary(folder / "base") or {}).get("status") != "completed":
+        config = f"{CONFIGS / 'mouse_base.py'}:{folder}"
+        if code := train.main([f"--config={config}", f"--workdir={folder / 'base'}"]):
+            return code
+    for name in SWEEPS:
+        print(f"\n== {name} ==", flush=True)
+        config = f"{CONFIGS / f'mouse_{name}.py'}:{folder}"
+        own = [f"--config={config}", f"--workdir={folder / name}", f"--workers={values.workers}"]
+        if code := sweep.main(own):
+            return code
+        ask(folder / name, folder / "data")
+    print(f"\n{write_page(folder, folder)}")
+    return 0
+
+
+def ask(swept: Path, data: Path) -> None:
+    """Asks each completed trial of a sweep the held-out questions that have short answers; keeps how many are right."""
+    model = None
+    for run in sorted((swept / "runs").iterdir(), key=lambda r: int(r.name)):
+        if (read_summary(run) or {}).get("status") != "completed" or (run / ANSWERS).exists():
+            continue
+        model = model or Model(run)
+        model.load(run)
+        right = {p: model.exact_match(data / f"{p}.heldout.jsonl", count=None) for p in ("instructions", "skills")}
+        write_whole(run / ANSWERS, json.dumps(right) + "\n")
+
+
+def prepare(folder: Path) -> None:
+    """The demo's data with its tokenizer, documents to pretrain on, and the config of the base model."""
+    make_data(folder)
+    train_tokenizer(folder, [folder / f"{phase}.jsonl" for phase in PHASES], VOCAB_SIZE)
+    file = write_model_config(folder, VOCAB_SIZE)
+    file.write_text(json.dumps(json.loads(file.read_text()) | SIZES, indent=2) + "\n", encoding="utf-8")
+    asked = (folder / "knowledge.heldout.jsonl").read_text(encoding="utf-8")
+    texts = "".join(json.dumps({"text": text}) + "\n" for text in documents(read_documentation(), asked))
+    (folder / "documents.jsonl").write_text(texts, encoding="utf-8")  # last: it says that the folder is whole
+
+
+def documents(entries: list[Entry], held_out: str) -> Iterator[str]:
+    """Each entry's documentation once, in pieces that a sample may have, without what `held_out` asks about."""
+    named = {e.doc for e in entries if f"`{e.name}`" in held_out or f" about {e.name}?" in held_out}
+    for doc in dict.fromkeys(e.doc for e in entries if e.doc not in named):
+        yield from pieces(doc)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text cut between paragraphs, else lines, else words, into parts of at most MAX_CHARS."""
+    while text := text.strip():
+        piece = clip(text)
+        yield piece
+        text = text[len(piece) :]
+
+
+def main() -> int:
+    return command.run(__doc__, define, begin, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

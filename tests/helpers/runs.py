@@ -1,0 +1,254 @@
+"""What tests of whole runs are built from: tiny chat data, a tokenizer, a model of 18,512 parameters, config files.
+
+Compiled programs are kept for the session, in a folder that the runs of all tests and their processes share: most
+tests run the same few programs, and on two cores compiling them takes ten times as long as running them.
+"""
+
+import atexit
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mice_jax import export, prepare, train
+from mice_jax.data.readers import Reader
+from mice_jax.data.sources import Sample, samples_of
+from mice_jax.runtime import xla_flags
+
+REPOSITORY = Path(__file__).parents[2]
+CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+WORDS = ["mice", "learn", "compete", "with", "elephants", "large", "batches", "low", "rates", "cold", "red", "barn"]
+TIMES = ("tokens_per_s", "mfu", "step_time_s")  # of metrics.jsonl: what no two runs have in common
+# What packages we call do, by the message of the warning.
+DEPRECATED = ["the load_module.. method is deprecated"]  # ml_collections reads config files with it, until 3.12
+
+PROGRAMS = tempfile.mkdtemp(prefix="mice_jax_programs_")
+atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
+KEEP_PROGRAMS = {"jax_compilation_cache_dir": PROGRAMS, "jax_persistent_cache_min_compile_time_secs": 0}
+for _name, _value in KEEP_PROGRAMS.items():
+    jax.config.update(_name, _value)
+ENVIRONMENT = {name.upper(): str(value) for name, value in KEEP_PROGRAMS.items()}  # for processes of their own
+ENVIRONMENT |= xla_flags.HUGE_PAGES  # so that none of them starts anew for them
+
+Record = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------- data
+def chat(*turns: str, **keys: Any) -> Record:
+    """A sample whose turns are the user's and the assistant's, by turns."""
+    roles = ["user", "assistant"] * len(turns)
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]} | keys
+
+
+def make_chats(count: int, seed: int = 0, longest: int = 24) -> list[Record]:
+    """Chats of very unequal lengths, no two alike."""
+    rng = random.Random(seed)
+
+    def words(least: int) -> str:
+        most = max(least, round(longest * rng.random() ** 3))
+        return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
+
+    return [chat(f"{seed} {i}: {words(0)}", words(1)) for i in range(count)]
+
+
+def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def read_samples(reader: Reader, format: str = "messages", skip_bad: Counter[str] | None = None) -> Iterator[Sample]:
+    """Every sample of a source, in order."""
+    for block in reader.blocks():
+        yield from samples_of(block, reader.places, format, skip_bad)
+
+
+# ---------------------------------------------------------------------------------------- model
+def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with ids below 300, whose end of a turn is its eos token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=296, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
+    backend.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def write_init(folder: Path, template: str | None = CHATML, **keys: Any) -> Path:
+    """A folder that `random:` starts from: config.json and tokenizer."""
+    make_tokenizer(template).save_pretrained(folder)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config | keys))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------- configs
+def write_config(path: Path, data: Path, init: Path, body: str = "") -> Path:
+    """A config file of 8 samples a step, whose `body` may set more on `c`."""
+    lines = [
+        '"""A run of a test."""',
+        "",
+        "from mice_jax.config import Config, Eval, Mesh, Model, Phase, Source",
+        "",
+        "",
+        'def get_config(arg: str = "") -> Config:',
+        "c = Config()",
+        f"c.model.init_from = 'random:{init}'",
+        f"c.data.cache_dir = '{path.parent / 'stores'}'",
+        "c.data.max_length = 128",
+        f"c.data.phases = [Phase(name='stacked', num_epochs=1.0, sources=[Source(path='{data}')])]",
+        "c.optim.batch_size = 8",
+        "c.optim.learning_rate = 1e-2",
+        "c.train.rows_per_device = 1",
+        *body.splitlines(),
+        "return c",
+    ]
+    path.write_text("\n".join([*lines[:6], *("    " + line for line in lines[6:])]) + "\n")
+    return path
+
+
+def setting(folder: Path, body: str = "", *, samples: int = 40, **init: Any) -> Path:
+    """Data, init folder and config file of a run, in `folder`; returns the config file."""
+    folder.mkdir(exist_ok=True)
+    data = write_jsonl(folder / "chats.jsonl", make_chats(samples))
+    return write_config(folder / "run.py", data, write_init(folder / "init", **init), body)
+
+
+# ---------------------------------------------------------------------------------------- commands
+def run_train(config: Path, workdir: Path, *flags: str) -> int:
+    """`mice train` in this process; returns the exit code."""
+    return run_verb(train.main, [f"--config={config}", f"--workdir={workdir}", *flags])
+
+
+def run_prepare(config: Path, *flags: str) -> int:
+    return run_verb(prepare.main, [f"--config={config}", *flags])
+
+
+def run_export(workdir: Path, output: Path, *flags: str) -> int:
+    return run_verb(export.main, [f"--workdir={workdir}", f"--output={output}", *flags])
+
+
+def run_verb(main: Any, arguments: list[str]) -> int:
+    with warnings.catch_warnings():  # nested: the caller's filters hold for all else
+        for message in DEPRECATED:
+            warnings.filterwarnings("ignore", message, DeprecationWarning)
+        return main(arguments)
+
+
+def start_train(config: Path, workdir: Path, *flags: str, devices: int = 8, **more: str) -> subprocess.Popen[str]:
+    """`mice train` as a process of its own, to be killed; its output is one pipe."""
+    command = [sys.executable, "-m", "mice_jax.train", f"--config={config}", f"--workdir={workdir}", *flags]
+    environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | more
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes)
+
+
+def place_flags(count: int) -> list[list[str]]:
+    """For each of `count` processes of one run, the flags by which they find each other, at a free port."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    together = [f"--coordinator_address={address}", f"--num_processes={count}"]
+    return [[*together, f"--process_id={i}"] for i in range(count)]
+
+
+# ---------------------------------------------------------------------------------------- what a run left
+def read_metrics(workdir: Path) -> list[Record]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(records: Sequence[Record]) -> list[Record]:
+    """Lines of metrics.jsonl without what no two runs have in common."""
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+
+
+def read_json(workdir: Path, name: str) -> Any:
+    return json.loads((workdir / name).read_text())
+
+
+def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint, parameters and optimizer state, as orbax reads it by itself."""
+    found = {}
+    for item in ("params", "opt_state"):
+        folder = workdir.resolve() / "checkpoints" / str(step) / item
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            whole = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
+            )
+            tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=whole))
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        found |= {f"{item}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+    return found
+
+
+def assert_equal_runs(a: Path, b: Path, step: int) -> None:
+    """Bit for bit, up to the checkpoint of their last step."""
+    assert timeless(read_metrics(a)) == timeless(read_metrics(b))
+    left, right = arrays(a, step), arrays(b, step)
+    assert left.keys() == right.keys() and len(left) > 10
+    for name in left:
+        assert left[name].dtype == right[name].dtype and left[name].tobytes() == right[name].tobytes(), name
+    assert read_json(a, "summary.json")["status"] == read_json(b, "summary.json")["status"] == "completed"
+
+
+def lines_of(workdir: Path) -> int:
+    file = workdir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def saving(workdir: Path) -> bool:
+    """Whether a checkpoint is being written at this moment."""
+    try:
+        return any("tmp" in name for name in os.listdir(workdir / "checkpoints"))
+    except FileNotFoundError:
+        return False
+
+
+def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    """SIGKILL at the moment at which `ready` holds; fails where the run ends before it."""
+    try:
+        while not ready():
+            assert process.poll() is None, process.stdout.read() if process.stdout else ""
+            time.sleep(0.0005)
+    finally:
+        process.kill()
+        process.communicate()
