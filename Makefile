@@ -8,7 +8,7 @@ TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 # A process for each of at most four cores; the tests of a file stay together.
 PARALLEL := -n auto --maxprocesses=4 --dist loadfile
 
-.PHONY: help demo test test-slow test-aot lint format clean
+.PHONY: help demo test test-slow test-aot lint docs format clean
 
 help:
 	@echo 'make demo       train, evaluate, export and ask a small model (demo/run, demo/hf)'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make test-aot   compiles the 3B to 7B models for the TPUs that their configs name'
 	@echo 'make lint       style, types and layers;  make format mends what it can'
+	@echo 'make docs       the documentation as a site, in site/'
 	@echo 'make clean      removes .venv and what the demo left'
 
 demo: .venv/.base
@@ -36,15 +37,19 @@ lint: .venv/.test
 	.venv/bin/pyright
 	.venv/bin/lint-imports
 
+# The site fetches nothing, neither when it is built nor when it is read. A broken link is an error.
+docs: .venv/.docs
+	.venv/bin/mkdocs build --strict --quiet
+
 format: .venv/.test
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info demo/run demo/hf demo/data demo/mouse .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build site *.egg-info demo/run demo/hf demo/data demo/mouse .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # --- set-up -------------------------------------------------------------------------------------
-# .base and .test say which packages .venv holds; new pins or dependencies install again.
+# .base, .test and .docs say which packages .venv holds; new pins or dependencies install again.
 PINS := pyproject.toml $(wildcard constraints/*.txt)
 # The pins of the .venv's own Python: newer ones than 3.12 take those of 3.12.
 INSTALL = $(PY) -m pip install --disable-pip-version-check \
@@ -57,6 +62,10 @@ INSTALL = $(PY) -m pip install --disable-pip-version-check \
 
 .venv/.test: .venv/.base
 	$(INSTALL) -e '.[test]'
+	@touch $@
+
+.venv/.docs: .venv/.base
+	$(INSTALL) -e '.[docs]'
 	@touch $@
 
 .venv/bin/python:
