@@ -39,7 +39,7 @@ lint: .venv/.test
 
 # The site fetches nothing, neither when it is built nor when it is read. A broken link is an error.
 docs: .venv/.docs
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 format: .venv/.test
 	.venv/bin/ruff check --fix .
