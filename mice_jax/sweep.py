@@ -41,7 +41,7 @@ from mice_jax.storage import lock, workdir
 from mice_jax.sweeps import workers
 from mice_jax.sweeps.devices import share_of_devices
 from mice_jax.sweeps.study import ENDS, Study, combinations, config_of, read_summary, rule_of, status_of
-from mice_jax.training.stop_monitor import TRIAL, last_record
+from mice_jax.training.stop_monitor import TRIAL_VARIABLE, last_record
 
 STORAGE = "MICE_JAX_STORAGE"  # in the environment: a storage's URL, which may hold a password
 LOOK_S = 0.5
@@ -189,7 +189,7 @@ def _run(study: Study, number: int, others: workers.Lead | None) -> int:
     if done is not None:  # its worker was killed before it could tell
         return done
     config = study.begin(number)
-    environment = {TRIAL: study.environment_of(number)} | workers.programs_of(study.folder)
+    environment = {TRIAL_VARIABLE: study.environment_of(number)} | workers.programs_of(study.folder)
     furthest, tries = -1, 0
     while True:
         _await_free(folder)

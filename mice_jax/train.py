@@ -59,7 +59,7 @@ from mice_jax.storage.provenance import code_state, environment
 from mice_jax.storage.workdir import DIRECTIONS, METRICS, PUBLISH_S, Workdir
 from mice_jax.training import build, held_out, memory_model, phases, precompile, summary
 from mice_jax.training.progress import Alarm, Progress, crosses
-from mice_jax.training.stop_monitor import Watch
+from mice_jax.training.stop_monitor import StopMonitor
 
 # The numbers of every line of metrics.jsonl; some are null where they cannot be told.
 MEASURED = (
@@ -223,7 +223,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
     # numbers, stop if they are not finite, evaluate, write the line, save. So a checkpoint never knows of a step whose
     # line is not written.
     writers: list[metrics.Writer] = []
-    watch = Watch(run.local, config.stop, spec.vocab_size, total_steps) if lead else None
+    stop_monitor = StopMonitor(run.local, config.stop, spec.vocab_size, total_steps) if lead else None
     if lead:
         log = config.log
         writers = [
@@ -311,7 +311,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
             for writer in writers:
                 writer.write(record)
             run.publish(after_s=PUBLISH_S)
-            stop = watch.reason(record) if watch and not last else ""
+            stop = stop_monitor.reason_to_stop(record) if stop_monitor and not last else ""
             taken_away |= checkpoints.reached_preemption(step)
             asked, taken_away, late, clock, stopped, failed = distributed.any_of(
                 leave.signal is not None, taken_away, time_limit.rings(), save_alarm.rings(), bool(stop),

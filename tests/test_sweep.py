@@ -32,7 +32,7 @@ from mice_jax.sweeps import study as study_module
 from mice_jax.sweeps.devices import share_of_devices
 from mice_jax.sweeps.study import Study, combinations, config_of
 from mice_jax.training import stop_rules
-from mice_jax.training.stop_rules import FRACTIONS, SIGNALS, Goal, upto
+from mice_jax.training.stop_rules import FRACTIONS, SIGNALS, Objective, first_samples
 from test_page import data_of
 
 STATUS = {TrialState.COMPLETE: "completed", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
@@ -86,8 +86,8 @@ def test_of_eight_trials_the_bad_are_stopped_the_best_never_and_the_two_files_ag
     for row in rows:
         if row["status"] == "stopped":
             mine, its = (read_metrics(tmp_path / "sweep" / "runs" / r["number"]) for r in (row, best))
-            its = upto(its, mine[-1]["samples"])
-            assert Goal().values(mine, [its])[0] > Goal().values(its, [mine])[0]
+            its = first_samples(its, mine[-1]["samples"])
+            assert Objective().comparable_values(mine, [its])[0] > Objective().comparable_values(its, [mine])[0]
     assert_agree(tmp_path / "sweep")
     lines = read_metrics(tmp_path / "sweep" / "runs" / best["number"])
     for name in SIGNALS:
@@ -343,7 +343,7 @@ def test_a_trial_that_is_asked_to_leave_before_its_first_step_ends_its_worker_an
         started.append(module)
         return 128 + signal.Signals[name]
 
-    monkeypatch.setattr(sweep.supervise, "run_child", run_child)
+    monkeypatch.setattr(sweep.watchdog, "run_child", run_child)
     if name == "SIGKILL":
         assert sweep.work(study) == 0 and len(started) == sweep.TRIES
         assert results(tmp_path / "out")[0]["status"] == "failed"

@@ -77,19 +77,25 @@ def of_runs(folders: Sequence[Path]) -> dict[str, Any]:
     names = read_runs.short_names([str(f.resolve()) for f in folders])
     runs = [read_runs.read_run(f, n) for f, n in zip(folders, names, strict=True)]
     measured = any("eval/loss" in r.evaluations for r in runs)
-    goal = stop_rules.Goal("eval/loss" if measured else "loss")
+    objective = stop_rules.Objective("eval/loss" if measured else "loss")
     kind = "run" if len(runs) == 1 else "runs"
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    return _page(kind, title, runs, [], goal, "", [])
+    return _page(kind, title, runs, [], objective, "", [])
 
 
 def of_sweep(folder: Path) -> dict[str, Any]:
     s = read_runs.read_sweep(folder)
-    return _page("sweep", folder.resolve().name, s.runs, s.axes, s.goal, s.stop, s.problems)
+    return _page("sweep", folder.resolve().name, s.runs, s.axes, s.objective, s.stop, s.problems)
 
 
 def _page(
-    kind: str, title: str, runs: list[Run], axes: list[str], goal: stop_rules.Goal, stop: str, problems: list[str]
+    kind: str,
+    title: str,
+    runs: list[Run],
+    axes: list[str],
+    objective: stop_rules.Objective,
+    stop: str,
+    problems: list[str],
 ) -> dict[str, Any]:
     flats = [flatten(_plain(r.config)) for r in runs]
     differing = {k: v for k, v in read_runs.differing(flats).items() if not k.startswith("published.")}
@@ -97,7 +103,7 @@ def _page(
     labels = dict(zip(fields, read_runs.short_names(fields, "."), strict=True))
     values = [{f: r.params.get(f, flat.get(f)) for f in fields} for r, flat in zip(runs, flats, strict=True)]
     seeds = [r.params.get("seed", flat.get("seed")) for r, flat in zip(runs, flats, strict=True)]
-    best = _best(runs, goal)
+    best = _best(runs, objective)
     names = [n for n in SIGNALS if len(runs) == 1 or n not in OF_ONE_ONLY]
     points = max(40, min(1000 if len(runs) == 1 else 400, POINTS // max(1, len(runs) * len(names))))
     rows = [
@@ -114,7 +120,7 @@ def _page(
             "step": r.last("step") or 0,
             "samples": r.last("samples") or 0,
             "signals": {n: _rounded(stop_rules.signal(r.records, n)) for n in (*stop_rules.SIGNALS, "tokens_per_s")},
-            "metric": _rounded(_final(r, goal)),
+            "metric": _rounded(_final(r, objective)),
             "published": read_runs.published_of(flats[i]),
             "evaluations": {k: _evaluation(c) for k, c in r.evaluations.items()},
             "phases": _phases(r),
@@ -131,8 +137,8 @@ def _page(
         "title": title,
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "version": __version__,
-        "metric": goal.metric,
-        "mode": goal.mode,
+        "metric": objective.metric,
+        "mode": objective.mode,
         "stop": stop,
         "fields": labels,
         "signals": {n: {"title": SIGNALS[n][0], "note": SIGNALS[n][1]} for n in names},
@@ -140,7 +146,7 @@ def _page(
         "runs": rows,
         "saved": _saved(runs),
         "problems": said,
-        "evidence": _evidence(runs, goal),
+        "evidence": _evidence(runs, objective),
         "config": _config(runs, flats, differing),
         "data": [_data_table(r) for r in runs[:1]] if kind == "run" else [],
         "provenance": _provenance(runs[0]) if kind == "run" else [],
@@ -164,17 +170,19 @@ def _evaluation(curve: read_runs.Curve) -> list[list[Any]]:
     return [curve.steps, curve.samples, [_rounded(v) for v in curve.values]]
 
 
-def _final(run: Run, goal: stop_rules.Goal) -> float | None:
+def _final(run: Run, objective: stop_rules.Objective) -> float | None:
     """The metric of a run that has come to its end."""
     if run.status != "completed":
         return None
-    return finite(run.summary.get("last_metrics", {}).get(goal.metric)) if run.summary else run.last(goal.metric)
+    return (
+        finite(run.summary.get("last_metrics", {}).get(objective.metric)) if run.summary else run.last(objective.metric)
+    )
 
 
-def _best(runs: Sequence[Run], goal: stop_rules.Goal) -> int:
+def _best(runs: Sequence[Run], objective: stop_rules.Objective) -> int:
     """Of those that have come to their end; -1 where there is none."""
-    sign = 1 if goal.mode == "min" else -1
-    known = [(sign * v, i) for i, r in enumerate(runs) if (v := _final(r, goal)) is not None]
+    sign = 1 if objective.mode == "min" else -1
+    known = [(sign * v, i) for i, r in enumerate(runs) if (v := _final(r, objective)) is not None]
     return min(known)[1] if known else -1
 
 
@@ -221,11 +229,11 @@ def _rounded_to(value: float, places: int) -> float | int:
 
 
 # ---------------------------------------------------------------------------------------- early termination
-def _evidence(runs: Sequence[Run], goal: stop_rules.Goal) -> dict[str, Any] | None:
+def _evidence(runs: Sequence[Run], objective: stop_rules.Objective) -> dict[str, Any] | None:
     """Measured on the runs that went to their end; None where they are fewer than three."""
     finished = []
     for r in runs:
-        final = _final(r, goal)
+        final = _final(r, objective)
         batch = flatten(_plain(r.config)).get("optim.batch_size", 0)
         if final is not None and len(r.records):
             finished.append(rule_evaluation.Finished(r.name, int(batch), r.records, final))
@@ -233,7 +241,7 @@ def _evidence(runs: Sequence[Run], goal: stop_rules.Goal) -> dict[str, Any] | No
         return None
     rules: list[stop_rules.SiblingRule] = [rule() for rule in stop_rules.SIBLING_RULES.values()]
     correlations = rule_evaluation.correlations(finished)
-    verdicts = rule_evaluation.verdicts(finished, rules, goal)
+    verdicts = rule_evaluation.verdicts(finished, rules, objective)
     groups: dict[str, Any] = {}
     for c in correlations:
         if not math.isnan(c.rho):

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.json
 
 from mice_jax.storage.workdir import DIRECTIONS, EVENTS, METRICS, RESULTS, SCORES
-from mice_jax.training.stop_rules import Columns, Goal
+from mice_jax.training.stop_rules import ColumnarRecords, Objective
 
 # Of names of which a run does not say it, losses and what older runs have; all else is a score.
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "mae", "brier_score")
@@ -47,7 +47,7 @@ class Run:
     config: dict[str, Any]
     summary: dict[str, Any]
     data_report: dict[str, Any]
-    records: Columns
+    records: ColumnarRecords
     evaluations: dict[str, Curve]
     directions: dict[str, str]
     checkpoints: list[int]
@@ -78,7 +78,7 @@ class Run:
 class Sweep:
     runs: list[Run]
     axes: list[str]
-    goal: Goal
+    objective: Objective
     stop: str  # the rule among siblings, as the sweep's file names it; "" = none
     problems: list[str]
 
@@ -115,7 +115,7 @@ def read_sweep(folder: Path) -> Sweep:
         runs.append(run)
     metric, mode = (_literal(about.get(k), default) for k, default in (("metric", "eval/loss"), ("mode", "min")))
     stop = "" if about.get("stop") in (None, "None") else str(_literal(about["stop"], about["stop"]))
-    return Sweep(runs, axes, Goal(metric, mode), stop, problems)
+    return Sweep(runs, axes, Objective(metric, mode), stop, problems)
 
 
 def _rows(file: Path, problems: list[str]) -> list[dict[str, str]]:
@@ -180,12 +180,12 @@ def _object(file: Path, problems: list[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _read_metrics(file: Path, problems: list[str]) -> Columns:
+def _read_metrics(file: Path, problems: list[str]) -> ColumnarRecords:
     """The numbers of each line, in the order of their steps; a line that is no whole record is left out."""
     raw = file.read_bytes() if file.exists() else b""
     if not raw:
         problems.append(f"it has no line in {METRICS}")
-        return Columns({})
+        return ColumnarRecords({})
     try:
         table = _table(raw)
     except pa.ArrowInvalid:  # some line is torn, or is another kind of thing: the slow way finds which
@@ -194,7 +194,7 @@ def _read_metrics(file: Path, problems: list[str]) -> Columns:
     else:
         table = _complete(table, problems)
     if not {"step", "samples"} <= set(table.column_names):
-        return Columns({})
+        return ColumnarRecords({})
     step = table["step"].to_numpy(zero_copy_only=False)
     if len(step) and not np.array_equal(step, np.arange(1, len(step) + 1)):
         problems.append(f"the steps of {METRICS} are not 1, 2, 3, ...: lines are missing or there twice")
@@ -206,7 +206,7 @@ def _read_metrics(file: Path, problems: list[str]) -> Columns:
         if pa.types.is_floating(kind) or pa.types.is_integer(kind)
     }
     phases = table["phase"].to_pylist() if kinds.get("phase") == pa.string() else []
-    return Columns(columns, [p or "" for p in phases])
+    return ColumnarRecords(columns, [p or "" for p in phases])
 
 
 def _table(raw: bytes) -> pa.Table:
@@ -253,7 +253,7 @@ def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
     return found
 
 
-def _evaluations(records: Columns) -> dict[str, Curve]:
+def _evaluations(records: ColumnarRecords) -> dict[str, Curve]:
     """Every `eval/...` of metrics.jsonl."""
     found = {}
     for name, values in records.columns.items():

@@ -13,13 +13,13 @@ import numpy as np
 from mice_jax.training.stop_rules import (
     FRACTIONS,
     SIGNALS,
-    Goal,
     HalvingRule,
+    Objective,
     Records,
     SiblingRule,
-    judge,
+    first_samples,
+    reason_among_siblings,
     signal,
-    upto,
 )
 
 RESAMPLES = 2000
@@ -79,26 +79,26 @@ def correlations(
 
 
 def verdicts(
-    runs: Sequence[Finished], rules: Sequence[SiblingRule], goal: Goal, fractions: Sequence[float] = FRACTIONS
+    runs: Sequence[Finished], rules: Sequence[SiblingRule], objective: Objective, fractions: Sequence[float] = FRACTIONS
 ) -> list[Verdict]:
     return [
-        _verdict(members, rule, goal, fraction, group)
+        _verdict(members, rule, objective, fraction, group)
         for group, members in _groups(runs).items()
         for rule in rules
         for fraction in fractions
     ]
 
 
-def _verdict(runs: Sequence[Finished], rule: SiblingRule, goal: Goal, fraction: float, group: str) -> Verdict:
+def _verdict(runs: Sequence[Finished], rule: SiblingRule, objective: Objective, fraction: float, group: str) -> Verdict:
     seen = [_at(r, fraction) for r in runs]
     if isinstance(rule, HalvingRule):
-        stopped = _halved(seen, rule, goal)
+        stopped = _halved(seen, rule, objective)
     else:
         others = [[r.records for r in runs if r is not run] for run in runs]
-        stopped = {i for i, mine in enumerate(seen) if judge(rule, mine, others[i], goal)}
+        stopped = {i for i, mine in enumerate(seen) if reason_among_siblings(rule, mine, others[i], objective)}
     whole = [r.records[-1]["samples"] for r in runs]
     saved = sum(whole[i] - seen[i][-1]["samples"] for i in stopped) / sum(whole)
-    sign = -1.0 if goal.mode == "max" else 1.0
+    sign = -1.0 if objective.mode == "max" else 1.0
     finals = [sign * r.final for r in runs]
     best = min(finals)
     left = [f for i, f in enumerate(finals) if i not in stopped]
@@ -107,9 +107,9 @@ def _verdict(runs: Sequence[Finished], rule: SiblingRule, goal: Goal, fraction: 
     return Verdict(type(rule).__name__, fraction, group, len(runs), names, saved, regret, finals.index(best) in stopped)
 
 
-def _halved(seen: Sequence[Records], rule: HalvingRule, goal: Goal) -> set[int]:
+def _halved(seen: Sequence[Records], rule: HalvingRule, objective: Objective) -> set[int]:
     """All but the best one of `reduction`, and the best: what Optuna's pruner decides once all have come so far."""
-    values = [goal.values(mine, seen)[0] for mine in seen]
+    values = [objective.comparable_values(mine, seen)[0] for mine in seen]
     kept = max(1, len(values) // rule.reduction)
     level = sorted(values)[kept - 1]
     return {i for i, v in enumerate(values) if v > level}
@@ -124,7 +124,7 @@ def _groups(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
 
 def _at(run: Finished, fraction: float) -> Records:
     """A run's records up to a fraction of its samples; at least the first."""
-    return upto(run.records, math.floor(fraction * run.records[-1]["samples"])) or run.records[:1]
+    return first_samples(run.records, math.floor(fraction * run.records[-1]["samples"])) or run.records[:1]
 
 
 def spearman(x: np.ndarray, y: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:

@@ -173,7 +173,7 @@ class Study:
 
     def __init__(self, sweep: Sweep, folder: Path, storage: str = ""):
         self.sweep, self.folder, self.rule = sweep, folder, rule_of(sweep)
-        self.goal = stop_rules.Goal(sweep.metric, sweep.mode)
+        self.objective = stop_rules.Objective(sweep.metric, sweep.mode)
         fixed = combinations(sweep)
         for params in fixed if sweep.search == "grid" else fixed[:1]:
             config_of(sweep, params)
@@ -342,7 +342,7 @@ class Study:
         row |= {"steps": last.get("step", 0), "samples": last.get("samples", 0)}
         total = self.total_steps(trial.number)
         for fraction in stop_rules.FRACTIONS:
-            step = stop_rules.point(fraction, total) if total else 0
+            step = stop_rules.step_at_fraction(fraction, total) if total else 0
             until = records[:step] if step and len(records) >= step else []
             for name in stop_rules.SIGNALS:
                 value = stop_rules.signal(until, name)

@@ -16,7 +16,7 @@ from mice_jax.storage.workdir import METRICS
 from mice_jax.training import stop_rules
 
 LONGEST_LINES = 1 << 16  # bytes: two lines at least
-TRIAL = "MICE_JAX_TRIAL"  # in a trial's environment: its `Trial`, as JSON
+TRIAL_VARIABLE = "MICE_JAX_TRIAL"  # in a trial's environment: its `Trial`, as JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +54,25 @@ def last_record(folder: Path) -> stop_rules.Record:
     return json.loads(lines[-1]) if lines else {}
 
 
-def make_rule(fields: dict[str, Any]) -> stop_rules.SiblingRule:
+def rule_from_fields(fields: dict[str, Any]) -> stop_rules.SiblingRule:
     """A rule from its name and its fields."""
     rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "name"}
     return stop_rules.SIBLING_RULES[fields["name"]](**rest)
 
 
-class Watch:
+class StopMonitor:
     """Told each step's record, says whether the run is to stop, and why."""
 
     def __init__(self, folder: Path, stop: config.Stop, vocab_size: int, total_steps: int):
-        self._rules = stop_rules.always_on(stop.margin, stop.steps, vocab_size)
+        self._rules = stop_rules.rules_of_every_run(stop.margin, stop.steps, vocab_size)
         self._records = read_records(folder)
-        self._trial = Trial(**json.loads(os.environ[TRIAL])) if TRIAL in os.environ else None
+        self._trial = Trial(**json.loads(os.environ[TRIAL_VARIABLE])) if TRIAL_VARIABLE in os.environ else None
         self._points: set[int] = set()
         if self._trial and self._trial.rule:
-            self._rule = make_rule(self._trial.rule)
+            self._rule = rule_from_fields(self._trial.rule)
             self._points = stop_rules.decision_steps(self._rule, total_steps)
 
-    def reason(self, record: stop_rules.Record) -> str:
+    def reason_to_stop(self, record: stop_rules.Record) -> str:
         """The reason to stop after this step; "" to go on."""
         self._records.append(record)
         own = stop_rules.first_reason(self._rules, self._records)
@@ -80,16 +80,20 @@ class Watch:
 
     def _among_siblings(self) -> str:
         assert self._trial is not None
-        goal = stop_rules.Goal(self._trial.metric, self._trial.mode)
+        objective = stop_rules.Objective(self._trial.metric, self._trial.mode)
         if isinstance(self._rule, stop_rules.HalvingRule):
-            return _halved(self._trial, self._rule, self._records, min(self._points), goal)
+            return _halved(self._trial, self._rule, self._records, min(self._points), objective)
         runs = Path(self._trial.runs)
         others = [f for f in sorted(runs.iterdir()) if f.is_dir() and f.name != str(self._trial.number)]
-        return stop_rules.judge(self._rule, self._records, [read_records(f) for f in others], goal)
+        return stop_rules.reason_among_siblings(self._rule, self._records, [read_records(f) for f in others], objective)
 
 
 def _halved(
-    trial: Trial, rule: stop_rules.HalvingRule, records: list[stop_rules.Record], first: int, goal: stop_rules.Goal
+    trial: Trial,
+    rule: stop_rules.HalvingRule,
+    records: list[stop_rules.Record],
+    first: int,
+    objective: stop_rules.Objective,
 ) -> str:
     """Reports to the study how good the run is, and asks its pruner."""
     import optuna  # of the extra `lab`: only a trial of a sweep needs it
@@ -98,9 +102,9 @@ def _halved(
     pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=rule.reduction)
     study = optuna.load_study(study_name=trial.study, storage=trial.storage, pruner=pruner)
     own = study.get_trials(deepcopy=False)[trial.number]
-    seen = goal.seen(records)
+    seen = objective.latest(records)
     value = stop_rules.signal(records, "loss") if math.isnan(seen) else seen
-    value = -value if goal.mode == "max" else value  # the study's own direction
+    value = -value if objective.mode == "max" else value  # the study's own direction
     asking = optuna.trial.Trial(study, own._trial_id)
     step = records[-1]["step"]
     if step not in own.intermediate_values:

@@ -24,7 +24,7 @@ WINDOW = 0.25  # of the samples seen so far: the latest part, over which a signa
 
 
 # ---------------------------------------------------------------------------------------- records
-class Columns(Sequence[Record]):
+class ColumnarRecords(Sequence[Record]):
     """A finished run's records in a column a name, a tenth of the room of objects; NaN is what a record lacks.
 
     What is cut from them or read off them is remembered, so hundreds of runs can be compared with each other.
@@ -33,7 +33,7 @@ class Columns(Sequence[Record]):
     def __init__(self, columns: Mapping[str, np.ndarray], phases: Sequence[str] = ()):
         self.columns, self.phases = columns, phases
         self.records: dict[int, Record] = {}  # by where they stand
-        self.cuts: dict[int, Columns] = {}  # by length
+        self.cuts: dict[int, ColumnarRecords] = {}  # by length
         self.signals: dict[tuple[str, float], float] = {}
 
     def __len__(self) -> int:
@@ -43,15 +43,15 @@ class Columns(Sequence[Record]):
     def __getitem__(self, at: int) -> Record: ...
 
     @overload
-    def __getitem__(self, at: slice) -> "Columns": ...
+    def __getitem__(self, at: slice) -> "ColumnarRecords": ...
 
-    def __getitem__(self, at: int | slice) -> "Record | Columns":
+    def __getitem__(self, at: int | slice) -> "Record | ColumnarRecords":
         if isinstance(at, slice):
             start, stop, step = at.indices(len(self))
             if (start, step) != (0, 1):
-                return Columns({k: v[at] for k, v in self.columns.items()}, self.phases[at])
+                return ColumnarRecords({k: v[at] for k, v in self.columns.items()}, self.phases[at])
             if stop not in self.cuts:
-                self.cuts[stop] = Columns({k: v[:stop] for k, v in self.columns.items()}, self.phases[:stop])
+                self.cuts[stop] = ColumnarRecords({k: v[:stop] for k, v in self.columns.items()}, self.phases[:stop])
             return self.cuts[stop]
         if at not in self.records:
             known = {k: v[at].item() for k, v in self.columns.items() if not math.isnan(v[at])}
@@ -61,13 +61,13 @@ class Columns(Sequence[Record]):
 
 def column(records: Records, name: str) -> np.ndarray:
     """A number of each record, float64; NaN where it has none."""
-    if isinstance(records, Columns):
+    if isinstance(records, ColumnarRecords):
         found = records.columns.get(name)
         return np.full(len(records), math.nan) if found is None else found
     return np.array([math.nan if r.get(name) is None else r[name] for r in records], np.float64)
 
 
-def upto(records: Records, samples: int) -> Records:
+def first_samples(records: Records, samples: int) -> Records:
     """The records of the first `samples` samples."""
     return records[: int(np.searchsorted(column(records, "samples"), samples, side="right"))]
 
@@ -81,7 +81,7 @@ def signal(records: Records, name: str, window: float = WINDOW) -> float:
     The corrected gradient norm is the root of a mean of squares, since only the squares are unbiased, and 0 where
     noise leaves none. Held-out values are not averaged: the latest is taken.
     """
-    if not isinstance(records, Columns):
+    if not isinstance(records, ColumnarRecords):
         return _signal(records, name, window)
     if (name, window) not in records.signals:
         records.signals[name, window] = _signal(records, name, window)
@@ -103,7 +103,7 @@ def _signal(records: Records, name: str, window: float) -> float:
     return math.sqrt(max(0.0, mean)) if key == "grad_sq_corrected" else mean
 
 
-def point(fraction: float, total_steps: int) -> int:
+def step_at_fraction(fraction: float, total_steps: int) -> int:
     """The step at which a fraction of a run is done."""
     return max(1, math.ceil(round(fraction * total_steps, 6)))
 
@@ -111,37 +111,37 @@ def point(fraction: float, total_steps: int) -> int:
 def decision_steps(rule: "SiblingRule", total_steps: int) -> set[int]:
     """After which steps a rule is asked; never after the last."""
     if isinstance(rule, HalvingRule):
-        first, times = point(rule.first, total_steps), len(rule.fractions)
+        first, times = step_at_fraction(rule.first, total_steps), len(rule.fractions)
         steps = {first * rule.reduction**i for i in range(times)}
     else:
-        steps = {point(f, total_steps) for f in rule.fractions}
+        steps = {step_at_fraction(f, total_steps) for f in rule.fractions}
     return {s for s in steps if s < total_steps}
 
 
 # ---------------------------------------------------------------------------------------- rules
 class Rule(Protocol):
-    def judge(self, mine: Records, siblings: Sequence[Records], goal: "Goal") -> str: ...
+    def reason_to_stop(self, mine: Records, siblings: Sequence[Records], objective: "Objective") -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Goal:
+class Objective:
     """What the runs of a study are compared by in the end."""
 
     metric: str = "eval/loss"
     mode: str = "min"  # min | max
 
-    def seen(self, records: Records) -> float:
+    def latest(self, records: Records) -> float:
         """The metric so far, better when smaller; NaN where it has not been measured yet."""
         value = signal(records, self.metric)
         return -value if self.mode == "max" else value
 
-    def values(self, mine: Records, siblings: Sequence[Records]) -> tuple[float, list[float]]:
+    def comparable_values(self, mine: Records, siblings: Sequence[Records]) -> tuple[float, list[float]]:
         """Of a run and those siblings that can be compared with it, better when smaller.
 
         By the metric where the run has seen it and a sibling has by then, by the training loss before that.
         """
-        others = [v for s in siblings if not math.isnan(v := self.seen(s))]
-        own = self.seen(mine)
+        others = [v for s in siblings if not math.isnan(v := self.latest(s))]
+        own = self.latest(mine)
         if others and not math.isnan(own):
             return own, others
         losses = [signal(s, "loss") for s in siblings]
@@ -149,12 +149,12 @@ class Goal:
 
     def is_best(self, mine: Records, siblings: Sequence[Records]) -> bool:
         """Whether no sibling is better at the same samples."""
-        own, others = self.values(mine, siblings)
+        own, others = self.comparable_values(mine, siblings)
         return all(own <= other for other in others)
 
 
 @dataclasses.dataclass(frozen=True)
-class Divergence:
+class DivergenceRule:
     """The loss is above its start by `margin` for `steps` steps in a row.
 
     It starts with each phase: other data may have another loss, and that is no divergence. The start is the mean of the
@@ -164,7 +164,9 @@ class Divergence:
     margin: float = 1.0  # nats
     steps: int = 10
 
-    def judge(self, mine: Records, siblings: Sequence[Records] = (), goal: Goal = Goal()) -> str:
+    def reason_to_stop(
+        self, mine: Records, siblings: Sequence[Records] = (), objective: Objective = Objective()
+    ) -> str:
         if len(mine) <= self.steps or mine[-self.steps - 1]["phase"] != mine[-1]["phase"]:
             return ""
         first = next(i for i, r in enumerate(mine) if r["phase"] == mine[-1]["phase"])
@@ -182,7 +184,7 @@ class Divergence:
 
 
 @dataclasses.dataclass(frozen=True)
-class Death:
+class DeadModelRule:
     """The loss is stuck at the logarithm of the vocabulary, and the gradient has vanished: what a huge rate does.
 
     The model then gives every token the same odds whatever the input, and nothing leads back.
@@ -193,7 +195,9 @@ class Death:
     vanished: float = 1e-3  # of the first step's gradient norm
     steps: int = 10
 
-    def judge(self, mine: Records, siblings: Sequence[Records] = (), goal: Goal = Goal()) -> str:
+    def reason_to_stop(
+        self, mine: Records, siblings: Sequence[Records] = (), objective: Objective = Objective()
+    ) -> str:
         if len(mine) <= self.steps:
             return ""
         level, start = math.log(self.vocab_size), mine[0]["grad_norm"]
@@ -221,7 +225,7 @@ class PaperRule:
     margin: float = 0.0
     norm: str = "grad_norm_corrected"  # | grad_norm: which compares runs of one batch size only
 
-    def judge(self, mine: Records, siblings: Sequence[Records], goal: Goal) -> str:
+    def reason_to_stop(self, mine: Records, siblings: Sequence[Records], objective: Objective) -> str:
         norm, loss = signal(mine, self.norm, self.window), signal(mine, "loss", self.window)
         for sibling in siblings:
             its_norm, its_loss = signal(sibling, self.norm, self.window), signal(sibling, "loss", self.window)
@@ -238,11 +242,11 @@ class MedianRule:
     """A run is stopped where it is worse than the median of its siblings at the same samples."""
 
     fractions: tuple[float, ...] = FRACTIONS
-    least_siblings: int = 2
+    min_siblings: int = 2
 
-    def judge(self, mine: Records, siblings: Sequence[Records], goal: Goal) -> str:
-        own, others = goal.values(mine, siblings)
-        if len(others) < self.least_siblings or own <= statistics.median(others):
+    def reason_to_stop(self, mine: Records, siblings: Sequence[Records], objective: Objective) -> str:
+        own, others = objective.comparable_values(mine, siblings)
+        if len(others) < self.min_siblings or own <= statistics.median(others):
             return ""
         return (
             f"worse than the median of {len(others)} siblings ({own:.4g} to {statistics.median(others):.4g}) at "
@@ -270,22 +274,24 @@ SiblingRule = PaperRule | MedianRule | HalvingRule
 SIBLING_RULES: dict[str, type[SiblingRule]] = {"paper": PaperRule, "median": MedianRule, "halving": HalvingRule}
 
 
-def always_on(margin: float, steps: int, vocab_size: int) -> list[Rule]:
+def rules_of_every_run(margin: float, steps: int, vocab_size: int) -> list[Rule]:
     """The rules of every run; 0 steps = none."""
-    return [Divergence(margin, steps), Death(vocab_size, steps=steps)] if steps else []
+    return [DivergenceRule(margin, steps), DeadModelRule(vocab_size, steps=steps)] if steps else []
 
 
 def first_reason(
-    rules: Sequence[Rule], mine: Records, siblings: Sequence[Records] = (), goal: Goal | None = None
+    rules: Sequence[Rule], mine: Records, siblings: Sequence[Records] = (), objective: Objective | None = None
 ) -> str:
     """Of the first rule that stops the run; "" where none does."""
-    return next((r for rule in rules if (r := rule.judge(mine, siblings, goal or Goal()))), "")
+    return next((r for rule in rules if (r := rule.reason_to_stop(mine, siblings, objective or Objective()))), "")
 
 
-def judge(rule: PaperRule | MedianRule, mine: Records, siblings: Sequence[Records], goal: Goal) -> str:
+def reason_among_siblings(
+    rule: PaperRule | MedianRule, mine: Records, siblings: Sequence[Records], objective: Objective
+) -> str:
     """What a rule says of a run among siblings, each cut at the run's samples; never against the best so far."""
     samples = mine[-1]["samples"]
-    comparable = [cut for s in siblings if (cut := upto(s, samples)) and s[-1]["samples"] >= samples]
-    if not comparable or goal.is_best(mine, comparable):
+    comparable = [cut for s in siblings if (cut := first_samples(s, samples)) and s[-1]["samples"] >= samples]
+    if not comparable or objective.is_best(mine, comparable):
         return ""
-    return rule.judge(mine, comparable, goal)
+    return rule.reason_to_stop(mine, comparable, objective)

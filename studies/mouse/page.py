@@ -35,7 +35,7 @@ from mice_jax.models.transformer import make_decoder
 from mice_jax.report_page import rule_evaluation
 from mice_jax.storage.workdir import RESULTS
 from mice_jax.training.stop_monitor import read_records
-from mice_jax.training.stop_rules import FRACTIONS, Goal, HalvingRule, MedianRule, PaperRule, Record
+from mice_jax.training.stop_rules import FRACTIONS, HalvingRule, MedianRule, Objective, PaperRule, Record
 from welch import Difference, difference
 
 SWEEPS = ("batch", "schedule", "phases")
@@ -294,7 +294,7 @@ def signals_section(runs: Sequence[rule_evaluation.Finished], found: Sequence[ru
         "|---|---|---|---|---|---|---|",
     ]
     for name, rule in RULES.items():
-        for v in rule_evaluation.verdicts(runs, [rule], Goal()):
+        for v in rule_evaluation.verdicts(runs, [rule], Objective()):
             regret = "no run left" if math.isnan(v.regret) else f"{v.regret:.4f}"
             told = [name, v.group, f"{v.fraction:.0%}", f"{len(v.stopped)} of {v.runs}", f"{v.saved:.0%}", regret]
             lines.append(f"| {' | '.join([*told, 'yes' if v.winner_killed else 'no'])} |")

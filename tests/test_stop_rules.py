@@ -5,7 +5,16 @@ import math
 import pytest
 
 from mice_jax.training import stop_rules
-from mice_jax.training.stop_rules import Death, Divergence, Goal, HalvingRule, MedianRule, PaperRule, judge, signal
+from mice_jax.training.stop_rules import (
+    DeadModelRule,
+    DivergenceRule,
+    HalvingRule,
+    MedianRule,
+    Objective,
+    PaperRule,
+    reason_among_siblings,
+    signal,
+)
 
 
 def run(losses: list[float], norms: list[float] | None = None, batch: int = 10, **more: list) -> list[dict]:
@@ -45,40 +54,42 @@ def test_of_held_out_losses_the_latest_counts() -> None:
 
 # ---------------------------------------------------------------------------------------- rules of every run
 def test_a_loss_above_its_start_by_the_margin_for_so_many_steps_is_divergence() -> None:
-    rule = Divergence(margin=1.0, steps=3)
-    assert "diverged" in rule.judge(run([2.0, 1.5, 3.1, 3.2, 9.0]))
-    assert rule.judge(run([2.0, 1.5, 3.1, 2.9, 9.0])) == "", "one step below it"
-    assert rule.judge(run([2.0, 3.1, 9.0])) == "", "too few"
-    assert rule.judge(run([2.0, 3.0, 3.0, 3.0])) == "", "not above the margin"
+    rule = DivergenceRule(margin=1.0, steps=3)
+    assert "diverged" in rule.reason_to_stop(run([2.0, 1.5, 3.1, 3.2, 9.0]))
+    assert rule.reason_to_stop(run([2.0, 1.5, 3.1, 2.9, 9.0])) == "", "one step below it"
+    assert rule.reason_to_stop(run([2.0, 3.1, 9.0])) == "", "too few"
+    assert rule.reason_to_stop(run([2.0, 3.0, 3.0, 3.0])) == "", "not above the margin"
 
 
 def test_one_easy_sample_is_no_start() -> None:
-    rule = Divergence(margin=1.0, steps=3)
+    rule = DivergenceRule(margin=1.0, steps=3)
     losses = [0.3, *[2.2] * 7, *[2.3] * 3]
-    assert rule.judge(run(losses, batch=1)) == ""
-    assert "its start of 0.3" in rule.judge(run(losses, batch=8)), "a step of eight is a start of its own"
+    assert rule.reason_to_stop(run(losses, batch=1)) == ""
+    assert "its start of 0.3" in rule.reason_to_stop(run(losses, batch=8)), "a step of eight is a start of its own"
 
 
 def test_a_phase_of_harder_data_is_no_divergence() -> None:
-    rule = Divergence(margin=1.0, steps=3)
+    rule = DivergenceRule(margin=1.0, steps=3)
     lines = run([0.5, 0.5, 0.5, 2.5, 2.6, 2.7, 2.5, 9.0, 9.0, 9.0])
     for line in lines[3:]:
         line["phase"] = "two"
-    assert not any(rule.judge(lines[:n]) for n in range(1, 10))
-    assert "its start of 2.5" in rule.judge(lines)
+    assert not any(rule.reason_to_stop(lines[:n]) for n in range(1, 10))
+    assert "its start of 2.5" in rule.reason_to_stop(lines)
 
 
 def test_a_loss_at_the_vocabulary_s_logarithm_without_a_gradient_is_death() -> None:
     level = math.log(300)
-    rule = Death(300, steps=3)
-    assert "dead" in rule.judge(run([6.0] + [level] * 3, [2.0] + [1e-5] * 3))
-    assert rule.judge(run([level] * 4, [2.0, 1.5, 1.4, 1.0])) == "", "a fresh model starts there, and learns"
-    assert rule.judge(run([6.0] + [0.01] * 3, [2.0] + [1e-5] * 3)) == "", "a model that has learnt all has no gradient"
-    assert rule.judge(run([6.0, level, level, level + 1], [2.0] + [1e-5] * 3)) == ""
+    rule = DeadModelRule(300, steps=3)
+    assert "dead" in rule.reason_to_stop(run([6.0] + [level] * 3, [2.0] + [1e-5] * 3))
+    assert rule.reason_to_stop(run([level] * 4, [2.0, 1.5, 1.4, 1.0])) == "", "a fresh model starts there, and learns"
+    assert rule.reason_to_stop(run([6.0] + [0.01] * 3, [2.0] + [1e-5] * 3)) == "", (
+        "a model that has learnt all has no gradient"
+    )
+    assert rule.reason_to_stop(run([6.0, level, level, level + 1], [2.0] + [1e-5] * 3)) == ""
 
 
 def test_no_rule_is_on_for_0_steps() -> None:
-    assert len(stop_rules.always_on(1.0, 10, 300)) == 2 and stop_rules.always_on(1.0, 0, 300) == []
+    assert len(stop_rules.rules_of_every_run(1.0, 10, 300)) == 2 and stop_rules.rules_of_every_run(1.0, 0, 300) == []
 
 
 # ---------------------------------------------------------------------------------------- rules among siblings
@@ -88,40 +99,44 @@ GOOD = run([3.0] * 8, [1.0] * 8)
 
 
 def test_the_paper_s_rule_stops_what_has_the_higher_norm_and_the_lower_loss() -> None:
-    goal, rule = Goal(), PaperRule()
-    assert "lower grad_norm_corrected (1 to 3)" in rule.judge(POOR, [GOOD], goal)
-    assert rule.judge(GOOD, [POOR, FAIR], goal) == ""
-    assert rule.judge(POOR, [run([1.0] * 8, [1.0] * 8)], goal) == "", "a lower norm alone does not"
-    assert rule.judge(POOR, [run([3.0] * 8, [4.0] * 8)], goal) == "", "nor a higher loss"
-    assert PaperRule(margin=0.6).judge(POOR, [GOOD], goal) == "", "3.0 is not 60 % above 2.0"
+    objective, rule = Objective(), PaperRule()
+    assert "lower grad_norm_corrected (1 to 3)" in rule.reason_to_stop(POOR, [GOOD], objective)
+    assert rule.reason_to_stop(GOOD, [POOR, FAIR], objective) == ""
+    assert rule.reason_to_stop(POOR, [run([1.0] * 8, [1.0] * 8)], objective) == "", "a lower norm alone does not"
+    assert rule.reason_to_stop(POOR, [run([3.0] * 8, [4.0] * 8)], objective) == "", "nor a higher loss"
+    assert PaperRule(margin=0.6).reason_to_stop(POOR, [GOOD], objective) == "", "3.0 is not 60 % above 2.0"
 
 
 def test_a_rule_never_stops_the_best_so_far_on_the_metric_it_has_seen() -> None:
     best = run([2.0] * 8, [3.0] * 8, eval__loss=[None] * 7 + [0.5])
     other = run([3.0] * 8, [1.0] * 8, eval__loss=[None] * 7 + [0.6])
-    assert PaperRule().judge(best, [other], Goal()), "the bare rule would"
-    assert judge(PaperRule(), best, [other], Goal()) == ""
-    assert judge(PaperRule(), best, [other], Goal(mode="max")) != "", "where higher is better it is not the best"
+    assert PaperRule().reason_to_stop(best, [other], Objective()), "the bare rule would"
+    assert reason_among_siblings(PaperRule(), best, [other], Objective()) == ""
+    assert reason_among_siblings(PaperRule(), best, [other], Objective(mode="max")) != "", (
+        "where higher is better it is not the best"
+    )
 
 
 def test_before_the_metric_is_seen_the_best_is_that_of_the_lowest_loss() -> None:
-    assert judge(PaperRule(), POOR, [FAIR, GOOD], Goal()) == ""
-    assert judge(PaperRule(), FAIR, [POOR, GOOD], Goal()) != ""
+    assert reason_among_siblings(PaperRule(), POOR, [FAIR, GOOD], Objective()) == ""
+    assert reason_among_siblings(PaperRule(), FAIR, [POOR, GOOD], Objective()) != ""
 
 
 def test_runs_are_compared_at_the_same_samples_whatever_their_batches() -> None:
     late = run([9.0] * 8 + [0.1] * 8, batch=5)  # worse up to 40 samples, better after
     mine = run([5.0] * 4, batch=10)  # 40 samples
-    assert judge(MedianRule(least_siblings=1), mine, [late], Goal()) == ""
-    assert judge(MedianRule(least_siblings=1), run([5.0] * 8, batch=10), [late], Goal()) != ""
-    assert judge(MedianRule(least_siblings=1), mine, [run([0.1] * 3)], Goal()) == "", "one that has not come so far"
+    assert reason_among_siblings(MedianRule(min_siblings=1), mine, [late], Objective()) == ""
+    assert reason_among_siblings(MedianRule(min_siblings=1), run([5.0] * 8, batch=10), [late], Objective()) != ""
+    assert reason_among_siblings(MedianRule(min_siblings=1), mine, [run([0.1] * 3)], Objective()) == "", (
+        "one that has not come so far"
+    )
 
 
 def test_the_median_rule_needs_its_siblings_and_stops_below_their_median() -> None:
-    rule, goal = MedianRule(), Goal()
-    assert rule.judge(GOOD, [POOR], goal) == ""
-    assert "worse than the median of 2" in rule.judge(GOOD, [POOR, FAIR], goal)
-    assert rule.judge(run([2.2] * 8), [POOR, FAIR], goal) == ""
+    rule, objective = MedianRule(), Objective()
+    assert rule.reason_to_stop(GOOD, [POOR], objective) == ""
+    assert "worse than the median of 2" in rule.reason_to_stop(GOOD, [POOR, FAIR], objective)
+    assert rule.reason_to_stop(run([2.2] * 8), [POOR, FAIR], objective) == ""
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,17 @@ import pytest
 from scipy import stats
 
 from mice_jax.report_page.rule_evaluation import Finished, correlations, spearman, verdicts
-from mice_jax.training.stop_rules import Columns, Goal, HalvingRule, MedianRule, PaperRule, column, signal, upto
-from test_dynamics import run
+from mice_jax.training.stop_rules import (
+    ColumnarRecords,
+    HalvingRule,
+    MedianRule,
+    Objective,
+    PaperRule,
+    column,
+    first_samples,
+    signal,
+)
+from test_stop_rules import run
 
 
 def finished(name: str, loss: float, norm: float, final: float, batch: int = 10) -> Finished:
@@ -57,22 +66,22 @@ def test_the_bootstrap_interval_of_runs_without_order_holds_zero() -> None:
 
 def test_the_paper_s_rule_saves_what_the_stopped_runs_had_left() -> None:
     """At half of the run it stops b and c; a has the lower norm and higher loss, d the lowest loss and so is spared."""
-    [v] = verdicts(RUNS, [PaperRule()], Goal(), (0.5,))
+    [v] = verdicts(RUNS, [PaperRule()], Objective(), (0.5,))
     assert v.stopped == ("b", "c") and v.saved == pytest.approx(2 * 0.5 / 4)
     assert v.regret == 0.0 and not v.winner_killed
 
 
 def test_a_rule_that_kills_the_winner_is_found_out() -> None:
     """By the loss so far, a and b are the worst; they end best."""
-    [v] = verdicts(RUNS, [MedianRule()], Goal(), (0.1,))
+    [v] = verdicts(RUNS, [MedianRule()], Objective(), (0.1,))
     assert v.stopped == ("a", "b") and v.winner_killed
     assert v.regret == pytest.approx(0.4 - 0.1) and v.saved == pytest.approx(2 * 0.9 / 4)
-    [v] = verdicts(RUNS, [MedianRule()], Goal(mode="max"), (0.1,))
+    [v] = verdicts(RUNS, [MedianRule()], Objective(mode="max"), (0.1,))
     assert not v.winner_killed and v.regret == 0.0, "where higher is better d wins, and goes on"
 
 
 def test_halving_keeps_the_best_of_four() -> None:
-    [v] = verdicts(RUNS, [HalvingRule(reduction=4)], Goal(), (0.2,))
+    [v] = verdicts(RUNS, [HalvingRule(reduction=4)], Objective(), (0.2,))
     assert v.stopped == ("a", "b", "c") and v.winner_killed and v.saved == pytest.approx(3 * 0.8 / 4)
 
 
@@ -82,7 +91,7 @@ def test_batch_sizes_are_judged_apart_and_together() -> None:
     assert rho.keys() == {"all", "batch 10", "batch 40"}
     assert rho["batch 10"] == rho["batch 40"] == pytest.approx(-1.0)
     assert rho["all"] != pytest.approx(-1.0)
-    assert {v.group: v.runs for v in verdicts(runs, [PaperRule()], Goal(), (0.5,))} == {
+    assert {v.group: v.runs for v in verdicts(runs, [PaperRule()], Objective(), (0.5,))} == {
         "all": 7,
         "batch 10": 4,
         "batch 40": 3,
@@ -90,21 +99,21 @@ def test_batch_sizes_are_judged_apart_and_together() -> None:
 
 
 def test_a_run_s_columns_say_what_its_records_say() -> None:
-    assert verdicts(RUNS, [PaperRule(), MedianRule()], Goal()) == verdicts(
+    assert verdicts(RUNS, [PaperRule(), MedianRule()], Objective()) == verdicts(
         [Finished(r.name, r.batch_size, in_columns(r.records), r.final) for r in RUNS],
         [PaperRule(), MedianRule()],
-        Goal(),
+        Objective(),
     )
     lines = run([1.0, 2.0, 4.0, 8.0], eval__loss=[None, 3.0, None, None])
     columns = in_columns(lines)
     assert list(columns) == lines and list(columns[1:3]) == lines[1:3] and columns[-1] == lines[-1]
     for samples in (5, 10, 29, 30, 99):
-        cut = upto(columns, samples)
-        assert list(cut) == upto(lines, samples) and cut is upto(columns, samples)
+        cut = first_samples(columns, samples)
+        assert list(cut) == first_samples(lines, samples) and cut is first_samples(columns, samples)
         for name in ("loss", "eval/loss", "grad_norm_corrected", "noise_scale"):
-            assert signal(cut, name) == pytest.approx(signal(upto(lines, samples), name), nan_ok=True, abs=0)
+            assert signal(cut, name) == pytest.approx(signal(first_samples(lines, samples), name), nan_ok=True, abs=0)
 
 
-def in_columns(records) -> Columns:
+def in_columns(records) -> ColumnarRecords:
     names = {k for r in records for k in r} - {"phase"}
-    return Columns({n: column(records, n) for n in names}, [r["phase"] for r in records])
+    return ColumnarRecords({n: column(records, n) for n in names}, [r["phase"] for r in records])
