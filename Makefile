@@ -7,20 +7,30 @@ PY := .venv/bin/python
 TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 # A process for each of at most four cores; the tests of a file stay together.
 PARALLEL := -n auto --maxprocesses=4 --dist loadfile
+# The modules whose tests compile nothing: pytest imports these alone, which takes most of its time otherwise.
+SMOKE = $(shell grep -lE '^pytestmark = .*pytest\.mark\.smoke' tests/test_*.py)
 
-.PHONY: help demo test test-slow test-aot lint docs format clean
+.PHONY: help install demo smoke test test-slow test-aot lint docs format clean
 
 help:
 	@echo 'make demo       train, evaluate, export and ask a small model (demo/run, demo/hf)'
+	@echo 'make install    .venv with the package and its commands'
+	@echo 'make smoke      a first check, under a minute'
 	@echo 'make test       the test suite on CPU'
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make test-aot   compiles the 3B to 7B models for the TPUs that their configs name'
-	@echo 'make lint       style, types and layers;  make format mends what it can'
+	@echo 'make lint       style, types and layers;  make format fixes what it can'
 	@echo 'make docs       the documentation as a site, in site/'
 	@echo 'make clean      removes .venv and what the demo left'
 
 demo: .venv/.base
 	$(PY) demo/demo.py
+
+install: .venv/.base
+	@echo 'installed in .venv; now: source .venv/bin/activate'
+
+smoke: .venv/.test
+	$(TEST_ENV) $(PY) -m pytest -q -m 'smoke and not slow' $(ARGS) $(SMOKE)
 
 test: .venv/.test
 	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -m 'not slow and not gpu and not aot' $(ARGS)
@@ -72,7 +82,7 @@ INSTALL = $(PY) -m pip install --disable-pip-version-check \
 	@$(call need_python,$(PYTHON),the same with PYTHON=/path/to/python3.11)
 	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
-# $(call need_python,interpreter,mend): stop with a clear word unless it is Python 3.11 or newer.
+# $(call need_python,interpreter,fix): stop with a clear message unless it is Python 3.11 or newer.
 define need_python
 $(1) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
   echo "error: mice_jax needs Python 3.11 or newer; '$(1) --version' says:" \

@@ -1,26 +1,55 @@
-"""Eight CPU devices, strict dtype promotion where it can be had, and no skipped test in CI but for what is missing."""
+"""Settings of every test: eight CPU devices, one cache of compiled programs, and no skipped tests in CI.
 
+Most tests run the same few tiny programs, and compiling one takes ten times as long as running it. All processes of a
+test run, and the commands that they start, therefore share a cache. $MICE_TEST_PROGRAMS keeps it for further test runs.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
+import threading
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "MICE_TEST_PROGRAMS" not in os.environ:  # the first process sets it for the workers that it starts
+    os.environ["MICE_TEST_PROGRAMS"] = tempfile.mkdtemp(prefix="mice_jax_programs_")
+    atexit.register(shutil.rmtree, os.environ["MICE_TEST_PROGRAMS"], ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["MICE_TEST_PROGRAMS"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
+from jax._src import compilation_cache, lru_cache
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+class AtomicCache(lru_cache.LRUCache):
+    """JAX's cache of compiled programs, whose entries appear whole: JAX itself writes them in place."""
+
+    def put(self, key: str, value: bytes) -> None:
+        entry = os.path.join(os.fspath(self.path), f"{key}-cache")
+        if not os.path.exists(entry):
+            partial = f"{entry}.{os.getpid()}.{threading.get_ident()}"
+            with open(partial, "wb") as file:
+                file.write(value)
+            os.replace(partial, entry)
+
+
+compilation_cache.get_file_cache = lambda path: (AtomicCache(path, max_size=-1), path)
+
+
 @pytest.fixture
 def strict_dtypes():
-    """Our own model, loss and data code promotes no dtype unasked; optax's update does, so this is no default."""
+    """Our own model, loss and data code never promotes dtypes; optax's update does, so this is not the default."""
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Of torch, whose threads cost more than they bring in models as small as those of tests."""
+    """Limits torch to one thread: with models as small as those of tests, more threads cost more than they bring."""
     import torch
 
     before = torch.get_num_threads()
@@ -31,14 +60,14 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path_factory, monkeypatch):
-    """Token stores of tests lie beside them."""
+    """Each test has its own folder for token stores."""
     monkeypatch.setenv("MICE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-MAY_SKIP = ("gpu", "postgres", "chromium")  # what a machine of CI may lack
+MAY_SKIP = ("gpu", "postgres", "chromium")  # tests that need what a CI machine may lack
 
 
-# In CI nothing but these may be skipped: there a skip is a failure that says so.
+# In CI only tests with these markers may be skipped; any other skip is a failure.
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield

@@ -1,18 +1,11 @@
-"""What tests of whole runs are built from: tiny chat data, a tokenizer, a model of 18,512 parameters, config files.
+"""What tests of whole runs are built from: tiny chat data, a tokenizer, a model of 18,512 parameters, config files."""
 
-Compiled programs are kept for the session, in a folder that the runs of all tests and their processes share: most
-tests run the same few programs, and on two cores compiling them takes ten times as long as running them.
-"""
-
-import atexit
 import json
 import os
 import random
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
@@ -41,13 +34,8 @@ TIMES = ("tokens_per_s", "mfu", "step_time_s")  # of metrics.jsonl: what no two 
 # What packages we call do, by the message of the warning.
 DEPRECATED = ["the load_module.. method is deprecated"]  # ml_collections reads config files with it, until 3.12
 
-PROGRAMS = tempfile.mkdtemp(prefix="mice_jax_programs_")
-atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
-KEEP_PROGRAMS = {"jax_compilation_cache_dir": PROGRAMS, "jax_persistent_cache_min_compile_time_secs": 0}
-for _name, _value in KEEP_PROGRAMS.items():
-    jax.config.update(_name, _value)
-ENVIRONMENT = {name.upper(): str(value) for name, value in KEEP_PROGRAMS.items()}  # for processes of their own
-ENVIRONMENT |= xla_flags.HUGE_PAGES  # so that none of them starts anew for them
+# Variables for the commands that tests start; conftest.py has set the others in this process.
+ENVIRONMENT = dict(xla_flags.HUGE_PAGES)  # so that none of them executes itself again for huge pages
 
 Record = dict[str, Any]
 
