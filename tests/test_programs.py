@@ -62,7 +62,7 @@ def test_a_program_is_found_by_a_later_process_of_the_same_kind_of_machine(
     again, hits, misses = compile_anew()
     assert (hits, misses) == (1, 0) and again.tobytes() == first.tobytes()
     jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.setattr(precompile, "_machine", lambda: "another")
+    monkeypatch.setattr(compile_cache, "_machine", lambda: "another")
     assert compile_cache.keep(tmp_path) != kept
     assert compile_anew()[1:] == (0, 1)
 
@@ -124,7 +124,7 @@ def test_xla_knows_every_flag_of_the_table() -> None:
 # ---------------------------------------------------------------------------------------- huge pages
 PAGES = """
 import os, sys
-from mice_jax import runtime
+from mice_jax.runtime import xla_flags
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], flush=True)
 xla_flags.take_huge_pages()
 block = bytearray(64 * 2**20)
