@@ -14,7 +14,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from mice_jax.runtime import compile_cache, xla_flags
-from mice_jax.training import precompile
 
 HITS, MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
