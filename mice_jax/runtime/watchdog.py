@@ -85,7 +85,8 @@ def tell_others(place: tuple[str | None, int | None, int | None], refusal: str) 
 
     In a process of its own: JAX aborts one that waits in vain, which must not change the exit code of this one.
     """
-    program = "import json, sys; from mice_jax.runtime import distributed; distributed.initialize(*json.loads(sys.argv[1]))"
+    imports = "import json, sys; from mice_jax.runtime import distributed"
+    program = f"{imports}; distributed.initialize(*json.loads(sys.argv[1]))"
     command = [sys.executable, "-c", program, json.dumps([*place, refusal])]
     subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
