@@ -41,7 +41,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from mice_jax.inference.sampler import Sampler, Sampling
-from mice_jax.model_source import find_origin, load_params
+from mice_jax.model_source import load_params, resolve_source
 from mice_jax.models.transformer import make_decoder
 from mice_jax.runtime import xla_flags
 from mice_jax.sharding import make_mesh, param_shardings
@@ -97,7 +97,7 @@ def sides(args: argparse.Namespace, folder: Path) -> tuple[Side, Side]:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(folder)
-    origin, mesh = find_origin(str(folder)), make_mesh(1, 1, 1)
+    origin, mesh = resolve_source(str(folder)), make_mesh(1, 1, 1)
     decoder = make_decoder(origin.spec)
     params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
     sampler = Sampler(decoder, jnp.float32)

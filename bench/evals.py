@@ -43,8 +43,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.evals.harness import MiceLM
-from mice_jax.inference.generation_config import Generation
-from mice_jax.model_source import find_origin, load_params
+from mice_jax.inference.generation_config import GenerationDefaults
+from mice_jax.model_source import load_params, resolve_source
 from mice_jax.models.transformer import make_decoder
 from mice_jax.runtime import xla_flags
 from mice_jax.sharding import make_mesh, param_shardings
@@ -86,9 +86,9 @@ def make_requests(part: str, documents: int) -> list[Instance]:
 
 
 def our_model(folder: Path) -> MiceLM:
-    origin, mesh = find_origin(str(folder)), make_mesh(1, -1, 1)
+    origin, mesh = resolve_source(str(folder)), make_mesh(1, -1, 1)
     decoder = make_decoder(origin.spec)
-    lm = MiceLM(decoder, mesh, jnp.float32, load_tokenizer(str(folder)), Generation())
+    lm = MiceLM(decoder, mesh, jnp.float32, load_tokenizer(str(folder)), GenerationDefaults())
     lm.params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
     return lm
 

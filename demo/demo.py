@@ -27,7 +27,7 @@ from mice_jax import export, train
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.inference.sampler import Sampler, Sampling
-from mice_jax.model_source import find_origin, load_params
+from mice_jax.model_source import load_params, resolve_source
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.storage.workdir import METRICS
@@ -79,7 +79,7 @@ class Model:
     """An exported folder, loaded as any user's, or a run's workdir."""
 
     def __init__(self, folder: Path):
-        origin = find_origin(str(folder))
+        origin = resolve_source(str(folder))
         self._encoder = ChatEncoder(load_tokenizer(str(origin.folder)))
         self._decoder = make_decoder(origin.spec)
         self._sampler = Sampler(self._decoder, jnp.float32)
@@ -90,7 +90,7 @@ class Model:
         """Takes the weights of a folder of the same model and tokenizer."""
         decoder, mesh = self._decoder, make_mesh(1, -1, 1)
         shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-        self._params = load_params(find_origin(str(folder)), decoder, shardings)
+        self._params = load_params(resolve_source(str(folder)), decoder, shardings)
 
     def ask(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[tuple[str, bool]]:
         """The likeliest answer to each, and whether it ended by itself."""

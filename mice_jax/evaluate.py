@@ -35,18 +35,18 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.evals import benchmarks, mt_bench
 from mice_jax.evals.benchmarks import Benchmark, Results, Settings
-from mice_jax.inference.chat import Speaker
-from mice_jax.inference.generation_config import Generation
+from mice_jax.inference.chat import ChatModel
+from mice_jax.inference.generation_config import GenerationDefaults
 from mice_jax.inference.sampler import Sampler, cast_params
 from mice_jax.model_source import (
-    Origin,
+    ModelSource,
     check_vocabulary,
     compute_dtype,
-    find_model,
     fingerprint,
-    generation_of,
+    generation_config_of,
     load_params,
-    picked_step,
+    resolve_model,
+    resolve_step,
 )
 from mice_jax.models.transformer import make_decoder
 from mice_jax.runtime import compile_cache, distributed, xla_flags
@@ -92,18 +92,18 @@ def evaluate(values: command.Values) -> None:
         distributed.check_devices(values.expect_devices)
         settings = _settings(values)
         output = _output(values)
-        origin = find_model(command.required(values, "model"), values.step)
-        steps = _steps(origin, values)
-        tokenizer = load_tokenizer(str(origin.folder), values.chat_template)
-        check_vocabulary(origin, tokenizer.get_vocab())
+        source = resolve_model(command.required(values, "model"), values.step)
+        steps = _steps(source, values)
+        tokenizer = load_tokenizer(str(source.folder), values.chat_template)
+        check_vocabulary(source, tokenizer.get_vocab())
         dtype = compute_dtype(values.compute_dtype)
         if values.batch_size < 1:
             raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
         if not values.tasks:
             raise UserError("--tasks is missing; give at least one, as in --tasks=mmlu,gsm8k.")
         own = [name for name in values.tasks if name != mt_bench.NAME]
-        generation = generation_of(origin, tokenizer)
-        positions = origin.spec.max_positions
+        generation = generation_config_of(source, tokenizer)
+        positions = source.spec.max_positions
         asked = benchmarks.load_benchmarks(own, values.include_path, settings, tokenizer, generation, positions)
         judged = _judged(values, generation)
         encoder = ChatEncoder(tokenizer) if judged or settings.apply_chat_template else None
@@ -114,7 +114,7 @@ def evaluate(values: command.Values) -> None:
 
     # ------------------------------------------------------------------------------------ scores
     mesh = make_mesh(1, -1, 1)
-    decoder = make_decoder(origin.spec, mesh.shape["tensor"])
+    decoder = make_decoder(source.spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
     by_step: dict[int | None, Results] = {}
     with Display(console) as display:
@@ -127,9 +127,9 @@ def evaluate(values: command.Values) -> None:
         for step in steps:
             if asked:
                 lm.params = None  # those of the step before are gone before the next come
-            load = functools.partial(load_params, origin, decoder, shardings, step=step)
+            load = functools.partial(load_params, source, decoder, shardings, step=step)
             weights = functools.cache(lambda load=load: cast_params(load(), dtype))
-            model = fingerprint(origin, step) if lead else ""
+            model = fingerprint(source, step) if lead else ""
             found: list[Results] = []
             for benchmark in asked:
                 file = _cached(model, benchmark, [str(dtype), template])
@@ -149,7 +149,7 @@ def evaluate(values: command.Values) -> None:
                 file = output.with_suffix(f".{step}.mt_bench.jsonl" if values.all_checkpoints else ".mt_bench.jsonl")
                 with jax.set_mesh(mesh):
                     stops = [*encoder.stop_ids(), *generation.stop_ids]
-                    speaker = Speaker(sampler, weights(), encoder, stops)
+                    speaker = ChatModel(sampler, weights(), encoder, stops)
                     found.append(_graded(judged, speaker, values.batch_size, which, file, watch, generation))
                 del speaker
                 display.say(mt_bench.describe(found[-1][mt_bench.NAME]))
@@ -162,8 +162,8 @@ def evaluate(values: command.Values) -> None:
     if lead:
         newest = by_step[steps[-1]] | {"model_name": str(values.model), "model_source": "mice_jax"}
         if values.all_checkpoints:
-            assert origin.workdir is not None
-            lines, newest["checkpoints"] = _curve(origin.workdir, by_step)
+            assert source.workdir is not None
+            lines, newest["checkpoints"] = _curve(source.workdir, by_step)
             console.print("\n".join(lines))
         write_whole(output, _text(newest))
         console.print(_table(newest))
@@ -182,7 +182,7 @@ def _settings(values: command.Values) -> Settings:
     )
 
 
-def _judged(values: command.Values, generation: Generation) -> mt_bench.Settings | None:
+def _judged(values: command.Values, generation: GenerationDefaults) -> mt_bench.Settings | None:
     """What MT-Bench asks and who judges it, where it is among the tasks."""
     if mt_bench.NAME not in values.tasks:
         return None
@@ -201,12 +201,12 @@ def _judged(values: command.Values, generation: Generation) -> mt_bench.Settings
 
 def _graded(
     judged: mt_bench.Settings,
-    speaker: Speaker,
+    speaker: ChatModel,
     batch_size: int,
     model: str,
     file: Path,
     watch: mt_bench.Watch,
-    generation: Generation,
+    generation: GenerationDefaults,
 ) -> Results:
     """MT-Bench's scores in the harness's form, with all that it found under its own name."""
     began = time.time()
@@ -218,7 +218,7 @@ def _graded(
         "n-shot": {mt_bench.NAME: 0},
         "shortened": {},
         "without_system": {},
-        "not_followed": {mt_bench.NAME: list(generation.not_followed)},
+        "not_followed": {mt_bench.NAME: list(generation.ignored_fields)},
         "date": began,
         "total_evaluation_time_seconds": str(time.time() - began),
         mt_bench.NAME: graded,
@@ -234,21 +234,21 @@ def _output(values: command.Values) -> Path:
     return output
 
 
-def _steps(origin: Origin, values: command.Values) -> Sequence[int | None]:
+def _steps(source: ModelSource, values: command.Values) -> Sequence[int | None]:
     """The checkpoints to score; None stands for a Hugging Face folder's weights."""
-    if origin.kind != "run":
+    if source.kind != "run":
         if values.all_checkpoints:
             raise UserError(
                 f"--all_checkpoints is for a run's folder; --model={values.model} is a Hugging Face folder."
             )
         return [None]
-    if values.all_checkpoints and (values.step is not None or origin.step is not None):
+    if values.all_checkpoints and (values.step is not None or source.step is not None):
         raise UserError("--all_checkpoints is for all steps of a run, but one of them is named too. Leave one out.")
-    newest = picked_step(origin, values.step)
+    newest = resolve_step(source, values.step)
     if not values.all_checkpoints:
         return [newest]
-    assert origin.workdir is not None
-    checkpoints = Checkpoints(origin.workdir, read_only=True)
+    assert source.workdir is not None
+    checkpoints = Checkpoints(source.workdir, read_only=True)
     steps = checkpoints.steps()
     checkpoints.close()
     return steps

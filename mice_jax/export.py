@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from mice_jax.cli import command
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from mice_jax.model_source import find_origin, load_params, stop_ids
+from mice_jax.model_source import load_params, resolve_source, stop_ids
 from mice_jax.models import hf
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
@@ -40,21 +40,21 @@ def export(values: command.Values) -> None:
         raise UserError(f"--workdir={workdir} is no run's folder: it has no model/config.json.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output} is there already. Remove it, or give another folder.")
-    origin = find_origin(str(workdir))
-    dtype = values.dtype or origin.config.get("dtype", "float32")
+    source = resolve_source(str(workdir))
+    dtype = values.dtype or source.config.get("dtype", "float32")
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}.")
     mesh = make_mesh(1, -1, 1)
-    decoder = make_decoder(origin.spec)
-    params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh), step=values.step)
-    tokenizer = load_tokenizer(str(origin.folder))
+    decoder = make_decoder(source.spec)
+    params = load_params(source, decoder, param_shardings(decoder.abstract, decoder.axes, mesh), step=values.step)
+    tokenizer = load_tokenizer(str(source.folder))
     # Written beside its place and renamed once whole: a reader never sees half an export.
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    count = hf.save_params(partial, params, decoder, origin.config, dtype)
+    count = hf.save_params(partial, params, decoder, source.config, dtype)
     tokenizer.save_pretrained(partial)
-    generation = _generation_config(origin.config, tokenizer)
+    generation = _generation_config(source.config, tokenizer)
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if output.exists():
         output.rmdir()

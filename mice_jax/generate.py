@@ -26,17 +26,17 @@ from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from mice_jax.inference.chat import Message, Speaker
-from mice_jax.inference.generation_config import FILE, Generation
+from mice_jax.inference.chat import ChatModel, Message
+from mice_jax.inference.generation_config import FILE, GenerationDefaults
 from mice_jax.inference.sampler import Sampler, Sampling, cast_params, check_fits
 from mice_jax.model_source import (
     check_vocabulary,
     compute_dtype,
-    find_model,
     fingerprint,
-    generation_of,
+    generation_config_of,
     load_params,
-    picked_step,
+    resolve_model,
+    resolve_step,
 )
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import make_decoder
@@ -78,7 +78,7 @@ def define(values: command.Values, argv: list[str]) -> None:
 def generate(values: command.Values) -> None:
     # ------------------------------------------------------------------------------------ what is asked
     xla_flags.set_flags(deterministic=False)
-    origin = find_model(command.required(values, "model"), values.step)
+    origin = resolve_model(command.required(values, "model"), values.step)
     max_new_tokens = values.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = min(MAX_NEW_TOKENS, origin.spec.max_positions // 2)
@@ -93,13 +93,13 @@ def generate(values: command.Values) -> None:
     tokenizer = load_tokenizer(str(origin.folder), values.chat_template)
     check_vocabulary(origin, tokenizer.get_vocab())
     encoder = ChatEncoder(tokenizer)
-    generation = generation_of(origin, tokenizer)
+    generation = generation_config_of(origin, tokenizer)
     sampling = _sampling(values, generation, max_new_tokens)
     for remark in _remarks(values, generation, origin.folder):
         print(remark, file=sys.stderr)
     # What ends a turn in the chat template, and what the model's own generation config adds.
     stop_ids = [*encoder.stop_ids(), *generation.stop_ids]
-    dtype, step = compute_dtype(values.compute_dtype), picked_step(origin, values.step)
+    dtype, step = compute_dtype(values.compute_dtype), resolve_step(origin, values.step)
     system = [] if values.system is None else [{"role": "system", "content": values.system}]
     job = None  # read before the model is, so that what is wrong is said at once
     if values.input is not None:
@@ -118,7 +118,7 @@ def generate(values: command.Values) -> None:
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
     params = cast_params(load_params(origin, decoder, shardings, step=step), dtype)
-    speaker = Speaker(Sampler(decoder, dtype), params, encoder, stop_ids, tuple(values.stop))
+    speaker = ChatModel(Sampler(decoder, dtype), params, encoder, stop_ids, tuple(values.stop))
 
     # ------------------------------------------------------------------------------------ answers
     with jax.set_mesh(mesh):
@@ -130,7 +130,7 @@ def generate(values: command.Values) -> None:
             _chat(speaker, system, sampling)
 
 
-def _sampling(values: command.Values, generation: Generation, max_new_tokens: int) -> Sampling:
+def _sampling(values: command.Values, generation: GenerationDefaults, max_new_tokens: int) -> Sampling:
     """As the flags say, else as the model's folder does, else greedy."""
     temperature, top_p, top_k = (
         getattr(generation, name) if values[name].value is None else values[name].value for name in DRAWN
@@ -138,15 +138,15 @@ def _sampling(values: command.Values, generation: Generation, max_new_tokens: in
     return Sampling(max_new_tokens, temperature or 0.0, 1.0 if top_p is None else top_p, top_k or 0, values.seed)
 
 
-def _remarks(values: command.Values, generation: Generation, folder: Path) -> list[str]:
+def _remarks(values: command.Values, generation: GenerationDefaults, folder: Path) -> list[str]:
     """What the user did not say and may not expect of the model's own generation_config.json."""
     taken = [f"{n}={getattr(generation, n)}" for n in DRAWN if values[n].value is None and getattr(generation, n)]
     drawn = values.temperature if values.temperature is not None else generation.temperature
     said = []
     if drawn and taken:
         said.append(f"{folder / FILE} has {', '.join(taken)}: answers are drawn so, unless flags say otherwise")
-    if generation.not_followed:
-        wishes = ", ".join(generation.not_followed)
+    if generation.ignored_fields:
+        wishes = ", ".join(generation.ignored_fields)
         said.append(f"warning: {folder / FILE} has {wishes}, which is not done here; transformers would do it")
     return said
 
@@ -156,7 +156,7 @@ def _asked(system: list[Message], prompt: str) -> list[Message]:
 
 
 # ---------------------------------------------------------------------------------------- one at a time
-def say(speaker: Speaker, messages: list[Message], sampling: Sampling) -> str:
+def say(speaker: ChatModel, messages: list[Message], sampling: Sampling) -> str:
     """Prints the answer as it comes, and returns it."""
     prompt = speaker.prompt(messages, None, sampling, "the conversation")
     spoken = speaker.speak(prompt, sampling, lambda piece: print(piece, end="", flush=True))
@@ -166,7 +166,7 @@ def say(speaker: Speaker, messages: list[Message], sampling: Sampling) -> str:
     return spoken.text
 
 
-def _chat(speaker: Speaker, system: list[Message], sampling: Sampling) -> None:
+def _chat(speaker: ChatModel, system: list[Message], sampling: Sampling) -> None:
     print("A chat: /reset begins anew, /exit ends it.")
     messages = list(system)
     while True:
@@ -264,7 +264,7 @@ class _Job:
         write_whole(file, json.dumps(settings, indent=2) + "\n")
 
 
-def _answer_file(job: _Job, speaker: Speaker, sampling: Sampling, batch_size: int) -> None:
+def _answer_file(job: _Job, speaker: ChatModel, sampling: Sampling, batch_size: int) -> None:
     records, prompts = job.records[job.num_kept :], job.prompts[job.num_kept :]
     numbers = range(job.num_kept, len(job.records))
     answers = speaker.answers(prompts, sampling, numbers, batch_size=batch_size)

@@ -20,7 +20,7 @@ from mice_jax.checkpoint import Checkpoints, contents, pick_step
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import file_digests
 from mice_jax.errors import UserError
-from mice_jax.inference.generation_config import Generation, read_generation, stop_ids_in
+from mice_jax.inference.generation_config import GenerationDefaults, read_generation_config, stop_ids_in
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
@@ -34,7 +34,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
+class ModelSource:
     """A place that parameters come from, read as far as its config.json."""
 
     kind: str  # hf | random | run
@@ -53,13 +53,13 @@ class Origin:
         return hf.stored_dtype(self.folder) if self.kind == "hf" else self.config.get("dtype", "float32")
 
 
-def find_origin(init_from: str) -> Origin:
+def resolve_source(init_from: str) -> ModelSource:
     """Reads what `init_from` names; UserError where it is none of the three."""
     if init_from.startswith(RANDOM):
         file = Path(init_from.removeprefix(RANDOM))
         file = file / "config.json" if file.is_dir() else file
         config = hf.read_config(file) | {"dtype": "float32"}
-        return Origin("random", file.parent, None, None, config, hf.spec_from_config(config, file))
+        return ModelSource("random", file.parent, None, None, config, hf.spec_from_config(config, file))
     folder, step = find_place(init_from), None
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
@@ -71,24 +71,24 @@ def find_origin(init_from: str) -> Origin:
     if (folder / "checkpoints").is_dir():
         file = (folder if isinstance(folder, Path) else fetched(folder)) / "model" / "config.json"
         config = hf.read_config(file)
-        return Origin("run", file.parent, folder, step, config, hf.spec_from_config(config, file))
+        return ModelSource("run", file.parent, folder, step, config, hf.spec_from_config(config, file))
     if not isinstance(folder, Path):
         raise UserError(f"{init_from} is no run's folder; a Hugging Face folder has to lie on disk: copy it here.")
     config = hf.read_config(folder / "config.json")
-    return Origin("hf", folder, None, None, config, hf.spec_from_config(config, folder / "config.json"))
+    return ModelSource("hf", folder, None, None, config, hf.spec_from_config(config, folder / "config.json"))
 
 
-def find_model(model: str, step: int | None) -> Origin:
+def resolve_model(model: str, step: int | None) -> ModelSource:
     """What --model and --step name, which must have weights; UserError where they do not."""
     if model.startswith(RANDOM):
         raise UserError(f"--model={model}: random weights have nothing to say. Give a folder with weights.")
     try:
-        origin = find_origin(model)
+        source = resolve_source(model)
     except UserError as e:
         raise UserError(f"--model: {e}") from None
-    if step is not None and origin.kind != "run":
+    if step is not None and source.kind != "run":
         raise UserError(f"--step={step} is for a run's folder; --model={model} is a Hugging Face folder.")
-    return origin
+    return source
 
 
 def compute_dtype(name: str) -> Any:
@@ -107,78 +107,78 @@ def stop_ids(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
     return list(dict.fromkeys([*turn, *stop_ids_in(config)]))
 
 
-def generation_of(origin: Origin, tokenizer: PreTrainedTokenizerBase) -> Generation:
-    """How an origin's model is to answer: as its folder says, or as the export of a run would say."""
-    if origin.kind == "run":
-        return Generation(tuple(stop_ids(origin.config, tokenizer)))
-    return read_generation(origin.folder, origin.config)
+def generation_config_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> GenerationDefaults:
+    """How an source's model is to answer: as its folder says, or as the export of a run would say."""
+    if source.kind == "run":
+        return GenerationDefaults(tuple(stop_ids(source.config, tokenizer)))
+    return read_generation_config(source.folder, source.config)
 
 
-def picked_step(origin: Origin, asked: int | None) -> int | None:
+def resolve_step(source: ModelSource, asked: int | None) -> int | None:
     """The checkpoint of a run that is asked for, or else that its path names, or the newest; None of a folder of HF's.
 
     Raises UserError where it is not there.
     """
-    if origin.workdir is None:
+    if source.workdir is None:
         return None
-    checkpoints = Checkpoints(origin.workdir, read_only=True)
-    step = pick_step(checkpoints, origin.step if asked is None else asked)
+    checkpoints = Checkpoints(source.workdir, read_only=True)
+    step = pick_step(checkpoints, source.step if asked is None else asked)
     checkpoints.close()
     return step
 
 
-def fingerprint(origin: Origin, step: int | None) -> str:
+def fingerprint(source: ModelSource, step: int | None) -> str:
     """Of a model's weights, config and tokenizer, by their content; `step` is a run's."""
-    own = [p for p in sorted(origin.folder.iterdir()) if p.is_file()]
+    own = [p for p in sorted(source.folder.iterdir()) if p.is_file()]
     digests = file_digests(own, cache_folder(""))
     files: dict[str, Any] = {p.name: d.hex() for p, d in zip(own, digests, strict=True)}
-    if origin.workdir is not None:
-        files["checkpoint"] = contents(origin.workdir / "checkpoints" / str(step))
+    if source.workdir is not None:
+        files["checkpoint"] = contents(source.workdir / "checkpoints" / str(step))
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def with_vocabulary(origin: Origin, ids: dict[str, int], added: Collection[str]) -> ModelSpec:
-    """The origin's spec with an embedding row for each of a tokenizer's ids.
+def with_vocabulary(source: ModelSource, ids: dict[str, int], added: Collection[str]) -> ModelSpec:
+    """The source's spec with an embedding row for each of a tokenizer's ids.
 
     Rows beyond the ids, which many models have, stay. Rows that are lacking are added where it is added tokens that
     lack them; a tokenizer whose own vocabulary is larger than the model's belongs to another model: UserError.
     """
-    rows = origin.spec.vocab_size
+    rows = source.spec.vocab_size
     own = max((i for token, i in ids.items() if token not in added), default=-1)
     if own >= rows:
         raise UserError(
-            f"the tokenizer's ids go up to {own}, but the model's vocabulary in {origin.folder / 'config.json'} has "
+            f"the tokenizer's ids go up to {own}, but the model's vocabulary in {source.folder / 'config.json'} has "
             f"{rows} rows. Give the tokenizer that belongs to the model (data.tokenizer)."
         )
-    return dataclasses.replace(origin.spec, vocab_size=max(rows, *(i + 1 for i in ids.values())))
+    return dataclasses.replace(source.spec, vocab_size=max(rows, *(i + 1 for i in ids.values())))
 
 
-def check_vocabulary(origin: Origin, ids: dict[str, int]) -> None:
-    """UserError where a tokenizer has an id for which the origin has no embedding."""
+def check_vocabulary(source: ModelSource, ids: dict[str, int]) -> None:
+    """UserError where a tokenizer has an id for which the source has no embedding."""
     token = max(ids, key=lambda token: ids[token])
-    if ids[token] >= origin.spec.vocab_size:
+    if ids[token] >= source.spec.vocab_size:
         raise UserError(
             f"the tokenizer's id {ids[token]} ({token!r}) has no embedding: the model's vocabulary in "
-            f"{origin.folder / 'config.json'} has {origin.spec.vocab_size} rows. Give the tokenizer that belongs to "
+            f"{source.folder / 'config.json'} has {source.spec.vocab_size} rows. Give the tokenizer that belongs to "
             "the model, or train it with this one, which adds the rows."
         )
 
 
 def load_params(
-    origin: Origin, decoder: Decoder, shardings: Params, *, seed: int = 0, step: int | None = None
+    source: ModelSource, decoder: Decoder, shardings: Params, *, seed: int = 0, step: int | None = None
 ) -> Params:
-    """The origin's parameters in float32, laid out as asked; `step` picks among a run's checkpoints.
+    """The source's parameters in float32, laid out as asked; `step` picks among a run's checkpoints.
 
-    Where the decoder has embedding rows that the origin lacks, each is the mean of those there are.
+    Where the decoder has embedding rows that the source lacks, each is the mean of those there are.
     """
-    if origin.kind == "random":
+    if source.kind == "random":
         return jax.jit(decoder.init, out_shardings=shardings)(jax.random.key(seed))
-    if decoder.spec == origin.spec:
-        return _stored_params(origin, decoder, shardings, step)
-    assert decoder.spec == dataclasses.replace(origin.spec, vocab_size=decoder.spec.vocab_size)
+    if decoder.spec == source.spec:
+        return _stored_params(source, decoder, shardings, step)
+    assert decoder.spec == dataclasses.replace(source.spec, vocab_size=decoder.spec.vocab_size)
     mesh = jax.tree.leaves(shardings)[0].mesh
-    stored = make_decoder(origin.spec, mesh.shape["tensor"])
-    params = _stored_params(origin, stored, param_shardings(stored.abstract, stored.axes, mesh), step)
+    stored = make_decoder(source.spec, mesh.shape["tensor"])
+    params = _stored_params(source, stored, param_shardings(stored.abstract, stored.axes, mesh), step)
     grow = jax.jit(functools.partial(_grown, stored, decoder), donate_argnums=0, out_shardings=shardings)
     return grow(params)
 
@@ -198,14 +198,14 @@ def _grown(stored: Decoder, decoder: Decoder, params: Params) -> Params:
     return jax.tree.map(grow, params, stored.axes, decoder.abstract)
 
 
-def _stored_params(origin: Origin, decoder: Decoder, shardings: Params, step: int | None) -> Params:
-    if origin.kind == "hf":
-        return hf.load_params(origin.folder, decoder, origin.architecture, shardings)
-    assert origin.workdir is not None
-    checkpoints = Checkpoints(origin.workdir, read_only=True)
+def _stored_params(source: ModelSource, decoder: Decoder, shardings: Params, step: int | None) -> Params:
+    if source.kind == "hf":
+        return hf.load_params(source.folder, decoder, source.architecture, shardings)
+    assert source.workdir is not None
+    checkpoints = Checkpoints(source.workdir, read_only=True)
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), decoder.abstract, shardings
     )
-    params = checkpoints.restore_params(pick_step(checkpoints, origin.step if step is None else step), abstract)
+    params = checkpoints.restore_params(pick_step(checkpoints, source.step if step is None else step), abstract)
     checkpoints.close()
     return params

@@ -31,7 +31,7 @@ from mice_jax.data.readers import open_source
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.hardware import FRACTION, share_taken
-from mice_jax.model_source import RANDOM, Origin, find_origin, with_vocabulary
+from mice_jax.model_source import RANDOM, ModelSource, resolve_source, with_vocabulary
 from mice_jax.models.spec import ModelSpec
 from mice_jax.planning import ahead_of_time, cost, step_time
 from mice_jax.planning.ahead_of_time import Need
@@ -125,17 +125,17 @@ class Work:
     steps: int | None
 
 
-def _origin(config: Config, config_file: Path, assumed: list[str]) -> Origin:
+def _origin(config: Config, config_file: Path, assumed: list[str]) -> ModelSource:
     """What `init_from` names; where that is not here, the shape of its name that lies beside the config."""
     init_from = config.model.init_from
     shape = config_file.parent / "shapes" / Path(init_from).name / "config.json"
     if init_from.startswith(RANDOM) or "://" in init_from or Path(init_from).exists() or not shape.is_file():
-        return find_origin(init_from)
+        return resolve_source(init_from)
     assumed.append(f"{init_from} is not here: the model is that of {shape}")
-    return find_origin(RANDOM + str(shape))
+    return resolve_source(RANDOM + str(shape))
 
 
-def _spec(config: Config, origin: Origin, tokenized: bool, assumed: list[str]) -> ModelSpec:
+def _spec(config: Config, origin: ModelSource, tokenized: bool, assumed: list[str]) -> ModelSpec:
     """With the vocabulary that `train` gives it, where the tokenizer is here."""
     if not tokenized:
         assumed.append("there is no tokenizer here: it adds no token to the model's vocabulary")

@@ -31,7 +31,7 @@ from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import microbatch_shapes
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from mice_jax.model_source import find_origin
+from mice_jax.model_source import resolve_source
 
 WIDTH = 160  # of tables in a file or a pipe
 
@@ -52,7 +52,7 @@ def prepare(values: command.Values) -> None:
     if values.ids and not values.inspect:
         raise UserError("--ids shows the samples of --inspect=N token by token: give that too.")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    origin_folder = config.data.tokenizer or str(find_origin(config.model.init_from).folder)
+    origin_folder = config.data.tokenizer or str(resolve_source(config.model.init_from).folder)
     remarks: list[str] = []
     tokenizer = load_tokenizer(origin_folder, config.data.chat_template, remarks)
     encoder = ChatEncoder(tokenizer, train_on=config.data.train_on)

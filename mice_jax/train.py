@@ -46,8 +46,8 @@ from mice_jax.data.packing import microbatch_shapes
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import AgreedError, Preempted, StoppedByRule, StoreError, UserError, one_line
 from mice_jax.evals import benchmarks
-from mice_jax.inference.generation_config import Generation
-from mice_jax.model_source import Origin, find_origin, load_params, stop_ids, with_vocabulary
+from mice_jax.inference.generation_config import GenerationDefaults
+from mice_jax.model_source import ModelSource, load_params, resolve_source, stop_ids, with_vocabulary
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.runtime import compile_cache, distributed, signals, watchdog
@@ -114,7 +114,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
         distributed.check_devices(values.expect_devices)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         trackers.check_trackers(config.log.trackers)
-        origin = find_origin(config.model.init_from)
+        origin = resolve_source(config.model.init_from)
         remarks: list[str] = []
         tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template, remarks)
         added = {t.content for t in tokenizer.added_tokens_decoder.values()}
@@ -126,7 +126,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
         encoder = ChatEncoder(tokenizer, train_on=config.data.train_on, today=_day_of(run))
         settings = _benchmark_settings(config)
         tasks = benchmarks.load_benchmarks(
-            config.eval.tasks, config.eval.include_path, settings, tokenizer, Generation(), spec.max_positions
+            config.eval.tasks, config.eval.include_path, settings, tokenizer, GenerationDefaults(), spec.max_positions
         )
         if lead:
             run.lock(Display(console).say)
@@ -167,8 +167,8 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
     compute = Compute(jnp.dtype(dtype), attention, remat)
     shapes = microbatch_shapes(config.data.max_length, rows)
 
-    generation = Generation(tuple(stop_ids(origin.config, tokenizer)))  # as the run's export will have it
-    exams = benchmarks.InTraining(tasks, settings, decoder, mesh, compute.dtype, tokenizer, generation)
+    generation = GenerationDefaults(tuple(stop_ids(origin.config, tokenizer)))  # as the run's export will have it
+    exams = benchmarks.BenchmarkEvaluator(tasks, settings, decoder, mesh, compute.dtype, tokenizer, generation)
     by_phase = len(config.data.phases) > 1
 
     def source(mixture: Mixture, loss_reduction: str = "token", split_every: int = 0) -> StepSource:
@@ -399,7 +399,7 @@ def _check_same_config(run: Workdir, config: Config) -> None:
         )
 
 
-def _keep_model(folder: Path, origin: Origin, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+def _keep_model(folder: Path, origin: ModelSource, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
     """config.json, tokenizer and template, with which the run can be exported and asked."""
     if (folder / "config.json").exists():
         return

@@ -28,7 +28,7 @@ from helpers.tasks import (
 from mice_jax import evaluate
 from mice_jax.errors import UserError
 from mice_jax.evals import benchmarks, harness
-from mice_jax.inference.generation_config import Generation, read_generation
+from mice_jax.inference.generation_config import GenerationDefaults, read_generation_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -265,7 +265,7 @@ def test_mmlu_has_five_examples_where_neither_the_task_nor_the_user_says_how_man
 
     def shots(group: str, asked: int | None) -> list[int]:
         settings = benchmarks.Settings(num_fewshot=asked)
-        tokenizer, generation = make_tokenizer(), Generation()
+        tokenizer, generation = make_tokenizer(), GenerationDefaults()
         (found,) = benchmarks.load_benchmarks([group], str(tmp_path), settings, tokenizer, generation, 512)
         return [t.get_config("num_fewshot") for t in found.tasks.values()]
 
@@ -290,13 +290,13 @@ def test_numbers_without_bounds_are_none_and_errors_no_scores() -> None:
 )
 def test_answers_that_cannot_be_had_as_a_task_wants_them_are_refused(kwargs: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):
-        harness.sampling_of({"until": ["x"], **kwargs}, Generation(), 512)
-    sampling, until = harness.sampling_of(
-        {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "num_beams": 1}, Generation(), 512
+        harness.parse_generation_kwargs({"until": ["x"], **kwargs}, GenerationDefaults(), 512)
+    sampling, until = harness.parse_generation_kwargs(
+        {"until": "x", "do_sample": True, "temperature": 0.5, "top_p": 0.9, "num_beams": 1}, GenerationDefaults(), 512
     )
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, until) == (0.5, 0.9, 256, ["x"])
     greedy = {"until": [], "do_sample": False, "temperature": 0.5}
-    assert harness.sampling_of(greedy, Generation(), 512)[0].temperature == 0
+    assert harness.parse_generation_kwargs(greedy, GenerationDefaults(), 512)[0].temperature == 0
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_answers_are_drawn_as_the_harness_s_own_model_would_draw_them(
 ) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
     asked = {"until": [], "do_sample": True, "temperature": 0.7} | kwargs
-    ours, _ = harness.sampling_of(asked, read_generation(tmp_path, {}), 512)
+    ours, _ = harness.parse_generation_kwargs(asked, read_generation_config(tmp_path, {}), 512)
     # What transformers makes of the same file and of the call that the harness's model makes.
     model = llama()
     model.generation_config = GenerationConfig.from_pretrained(tmp_path)

@@ -17,7 +17,7 @@ from helpers.families import CASES, torch_model
 from helpers.models import llama, load, mesh_of, same_bits, whole
 from helpers.runs import REPOSITORY, make_tokenizer, read_metrics, run_export, run_train, setting, start_train
 from mice_jax.errors import UserError
-from mice_jax.model_source import check_vocabulary, find_origin, load_params, with_vocabulary
+from mice_jax.model_source import check_vocabulary, load_params, resolve_source, with_vocabulary
 from mice_jax.models import hf
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import param_shardings
@@ -63,13 +63,13 @@ def test_added_tokens_get_rows_that_are_the_mean_of_the_others_and_the_run_says_
 def test_a_run_started_from_another_run_gets_rows_for_its_tokenizer_s_added_tokens(tmp_path: Path) -> None:
     config = setting(tmp_path / "setting")
     assert run_train(config, tmp_path / "first", *STILL) == 0
-    origin = find_origin(str(tmp_path / "first"))
-    ids = {f"token {i}": i for i in range(origin.spec.vocab_size + 2)}
-    spec = with_vocabulary(origin, ids, {"token 300", "token 301"})
-    assert spec == dataclasses.replace(origin.spec, vocab_size=302)
+    source = resolve_source(str(tmp_path / "first"))
+    ids = {f"token {i}": i for i in range(source.spec.vocab_size + 2)}
+    spec = with_vocabulary(source, ids, {"token 300", "token 301"})
+    assert spec == dataclasses.replace(source.spec, vocab_size=302)
     mesh = mesh_of(1, 4, 2)
     decoder = make_decoder(spec, 2)
-    params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
+    params = load_params(source, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
     table, head = np.asarray(params["embed"]["table"]), np.asarray(params["head"]["weight"])
     assert table.shape[0] == decoder.vocab_rows and not table[302:].any() and not head[302:].any()
     assert np.abs(table[300:302] - table[:300].mean(axis=0)).max() < 1e-7
@@ -77,14 +77,14 @@ def test_a_run_started_from_another_run_gets_rows_for_its_tokenizer_s_added_toke
 
 
 def test_a_tokenizer_with_more_tokens_of_its_own_than_the_model_is_another_model_s(tmp_path: Path) -> None:
-    origin = find_origin(str(small_llama(tmp_path, make_tokenizer())))
+    source = resolve_source(str(small_llama(tmp_path, make_tokenizer())))
     ids = {f"token {i}": i for i in range(OWN + 1)}
     with pytest.raises(UserError, match=rf"ids go up to {OWN}, .* has {OWN} rows"):
-        with_vocabulary(origin, ids, set())
-    assert with_vocabulary(origin, ids, {f"token {OWN}"}).vocab_size == OWN + 1
-    assert with_vocabulary(origin, {"token 0": 0}, set()).vocab_size == OWN  # rows beyond the tokenizer stay
+        with_vocabulary(source, ids, set())
+    assert with_vocabulary(source, ids, {f"token {OWN}"}).vocab_size == OWN + 1
+    assert with_vocabulary(source, {"token 0": 0}, set()).vocab_size == OWN  # rows beyond the tokenizer stay
     with pytest.raises(UserError, match=rf"id {OWN} \('token {OWN}'\) has no embedding"):
-        check_vocabulary(origin, ids)
+        check_vocabulary(source, ids)
 
 
 # ---------------------------------------------------------------------------------------- odd sizes
@@ -119,12 +119,12 @@ def test_a_run_on_three_devices_whose_vocabulary_is_padded_otherwise_learns_the_
     assert run_export(tmp_path / "three", tmp_path / "three_hf") == 0
     exported = whole(tmp_path / "three_hf")
     assert exported["lm_head.weight"].shape == (300, 16)
-    origin = find_origin(str(tmp_path / "three"))
+    source = resolve_source(str(tmp_path / "three"))
     for tensor in (1, 2):
-        decoder = make_decoder(origin.spec, tensor)
+        decoder = make_decoder(source.spec, tensor)
         mesh = mesh_of(1, 4, tensor)
-        params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
-        assert same_bits(dict(hf.named_arrays(params, decoder, origin.architecture)), exported)
+        params = load_params(source, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
+        assert same_bits(dict(hf.named_arrays(params, decoder, source.architecture)), exported)
 
 
 # ---------------------------------------------------------------------------------------- every family

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from helpers.runs import chat, make_tokenizer, read_json, run_export, run_train, setting
-from mice_jax.model_source import find_origin, load_params
+from mice_jax.model_source import load_params, resolve_source
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
 
@@ -38,15 +38,15 @@ def exported(workdir: Path, folder: Path) -> Path:
 
 
 def our_logits(workdir: Path, ids: np.ndarray, step: int | None = None) -> np.ndarray:
-    origin = find_origin(str(workdir))
+    source = resolve_source(str(workdir))
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
-    decoder = make_decoder(origin.spec)
-    params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh), step=step)
+    decoder = make_decoder(source.spec)
+    params = load_params(source, decoder, param_shardings(decoder.abstract, decoder.axes, mesh), step=step)
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     model = decoder.bind(params)
     compute = Compute(jnp.dtype("float32"), "reference", "none")
     hidden = model.hidden(jnp.asarray(ids), jnp.asarray(positions), jnp.ones(ids.shape, jnp.int32), compute)
-    return np.asarray(hidden @ model.output_weight().T)[..., : origin.spec.vocab_size]
+    return np.asarray(hidden @ model.output_weight().T)[..., : source.spec.vocab_size]
 
 
 def torch_logits(folder: Path, ids: np.ndarray, dtype: Any = torch.float32) -> np.ndarray:

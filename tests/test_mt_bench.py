@@ -24,8 +24,8 @@ from mice_jax.errors import UserError
 from mice_jax.evals import mt_bench
 from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
 from mice_jax.evals.mt_bench import Settings, read_prompts, read_questions, run
-from mice_jax.inference.chat import Message, Speaker, Spoken
-from mice_jax.inference.generation_config import Generation
+from mice_jax.inference.chat import ChatModel, Completion, Message
+from mice_jax.inference.generation_config import GenerationDefaults
 from mice_jax.inference.sampler import Sampler, Sampling
 
 KEY = "sk-squeak-12345"
@@ -132,10 +132,10 @@ class Answerer:
 
     def __call__(
         self, conversations: Sequence[list[Message]], sampling: Sampling, numbers: Sequence[int]
-    ) -> Iterator[Spoken | None]:
+    ) -> Iterator[Completion | None]:
         for messages, number in zip(conversations, numbers, strict=True):
             self.asked.append((messages, sampling.temperature, sampling.seed, number))
-            yield Spoken(f"answer {len(messages)} at {sampling.temperature}", True)
+            yield Completion(f"answer {len(messages)} at {sampling.temperature}", True)
 
 
 @pytest.fixture
@@ -300,7 +300,9 @@ def test_a_judge_that_refuses_ends_with_2_before_anything_is_answered(
     def said(url: str) -> str:
         define, argv = flags_of(files, f"--judge_url={url}", "--judge_model=j", "--judge_key_env=MICE_JUDGE_KEY")
         assert (
-            command.run("", define, lambda values: mt_bench.settings_of(values, generation=Generation()) and None, argv)
+            command.run(
+                "", define, lambda values: mt_bench.settings_of(values, generation=GenerationDefaults()) and None, argv
+            )
             == 2
         )
         return capsys.readouterr().err
@@ -467,11 +469,11 @@ def test_a_model_answers_both_turns_and_where_it_has_no_room_that_is_counted(
     llama(tmp_path / "m", vocab_size=300, initializer_range=0.3, max_position_embeddings=104)
     decoder, params = load(tmp_path / "m", mesh_of(1, 1, 1))
     encoder = ChatEncoder(make_tokenizer())
-    speaker = Speaker(Sampler(decoder, jnp.float32), params, encoder, encoder.stop_ids())
+    speaker = ChatModel(Sampler(decoder, jnp.float32), params, encoder, encoder.stop_ids())
     how = Settings(server.judge(), read_questions(files[0]), read_prompts(files[1]), 1, max_new_tokens=16)
     sizes = {}
 
-    def answerer(conversations: Sequence[list[Message]], *rest: Any) -> Iterator[Spoken | None]:
+    def answerer(conversations: Sequence[list[Message]], *rest: Any) -> Iterator[Completion | None]:
         for messages in conversations:
             sizes[messages[0]["content"], len(messages)] = len(encoder.prompt_ids(messages))
         return speaker.converse(conversations, *rest, batch_size=2)

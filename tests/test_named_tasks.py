@@ -19,7 +19,7 @@ from helpers.runs import make_tokenizer
 from helpers.tasks import assert_same, by_harness, by_us, responses, write_model
 from mice_jax.evals import benchmarks
 from mice_jax.evals.benchmarks import Settings
-from mice_jax.inference.generation_config import Generation
+from mice_jax.inference.generation_config import GenerationDefaults
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -150,7 +150,7 @@ def test_what_a_task_shuffles_as_it_loads_is_the_same_on_each_machine(
 
     def loaded() -> list[Any]:
         asked = ["leaderboard_gpqa"]
-        (found,) = benchmarks.load_benchmarks(asked, "", Settings(), make_tokenizer(), Generation(), 4096)
+        (found,) = benchmarks.load_benchmarks(asked, "", Settings(), make_tokenizer(), GenerationDefaults(), 4096)
         return [found.fingerprint, [list(task.eval_docs) for task in found.tasks.values()]]
 
     first = loaded()

@@ -10,7 +10,7 @@ import pytest
 from helpers.runs import REPOSITORY, make_chats, run_prepare, run_verb, write_init, write_jsonl
 from mice_jax import sweep
 from mice_jax.config import Config, ConfigError, flatten, to_dict
-from mice_jax.model_source import find_origin
+from mice_jax.model_source import resolve_source
 from mice_jax.planning import cost
 from mice_jax.report_page.read_runs import published_of
 
@@ -90,7 +90,7 @@ def test_a_shape_starts_a_fresh_model_from_any_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = runpy.run_path(str(FOLDER / "pod.py"))["get_config"](f"models=random:{FOLDER / 'shapes'}")
-    assert find_origin(config.model.init_from).spec.d_model == 4096
+    assert resolve_source(config.model.init_from).spec.d_model == 4096
 
 
 # Steps: an epoch of this little data is one, ten epochs a trial.

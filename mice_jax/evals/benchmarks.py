@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mice_jax import __version__
 from mice_jax.errors import UserError, one_line
-from mice_jax.inference.generation_config import FILE, Generation
+from mice_jax.inference.generation_config import FILE, GenerationDefaults
 from mice_jax.models.transformer import Params
 
 if TYPE_CHECKING:  # what of the package reads this file alone runs without the harness
@@ -103,7 +103,7 @@ def load_benchmarks(
     include_path: str,
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
-    generation: Generation,
+    generation: GenerationDefaults,
     positions: int,
 ) -> list[Benchmark]:
     """The benchmarks of these names, with their documents; UserError where one cannot be had, or asked of the model.
@@ -182,7 +182,7 @@ def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_i
         # Ours: how many requests were longer than the model's positions, and lost how many of their first tokens.
         "shortened": {benchmark.name: {"requests": len(lm.cut), "tokens": sum(lm.cut)}},
         "without_system": {benchmark.name: lm.without_system},  # prompts whose template takes no system message
-        "not_followed": {benchmark.name: list(lm.generation.not_followed) if benchmark.writes() else []},
+        "not_followed": {benchmark.name: list(lm.generation.ignored_fields) if benchmark.writes() else []},
     }
     add_tokenizer_info(results, lm)
     return results
@@ -275,7 +275,7 @@ def _name(task: str, metric: str, by: str) -> str:
     return f"{task}/{metric}" if by == NO_FILTER else f"{task}/{metric},{by}"
 
 
-class InTraining:
+class BenchmarkEvaluator:
     """The benchmarks of a run, for the model as it is in memory."""
 
     def __init__(self, asked: Sequence[Benchmark], settings: Settings, *model: Any):
@@ -361,9 +361,9 @@ def _load(name: str, manager: Any, include_path: str, settings: Settings) -> Ben
     return Benchmark(name, tasks, groups, fingerprint)
 
 
-def _check_task(task: "Task", generation: Generation, positions: int) -> None:
+def _check_task(task: "Task", generation: GenerationDefaults, positions: int) -> None:
     """UserError where a task wants what there is not, before anything is computed for it."""
-    from mice_jax.evals.harness import sampling_of
+    from mice_jax.evals.harness import parse_generation_kwargs
 
     if getattr(task, "UNSAFE_CODE", False):
         raise UserError(f"the task {task.task_name!r} runs code that the model writes, which is not done here.")
@@ -371,7 +371,7 @@ def _check_task(task: "Task", generation: Generation, positions: int) -> None:
         raise UserError(f"the task {task.task_name!r} shows more than text, which no model here can see.")
     if task.OUTPUT_TYPE == "generate_until":
         try:
-            sampling_of(task.get_config("generation_kwargs") or {}, generation, positions)
+            parse_generation_kwargs(task.get_config("generation_kwargs") or {}, generation, positions)
         except UserError as e:
             raise UserError(f"the task {task.task_name!r}: {e}") from None
     if _counts_sentences(task) and not _has_punkt():

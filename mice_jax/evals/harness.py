@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from mice_jax.errors import UserError
 from mice_jax.evals.loglikelihood import Scorer
 from mice_jax.evals.prefix_tree import Request
-from mice_jax.inference.generation_config import NEUTRAL, Generation, not_neutral
+from mice_jax.inference.generation_config import NO_OP_VALUES, GenerationDefaults, ignored_fields_in
 from mice_jax.inference.sampler import Sampler, Sampling
 from mice_jax.models.transformer import Decoder, Params
 
@@ -43,7 +43,7 @@ class MiceLM(TemplateLM):
         mesh: Mesh,
         dtype: Any,
         tokenizer: PreTrainedTokenizerBase,
-        generation: Generation,
+        generation: GenerationDefaults,
         *,
         batch_size: int = 16,
         watch: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -178,7 +178,7 @@ class MiceLM(TemplateLM):
 
     def _answers(self, contexts: Sequence[str], kwargs: dict[str, Any]) -> Any:
         """Each context's answer, up to whatever ends it."""
-        sampling, until = sampling_of(kwargs, self.generation, self.max_length)
+        sampling, until = parse_generation_kwargs(kwargs, self.generation, self.max_length)
         eos = None if self.eot_token_id is None else self._text([self.eot_token_id], False)
         until = handle_stop_sequences(until, eos)
         room = self.max_length - sampling.max_new_tokens
@@ -215,7 +215,9 @@ def _pair(request: Instance) -> tuple[Any, Any]:
     return first, second
 
 
-def sampling_of(kwargs: dict[str, Any], generation: Generation, positions: int) -> tuple[Sampling, list[str]]:
+def parse_generation_kwargs(
+    kwargs: dict[str, Any], generation: GenerationDefaults, positions: int
+) -> tuple[Sampling, list[str]]:
     """How a task wants its answers, and what ends them; UserError where it wants what there is not.
 
     As in the harness's `hf` model, whose temperature is the task's alone, and whose top_k and top_p are the task's,
@@ -223,8 +225,8 @@ def sampling_of(kwargs: dict[str, Any], generation: Generation, positions: int) 
     """
     how: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, MAX_GEN_TOKS))
     until, longest = how.pop("until"), how.pop("max_gen_toks")
-    unknown = {k: v for k, v in how.items() if k not in (*KNOWN_KWARGS, *NEUTRAL)}
-    wrong = [f"{k}={v!r}" for k, v in unknown.items()] + list(not_neutral(how))
+    unknown = {k: v for k, v in how.items() if k not in (*KNOWN_KWARGS, *NO_OP_VALUES)}
+    wrong = [f"{k}={v!r}" for k, v in unknown.items()] + list(ignored_fields_in(how))
     if wrong:
         raise UserError(
             f"its generation_kwargs have {', '.join(wrong)}, which is not honoured here: there are max_gen_toks, "
@@ -240,7 +242,7 @@ def sampling_of(kwargs: dict[str, Any], generation: Generation, positions: int) 
     temperature = float(how.get("temperature", 0.0))
     if not temperature:
         raise UserError("its generation_kwargs have do_sample=True without a temperature above 0; give one.")
-    top_p, top_k = generation.leaves()
+    top_p, top_k = generation.sampling_defaults()
     top_p, top_k = float(how.get("top_p", top_p)), int(how.get("top_k", top_k))
     return Sampling(longest, temperature, top_p, top_k, seed=1234), until
 

@@ -24,8 +24,8 @@ from absl import flags
 
 from mice_jax.errors import UserError
 from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
-from mice_jax.inference.chat import Message, Spoken
-from mice_jax.inference.generation_config import Generation
+from mice_jax.inference.chat import Completion, Message
+from mice_jax.inference.generation_config import GenerationDefaults
 from mice_jax.inference.sampler import Sampling
 
 NAME = "mt_bench"  # among the tasks of `evaluate`
@@ -43,7 +43,7 @@ KEY_ENV = "OPENAI_API_KEY"
 
 # Answers conversations in their order, None where the model has no room for an answer. A prompt's number is what its
 # draws depend on besides the seed.
-Answerer = Callable[[Sequence[list[Message]], Sampling, Sequence[int]], Iterator[Spoken | None]]
+Answerer = Callable[[Sequence[list[Message]], Sampling, Sequence[int]], Iterator[Completion | None]]
 Watch = Callable[[str, int, int], None]  # told what is done, of how many, of all
 Key = tuple[int, int, int]  # repeat, question id, turn
 
@@ -101,7 +101,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def settings_of(
-    values: flags.FlagValues, *, limit: float | None = None, system: str | None = None, generation: Generation
+    values: flags.FlagValues, *, limit: float | None = None, system: str | None = None, generation: GenerationDefaults
 ) -> Settings:
     """What flags ask for, with files read and the judge tried: what is wrong is said before anything is computed.
 
@@ -117,7 +117,7 @@ def settings_of(
     judge.check()
     if limit is not None:
         questions = questions[: math.ceil(limit * len(questions)) if limit < 1 else int(limit)]
-    top_p, top_k = generation.leaves()
+    top_p, top_k = generation.sampling_defaults()
     return Settings(judge, questions, prompts, values.repeats, system=system, top_p=top_p, top_k=top_k)
 
 
@@ -228,7 +228,7 @@ class Kept:
 
     def __init__(self, file: Path, described: dict[str, Any]):
         """Reads what is there, and cuts a last line that is not whole; UserError where it is of something else."""
-        self.answers: dict[Key, Spoken] = {}
+        self.answers: dict[Key, Completion] = {}
         self.scores: dict[Key, float] = {}
         content = file.read_bytes() if file.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
@@ -242,7 +242,7 @@ class Kept:
         if not whole:
             self._write({"settings": described})
 
-    def add_answer(self, key: Key, answer: Spoken) -> None:
+    def add_answer(self, key: Key, answer: Completion) -> None:
         self.answers[key] = answer
         self._write(_named(key) | {"answer": answer.text, "stopped": answer.stopped})
 
@@ -263,7 +263,7 @@ class Kept:
                 if "score" in record:
                     self.scores[key] = float(record["score"])
                 else:
-                    self.answers[key] = Spoken(record["answer"], record["stopped"])
+                    self.answers[key] = Completion(record["answer"], record["stopped"])
                 return
         except (ValueError, LookupError, TypeError):
             raise UserError(f"{where} is no line of answers and judgements. Give another --output.") from None
@@ -319,7 +319,7 @@ def _answer(settings: Settings, answerer: Answerer, kept: Kept, watch: Watch) ->
     return unanswered
 
 
-def _conversation(settings: Settings, question: Question, turn: int, first: Spoken | None) -> list[Message]:
+def _conversation(settings: Settings, question: Question, turn: int, first: Completion | None) -> list[Message]:
     asked: list[Message] = [] if settings.system is None else [{"role": "system", "content": settings.system}]
     asked.append({"role": "user", "content": question.turns[0]})
     if turn == 2:

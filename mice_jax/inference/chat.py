@@ -24,13 +24,13 @@ Message = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Spoken:
+class Completion:
     text: str
     stopped: bool  # by the model or a text that ends answers; else cut at max_new_tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Speaker:
+class ChatModel:
     """A model with all that its answers depend on but the chance."""
 
     sampler: Sampler
@@ -54,7 +54,7 @@ class Speaker:
 
     def answers(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers: Sequence[int], *, batch_size: int
-    ) -> Iterator[Spoken]:
+    ) -> Iterator[Completion]:
         """Each prompt's answer, in their order; draws depend on a prompt's number."""
         found = self.sampler.generate(
             self.params, prompts, sampling, self.stop_ids, batch_size=batch_size, numbers=numbers, ended=self._ended
@@ -62,11 +62,11 @@ class Speaker:
         for answer in found:
             text = self._text(answer.ids)
             end = self._end(text)
-            yield Spoken(text[:end], answer.stopped or end is not None)
+            yield Completion(text[:end], answer.stopped or end is not None)
 
     def converse(
         self, conversations: Sequence[list[Message]], sampling: Sampling, numbers: Sequence[int], *, batch_size: int
-    ) -> Iterator[Spoken | None]:
+    ) -> Iterator[Completion | None]:
         """As `answers` to conversations; None where the model's positions leave no room for one."""
         prompts = [self.encoder.prompt_ids(messages) for messages in conversations]
         room = self.sampler.spec.max_positions - sampling.max_new_tokens
@@ -76,7 +76,7 @@ class Speaker:
         for fit in fits:
             yield next(answers) if fit else None
 
-    def speak(self, prompt: Sequence[int], sampling: Sampling, show: Callable[[str], None]) -> Spoken:
+    def speak(self, prompt: Sequence[int], sampling: Sampling, show: Callable[[str], None]) -> Completion:
         """One answer, shown piece by piece as it comes; an interrupt ends it early."""
         ids: list[int] = []
         text, shown, end = "", 0, None
@@ -92,7 +92,7 @@ class Speaker:
                     shown = certain
         text = text[:end]
         show(text[shown:])
-        return Spoken(text, end is not None or len(ids) < sampling.max_new_tokens)
+        return Completion(text, end is not None or len(ids) < sampling.max_new_tokens)
 
     def _text(self, ids: Sequence[int]) -> str:
         return decode(self.tokenizer, ids, skip_special_tokens=True)

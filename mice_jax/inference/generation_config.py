@@ -15,7 +15,7 @@ from mice_jax.errors import UserError
 FILE = "generation_config.json"
 TOP_K = 50  # transformers' own where tokens are drawn and neither a call nor the file says
 # What transformers can do besides, and the value at which it does nothing; None does nothing of them all.
-NEUTRAL: dict[str, Any] = {
+NO_OP_VALUES: dict[str, Any] = {
     "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
     "max_new_tokens": None, "max_time": None, "stop_strings": None, "bad_words_ids": None, "sequence_bias": None,
     "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
@@ -26,25 +26,25 @@ NEUTRAL: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
+class GenerationDefaults:
     """How a model is to answer; None where it does not say."""
 
     stop_ids: tuple[int, ...] = ()
     temperature: float | None = None  # where answers are drawn
     top_p: float | None = None
     top_k: int | None = None
-    not_followed: tuple[str, ...] = ()  # `field=value`, each that would change an answer
+    ignored_fields: tuple[str, ...] = ()  # `field=value`, each that would change an answer
 
-    def leaves(self) -> tuple[float, int]:
+    def sampling_defaults(self) -> tuple[float, int]:
         """top_p and top_k of a draw, transformers' own where the folder does not say."""
         return 1.0 if self.top_p is None else self.top_p, TOP_K if self.top_k is None else self.top_k
 
 
-def read_generation(folder: Path, config: dict[str, Any]) -> Generation:
+def read_generation_config(folder: Path, config: dict[str, Any]) -> GenerationDefaults:
     """What a folder's file says, or where it has none its config.json; UserError names the field that is wrong."""
     file = folder / FILE
     if not file.exists():
-        return Generation(tuple(stop_ids_in(config)))
+        return GenerationDefaults(tuple(stop_ids_in(config)))
     try:
         said: Any = json.loads(file.read_text())
     except ValueError as e:
@@ -59,7 +59,9 @@ def read_generation(folder: Path, config: dict[str, Any]) -> Generation:
         temperature = None
     elif temperature is None:
         temperature = 1.0
-    return Generation(tuple(stops), temperature, top_p, None if top_k is None else int(top_k), not_neutral(said))
+    return GenerationDefaults(
+        tuple(stops), temperature, top_p, None if top_k is None else int(top_k), ignored_fields_in(said)
+    )
 
 
 def stop_ids_in(config: dict[str, Any]) -> list[Any]:
@@ -68,9 +70,9 @@ def stop_ids_in(config: dict[str, Any]) -> list[Any]:
     return own if isinstance(own, list) else [own] if own is not None else []
 
 
-def not_neutral(said: dict[str, Any]) -> tuple[str, ...]:
+def ignored_fields_in(said: dict[str, Any]) -> tuple[str, ...]:
     """`field=value` of each wish that is not followed here and changes answers."""
-    return tuple(f"{k}={said[k]!r}" for k in NEUTRAL if said.get(k) is not None and said[k] != NEUTRAL[k])
+    return tuple(f"{k}={said[k]!r}" for k in NO_OP_VALUES if said.get(k) is not None and said[k] != NO_OP_VALUES[k])
 
 
 def _number(file: Path, said: dict[str, Any], name: str) -> float | None:

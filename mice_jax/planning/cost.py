@@ -10,7 +10,7 @@ from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.hardware import CHIPS, train_flops
-from mice_jax.model_source import find_origin
+from mice_jax.model_source import resolve_source
 
 LOOKED_AT = 64  # steps, evenly over the run, that stand for all of them
 UTILISED = 0.4
@@ -36,7 +36,7 @@ def open_data(config: Config) -> tuple[Dataset, Mixture, int]:
 
     Builds the token stores where there are none yet: they are those that the run will use.
     """
-    origin = find_origin(config.model.init_from)
+    origin = resolve_source(config.model.init_from)
     tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
     data = build_dataset(config.data, ChatEncoder(tokenizer, train_on=config.data.train_on))
     o = config.optim
@@ -49,6 +49,6 @@ def run_cost(config: Config) -> Cost:
     looked = np.unique(np.linspace(0, steps - 1, min(steps, LOOKED_AT)).astype(int))
     lengths = [data.corpus.lengths[mixture.step(int(i)).samples] for i in looked]
     share = steps / len(lengths)
-    spec = find_origin(config.model.init_from).spec
+    spec = resolve_source(config.model.init_from).spec
     flops = sum(train_flops(spec, n) for n in lengths)
     return Cost(steps, share * sum(map(len, lengths)), share * sum(float(n.sum()) for n in lengths), share * flops)

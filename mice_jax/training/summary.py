@@ -14,7 +14,7 @@ from mice_jax.data import statistics
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture
-from mice_jax.model_source import Origin
+from mice_jax.model_source import ModelSource
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder
@@ -27,7 +27,7 @@ LOOKED_AT = 16  # first steps, of which the microbatches and tokens of a step ar
 
 def table(
     config: Config,
-    origin: Origin,
+    origin: ModelSource,
     data: Dataset,
     steps: StepSource,
     stretches: list[Stretch],
@@ -124,7 +124,7 @@ def _phase(config: Config, stretch: Stretch, number: int) -> str:
 
 # ---------------------------------------------------------------------------------------- warnings
 def warnings(
-    config: Config, origin: Origin, decoder: Decoder, data: Dataset, mixture: Mixture, mesh: Mesh
+    config: Config, origin: ModelSource, decoder: Decoder, data: Dataset, mixture: Mixture, mesh: Mesh
 ) -> list[str]:
     """What is not as a user may take it to be."""
     return [
@@ -147,7 +147,7 @@ def _of_steps(config: Config, data: Dataset, mixture: Mixture) -> Iterator[str]:
         yield f"optim.max_steps={config.optim.max_steps} is beyond the {len(mixture)} steps that the phases have"
 
 
-def _of_model(config: Config, origin: Origin, spec: ModelSpec) -> Iterator[str]:
+def _of_model(config: Config, origin: ModelSource, spec: ModelSpec) -> Iterator[str]:
     for key, chance in hf.dropouts(origin.config).items():
         yield f"{key}={chance} in the model's config.json is not applied: training goes without dropout"
     if config.data.max_length > origin.spec.max_positions:

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 from mice_jax.cli import command
 from mice_jax.errors import UserError
-from mice_jax.model_source import find_origin
+from mice_jax.model_source import resolve_source
 from mice_jax.models.transformer import make_decoder
 from mice_jax.report_page import rule_evaluation
 from mice_jax.storage.workdir import RESULTS
@@ -445,7 +445,7 @@ def counted(swept: Mapping[str, Swept]) -> str:
 def base_of(folder: Path, swept: Mapping[str, Swept]) -> dict[str, float]:
     """The model's size and held-out loss, and the samples that a run sees."""
     last = json.loads((folder / "base" / "summary.json").read_text())["last_metrics"]
-    decoder = make_decoder(find_origin(str(folder / "base")).spec)
+    decoder = make_decoder(resolve_source(str(folder / "base")).spec)
     weights = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract))
     seen = max(t.records[-1]["samples"] for s in swept.values() for t in s.trials)
     return {"weights": weights, "base": last["eval/loss"], "seen": seen}

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.runs import run_train, setting
 from mice_jax.errors import UserError
-from mice_jax.model_source import find_origin, load_params
+from mice_jax.model_source import load_params, resolve_source
 from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
 
@@ -16,10 +16,10 @@ STILL = "--config.optim.learning_rate=0"
 
 
 def params_of(place: Path) -> dict[str, np.ndarray]:
-    origin = find_origin(str(place))
-    decoder = make_decoder(origin.spec)
+    source = resolve_source(str(place))
+    decoder = make_decoder(source.spec)
     shardings = param_shardings(decoder.abstract, decoder.axes, make_mesh(1, -1, 1))
-    leaves = jax.tree_util.tree_leaves_with_path(load_params(origin, decoder, shardings))
+    leaves = jax.tree_util.tree_leaves_with_path(load_params(source, decoder, shardings))
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
@@ -55,6 +55,6 @@ def test_a_checkpoint_is_never_cut_or_padded_to_another_model_s_shapes(tmp_path:
 
 def test_a_place_that_holds_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere is no folder"):
-        find_origin(str(tmp_path / "nowhere"))
+        resolve_source(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"config\.json does not exist"):
-        find_origin(str(tmp_path))
+        resolve_source(str(tmp_path))
