@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from transformers import AutoTokenizer, GenerationDefaults, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from helpers.runs import make_tokenizer, read_json, run_export, run_prepare, run_train, setting
 from mice_jax.data.templates import TOKENS
@@ -77,7 +77,7 @@ def test_new_tokens_get_mean_rows_and_go_out_with_the_template(
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
     stop = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    assert stop in np.atleast_1d(GenerationDefaults.from_pretrained(tmp_path / "hf").eos_token_id)
+    assert stop in np.atleast_1d(GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id)
     # What was exported is no base model any more: it needs no name.
     shutil.rmtree(tmp_path / "run")
     again = setting(tmp_path / "again", f"c.model.init_from = {str(tmp_path / 'hf')!r}", samples=8)

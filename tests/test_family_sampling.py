@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationDefaults, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from helpers.families import CASES, ORIGINAL, VOCAB, WINDOW, torch_model
 from helpers.models import QUICK, gap, load, mesh_of
@@ -55,7 +55,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @functools.cache
 def their_answers(case: str) -> list[list[int]]:
     """What transformers answers with its own cache, each prompt for itself."""
-    config = GenerationDefaults(do_sample=False, use_cache=True, max_new_tokens=NEW, pad_token_id=0, eos_token_id=None)
+    config = GenerationConfig(do_sample=False, use_cache=True, max_new_tokens=NEW, pad_token_id=0, eos_token_id=None)
     answers = []
     for prompt in PROMPTS:
         tokens = torch.tensor([prompt])

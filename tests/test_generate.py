@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 import sentencepiece
 import torch
-from transformers import ByT5Tokenizer, GenerationDefaults, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import ByT5Tokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from helpers.models import llama, load, mesh_of, spec_of
 from helpers.runs import make_tokenizer, write_init, write_jsonl
@@ -58,7 +58,7 @@ def expected(model: LlamaForCausalLM, messages: list[dict[str, str]], stops: lis
     tokenizer = make_tokenizer()
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     stops = [tokenizer.eos_token_id, *(stops or [])]
-    config = GenerationDefaults(do_sample=False, max_new_tokens=NUM, eos_token_id=stops, pad_token_id=0)
+    config = GenerationConfig(do_sample=False, max_new_tokens=NUM, eos_token_id=stops, pad_token_id=0)
     tokens = torch.tensor([ids])
     with torch.no_grad():
         new = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=config)
@@ -224,7 +224,7 @@ def test_a_character_of_many_tokens_is_printed_once_all_of_it_is_there(
     assert len(ids) > len(answer)
     printed: list[str] = []
 
-    class Completion:
+    class Script:
         spec = spec_of()
 
         def stream(self, *args: Any) -> Iterator[int]:
@@ -233,7 +233,7 @@ def test_a_character_of_many_tokens_is_printed_once_all_of_it_is_there(
                 printed.append(capsys.readouterr().out)
 
     encoder = ChatEncoder(tokenizer, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
-    sampler: Any = Completion()
+    sampler: Any = Script()
     assert say(ChatModel(sampler, {}, encoder, []), [{"role": "user", "content": "é"}], Sampling(100)) == answer
     assert "".join(printed) + capsys.readouterr().out == answer + "\n"
     assert {"é", "🤖"} <= {p.strip() for p in printed}
@@ -279,13 +279,13 @@ def test_what_may_be_the_beginning_of_an_end_is_shown_once_it_is_none() -> None:
     words = [tokenizer.decode([i]) for i in ids]
     assert words == ["mice", " learn", " cold", " barn"]
 
-    class Completion:
+    class Script:
         def stream(self, *args: Any) -> Iterator[int]:
             yield from ids
 
     def shown(*stops: str) -> tuple[list[str], bool]:
         pieces: list[str] = []
-        sampler: Any = Completion()
+        sampler: Any = Script()
         spoken = ChatModel(sampler, {}, ChatEncoder(tokenizer), [], stops).speak([1], Sampling(4), pieces.append)
         assert "".join(pieces) == spoken.text
         return pieces, spoken.stopped

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationDefaults, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from helpers.models import VOCAB, llama, load, mesh_of
 from mice_jax.errors import UserError
@@ -54,7 +54,7 @@ def prompts_of(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
 
 def expected(model: LlamaForCausalLM, prompt: list[int], n: int) -> list[int]:
     """What transformers answers, token by token from the likeliest."""
-    config = GenerationDefaults(do_sample=False, max_new_tokens=n, pad_token_id=0)
+    config = GenerationConfig(do_sample=False, max_new_tokens=n, pad_token_id=0)
     tokens = torch.tensor([prompt])
     # Without a mask it takes token 0, which stands in the prompts, for padding.
     with torch.no_grad():
