@@ -159,5 +159,5 @@ def report(args: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    xla_flags.take_huge_pages()  # as `mice` does; here for both sides
+    xla_flags.reexec_with_huge_pages()  # as `mice` does; here for both sides
     sys.exit(main())

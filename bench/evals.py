@@ -161,5 +161,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    xla_flags.take_huge_pages()  # as `mice` does; here for both sides
+    xla_flags.reexec_with_huge_pages()  # as `mice` does; here for both sides
     main()

@@ -305,7 +305,7 @@ def spawn(args: argparse.Namespace, side: str) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), f"--side={side}", f"--out={out}"]
     command += [f"--{name}={getattr(args, name)}" for name in names]
     environment = (
-        xla_flags.HUGE_PAGES if side == "ours" else {}
+        xla_flags.HUGE_PAGES_ENV if side == "ours" else {}
     ) | os.environ  # as `mice` starts, and as a script does
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode or not out.exists():

@@ -138,7 +138,7 @@ def spawn(args: argparse.Namespace, task: str, sampler: str = "", per_device: in
     kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # it may ask for more devices than one
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | kept | quiet | {"PYTHONPATH": str(ROOT)}
     if task == "ours":
-        environment = xla_flags.HUGE_PAGES | environment  # as `mice` starts; a script of the peer's does not
+        environment = xla_flags.HUGE_PAGES_ENV | environment  # as `mice` starts; a script of the peer's does not
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(f"{task} {sampler}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parent))
 from mice_jax.runtime import xla_flags  # first: the package keeps transformers from advising us to install torch
 
 if __name__ == "__main__":
-    xla_flags.take_huge_pages()  # as `mice` does, before the imports below, which take seconds
+    xla_flags.reexec_with_huge_pages()  # as `mice` does, before the imports below, which take seconds
 
 # isort: split
 import jax.numpy as jnp

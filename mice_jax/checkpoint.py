@@ -27,7 +27,7 @@ from mice_jax.config import Checkpoint
 from mice_jax.errors import StoreError, UserError, one_line
 from mice_jax.models.transformer import Params
 from mice_jax.step import TrainState
-from mice_jax.storage.paths import Place, is_remote, move, objects, write_whole
+from mice_jax.storage.paths import RunPath, is_remote, list_objects, move, write_atomically
 
 PADDED = ("embed", "head")  # what has a vocabulary's dim
 # Of what it finds in a bucket orbax removes, as saves that were cut short, all folders but those that hold this.
@@ -82,7 +82,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: Place,
+        workdir: RunPath,
         policy: Checkpoint | None = None,
         *,
         seeding: Sequence[range] = (),
@@ -247,7 +247,9 @@ class Checkpoints:
                 raise StoreError(f"{self.folder / str(step)} is whole, but cannot be read just now: {damage}.")
             place = self._set_aside(step)
             say(f"the checkpoint of step {step} is damaged ({damage}); it is set aside as {place}")
-        if is_remote(self.folder) and any(re.fullmatch(f"[0-9]+/{COMMITTED}", name) for name in objects(self.folder)):
+        if is_remote(self.folder) and any(
+            re.fullmatch(f"[0-9]+/{COMMITTED}", name) for name in list_objects(self.folder)
+        ):
             raise StoreError(
                 f"{self.folder} holds checkpoints, but could not be listed just now. Run the command again."
             )
@@ -265,7 +267,7 @@ class Checkpoints:
         folder = self.folder / "damaged"
         return sorted(str(p) for p in folder.iterdir() if p.name != COMMITTED) if folder.exists() else []
 
-    def _set_aside(self, step: int) -> Place:
+    def _set_aside(self, step: int) -> RunPath:
         """Moves a checkpoint to where orbax does not see it."""
         self._manager.close()
         folder = self.folder / "damaged"
@@ -274,7 +276,7 @@ class Checkpoints:
         self._agree(False)  # every process has seen the names before one of them is taken
         if self._lead:
             if is_remote(folder):
-                write_whole(folder / COMMITTED, "")
+                write_atomically(folder / COMMITTED, "")
             move(self.folder / str(step), place)
         self._agree(False)  # and nobody looks before it is
         self._manager = self._open()
@@ -331,13 +333,13 @@ def pick_step(checkpoints: Checkpoints, step: int | None) -> int:
 
 
 # ---------------------------------------------------------------------------------------- damage
-def contents(folder: Place) -> dict[str, list[Any]]:
+def contents(folder: RunPath) -> dict[str, list[Any]]:
     """What tells a checkpoint from any other: what its manifest says of its files, or they themselves."""
     file = folder / MANIFEST
     return json.loads(file.read_text())["files"] if file.exists() else _digests(folder)
 
 
-def damage_of(folder: Place) -> str | None:
+def damage_of(folder: RunPath) -> str | None:
     """How a checkpoint's files differ from its manifest; None where they do not, or where it has none.
 
     A process that is killed between a save's end and its manifest leaves none; then reading alone tells.
@@ -361,15 +363,15 @@ def damage_of(folder: Place) -> str | None:
     return None
 
 
-def _seal(folder: Place) -> None:
+def _seal(folder: RunPath) -> None:
     """Writes the manifest of a whole checkpoint."""
-    write_whole(folder / MANIFEST, json.dumps({"files": _digests(folder)}))
+    write_atomically(folder / MANIFEST, json.dumps({"files": _digests(folder)}))
 
 
-def _digests(folder: Place) -> dict[str, list[Any]]:
+def _digests(folder: RunPath) -> dict[str, list[Any]]:
     """Size and CRC-32 of each of a checkpoint's files; in a bucket, what the store knows of its objects."""
     if not isinstance(folder, Path):
-        return {name: list(known) for name, known in objects(folder).items() if name != MANIFEST}
+        return {name: list(known) for name, known in list_objects(folder).items() if name != MANIFEST}
 
     def digest(file: Path) -> list[Any]:
         size = crc = 0
@@ -385,7 +387,7 @@ def _digests(folder: Place) -> dict[str, list[Any]]:
 
 
 @contextlib.contextmanager
-def _told_of_failures(folder: Place) -> Iterator[None]:
+def _told_of_failures(folder: RunPath) -> Iterator[None]:
     """Turns what a save fails with, where there is no room or a store is down, into a word for the user."""
     try:
         yield

@@ -52,7 +52,7 @@ from mice_jax.models.transformer import make_decoder
 from mice_jax.runtime import compile_cache, distributed, xla_flags
 from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.storage.cache import cache_folder
-from mice_jax.storage.paths import Place, write_whole
+from mice_jax.storage.paths import RunPath, write_atomically
 from mice_jax.storage.workdir import DIRECTIONS, SCORES
 
 
@@ -84,11 +84,11 @@ def define(values: command.Values, argv: list[str]) -> None:
 def evaluate(values: command.Values) -> None:
     # ------------------------------------------------------------------------------------ what is asked
     xla_flags.set_flags(deterministic=False)
-    compile_cache.keep(cache_folder(""))
+    compile_cache.enable(cache_folder(""))
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
-    lead = distributed.is_lead()
+    lead = distributed.is_main_process()
     console = Console(quiet=not lead, highlight=False, soft_wrap=True)
-    with distributed.together():
+    with distributed.raise_on_all_processes():
         distributed.check_devices(values.expect_devices)
         settings = _settings(values)
         output = _output(values)
@@ -110,7 +110,7 @@ def evaluate(values: command.Values) -> None:
         if judged and judged.system and encoder:  # a template may take none
             encoder.prompt_ids([{"role": "system", "content": judged.system}, {"role": "user", "content": ""}])
         template = encoder.fingerprint() if encoder else ""  # with the day, where it writes that
-    distributed.check_same("tasks", " ".join(b.fingerprint for b in asked))
+    distributed.assert_same_on_all_processes("tasks", " ".join(b.fingerprint for b in asked))
 
     # ------------------------------------------------------------------------------------ scores
     mesh = make_mesh(1, -1, 1)
@@ -134,14 +134,14 @@ def evaluate(values: command.Values) -> None:
             for benchmark in asked:
                 file = _cached(model, benchmark, [str(dtype), template])
                 kept = json.loads(file.read_text()) if lead and file.exists() else None
-                if distributed.any_process(kept is not None):  # only the lead looks
+                if distributed.is_true_on_any_process(kept is not None):  # only the lead looks
                     display.say(f"{_what(benchmark, step)} was scored before: {file}")
                 else:
                     lm.params = weights()
                     kept = benchmarks.score(lm, benchmark, settings)
                     if lead:
                         file.parent.mkdir(parents=True, exist_ok=True)
-                        write_whole(file, _text(kept))
+                        write_atomically(file, _text(kept))
                 if kept is not None:
                     found.append(kept)
             if judged and encoder:
@@ -165,7 +165,7 @@ def evaluate(values: command.Values) -> None:
             assert source.workdir is not None
             lines, newest["checkpoints"] = _curve(source.workdir, by_step)
             console.print("\n".join(lines))
-        write_whole(output, _text(newest))
+        write_atomically(output, _text(newest))
         console.print(_table(newest))
         console.print(f"results in {output}")
 
@@ -301,7 +301,7 @@ def _table(results: Results) -> Table:
     return table
 
 
-def _curve(workdir: Place, by_step: Mapping[Any, Results]) -> tuple[list[str], list[dict[str, Any]]]:
+def _curve(workdir: RunPath, by_step: Mapping[Any, Results]) -> tuple[list[str], list[dict[str, Any]]]:
     """Writes the scores of each checkpoint to the run's folder; returns what to say of the best, and the lines.
 
     Lines of earlier evaluations stay, as do their other metrics at the same step.
@@ -315,11 +315,11 @@ def _curve(workdir: Place, by_step: Mapping[Any, Results]) -> tuple[list[str], l
     now = [{"step": s, "samples": samples[s]} | benchmarks.scores(r) for s, r in by_step.items()]
     for line in now:
         lines[line["step"]] = lines.get(line["step"], {}) | line
-    write_whole(file, "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines)))
+    write_atomically(file, "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines)))
     better = {name: high for found in by_step.values() for name, high in benchmarks.higher_is_better(found).items()}
     file = workdir / DIRECTIONS
     known = json.loads(file.read_text()) if file.exists() else {}
-    write_whole(file, json.dumps(known | benchmarks.directions(better), indent=2) + "\n")
+    write_atomically(file, json.dumps(known | benchmarks.directions(better), indent=2) + "\n")
     return [_best(name, now, high) for name, high in better.items()], now
 
 

@@ -43,7 +43,7 @@ from mice_jax.models.transformer import make_decoder
 from mice_jax.runtime import compile_cache, xla_flags
 from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.storage.cache import cache_folder
-from mice_jax.storage.paths import write_whole
+from mice_jax.storage.paths import write_atomically
 
 MAX_NEW_TOKENS = 256
 DRAWN = ("temperature", "top_p", "top_k")
@@ -113,7 +113,7 @@ def generate(values: command.Values) -> None:
         check_fits(encoder.prompt_ids(_asked(system, values.prompt)), sampling, origin.spec, "--prompt")
 
     # ------------------------------------------------------------------------------------ model
-    compile_cache.keep(cache_folder(""))
+    compile_cache.enable(cache_folder(""))
     mesh = make_mesh(1, -1, 1)
     decoder = make_decoder(origin.spec, mesh.shape["tensor"])
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
@@ -261,7 +261,7 @@ class _Job:
                     f"--output={self.output} was written with {', '.join(changed)}. Ask as before, give another "
                     "--output, or remove the file."
                 )
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
+        write_atomically(file, json.dumps(settings, indent=2) + "\n")
 
 
 def _answer_file(job: _Job, speaker: ChatModel, sampling: Sampling, batch_size: int) -> None:

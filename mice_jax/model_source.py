@@ -27,7 +27,7 @@ from mice_jax.models.transformer import Decoder, Params, make_decoder
 from mice_jax.runtime.precision import multiply_in
 from mice_jax.sharding import param_shardings
 from mice_jax.storage.cache import cache_folder
-from mice_jax.storage.paths import Place, fetched, find_place
+from mice_jax.storage.paths import RunPath, download_small_files, parse_path
 
 RANDOM = "random:"
 DTYPES = ("auto", "float32", "bfloat16")
@@ -39,7 +39,7 @@ class ModelSource:
 
     kind: str  # hf | random | run
     folder: Path  # holds config.json and, by default, the tokenizer
-    workdir: Place | None  # of a run
+    workdir: RunPath | None  # of a run
     step: int | None  # of one of its checkpoints, where that was named
     config: dict[str, Any]  # config.json
     spec: ModelSpec
@@ -60,7 +60,7 @@ def resolve_source(init_from: str) -> ModelSource:
         file = file / "config.json" if file.is_dir() else file
         config = hf.read_config(file) | {"dtype": "float32"}
         return ModelSource("random", file.parent, None, None, config, hf.spec_from_config(config, file))
-    folder, step = find_place(init_from), None
+    folder, step = parse_path(init_from), None
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
     if not folder.is_dir():
@@ -69,7 +69,7 @@ def resolve_source(init_from: str) -> ModelSource:
             "checkpoints/<step>), or random:path/to/config.json."
         )
     if (folder / "checkpoints").is_dir():
-        file = (folder if isinstance(folder, Path) else fetched(folder)) / "model" / "config.json"
+        file = (folder if isinstance(folder, Path) else download_small_files(folder)) / "model" / "config.json"
         config = hf.read_config(file)
         return ModelSource("run", file.parent, folder, step, config, hf.spec_from_config(config, file))
     if not isinstance(folder, Path):

@@ -34,8 +34,8 @@ from mice_jax.hardware import FRACTION, share_taken
 from mice_jax.model_source import RANDOM, ModelSource, resolve_source, with_vocabulary
 from mice_jax.models.spec import ModelSpec
 from mice_jax.planning import ahead_of_time, cost, step_time
-from mice_jax.planning.ahead_of_time import Need
-from mice_jax.planning.planner import Layout, Planned
+from mice_jax.planning.ahead_of_time import CompiledMemory
+from mice_jax.planning.planner import Layout, RunPlan
 from mice_jax.runtime import xla_flags
 from mice_jax.runtime.precision import multiply_in
 from mice_jax.sharding import replicated_dims
@@ -64,7 +64,7 @@ def plan(values: command.Values) -> None:
     deadline = time.monotonic() + 60 * values.compile_minutes
     xla_flags.set_flags(config.train.deterministic)
     _start_jax(topology)
-    target = ahead_of_time.find_target(topology, values.device_file)
+    target = ahead_of_time.find_topology(topology, values.device_file)
 
     # ---- What is planned --------------------------------------------------------------------------------------
     assumed: list[str] = []
@@ -73,7 +73,7 @@ def plan(values: command.Values) -> None:
     tokenized = bool(config.data.tokenizer) or any((origin.folder / name).exists() for name in TOKENIZERS)
     work = _work(config, values.mean_length, tokenized, assumed)
     spec = _spec(config, origin, tokenized, assumed)
-    run = Planned(
+    run = RunPlan(
         config, spec, origin.architecture, target,
         samples=work.samples, mean_length=work.mean_length, deadline=deadline,
     )  # fmt: skip
@@ -91,7 +91,7 @@ def plan(values: command.Values) -> None:
         "devices": target.count,
         "device_kind": target.chip.kinds[0],
         "planned": _layout(run, run.layout) | {"attention": run.attention, "compute_dtype": run.dtype},
-        "held_whole": _held_whole(run),
+        "replicated": _replicated(run),
         **_memory(run, needs),
         "compile_s": compile_s,
         "rows_per_device": rows,
@@ -117,7 +117,7 @@ def _start_jax(topology: str) -> None:
 
 # ---------------------------------------------------------------------------------------- what is planned
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Workload:
     """What a run has to get through, as far as it is known."""
 
     mean_length: float  # tokens a sample
@@ -144,12 +144,12 @@ def _spec(config: Config, origin: ModelSource, tokenized: bool, assumed: list[st
     return with_vocabulary(origin, tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values()})
 
 
-def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str]) -> Work:
+def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str]) -> Workload:
     """From the data, where they are here and few; else by --mean_length and the config's steps, or assumed."""
     if tokenized and _few_data(config):
         data, mixture, steps = cost.open_data(config)
         samples = sum(e.samples for e in mixture.epochs(steps)) / steps
-        return Work(mean_length or statistics.mean_length(data.report), samples, steps)
+        return Workload(mean_length or statistics.mean_length(data.report), samples, steps)
     if not mean_length:
         mean_length = min(MEAN_LENGTH, config.data.max_length)
         assumed.append(f"samples have {mean_length} tokens on average (--mean_length)")
@@ -161,7 +161,7 @@ def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str
     if len(set(sizes)) > 1 and not all(by_phase):
         assumed.append(f"phases have steps of {', '.join(map(str, sizes))} samples: a step has their mean")
     weights = by_phase if all(by_phase) else [1] * len(sizes)
-    return Work(mean_length, sum(s * w for s, w in zip(sizes, weights, strict=True)) / sum(weights), steps)
+    return Workload(mean_length, sum(s * w for s, w in zip(sizes, weights, strict=True)) / sum(weights), steps)
 
 
 def _few_data(config: Config) -> bool:
@@ -176,9 +176,9 @@ def _few_data(config: Config) -> bool:
 
 
 # ---------------------------------------------------------------------------------------- what it comes to
-def _memory(run: Planned, needs: list[Need]) -> dict[str, Any]:
+def _memory(run: RunPlan, needs: list[CompiledMemory]) -> dict[str, Any]:
     """Of one device: the peak over the functions of the step, and what it is made of."""
-    estimate, memory = run.estimate(run.layout), int(run.target.chip.memory)
+    estimate, memory = run.estimate(run.layout), int(run.topology.chip.memory)
     made_of = {
         "hbm_bytes": memory,
         "params_bytes": estimate.params,
@@ -189,7 +189,7 @@ def _memory(run: Planned, needs: list[Need]) -> dict[str, Any]:
     }
     if not needs:
         return made_of | {
-            "fits": estimate.total <= memory_model.USABLE * memory,
+            "fits": estimate.total <= memory_model.USABLE_FRACTION * memory,
             "compiled": False,
             "bytes_per_device": estimate.total,
             "arguments_bytes": estimate.resident,
@@ -207,26 +207,26 @@ def _memory(run: Planned, needs: list[Need]) -> dict[str, Any]:
     }
 
 
-def _layout(run: Planned, layout: Layout) -> dict[str, Any]:
-    mesh = dict(run.load(layout.sizes).mesh.shape)
+def _layout(run: RunPlan, layout: Layout) -> dict[str, Any]:
+    mesh = dict(run.memory_inputs(layout.sizes).mesh.shape)
     return {"mesh": mesh, "remat": layout.remat, "rows_per_device": layout.rows, "flags": layout.flags()}
 
 
-def _held_whole(run: Planned) -> list[str]:
+def _replicated(run: RunPlan) -> list[str]:
     """Dims of parameters that the planned mesh does not divide."""
-    load = run.load(run.layout.sizes)
+    load = run.memory_inputs(run.layout.sizes)
     return replicated_dims(load.decoder.abstract, load.decoder.axes, load.mesh)
 
 
-def _time(run: Planned, work: Work, price: float, assumed: list[str]) -> dict[str, Any]:
+def _time(run: RunPlan, work: Workload, price: float, assumed: list[str]) -> dict[str, Any]:
     """Of a step, and of the whole run."""
-    made, chip = run.pace(run.layout), run.target.chip
-    assumed.append(step_time.assumed(chip))
+    made, chip = run.step_time_of(run.layout), run.topology.chip
+    assumed.append(step_time.describe_assumptions(chip))
     if chip.platform == "gpu":
         assumed.append(f"JAX takes {share_taken():.0%} of a GPU's memory ({FRACTION}, as it is here)")
     if run.config.eval.tasks:
         assumed.append("benchmarks in training (eval.tasks) are left out, their time and their memory")
-    chips = run.target.count / chip.devices
+    chips = run.topology.count / chip.devices
     days = work.steps * made.seconds / 86400 if work.steps else None
     if days and not price:
         assumed.append("no price: there is no cost (--price_per_hour, of a chip)")
@@ -246,13 +246,13 @@ def _time(run: Planned, work: Work, price: float, assumed: list[str]) -> dict[st
     }
 
 
-def _suggestions(run: Planned, needs: list[Need]) -> list[dict[str, Any]]:
+def _suggestions(run: RunPlan, needs: list[CompiledMemory]) -> list[dict[str, Any]]:
     return [
         {
             "for": name,
             "bytes_per_device": total,
             "known_by": known_by,
-            "step_time_s": run.pace(layout).seconds,
+            "step_time_s": run.step_time_of(layout).seconds,
             "is_planned": layout == run.layout,
             **_layout(run, layout),
         }
@@ -283,11 +283,13 @@ def _lines(said: dict[str, Any]) -> dict[str, str]:
     passing = estimate["total"] - said["params_bytes"] - said["optimizer_bytes"] - said["sums_bytes"]
     verdict = "fits" if said["fits"] else "does not fit"
     how = f"compiled in {said['compile_s']:.0f} s" if said["compiled"] else "an estimate: nothing was compiled"
-    functions = [f"{n} {_size(f['total'])}" + " (refused)" * f["refused"] for n, f in said["functions"].items()]
+    functions = [
+        f"{n} {_size(f['total'])}" + " (out of memory)" * f["out_of_memory"] for n, f in said["functions"].items()
+    ]
     lines = {
         "model": f"{said['model']}, {planned['compute_dtype']}, {planned['attention']} attention",
         "mesh": f"{mesh} on {said['devices']} x {said['device_kind']}; {rows}",
-        "held whole": ", ".join(said["held_whole"]) + " on every device" * bool(said["held_whole"]),
+        "replicated": ", ".join(said["replicated"]) + " on every device" * bool(said["replicated"]),
         "parameters": _size(said["params_bytes"]),
         "optimizer": _size(said["optimizer_bytes"]),
         "gradient sums": _size(said["sums_bytes"]),

@@ -19,7 +19,7 @@ from rich.markup import escape
 from mice_jax.cli import command
 from mice_jax.errors import UserError
 from mice_jax.report_page import page, read_runs
-from mice_jax.storage.paths import fetched, find_place
+from mice_jax.storage.paths import download_small_files, parse_path
 
 SHOWN = 10  # of the things that could not be read
 
@@ -49,8 +49,8 @@ def begin(values: command.Values) -> None:
 
 def _folder(name: str) -> Path:
     """A run's or a sweep's folder; what is in a bucket is copied here, but for its checkpoints."""
-    place = find_place(name)
-    folder = place if isinstance(place, Path) else fetched(place)
+    place = parse_path(name)
+    folder = place if isinstance(place, Path) else download_small_files(place)
     if not folder.is_dir():
         raise UserError(f"--workdir: there is no folder {name}.")
     if not (read_runs.is_sweep(folder) or read_runs.is_run(folder)):

@@ -63,7 +63,7 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 def begin(values: command.Values) -> int | None:
     if watchdog.is_child():
-        watchdog.follow_parent()
+        watchdog.exit_with_parent()
     place = _place(values)
     sweep = load_sweep(command.required(values, "config"))
     storage = values.storage or os.environ.get(STORAGE, "")
@@ -90,7 +90,7 @@ def _place(values: command.Values) -> workers.Place | None:
     given = values.coordinator_address, values.num_processes, values.process_id
     if all(g is None for g in (*given, values.expect_devices)):
         return None  # a cluster's environment is not asked: its processes may as well be workers of their own
-    if not values.worker or not distributed.several(*given):
+    if not values.worker or not distributed.is_multi_process(*given):
         raise UserError(
             "--coordinator_address, --num_processes, --process_id and --expect_devices are for a worker of several "
             "processes: give each of them --worker too."

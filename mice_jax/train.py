@@ -10,7 +10,7 @@ line a step), TensorBoard events, checkpoints/<step>/, model/ (config.json and t
 from mice_jax.runtime import xla_flags
 
 if __name__ == "__main__":
-    xla_flags.take_huge_pages()  # before the imports below, which take seconds
+    xla_flags.reexec_with_huge_pages()  # before the imports below, which take seconds
 
 # isort: split
 import dataclasses
@@ -56,7 +56,7 @@ from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardin
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.provenance import code_state, environment
-from mice_jax.storage.workdir import DIRECTIONS, METRICS, PUBLISH_S, Workdir
+from mice_jax.storage.workdir import DIRECTIONS, METRICS, SYNC_EVERY_S, Workdir
 from mice_jax.training import build, held_out, memory_model, phases, precompile, summary
 from mice_jax.training.progress import Alarm, Progress, crosses
 from mice_jax.training.stop_monitor import StopMonitor
@@ -79,10 +79,10 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
     config = command.config_of(values)
     workdir = command.workdir_of(values)
     if watchdog.is_child():
-        watchdog.follow_parent()
-    elif distributed.several(values.coordinator_address, values.num_processes, values.process_id):
+        watchdog.exit_with_parent()
+    elif distributed.is_multi_process(values.coordinator_address, values.num_processes, values.process_id):
         return watchdog.run_child("mice_jax.train", arguments, workdir)
-    leave = signals.LeaveRequest()
+    leave = signals.PreemptionHandler()
     try:
         with Workdir(workdir) as run:
             train(config, run, values, leave)
@@ -90,27 +90,27 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
         raise
     except BaseException as e:
         if watchdog.is_child():
-            if distributed.peer_is_lost(e):
-                os._exit(watchdog.say_lost(workdir, one_line(e)))
-            distributed.abandon(e)
+            if distributed.is_lost_peer_error(e):
+                os._exit(watchdog.report_lost_peer(workdir, one_line(e)))
+            distributed.exit_immediately(e)
         raise
     finally:
-        leave.forget()
+        leave.restore_handlers()
 
 
-def train(config: Config, run: Workdir, values: command.Values, leave: signals.LeaveRequest) -> None:
+def train(config: Config, run: Workdir, values: command.Values, leave: signals.PreemptionHandler) -> None:
     time_limit = Alarm(config.train.max_minutes)
 
     # ---- Host and mesh --------------------------------------------------------------------------------------
     xla_flags.set_flags(config.train.deterministic)
-    kept = compile_cache.keep(cache_folder(config.data.cache_dir))
+    kept = compile_cache.enable(cache_folder(config.data.cache_dir))
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
-    lead = distributed.is_lead()
+    lead = distributed.is_main_process()
     console = Console(quiet=not lead, highlight=False, soft_wrap=True)
 
     # ---- Workdir, and what it starts from ---------------------------------------------------------------------
-    distributed.check_same("config", identity(config))
-    with distributed.together():
+    distributed.assert_same_on_all_processes("config", identity(config))
+    with distributed.raise_on_all_processes():
         distributed.check_devices(values.expect_devices)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         trackers.check_trackers(config.log.trackers)
@@ -133,13 +133,13 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
             _check_same_config(run, config)
 
     # ---- Data -----------------------------------------------------------------------------------------------
-    with distributed.together(), Display(console) as display:
+    with distributed.raise_on_all_processes(), Display(console) as display:
         for remark in remarks:
             display.say(remark)
         data = build_dataset(config.data, encoder, display.say, display.watch)
-    distributed.check_same("data", data.fingerprint)
-    distributed.check_same("tasks", " ".join(t.fingerprint for t in tasks))
-    with distributed.together():
+    distributed.assert_same_on_all_processes("data", data.fingerprint)
+    distributed.assert_same_on_all_processes("tasks", " ".join(t.fingerprint for t in tasks))
+    with distributed.raise_on_all_processes():
         mixture = Mixture(
             data.phases,
             batch_size=config.optim.batch_size,
@@ -157,13 +157,15 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
     decoder = make_decoder(spec, mesh.shape["tensor"])
     dtype = build.compute_dtype(config, device.platform)
     multiply_in(dtype, device.platform)
-    load = build.load(config, decoder, origin.architecture, mesh, dtype, attention)
-    memory = memory_model.device_memory(jax.local_devices()[0])  # another process's device does not tell
+    load = build.memory_inputs(config, decoder, origin.architecture, mesh, dtype, attention)
+    memory = memory_model.device_memory_bytes(jax.local_devices()[0])  # another process's device does not tell
     length = statistics.mean_length(data.report)
     rows, remat = build.rows_and_remat(
         config, load, mean_length=length, memory=memory, platform=device.platform, recorded=recorded
     )
-    distributed.check_same("rows of a microbatch and remat, by their devices' memory", f"{rows} {remat}")
+    distributed.assert_same_on_all_processes(
+        "rows of a microbatch and remat, by their devices' memory", f"{rows} {remat}"
+    )
     compute = Compute(jnp.dtype(dtype), attention, remat)
     shapes = microbatch_shapes(config.data.max_length, rows)
 
@@ -188,7 +190,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
         config.checkpoint,
         seeding=seeding,
         lead=lead,
-        agree=distributed.any_process,
+        agree=distributed.is_true_on_any_process,
         check=functools.partial(_check_still_ours, run),
     )
     restored = checkpoints.restore_newest(fns.abstract_state, Display(console).say)
@@ -199,11 +201,11 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
     else:
         start, state, carried = restored
         progress = Progress(**carried)
-    with distributed.together():
+    with distributed.raise_on_all_processes():
         if lead:
-            run.cut_metrics(start)
+            run.truncate_metrics(start)
             resolved = _place(mesh) | {"compute_dtype": dtype, "rows_per_device": rows, "remat": remat}
-            run.tell("resumed" if restored else "started", start)
+            run.log_event("resumed" if restored else "started", start)
             resolved |= {"attention": attention, "today": str(encoder.today)}
             made_by = command.made_by(values) | code_state()
             run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": made_by})
@@ -213,7 +215,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
                 known = run.read_json(DIRECTIONS) or {}
                 run.write_json(DIRECTIONS, known | benchmarks.directions(better))
             _keep_model(run.local / "model", origin, spec, tokenizer)
-            run.publish()
+            run.sync()
     console.print(summary.table(config, origin, data, steps, stretches, start, compute, load, memory))
     for warning in summary.warnings(config, origin, decoder, data, mixture, mesh):
         console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
@@ -236,14 +238,16 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
     peak = hardware.peak_flops(jax.local_devices()[0])
     record: dict[str, Any] = {}
     sums = fns.zero_sums()
-    ahead = precompile.shapes_ahead(steps, start, total_steps)
+    ahead = precompile.shapes_to_compile(steps, start, total_steps)
     if ahead:
-        held = {s for h in held_out.sources(data.validation, source) for s in precompile.shapes_ahead(h, 0, len(h))}
+        held = {
+            s for h in held_out.sources(data.validation, source) for s in precompile.shapes_to_compile(h, 0, len(h))
+        }
         resets = any(s.phase.optimizer == "reset" for s in stretches if s.first >= max(start, 1))
-        seconds = precompile.compile_ahead(fns, ahead, held, mesh, resets=resets)
+        seconds = precompile.compile_step_functions(fns, ahead, held, mesh, resets=resets)
         console.print(f"[dim]{len(ahead)} microbatch shapes compiled, or found in {kept}, in {seconds:.0f} s[/dim]")
-    distributed.meet("compiled")
-    leave.start()
+    distributed.barrier("compiled")
+    leave.enable_saving()
     taken_away = checkpoints.preempted_before(start)
     save_alarm = Alarm(config.checkpoint.every_minutes)
     saved = start
@@ -253,7 +257,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
         while writers:
             writers.pop().close()
         if lead:
-            run.tell(status, int(record.get("step", start)))
+            run.log_event(status, int(record.get("step", start)))
             run.write_json("summary.json", _summary(status, reason, saved, progress, record, run))
 
     try:
@@ -305,15 +309,15 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
                     for found in exams.measure(state.params, Display(console).say):
                         record |= found
                 except Exception as e:  # a task's: the step is kept all the same, and then the run ends
-                    if distributed.peer_is_lost(e):
+                    if distributed.is_lost_peer_error(e):
                         raise
                     failure = e
             for writer in writers:
                 writer.write(record)
-            run.publish(after_s=PUBLISH_S)
+            run.sync(after_s=SYNC_EVERY_S)
             stop = stop_monitor.reason_to_stop(record) if stop_monitor and not last else ""
             taken_away |= checkpoints.reached_preemption(step)
-            asked, taken_away, late, clock, stopped, failed = distributed.any_of(
+            asked, taken_away, late, clock, stopped, failed = distributed.any_across_processes(
                 leave.signal is not None, taken_away, time_limit.rings(), save_alarm.rings(), bool(stop),
                 failure is not None,
             )  # fmt: skip
@@ -333,14 +337,14 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.L
                 why = "notice that a machine is to be taken away" if taken_away and not asked else why
                 raise Preempted(f"{why} after step {step}; its state is saved, run the same command to go on.")
         end("completed", "")
-        with distributed.together():
-            run.publish()
+        with distributed.raise_on_all_processes():
+            run.sync()
     except BaseException as e:
-        if distributed.peer_is_lost(e):  # closing the checkpoints, as below, would wait for it for ever
+        if distributed.is_lost_peer_error(e):  # closing the checkpoints, as below, would wait for it for ever
             if lead:
                 run.write_json("summary.json", _summary("failed", watchdog.LOST, saved, progress, record, run))
             run.close()
-            os._exit(watchdog.say_lost(run.path, one_line(e)))
+            os._exit(watchdog.report_lost_peer(run.path, one_line(e)))
         if isinstance(e, StoreError) and (whole := checkpoints.newest_whole()) is not None:
             e = Preempted(f"{e} Run the same command to go on from {checkpoints.folder / str(whole)}, which is whole.")
         kinds = {StoppedByRule: "stopped", Preempted: "preempted"}
@@ -416,16 +420,16 @@ def _save(
     """Saves unless this step is saved already, its line first; returns the step."""
     step = int(state.step)
     if step != saved:
-        with distributed.together():
-            run.publish()
+        with distributed.raise_on_all_processes():
+            run.sync()
         checkpoints.save(state, dataclasses.asdict(progress), score)
     return step
 
 
 def _check_still_ours(run: Workdir) -> None:
     """UserError in every process where the lead's lock of the folder is another's by now."""
-    with distributed.together():
-        run.check()
+    with distributed.raise_on_all_processes():
+        run.check_lock()
 
 
 def _enter(
@@ -525,11 +529,11 @@ def _refuse(arguments: Sequence[str], error: Exception) -> None:
         return
     try:
         place = command.place_of(arguments)
-        others = distributed.several(*place)
+        others = distributed.is_multi_process(*place)
     except (UserError, flags.Error):  # it cannot be told where they are
         return
     if others:
-        watchdog.tell_others(place, str(error))
+        watchdog.broadcast_startup_error(place, str(error))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

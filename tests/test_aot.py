@@ -109,7 +109,7 @@ def test_a_model_compiles_for_and_fits_the_tpus_that_its_configs_name(pair: Pair
     print(pair, said["planned"], gib, said["functions"], said["estimate"], said["compile_s"])  # shown by -rP
     assert said["compiled"] and said["fits"] and said["planned"]["attention"] == "splash"
     assert said["planned"]["rows_per_device"] >= 1
-    assert not any(f["refused"] for f in said["functions"].values())
+    assert not any(f["out_of_memory"] for f in said["functions"].values())
     # Parameters, their sums and two moments in float32, split over the fsdp axis: to 1 %, since single numbers, norms
     # and a microbatch come with it and arrays are padded to tiles.
     ways = said["planned"]["mesh"]["fsdp"]
@@ -121,16 +121,16 @@ def test_a_model_compiles_for_and_fits_the_tpus_that_its_configs_name(pair: Pair
 
 @pytest.mark.aot
 def test_what_the_compiler_refuses_is_told_with_what_it_would_need() -> None:
-    target = ahead_of_time.find_target("v5e:1x1")
+    target = ahead_of_time.find_topology("v5e:1x1")
     mesh = make_mesh(1, 1, 1, target.devices)
 
     sort = Jitted(lambda x: jnp.sort(jnp.sort(x, axis=0), axis=1), mesh)
 
-    def need(rows: int) -> ahead_of_time.Need:
+    def need(rows: int) -> ahead_of_time.CompiledMemory:
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         x = jax.ShapeDtypeStruct((rows, 2**20), jnp.float32, sharding=sharding)
-        return ahead_of_time._need("sort", sort, (x,), ())
+        return ahead_of_time._compile_function("sort", sort, (x,), ())
 
     small, large = need(2**8), need(2**12)  # 1 and 16 GiB, of which a sort holds some copies
-    assert not small.refused and large.refused
+    assert not small.out_of_memory and large.out_of_memory
     assert large.arguments == 2**34 and large.total > target.chip.memory > small.total >= 2**30

@@ -24,7 +24,7 @@ KERNELS = ("splash_mha_fwd_segmented", "splash_mha_dq_segmented", "splash_mha_dk
 @pytest.fixture
 def tpus() -> Sequence[Any]:
     """Eight chips of a v5e, which are not there."""
-    return ahead_of_time.find_target("v5e:2x4").devices or []
+    return ahead_of_time.find_topology("v5e:2x4").devices or []
 
 
 def kernels_in(compiled: Any) -> dict[str, int]:

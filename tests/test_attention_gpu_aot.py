@@ -22,6 +22,7 @@ from mice_jax.models.attention.pallas import Blocks, pallas
 from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.optim import make_optimizer
+from mice_jax.planning import ahead_of_time
 from mice_jax.sharding import AXES
 from mice_jax.step import make_step
 from mice_jax.training.precompile import abstract_batch
@@ -45,7 +46,7 @@ Shape = tuple[int, ...]
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What JAX asks of cuDNN and of the GPU before it calls cuDNN."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    with CUDNN.planned_for("9.0"):
+    with ahead_of_time.assume_compute_capability("9.0"):
         yield
 
 

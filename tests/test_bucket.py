@@ -30,7 +30,7 @@ from mice_jax import metrics
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.errors import StoreError, UserError
 from mice_jax.storage import lock, paths, workdir
-from mice_jax.storage.paths import find_place
+from mice_jax.storage.paths import parse_path
 from mice_jax.storage.workdir import Workdir
 
 
@@ -64,13 +64,13 @@ def test_a_second_writer_is_refused_as_soon_as_the_first_is_seen_to_live(
     monkeypatch.setattr(lock, "BEAT_S", 0.2)
     monkeypatch.setattr(lock, "LOOK_S", 0.1)
     monkeypatch.setattr(lock, "_was_here", lambda holder: False)  # as if on two machines
-    with Workdir(find_place(name)) as first:
+    with Workdir(parse_path(name)) as first:
         first.lock()
         began = time.monotonic()
         with pytest.raises(UserError, match=f"another live process .process {os.getpid()} on "):
-            Workdir(find_place(name)).lock()
+            Workdir(parse_path(name)).lock()
         assert time.monotonic() - began < 10
-    with Workdir(find_place(name)) as second:  # the control: given back, it can be taken
+    with Workdir(parse_path(name)) as second:  # the control: given back, it can be taken
         second.lock()
 
 
@@ -81,7 +81,7 @@ def test_the_lock_of_a_dead_writer_of_this_machine_is_taken_at_once(store: bucke
     store.put(json.dumps(holder).encode(), {"name": key_of(name, "lock")})
     said: list[str] = []
     began = time.monotonic()
-    with Workdir(find_place(name)) as run:
+    with Workdir(parse_path(name)) as run:
         run.lock(said.append)
     assert time.monotonic() - began < 30 and len(said) == 1 and f"process {process.pid} on " in said[0]
 
@@ -113,7 +113,7 @@ def test_a_lock_that_changes_hands_before_it_is_removed_stays(store: bucket.Buck
             raise UserError("it watches the other")
 
     with pytest.raises(UserError, match="watches the other"):  # the second look
-        lock.BucketLock(find_place(name), overtake)  # type: ignore[arg-type]
+        lock.BucketLock(parse_path(name), overtake)  # type: ignore[arg-type]
     assert store.objects[key].content == other
 
 
@@ -126,7 +126,7 @@ def test_the_lock_of_a_silent_writer_elsewhere_is_taken_after_a_while(
     store.put(json.dumps(holder).encode(), {"name": key_of(name, "lock")})
     said: list[str] = []
     began = time.monotonic()
-    with Workdir(find_place(name)) as run:
+    with Workdir(parse_path(name)) as run:
         run.lock(said.append)
     assert time.monotonic() - began > 1.5
     assert "held by process 1 on elsewhere; watching" in said[0] and "is taken" in said[1]
@@ -136,37 +136,37 @@ def test_a_writer_whose_lock_was_taken_writes_no_more(
     store: bucket.Bucket, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Seen at the next write, not at the next sign of life, which is seconds away."""
-    with pytest.raises(UserError, match="has been taken by another process"), Workdir(find_place(name)) as run:
+    with pytest.raises(UserError, match="has been taken by another process"), Workdir(parse_path(name)) as run:
         run.lock()
         run.write_json("mine.json", 1)
-        run.publish()
+        run.sync()
         other = {"process": 1, "host": "elsewhere", "id": "x"}
         store.put(json.dumps(other).encode(), {"name": key_of(name, "lock")})
         run.write_json("mine.json", 2)
-        run.publish()
+        run.sync()
     assert text_of(store, name, "mine.json") == "1\n"
     assert json.loads(text_of(store, name, "lock"))["id"] == "x"  # nor does it take the other's away
 
 
 # ---------------------------------------------------------------------------------------- files
 def test_what_is_written_is_there_once_published_and_the_next_writer_has_it(store: bucket.Bucket, name: str) -> None:
-    with Workdir(find_place(name)) as run:
+    with Workdir(parse_path(name)) as run:
         run.lock()
         run.write_json("config.json", {"seed": 1})
         (run.local / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in range(1, 5)))
         assert not any(key.startswith(key_of(name, "config")) for key in store.objects)  # not yet
-        run.publish()
+        run.sync()
         assert json.loads(text_of(store, name, "config.json")) == {"seed": 1}
         written = store.objects[key_of(name, "config.json")].generation
-        run.publish()
+        run.sync()
         assert store.objects[key_of(name, "config.json")].generation == written  # it has not changed
         run.write_json("config.json", {"seed": 2})
-        run.publish(after_s=3600)  # tried just now
+        run.sync(after_s=3600)  # tried just now
         assert json.loads(text_of(store, name, "config.json")) == {"seed": 1}
-    with Workdir(find_place(name)) as run:
+    with Workdir(parse_path(name)) as run:
         run.lock()
         assert run.read_json("config.json") == {"seed": 2}  # put there at the end
-        run.cut_metrics(2)
+        run.truncate_metrics(2)
     assert text_of(store, name, "metrics.jsonl") == '{"step": 1}\n{"step": 2}\n'
     assert key_of(name, "lock") not in store.objects
 
@@ -174,12 +174,12 @@ def test_what_is_written_is_there_once_published_and_the_next_writer_has_it(stor
 def test_a_store_that_cannot_be_read_is_no_empty_folder(store: bucket.Bucket, name: str) -> None:
     """A run that was taken for a new one would be written over."""
     store.put(b"{}", {"name": key_of(name, "config.json")})
-    place = find_place(name)
+    place = parse_path(name)
     with refusing(store):
         with pytest.raises(StoreError, match=f"{name} cannot be read: Forbidden"):
             Workdir(place)
         with pytest.raises(StoreError, match=f"{name} cannot be reached: Forbidden"):
-            find_place(name)
+            parse_path(name)
         with pytest.raises(StoreError, match="could not be written"):
             Checkpoints(place)
     assert Workdir(place).read_json("config.json") == {}  # the control
@@ -188,29 +188,29 @@ def test_a_store_that_cannot_be_read_is_no_empty_folder(store: bucket.Bucket, na
 def test_of_a_file_that_has_grown_only_what_is_new_is_sent_and_of_a_tracker_s_folder_nothing(
     store: bucket.Bucket, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(paths, "APPEND_FROM", 100)
-    with Workdir(find_place(name)) as run:
+    monkeypatch.setattr(paths, "MIN_APPEND_BYTES", 100)
+    with Workdir(parse_path(name)) as run:
         run.lock()
         (run.local / "wandb").mkdir()
         (run.local / "wandb" / "debug.log").write_text("its own")
         lines = run.local / "metrics.jsonl"
         lines.write_text('{"step": 1}\n' * 20)
-        run.publish()
+        run.sync()
         for more in ('{"step": 2}\n', '{"step": 3}\n{"st'):  # the last is being written
             with lines.open("a") as f:
                 f.write(more)
             sent = len(store.received)
-            run.publish()
+            run.sync()
             beat = [s for s in store.received[sent:] if "lock." not in s[0]]
             assert beat == [(key_of(name, ".more"), 12)]
         whole = '{"step": 1}\n' * 20 + '{"step": 2}\n{"step": 3}\n'
         assert text_of(store, name, "metrics.jsonl") == whole
         lines.write_text(whole.replace("1", "4"))  # rewritten: all of it is sent
-        run.publish()
+        run.sync()
         assert text_of(store, name, "metrics.jsonl") == whole.replace("1", "4")
         store.put(b"x", {"name": key_of(name, "metrics.jsonl")})  # changed there: the same
         lines.write_text(whole.replace("1", "4") + '{"step": 5}\n')
-        run.publish()
+        run.sync()
         assert text_of(store, name, "metrics.jsonl") == lines.read_text()
     assert not any(key.startswith((key_of(name, "wandb"), key_of(name, ".more"))) for key in store.objects)
 
@@ -218,17 +218,17 @@ def test_of_a_file_that_has_grown_only_what_is_new_is_sent_and_of_a_tracker_s_fo
 def test_what_is_published_by_the_clock_keeps_nobody_waiting_and_comes_once_the_store_is_back(
     store: bucket.Bucket, name: str
 ) -> None:
-    with Workdir(find_place(name)) as run:
+    with Workdir(parse_path(name)) as run:
         run.lock()
         run.write_json("mine.json", 1)
         with store.one_at_a_time:  # it answers nothing for now
             began = time.monotonic()
-            run.publish(after_s=1e-9)
-            run.publish(after_s=1e-9)  # nor is a second begun
+            run.sync(after_s=1e-9)
+            run.sync(after_s=1e-9)  # nor is a second begun
             assert time.monotonic() - began < 1
         with refusing(store):
-            run.publish(after_s=1e-9)
-        run.publish()
+            run.sync(after_s=1e-9)
+        run.sync()
         assert text_of(store, name, "mine.json") == "1\n"
 
 
@@ -255,7 +255,7 @@ def test_a_listing_is_never_kept(store: bucket.Bucket, name: str) -> None:
 
 def test_other_stores_are_refused() -> None:
     with pytest.raises(UserError, match="a s3:// store: a run's folder can be on disk or in a gs:// bucket"):
-        find_place("s3://bucket/run")
+        parse_path("s3://bucket/run")
 
 
 # ---------------------------------------------------------------------------------------- whole runs
@@ -301,7 +301,7 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on_and_ends_as_one_on_disk(
     left, right = arrays(run, 5), arrays(tmp_path / "disk", 5)
     assert all(left[k].tobytes() == right[k].tobytes() for k in right) and left.keys() == right.keys()
     # Read from the bucket it is the model that it is on disk.
-    assert run_export(find_place(name), tmp_path / "there") == 0  # type: ignore[arg-type]
+    assert run_export(parse_path(name), tmp_path / "there") == 0  # type: ignore[arg-type]
     assert run_export(tmp_path / "disk", tmp_path / "here") == 0
     files = [folder / "model.safetensors" for folder in (tmp_path / "there", tmp_path / "here")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -13,7 +13,7 @@ from mice_jax.errors import UserError
 have, *place = sys.argv[1:]
 distributed.initialize(*command.place_of(place))
 try:
-    distributed.check_same("data", have)
+    distributed.assert_same_on_all_processes("data", have)
     print("the same")
 except UserError as e:
     print(e)

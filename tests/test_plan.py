@@ -21,7 +21,7 @@ from mice_jax.models.attention.cudnn import cudnn, softmax_bytes
 from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.planning import ahead_of_time, step_time
-from mice_jax.planning.ahead_of_time import planned_for
+from mice_jax.planning.ahead_of_time import assume_compute_capability
 from mice_jax.sharding import abstract_mesh, make_mesh
 from mice_jax.training import build, memory_model
 
@@ -189,14 +189,14 @@ def test_a_state_is_laid_out_as_start_makes_it(name: str) -> None:
     moments = {"adamw": 2, "muon": 1, "lion": 1, "sgd": 1}.get(name, 0)
     assert whole >= moments * params
     if moments:
-        assert memory_model.device_bytes(fns.abstract_state.opt_state) < whole / 3
+        assert memory_model.bytes_per_device(fns.abstract_state.opt_state) < whole / 3
 
 
 # ---------------------------------------------------------------------------------------- what fits
 def test_a_run_that_does_not_fit_is_said_with_its_numbers(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead_of_time, "machine_memory", lambda: DEVICES * 40_000)
+    monkeypatch.setattr(ahead_of_time, "host_memory_bytes", lambda: DEVICES * 40_000)
     said = run_plan(config, capsys, LONE)
     assert said.keys() >= FIELDS
     assert said["fits"] is False and said["rows_per_device"] == 0
@@ -208,7 +208,7 @@ def test_the_most_rows_fit_and_one_more_does_not(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = run_plan(config, capsys, LONE)["bytes_per_device"]
-    monkeypatch.setattr(ahead_of_time, "machine_memory", lambda: DEVICES * int(4.5 * one))
+    monkeypatch.setattr(ahead_of_time, "host_memory_bytes", lambda: DEVICES * int(4.5 * one))
     said = run_plan(config, capsys, ALL)
     rows = said["rows_per_device"]
     assert rows > 1 and "one more does not fit" in said["rows_known_by"]
@@ -253,14 +253,14 @@ def test_an_unknown_topology_is_refused_with_the_nearest(
 @pytest.mark.parametrize("family", ahead_of_time.SLICES)
 def test_the_slices_that_are_named_are_libtpu_s_with_a_chip_s_devices(family: str) -> None:
     for shape in ahead_of_time.SLICES[family]:
-        target = ahead_of_time.find_target(f"{family}:{shape}")
+        target = ahead_of_time.find_topology(f"{family}:{shape}")
         chips = math.prod(int(n) for n in shape.split("x"))
         assert target.count == len(target.devices or []) == chips * target.chip.devices
         assert find_chip(target.devices[0]) == target.chip == CHIPS[family]
 
 
 def test_a_tpu7x_has_more_than_one_name() -> None:
-    assert {ahead_of_time.find_target(f"{name}:2x2x1").count for name in ("7x", "v7x", "tpu7x", "TPU7x")} == {8}
+    assert {ahead_of_time.find_topology(f"{name}:2x2x1").count for name in ("7x", "v7x", "tpu7x", "TPU7x")} == {8}
 
 
 def test_a_topology_is_asked_for_and_a_device_file_must_be_there(
@@ -335,13 +335,13 @@ def test_a_step_has_as_many_samples_as_the_phases_have_on_average(
 
 
 # ---------------------------------------------------------------------------------------- time
-def load_of(fsdp: int, tensor: int = 1) -> memory_model.Load:
+def load_of(fsdp: int, tensor: int = 1) -> memory_model.MemoryInputs:
     config = Config()
     config.data.max_length = 1024
     spec = spec_of(d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=512, vocab_size=4096)
     spec = dataclasses.replace(spec, qkv_bias=False, out_bias=False, mlp_bias=False)  # all that is left is split
     mesh = make_mesh(1, fsdp, tensor, jax.devices()[: fsdp * tensor])
-    return build.load(config, make_decoder(spec, tensor), "LlamaForCausalLM", mesh, "bfloat16", "cudnn")
+    return build.memory_inputs(config, make_decoder(spec, tensor), "LlamaForCausalLM", mesh, "bfloat16", "cudnn")
 
 
 CHIP = Chip(("x",), peak_flops=1e12, memory=1e9, memory_rate=1e11, link_rate=1e10)
@@ -365,7 +365,7 @@ def test_a_step_s_time_is_that_of_its_products_weights_and_update_by_hand() -> N
     load = load_of(4)
     params = sum(math.prod(x.shape) for x in jax.tree.leaves(load.state.params))
     layers = load.decoder.spec.num_layers
-    made = step_time.estimate(load, CHIP, rows=2, remat="none", samples=64, mean_length=500)
+    made = step_time.estimate_step_time(load, CHIP, rows=2, remat="none", samples=64, mean_length=500)
     rows = 64 * 500 / 0.95 / 4 / 1024  # of one device
     assert made.microbatches == math.ceil(rows / 2)
     slots = rows * 1024
@@ -380,15 +380,15 @@ def test_a_step_s_time_is_that_of_its_products_weights_and_update_by_hand() -> N
     assert made.seconds == pytest.approx(longer + 0.2 * shorter + made.update_s)
     assert 0 < made.mfu < 0.6
     # Recomputing costs a third more, and a chip of twice the peak half the time.
-    again = step_time.estimate(load, CHIP, rows=2, remat="full", samples=64, mean_length=500)
+    again = step_time.estimate_step_time(load, CHIP, rows=2, remat="full", samples=64, mean_length=500)
     assert again.compute_s == pytest.approx(made.compute_s * 4 / 3)
-    faster = step_time.estimate(load, dataclasses.replace(CHIP, peak_flops=2e12), 2, "none", 64, 500)
+    faster = step_time.estimate_step_time(load, dataclasses.replace(CHIP, peak_flops=2e12), 2, "none", 64, 500)
     assert faster.compute_s == pytest.approx(made.compute_s / 2)
 
 
 def test_one_device_sends_nothing() -> None:
-    assert step_time.estimate(load_of(1), CHIP, 2, "none", 64, 500).network_s == 0
-    assert step_time.estimate(load_of(1, tensor=2), CHIP, 2, "none", 64, 500).network_s > 0
+    assert step_time.estimate_step_time(load_of(1), CHIP, 2, "none", 64, 500).network_s == 0
+    assert step_time.estimate_step_time(load_of(1, tensor=2), CHIP, 2, "none", 64, 500).network_s > 0
 
 
 @pytest.mark.parametrize(
@@ -406,8 +406,8 @@ def test_one_device_sends_nothing() -> None:
 def test_gpus_of_a_host_share_its_links_to_the_others(sizes: tuple[int, ...], rates: tuple[int, ...]) -> None:
     mesh = abstract_mesh(sizes)
     there = {axis: rate for axis, rate in zip(mesh.shape, rates, strict=True) if mesh.shape[axis] > 1}
-    assert {axis: step_time._rate(CHIPS["h100"], mesh, axis) / 1e9 for axis in there} == there
-    assert {step_time._rate(CHIPS["v5p"], mesh, axis) for axis in there} == {CHIPS["v5p"].link_rate}
+    assert {axis: step_time._link_rate(CHIPS["h100"], mesh, axis) / 1e9 for axis in there} == there
+    assert {step_time._link_rate(CHIPS["v5p"], mesh, axis) for axis in there} == {CHIPS["v5p"].link_rate}
 
 
 def test_twice_the_hosts_are_faster_and_the_fastest_mesh_of_several_keeps_weights_within_a_host() -> None:
@@ -419,8 +419,8 @@ def test_twice_the_hosts_are_faster_and_the_fastest_mesh_of_several_keeps_weight
             windows=(None,) * 32,
         )  # fmt: skip
         decoder, mesh = make_decoder(spec, sizes[2]), abstract_mesh(sizes)
-        load = build.load(config, decoder, "MistralForCausalLM", mesh, "bfloat16", "cudnn")
-        return step_time.estimate(load, CHIPS["h100"], 2, "full", samples=3840, mean_length=1024).seconds
+        load = build.memory_inputs(config, decoder, "MistralForCausalLM", mesh, "bfloat16", "cudnn")
+        return step_time.estimate_step_time(load, CHIPS["h100"], 2, "full", samples=3840, mean_length=1024).seconds
 
     # torchtitan's Llama 3.1 8B lost 3 % of a GPU's speed from 8 to 128 H100.
     assert 1.8 < seconds(1, 8, 1) / seconds(1, 16, 1) < 2.05
@@ -437,9 +437,9 @@ def test_attention_is_traced_for_the_gpu_that_is_planned_for_and_not_for_the_mac
     def trace() -> Any:
         return jax.eval_shape(lambda x: cudnn(x, x, x, segments, Scoring(1.0, None, None)), x)
 
-    with planned_for("9.0"):
+    with assume_compute_capability("9.0"):
         assert trace().shape == x.shape
-    with planned_for("8.6"), pytest.raises(UserError, match="Hopper"):
+    with assume_compute_capability("8.6"), pytest.raises(UserError, match="Hopper"):
         trace()
     with pytest.raises(UserError, match="Hopper"):  # this machine's: it has none
         trace()
@@ -448,7 +448,10 @@ def test_attention_is_traced_for_the_gpu_that_is_planned_for_and_not_for_the_mac
 def test_cudnn_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", None)
     x, segments = jnp.zeros((1, 128, 2, 64), jnp.bfloat16), jnp.ones((1, 128), jnp.int32)
-    with planned_for("9.0"), pytest.raises(UserError, match=r"cuDNN is not detected.*model\.attention='pallas'"):
+    with (
+        assume_compute_capability("9.0"),
+        pytest.raises(UserError, match=r"cuDNN is not detected.*model\.attention='pallas'"),
+    ):
         cudnn(x, x, x, segments, Scoring(1.0, None, None))
 
 
@@ -477,8 +480,8 @@ def test_the_share_of_a_gpu_that_jax_takes_is_what_a_plan_has(
 
 
 def test_what_the_mesh_does_not_divide_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_plan(config, capsys, topology="h100:8")["held_whole"] == []
-    whole = run_plan(config, capsys, topology="h100:7")["held_whole"]
+    assert run_plan(config, capsys, topology="h100:8")["replicated"] == []
+    whole = run_plan(config, capsys, topology="h100:7")["replicated"]
     assert "embed.table embed=16" in whole
     assert run_verb(plan.main, [f"--config={config}", "--topology=h100:7"]) == 0
     assert "embed.table embed=16" in capsys.readouterr().out
@@ -493,12 +496,12 @@ def test_a_run_s_time_is_told_in_a_unit_that_can_be_read(days: float, said: str)
 
 
 # ---------------------------------------------------------------------------------------- what attention needs
-def load_on_cudnn(slots: int) -> memory_model.Load:
+def load_on_cudnn(slots: int) -> memory_model.MemoryInputs:
     config = Config()
     config.data.max_length = slots
     mesh = make_mesh(1, 1, 1, jax.devices()[:1])
     decoder = make_decoder(spec_of(num_heads=4, num_kv_heads=2, head_dim=64), 1)
-    return build.load(config, decoder, "LlamaForCausalLM", mesh, "bfloat16", "cudnn")
+    return build.memory_inputs(config, decoder, "LlamaForCausalLM", mesh, "bfloat16", "cudnn")
 
 
 @pytest.mark.parametrize("slots", [512, 4096, 16384])
@@ -507,7 +510,7 @@ def test_cudnn_s_softmax_sums_are_counted_as_jax_makes_them(slots: int, monkeypa
     rows, scoring = 3, Scoring(scale=1.0, window=None, softcap=None)
     q, k = (jax.ShapeDtypeStruct((rows, slots, heads, 64), jnp.bfloat16) for heads in (4, 2))
     segments = jax.ShapeDtypeStruct((rows, slots), jnp.int32)
-    with planned_for("9.0"):
+    with assume_compute_capability("9.0"):
         _, pull = jax.eval_shape(lambda s, *x: jax.vjp(lambda *x: cudnn(*x, s, scoring), *x), segments, q, k, k)
     sums = [x for x in jax.tree.leaves(pull) if x.dtype == jnp.float32 and x.ndim == 3]  # what is kept for backward
     (made,) = {math.prod(x.shape) * x.dtype.itemsize for x in sums}
@@ -517,7 +520,7 @@ def test_cudnn_s_softmax_sums_are_counted_as_jax_makes_them(slots: int, monkeypa
 def test_what_cudnn_takes_of_a_row_is_a_part_of_what_fits() -> None:
     def working(slots: int, attention: str, rows: int = 1) -> int:
         load = dataclasses.replace(load_on_cudnn(slots), attention=attention)
-        return memory_model.estimate(load, rows, "full").working
+        return memory_model.estimate_memory(load, rows, "full").working
 
     # 4 bytes for each of four heads, of 16,384 slots, of one sample for each 16 of them.
     sums = 4 * 4 * 16384 * 1024
@@ -525,7 +528,7 @@ def test_what_cudnn_takes_of_a_row_is_a_part_of_what_fits() -> None:
         assert working(16384, "cudnn", rows) - working(16384, "pallas", rows) == rows * sums
     load = load_on_cudnn(16384)
     kept = {
-        a: memory_model.estimate(dataclasses.replace(load, attention=a), 1, "none").activations
+        a: memory_model.estimate_memory(dataclasses.replace(load, attention=a), 1, "none").activations
         for a in ("cudnn", "pallas")
     }
     assert kept["cudnn"] - kept["pallas"] == load.decoder.spec.num_layers * sums, "every layer keeps its own"
@@ -533,8 +536,8 @@ def test_what_cudnn_takes_of_a_row_is_a_part_of_what_fits() -> None:
 
 def test_rows_are_no_more_than_attention_can_count() -> None:
     load = load_on_cudnn(2**18)  # by 4 heads of 64: 2^26 entries a row, of which 2^31 - 1 are counted
-    assert memory_model.most_rows(load, "gpu", wanted=1000) == 31
+    assert memory_model.max_useful_rows(load, "gpu", wanted=1000) == 31
     assert (
-        memory_model.most_rows(dataclasses.replace(load, attention="pallas"), "gpu", wanted=1000)
-        == memory_model.MOST_ROWS
+        memory_model.max_useful_rows(dataclasses.replace(load, attention="pallas"), "gpu", wanted=1000)
+        == memory_model.MAX_ROWS
     )

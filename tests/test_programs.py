@@ -54,7 +54,7 @@ def compile_anew() -> Iterator[Callable[[], tuple[np.ndarray, int, int]]]:
 def test_a_program_is_found_by_a_later_process_of_the_same_kind_of_machine(
     no_folder: None, compile_anew: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = compile_cache.keep(tmp_path)
+    kept = compile_cache.enable(tmp_path)
     assert kept.is_relative_to(tmp_path / "programs")
     first, hits, misses = compile_anew()
     assert (hits, misses) == (0, 1) and any(kept.iterdir())
@@ -62,13 +62,13 @@ def test_a_program_is_found_by_a_later_process_of_the_same_kind_of_machine(
     assert (hits, misses) == (1, 0) and again.tobytes() == first.tobytes()
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setattr(compile_cache, "_machine", lambda: "another")
-    assert compile_cache.keep(tmp_path) != kept
+    assert compile_cache.enable(tmp_path) != kept
     assert compile_anew()[1:] == (0, 1)
 
 
 def test_a_folder_that_the_user_gave_to_jax_stays(no_folder: None, tmp_path: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
-    assert compile_cache.keep(tmp_path) == tmp_path / "own"
+    assert compile_cache.enable(tmp_path) == tmp_path / "own"
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
 
 
@@ -76,7 +76,7 @@ def test_a_folder_that_the_user_gave_to_jax_stays(no_folder: None, tmp_path: Pat
 def test_a_damaged_program_is_compiled_anew_with_a_warning(
     damage: str, no_folder: None, compile_anew: Callable, tmp_path: Path
 ) -> None:
-    kept = compile_cache.keep(tmp_path)
+    kept = compile_cache.enable(tmp_path)
     expected, *_ = compile_anew()
     [entry] = [file for file in kept.iterdir() if file.name.endswith("-cache")]
     whole = entry.read_bytes()
@@ -125,7 +125,7 @@ PAGES = """
 import os, sys
 from mice_jax.runtime import xla_flags
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], flush=True)
-xla_flags.take_huge_pages()
+xla_flags.reexec_with_huge_pages()
 block = bytearray(64 * 2**20)
 print(sum(int(x.split()[1]) for x in open("/proc/self/smaps") if x.startswith("AnonHugePages:")))
 """
@@ -146,7 +146,7 @@ def test_a_command_starts_anew_once_for_huge_pages_as_itself() -> None:
     (first, second), _ = starts_of(plain)
     number, set_before, arguments = first.split(maxsplit=2)
     assert set_before == "None" and "--flag=a b" in arguments
-    assert second == f"{number} {xla_flags.HUGE_PAGES['GLIBC_TUNABLES']} {arguments}"
+    assert second == f"{number} {xla_flags.HUGE_PAGES_ENV['GLIBC_TUNABLES']} {arguments}"
     [only], _ = starts_of(plain | {"GLIBC_TUNABLES": "glibc.malloc.check=0"})
     assert only.split()[1] == "glibc.malloc.check=0", "the user's own is kept, and nothing starts anew"
 
@@ -159,6 +159,6 @@ SYSTEM_S = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # of three words
 )
 def test_large_blocks_lie_in_huge_pages_once_they_are_asked_for() -> None:
     none = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
-    assert starts_of(os.environ | xla_flags.HUGE_PAGES)[1] > 48 * 1024
+    assert starts_of(os.environ | xla_flags.HUGE_PAGES_ENV)[1] > 48 * 1024
     if "[madvise]" in SYSTEM_S.read_text():  # else it gives them unasked
         assert starts_of(none)[1] < 8 * 1024

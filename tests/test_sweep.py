@@ -375,7 +375,7 @@ def test_a_wrong_sweep_is_refused_in_a_sentence(body: str, told: str, tmp_path: 
 
 
 def test_a_sweep_in_a_bucket_is_refused_whatever_is_installed(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(command, "find_place", lambda name: pytest.fail("it was looked for"))
+    monkeypatch.setattr(command, "parse_path", lambda name: pytest.fail("it was looked for"))
     file = sweep_file(tmp_path, "axes={'optim.learning_rate': [1e-3]}")
     assert run_verb(sweep.main, [f"--config={file}", "--workdir=gs://bucket/sweep"]) == 2
     assert "one that its workers share as a file system" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from mice_jax.storage.workdir import Workdir
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mice_jax.workdir import Workdir
+from mice_jax.storage.workdir import Workdir
 run = Workdir(Path(sys.argv[1]))
 run.lock()
 print("held", flush=True)
@@ -99,23 +99,23 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_metrics_are_cut_to_the_steps_of_the_checkpoint(tmp_path: Path) -> None:
     file = write_lines(tmp_path, [1, 2, 3, 4, 5])
     before = file.read_text().splitlines()
-    Workdir(tmp_path).cut_metrics(3)
+    Workdir(tmp_path).truncate_metrics(3)
     assert file.read_text().splitlines() == before[:3]
-    Workdir(tmp_path).cut_metrics(3)
+    Workdir(tmp_path).truncate_metrics(3)
     assert file.read_text().splitlines() == before[:3]
-    Workdir(tmp_path).cut_metrics(0)
+    Workdir(tmp_path).truncate_metrics(0)
     assert file.read_text() == ""
 
 
 def test_half_a_line_past_the_checkpoint_is_cut_too(tmp_path: Path) -> None:
     file = write_lines(tmp_path, [1, 2], end='{"step": 3, "lo')
-    Workdir(tmp_path).cut_metrics(2)
+    Workdir(tmp_path).truncate_metrics(2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
     assert file.read_text().endswith("\n")
 
 
 def test_no_metrics_are_needed_to_start(tmp_path: Path) -> None:
-    Workdir(tmp_path).cut_metrics(0)
+    Workdir(tmp_path).truncate_metrics(0)
 
 
 @pytest.mark.parametrize("steps", [[], [1], [1, 3, 4], [2, 3, 4], [1, 1, 2, 3]])
@@ -123,7 +123,7 @@ def test_metrics_that_the_checkpoint_does_not_continue_are_refused(tmp_path: Pat
     file = write_lines(tmp_path, steps)
     before = file.read_text()
     with pytest.raises(UserError, match=r"metrics.jsonl does not hold the steps 1 to 3"):
-        Workdir(tmp_path).cut_metrics(3)
+        Workdir(tmp_path).truncate_metrics(3)
     assert file.read_text() == before
 
 

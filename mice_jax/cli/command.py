@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from mice_jax import config
 from mice_jax.config import Config, ConfigError, field_names, nearest
 from mice_jax.errors import Preempted, StoppedByRule, UserError
-from mice_jax.storage.paths import Place, find_place
+from mice_jax.storage.paths import RunPath, parse_path
 
 Values = flags.FlagValues
 HELP = {"h", "help", "helpfull"}
@@ -129,9 +129,9 @@ def required(values: Values, name: str) -> Any:
     return values[name].value
 
 
-def workdir_of(values: Values) -> Place:
+def workdir_of(values: Values) -> RunPath:
     """The folder that --workdir names, on disk or in a bucket."""
-    return find_place(required(values, "workdir"))
+    return parse_path(required(values, "workdir"))
 
 
 def find_neighbours(file: Path) -> None:

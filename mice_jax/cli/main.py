@@ -21,7 +21,7 @@ CONFIGURED = ("train", "prepare", "plan")  # whose --config is a run's
 
 def start() -> None:
     """What the installed `mice` runs."""
-    xla_flags.take_huge_pages()
+    xla_flags.reexec_with_huge_pages()
     main()
 
 

@@ -22,15 +22,15 @@ from mice_jax.config import nearest
 from mice_jax.errors import UserError, one_line
 from mice_jax.hardware import CHIPS, GPUS_OF_A_HOST, TAKEN, Chip, cpu_chip, measured_matmul, share_taken
 from mice_jax.step import Jitted, StepFunctions
-from mice_jax.training.memory_model import device_bytes, machine_memory
+from mice_jax.training.memory_model import bytes_per_device, host_memory_bytes
 from mice_jax.training.precompile import abstract_batch
 
 FUNCTIONS = ("accumulate", "apply", "evaluate", "zero_sums", "start")  # of a step, and of what comes before and beside
-COMPILERS = 2  # functions that are compiled at a time
+MAX_CONCURRENT_COMPILES = 2  # functions that are compiled at a time
 # Slices that TPUs come in, for examples; libtpu knows them all.
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-SLICES = {"v4": DEEP, "v5e": FLAT, "v5p": DEEP, "v6e": FLAT, "tpu7x": DEEP}
+SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+SLICES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+SLICES = {"v4": SLICES_3D, "v5e": SLICES_2D, "v5p": SLICES_3D, "v6e": SLICES_2D, "tpu7x": SLICES_3D}
 EXAMPLES = ("cpu:8", "v4:2x2x2", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")
 # libtpu takes a lock on the machine's TPU chips, and asks Google Cloud what they are: there is none to lock or to ask.
 WITHOUT_TPU = {
@@ -44,7 +44,7 @@ OUT_OF_MEMORY = re.compile(r"\(([0-9.]+)([KMG])\) exceeds available HBM|Used ([0
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class Topology:
     """The devices that a run is planned for."""
 
     topology: str
@@ -54,13 +54,13 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Need:
+class CompiledMemory:
     """What one device holds while a function of the step runs, in bytes."""
 
     function: str
     arguments: int  # its own, and what stays beside them
     temporary: int
-    refused: bool = False  # by the compiler, which gave what the function would need
+    out_of_memory: bool = False  # by the compiler, which gave what the function would need
 
     @property
     def total(self) -> int:
@@ -68,7 +68,7 @@ class Need:
 
 
 # ---------------------------------------------------------------------------------------- devices
-def find_target(topology: str, device_file: str = "") -> Target:
+def find_topology(topology: str, device_file: str = "") -> Topology:
     """The devices of a topology; UserError where it is none, or its compiler is not installed."""
     family, _, shape = topology.lower().partition(":")
     family = {"7x": "tpu7x", "v7x": "tpu7x"}.get(family, family)
@@ -85,13 +85,13 @@ def find_target(topology: str, device_file: str = "") -> Target:
     return _cpus(topology, int(shape)) if family == "cpu" else _gpus(topology, family, int(shape), device_file)
 
 
-def _cpus(topology: str, count: int) -> Target:
+def _cpus(topology: str, count: int) -> Topology:
     there = jax.devices("cpu")
     assert len(there) >= count, "the command asks for them before JAX starts"
-    return Target(topology, cpu_chip(count, measured_matmul(), machine_memory()), count, there[:count])
+    return Topology(topology, cpu_chip(count, measured_matmul(), host_memory_bytes()), count, there[:count])
 
 
-def _tpus(topology: str, family: str, shape: str) -> Target:
+def _tpus(topology: str, family: str, shape: str) -> Topology:
     for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
@@ -111,10 +111,10 @@ def _tpus(topology: str, family: str, shape: str) -> Target:
             f"--topology={topology} needs libtpu, TPU's compiler, which runs without a TPU: pip install "
             f"'mice_jax[aot]'. What it says here: {one_line(e)}."
         ) from None
-    return Target(topology, CHIPS[family], len(found.devices), found.devices)
+    return Topology(topology, CHIPS[family], len(found.devices), found.devices)
 
 
-def _gpus(topology: str, family: str, count: int, device_file: str) -> Target:
+def _gpus(topology: str, family: str, count: int, device_file: str) -> Topology:
     chip, devices = CHIPS[family], None
     chip = dataclasses.replace(chip, memory=chip.memory * share_taken() / TAKEN)
     if device_file and count > GPUS_OF_A_HOST and count % GPUS_OF_A_HOST:
@@ -137,11 +137,13 @@ def _gpus(topology: str, family: str, count: int, device_file: str) -> Target:
                 f"*.gpu_target_config.pbtxt under XLA_FLAGS=--xla_dump_to=DIR. What is said here: {one_line(e)}. "
                 "Without --device_file the plan is an estimate."
             ) from None
-    return Target(topology, chip, count, devices)
+    return Topology(topology, chip, count, devices)
 
 
 # ---------------------------------------------------------------------------------------- needs
-def measure(fns: StepFunctions, mesh: Mesh, chip: Chip, rows: int, slots: int, names: Sequence[str]) -> list[Need]:
+def compile_memory(
+    fns: StepFunctions, mesh: Mesh, chip: Chip, rows: int, slots: int, names: Sequence[str]
+) -> list[CompiledMemory]:
     """Compiles functions of a step for a mesh of such chips and a microbatch of `rows` by `slots` on each device.
 
     Beside a function's own arguments stays what the run holds meanwhile: the moments while a microbatch's gradients
@@ -156,14 +158,14 @@ def measure(fns: StepFunctions, mesh: Mesh, chip: Chip, rows: int, slots: int, n
         "start": (fns.start, (state.params,), sums),
     }
 
-    there = planned_for(chip.capability) if chip.capability else contextlib.nullcontext()
-    with there, ThreadPoolExecutor(COMPILERS) as pool:
-        return list(pool.map(lambda name: _need(name, *functions[name]), names))
+    there = assume_compute_capability(chip.capability) if chip.capability else contextlib.nullcontext()
+    with there, ThreadPoolExecutor(MAX_CONCURRENT_COMPILES) as pool:
+        return list(pool.map(lambda name: _compile_function(name, *functions[name]), names))
 
 
-def _need(name: str, function: Jitted, arguments: tuple, held: Any) -> Need:
+def _compile_function(name: str, function: Jitted, arguments: tuple, held: Any) -> CompiledMemory:
     """`held` is what lies beside the arguments."""
-    beside = device_bytes(held)
+    beside = bytes_per_device(held)
     try:
         memory = function.compile(*arguments).memory_analysis()
     except jax.errors.JaxRuntimeError as e:
@@ -171,15 +173,15 @@ def _need(name: str, function: Jitted, arguments: tuple, held: Any) -> Need:
             raise
         number, unit = (g for g in said.groups() if g)
         wanted = int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
-        own = device_bytes([a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)])
-        return Need(name, own + beside, max(0, wanted - own), refused=True)
+        own = bytes_per_device([a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)])
+        return CompiledMemory(name, own + beside, max(0, wanted - own), out_of_memory=True)
     made = memory.output_size_in_bytes - memory.alias_size_in_bytes  # what is not written over an argument
     temporary = memory.temp_size_in_bytes + made + memory.generated_code_size_in_bytes
-    return Need(name, memory.argument_size_in_bytes + beside, temporary)
+    return CompiledMemory(name, memory.argument_size_in_bytes + beside, temporary)
 
 
 @contextlib.contextmanager
-def planned_for(capability: str) -> Iterator[None]:
+def assume_compute_capability(capability: str) -> Iterator[None]:
     """While the context lasts, JAX takes the GPU to have this compute capability; it would ask a device otherwise."""
 
     def version(text: str) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.hardware import CHIPS, train_flops
 from mice_jax.model_source import resolve_source
 
-LOOKED_AT = 64  # steps, evenly over the run, that stand for all of them
-UTILISED = 0.4
+SAMPLED_STEPS = 64  # steps, evenly over the run, that stand for all of them
+ASSUMED_MFU = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Cost:
         return Cost(*(a + b for a, b in zip(mine, its, strict=True)))
 
     def h100_hours(self) -> float:
-        return self.flops / (UTILISED * CHIPS["h100"].peak_flops) / 3600
+        return self.flops / (ASSUMED_MFU * CHIPS["h100"].peak_flops) / 3600
 
 
 def open_data(config: Config) -> tuple[Dataset, Mixture, int]:
@@ -46,7 +46,7 @@ def open_data(config: Config) -> tuple[Dataset, Mixture, int]:
 
 def run_cost(config: Config) -> Cost:
     data, mixture, steps = open_data(config)
-    looked = np.unique(np.linspace(0, steps - 1, min(steps, LOOKED_AT)).astype(int))
+    looked = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int))
     lengths = [data.corpus.lengths[mixture.step(int(i)).samples] for i in looked]
     share = steps / len(lengths)
     spec = resolve_source(config.model.init_from).spec

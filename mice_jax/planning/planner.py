@@ -15,12 +15,12 @@ from mice_jax.config import Config
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.planning import ahead_of_time, step_time
-from mice_jax.planning.ahead_of_time import Need, Target
+from mice_jax.planning.ahead_of_time import CompiledMemory, Topology
 from mice_jax.sharding import abstract_mesh, make_mesh, mesh_sizes
 from mice_jax.training import build, memory_model, phases
 
-MOST_ROWS = 1024  # of one device that are tried
-TENSOR_WAYS = (1, 2, 4, 8)  # as links within a host, or next to each other, bear it
+MAX_ROWS = 1024  # of one device that are tried
+TENSOR_AXIS_SIZES = (1, 2, 4, 8)  # as links within a host, or next to each other, bear it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Layout:
         return dataclasses.replace(self, rows=rows)
 
 
-class Planned:
+class RunPlan:
     """A config's run on a target; no compilation but that of the run as it is begins after `deadline`."""
 
     def __init__(
@@ -49,43 +49,45 @@ class Planned:
         config: Config,
         spec: ModelSpec,
         architecture: str,
-        target: Target,
+        topology: Topology,
         *,
         samples: float,
         mean_length: float,
         deadline: float,
     ):
-        self.config, self.spec, self.target = config, spec, target
+        self.config, self.spec, self.topology = config, spec, topology
         self.samples, self.mean_length = samples, mean_length  # of a step, and tokens of each, on average
         self._architecture, self._deadline = architecture, deadline
-        self.load = functools.cache(self._load)
-        chip = target.chip
+        self.memory_inputs = functools.cache(self._memory_inputs)
+        chip = topology.chip
         self.dtype = build.compute_dtype(config, chip.platform)
         self.attention = build.attention(config, spec, chip.platform, chip.capability)
-        sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, target.count)
+        sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.count)
         rows, remat = build.rows_and_remat(
-            config, self.load(sizes), mean_length=mean_length, memory=chip.memory, platform=chip.platform
+            config, self.memory_inputs(sizes), mean_length=mean_length, memory=chip.memory, platform=chip.platform
         )
         self.layout = Layout(sizes, remat, rows)  # as `train` would have it
 
-    def _load(self, sizes: tuple[int, ...]) -> memory_model.Load:
+    def _memory_inputs(self, sizes: tuple[int, ...]) -> memory_model.MemoryInputs:
         decoder = make_decoder(self.spec, sizes[2])
         mesh = abstract_mesh(sizes)
-        return build.load(self.config, decoder, self._architecture, mesh, self.dtype, self.attention)
+        return build.memory_inputs(self.config, decoder, self._architecture, mesh, self.dtype, self.attention)
 
-    def estimate(self, layout: Layout) -> memory_model.Memory:
-        return memory_model.estimate(self.load(layout.sizes), layout.rows, layout.remat)
+    def estimate(self, layout: Layout) -> memory_model.MemoryEstimate:
+        return memory_model.estimate_memory(self.memory_inputs(layout.sizes), layout.rows, layout.remat)
 
-    def pace(self, layout: Layout) -> step_time.Pace:
-        load = self.load(layout.sizes)
-        return step_time.estimate(load, self.target.chip, layout.rows, layout.remat, self.samples, self.mean_length)
+    def step_time_of(self, layout: Layout) -> step_time.StepTime:
+        memory_inputs = self.memory_inputs(layout.sizes)
+        return step_time.estimate_step_time(
+            memory_inputs, self.topology.chip, layout.rows, layout.remat, self.samples, self.mean_length
+        )
 
-    def compile(self, layout: Layout, only: Sequence[str] = ()) -> list[Need]:
+    def compile(self, layout: Layout, only: Sequence[str] = ()) -> list[CompiledMemory]:
         """What the functions of the step need, of all or of some; nothing where there is no compiler."""
-        if self.target.devices is None:
+        if self.topology.devices is None:
             return []
         c = self.config
-        mesh = make_mesh(*layout.sizes, devices=self.target.devices)
+        mesh = make_mesh(*layout.sizes, devices=self.topology.devices)
         # When phases begin is in the program as numbers, which change nothing in its size.
         stretches = phases.stretches(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
         schedule = build.schedule(c, stretches, c.optim.max_steps or len(stretches))
@@ -94,15 +96,15 @@ class Planned:
         fns = build.step_functions(c, decoder, self._architecture, mesh, compute, schedule)
         holds_out = c.data.validation or c.data.validation_fraction or any(p.validation for p in c.data.phases)
         functions = only or [n for n in ahead_of_time.FUNCTIONS if n != "evaluate" or holds_out]
-        return ahead_of_time.measure(fns, mesh, self.target.chip, layout.rows, c.data.max_length, functions)
+        return ahead_of_time.compile_memory(fns, mesh, self.topology.chip, layout.rows, c.data.max_length, functions)
 
     # ---------------------------------------------------------------------------------------- rows
-    def largest_rows(self, needs: list[Need]) -> tuple[int, str]:
+    def largest_rows(self, needs: list[CompiledMemory]) -> tuple[int, str]:
         """The most rows that fit, and how that is known; `needs` are those of the layout as it is."""
-        layout, memory = self.layout, self.target.chip.memory
+        layout, memory = self.layout, self.topology.chip.memory
         if not needs:
-            rows = memory_model.largest_rows(self.load(layout.sizes), memory, layout.remat, MOST_ROWS)
-            return rows, f"estimated, to {memory_model.USABLE:.0%} of the memory"
+            rows = memory_model.max_fitting_rows(self.memory_inputs(layout.sizes), memory, layout.remat, MAX_ROWS)
+            return rows, f"estimated, to {memory_model.USABLE_FRACTION:.0%} of the memory"
         fixed = max(n.total for n in needs if n.function != "accumulate")
         known = {layout.rows: next(n.total for n in needs if n.function == "accumulate")}  # by rows
         if fixed > memory:
@@ -113,9 +115,9 @@ class Planned:
 
         while True:
             fitting = max((rows for rows, total in known.items() if total <= memory), default=0)
-            failing = min((rows for rows, total in known.items() if total > memory), default=MOST_ROWS + 1)
+            failing = min((rows for rows, total in known.items() if total > memory), default=MAX_ROWS + 1)
             if failing - fitting == 1:
-                more = "no more are tried" if fitting == MOST_ROWS else "one more does not fit"
+                more = "no more are tried" if fitting == MAX_ROWS else "one more does not fit"
                 return fitting, f"compiled: {more}"
             # By the arithmetic, less what it is off by where it was last seen to be off.
             nearest = min(known, key=lambda rows: min(abs(rows - fitting), abs(rows - failing)))
@@ -128,16 +130,19 @@ class Planned:
             known[rows] = self.compile(layout.with_rows(rows), ["accumulate"])[0].total
 
     # ---------------------------------------------------------------------------------------- meshes
-    def suggestions(self, needs: list[Need]) -> Iterator[tuple[str, Layout, int, str]]:
+    def suggestions(self, needs: list[CompiledMemory]) -> Iterator[tuple[str, Layout, int, str]]:
         """The layouts of the least memory and, of those that fit, of the most speed: with bytes, and whence.
 
         `needs` are those of the layout as it is.
         """
-        memory, policies = self.target.chip.memory, memory_model.fastest_first(self.target.chip.platform)
+        memory, policies = (
+            self.topology.chip.memory,
+            memory_model.remat_policies_fastest_first(self.topology.chip.platform),
+        )
         layouts = [self._fitted(sizes, remat) for sizes, remat in itertools.product(self._meshes(), policies)]
         chosen = {"least memory": min((x.with_rows(1) for x in layouts), key=lambda x: self.estimate(x).total)}
-        if fits := [x for x in layouts if self.estimate(x).total <= memory_model.USABLE * memory]:
-            chosen["most speed"] = min(fits, key=lambda x: (self.pace(x).seconds, self.estimate(x).total))
+        if fits := [x for x in layouts if self.estimate(x).total <= memory_model.USABLE_FRACTION * memory]:
+            chosen["most speed"] = min(fits, key=lambda x: (self.step_time_of(x).seconds, self.estimate(x).total))
         for name, layout in chosen.items():
             compiled = needs if layout == self.layout else []
             if not compiled and time.monotonic() <= self._deadline:
@@ -149,14 +154,14 @@ class Planned:
 
     def _meshes(self) -> Iterator[tuple[int, ...]]:
         """All whose tensor axis divides the key heads, so that none is repeated."""
-        for tensor in TENSOR_WAYS:
-            if self.target.count % tensor or self.spec.num_kv_heads % tensor:
+        for tensor in TENSOR_AXIS_SIZES:
+            if self.topology.count % tensor or self.spec.num_kv_heads % tensor:
                 continue
-            left = self.target.count // tensor
+            left = self.topology.count // tensor
             yield from ((left // fsdp, fsdp, tensor) for fsdp in range(1, left + 1) if left % fsdp == 0)
 
     def _fitted(self, sizes: tuple[int, ...], remat: str) -> Layout:
         """With the rows that `train` would take there."""
-        load, chip = self.load(sizes), self.target.chip
-        most = build.most_rows(self.config, load, self.mean_length, chip.platform)
-        return Layout(sizes, remat, max(1, memory_model.largest_rows(load, chip.memory, remat, most)))
+        memory_inputs, chip = self.memory_inputs(sizes), self.topology.chip
+        most = build.max_useful_rows(self.config, memory_inputs, self.mean_length, chip.platform)
+        return Layout(sizes, remat, max(1, memory_model.max_fitting_rows(memory_inputs, chip.memory, remat, most)))

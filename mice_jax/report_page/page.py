@@ -22,7 +22,7 @@ from mice_jax.config import Config, Phase, Source, flatten, to_dict
 from mice_jax.errors import UserError
 from mice_jax.report_page import downsample, read_runs, rule_evaluation
 from mice_jax.report_page.read_runs import Run, finite
-from mice_jax.storage.paths import write_whole
+from mice_jax.storage.paths import write_atomically
 from mice_jax.training import stop_rules
 
 REPORT = "report.html"
@@ -55,7 +55,7 @@ DEFAULTS = [
 def write(folders: Sequence[Path], output: Path) -> list[str]:
     """Writes the page of a run, a sweep or several runs; returns what could not be read."""
     data = of_sweep(folders[0]) if len(folders) == 1 and read_runs.is_sweep(folders[0]) else of_runs(folders)
-    write_whole(output, render(data, output))
+    write_atomically(output, render(data, output))
     return [f"{p['run']}: {p['text']}" if p["run"] else p["text"] for p in data["problems"]]
 
 

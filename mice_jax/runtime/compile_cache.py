@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 
-def keep(folder: Path) -> Path:
+def enable(folder: Path) -> Path:
     """Has jax keep compiled programs under `folder`, which processes may share; returns where.
 
     A folder that the user gives to jax stays ($JAX_COMPILATION_CACHE_DIR), and $JAX_ENABLE_COMPILATION_CACHE=0 keeps

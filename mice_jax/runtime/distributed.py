@@ -21,10 +21,10 @@ JOIN_S = 100  # for all processes to come together
 MEET_S = 3600  # for those that are alive to come to the same place: they may compile for long
 # What the errors say of which a lost peer is the cause, in lower case.
 LOST_PEER = ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service", "barrier timed out")
-TOLD_BYTES = 2000  # of a refusal, that the other processes are told
+MAX_MESSAGE_BYTES = 2000  # of a refusal, that the other processes are told
 
 
-def several(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> bool:
+def is_multi_process(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> bool:
     """Whether the flags, or a cluster's environment, make this one of several processes.
 
     Raises UserError where some of the flags are given and others are not.
@@ -57,9 +57,9 @@ def initialize(
         )
     elif _in_cluster():
         jax.distributed.initialize(initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S)
-    told = _told(refusal)
+    told = _allgather_text(refusal)
     if not refusal:
-        _raise_refusals(told)
+        _raise_remote_errors(told)
 
 
 def _in_cluster() -> bool:
@@ -70,22 +70,22 @@ def _in_cluster() -> bool:
     return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
-def is_lead() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
 
 
-def any_process(flag: bool) -> bool:
+def is_true_on_any_process(flag: bool) -> bool:
     """Whether the flag is set anywhere; every process must call it."""
-    return any_of(flag)[0]
+    return any_across_processes(flag)[0]
 
 
-def any_of(*flags: bool) -> list[bool]:
+def any_across_processes(*flags: bool) -> list[bool]:
     """For each flag, whether it is set anywhere; every process must call it."""
-    return np.any(_from_all(np.array(flags)), axis=0).tolist()
+    return np.any(_allgather(np.array(flags)), axis=0).tolist()
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
     """Waits for all processes, by the coordination service: what else they wait in may give up on a late one.
 
     Gloo does after 30 s, when processes first compute together, and one that finds fewer programs kept compiles longer.
@@ -93,9 +93,9 @@ def meet(where: str) -> None:
     ocp.multihost.get_barrier_sync_fn()(key=f"mice_jax_{where}", timeout_ms=MEET_S * 1000)
 
 
-def check_same(what: str, fingerprint: str) -> None:
+def assert_same_on_all_processes(what: str, fingerprint: str) -> None:
     """AgreedError where not all of them have the same fingerprint; every process must call it."""
-    digests = _from_all(np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint8))
+    digests = _allgather(np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint8))
     others = [i for i, d in enumerate(digests) if not np.array_equal(d, digests[0])]
     if others:
         raise AgreedError(
@@ -105,7 +105,7 @@ def check_same(what: str, fingerprint: str) -> None:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_processes() -> Iterator[None]:
     """What one process refuses inside, all of them refuse, with its words: so none is left waiting for another.
 
     Every process must enter and leave it, and nothing inside may wait for another process. A store that fails one of
@@ -116,29 +116,29 @@ def together() -> Iterator[None]:
         yield
     except UserError as e:
         refusal = e
-    told = _told("" if refusal is None else str(refusal))
+    told = _allgather_text("" if refusal is None else str(refusal))
     if any(told):
-        kind = StoreError if any_process(isinstance(refusal, StoreError)) else AgreedError
+        kind = StoreError if is_true_on_any_process(isinstance(refusal, StoreError)) else AgreedError
         if refusal:
             raise kind(str(refusal)) from refusal
-        _raise_refusals(told, kind)
+        _raise_remote_errors(told, kind)
 
 
-def _raise_refusals(told: list[str], kind: type[UserError] = AgreedError) -> None:
+def _raise_remote_errors(told: list[str], kind: type[UserError] = AgreedError) -> None:
     for process, text in enumerate(told):
         if text:
             raise kind(f"process {process} refused: {text}")
 
 
-def _told(text: str) -> list[str]:
+def _allgather_text(text: str) -> list[str]:
     """What each process says; every process must call it."""
-    padded = np.zeros(TOLD_BYTES, np.uint8)
-    raw = text.encode()[:TOLD_BYTES]
+    padded = np.zeros(MAX_MESSAGE_BYTES, np.uint8)
+    raw = text.encode()[:MAX_MESSAGE_BYTES]
     padded[: len(raw)] = np.frombuffer(raw, np.uint8)
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in _from_all(padded)]
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in _allgather(padded)]
 
 
-def _from_all(array: np.ndarray) -> np.ndarray:
+def _allgather(array: np.ndarray) -> np.ndarray:
     """The array of each process, stacked; every process must call it."""
     if jax.process_count() == 1:
         return array[None]
@@ -156,7 +156,7 @@ def check_devices(expected: int | None) -> None:
         )
 
 
-def abandon(error: BaseException) -> NoReturn:
+def exit_immediately(error: BaseException) -> NoReturn:
     """Ends this process of several at once, with its word: the others notice, where they would wait for a farewell."""
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
@@ -167,7 +167,7 @@ def abandon(error: BaseException) -> NoReturn:
     os._exit(error.exit_code if isinstance(error, UserError) else 1)
 
 
-def peer_is_lost(error: BaseException) -> bool:
+def is_lost_peer_error(error: BaseException) -> bool:
     """Whether an exception is what a collective, or the coordination service, makes of a process that is gone."""
     if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
         return False

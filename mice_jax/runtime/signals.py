@@ -10,10 +10,10 @@ import jax
 
 from mice_jax.errors import Preempted
 
-LEAVING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-class LeaveRequest:
+class PreemptionHandler:
     """Whether SIGTERM, SIGINT or SIGUSR1 asked this process to save and leave; a second SIGINT ends it at once.
 
     Until `start` is called there is nothing to save: one process alone leaves then and there, and one of several, whose
@@ -24,15 +24,15 @@ class LeaveRequest:
     def __init__(self) -> None:
         self.signal: str | None = None
         self._started = False
-        self._before = {number: signal.signal(number, self._ask) for number in LEAVING}
+        self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
 
-    def start(self) -> None:
+    def enable_saving(self) -> None:
         self._started = True
         if self.signal is None:
-            for number in LEAVING:
+            for number in STOP_SIGNALS:
                 signal.signal(number, self._ask)
 
-    def forget(self) -> None:
+    def restore_handlers(self) -> None:
         """Gives the signals back to whoever had them."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -41,12 +41,12 @@ class LeaveRequest:
         self.signal = signal.Signals(number).name
         if not self._started and not jax.distributed.is_initialized():
             said = f"preempted: {self.signal} before the first step: nothing is lost, run the same command to go on."
-            _leave_at_once(Preempted.exit_code, said)
+            _exit_at_once(Preempted.exit_code, said)
         said = "left at once, without saving: run the same command to go on from the last checkpoint"
-        signal.signal(signal.SIGINT, lambda number, frame: _leave_at_once(128 + number, said))
+        signal.signal(signal.SIGINT, lambda number, frame: _exit_at_once(128 + number, said))
 
 
-def _leave_at_once(code: int, said: str) -> NoReturn:
+def _exit_at_once(code: int, said: str) -> NoReturn:
     """Ends this process, as a kill would, amid a save too: what is not whole of it the next run removes."""
     for child in multiprocessing.active_children():
         child.kill()

@@ -18,7 +18,7 @@ from typing import IO
 import orbax.checkpoint as ocp
 
 from mice_jax.runtime import xla_flags
-from mice_jax.storage.paths import Place
+from mice_jax.storage.paths import RunPath
 
 CHILD = "MICE_JAX_PARENT_PIPE"  # in a child's environment: the end of a pipe that closes with its parent
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -37,7 +37,7 @@ def start_child(
     os.set_inheritable(reading, True)
     child = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env={**xla_flags.HUGE_PAGES, **os.environ, **(environment or {}), CHILD: str(reading)},
+        env={**xla_flags.HUGE_PAGES_ENV, **os.environ, **(environment or {}), CHILD: str(reading)},
         stdout=output,
         stderr=output,
         pass_fds=[reading],
@@ -50,7 +50,7 @@ def start_child(
 def run_child(
     module: str,
     arguments: Sequence[str],
-    workdir: Place,
+    workdir: RunPath,
     environment: Mapping[str, str] | None = None,
     output: IO | None = None,
 ) -> int:
@@ -66,10 +66,10 @@ def run_child(
         os.close(writing)
         for number, handler in before.items():
             signal.signal(number, handler)
-    return code if code >= 0 else _said(-code, workdir)
+    return code if code >= 0 else _report_signal(-code, workdir)
 
 
-def follow_parent() -> None:
+def exit_with_parent() -> None:
     """Ends this process as soon as its parent has ended."""
     pipe = int(os.environ[CHILD])
 
@@ -80,7 +80,7 @@ def follow_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def tell_others(place: tuple[str | None, int | None, int | None], refusal: str) -> None:
+def broadcast_startup_error(place: tuple[str | None, int | None, int | None], refusal: str) -> None:
     """Tells the other processes, which wait for this one to join them, that it will not, and why.
 
     In a process of its own: JAX aborts one that waits in vain, which must not change the exit code of this one.
@@ -91,33 +91,33 @@ def tell_others(place: tuple[str | None, int | None, int | None], refusal: str) 
     subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _said(number: int, workdir: Place) -> int:
+def _report_signal(number: int, workdir: RunPath) -> int:
     """Says which signal ended the child, and what it means."""
     if number == signal.SIGABRT:
-        return say_lost(workdir)
+        return report_lost_peer(workdir)
     name = signal.Signals(number).name
     mend = " The system kills what takes too much memory." if number == signal.SIGKILL else ""
-    print(f"error: the training process was ended by {name}.{mend} {_goes_on(workdir)}", file=sys.stderr)
+    print(f"error: the training process was ended by {name}.{mend} {_how_to_resume(workdir)}", file=sys.stderr)
     return 128 + number
 
 
-def say_lost(workdir: Place, by: str = "") -> int:
+def report_lost_peer(workdir: RunPath, by: str = "") -> int:
     """Says that a peer was lost, and by what it was noticed; 75 where there is a checkpoint to go on from, else 1."""
-    resumable = _newest(workdir) is not None
+    resumable = _newest_checkpoint(workdir) is not None
     word = "preempted" if resumable else "error"
     noticed = f" ({by})" if by else ""
-    print(f"{word}: {LOST}, so this one ended too{noticed}. {_goes_on(workdir)}", file=sys.stderr, flush=True)
+    print(f"{word}: {LOST}, so this one ended too{noticed}. {_how_to_resume(workdir)}", file=sys.stderr, flush=True)
     return 75 if resumable else 1
 
 
-def _goes_on(workdir: Place) -> str:
-    newest = _newest(workdir)
+def _how_to_resume(workdir: RunPath) -> str:
+    newest = _newest_checkpoint(workdir)
     if newest is None:
         return "There is no checkpoint yet: run the same command in every process to start anew."
     return f"The last checkpoint is {newest}; run the same command in every process to go on from it."
 
 
-def _newest(workdir: Place) -> Place | None:
+def _newest_checkpoint(workdir: RunPath) -> RunPath | None:
     folder = workdir / "checkpoints"
     steps = ocp.utils.checkpoint_steps(str(folder)) if folder.is_dir() else []
     return folder / str(max(steps)) if steps else None

@@ -18,7 +18,7 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 # Of glibc: memory comes in pages of 2 MiB. XLA takes a program's memory anew at each run: in pages of 4 KiB, 7 to
 # 28 % of a CPU's step (BUILD_NOTES.md).
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+HUGE_PAGES_ENV = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 DETERMINISTIC = {"gpu": ("--xla_gpu_deterministic_ops=true",)}  # CPU and TPU repeat themselves anyway
 
 
@@ -33,12 +33,12 @@ def set_flags(deterministic: bool) -> None:
             os.environ[variable] = " ".join([*mine, *added])
 
 
-def take_huge_pages() -> None:
+def reexec_with_huge_pages() -> None:
     """Starts this process's command anew, with the same process id, where glibc was not told of huge pages.
 
     It reads its settings once, before any Python. What the user has set is kept, and nothing starts anew.
     """
-    name = next(iter(HUGE_PAGES))
+    name = next(iter(HUGE_PAGES_ENV))
     if sys.platform == "linux" and name not in os.environ:
-        os.environ |= HUGE_PAGES
+        os.environ |= HUGE_PAGES_ENV
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -15,7 +15,7 @@ from typing import TextIO
 from etils import epath
 
 from mice_jax.errors import StoreError, UserError, one_line
-from mice_jax.storage.paths import Place, filesystem
+from mice_jax.storage.paths import RunPath, filesystem
 
 BEAT_S = 10.0  # how often the holder of a bucket's lock writes it anew
 DEAD_S = 60.0  # a lock that is not written anew for so long has no holder
@@ -23,12 +23,12 @@ LOOK_S = 1.0
 LEAVE_S = 5.0  # how long a holder that leaves waits for a sign of life under way, to a store that may be down
 
 
-def take(place: Place, say: Callable[[str], None]) -> "FolderLock | BucketLock":
+def acquire(place: RunPath, say: Callable[[str], None]) -> "FolderLock | BucketLock":
     """The lock of a run's folder; UserError where a live process has it, or where it cannot be written."""
     return FolderLock(place) if isinstance(place, Path) else BucketLock(place, say)
 
 
-def _held(place: Place, writer: str) -> UserError:
+def _held(place: RunPath, writer: str) -> UserError:
     return UserError(
         f"--workdir={place} is being written by another live process ({writer}). Wait for it, end it, or give another "
         "--workdir."

@@ -16,14 +16,14 @@ from etils import epath
 
 from mice_jax.errors import StoreError, UserError, one_line
 
-Place = Path | epath.Path
+RunPath = Path | epath.Path
 # Other processes write there too: a listing that is kept, as etils' own file system would, is soon wrong.
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
-NOT_SMALL = ("checkpoints", "tensorboard")  # what of a run's folders is not fetched
-APPEND_FROM = 1 << 20  # bytes of an object from which on only what was added to it is sent
+NOT_MIRRORED = ("checkpoints", "tensorboard")  # what of a run's folders is not fetched
+MIN_APPEND_BYTES = 1 << 20  # bytes of an object from which on only what was added to it is sent
 
 
-def find_place(name: str) -> Place:
+def parse_path(name: str) -> RunPath:
     """The place that a name stands for; UserError where it is a bucket that cannot be reached, or another kind."""
     scheme, sign, _ = name.partition("://")
     if not sign:
@@ -35,7 +35,7 @@ def find_place(name: str) -> Place:
         )
     place = epath.Path(name)
     try:
-        entries(*filesystem(place))
+        list_folder(*filesystem(place))
     except ImportError as e:
         raise UserError(f"{name} needs the package gcsfs: pip install 'mice_jax[gcs]' ({one_line(e)}).") from e
     except Exception as e:  # each store, and each way to its keys, raises its own
@@ -43,11 +43,11 @@ def find_place(name: str) -> Place:
     return place
 
 
-def is_remote(place: Place) -> bool:
+def is_remote(place: RunPath) -> bool:
     return not isinstance(place, Path)
 
 
-def write_whole(file: Place, text: str) -> None:
+def write_atomically(file: RunPath, text: str) -> None:
     """Writes a file whole or not at all, as a bucket does by itself."""
     if isinstance(file, Path):
         partial = file.with_name(f".{file.name}.partial")
@@ -57,7 +57,7 @@ def write_whole(file: Place, text: str) -> None:
         file.write_text(text)
 
 
-def move(folder: Place, to: Place) -> None:
+def move(folder: RunPath, to: RunPath) -> None:
     """Gives a folder another name; in a bucket object by object, so a move that is cut short leaves some in each."""
     if isinstance(folder, Path):
         to.parent.mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def move(folder: Place, to: Place) -> None:
         fs.mv(root, filesystem(to)[1], recursive=True)
 
 
-def objects(folder: Place) -> dict[str, tuple[int, str]]:
+def list_objects(folder: RunPath) -> dict[str, tuple[int, str]]:
     """For each object of a bucket's folder, by its name in there, its size and the store's own checksum of it."""
     fs, root = filesystem(folder)
     try:
@@ -81,15 +81,15 @@ def objects(folder: Place) -> dict[str, tuple[int, str]]:
     }
 
 
-def fetched(place: Place) -> Path:
+def download_small_files(place: RunPath) -> Path:
     """A new folder here with a run's small files; it goes with the process."""
     folder = Path(tempfile.mkdtemp(prefix="mice_jax_run_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    fetch(place, folder)
+    copy_small_files(place, folder)
     return folder
 
 
-def fetch(place: Place, folder: Path) -> None:
+def copy_small_files(place: RunPath, folder: Path) -> None:
     """Copies a run's small files from a bucket into a folder; StoreError where it cannot be read."""
     fs, root = filesystem(place)
     try:
@@ -101,7 +101,7 @@ def fetch(place: Place, folder: Path) -> None:
         raise StoreError(f"{place} cannot be read: {one_line(e)}.") from e
 
 
-def entries(fs: Any, root: str) -> list[dict[str, Any]]:
+def list_folder(fs: Any, root: str) -> list[dict[str, Any]]:
     """What a bucket's folder holds. None is no folder; a store that is down raises, where `exists` would say no."""
     try:
         return fs.ls(root, detail=True)
@@ -109,7 +109,7 @@ def entries(fs: Any, root: str) -> list[dict[str, Any]]:
         return []
 
 
-def put(place: Place, file: str, content: bytes, there: int) -> None:
+def upload(place: RunPath, file: str, content: bytes, there: int) -> None:
     """Writes an object of a folder, of which the first `there` bytes are there already, 0 where they are not.
 
     Where that is much, only what is new is sent, and the store puts it behind the rest. It does so to the generation
@@ -117,7 +117,7 @@ def put(place: Place, file: str, content: bytes, there: int) -> None:
     """
     fs, root = filesystem(place)
     name = f"{root}/{file}"
-    known = fs.info(name) if there >= APPEND_FROM else {}
+    known = fs.info(name) if there >= MIN_APPEND_BYTES else {}
     if not known or int(known["size"]) != there:
         fs.pipe_file(name, content)
         return
@@ -135,16 +135,16 @@ def put(place: Place, file: str, content: bytes, there: int) -> None:
 def _small(fs: Any, root: str) -> list[str]:
     """The objects of a folder and of those below that are not among NOT_SMALL, which may hold thousands."""
     names: list[str] = []
-    for entry in entries(fs, root):
+    for entry in list_folder(fs, root):
         name = entry["name"].rstrip("/")
         if entry["type"] == "file":
             names.append(name)
-        elif name != root and os.path.basename(name) not in NOT_SMALL:
+        elif name != root and os.path.basename(name) not in NOT_MIRRORED:
             names += _small(fs, name)
     return names
 
 
-def filesystem(place: Place) -> tuple[Any, str]:
+def filesystem(place: RunPath) -> tuple[Any, str]:
     """fsspec's file system of a bucket's path, which remembers no listing, and the path in it."""
     fs, path = fsspec.core.url_to_fs(str(place))
     fs.invalidate_cache()

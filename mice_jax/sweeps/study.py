@@ -31,7 +31,7 @@ from sqlalchemy import exc as sql_exc
 
 from mice_jax.config import Config, Range, Sweep, differences, locate, to_dict
 from mice_jax.errors import UserError, one_line
-from mice_jax.storage.paths import write_whole
+from mice_jax.storage.paths import write_atomically
 from mice_jax.storage.workdir import RESULTS
 from mice_jax.training import stop_rules
 from mice_jax.training.stop_monitor import Trial, read_records, rule_fields
@@ -220,7 +220,7 @@ class Study:
         for params in fixed[len(self.trials()) :]:
             self.study.enqueue_trial(params)
         if not file.exists():
-            write_whole(file, json.dumps(known, indent=2) + "\n")
+            write_atomically(file, json.dumps(known, indent=2) + "\n")
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -261,7 +261,7 @@ class Study:
         file = folder / "config.py"
         named = ", ".join(f"{k}={v}" for k, v in params.items())
         made = config_of(self.sweep, params)
-        write_whole(file, CONFIG_FILE.format(number=number, folder=self.folder, params=named, config=made))
+        write_atomically(file, CONFIG_FILE.format(number=number, folder=self.folder, params=named, config=made))
         return file
 
     def _draw(self, trial: optuna.trial.Trial) -> dict[str, Any]:
@@ -375,7 +375,7 @@ class Study:
             writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-            write_whole(self.folder / RESULTS, text.getvalue())
+            write_atomically(self.folder / RESULTS, text.getvalue())
 
 
 def status_of(trial: FrozenTrial) -> str:

@@ -73,11 +73,11 @@ def optimizer(config: Config, decoder: Decoder, architecture: str) -> tuple[opta
     return made, trained
 
 
-def load(
+def memory_inputs(
     config: Config, decoder: Decoder, architecture: str, mesh: Mesh | AbstractMesh, dtype: str, attention: str
-) -> memory_model.Load:
+) -> memory_model.MemoryInputs:
     """What a run lays on one device, by which rows and remat are chosen."""
-    return memory_model.Load(
+    return memory_model.MemoryInputs(
         decoder,
         lay_out(decoder, optimizer(config, decoder, architecture)[0], mesh),
         mesh,
@@ -90,7 +90,7 @@ def load(
 
 def rows_and_remat(
     config: Config,
-    load: memory_model.Load,
+    inputs: memory_model.MemoryInputs,
     *,
     mean_length: float,
     memory: float,
@@ -104,19 +104,19 @@ def rows_and_remat(
     recorded, remat = recorded or {}, config.model.remat
     if remat == "auto":
         remat = recorded.get("remat", "auto")
-    return memory_model.choose(
-        load,
+    return memory_model.choose_rows_and_remat(
+        inputs,
         memory,
         rows=config.train.rows_per_device or recorded.get("rows_per_device", 0),
-        policies=memory_model.fastest_first(platform) if remat == "auto" else (remat,),
-        most=most_rows(config, load, mean_length, platform),
+        policies=memory_model.remat_policies_fastest_first(platform) if remat == "auto" else (remat,),
+        most=max_useful_rows(config, inputs, mean_length, platform),
     )
 
 
-def most_rows(config: Config, load: memory_model.Load, mean_length: float, platform: str) -> int:
+def max_useful_rows(config: Config, inputs: memory_model.MemoryInputs, mean_length: float, platform: str) -> int:
     """Rows of one device beyond which a microbatch is no faster, or a step of such samples has no more."""
-    wanted = mean_length * config.optim.batch_size / (config.data.max_length * num_shards(load.mesh))
-    return memory_model.most_rows(load, platform, wanted)
+    wanted = mean_length * config.optim.batch_size / (config.data.max_length * num_shards(inputs.mesh))
+    return memory_model.max_useful_rows(inputs, platform, wanted)
 
 
 def schedule(config: Config, stretches: Sequence[Stretch], horizon: int) -> Schedule:

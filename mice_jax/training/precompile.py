@@ -12,19 +12,18 @@ from mice_jax.data.packing import Shape
 from mice_jax.sharding import batch_sharding, num_shards
 from mice_jax.step import Batch, StepFunctions
 
-PLANNED_AHEAD = 2_000_000  # samples whose steps are planned before the first, about two seconds
+MAX_PLANNED_SAMPLES = 2_000_000  # samples whose steps are planned before the first, about two seconds
 
 
-def shapes_ahead(steps: StepSource, start: int, stop: int) -> list[Shape]:
+def shapes_to_compile(steps: StepSource, start: int, stop: int) -> list[Shape]:
     """The microbatch shapes of steps number `start` up to `stop`, largest first.
 
-    Only the steps of the first PLANNED_AHEAD samples are looked at: beyond them, a shape that none of them needed may
-    still come up.
+    Only the steps of the first MAX_PLANNED_SAMPLES samples are planned. A later step may still need another shape.
     """
     shapes: set[Shape] = set()
     samples = 0
     for i in range(start, stop):
-        if samples > PLANNED_AHEAD:
+        if samples > MAX_PLANNED_SAMPLES:
             break
         plan = steps.plan(i)
         shapes |= {m.shape for m in plan}
@@ -32,7 +31,7 @@ def shapes_ahead(steps: StepSource, start: int, stop: int) -> list[Shape]:
     return sorted(shapes, key=steps.shapes.index)
 
 
-def compile_ahead(
+def compile_step_functions(
     fns: StepFunctions, trained: Iterable[Shape], evaluated: Iterable[Shape], mesh: Mesh, *, resets: bool
 ) -> float:
     """Compiles what steps and evaluations run on microbatches of these shapes; returns the seconds it took.

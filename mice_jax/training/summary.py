@@ -33,7 +33,7 @@ def table(
     stretches: list[Stretch],
     start: int,
     compute: Compute,
-    load: memory_model.Load,
+    load: memory_model.MemoryInputs,
     memory: int,
 ) -> Table:
     """Model, mesh, data, step, memory, schedule, run: what a person wants to know before it is done."""
@@ -48,7 +48,7 @@ def table(
         "data": _data(data),
         "step": _step(config, steps, total_steps),
         "compute": f"{jnp.dtype(compute.dtype).name}, {compute.attention} attention, remat {compute.remat}",
-        "memory": _memory(memory_model.estimate(load, steps.shapes[0].rows, compute.remat), memory),
+        "memory": _memory(memory_model.estimate_memory(load, steps.shapes[0].rows, compute.remat), memory),
         "optimizer": _optimizer(config),
         "run": f"{total_steps:,} steps" + (f", resumed after step {start:,}" if start else ""),
     }
@@ -84,7 +84,7 @@ def _step(config: Config, steps: StepSource, total_steps: int) -> str:
     )
 
 
-def _memory(needed: memory_model.Memory, there: int) -> str:
+def _memory(needed: memory_model.MemoryEstimate, there: int) -> str:
     state = needed.resident + needed.gradients
     return (
         f"about {_size(needed.total)} a device ({_size(state)} parameters, moments and gradients, "

@@ -25,7 +25,7 @@ from make_data import PHASES, Entry, clip, make_data, read_documentation, train_
 from demo import Model
 from mice_jax import sweep, train
 from mice_jax.cli import command
-from mice_jax.storage.paths import write_whole
+from mice_jax.storage.paths import write_atomically
 from mice_jax.sweeps.study import read_summary
 from page import ANSWERS, SWEEPS, write_page
 
@@ -68,7 +68,7 @@ def ask(swept: Path, data: Path) -> None:
         model = model or Model(run)
         model.load(run)
         right = {p: model.exact_match(data / f"{p}.heldout.jsonl", count=None) for p in ("instructions", "skills")}
-        write_whole(run / ANSWERS, json.dumps(right) + "\n")
+        write_atomically(run / ANSWERS, json.dumps(right) + "\n")
 
 
 def prepare(folder: Path) -> None:

@@ -35,7 +35,7 @@ TIMES = ("tokens_per_s", "mfu", "step_time_s")  # of metrics.jsonl: what no two 
 DEPRECATED = ["the load_module.. method is deprecated"]  # ml_collections reads config files with it, until 3.12
 
 # Variables for the commands that tests start; conftest.py has set the others in this process.
-ENVIRONMENT = dict(xla_flags.HUGE_PAGES)  # so that none of them executes itself again for huge pages
+ENVIRONMENT = dict(xla_flags.HUGE_PAGES_ENV)  # so that none of them executes itself again for huge pages
 
 Record = dict[str, Any]
 
