@@ -8,7 +8,8 @@ from helpers.runs import REPOSITORY, place_flags
 
 AGREE = """
 import sys
-from mice_jax import command, distributed
+from mice_jax.cli import command
+from mice_jax.runtime import distributed
 from mice_jax.errors import UserError
 have, *place = sys.argv[1:]
 distributed.initialize(*command.place_of(place))
