@@ -11,6 +11,12 @@ line for each is in the run's eval_scores.jsonl. What was scored before, with th
 mt_bench is not the harness's: a judge grades the answers, which are kept beside the output (docs/mt_bench.md).
 """
 
+from mice_jax.cli import command
+
+if __name__ == "__main__":
+    command.before_imports("evaluate")  # --help and wrong flags need none of the imports below, which take seconds
+
+# isort: split
 import functools
 import hashlib
 import json
@@ -22,13 +28,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mice_jax.checkpoint import Checkpoints
-from mice_jax.cli import command
+from mice_jax.cli.flags import define_evaluate
 from mice_jax.cli.progress_display import Display
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.tokenizer import load_tokenizer
@@ -54,31 +59,6 @@ from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import RunPath, write_atomically
 from mice_jax.storage.workdir import DIRECTIONS, SCORES
-
-
-def define(values: command.Values, argv: list[str]) -> None:
-    flags.DEFINE_string("model", None, "Hugging Face folder, or folder of a run", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint of a run; default the newest", flag_values=values)
-    flags.DEFINE_bool("all_checkpoints", False, "score every checkpoint of a run", flag_values=values)
-    flags.DEFINE_list("tasks", [], "names of tasks or groups, with commas between", flag_values=values)
-    flags.DEFINE_string("include_path", "", "folder with YAML files of tasks of one's own", flag_values=values)
-    flags.DEFINE_string("output", None, "results, F.json", flag_values=values)
-    shots = "examples in a prompt; default as the task says, and 5 for mmlu"
-    flags.DEFINE_integer("num_fewshot", None, shots, flag_values=values)
-    limit = "of each task only so many documents, or below 1 that fraction: to try things out"
-    flags.DEFINE_float("limit", None, limit, flag_values=values)
-    flags.DEFINE_bool("apply_chat_template", False, "ask in the tokenizer's chat template", flag_values=values)
-    multiturn = "examples as turns of the conversation; default as apply_chat_template"
-    flags.DEFINE_bool("fewshot_as_multiturn", None, multiturn, flag_values=values)
-    flags.DEFINE_string("system_instruction", None, "what each prompt begins with", flag_values=values)
-    flags.DEFINE_bool("log_samples", False, "each document with its requests and answers too", flag_values=values)
-    flags.DEFINE_string(
-        "chat_template", "", "F.jinja or a built-in one's name, not the tokenizer's own", flag_values=values
-    )
-    flags.DEFINE_string("compute_dtype", "auto", "float32, bfloat16 or auto (float32 on CPU only)", flag_values=values)
-    flags.DEFINE_integer("batch_size", 16, "how many answers are written at once (16)", flag_values=values)
-    mt_bench.define(values)
-    command.define_distributed(values)
 
 
 def evaluate(values: command.Values) -> None:
@@ -341,7 +321,7 @@ def _best(name: str, lines: list[dict[str, Any]], higher: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(__doc__, define, evaluate, sys.argv[1:] if argv is None else argv)
+    return command.run(__doc__, define_evaluate, evaluate, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,12 @@
 The dtype is that of the weights the run started from, unless --dtype says float32 or bfloat16.
 """
 
+from mice_jax.cli import command
+
+if __name__ == "__main__":
+    command.before_imports("export")  # --help and wrong flags need none of the imports below, which take seconds
+
+# isort: split
 import json
 import shutil
 import sys
@@ -13,10 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax.cli import command
+from mice_jax.cli.flags import define_export
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.model_source import load_params, resolve_source, stop_ids
@@ -25,13 +30,6 @@ from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
 
 DTYPES = ("float32", "bfloat16")
-
-
-def define(values: command.Values, argv: list[str]) -> None:
-    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_string("output", None, "folder to write; it must not hold anything yet", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint to export; default the newest", flag_values=values)
-    flags.DEFINE_string("dtype", None, "float32 or bfloat16; default as in init_from", flag_values=values)
 
 
 def export(values: command.Values) -> None:
@@ -71,7 +69,7 @@ def _generation_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(__doc__, define, export, sys.argv[1:] if argv is None else argv)
+    return command.run(__doc__, define_export, export, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,12 @@ that of the input with its "response", and "stopped": whether the model ended it
 already is continued after its last whole line, by the same model and settings (OUTPUT.settings.json).
 """
 
+from mice_jax.cli import command
+
+if __name__ == "__main__":
+    command.before_imports("generate")  # --help and wrong flags need none of the imports below, which take seconds
+
+# isort: split
 import dataclasses
 import json
 import sys
@@ -17,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
 from rich.console import Console
 
-from mice_jax.cli import command
+from mice_jax.cli.flags import DEFAULT_MAX_NEW_TOKENS, define_generate
 from mice_jax.cli.progress_display import Display
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
@@ -45,34 +50,8 @@ from mice_jax.sharding import make_mesh, param_shardings
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import write_atomically
 
-MAX_NEW_TOKENS = 256
 DRAWN = ("temperature", "top_p", "top_k")
 ADDED = ("response", "stopped")  # what an output's line has besides its input's
-
-
-def define(values: command.Values, argv: list[str]) -> None:
-    flags.DEFINE_string("model", None, "Hugging Face folder, or folder of a run", flag_values=values)
-    flags.DEFINE_integer("step", None, "checkpoint of a run; default the newest", flag_values=values)
-    flags.DEFINE_string("prompt", None, "what the user says; the answer is printed", flag_values=values)
-    flags.DEFINE_string("input", None, "questions, F.jsonl", flag_values=values)
-    flags.DEFINE_string("output", None, "answers to --input, F.jsonl", flag_values=values)
-    flags.DEFINE_string("system", None, "system message of a conversation that has none", flag_values=values)
-    longest = f"an answer is cut here ({MAX_NEW_TOKENS}, or half of the model's positions if they are few)"
-    flags.DEFINE_integer("max_new_tokens", None, longest, flag_values=values)
-    flags.DEFINE_multi_string("stop", [], "a text that ends answers", flag_values=values)
-    folder = f"default as {FILE} says, else"
-    flags.DEFINE_float("temperature", None, f"0 takes the likeliest token each time; {folder} 0", flag_values=values)
-    nucleus = f"draw from the likeliest that hold this probability; {folder} 1"
-    flags.DEFINE_float("top_p", None, nucleus, flag_values=values)
-    flags.DEFINE_integer(
-        "top_k", None, f"draw from this many of the likeliest, 0 = all; {folder} 0", flag_values=values
-    )
-    flags.DEFINE_integer("seed", 0, "of the draws (0)", flag_values=values)
-    flags.DEFINE_string("compute_dtype", "auto", "float32, bfloat16 or auto (float32 on CPU only)", flag_values=values)
-    flags.DEFINE_string(
-        "chat_template", "", "F.jinja or a built-in one's name, not the tokenizer's own", flag_values=values
-    )
-    flags.DEFINE_integer("batch_size", 16, "how many lines of --input are answered at once (16)", flag_values=values)
 
 
 def generate(values: command.Values) -> None:
@@ -81,7 +60,7 @@ def generate(values: command.Values) -> None:
     origin = resolve_model(command.required(values, "model"), values.step)
     max_new_tokens = values.max_new_tokens
     if max_new_tokens is None:
-        max_new_tokens = min(MAX_NEW_TOKENS, origin.spec.max_positions // 2)
+        max_new_tokens = min(DEFAULT_MAX_NEW_TOKENS, origin.spec.max_positions // 2)
     if values.prompt is not None and values.input is not None:
         raise UserError("--prompt and --input are both given; give one of them.")
     if (values.input is None) != (values.output is None):
@@ -373,7 +352,7 @@ def _asks(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(__doc__ or "", define, generate, sys.argv[1:] if argv is None else argv)
+    return command.run(__doc__, define_generate, generate, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

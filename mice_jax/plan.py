@@ -8,6 +8,12 @@ The functions of the real step are compiled ahead of time for the topology: TPU 
 Memory is what XLA says; time and cost are arithmetic. docs/plan.md says how to read it.
 """
 
+from mice_jax.cli import command
+
+if __name__ == "__main__":
+    command.before_imports("plan")  # --help and wrong flags need none of the imports below, which take seconds
+
+# isort: split
 import contextlib
 import dataclasses
 import json
@@ -18,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mice_jax.cli import command
+from mice_jax.cli.flags import define_plan
 from mice_jax.config import Config
 from mice_jax.data import statistics
 from mice_jax.data.readers import open_source
@@ -45,17 +50,6 @@ READ_BYTES = 16 * 2**20  # of data: more is not read for a plan
 MEAN_LENGTH = 512  # tokens a sample, where nothing is known
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 WIDTH = 160  # of tables in a file or a pipe
-
-
-def define(values: command.Values, argv: list[str]) -> None:
-    command.define_config(values, argv)
-    flags.DEFINE_string("topology", None, "cpu:N, v5p:2x2x2, h100:8, ...", flag_values=values)
-    flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
-    minutes = "after which no other rows or meshes are compiled, but estimated"
-    flags.DEFINE_float("compile_minutes", 3.0, minutes, lower_bound=0.0, flag_values=values)
-    flags.DEFINE_float("price_per_hour", 0.0, "of one chip, for the cost", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_float("mean_length", 0.0, "tokens a sample; 0 = of the data", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_string("device_file", "", "an NVIDIA GPU's *.gpu_target_config.pbtxt", flag_values=values)
 
 
 def plan(values: command.Values) -> None:
@@ -327,7 +321,7 @@ def _size(count: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(__doc__, define, plan, sys.argv[1:] if argv is None else argv)
+    return command.run(__doc__, define_plan, plan, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,23 @@
 --output=F.json writes all of it as data_report.json has it.
 """
 
+from mice_jax.cli import command
+
+if __name__ == "__main__":
+    command.before_imports("prepare")  # --help and wrong flags need none of the imports below, which take seconds
+
+# isort: split
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mice_jax.cli import command
+from mice_jax.cli.flags import define_prepare
 from mice_jax.cli.progress_display import Display
 from mice_jax.config import Config
 from mice_jax.data import statistics
@@ -34,14 +39,6 @@ from mice_jax.errors import UserError
 from mice_jax.model_source import resolve_source
 
 WIDTH = 160  # of tables in a file or a pipe
-
-
-def define(values: command.Values, argv: list[str]) -> None:
-    command.define_config(values, argv)
-    flags.DEFINE_integer("inspect", 0, "samples of each phase to show", lower_bound=0, flag_values=values)
-    flags.DEFINE_bool("ids", False, "show them token by token, with their ids", flag_values=values)
-    flags.DEFINE_bool("report", False, "show lengths, copies, epochs and packing too", flag_values=values)
-    flags.DEFINE_string("output", None, "a file for the report, as JSON", flag_values=values)
 
 
 def prepare(values: command.Values) -> None:
@@ -128,7 +125,7 @@ def _inspect(config: Config, data: Dataset, encoder: ChatEncoder, count: int, id
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(__doc__, define, prepare, sys.argv[1:] if argv is None else argv)
+    return command.run(__doc__, define_prepare, prepare, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -8,27 +8,25 @@ The page holds all that it shows: it opens from disk, without a network. It is r
 folder, or of several runs in this one, where --output names no other file. A run that goes on is shown as far as it is.
 """
 
+from mice_jax.cli import command
+
+if __name__ == "__main__":
+    command.before_imports("report")  # --help and wrong flags need none of the imports below, which take seconds
+
+# isort: split
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
 from rich.console import Console
 from rich.markup import escape
 
-from mice_jax.cli import command
+from mice_jax.cli.flags import define_report
 from mice_jax.errors import UserError
 from mice_jax.report_page import page, read_runs
 from mice_jax.storage.paths import download_small_files, parse_path
 
 SHOWN = 10  # of the things that could not be read
-
-
-def define(values: command.Values, argv: list[str]) -> None:
-    flags.DEFINE_list(
-        "workdir", None, "folder of a run or of a sweep; or several runs, with commas", flag_values=values
-    )
-    flags.DEFINE_string("output", None, "the page, F.html", flag_values=values)
 
 
 def begin(values: command.Values) -> None:
@@ -72,7 +70,7 @@ def _output(values: command.Values, folders: list[Path]) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(__doc__, define, begin, sys.argv[1:] if argv is None else argv)
+    return command.run(__doc__, define_report, begin, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,12 @@ Workers on other machines that reach the same folder share the work: give each -
 make up each trial's mesh: give each --coordinator_address, --num_processes and --process_id, as to mice train.
 """
 
+from mice_jax.cli import command
+
+if __name__ == "__main__":
+    command.before_imports("sweep")  # --help and wrong flags need none of the imports below, which take seconds
+
+# isort: split
 import dataclasses
 import os
 import runpy
@@ -21,7 +27,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags
 from optuna.trial import FrozenTrial
 from rich import box
 from rich.console import Console, Group
@@ -31,7 +36,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mice_jax.cli import command
+from mice_jax.cli.config_file import allow_imports_next_to
+from mice_jax.cli.flags import define_sweep
 from mice_jax.config import ConfigError, Sweep
 from mice_jax.errors import Preempted, UserError
 from mice_jax.planning import cost
@@ -49,16 +55,6 @@ FREE_S = 60.0  # how long a dead worker's run may take to let go of its folder
 COLOURS = {"completed": "green", "stopped": "yellow", "failed": "red", "running": "cyan"}
 ASKED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # the code of a trial that was, before it could answer by saving
 TRIES = 3  # starts of a trial's process that get no further than those before
-
-
-def define(values: command.Values, argv: list[str]) -> None:
-    flags.DEFINE_string("config", None, "FILE.py[:arg] that defines get_sweep(arg)", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder of the sweep", flag_values=values)
-    flags.DEFINE_integer("workers", 1, "trials at a time, each on its share of devices", 1, flag_values=values)
-    flags.DEFINE_bool("worker", False, "be one more worker of a sweep, and end with it", flag_values=values)
-    flags.DEFINE_string("storage", "", "the study's database, an Optuna URL; SQLite if none", flag_values=values)
-    command.define_distributed(values)
-    flags.DEFINE_bool("dry_run", False, "print the trials, their steps and cost, and end", flag_values=values)
 
 
 def begin(values: command.Values) -> int | None:
@@ -106,7 +102,7 @@ def load_sweep(named: str) -> Sweep:
     file, _, arg = (named, "", "") if Path(named).exists() else named.partition(":")
     if not Path(file).is_file():
         raise UserError(f"--config: there is no file {file}.")
-    command.find_neighbours(Path(file))
+    allow_imports_next_to(Path(file))
     try:
         get_sweep = runpy.run_path(file).get("get_sweep")
         made = get_sweep(arg) if get_sweep else None
@@ -380,7 +376,7 @@ class _Screen:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
-    return command.run(__doc__, define, begin, arguments)
+    return command.run(__doc__, define_sweep, begin, arguments)
 
 
 if __name__ == "__main__":

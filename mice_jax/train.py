@@ -7,10 +7,10 @@ The same command again resumes the run. It leaves in the workdir: config.json, d
 line a step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and summary.json.
 """
 
-from mice_jax.runtime import xla_flags
+from mice_jax.cli import command
 
 if __name__ == "__main__":
-    xla_flags.reexec_with_huge_pages()  # before the imports below, which take seconds
+    command.before_imports("train")  # --help and wrong flags need none of the imports below, which take seconds
 
 # isort: split
 import dataclasses
@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mice_jax import hardware, metrics, trackers
 from mice_jax.checkpoint import Checkpoints
-from mice_jax.cli import command
+from mice_jax.cli.flags import define_train
 from mice_jax.cli.progress_display import Display
 from mice_jax.config import Config, differences, identity, nearest, to_dict
 from mice_jax.data import statistics
@@ -50,7 +50,7 @@ from mice_jax.inference.generation_config import GenerationDefaults
 from mice_jax.model_source import ModelSource, load_params, resolve_source, stop_ids, with_vocabulary
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
-from mice_jax.runtime import compile_cache, distributed, signals, watchdog
+from mice_jax.runtime import compile_cache, distributed, signals, watchdog, xla_flags
 from mice_jax.runtime.precision import multiply_in
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_steps
 from mice_jax.step import StepFunctions, TrainState
@@ -67,12 +67,6 @@ MEASURED = (
     "samples", "tokens", "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s",
 )  # fmt: skip
 SPLIT_EVERY = 8  # of so many steps, one that is a single microbatch is split in two, to measure the gradient's noise
-
-
-def define(values: command.Values, argv: list[str]) -> None:
-    command.define_config(values, argv)
-    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    command.define_distributed(values)
 
 
 def begin(arguments: Sequence[str], values: command.Values) -> int | None:
@@ -207,7 +201,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.P
             resolved = _place(mesh) | {"compute_dtype": dtype, "rows_per_device": rows, "remat": remat}
             run.log_event("resumed" if restored else "started", start)
             resolved |= {"attention": attention, "today": str(encoder.today)}
-            made_by = command.made_by(values) | code_state()
+            made_by = command.config_provenance(values) | code_state()
             run.write_json("config.json", to_dict(config) | {"resolved": resolved, "provenance": made_by})
             whole = statistics.with_steps(data.report, steps, total_steps)
             run.write_json("data_report.json", whole)
@@ -528,7 +522,7 @@ def _refuse(arguments: Sequence[str], error: Exception) -> None:
     if watchdog.is_child():  # it has joined them
         return
     try:
-        place = command.place_of(arguments)
+        place = command.processes_of(arguments)
         others = distributed.is_multi_process(*place)
     except (UserError, flags.Error):  # it cannot be told where they are
         return
@@ -539,7 +533,7 @@ def _refuse(arguments: Sequence[str], error: Exception) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     return command.run(
-        __doc__, define, functools.partial(begin, arguments), arguments, functools.partial(_refuse, arguments)
+        __doc__, define_train, functools.partial(begin, arguments), arguments, functools.partial(_refuse, arguments)
     )
 
 

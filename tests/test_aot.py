@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import pytest
 
 from helpers.runs import REPOSITORY
-from mice_jax.cli.command import find_neighbours
+from mice_jax.cli.config_file import allow_imports_next_to
 from mice_jax.planning import ahead_of_time
 from mice_jax.sharding import make_mesh
 from mice_jax.step import Jitted
@@ -58,7 +58,7 @@ def pairs() -> list[Pair]:
     for file in sorted(FOLDER.glob("*.py"), key=lambda f: (f.stem != "recipes", f.stem)):
         if file.stem.startswith("paper_"):
             continue
-        find_neighbours(file)
+        allow_imports_next_to(file)
         made = runpy.run_path(str(file))
         told = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("Topology: ")[2].partition("\n")[0]
         for variant in made["VARIANTS"]:

@@ -215,7 +215,7 @@ def test_a_bad_config_file_is_told(name: str, folder: Path, capsys: pytest.Captu
 
 def test_a_config_that_is_not_there_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "run.py").unlink()
-    assert f"there is no file {folder}/run.py" in refused(train(folder), capsys)
+    assert f"the file {folder}/run.py does not exist" in refused(train(folder), capsys)
 
 
 def test_a_missing_flag_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
-"""Flags, overrides, help and exit codes, as every verb has them."""
+"""Flags, overrides, help and exit codes, which all commands share."""
 
 import importlib
-import runpy
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,33 +10,37 @@ from typing import Any
 import pytest
 from absl import flags
 
+import mice_jax
 from helpers.runs import DEPRECATED, write_config
 from mice_jax.cli import command, main
+from mice_jax.cli.flags import COMMANDS, define_config
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import Preempted, StoppedByRule, UserError
 from mice_jax.runtime import watchdog
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning") for message in DEPRECATED]
-VERBS = sorted(main.VERBS)
+pytestmark = [
+    pytest.mark.smoke,
+    *(pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning") for message in DEPRECATED),
+]
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
+def config_file(tmp_path: Path) -> Path:
     body = "c.seed = int(arg or 0)\nc.data.validation = [Source(path='v.jsonl')]"
     return write_config(tmp_path / "run.py", tmp_path / "a.jsonl", tmp_path / "init", body)
 
 
 def parse(*argv: str) -> Config:
-    """The config that a verb gets; fails where the verb would not have begun."""
+    """The config that a command gets."""
     got: list[Config] = []
-    code = command.run("doc", command.define_config, lambda v: got.append(command.config_of(v)), list(argv))
+    code = command.run("doc", define_config, lambda v: got.append(command.config_of(v)), list(argv))
     assert code == 0
     return got[0]
 
 
-def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The paragraph that a verb ends with, which is all it says."""
-    code = command.run("doc", command.define_config, lambda v: command.config_of(v), list(argv))
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The error paragraph of a command, which prints nothing else."""
+    code = command.run("doc", define_config, lambda v: command.config_of(v), list(argv))
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
@@ -62,30 +67,30 @@ def refuse(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("data.validation[0].path=w.jsonl", lambda c: c.data.validation[0].path, "w.jsonl"),
     ],
 )
-def test_an_override_sets_its_field_in_the_field_s_own_type(file: Path, override: str, get: Any, value: Any) -> None:
-    got = get(parse(f"--config={file}", f"--config.{override}"))
+def test_an_override_has_the_type_of_its_field(config_file: Path, override: str, get: Any, value: Any) -> None:
+    got = get(parse(f"--config={config_file}", f"--config.{override}"))
     assert (got, type(got)) == (value, type(value))
 
 
-def test_several_overrides_hold_together_and_the_rest_is_the_file_s(file: Path) -> None:
-    config = parse(f"--config={file}:5", "--config.optim.eps=1e-6", "--config.optim.max_steps=3")
+def test_overrides_leave_the_other_fields_as_in_the_file(config_file: Path) -> None:
+    config = parse(f"--config={config_file}:5", "--config.optim.eps=1e-6", "--config.optim.max_steps=3")
     assert (config.seed, config.optim.eps, config.optim.max_steps) == (5, 1e-6, 3)
     assert (config.optim.batch_size, config.optim.learning_rate) == (8, 1e-2)
 
 
-def test_a_config_may_be_given_as_a_word_of_its_own(file: Path) -> None:
-    assert parse("--config", f"{file}:3", "--config.optim.max_steps=3").seed == 3
+def test_config_flag_may_be_separated_by_a_space(config_file: Path) -> None:
+    assert parse("--config", f"{config_file}:3", "--config.optim.max_steps=3").seed == 3
 
 
-def test_one_process_can_run_any_number_of_verbs(file: Path) -> None:
-    assert parse(f"--config={file}", "--config.seed=1").seed == 1
-    assert parse(f"--config={file}").seed == 0
+def test_one_process_can_run_several_commands(config_file: Path) -> None:
+    assert parse(f"--config={config_file}", "--config.seed=1").seed == 1
+    assert parse(f"--config={config_file}").seed == 0
     assert "config" not in flags.FLAGS
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------------------- wrong arguments
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "parts"),
     [
         ("optim.learning_rte=1", ["optim.learning_rte", "'optim.learning_rate'"]),
         ("optim.batchsize=1", ["optim.batchsize", "'optim.batch_size'"]),
@@ -101,32 +106,32 @@ def test_one_process_can_run_any_number_of_verbs(file: Path) -> None:
         ("optim.batch_size=0", ["optim.batch_size=0"]),
     ],
 )
-def test_a_wrong_override_is_named_with_what_it_should_be(
-    file: Path, capsys: pytest.CaptureFixture[str], override: str, words: list[str]
+def test_a_wrong_override_is_named_with_a_suggestion(
+    config_file: Path, capsys: pytest.CaptureFixture[str], override: str, parts: list[str]
 ) -> None:
-    said = refuse(capsys, f"--config={file}", f"--config.{override}")
-    assert all(word in said for word in words), said
+    error = error_of(capsys, f"--config={config_file}", f"--config.{override}")
+    assert all(part in error for part in parts), error
 
 
-def test_a_misspelt_flag_is_answered_with_the_nearest(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--confg" in refuse(capsys, f"--confg={file}")
-    assert "did you mean 'config'" in refuse(capsys, f"--config={file}", "--confi=1")
+def test_a_misspelt_flag_gets_a_suggestion(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--confg" in error_of(capsys, f"--confg={config_file}")
+    assert "did you mean 'config'" in error_of(capsys, f"--config={config_file}", "--confi=1")
 
 
-def test_an_argument_that_is_no_flag_is_refused(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "'again'" in refuse(capsys, f"--config={file}", "again")
+def test_an_argument_without_a_flag_is_an_error(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'again'" in error_of(capsys, f"--config={config_file}", "again")
 
 
-def test_a_missing_config_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--config is missing" in refuse(capsys)
-    said = refuse(capsys, f"--config={tmp_path}/none.py:arg")
-    assert f"there is no file {tmp_path}/none.py" in said
+def test_a_missing_config_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config is missing" in error_of(capsys)
+    error = error_of(capsys, f"--config={tmp_path}/none.py:arg")
+    assert f"the file {tmp_path}/none.py does not exist" in error
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "parts"),
     [
-        ("def get_config(:\n", ["line 1", "not Python"]),
+        ("def get_config(:\n", ["line 1", "not valid Python"]),
         ("x = 1\n", ["get_config"]),
         ("def get_config(arg=''):\n    return {}\n", ["dict", "Config"]),
         ("def get_config(arg=''):\n    return None\n", ["get_config"]),
@@ -143,24 +148,24 @@ def test_a_missing_config_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[
         ),
     ],
 )
-def test_a_broken_config_file_is_told_by_line(
+def test_a_broken_config_file_is_reported_with_its_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     text: str,
-    words: list[str],
+    parts: list[str],
 ) -> None:
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # as ml_collections calls the file it read last
     broken = tmp_path / "broken.py"
     broken.write_text(text)
-    said = refuse(capsys, f"--config={broken}")
-    assert all(word in said for word in words), said
-    assert str(broken) in said or "--config" in said, said
+    error = error_of(capsys, f"--config={broken}")
+    assert all(part in error for part in parts), error
+    assert str(broken) in error or "--config" in error, error
 
 
-# ---------------------------------------------------------------------------------------- ends
+# ---------------------------------------------------------------------------------------- exit codes
 @pytest.mark.parametrize(
-    ("error", "code", "word"),
+    ("error", "code", "label"),
     [
         (UserError("no such row"), 2, "error"),
         (ConfigError("no such field"), 2, "error"),
@@ -168,17 +173,17 @@ def test_a_broken_config_file_is_told_by_line(
         (Preempted("saved"), 75, "preempted"),
     ],
 )
-def test_each_end_has_its_exit_code_and_word(
-    capsys: pytest.CaptureFixture[str], error: Exception, code: int, word: str
+def test_each_error_class_has_its_exit_code_and_label(
+    capsys: pytest.CaptureFixture[str], error: Exception, code: int, label: str
 ) -> None:
     def fail(_: command.Values) -> None:
         raise error
 
     assert command.run("doc", lambda v, argv: None, fail, []) == code
-    assert capsys.readouterr().err == f"{word}: {error}\n"
+    assert capsys.readouterr().err == f"{label}: {error}\n"
 
 
-def test_a_bug_of_our_own_keeps_its_traceback() -> None:
+def test_a_bug_keeps_its_traceback() -> None:
     def fail(_: command.Values) -> None:
         raise KeyError("ours")
 
@@ -186,93 +191,165 @@ def test_a_bug_of_our_own_keeps_its_traceback() -> None:
         command.run("doc", lambda v, argv: None, fail, [])
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_is_short_and_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+# ---------------------------------------------------------------------------------------- help and the command line
+def mice(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
+    """The exit code of `mice` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["mice", *argv])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    return int(str(ended.value.code))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_short_and_has_an_example(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for flag in ("--help", "-h"):
-        assert importlib.import_module(f"mice_jax.{verb}").main([flag]) == 0
+        assert mice(monkeypatch, name, flag) == 0
         out, err = capsys.readouterr()
-        assert f"mice {verb} --" in out and "Flags:" in out and err == ""
+        assert f"mice {name} --" in out and "Flags:" in out and err == ""
         assert len(out.splitlines()) < 40
         assert max(map(len, out.splitlines())) <= 120
 
 
-def test_the_command_line_lists_its_verbs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["mice", "--help"])
-    main.main()
-    assert all(verb in capsys.readouterr().out or verb for verb in VERBS)
-    monkeypatch.setattr(sys, "argv", ["mice", "trian"])
-    with pytest.raises(SystemExit) as left:
-        main.main()
+def test_help_imports_neither_jax_nor_transformers() -> None:
+    """Each command's module is run as a script in turn, as `python -m mice_jax.train --help` does."""
+    code = f"""
+import contextlib, io, runpy, sys
+for module in {[c.module for c in COMMANDS.values()]}:
+    sys.argv = [module, "--help"]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert "Flags:" in out.getvalue(), module
+print([m for m in ("jax", "numpy", "transformers", "fsspec", "pyarrow", "rich") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_mice_lists_its_commands_and_its_version(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert mice(monkeypatch) == mice(monkeypatch, "--help") == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out and command.summary in out for name, command in COMMANDS.items())
+    assert mice(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"mice_jax {mice_jax.__version__}\n"
+
+
+@pytest.mark.parametrize(("name", "suggestion"), [("trian", "did you mean 'train'?"), ("xyz", "it has train, prepare")])
+def test_a_misspelt_command_gets_a_suggestion(
+    name: str, suggestion: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert mice(monkeypatch, name) == 2
     err = capsys.readouterr().err
-    assert left.value.code == 2
-    assert err.startswith("error: 'trian'") and all(verb in err for verb in VERBS)
+    assert err.startswith(f"error: unknown command '{name}'; {suggestion}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("train", "--config=absent.py")])
+def test_a_closed_pipe_leaves_no_traceback(arguments: tuple[str, ...]) -> None:
+    """As in `mice --help | head -1`; here the reader has left before the first line."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        process = subprocess.run(
+            [sys.executable, "-m", "mice_jax", *arguments], stdout=write, stderr=subprocess.PIPE, timeout=60
+        )
+    finally:
+        os.close(write)
+    if "--help" in arguments:
+        assert (process.returncode, process.stderr) == (command.CLOSED_PIPE, b"")
+    else:
+        assert process.returncode == 2 and process.stderr.startswith(b"error: ")
+
+
+def test_a_broken_pipe_that_is_not_the_terminal_s_is_a_bug() -> None:
+    def fail() -> int:
+        raise BrokenPipeError("a socket")
+
+    with pytest.raises(BrokenPipeError, match="a socket"):
+        command.exit_on_closed_pipe(fail)
+
+
+# ---------------------------------------------------------------------------------------- mice config
+def test_config_prints_values_with_their_defaults(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert mice(monkeypatch, "config", f"--config={config_file}", "--config.optim.learning_rate=0.5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "c.optim.learning_rate = 0.5  # default 2e-05" in lines
+    assert "c.optim.schedule = 'constant'" in lines
+    assert "c.data.validation = [Source(path='v.jsonl')]  # default []" in lines
+
+
+def test_what_config_prints_is_a_config(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert mice(monkeypatch, "config", f"--config={config_file}:7", "--config.optim.eps=1e-6") == 0
+    body = "\n    ".join(capsys.readouterr().out.splitlines())
+    copy = tmp_path / "copy.py"
+    copy.write_text(
+        f"from mice_jax.config import *\n\ndef get_config(arg=''):\n    c = Config()\n    {body}\n    return c\n"
+    )
+    assert parse(f"--config={copy}") == parse(f"--config={config_file}:7", "--config.optim.eps=1e-6")
+
+
+def test_config_prints_an_invalid_config_and_its_problems(
+    config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert mice(monkeypatch, "config", f"--config={config_file}", "--config.optim.batch_size=0") == 2
+    out, err = capsys.readouterr()
+    assert "c.optim.batch_size = 0  # default 3840" in out
+    assert err.startswith("error: in the config, optim.batch_size=0")
 
 
 # ---------------------------------------------------------------------------------------- before the imports
-def begun(monkeypatch: pytest.MonkeyPatch, *argv: str) -> tuple[int, bool]:
-    """How `mice train` ends, and whether the verb was imported."""
+def run_train(monkeypatch: pytest.MonkeyPatch, *argv: str) -> tuple[int, bool]:
+    """The exit code of `mice train`, and whether the command was imported."""
     imported: list[str] = []
 
-    class Verb:
+    class Train:
         @staticmethod
         def main(arguments: list[str]) -> int:
             return 0
 
-    with monkeypatch.context() as within:
-        within.setattr(importlib, "import_module", lambda name: imported.append(name) or Verb)
-        within.setattr(sys, "argv", ["mice", "train", *argv])
-        with pytest.raises(SystemExit) as ended:
-            main.main()
-    return int(str(ended.value.code)), bool(imported)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib, "import_module", lambda name: imported.append(name) or Train)
+        return mice(patch, "train", *argv), bool(imported)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--config=absent.py"], "there is no file absent.py"),
+        (["--config=absent.py"], "the file absent.py does not exist"),
         (["--config=FILE", "--config.optim.batchsize=3"], "did you mean 'optim.batch_size'"),
         (["--config", "FILE", "--config.optim.batch_size", "-1", "--workdir", "w"], "optim.batch_size=-1"),
         (["--workdir=w"], "--config is missing"),
+        (["--config=FILE", "--wrkdir=w"], "unknown flag --wrkdir; did you mean 'workdir'?"),
     ],
 )
-def test_a_config_that_cannot_be_run_is_refused_before_a_verb_s_imports(
-    arguments: list[str], said: str, file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [str(file) if a == "FILE" else a.replace("FILE", str(file)) for a in arguments]
-    assert begun(monkeypatch, *arguments) == (2, False)
-    out, err = capsys.readouterr()
-    assert said in err and err.startswith("error: ") and not out
-
-
-def test_what_may_be_right_goes_to_the_verb(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = [f"--config={file}", "--config.optim.batch_size=3", "--noconfig.data.drop_remainder", "--workdir=w"]
-    for arguments in (right, [*right, "--unheard_of=1"], ["--help"]):
-        assert begun(monkeypatch, *arguments) == (0, True)
-
-
-def test_one_of_several_processes_is_refused_by_the_verb_which_tells_the_others(
+def test_wrong_arguments_are_reported_before_slow_imports(
+    arguments: list[str],
+    message: str,
+    config_file: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert begun(monkeypatch, "--config=absent.py", "--num_processes=2") == (0, True)
+    arguments = [a.replace("FILE", str(config_file)) for a in arguments]
+    assert run_train(monkeypatch, *arguments) == (2, False)
+    out, err = capsys.readouterr()
+    assert message in err and err.startswith("error: ") and not out
+
+
+def test_right_arguments_reach_the_command(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [f"--config={config_file}", "--config.optim.batch_size=3", "--noconfig.data.drop_remainder"]
+    assert run_train(monkeypatch, *arguments, "--workdir=w") == (0, True)
+
+
+def test_one_of_several_processes_leaves_errors_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_train(monkeypatch, "--config=absent.py", "--num_processes=2") == (0, True)
     for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", watchdog.CHILD):
-        with monkeypatch.context() as within:
-            within.setenv(variable, "2")
-            assert begun(within, "--config=absent.py") == (0, True), variable
-    assert begun(monkeypatch, "--config=absent.py") == (2, False)
-
-
-def test_a_verb_run_by_name_is_the_module_run_by_itself(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said = []
-    monkeypatch.setattr(sys, "argv", ["mice", "prepare", "--help"])
-    with pytest.raises(SystemExit) as left:
-        main.main()
-    assert left.value.code == 0
-    said.append(capsys.readouterr().out)
-    monkeypatch.setattr(sys, "argv", ["prepare", "--help"])
-    monkeypatch.delitem(sys.modules, "mice_jax.prepare")
-    with pytest.raises(SystemExit) as left:
-        runpy.run_module("mice_jax.prepare", run_name="__main__")
-    assert left.value.code == 0
-    assert capsys.readouterr().out == said[0]
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "2")
+            assert run_train(patch, "--config=absent.py") == (0, True), variable
+    assert run_train(monkeypatch, "--config=absent.py") == (2, False)

@@ -12,7 +12,7 @@ from mice_jax.cli import command
 from mice_jax.runtime import distributed
 from mice_jax.errors import UserError
 have, *place = sys.argv[1:]
-distributed.initialize(*command.place_of(place))
+distributed.initialize(*command.processes_of(place))
 try:
     distributed.assert_same_on_all_processes("data", have)
     print("the same")

@@ -14,7 +14,7 @@ import yaml
 from absl import flags
 
 from helpers.runs import ENVIRONMENT, REPOSITORY, lines_of, read_metrics, setting
-from mice_jax import train
+from mice_jax.cli.flags import define_train
 
 LAUNCH = REPOSITORY / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
@@ -207,7 +207,7 @@ def test_a_tpu_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
 def check_command(words: list[str], processes: int, devices: int, port: int) -> None:
     """That train has every flag, and that they agree with what is asked of the cluster."""
     values = flags.FlagValues()
-    train.define(values, ["mice"])
+    define_train(values, ["mice"])
     assert "mice_jax.train" in words
     given = dict(w[2:].split("=", 1) for w in words if w.startswith("--"))
     assert given.keys() <= set(values), given.keys() - set(values)

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from helpers.runs import REPOSITORY
-from mice_jax.cli.main import VERBS
+from mice_jax.cli.flags import COMMANDS
 
 PACKAGE = REPOSITORY / "mice_jax"
 DATA = sorted((PACKAGE / "data").glob("*.py"))
@@ -37,10 +37,11 @@ def test_numba_waits_for_the_first_plan() -> None:
     assert run_python("import sys, numpy as np, mice_jax.data.packing as p" + plan + told).strip() == "True"
 
 
-def test_every_verb_is_a_module_with_a_main() -> None:
-    for verb in VERBS:
-        tree = ast.parse((PACKAGE / f"{verb}.py").read_text())
-        assert "main" in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+def test_every_command_is_a_module_with_a_main() -> None:
+    for command in COMMANDS.values():
+        file = REPOSITORY / f"{command.module.replace('.', '/')}.py"
+        functions = [n.name for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef)]
+        assert "main" in functions, command.module
 
 
 def test_the_config_is_read_without_jax() -> None:

@@ -19,6 +19,7 @@ from helpers.models import llama, load, mesh_of
 from helpers.runs import make_tokenizer, run_verb, write_jsonl
 from mice_jax import evaluate, generate
 from mice_jax.cli import command
+from mice_jax.cli.flags import define_mt_bench
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.errors import UserError
 from mice_jax.evals import mt_bench
@@ -289,7 +290,7 @@ def flags_of(files: tuple[Path, Path], *arguments: str) -> tuple[Callable[..., N
     """A verb with these flags alone, and its arguments."""
 
     def define(values: command.Values, argv: list[str]) -> None:
-        mt_bench.define(values)
+        define_mt_bench(values)
 
     return define, [f"--questions={files[0].parent}", f"--judge_prompts={files[1]}", *arguments]
 

@@ -39,7 +39,6 @@ REFERENCED = ("math", "reasoning", "coding")  # judged beside a reference answer
 # The judge's prompts by whether there is a reference, one for each turn.
 PROMPTS = {False: ("single-v1", "single-v1-multi-turn"), True: ("single-math-v1", "single-math-v1-multi-turn")}
 PACKAGE = "fastchat"  # where it is installed from a checkout; its wheels have no data
-KEY_ENV = "OPENAI_API_KEY"
 
 # Answers conversations in their order, None where the model has no room for an answer. A prompt's number is what its
 # draws depend on besides the seed.
@@ -87,19 +86,6 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------- what is asked
-def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "judge_url", None, "mt_bench: an OpenAI-compatible endpoint, https://host/v1", flag_values=values
-    )
-    flags.DEFINE_string("judge_model", None, "mt_bench: the model that judges, by its name there", flag_values=values)
-    key = f"mt_bench: environment variable that holds the endpoint's key ({KEY_ENV})"
-    flags.DEFINE_string("judge_key_env", KEY_ENV, key, flag_values=values)
-    folder = "mt_bench: question.jsonl, reference_answer/ beside it; default those of an installed fastchat"
-    flags.DEFINE_string("questions", None, folder, flag_values=values)
-    flags.DEFINE_string("judge_prompts", None, "mt_bench: judge_prompts.jsonl; default likewise", flag_values=values)
-    flags.DEFINE_integer("repeats", 1, "mt_bench: how often all is answered and judged (1)", flag_values=values)
-
-
 def settings_of(
     values: flags.FlagValues, *, limit: float | None = None, system: str | None = None, generation: GenerationDefaults
 ) -> Settings:
