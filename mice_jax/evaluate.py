@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mice_jax.checkpoint import Checkpoints
+from mice_jax.checkpoint import CheckpointReader
 from mice_jax.cli.flags import define_evaluate
 from mice_jax.cli.progress_display import Display
 from mice_jax.data.chat import ChatEncoder
@@ -228,7 +228,7 @@ def _steps(source: ModelSource, values: command.Values) -> Sequence[int | None]:
     if not values.all_checkpoints:
         return [newest]
     assert source.workdir is not None
-    checkpoints = Checkpoints(source.workdir, read_only=True)
+    checkpoints = CheckpointReader(source.workdir)
     steps = checkpoints.steps()
     checkpoints.close()
     return steps
@@ -286,7 +286,7 @@ def _curve(workdir: RunPath, by_step: Mapping[Any, Results]) -> tuple[list[str],
 
     Lines of earlier evaluations stay, as do their other metrics at the same step.
     """
-    checkpoints = Checkpoints(workdir, read_only=True)
+    checkpoints = CheckpointReader(workdir)
     samples = {step: checkpoints.samples(step) for step in by_step}
     checkpoints.close()
     file = workdir / SCORES

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax.checkpoint import Checkpoints, contents, pick_step
+from mice_jax.checkpoint import CheckpointReader
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import file_digests
 from mice_jax.errors import UserError
@@ -26,6 +26,7 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
 from mice_jax.runtime.precision import multiply_in
 from mice_jax.sharding import param_shardings
+from mice_jax.storage import manifest
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import RunPath, download_small_files, parse_path
 
@@ -121,8 +122,8 @@ def resolve_step(source: ModelSource, asked: int | None) -> int | None:
     """
     if source.workdir is None:
         return None
-    checkpoints = Checkpoints(source.workdir, read_only=True)
-    step = pick_step(checkpoints, source.step if asked is None else asked)
+    checkpoints = CheckpointReader(source.workdir)
+    step = checkpoints.resolve_step(source.step if asked is None else asked)
     checkpoints.close()
     return step
 
@@ -133,7 +134,7 @@ def fingerprint(source: ModelSource, step: int | None) -> str:
     digests = file_digests(own, cache_folder(""))
     files: dict[str, Any] = {p.name: d.hex() for p, d in zip(own, digests, strict=True)}
     if source.workdir is not None:
-        files["checkpoint"] = contents(source.workdir / "checkpoints" / str(step))
+        files["checkpoint"] = manifest.fingerprint(source.workdir / "checkpoints" / str(step))
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -202,10 +203,10 @@ def _stored_params(source: ModelSource, decoder: Decoder, shardings: Params, ste
     if source.kind == "hf":
         return hf.load_params(source.folder, decoder, source.architecture, shardings)
     assert source.workdir is not None
-    checkpoints = Checkpoints(source.workdir, read_only=True)
+    checkpoints = CheckpointReader(source.workdir)
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), decoder.abstract, shardings
     )
-    params = checkpoints.restore_params(pick_step(checkpoints, source.step if step is None else step), abstract)
+    params = checkpoints.restore_params(checkpoints.resolve_step(source.step if step is None else step), abstract)
     checkpoints.close()
     return params

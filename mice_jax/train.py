@@ -178,14 +178,12 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.P
     fns = build.step_functions(config, decoder, origin.architecture, mesh, compute, schedule)
 
     # ---- Restore or start: 1 this workdir's newest checkpoint, 2 what init_from names -------------------------
-    seeding = [s.saved_steps for i, s in enumerate(stretches) if phases.seeds_by_best(stretches, i)]
+    warm_start_ranges = [s.saved_steps for i, s in enumerate(stretches) if phases.seeds_by_best(stretches, i)]
     checkpoints = Checkpoints(
         run.path,
         config.checkpoint,
-        seeding=seeding,
-        lead=lead,
-        agree=distributed.is_true_on_any_process,
-        check=functools.partial(_check_still_ours, run),
+        warm_start_ranges=warm_start_ranges,
+        check_ownership=functools.partial(_check_still_ours, run),
     )
     restored = checkpoints.restore_newest(fns.abstract_state, Display(console).say)
     if restored is None:
@@ -339,7 +337,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.P
                 run.write_json("summary.json", _summary("failed", watchdog.LOST, saved, progress, record, run))
             run.close()
             os._exit(watchdog.report_lost_peer(run.path, one_line(e)))
-        if isinstance(e, StoreError) and (whole := checkpoints.newest_whole()) is not None:
+        if isinstance(e, StoreError) and (whole := checkpoints.last_committed_step()) is not None:
             e = Preempted(f"{e} Run the same command to go on from {checkpoints.folder / str(whole)}, which is whole.")
         kinds = {StoppedByRule: "stopped", Preempted: "preempted"}
         end(kinds.get(type(e), "failed"), str(e) or type(e).__name__)
@@ -437,7 +435,7 @@ def _enter(
     """The state with which a phase begins; the count of steps goes on, and the schedule follows it."""
     phase, before = stretches[number].phase, stretches[number - 1]
     if phase.seed_from == "best":
-        best = checkpoints.best(before.saved_steps)
+        best = checkpoints.best_step(before.saved_steps)
         if best is None:  # its last step is measured and saved, but some numbers cannot always be told
             raise UserError(
                 f"the phase {phase.name!r} starts from the best checkpoint of {before.phase.name!r}, but "

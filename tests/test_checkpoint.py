@@ -1,50 +1,48 @@
-"""What is kept, and what becomes of a checkpoint that is damaged or finds no room."""
+"""Retention of checkpoints, and what happens if one is damaged or the disk is full."""
 
+import contextlib
+import dataclasses
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from helpers.runs import (
-    ENVIRONMENT,
-    REPOSITORY,
-    assert_equal_runs,
-    read_json,
-    run_train,
-    setting,
-)
-from mice_jax.checkpoint import MANIFEST, damage_of, ranked, to_keep
+from mice_jax.checkpoint import CheckpointReader, Checkpoints
+from mice_jax.config import Checkpoint
+from mice_jax.errors import UserError
+from mice_jax.step import TrainState
+from mice_jax.storage.manifest import MANIFEST, verify
+from mice_jax.storage.retention import checkpoints_to_keep, rank_by_score
 
-STEPS = 10
+pytestmark = pytest.mark.smoke
 
 
-# ---------------------------------------------------------------------------------------- what is kept
-def saved(*scores: float | None, every: int = 8) -> dict[int, dict[str, float]]:
-    """Steps 1, 2, ... of so many samples each."""
+# ---------------------------------------------------------------------------------------- retention
+def saved_steps(*scores: float | None, samples: int = 8) -> dict[int, dict[str, float]]:
+    """Steps 1, 2, ... of this many samples each."""
     return {
-        i: {"samples": i * every} | ({} if score is None else {"score": score}) for i, score in enumerate(scores, 1)
+        i: {"samples": i * samples} | ({} if score is None else {"score": score}) for i, score in enumerate(scores, 1)
     }
 
 
-def keep(steps: dict[int, dict[str, float]], mode: str = "min", **asked: int) -> list[int]:
-    policy = {"keep_last": 0, "keep_best": 0, "keep_every": 0} | asked
-    return sorted(to_keep(steps, mode=mode, **policy))
-
-
-FIVE = saved(3.0, 1.0, 2.0, 1.0, 5.0)
+def keep(saved: dict[int, dict[str, float]], mode: str = "min", **rules: int) -> list[int]:
+    policy = {"keep_last": 0, "keep_best": 0, "keep_every": 0} | rules
+    return sorted(checkpoints_to_keep(saved, mode=mode, **policy))
 
 
 @pytest.mark.parametrize(
-    ("asked", "kept"),
+    ("rules", "kept"),
     [
         ({}, [1, 2, 3, 4, 5]),
         ({"keep_last": 2}, [4, 5]),
-        ({"keep_best": 1}, [2, 5]),  # of two equal ones the earlier, and the newest always
+        ({"keep_best": 1}, [2, 5]),  # of two equal scores the earlier step, and always the newest
         ({"keep_best": 2}, [2, 4, 5]),
         ({"keep_best": 1, "mode": "max"}, [5]),
         ({"keep_best": 2, "mode": "max"}, [1, 5]),
@@ -55,28 +53,58 @@ FIVE = saved(3.0, 1.0, 2.0, 1.0, 5.0)
         ({"keep_last": 1, "also": (1, 77)}, [1, 5]),
     ],
 )
-def test_what_is_kept_is_what_was_asked_for(asked: dict, kept: list[int]) -> None:
-    assert keep(FIVE, **asked) == kept
+def test_kept_checkpoints_are_those_of_the_rules(rules: dict, kept: list[int]) -> None:
+    assert keep(saved_steps(3.0, 1.0, 2.0, 1.0, 5.0), **rules) == kept
 
 
-def test_what_was_not_measured_or_is_not_a_number_is_never_the_best() -> None:
-    steps = saved(float("nan"), None, 4.0, float("inf"), None)
-    assert ranked(steps, "min") == ranked(steps, "max") == [3]
-    assert keep(steps, keep_best=3) == [3, 5]
-    assert ranked({}, "min") == []
+def test_a_missing_or_nan_score_is_never_the_best() -> None:
+    saved = saved_steps(float("nan"), None, 4.0, float("inf"), None)
+    assert rank_by_score(saved, "min") == rank_by_score(saved, "max") == [3]
+    assert keep(saved, keep_best=3) == [3, 5]
+    assert rank_by_score({}, "min") == []
 
 
 # ---------------------------------------------------------------------------------------- damage
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    body = "c.data.phases[0].num_epochs = 2\nc.checkpoint.every_samples = 24"
-    return setting(tmp_path_factory.mktemp("damage"), body)
+def make_state(step: int, width: int = 8, vocab: int = 10) -> TrainState:
+    """A state whose numbers depend on the step."""
+    params = {"embed": jnp.full((vocab, width), step, jnp.float32), "layers": {"up": jnp.full((2, width), step * 0.5)}}
+    return TrainState(jnp.asarray(step, jnp.int32), params, {"mu": jnp.full((width,), step * 2.0)})
+
+
+def abstract_of(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+
+ABSTRACT = abstract_of(make_state(0))
+
+
+@contextlib.contextmanager
+def opened(workdir: Path, policy: Checkpoint | None = None) -> Iterator[Checkpoints]:
+    checkpoints = Checkpoints(workdir, policy)
+    yield checkpoints
+    checkpoints.close()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: Path) -> Path:
-    assert run_train(config, config.parent / "undisturbed") == 0
-    return config.parent / "undisturbed"
+def saved_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir with checkpoints of steps 9 and 10."""
+    workdir = tmp_path_factory.mktemp("saved")
+    with opened(workdir) as checkpoints:
+        for step in (9, 10):
+            checkpoints.save(make_state(step), {"samples": 8 * step})
+        checkpoints.wait()
+    return workdir
+
+
+@pytest.fixture
+def run(saved_run: Path, tmp_path: Path) -> Path:
+    """A copy of that workdir, to be damaged."""
+    shutil.copytree(saved_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def assert_is_state(state: TrainState, step: int) -> None:
+    jax.tree.map(np.testing.assert_array_equal, state, make_state(step))
 
 
 def data_file(step: Path) -> Path:
@@ -91,108 +119,135 @@ def flip(file: Path) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "the files of arrays are cut": lambda step: [
-        os.truncate(file, file.stat().st_size // 2) for file in (step / "params").rglob("d/*")
-    ],
-    "a file of arrays is gone": lambda step: data_file(step).unlink(),
-    "a bit of the arrays is flipped": lambda step: flip(data_file(step)),
-    "a bit of the moments' own manifest is flipped": lambda step: flip(step / "opt_state" / "manifest.ocdbt"),
-    "the metadata is no JSON": lambda step: (step / "params" / "_METADATA").write_text("{"),
-    "the progress is gone": lambda step: shutil.rmtree(step / "progress"),
-    "the manifest is no JSON": lambda step: (step / MANIFEST).write_text("[1, 2"),
+    "cut arrays": lambda step: [os.truncate(f, f.stat().st_size // 2) for f in (step / "params").rglob("d/*")],
+    "missing arrays": lambda step: data_file(step).unlink(),
+    "flipped bit in arrays": lambda step: flip(data_file(step)),
+    "flipped bit in orbax manifest": lambda step: flip(step / "opt_state" / "manifest.ocdbt"),
+    "invalid metadata": lambda step: (step / "params" / "_METADATA").write_text("{"),
+    "missing progress": lambda step: shutil.rmtree(step / "progress"),
+    "invalid manifest": lambda step: (step / MANIFEST).write_text("[1, 2"),
 }
-
-
-UNSEEN = ("a bit of the arrays is flipped", "the manifest is no JSON")  # by the readers: what the manifest is for
+NEEDS_MANIFEST = ("flipped bit in arrays", "invalid manifest")  # restoring alone does not notice these
 
 
 @pytest.mark.parametrize(
-    ("damage", "sealed"), [*((d, True) for d in DAMAGES), *((d, False) for d in DAMAGES if d not in UNSEEN)]
+    ("damage", "has_manifest"),
+    [*((d, True) for d in DAMAGES), *((d, False) for d in DAMAGES if d not in NEEDS_MANIFEST)],
 )
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before(
-    damage: str, sealed: bool, config: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_damaged_newest_checkpoint_is_moved_and_the_one_before_restored(
+    damage: str, has_manifest: bool, run: Path
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
-    newest = run / "checkpoints" / str(STEPS)
-    if not sealed:  # as a process leaves it that is killed between a save's end and its manifest
+    newest = run / "checkpoints" / "10"
+    if not has_manifest:  # as a process leaves it that is killed between a save and its manifest
         (newest / MANIFEST).unlink()
     DAMAGES[damage](newest)
-    assert run_train(config, run) == 0
-    said = capsys.readouterr().out
-    place = run / "checkpoints" / "damaged" / str(STEPS)
-    assert f"the checkpoint of step {STEPS} is damaged (" in said and str(place) in said and place.is_dir()
-    assert "resumed after step 9" in said
-    assert_equal_runs(run, undisturbed, STEPS)
+    messages: list[str] = []
+    with opened(run) as checkpoints:
+        restored = checkpoints.restore_newest(ABSTRACT, messages.append)
+        assert restored is not None
+        step, state, progress = restored
+        assert (step, progress, checkpoints.steps()) == (9, {"samples": 72}, [9])
+    assert_is_state(state, 9)
+    quarantine = run / "checkpoints" / "damaged" / "10"
+    assert quarantine.is_dir() and len(messages) == 1
+    assert messages[0].startswith("the checkpoint of step 10 is damaged (") and str(quarantine) in messages[0]
 
 
-def test_the_manifest_sees_each_flipped_bit_and_a_whole_checkpoint_passes(undisturbed: Path, tmp_path: Path) -> None:
-    step = tmp_path / "step"
-    shutil.copytree(undisturbed / "checkpoints" / str(STEPS), step)
+def test_an_undamaged_newest_checkpoint_is_restored(run: Path) -> None:
+    with opened(run) as checkpoints:
+        restored = checkpoints.restore_newest(ABSTRACT, pytest.fail)
+        assert restored is not None and checkpoints.last_committed_step() == 10
+    assert (restored[0], restored[2]) == (10, {"samples": 80})
+    assert_is_state(restored[1], 10)
+
+
+def test_manifest_detects_a_flipped_bit_in_every_file(run: Path) -> None:
+    step = run / "checkpoints" / "10"
     files = [p for p in step.rglob("*") if p.is_file() and p.name != MANIFEST and p.stat().st_size]
-    assert len(files) > 5 and damage_of(step) is None
+    assert len(files) > 5 and verify(step) is None
     assert {str(p.relative_to(step)) for p in files} <= json.loads((step / MANIFEST).read_text())["files"].keys()
     for file in files:
         before = file.read_bytes()
         flip(file)
-        assert damage_of(step) == f"{file.relative_to(step)} has other bytes than were written"
+        assert verify(step) == f"{file.relative_to(step)} has other bytes than were written"
         file.write_bytes(before)
-    assert damage_of(step) is None
+    assert verify(step) is None
 
 
-def test_a_run_with_nothing_but_damaged_checkpoints_is_not_started_from_nothing(
-    config: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(run: Path) -> None:
     for step in (run / "checkpoints").iterdir():
         flip(data_file(step))
-    for _ in range(2):  # it does not start the second time either
-        assert run_train(config, run) == 2
-        assert "holds no checkpoint that is whole; damaged are" in capsys.readouterr().err
-    assert len(list((run / "checkpoints" / "damaged").iterdir())) == 4
+    for _ in range(2):  # nor does it the second time
+        with (
+            opened(run) as checkpoints,
+            pytest.raises(UserError, match=r"all checkpoints in .* are damaged: .*/10"),
+        ):
+            checkpoints.restore_newest(ABSTRACT, lambda text: None)
+    assert len(list((run / "checkpoints" / "damaged").iterdir())) == 2
 
 
-def test_a_model_of_another_shape_is_no_damage(
-    config: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, init = tmp_path / "run", tmp_path / "init"
-    shutil.copytree(undisturbed, run)
-    shutil.copytree(config.parent / "init", init)
-    file = init / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 40}))
-    resolved = read_json(run, "config.json")
-    resolved["model"]["init_from"] = f"random:{init}"
-    (run / "config.json").write_text(json.dumps(resolved))
-    assert run_train(config, run, f"--config.model.init_from=random:{init}") == 2
-    assert "Put back the config.json" in capsys.readouterr().err
+def test_a_new_run_has_nothing_to_restore(tmp_path: Path) -> None:
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.restore_newest(ABSTRACT, pytest.fail) is None
+
+
+def test_a_model_of_another_shape_is_an_error_and_not_damage(run: Path) -> None:
+    with opened(run) as checkpoints, pytest.raises(UserError, match=r"up of shape \[2, 8\].* \[2, 12\].*Put back"):
+        checkpoints.restore_newest(abstract_of(make_state(0, width=12)), pytest.fail)
     assert not (run / "checkpoints" / "damaged").exists()
 
 
-# ---------------------------------------------------------------------------------------- no room
-def test_a_full_disk_is_said_and_the_run_goes_on_once_there_is_room(
-    config: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    """A file-size limit stands for the disk: the second save is of a larger one, so the first fits and it does not."""
-    run = tmp_path / "run"
-    assert run_train(config, run, "--config.train.max_minutes=1e-9") == 75  # one step, and its checkpoint
-    kept = {p.name for p in (run / "checkpoints").iterdir()}
-    limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    limited += "from mice_jax import checkpoint, train\nsave = checkpoint.Checkpoints.save\n"
-    limited += "def full(*a): resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); save(*a)\n"
-    limited += "checkpoint.Checkpoints.save = full\nsys.exit(train.main(sys.argv[1:]))"
-    done = subprocess.run(
-        [sys.executable, "-c", limited, f"--config={config}", f"--workdir={run}"],
-        cwd=REPOSITORY,
-        env=os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2, done.stderr
-    # Orbax's threads have words of their own, which may stand on the same line.
-    assert done.stderr.count("error: the checkpoint could not be written to ") == 1, done.stderr
-    assert "bytes are free. The earlier checkpoints are whole." in done.stderr
-    assert {p.name for p in (run / "checkpoints").iterdir() if p.name.isdigit()} == kept
-    assert run_train(config, run) == 0
-    assert_equal_runs(run, undisturbed, STEPS)
+def test_a_vocabulary_is_padded_with_zeros(run: Path) -> None:
+    with opened(run) as checkpoints:
+        restored = checkpoints.restore_newest(abstract_of(make_state(0, vocab=12)), pytest.fail)
+    assert restored is not None
+    embed = np.asarray(restored[1].params["embed"])
+    np.testing.assert_array_equal(embed, np.pad(np.full((10, 8), 10.0), ((0, 2), (0, 0))))
+
+
+def test_a_reader_resolves_steps_and_changes_nothing(run: Path) -> None:
+    before = sorted(run.rglob("*"))
+    reader = CheckpointReader(run)
+    assert (reader.resolve_step(None), reader.resolve_step(9), reader.samples(9)) == (10, 9, 72)
+    with pytest.raises(UserError, match="has no step 7; it has 9, 10"):
+        reader.resolve_step(7)
+    np.testing.assert_array_equal(reader.restore_params(9, ABSTRACT.params)["embed"], make_state(9).params["embed"])
+    reader.close()
+    assert sorted(run.rglob("*")) == before
+
+
+def test_the_best_step_survives_a_resume(tmp_path: Path) -> None:
+    policy = Checkpoint(keep_last=1, keep_best=1)
+    with opened(tmp_path, policy) as checkpoints:
+        for step, score in ((1, 3.0), (2, 1.0), (3, 2.0)):
+            checkpoints.save(make_state(step), {"samples": 8 * step}, score)
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step(range(1, 4))) == ([2, 3], 2)
+    with opened(tmp_path, policy) as checkpoints:
+        assert checkpoints.restore_newest(ABSTRACT, pytest.fail) is not None
+        checkpoints.save(make_state(4), {"samples": 32})
+        checkpoints.wait()
+        assert (checkpoints.steps(), checkpoints.best_step(range(1, 4))) == ([2, 4], 2)
+
+
+# ---------------------------------------------------------------------------------------- a full disk
+def test_a_full_disk_is_reported_and_saving_works_once_there_is_room(run: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    noise = np.random.default_rng(0).random((10, 1 << 14), np.float32)  # 655 kB, which do not compress
+    large = dataclasses.replace(make_state(11), params={"embed": jnp.asarray(noise)})
+    with opened(run) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+        try:
+            with pytest.raises(UserError, match=r"the disk is full .* bytes are free\. The earlier") as e:
+                checkpoints.save(large, {"samples": 88})
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert f"could not be written to {run / 'checkpoints'}" in str(e.value)
+    with opened(run) as checkpoints:
+        restored = checkpoints.restore_newest(ABSTRACT, pytest.fail)
+        assert restored is not None and restored[0] == 10
+        checkpoints.save(make_state(11), {"samples": 88})
+        checkpoints.wait()
+        assert checkpoints.steps() == [9, 10, 11]

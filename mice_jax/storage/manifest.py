@@ -1,0 +1,66 @@
+"""Integrity manifests of checkpoints: the size and the CRC-32 of every file, to detect damage before restoring."""
+
+import json
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mice_jax.storage.paths import RunPath, list_objects, write_atomically
+
+MANIFEST = "manifest.json"
+READ_BYTES = 1 << 24
+
+
+def write_manifest(folder: RunPath) -> None:
+    """Records the files of a committed checkpoint."""
+    write_atomically(folder / MANIFEST, json.dumps({"files": _digests(folder)}))
+
+
+def verify(folder: RunPath) -> str | None:
+    """How a checkpoint's files differ from its manifest; None where they agree, or where it has no manifest.
+
+    A process that is killed after a save and before its manifest leaves none; then only reading shows damage.
+    """
+    file = folder / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        expected = json.loads(file.read_text())["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    found = _digests(folder)
+    missing = sorted(expected.keys() - found)
+    if missing:
+        return f"{missing[0]} is missing"
+    for name, (size, crc) in expected.items():
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]:,} bytes, not {size:,}"
+        if found[name][1] != crc:
+            return f"{name} has other bytes than were written"
+    return None
+
+
+def fingerprint(folder: RunPath) -> dict[str, list[Any]]:
+    """A checkpoint's files with their sizes and checksums, which no other checkpoint has."""
+    file = folder / MANIFEST
+    return json.loads(file.read_text())["files"] if file.exists() else _digests(folder)
+
+
+def _digests(folder: RunPath) -> dict[str, list[Any]]:
+    """Size and CRC-32 of each file, by its path in the folder; in a bucket, size and the store's own checksum."""
+    if not isinstance(folder, Path):
+        return {name: list(known) for name, known in list_objects(folder).items() if name != MANIFEST}
+    not_data = (MANIFEST, f".{MANIFEST}.partial")
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in not_data]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # crc32 releases the interpreter's lock
+        return {str(p.relative_to(folder)): d for p, d in zip(files, threads.map(_digest, files), strict=True)}
+
+
+def _digest(file: Path) -> list[Any]:
+    size = crc = 0
+    with file.open("rb") as opened:
+        while block := opened.read(READ_BYTES):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
