@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mice_jax.report_page.rule_evaluation import Finished, correlations, spearman, verdicts
+from mice_jax.report_page.rule_evaluation import FinishedRun, correlations, spearman, verdicts
 from mice_jax.training.stop_rules import (
     ColumnarRecords,
     HalvingRule,
@@ -20,9 +20,9 @@ from mice_jax.training.stop_rules import (
 from test_stop_rules import run
 
 
-def finished(name: str, loss: float, norm: float, final: float, batch: int = 10) -> Finished:
+def finished(name: str, loss: float, norm: float, final: float, batch: int = 10) -> FinishedRun:
     steps = 400 // batch
-    return Finished(name, batch, run([loss] * steps, [norm] * steps, batch=batch), final)
+    return FinishedRun(name, batch, run([loss] * steps, [norm] * steps, batch=batch), final)
 
 
 RUNS = [
@@ -100,7 +100,7 @@ def test_batch_sizes_are_judged_apart_and_together() -> None:
 
 def test_a_run_s_columns_say_what_its_records_say() -> None:
     assert verdicts(RUNS, [PaperRule(), MedianRule()], Objective()) == verdicts(
-        [Finished(r.name, r.batch_size, in_columns(r.records), r.final) for r in RUNS],
+        [FinishedRun(r.name, r.batch_size, in_columns(r.records), r.final) for r in RUNS],
         [PaperRule(), MedianRule()],
         Objective(),
     )

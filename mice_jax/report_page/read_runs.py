@@ -1,7 +1,7 @@
-"""What runs and sweeps have left in their folders, read as far as it goes.
+"""Reads the files of runs and sweeps for the report, as far as they can be read.
 
 A run may still be running, or its machine may have died in the middle of a line. What cannot be read is left out and
-said in `Run.problems`; nothing here raises for a torn file.
+listed in `Run.problems`; a damaged file never raises.
 """
 
 import ast
@@ -21,26 +21,26 @@ import pyarrow.json
 from mice_jax.storage.workdir import DIRECTIONS, EVENTS, METRICS, RESULTS, SCORES
 from mice_jax.training.stop_rules import ColumnarRecords, Objective
 
-# Of names of which a run does not say it, losses and what older runs have; all else is a score.
+# Where a run does not record the direction of a metric, a metric whose name ends so is better when lower.
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte", "mse", "mae", "brier_score")
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A number that was measured now and then."""
+    """A metric that was measured at some steps of a run."""
 
     steps: list[int]
     samples: list[int]
     values: list[float]
 
     def best(self, lower: bool) -> int:
-        """Where the best value is, the first of equal ones."""
+        """Returns the index of the best value, the first one among equals."""
         return int(np.argmin(self.values) if lower else np.argmax(self.values))
 
 
 @dataclasses.dataclass
 class Run:
-    """A run's folder."""
+    """What the folder of a run holds."""
 
     name: str
     folder: Path
@@ -52,70 +52,82 @@ class Run:
     directions: dict[str, str]
     checkpoints: list[int]
     events: list[dict[str, Any]]
-    status: str  # completed | stopped | failed | preempted | unknown, and a trial's: running | waiting
+    status: str  # completed | stopped | failed | preempted | unknown; of a trial also running | waiting
     reason: str
     problems: list[str]
-    params: dict[str, Any] = dataclasses.field(default_factory=dict)  # of a trial: its value on every axis, and seed
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)  # a trial's value on every axis, and its seed
 
     def lower_is_better(self, name: str) -> bool:
-        """Of an evaluation, as the run says; where it does not, by the name."""
-        said = self.directions.get(name.removeprefix("eval/"))
-        guess = name.rpartition("/")[2].partition(",")[0].endswith(LOWER_IS_BETTER)
-        return guess if said is None else said == "min"
+        """Whether lower values of a metric are better, as the run records it or else as its name suggests."""
+        recorded = self.directions.get(name.removeprefix("eval/"))
+        if recorded is not None:
+            return recorded == "min"
+        return name.rpartition("/")[2].partition(",")[0].endswith(LOWER_IS_BETTER)
 
     def last(self, name: str) -> float | None:
+        """Returns the last measured value of a metric; None where there is none."""
         values = self.records.columns.get(name, np.zeros(0))
         known = values[~np.isnan(values)]
         return float(known[-1]) if len(known) else None
 
     def planned(self) -> tuple[int, int]:
-        """The steps and samples it has when it is not stopped; 0 where it cannot be told."""
+        """Returns the steps and samples of the run when it is not stopped; 0 where they are unknown."""
         epochs = [e for p in self.data_report.get("phases", []) for e in p.get("epochs", [])]
         return int(self.data_report.get("steps", 0)), sum(int(e.get("samples", 0)) for e in epochs)
 
 
 @dataclasses.dataclass
 class Sweep:
+    """What the folder of a sweep holds."""
+
     runs: list[Run]
     axes: list[str]
     objective: Objective
-    stop: str  # the rule among siblings, as the sweep's file names it; "" = none
+    stop: str  # the rule among siblings as the sweep's file names it; "" for none
     problems: list[str]
 
 
 def is_sweep(folder: Path) -> bool:
+    """Whether a folder is the workdir of a sweep."""
     return (folder / "sweep.json").exists()
 
 
 def is_run(folder: Path) -> bool:
+    """Whether a folder is the workdir of a run."""
     return any((folder / name).exists() for name in (METRICS, "config.json", "summary.json"))
 
 
 # ---------------------------------------------------------------------------------------- a sweep
 def read_sweep(folder: Path) -> Sweep:
-    """Its trials in order: those of results.csv, and those that have a folder only."""
+    """Reads the trials of results.csv, and those that have a folder only, in the order of their numbers."""
     problems: list[str] = []
-    about = _object(folder / "sweep.json", problems).get("sweep", {})
+    settings = _object(folder / "sweep.json", problems).get("sweep", {})
     rows = _rows(folder / RESULTS, problems)
     names = list(rows[0]) if rows else []
     axes = names[names.index("number") + 1 : names.index("seed")] if {"number", "seed"} <= set(names) else []
     by_number = {r["number"]: r for r in rows}
-    folders = {f.name for f in (folder / "runs").glob("*") if f.is_dir()}
-    runs = []
-    for number in sorted(by_number.keys() | folders, key=lambda n: (not n.isdigit(), n.zfill(9))):
-        run = read_run(folder / "runs" / number, number)
-        row = by_number.get(number, {})
-        run.params = {name: _value(row[name]) for name in [*axes, "seed"] if row.get(name)}
-        if row:  # a trial whose summary says more has ended since
-            known = run.status in ("completed", "stopped", "failed") and row["status"] in ("running", "waiting")
-            run.status = run.status if known else row["status"]
-            run.reason = row.get("reason", "") or run.reason
-            if run.status == "waiting":
-                run.problems = []
-        runs.append(run)
-    metric, mode = (_literal(about.get(k), default) for k, default in (("metric", "eval/loss"), ("mode", "min")))
-    stop = "" if about.get("stop") in (None, "None") else str(_literal(about["stop"], about["stop"]))
-    return Sweep(runs, axes, Objective(metric, mode), stop, problems)
+    with_folder = {f.name for f in (folder / "runs").glob("*") if f.is_dir()}
+    numbers = sorted(by_number.keys() | with_folder, key=lambda n: (not n.isdigit(), n.zfill(9)))
+    runs = [_read_trial(folder / "runs" / n, by_number.get(n, {}), axes) for n in numbers]
+    objective = Objective(_literal(settings.get("metric"), "eval/loss"), _literal(settings.get("mode"), "min"))
+    stop = settings.get("stop")
+    stop_name = "" if stop in (None, "None") else str(_literal(stop, stop))
+    return Sweep(runs, axes, objective, stop_name, problems)
+
+
+def _read_trial(folder: Path, row: dict[str, str], axes: Sequence[str]) -> Run:
+    """Reads the run of a trial, and its line of results.csv where it has one."""
+    run = read_run(folder, folder.name)
+    run.params = {name: _literal(row[name], row[name]) for name in [*axes, "seed"] if row.get(name)}
+    if not row:
+        return run
+    # A trial may have ended after results.csv was written: then its own summary is the newer of the two.
+    ended_since = run.status in ("completed", "stopped", "failed") and row["status"] in ("running", "waiting")
+    run.status = run.status if ended_since else row["status"]
+    run.reason = row.get("reason", "") or run.reason
+    if run.status == "waiting":
+        run.problems = []
+    return run
 
 
 def _rows(file: Path, problems: list[str]) -> list[dict[str, str]]:
@@ -125,12 +137,8 @@ def _rows(file: Path, problems: list[str]) -> list[dict[str, str]]:
     rows = list(csv.DictReader(io.StringIO(file.read_text(errors="replace"))))
     whole = [{k: v or "" for k, v in r.items() if k} for r in rows if r.get("number") and r.get("status")]
     if len(whole) < len(rows):
-        problems.append(f"{len(rows) - len(whole)} lines of {RESULTS} are torn and left out")
+        problems.append(f"{len(rows) - len(whole)} lines of {RESULTS} are damaged and left out")
     return whole
-
-
-def _value(text: str) -> Any:
-    return _literal(text, text)
 
 
 def _literal(text: Any, default: Any) -> Any:
@@ -142,6 +150,7 @@ def _literal(text: Any, default: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------- a run
 def read_run(folder: Path, name: str = "") -> Run:
+    """Reads the folder of a run, named as its folder by default."""
     problems: list[str] = []
     if not folder.is_dir():
         problems.append("it has no folder")
@@ -150,131 +159,158 @@ def read_run(folder: Path, name: str = "") -> Run:
     )
     records = _read_metrics(folder / METRICS, problems)
     evaluations = _evaluations(records)
-    for line in _lines(folder / SCORES, problems):
+    _add_scores(evaluations, folder / SCORES, problems)
+    checkpoints = sorted(int(f.name) for f in (folder / "checkpoints").glob("*") if f.name.isdigit())
+    status = str(summary.get("status", "unknown"))
+    if status == "unknown" and folder.is_dir() and not any("summary.json" in p for p in problems):
+        problems.append("it has no summary.json: it is running, or was killed")
+    return Run(
+        name=name or folder.resolve().name,
+        folder=folder,
+        config=config,
+        summary=summary,
+        data_report=data_report,
+        records=records,
+        evaluations=evaluations,
+        directions=_object(folder / DIRECTIONS, problems),
+        checkpoints=checkpoints,
+        events=_lines(folder / EVENTS, problems),
+        status=status,
+        reason=str(summary.get("reason") or ""),
+        problems=problems,
+    )
+
+
+def _add_scores(evaluations: dict[str, Curve], file: Path, problems: list[str]) -> None:
+    """Adds the scores of checkpoints that `mice evaluate` has left."""
+    for line in _lines(file, problems):
         for key, value in line.items():
             if key not in ("step", "samples") and isinstance(value, int | float) and not isinstance(value, bool):
                 curve = evaluations.setdefault(key, Curve([], [], []))
                 curve.steps.append(int(line["step"]))
                 curve.samples.append(int(line["samples"]))
                 curve.values.append(float(value))
-    checkpoints = sorted(int(f.name) for f in (folder / "checkpoints").glob("*") if f.name.isdigit())
-    status = str(summary.get("status", "unknown"))
-    reason = str(summary.get("reason") or "")
-    if status == "unknown" and folder.is_dir() and not any("summary.json" in p for p in problems):
-        problems.append("it has no summary.json: it is running, or was killed")
-    directions, events = _object(folder / DIRECTIONS, problems), _lines(folder / EVENTS, problems)
-    return Run(
-        name or folder.resolve().name, folder, config, summary, data_report, records, evaluations, directions,
-        checkpoints, events, status, reason, problems,
-    )  # fmt: skip
 
 
 def _object(file: Path, problems: list[str]) -> dict[str, Any]:
+    """Reads a JSON object; an empty one where there is none that can be read."""
     if not file.exists():
         return {}
     try:
-        found = json.loads(file.read_text(errors="replace"))
+        value = json.loads(file.read_text(errors="replace"))
     except ValueError:
-        problems.append(f"{file.name} is torn and left out")
+        problems.append(f"{file.name} is damaged and left out")
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
+# ---------------------------------------------------------------------------------------- metrics and other lines
 def _read_metrics(file: Path, problems: list[str]) -> ColumnarRecords:
-    """The numbers of each line, in the order of their steps; a line that is no whole record is left out."""
+    """Reads the numbers of each line in the order of the steps; lines that are not whole records are left out."""
     raw = file.read_bytes() if file.exists() else b""
     if not raw:
         problems.append(f"it has no line in {METRICS}")
         return ColumnarRecords({})
     try:
-        table = _table(raw)
-    except pa.ArrowInvalid:  # some line is torn, or is another kind of thing: the slow way finds which
+        table = _parse_table(raw)
+    except pa.ArrowInvalid:
+        # Some line is damaged or is not a record. Reading line by line is slower, but finds out which.
         lines = _lines(file, problems)
-        table = pa.Table.from_pylist([{k: v for k, v in r.items() if _is_plain(k, v)} for r in lines])
+        table = pa.Table.from_pylist([{k: v for k, v in line.items() if _is_plain(k, v)} for line in lines])
     else:
-        table = _complete(table, problems)
+        table = _drop_unplaced(table, problems)
     if not {"step", "samples"} <= set(table.column_names):
         return ColumnarRecords({})
-    step = table["step"].to_numpy(zero_copy_only=False)
-    if len(step) and not np.array_equal(step, np.arange(1, len(step) + 1)):
-        problems.append(f"the steps of {METRICS} are not 1, 2, 3, ...: lines are missing or there twice")
-        table = table.take(np.unique(step, return_index=True)[1])
-    kinds = {f.name: f.type for f in table.schema}
+    table = _drop_repeated(table, problems)
+    types = {f.name: f.type for f in table.schema}
     columns = {
-        k: table[k].cast(pa.float64()).to_numpy(zero_copy_only=False)
-        for k, kind in kinds.items()
-        if pa.types.is_floating(kind) or pa.types.is_integer(kind)
+        k: table[k].cast(pa.float64()).to_numpy(zero_copy_only=False) for k, kind in types.items() if _is_number(kind)
     }
-    phases = table["phase"].to_pylist() if kinds.get("phase") == pa.string() else []
+    phases = table["phase"].to_pylist() if types.get("phase") == pa.string() else []
     return ColumnarRecords(columns, [p or "" for p in phases])
 
 
-def _table(raw: bytes) -> pa.Table:
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if whole != raw or b"\0" in whole:
-        raise pa.ArrowInvalid("a torn line")
-    read = pyarrow.json.ReadOptions(block_size=max(1 << 20, len(raw)))  # a whole file, so that columns keep their types
-    return pyarrow.json.read_json(io.BytesIO(raw), read_options=read)
+def _parse_table(raw: bytes) -> pa.Table:
+    """Parses the lines of metrics.jsonl at once; raises ArrowInvalid where one is damaged."""
+    if not raw.endswith(b"\n") or b"\0" in raw:
+        raise pa.ArrowInvalid("a damaged line")
+    # One block holds the whole file, so that the type of a column cannot change from block to block.
+    options = pyarrow.json.ReadOptions(block_size=max(1 << 20, len(raw)))
+    return pyarrow.json.read_json(io.BytesIO(raw), read_options=options)
 
 
-def _complete(table: pa.Table, problems: list[str]) -> pa.Table:
-    """The rows that say where they stand."""
+def _drop_unplaced(table: pa.Table, problems: list[str]) -> pa.Table:
+    """Leaves out the rows that have no step or no number of samples."""
     for name in ("step", "samples"):
-        kind = table.schema.field(name).type if name in table.column_names else pa.null()
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        if name not in table.column_names or not _is_number(table.schema.field(name).type):
             problems.append(f"the lines of {METRICS} have no {name}")
             return table.slice(0, 0)
-    where = np.stack([table[k].to_numpy(zero_copy_only=False).astype(np.float64) for k in ("step", "samples")])
-    lost = np.isnan(where).any(axis=0)
-    if np.count_nonzero(lost):
-        problems.append(f"{np.count_nonzero(lost)} lines of {METRICS} have no step or samples, and are left out")
-    return table.filter(pa.array(np.logical_not(lost)))
+    places = np.stack([table[k].to_numpy(zero_copy_only=False).astype(np.float64) for k in ("step", "samples")])
+    unplaced = np.isnan(places).any(axis=0)
+    if count := np.count_nonzero(unplaced):
+        problems.append(f"{count} lines of {METRICS} have no step or samples, and are left out")
+    return table.filter(pa.array(np.logical_not(unplaced)))
+
+
+def _drop_repeated(table: pa.Table, problems: list[str]) -> pa.Table:
+    """Sorts the rows by step and leaves out repeated ones where the steps are not 1, 2, 3, ..."""
+    step = table["step"].to_numpy(zero_copy_only=False)
+    if not len(step) or np.array_equal(step, np.arange(1, len(step) + 1)):
+        return table
+    problems.append(f"the steps of {METRICS} are not 1, 2, 3, ...: lines are missing or repeated")
+    return table.take(np.unique(step, return_index=True)[1])
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _is_plain(name: str, value: Any) -> bool:
-    return isinstance(value, str) if name == "phase" else isinstance(value, int | float) and not isinstance(value, bool)
+    if name == "phase":
+        return isinstance(value, str)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The objects of a file of lines that have a step; torn ones are left out."""
+    """Reads the JSON objects that have a step, one a line; damaged lines are left out."""
     text = file.read_text(errors="replace") if file.exists() else ""
-    found, torn = [], []
+    entries, damaged = [], []
     for number, line in enumerate(text.splitlines(), 1):
         try:
             entry = json.loads(line)
             int(entry["step"])
             int(entry.get("samples", 0))
-            found.append(entry)
+            entries.append(entry)
         except (ValueError, KeyError, TypeError, AttributeError):
-            torn.append(number)
-    if torn:
-        named = ", ".join(map(str, torn[:5])) + ", ..." * (len(torn) > 5)
-        problems.append(f"{file.name}: {len(torn)} torn or strange lines are left out (line {named})")
-    return found
+            damaged.append(number)
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        problems.append(f"{file.name}: {len(damaged)} lines are damaged and left out (line {numbers})")
+    return entries
 
 
 def _evaluations(records: ColumnarRecords) -> dict[str, Curve]:
-    """Every `eval/...` of metrics.jsonl."""
-    found = {}
+    """Returns the curve of every `eval/...` metric."""
+    curves = {}
     for name, values in records.columns.items():
-        known = np.flatnonzero(~np.isnan(values)) if name.startswith("eval/") else np.zeros(0, int)
-        if len(known):
-            steps, samples = (records.columns[k][known].astype(int).tolist() for k in ("step", "samples"))
-            found[name] = Curve(steps, samples, values[known].tolist())
-    return found
+        measured = np.flatnonzero(~np.isnan(values)) if name.startswith("eval/") else np.zeros(0, int)
+        if len(measured):
+            steps, samples = (records.columns[k][measured].astype(int).tolist() for k in ("step", "samples"))
+            curves[name] = Curve(steps, samples, values[measured].tolist())
+    return curves
 
 
-# ---------------------------------------------------------------------------------------- what sets runs apart
+# ---------------------------------------------------------------------------------------- how runs differ
 def differing(configs: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Of flat configs, each field that is not the same in all, with its value in each; None where one lacks it."""
+    """Returns each field of flat configs that is not equal in all, with its value in each; None where it is absent."""
     configs = list(configs)
     names = dict.fromkeys(k for c in configs for k in c)
-    told = {name: [c.get(name) for c in configs] for name in names}
-    return {name: values for name, values in told.items() if any(repr(v) != repr(values[0]) for v in values)}
+    values_by_name = {name: [c.get(name) for c in configs] for name in names}
+    return {k: values for k, values in values_by_name.items() if any(repr(v) != repr(values[0]) for v in values)}
 
 
 def short_names(names: Sequence[str], separator: str = "/") -> list[str]:
-    """Each name's last parts, as many as tell it from the others."""
+    """Returns as many of the last parts of each name as are needed to tell the names apart."""
     split = [n.split(separator) for n in names]
     for count in range(1, max((len(s) for s in split), default=0) + 1):
         short = [separator.join(s[-count:]) for s in split]
@@ -284,18 +320,18 @@ def short_names(names: Sequence[str], separator: str = "/") -> list[str]:
 
 
 def published_of(flat: dict[str, Any]) -> dict[str, float]:
-    """The numbers that a run's flat config says were published of it, by metric."""
-    found, i = {}, 0
+    """Returns by metric the published numbers that apply to a run with this flat config."""
+    numbers, i = {}, 0
     while f"published.{i}.metric" in flat:
         metric, value, where = (flat[f"published.{i}.{k}"] for k in ("metric", "value", "where"))
         field, _, wanted = where.partition("=")
         if not where or str(flat.get(field)) == wanted:
-            found[metric] = value
+            numbers[metric] = value
         i += 1
-    return found
+    return numbers
 
 
 def finite(value: Any) -> float | None:
-    """A number that can be drawn, or None."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if known else None
+    """Returns a value as a float where it is a finite number, else None."""
+    is_finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if is_finite else None

@@ -1,10 +1,11 @@
-"""Whether early signals and rules tell anything: measured on runs that were not stopped.
+"""Measures on finished runs how well early signals predict the end of a run, and what each stop rule would have done.
 
-For each decision point, from finished runs alone: how well a signal's value there orders the runs as the final metric
-does, and what a rule would have saved and lost. Everything is a pure function of the runs' records.
+For each decision point: how well the value of a signal ranks the runs as the final metric does, and what a rule would
+have saved and lost. Everything is a pure function of the records of the runs.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -22,65 +23,91 @@ from mice_jax.training.stop_rules import (
     signal,
 )
 
-RESAMPLES = 2000
-LEVEL = 0.95
+RESAMPLES = 2000  # of the bootstrap
+LEVEL = 0.95  # of the bootstrap intervals
 
 
 @dataclasses.dataclass(frozen=True)
-class Finished:
-    """A run that went to its end."""
+class FinishedRun:
+    """A run that was not stopped."""
 
     name: str
     batch_size: int
     records: Records
-    final: float  # the metric at its end
+    final: float  # the metric at the end of the run
 
 
 @dataclasses.dataclass(frozen=True)
 class Correlation:
-    """Spearman's, of a signal at a fraction of the run with the final metric; NaN from fewer than three runs."""
+    """Spearman's correlation of a signal at a fraction of the run with the final metric.
+
+    The numbers are NaN where fewer than three runs have the signal.
+    """
 
     signal: str
     fraction: float
-    group: str  # "all", or the batch size
+    group: str  # "all", or "batch N" for the runs of one batch size
     runs: int
     rho: float
-    low: float  # of the bootstrap interval
-    high: float
+    low: float  # lower end of the bootstrap interval
+    high: float  # its upper end
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a rule would have done, had it been asked at one fraction of the run with all runs side by side."""
+    """What a rule would have done at one fraction of the run, had all runs been trained side by side."""
 
     rule: str
     fraction: float
-    group: str
+    group: str  # "all", or "batch N" for the runs of one batch size
     runs: int
-    stopped: tuple[str, ...]
-    saved: float  # of the samples of all runs
-    regret: float  # how much worse the best run left is than the best of all; 0 or more
+    stopped: tuple[str, ...]  # names of the runs
+    saved: float  # share of the samples of all runs
+    regret: float  # by how much the best remaining run is worse than the best of all, at least 0
     winner_killed: bool
 
 
 def correlations(
-    runs: Sequence[Finished], fractions: Sequence[float] = FRACTIONS, names: Sequence[str] = SIGNALS, seed: int = 0
+    runs: Sequence[FinishedRun], fractions: Sequence[float] = FRACTIONS, names: Sequence[str] = SIGNALS, seed: int = 0
 ) -> list[Correlation]:
-    """Within each batch size and over all."""
-    found = []
+    """Correlates early signals with the final metric, over all runs and within each batch size.
+
+    Args:
+        runs: the finished runs.
+        fractions: shares of the samples of a run at which its signals are read.
+        names: the signals.
+        seed: of the bootstrap.
+
+    Returns:
+        One correlation for each group of runs, signal and fraction.
+    """
+    correlated = []
     for group, members in _groups(runs).items():
-        for name in names:
-            for fraction in fractions:
-                pairs = [(signal(_at(r, fraction), name), r.final) for r in members]
-                known = np.array([p for p in pairs if not any(map(math.isnan, p))]).reshape(-1, 2)
-                rho, low, high = _bootstrap(known[:, 0], known[:, 1], seed)
-                found.append(Correlation(name, fraction, group, len(known), rho, low, high))
-    return found
+        for name, fraction in itertools.product(names, fractions):
+            pairs = [(signal(_records_until(r, fraction), name), r.final) for r in members]
+            known = np.array([p for p in pairs if not any(map(math.isnan, p))]).reshape(-1, 2)
+            rho, low, high = _bootstrap(known[:, 0], known[:, 1], seed)
+            correlated.append(Correlation(name, fraction, group, len(known), rho, low, high))
+    return correlated
 
 
 def verdicts(
-    runs: Sequence[Finished], rules: Sequence[SiblingRule], objective: Objective, fractions: Sequence[float] = FRACTIONS
+    runs: Sequence[FinishedRun],
+    rules: Sequence[SiblingRule],
+    objective: Objective,
+    fractions: Sequence[float] = FRACTIONS,
 ) -> list[Verdict]:
+    """Evaluates stop rules on runs that were not stopped, over all runs and within each batch size.
+
+    Args:
+        runs: the finished runs.
+        rules: the rules to evaluate.
+        objective: what the runs are compared by.
+        fractions: shares of the samples of a run at which a rule decides.
+
+    Returns:
+        One verdict for each group of runs, rule and fraction.
+    """
     return [
         _verdict(members, rule, objective, fraction, group)
         for group, members in _groups(runs).items()
@@ -89,75 +116,107 @@ def verdicts(
     ]
 
 
-def _verdict(runs: Sequence[Finished], rule: SiblingRule, objective: Objective, fraction: float, group: str) -> Verdict:
-    seen = [_at(r, fraction) for r in runs]
-    if isinstance(rule, HalvingRule):
-        stopped = _halved(seen, rule, objective)
-    else:
-        others = [[r.records for r in runs if r is not run] for run in runs]
-        stopped = {i for i, mine in enumerate(seen) if reason_among_siblings(rule, mine, others[i], objective)}
-    whole = [r.records[-1]["samples"] for r in runs]
-    saved = sum(whole[i] - seen[i][-1]["samples"] for i in stopped) / sum(whole)
+def _verdict(
+    runs: Sequence[FinishedRun], rule: SiblingRule, objective: Objective, fraction: float, group: str
+) -> Verdict:
+    early = [_records_until(r, fraction) for r in runs]
+    stopped = _stopped_by(rule, runs, early, objective)
+    samples = [r.records[-1]["samples"] for r in runs]
+    saved = sum(samples[i] - early[i][-1]["samples"] for i in stopped) / sum(samples)
     sign = -1.0 if objective.mode == "max" else 1.0
     finals = [sign * r.final for r in runs]
     best = min(finals)
-    left = [f for i, f in enumerate(finals) if i not in stopped]
-    names = tuple(runs[i].name for i in sorted(stopped))
-    regret = min(left) - best if left else math.nan
-    return Verdict(type(rule).__name__, fraction, group, len(runs), names, saved, regret, finals.index(best) in stopped)
+    remaining = [f for i, f in enumerate(finals) if i not in stopped]
+    return Verdict(
+        rule=type(rule).__name__,
+        fraction=fraction,
+        group=group,
+        runs=len(runs),
+        stopped=tuple(runs[i].name for i in sorted(stopped)),
+        saved=saved,
+        regret=min(remaining) - best if remaining else math.nan,
+        winner_killed=finals.index(best) in stopped,
+    )
 
 
-def _halved(seen: Sequence[Records], rule: HalvingRule, objective: Objective) -> set[int]:
-    """All but the best one of `reduction`, and the best: what Optuna's pruner decides once all have come so far."""
-    values = [objective.comparable_values(mine, seen)[0] for mine in seen]
-    kept = max(1, len(values) // rule.reduction)
-    level = sorted(values)[kept - 1]
-    return {i for i, v in enumerate(values) if v > level}
+def _stopped_by(
+    rule: SiblingRule, runs: Sequence[FinishedRun], early: Sequence[Records], objective: Objective
+) -> set[int]:
+    """Returns the indices of the runs that a rule stops, given the early records of each."""
+    if isinstance(rule, HalvingRule):
+        return _stopped_by_halving(early, rule, objective)
+    stopped = set()
+    for i, records in enumerate(early):
+        siblings = [r.records for r in runs if r is not runs[i]]
+        if reason_among_siblings(rule, records, siblings, objective):
+            stopped.add(i)
+    return stopped
 
 
-def _groups(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
-    """All runs, and where there are several batch sizes those of each."""
+def _stopped_by_halving(early: Sequence[Records], rule: HalvingRule, objective: Objective) -> set[int]:
+    """Returns all but the best one of `reduction` runs: what Optuna's pruner decides once all have come this far."""
+    values = [objective.comparable_values(records, early)[0] for records in early]
+    survivors = max(1, len(values) // rule.reduction)
+    worst_kept = sorted(values)[survivors - 1]
+    return {i for i, value in enumerate(values) if value > worst_kept}
+
+
+def _groups(runs: Sequence[FinishedRun]) -> dict[str, list[FinishedRun]]:
+    """Returns all runs as one group and, where batch sizes differ, the runs of each batch size as a group."""
     sizes = sorted({r.batch_size for r in runs})
-    own = {f"batch {b}": [r for r in runs if r.batch_size == b] for b in sizes} if len(sizes) > 1 else {}
-    return {"all": list(runs)} | own
+    by_size = {f"batch {b}": [r for r in runs if r.batch_size == b] for b in sizes} if len(sizes) > 1 else {}
+    return {"all": list(runs)} | by_size
 
 
-def _at(run: Finished, fraction: float) -> Records:
-    """A run's records up to a fraction of its samples; at least the first."""
-    return first_samples(run.records, math.floor(fraction * run.records[-1]["samples"])) or run.records[:1]
+def _records_until(run: FinishedRun, fraction: float) -> Records:
+    """Returns the records of a run up to a fraction of its samples, at least the first one."""
+    samples = math.floor(fraction * run.records[-1]["samples"])
+    return first_samples(run.records, samples) or run.records[:1]
 
 
+# ---------------------------------------------------------------------------------------- rank correlation
 def spearman(x: np.ndarray, y: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
-    """[N] [N] -> [R]: the correlation of ranks, equal values sharing the mean of theirs; NaN where one is constant.
+    """Computes Spearman's rank correlation; equal values share the mean of their ranks.
 
-    `times` [R, N] says how often each pair is counted in each of R samples; once in one, where it is not given.
+    Args:
+        x: float array [N].
+        y: float array [N].
+        times: float array [R, N], how often each pair is counted in each of R resamples; each pair once by default.
+
+    Returns:
+        Float array [R], NaN where x or y is constant.
     """
     times = np.ones((1, len(x))) if times is None else times
-    a, b = _ranks(x, times), _ranks(y, times)
     count = np.maximum(times.sum(1, keepdims=True), 1)
-    a, b = (r - (times * r).sum(1, keepdims=True) / count for r in (a, b))
+    a, b = (_centred(_ranks(values, times), times, count) for values in (x, y))
     scale = np.sqrt((times * a * a).sum(1) * (times * b * b).sum(1))
     return np.divide((times * a * b).sum(1), scale, out=np.full(len(times), math.nan), where=scale > 0)
 
 
+def _centred(ranks: np.ndarray, times: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return ranks - (times * ranks).sum(1, keepdims=True) / count
+
+
 def _ranks(x: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """[N] [R, N] -> [R, N]."""
+    """Returns the ranks [R, N] of values [N] of which each is counted `times` [R, N]."""
     order = np.argsort(x, kind="stable")
-    starts = np.flatnonzero(np.diff(x[order], prepend=math.nan) != 0)  # of equal values; NaN differs from all
+    # A run of equal values starts where the difference is not 0; a NaN differs from everything.
+    starts = np.flatnonzero(np.diff(x[order], prepend=math.nan) != 0)
     counts = np.add.reduceat(times[:, order], starts, axis=1)
-    means = np.cumsum(counts, axis=1) - (counts - 1) / 2
+    mean_ranks = np.cumsum(counts, axis=1) - (counts - 1) / 2
     ranks = np.empty(times.shape)
-    ranks[:, order] = np.repeat(means, np.diff(starts, append=len(x)), axis=1)
+    ranks[:, order] = np.repeat(mean_ranks, np.diff(starts, append=len(x)), axis=1)
     return ranks
 
 
 def _bootstrap(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """Spearman's correlation and its percentile interval over resampled runs."""
+    """Returns Spearman's correlation of two arrays [N] and the ends of its percentile interval over resamples."""
     if len(x) < 3:
         return math.nan, math.nan, math.nan
-    drawn = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), RESAMPLES).astype(np.float64)
-    found = spearman(x, y, drawn)
-    known = found[~np.isnan(found)]
+    rng = np.random.default_rng(seed)
+    times = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), RESAMPLES).astype(np.float64)
+    resampled = spearman(x, y, times)
+    known = resampled[~np.isnan(resampled)]
     rho = float(spearman(x, y)[0])
     if not len(known):
         return rho, math.nan, math.nan

@@ -1,4 +1,4 @@
-"""How a machine's accelerators are shared out to the workers of a sweep, without touching them."""
+"""Shares a machine's accelerators among the workers of a sweep, without initialising them."""
 
 import os
 import shutil
@@ -10,9 +10,19 @@ from mice_jax.errors import UserError
 
 
 def share_of_devices(workers: int, environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
-    """For each worker, the environment that leaves it an equal part; UserError where they cannot be shared out.
+    """Splits the devices of this machine evenly among workers.
 
-    A CPU is shared by the system itself; only the devices that JAX is told to make of it are split.
+    The system shares CPU cores by itself; only the virtual CPU devices that JAX is asked for are split.
+
+    Args:
+        workers: number of workers.
+        environment: environment variables of this process.
+
+    Returns:
+        The environment variables that give each worker its devices.
+
+    Raises:
+        UserError: the devices cannot be split evenly.
     """
     if workers == 1:
         return [{}]
@@ -23,26 +33,30 @@ def share_of_devices(workers: int, environment: Mapping[str, str] = os.environ) 
         bounds = {"TPU_CHIPS_PER_PROCESS_BOUNDS": f"1,{len(ids) // workers},1", "TPU_PROCESS_BOUNDS": "1,1,1"}
         return [bounds | {"TPU_VISIBLE_CHIPS": ",".join(part)} for part in _split(ids, workers, "TPU chips")]
     count = int(environment.get("JAX_NUM_CPU_DEVICES", 0))
-    return [{"JAX_NUM_CPU_DEVICES": str(max(1, count // workers))} if count > 0 else {} for _ in range(workers)]
+    share = {"JAX_NUM_CPU_DEVICES": str(max(1, count // workers))} if count > 0 else {}
+    return [dict(share) for _ in range(workers)]
 
 
-def _split(ids: list[str], workers: int, what: str) -> list[list[str]]:
+def _split(ids: list[str], workers: int, kind: str) -> list[list[str]]:
     if len(ids) % workers:
-        raise UserError(f"--workers={workers} does not divide the {len(ids)} {what} of this machine.")
+        raise UserError(f"--workers={workers} does not divide the {len(ids)} {kind} of this machine.")
     size = len(ids) // workers
     return [ids[i * size : (i + 1) * size] for i in range(workers)]
 
 
 def _gpus(environment: Mapping[str, str]) -> list[str]:
+    """Returns the ids of the GPUs that this process may use."""
     if "CUDA_VISIBLE_DEVICES" in environment:
         return [i for i in environment["CUDA_VISIBLE_DEVICES"].split(",") if i]
     if not shutil.which("nvidia-smi"):
         return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
-    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed))]
+    lines = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.splitlines()
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in lines))]
 
 
 def _tpus(environment: Mapping[str, str]) -> list[str]:
+    """Returns the ids of the TPU chips that this process may use."""
     if "TPU_VISIBLE_CHIPS" in environment:
         return [i for i in environment["TPU_VISIBLE_CHIPS"].split(",") if i]
-    return [str(i) for i in range(len([*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]))]
+    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    return [str(i) for i in range(len(chips))]

@@ -1,15 +1,8 @@
-"""The processes of a sweep's worker that is one multi-host launch: the first tells the others which trial they run.
+"""A worker of a sweep: it claims trials and runs each one in a process of its own until all trials have ended."""
 
-They speak over TCP, a line of JSON each, on the port above the coordinator's (that one is the trials' own). Nothing is
-kept: a line that breaks is a process that is gone, and ends the rest.
-"""
-
-import contextlib
-import dataclasses
-import json
 import os
 import queue
-import socket
+import signal
 import threading
 import time
 from pathlib import Path
@@ -17,156 +10,159 @@ from typing import Any
 
 from mice_jax.errors import Preempted, UserError
 from mice_jax.runtime import watchdog
+from mice_jax.storage import lock
+from mice_jax.sweeps.process_group import Connection, Followers, ProcessSpec, connect_to_main
+from mice_jax.sweeps.study import Study, read_summary
+from mice_jax.training.stop_monitor import TRIAL_VARIABLE, last_record
 
-JOIN_S = 100.0  # for all processes to come together
-LOOK_S = 0.2
-SEEN_S = 60.0  # how long a shared file system may take to show a trial's config
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Which process this is, of how many, and where they meet."""
-
-    coordinator_address: str
-    num_processes: int
-    process_id: int
-    expect_devices: int | None = None
-
-    def flags(self) -> list[str]:
-        """Of a trial's process here."""
-        return [f"--{name}={value}" for name, value in dataclasses.asdict(self).items() if value is not None]
-
-    def meeting(self) -> tuple[str, int]:
-        """Host and port of the first process's line to the others."""
-        host, _, port = self.coordinator_address.rpartition(":")
-        if not host or not port.isdigit():
-            raise UserError(f"--coordinator_address={self.coordinator_address} must be host:port.")
-        return host.strip("[]"), int(port) + 1
+POLL_S = 0.5
+UNLOCK_TIMEOUT_S = 60.0  # how long the run of a dead worker may take to release its folder
+SHARED_FILE_TIMEOUT_S = 60.0  # how long a shared file system may take to show a new file
+MAX_ATTEMPTS = 3  # starts of a trial's process that get no further than the starts before
+# The exit codes of a trial's process that was asked to end before its signal handlers, which save, were in place.
+ENDED_BY_SIGNAL = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
-class _Line:
-    """One end of a connection, by messages."""
+def work(study: Study, followers: Followers | None = None) -> int:
+    """Runs trials until every trial of the study has ended.
 
-    def __init__(self, connection: socket.socket):
-        connection.settimeout(None)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        self._connection, self._file = connection, connection.makefile("rb")
+    Args:
+        study: the study.
+        followers: the other processes of this worker, if there are any.
 
-    def say(self, **message: int) -> None:
-        with contextlib.suppress(OSError):  # who is gone is noticed where it is listened to
-            self._connection.sendall(json.dumps(message).encode() + b"\n")
+    Returns:
+        The exit code of the worker.
 
-    def hear(self) -> dict[str, Any] | None:
-        """The next message; None where the other end is gone."""
-        try:
-            said = self._file.readline()
-            return json.loads(said) if said.endswith(b"\n") else None
-        except (OSError, ValueError):
-            return None
-
-    def close(self) -> None:
-        self._file.close()
-        self._connection.close()
-
-
-class Lead:
-    """Of the first process: its lines to the others."""
-
-    def __init__(self, place: Place):
-        self.place = place
-        self._lines: dict[int, _Line] = {}
-        _, port = place.meeting()
-        try:
-            server = socket.create_server(("", port))
-        except OSError as e:
-            raise UserError(f"port {port}, on which this worker's processes meet, is taken: {e.strerror}.") from None
-        until = time.monotonic() + JOIN_S
-        with server:
-            while len(self._lines) < place.num_processes - 1:
-                server.settimeout(max(0.01, until - time.monotonic()))
-                try:
-                    connection, _ = server.accept()
-                except TimeoutError:
-                    missing = sorted(set(range(1, place.num_processes)) - set(self._lines))
-                    raise UserError(
-                        f"of this worker's {place.num_processes} processes, {missing} did not come within {JOIN_S:.0f} "
-                        "s. Start the same command once in each, with its own --process_id."
-                    ) from None
-                line = _Line(connection)
-                number = (line.hear() or {}).get("process_id")
-                if isinstance(number, int) and 0 < number < place.num_processes and number not in self._lines:
-                    self._lines[number] = line
-                else:
-                    line.close()
-
-    def begin(self, trial: int) -> None:
-        for line in self._lines.values():
-            line.say(trial=trial)
-
-    def await_all(self) -> None:
-        """Returns once every other process has ended its part of a trial; Preempted where one is gone."""
-        lost = [number for number, line in self._lines.items() if line.hear() is None]
-        if lost:
-            raise Preempted(
-                f"of this worker's processes, {lost} have ended. Run the same command in every process to go on."
-            )
-
-    def end(self, code: int) -> None:
-        for line in self._lines.values():
-            line.say(end=code)
-            line.close()
+    Raises:
+        Preempted: the worker was asked to end, or one of its processes was lost; the trial is saved.
+    """
+    while True:
+        number = study.claim()
+        if number is None:
+            if study.num_ended() == len(study.trials()):
+                return 0
+            # Other workers run the rest. Should one of them die, its trial is resumed here.
+            time.sleep(POLL_S)
+            continue
+        with study.claim_kept(number):
+            try:
+                exit_code = _run_trial(study, number, followers)
+            except Preempted:
+                study.claims.release(number)
+                raise
+            study.end(number, exit_code)
 
 
-def follow(folder: Path, place: Place) -> int:
-    """Runs this process's part of each trial that the first process begins; returns the exit code it ends with."""
-    line = _Line(_connect(place))
-    line.say(process_id=place.process_id)
-    said: queue.Queue[dict[str, Any]] = queue.Queue()
+def work_as_main_process(study: Study, process: ProcessSpec) -> int:
+    """Runs trials as the main process of a worker of several processes; returns the exit code."""
+    followers = Followers(process)
+    exit_code = 1
+    try:
+        exit_code = work(study, followers)
+    except Preempted as e:
+        exit_code = e.exit_code
+        raise
+    finally:
+        followers.end(exit_code)
+    return exit_code
 
-    def listen() -> None:
-        while (message := line.hear()) is not None:
-            said.put(message)
-            if "end" in message:
-                return
-        print("error: the first process of this worker has ended, so this one ended too.", flush=True)
-        os._exit(1)  # the pipe that its run lives by closes with it
 
-    threading.Thread(target=listen, daemon=True).start()
-    while "end" not in (message := said.get()):
+def follow_main_process(folder: Path, process: ProcessSpec) -> int:
+    """Runs this process's part of each trial that the main process begins.
+
+    Args:
+        folder: the sweep's folder.
+        process: which process of the worker this is.
+
+    Returns:
+        The exit code that the main process gives.
+    """
+    connection = connect_to_main(process)
+    messages: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_receive_messages, args=(connection, messages), daemon=True).start()
+    while "end" not in (message := messages.get()):
         run = folder / "runs" / str(message["trial"])
-        config = _shown(run / "config.py")
-        environment = programs_of(folder)
-        with (run / f"log.{place.process_id}.txt").open("a") as log:
-            arguments = [f"--config={config}", f"--workdir={run}", *place.flags()]
-            line.say(code=watchdog.run_child("mice_jax.train", arguments, run, environment, log))
+        config = _await_file(run / "config.py")
+        with (run / f"log.{process.process_id}.txt").open("a") as log:
+            arguments = [f"--config={config}", f"--workdir={run}", *process.flags()]
+            environment = compile_cache_variable(folder)
+            exit_code = watchdog.run_child("mice_jax.train", arguments, run, environment, log)
+        connection.send(code=exit_code)
     return int(message["end"])
 
 
-def programs_of(folder: Path) -> dict[str, str]:
-    """The environment by which the trials of a sweep share compiled programs."""
-    programs = {"JAX_COMPILATION_CACHE_DIR": str(folder.resolve() / "programs")}
-    return {k: v for k, v in programs.items() if k not in os.environ}
+def _receive_messages(connection: Connection, messages: queue.Queue[dict[str, Any]]) -> None:
+    """Queues messages up to the last one; ends this process where the main process is lost."""
+    while (message := connection.receive()) is not None:
+        messages.put(message)
+        if "end" in message:
+            return
+    print("error: the main process of this worker has ended, so this process ends too.", flush=True)
+    os._exit(1)  # this closes the pipe to the run, which then ends as well
 
 
-def _connect(place: Place) -> socket.socket:
-    until = time.monotonic() + JOIN_S
+# ---------------------------------------------------------------------------------------- one trial
+def _run_trial(study: Study, number: int, followers: Followers | None) -> int:
+    """Runs or resumes a trial until its process has ended for good; returns the exit code."""
+    folder = study.run_folder(number)
+    # A worker may have been killed after its run had ended and before it could record that.
+    known_exit_code = {"completed": 0, "stopped": 3}.get((read_summary(folder) or {}).get("status", ""))
+    if known_exit_code is not None:
+        return known_exit_code
+    config = study.begin(number)
+    environment = {TRIAL_VARIABLE: study.trial_variable(number)} | compile_cache_variable(study.folder)
+    arguments = [f"--config={config}", f"--workdir={folder}", *(followers.process.flags() if followers else [])]
+    furthest_step, attempts = -1, 0
+    while True:
+        _await_unlocked(folder)
+        if followers:
+            followers.begin_trial(number)
+        with (folder / "log.txt").open("a") as log:
+            exit_code = watchdog.run_child("mice_jax.train", arguments, folder, environment, log)
+        if followers:
+            followers.await_trial()
+        _raise_if_preempted(number, exit_code)
+        if exit_code in (0, UserError.exit_code, 3):
+            return exit_code
+        # The process crashed or was killed: it is started again as long as the run makes progress.
+        step = last_record(folder).get("step", 0)
+        attempts = 1 if step > furthest_step else attempts + 1
+        furthest_step = max(furthest_step, step)
+        if attempts >= MAX_ATTEMPTS:
+            return exit_code
+
+
+def _raise_if_preempted(number: int, exit_code: int) -> None:
+    if exit_code == Preempted.exit_code:
+        raise Preempted(f"trial {number} has saved its state; run the same command to go on.")
+    if exit_code in ENDED_BY_SIGNAL:
+        raise Preempted(f"trial {number} was asked to end before its first step; run the same command to go on.")
+
+
+def compile_cache_variable(folder: Path) -> dict[str, str]:
+    """Returns the environment by which the trials of a sweep share one compilation cache, unless the user set one."""
+    name = "JAX_COMPILATION_CACHE_DIR"
+    return {} if name in os.environ else {name: str(folder.resolve() / "programs")}
+
+
+def _await_unlocked(folder: Path) -> None:
+    """Waits until no process holds a run's folder, because the run of a killed worker may live a moment longer."""
+    deadline = time.monotonic() + UNLOCK_TIMEOUT_S
     while True:
         try:
-            return socket.create_connection(place.meeting(), timeout=JOIN_S)
-        except OSError as e:
-            if time.monotonic() > until:
-                host, port = place.meeting()
-                raise UserError(
-                    f"the first process of this worker was not reached at {host}:{port} within {JOIN_S:.0f} s: "
-                    f"{e.strerror or e}."
-                ) from None
-            time.sleep(LOOK_S)
+            lock.FolderLock(folder).release()
+            return
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
 
 
-def _shown(file: Path) -> Path:
-    until = time.monotonic() + SEEN_S
+def _await_file(file: Path) -> Path:
+    """Waits until a file that another machine has written is visible here."""
+    deadline = time.monotonic() + SHARED_FILE_TIMEOUT_S
     while not file.exists():
-        if time.monotonic() > until:
-            raise UserError(f"{file} is not here: --workdir must be one folder that all processes share.")
-        time.sleep(LOOK_S)
+        if time.monotonic() > deadline:
+            raise UserError(f"{file} does not exist here. --workdir must be one folder that all processes share.")
+        time.sleep(POLL_S)
     return file

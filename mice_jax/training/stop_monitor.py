@@ -1,7 +1,8 @@
-"""The rules that a run is under while it trains: its own, always, and those of the sweep that it is a trial of.
+"""Checks after each step of a run whether a rule stops it: its own rules, and the rule of the sweep it belongs to.
 
-A trial learns of its sweep from its environment. It reads its siblings' numbers from their folders, at decision
-points that are fractions of its steps: so what it is told is a function of files, and the same after a kill.
+A trial gets its place in the sweep through an environment variable and reads its siblings' records from their folders.
+Rules that compare siblings decide at fixed fractions of the run, so a decision depends on files alone and is the same
+after a kill and a resume.
 """
 
 import dataclasses
@@ -15,19 +16,19 @@ from mice_jax import config
 from mice_jax.storage.workdir import METRICS
 from mice_jax.training import stop_rules
 
-LONGEST_LINES = 1 << 16  # bytes: two lines at least
-TRIAL_VARIABLE = "MICE_JAX_TRIAL"  # in a trial's environment: its `Trial`, as JSON
+MAX_TAIL_BYTES = 1 << 16  # enough of the end of metrics.jsonl for two records
+TRIAL_VARIABLE = "MICE_JAX_TRIAL"  # environment variable that holds a trial's `Trial` as JSON
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Where a run stands in its sweep."""
+    """The place of a run in its sweep."""
 
-    runs: str  # the folder that its siblings' lie in
+    runs: str  # folder that holds the runs of all trials
     number: int
-    storage: str  # of the study
-    study: str
-    rule: dict[str, Any] | None  # name, and the rule's fields
+    storage: str  # URL of the study's database
+    study: str  # name of the study
+    rule: dict[str, Any] | None  # name and fields of the rule, see `rule_fields`
     metric: str
     mode: str
 
@@ -35,8 +36,9 @@ class Trial:
         return json.dumps(dataclasses.asdict(self))
 
 
+# ---------------------------------------------------------------------------------------- records on disk
 def read_records(folder: Path) -> list[stop_rules.Record]:
-    """The whole lines of a run's metrics.jsonl; none where there is none."""
+    """Returns the complete lines of a run's metrics.jsonl; none where the file does not exist."""
     file = folder / METRICS
     if not file.exists():
         return []
@@ -44,77 +46,94 @@ def read_records(folder: Path) -> list[stop_rules.Record]:
 
 
 def last_record(folder: Path) -> stop_rules.Record:
-    """The last whole line of a run's metrics.jsonl; empty where there is none."""
+    """Returns the last complete line of a run's metrics.jsonl; an empty record where there is none."""
     file = folder / METRICS
     if not file.exists():
         return {}
     with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - LONGEST_LINES))
+        opened.seek(max(0, file.stat().st_size - MAX_TAIL_BYTES))
         lines = opened.read().split(b"\n")[:-1]
     return json.loads(lines[-1]) if lines else {}
 
 
+# ---------------------------------------------------------------------------------------- rules as JSON
+def rule_fields(rule: stop_rules.SiblingRule) -> dict[str, Any]:
+    """Returns a rule as a dict of its name and its fields, for the environment of a trial."""
+    name = next(k for k, v in stop_rules.SIBLING_RULES.items() if isinstance(rule, v))
+    return {"name": name} | dataclasses.asdict(rule)
+
+
 def rule_from_fields(fields: dict[str, Any]) -> stop_rules.SiblingRule:
-    """A rule from its name and its fields."""
-    rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "name"}
-    return stop_rules.SIBLING_RULES[fields["name"]](**rest)
+    """Returns the rule that `rule_fields` described."""
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "name"}
+    return stop_rules.SIBLING_RULES[fields["name"]](**values)
 
 
+# ---------------------------------------------------------------------------------------- the monitor
 class StopMonitor:
-    """Told each step's record, says whether the run is to stop, and why."""
+    """Decides after each step whether a run is to stop, and why.
+
+    Args:
+        folder: local folder of the run; records of an earlier process are read from its metrics.jsonl.
+        stop: settings of the rules that every run has.
+        vocab_size: number of token ids of the model.
+        total_steps: planned steps of the run.
+    """
 
     def __init__(self, folder: Path, stop: config.Stop, vocab_size: int, total_steps: int):
         self._rules = stop_rules.rules_of_every_run(stop.margin, stop.steps, vocab_size)
         self._records = read_records(folder)
         self._trial = Trial(**json.loads(os.environ[TRIAL_VARIABLE])) if TRIAL_VARIABLE in os.environ else None
-        self._points: set[int] = set()
+        self._decision_steps: set[int] = set()
         if self._trial and self._trial.rule:
-            self._rule = rule_from_fields(self._trial.rule)
-            self._points = stop_rules.decision_steps(self._rule, total_steps)
+            self._sibling_rule = rule_from_fields(self._trial.rule)
+            self._decision_steps = stop_rules.decision_steps(self._sibling_rule, total_steps)
 
     def reason_to_stop(self, record: stop_rules.Record) -> str:
-        """The reason to stop after this step; "" to go on."""
+        """Takes the record of the step just done; returns the reason to stop after it, or "" to continue."""
         self._records.append(record)
         own = stop_rules.first_reason(self._rules, self._records)
-        return own or (self._among_siblings() if record["step"] in self._points else "")
+        if own or record["step"] not in self._decision_steps:
+            return own
+        return self._reason_among_siblings()
 
-    def _among_siblings(self) -> str:
-        assert self._trial is not None
-        objective = stop_rules.Objective(self._trial.metric, self._trial.mode)
-        if isinstance(self._rule, stop_rules.HalvingRule):
-            return _halved(self._trial, self._rule, self._records, min(self._points), objective)
-        runs = Path(self._trial.runs)
-        others = [f for f in sorted(runs.iterdir()) if f.is_dir() and f.name != str(self._trial.number)]
-        return stop_rules.reason_among_siblings(self._rule, self._records, [read_records(f) for f in others], objective)
+    def _reason_among_siblings(self) -> str:
+        trial, rule = self._trial, self._sibling_rule
+        assert trial is not None
+        objective = stop_rules.Objective(trial.metric, trial.mode)
+        if isinstance(rule, stop_rules.HalvingRule):
+            return _reason_of_halving(trial, rule, self._records, min(self._decision_steps), objective)
+        folders = [f for f in sorted(Path(trial.runs).iterdir()) if f.is_dir() and f.name != str(trial.number)]
+        siblings = [read_records(f) for f in folders]
+        return stop_rules.reason_among_siblings(rule, self._records, siblings, objective)
 
 
-def _halved(
+def _reason_of_halving(
     trial: Trial,
     rule: stop_rules.HalvingRule,
     records: list[stop_rules.Record],
-    first: int,
+    first_step: int,
     objective: stop_rules.Objective,
 ) -> str:
-    """Reports to the study how good the run is, and asks its pruner."""
-    import optuna  # of the extra `lab`: only a trial of a sweep needs it
+    """Reports the run's value to the study and asks Optuna's pruner."""
+    # Optuna belongs to the extra `lab`, and only a trial of a sweep needs it.
+    import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=rule.reduction)
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first_step, reduction_factor=rule.reduction)
     study = optuna.load_study(study_name=trial.study, storage=trial.storage, pruner=pruner)
-    own = study.get_trials(deepcopy=False)[trial.number]
-    seen = objective.latest(records)
-    value = stop_rules.signal(records, "loss") if math.isnan(seen) else seen
-    value = -value if objective.mode == "max" else value  # the study's own direction
-    asking = optuna.trial.Trial(study, own._trial_id)
+    stored = study.get_trials(deepcopy=False)[trial.number]
+    live = optuna.trial.Trial(study, stored._trial_id)
     step = records[-1]["step"]
-    if step not in own.intermediate_values:
-        asking.report(value, step)
-    if not asking.should_prune():
+    if step not in stored.intermediate_values:
+        live.report(_value_for_study(records, objective), step)
+    if not live.should_prune():
         return ""
     return f"not among the best 1 of {rule.reduction} at step {step}, says Optuna's successive halving"
 
 
-def rule_fields(rule: stop_rules.SiblingRule) -> dict[str, Any]:
-    """A rule as its name and its fields, for a trial's environment."""
-    name = next(k for k, v in stop_rules.SIBLING_RULES.items() if isinstance(rule, v))
-    return {"name": name} | dataclasses.asdict(rule)
+def _value_for_study(records: list[stop_rules.Record], objective: stop_rules.Objective) -> float:
+    """Returns the metric, or the training loss before the metric was measured, in the direction of the study."""
+    latest = objective.latest(records)
+    value = stop_rules.signal(records, "loss") if math.isnan(latest) else latest
+    return -value if objective.mode == "max" else value

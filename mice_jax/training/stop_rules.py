@@ -1,8 +1,8 @@
-"""Early signals and rules: what a run's first steps tell, and when that is enough to stop it.
+"""Early signals of a run and the rules that stop it.
 
-A run is known by its records, the objects of metrics.jsonl. A rule reads those of a run and, where it compares, those
-of its siblings, up to the same number of samples; it returns the reason to stop, or "". Rules are frozen dataclasses
-of plain numbers: nothing of a run is kept in them, so a run that was killed is judged again as before.
+A run is represented by its records, the objects of its metrics.jsonl. A rule reads the records of a run and, where it
+compares runs, the records of the run's siblings; it returns the reason to stop, or "". Rules are frozen dataclasses of
+plain numbers and hold no state of a run, so a run that was killed and resumed gets the same decisions.
 """
 
 import dataclasses
@@ -17,69 +17,88 @@ import numpy as np
 Record = dict[str, Any]
 Records = Sequence[Record]
 
-FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of a run's steps: where it is judged, and what results.csv shows
+# The shares of a run's steps at which rules decide and which results.csv reports.
+FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.5)
 SIGNALS = ("loss", "grad_norm", "grad_norm_corrected", "noise_scale", "update_norm", "param_norm", "eval/loss")
-START_SAMPLES = 8  # of which a start is the mean: one sample's loss says little of what the others' will be
-WINDOW = 0.25  # of the samples seen so far: the latest part, over which a signal is averaged
+# The start of a phase is the mean loss of this many samples, because the loss of a single sample is too noisy.
+START_SAMPLES = 8
+# A signal is averaged over this share of the samples seen so far, the most recent ones.
+WINDOW = 0.25
 
 
 # ---------------------------------------------------------------------------------------- records
 class ColumnarRecords(Sequence[Record]):
-    """A finished run's records in a column a name, a tenth of the room of objects; NaN is what a record lacks.
+    """The records of a finished run, stored as one array per metric.
 
-    What is cut from them or read off them is remembered, so hundreds of runs can be compared with each other.
+    This takes a tenth of the memory of a list of dicts. Slices and signals are cached, so that hundreds of runs can be
+    compared with each other.
+
+    Args:
+        columns: float64 arrays [N] by name of the metric; NaN where a record has no such number.
+        phases: the phase of each record; empty where the records name none.
     """
 
     def __init__(self, columns: Mapping[str, np.ndarray], phases: Sequence[str] = ()):
         self.columns, self.phases = columns, phases
-        self.records: dict[int, Record] = {}  # by where they stand
-        self.cuts: dict[int, ColumnarRecords] = {}  # by length
-        self.signals: dict[tuple[str, float], float] = {}
+        self.records: dict[int, Record] = {}  # by index
+        self.prefixes: dict[int, ColumnarRecords] = {}  # by length
+        self.signals: dict[tuple[str, float], float] = {}  # by name and window
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
     @overload
-    def __getitem__(self, at: int) -> Record: ...
+    def __getitem__(self, index: int) -> Record: ...
 
     @overload
-    def __getitem__(self, at: slice) -> "ColumnarRecords": ...
+    def __getitem__(self, index: slice) -> "ColumnarRecords": ...
 
-    def __getitem__(self, at: int | slice) -> "Record | ColumnarRecords":
-        if isinstance(at, slice):
-            start, stop, step = at.indices(len(self))
-            if (start, step) != (0, 1):
-                return ColumnarRecords({k: v[at] for k, v in self.columns.items()}, self.phases[at])
-            if stop not in self.cuts:
-                self.cuts[stop] = ColumnarRecords({k: v[:stop] for k, v in self.columns.items()}, self.phases[:stop])
-            return self.cuts[stop]
-        if at not in self.records:
-            known = {k: v[at].item() for k, v in self.columns.items() if not math.isnan(v[at])}
-            self.records[at] = known | ({"phase": self.phases[at]} if self.phases else {})
-        return self.records[at]
+    def __getitem__(self, index: int | slice) -> "Record | ColumnarRecords":
+        if isinstance(index, slice):
+            return self._slice(index)
+        if index not in self.records:
+            record = {k: v[index].item() for k, v in self.columns.items() if not math.isnan(v[index])}
+            self.records[index] = record | ({"phase": self.phases[index]} if self.phases else {})
+        return self.records[index]
+
+    def _slice(self, part: slice) -> "ColumnarRecords":
+        start, stop, step = part.indices(len(self))
+        if (start, step) != (0, 1):
+            return ColumnarRecords({k: v[part] for k, v in self.columns.items()}, self.phases[part])
+        if stop not in self.prefixes:
+            columns = {k: v[:stop] for k, v in self.columns.items()}
+            self.prefixes[stop] = ColumnarRecords(columns, self.phases[:stop])
+        return self.prefixes[stop]
 
 
 def column(records: Records, name: str) -> np.ndarray:
-    """A number of each record, float64; NaN where it has none."""
+    """Returns one number of each record as a float64 array [N], NaN where a record does not have it."""
     if isinstance(records, ColumnarRecords):
-        found = records.columns.get(name)
-        return np.full(len(records), math.nan) if found is None else found
+        values = records.columns.get(name)
+        return np.full(len(records), math.nan) if values is None else values
     return np.array([math.nan if r.get(name) is None else r[name] for r in records], np.float64)
 
 
 def first_samples(records: Records, samples: int) -> Records:
-    """The records of the first `samples` samples."""
+    """Returns the records of a run up to a number of samples, inclusive."""
     return records[: int(np.searchsorted(column(records, "samples"), samples, side="right"))]
 
 
 # ---------------------------------------------------------------------------------------- signals
-
-
 def signal(records: Records, name: str, window: float = WINDOW) -> float:
-    """A signal at the end of some records: its mean over the latest part of them; NaN where it was never measured.
+    """Computes a signal at the end of some records.
 
-    The corrected gradient norm is the root of a mean of squares, since only the squares are unbiased, and 0 where
-    noise leaves none. Held-out values are not averaged: the latest is taken.
+    A signal is the mean of its values over the most recent part of the records. The corrected gradient norm is the root
+    of a mean of squares, because only the squares are unbiased, and 0 where that mean is negative. Held-out values are
+    not averaged: the latest one counts.
+
+    Args:
+        records: the records of a run, up to the point of interest.
+        name: one of SIGNALS, or any other number of the records.
+        window: share of the samples so far that counts as recent.
+
+    Returns:
+        The signal; NaN where it was never measured.
     """
     if not isinstance(records, ColumnarRecords):
         return _signal(records, name, window)
@@ -99,82 +118,89 @@ def _signal(records: Records, name: str, window: float) -> float:
         return float(latest[0])
     samples = column(records, "samples")
     recent = values[known & (samples > (1 - window) * samples[-1])]
-    mean = float(np.mean(recent if len(recent) else latest))  # measured now and then: the latest there is
+    # Some signals are measured every few steps only; where the window holds none of them, the latest one counts.
+    mean = float(np.mean(recent if len(recent) else latest))
     return math.sqrt(max(0.0, mean)) if key == "grad_sq_corrected" else mean
 
 
 def step_at_fraction(fraction: float, total_steps: int) -> int:
-    """The step at which a fraction of a run is done."""
+    """Returns the step at which a fraction of a run is done, at least 1."""
     return max(1, math.ceil(round(fraction * total_steps, 6)))
 
 
 def decision_steps(rule: "SiblingRule", total_steps: int) -> set[int]:
-    """After which steps a rule is asked; never after the last."""
+    """Returns the steps after which a rule decides; the last step of the run is never one of them."""
     if isinstance(rule, HalvingRule):
-        first, times = step_at_fraction(rule.first, total_steps), len(rule.fractions)
-        steps = {first * rule.reduction**i for i in range(times)}
+        first = step_at_fraction(rule.first, total_steps)
+        steps = {first * rule.reduction**i for i in range(len(rule.fractions))}
     else:
         steps = {step_at_fraction(f, total_steps) for f in rule.fractions}
     return {s for s in steps if s < total_steps}
 
 
 # ---------------------------------------------------------------------------------------- rules
-class Rule(Protocol):
-    def reason_to_stop(self, mine: Records, siblings: Sequence[Records], objective: "Objective") -> str: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the runs of a study are compared by in the end."""
+    """The metric by which the runs of a study are compared in the end."""
 
     metric: str = "eval/loss"
     mode: str = "min"  # min | max
 
     def latest(self, records: Records) -> float:
-        """The metric so far, better when smaller; NaN where it has not been measured yet."""
+        """Returns the latest value of the metric, negated where higher is better; NaN where there is none yet."""
         value = signal(records, self.metric)
         return -value if self.mode == "max" else value
 
-    def comparable_values(self, mine: Records, siblings: Sequence[Records]) -> tuple[float, list[float]]:
-        """Of a run and those siblings that can be compared with it, better when smaller.
+    def comparable_values(self, records: Records, siblings: Sequence[Records]) -> tuple[float, list[float]]:
+        """Returns the values by which a run and its siblings can be compared at this point; lower is better.
 
-        By the metric where the run has seen it and a sibling has by then, by the training loss before that.
+        These are values of the metric where the run and at least one sibling have measured it, and training losses
+        otherwise.
+
+        Args:
+            records: the records of the run.
+            siblings: the records of each sibling, up to the same number of samples.
+
+        Returns:
+            The value of the run, and the values of the siblings that have one.
         """
-        others = [v for s in siblings if not math.isnan(v := self.latest(s))]
-        own = self.latest(mine)
+        own = self.latest(records)
+        others = [value for s in siblings if not math.isnan(value := self.latest(s))]
         if others and not math.isnan(own):
             return own, others
         losses = [signal(s, "loss") for s in siblings]
-        return signal(mine, "loss"), [v for v in losses if not math.isnan(v)]
+        return signal(records, "loss"), [loss for loss in losses if not math.isnan(loss)]
 
-    def is_best(self, mine: Records, siblings: Sequence[Records]) -> bool:
-        """Whether no sibling is better at the same samples."""
-        own, others = self.comparable_values(mine, siblings)
+    def is_best(self, records: Records, siblings: Sequence[Records]) -> bool:
+        """Whether no sibling is better at the same number of samples."""
+        own, others = self.comparable_values(records, siblings)
         return all(own <= other for other in others)
+
+
+class Rule(Protocol):
+    """Decides from records whether a run is stopped; returns the reason, or ""."""
+
+    def reason_to_stop(self, records: Records, siblings: Sequence[Records], objective: Objective) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceRule:
-    """The loss is above its start by `margin` for `steps` steps in a row.
+    """Stops a run whose loss has been more than `margin` above its start for `steps` steps in a row.
 
-    It starts with each phase: other data may have another loss, and that is no divergence. The start is the mean of the
-    phase's first START_SAMPLES samples, or of its first step where that has more.
+    The comparison starts again with each phase, because other data may have another loss. The start is the mean loss
+    of the phase's first START_SAMPLES samples, or of its first step where that step has more samples.
     """
 
     margin: float = 1.0  # nats
     steps: int = 10
 
     def reason_to_stop(
-        self, mine: Records, siblings: Sequence[Records] = (), objective: Objective = Objective()
+        self, records: Records, siblings: Sequence[Records] = (), objective: Objective = Objective()
     ) -> str:
-        if len(mine) <= self.steps or mine[-self.steps - 1]["phase"] != mine[-1]["phase"]:
+        if len(records) <= self.steps or records[-self.steps - 1]["phase"] != records[-1]["phase"]:
             return ""
-        first = next(i for i, r in enumerate(mine) if r["phase"] == mine[-1]["phase"])
-        before = mine[first - 1]["samples"] if first else 0
-        own = itertools.islice(mine, first, None)
-        counted = itertools.takewhile(lambda r: r["samples"] - before <= START_SAMPLES, own)
-        start = statistics.fmean([r["loss"] for r in counted] or [mine[first]["loss"]])
-        latest = [r["loss"] for r in mine[-self.steps :]]
+        start = _start_of_phase(records)
+        latest = [r["loss"] for r in records[-self.steps :]]
         if min(latest) <= start + self.margin:
             return ""
         return (
@@ -183,82 +209,93 @@ class DivergenceRule:
         )
 
 
+def _start_of_phase(records: Records) -> float:
+    """Returns the mean loss of the first samples of the phase that the last record belongs to."""
+    first = next(i for i, r in enumerate(records) if r["phase"] == records[-1]["phase"])
+    samples_before = records[first - 1]["samples"] if first else 0
+    of_phase = itertools.islice(records, first, None)
+    start = itertools.takewhile(lambda r: r["samples"] - samples_before <= START_SAMPLES, of_phase)
+    return statistics.fmean([r["loss"] for r in start] or [records[first]["loss"]])
+
+
 @dataclasses.dataclass(frozen=True)
 class DeadModelRule:
-    """The loss is stuck at the logarithm of the vocabulary, and the gradient has vanished: what a huge rate does.
+    """Stops a run whose loss stays at the logarithm of the vocabulary size while its gradient has vanished.
 
-    The model then gives every token the same odds whatever the input, and nothing leads back.
+    A learning rate that is far too high leads there: the model then predicts the same distribution for every input and
+    cannot recover.
     """
 
     vocab_size: int
-    near: float = 0.05  # of ln(vocab_size)
-    vanished: float = 1e-3  # of the first step's gradient norm
+    near: float = 0.05  # largest distance of the loss from ln(vocab_size), as a share of it
+    vanished: float = 1e-3  # largest gradient norm, as a share of the first step's
     steps: int = 10
 
     def reason_to_stop(
-        self, mine: Records, siblings: Sequence[Records] = (), objective: Objective = Objective()
+        self, records: Records, siblings: Sequence[Records] = (), objective: Objective = Objective()
     ) -> str:
-        if len(mine) <= self.steps:
+        if len(records) <= self.steps:
             return ""
-        level, start = math.log(self.vocab_size), mine[0]["grad_norm"]
-        stuck = all(
-            abs(r["loss"] - level) <= self.near * level and r["grad_norm"] <= self.vanished * start
-            for r in mine[-self.steps :]
+        level, first_norm = math.log(self.vocab_size), records[0]["grad_norm"]
+        dead = all(
+            abs(r["loss"] - level) <= self.near * level and r["grad_norm"] <= self.vanished * first_norm
+            for r in records[-self.steps :]
         )
-        if not stuck:
+        if not dead:
             return ""
         return (
             f"dead: for {self.steps} steps the loss has been at ln({self.vocab_size}) = {level:.4g} with a gradient "
-            f"norm below {self.vanished:g} of its start of {start:.3g}"
+            f"norm below {self.vanished:g} of its start of {first_norm:.3g}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class PaperRule:
-    """Among runs at the same samples, the lower gradient norm and the higher loss promise the better end.
+    """Stops a run if a sibling has both a lower gradient norm and a higher loss at the same number of samples.
 
-    A run is stopped where a sibling has both, by `margin` of their values, in the latest `window` of the samples.
+    According to the paper (arXiv 2412.13337), such a sibling ends better.
     """
 
     fractions: tuple[float, ...] = FRACTIONS
     window: float = WINDOW
-    margin: float = 0.0
-    norm: str = "grad_norm_corrected"  # | grad_norm: which compares runs of one batch size only
+    margin: float = 0.0  # by which both must differ, as a share of their values
+    norm: str = "grad_norm_corrected"  # or grad_norm, which is comparable among runs of one batch size only
 
-    def reason_to_stop(self, mine: Records, siblings: Sequence[Records], objective: Objective) -> str:
-        norm, loss = signal(mine, self.norm, self.window), signal(mine, "loss", self.window)
+    def reason_to_stop(self, records: Records, siblings: Sequence[Records], objective: Objective) -> str:
+        norm, loss = signal(records, self.norm, self.window), signal(records, "loss", self.window)
         for sibling in siblings:
             its_norm, its_loss = signal(sibling, self.norm, self.window), signal(sibling, "loss", self.window)
             if its_norm * (1 + self.margin) < norm and its_loss > loss * (1 + self.margin):
                 return (
                     f"a sibling has the lower {self.norm} ({its_norm:.4g} to {norm:.4g}) and the higher loss "
-                    f"({its_loss:.4g} to {loss:.4g}) at {mine[-1]['samples']:,} samples"
+                    f"({its_loss:.4g} to {loss:.4g}) at {records[-1]['samples']:,} samples"
                 )
         return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class MedianRule:
-    """A run is stopped where it is worse than the median of its siblings at the same samples."""
+    """Stops a run that is worse than the median of its siblings at the same number of samples."""
 
     fractions: tuple[float, ...] = FRACTIONS
     min_siblings: int = 2
 
-    def reason_to_stop(self, mine: Records, siblings: Sequence[Records], objective: Objective) -> str:
-        own, others = objective.comparable_values(mine, siblings)
+    def reason_to_stop(self, records: Records, siblings: Sequence[Records], objective: Objective) -> str:
+        own, others = objective.comparable_values(records, siblings)
         if len(others) < self.min_siblings or own <= statistics.median(others):
             return ""
         return (
             f"worse than the median of {len(others)} siblings ({own:.4g} to {statistics.median(others):.4g}) at "
-            f"{mine[-1]['samples']:,} samples"
+            f"{records[-1]['samples']:,} samples"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class HalvingRule:
-    """Asynchronous successive halving, which Optuna's pruner decides: one of `reduction` goes on at each rung.
+    """Asynchronous successive halving: at each rung, the best one of `reduction` runs continues.
 
-    Rungs lie at `first` of the run and at each `reduction` times it.
+    Optuna's pruner decides. The first rung is at the fraction `first` of the run; each further rung is at `reduction`
+    times the one before.
     """
 
     first: float = 0.05
@@ -274,24 +311,40 @@ SiblingRule = PaperRule | MedianRule | HalvingRule
 SIBLING_RULES: dict[str, type[SiblingRule]] = {"paper": PaperRule, "median": MedianRule, "halving": HalvingRule}
 
 
+# ---------------------------------------------------------------------------------------- decisions
 def rules_of_every_run(margin: float, steps: int, vocab_size: int) -> list[Rule]:
-    """The rules of every run; 0 steps = none."""
+    """Returns the rules that apply to every run, whether it is part of a sweep or not.
+
+    Args:
+        margin: nats above the start of its phase from which a loss counts as diverged.
+        steps: how many steps in a row a condition must hold; 0 turns both rules off.
+        vocab_size: number of token ids of the model.
+    """
     return [DivergenceRule(margin, steps), DeadModelRule(vocab_size, steps=steps)] if steps else []
 
 
-def first_reason(
-    rules: Sequence[Rule], mine: Records, siblings: Sequence[Records] = (), objective: Objective | None = None
-) -> str:
-    """Of the first rule that stops the run; "" where none does."""
-    return next((r for rule in rules if (r := rule.reason_to_stop(mine, siblings, objective or Objective()))), "")
+def first_reason(rules: Sequence[Rule], records: Records) -> str:
+    """Returns the reason of the first rule that stops a run by its own records; "" where none does."""
+    reasons = (rule.reason_to_stop(records, (), Objective()) for rule in rules)
+    return next(filter(None, reasons), "")
 
 
 def reason_among_siblings(
-    rule: PaperRule | MedianRule, mine: Records, siblings: Sequence[Records], objective: Objective
+    rule: PaperRule | MedianRule, records: Records, siblings: Sequence[Records], objective: Objective
 ) -> str:
-    """What a rule says of a run among siblings, each cut at the run's samples; never against the best so far."""
-    samples = mine[-1]["samples"]
+    """Compares a run with its siblings at the run's number of samples; the best run so far is never stopped.
+
+    Args:
+        rule: the rule of the sweep.
+        records: the records of the run so far.
+        siblings: all records of each sibling; those that have not come as far are left out.
+        objective: what the runs are compared by.
+
+    Returns:
+        The reason to stop the run; "" to continue.
+    """
+    samples = records[-1]["samples"]
     comparable = [cut for s in siblings if (cut := first_samples(s, samples)) and s[-1]["samples"] >= samples]
-    if not comparable or objective.is_best(mine, comparable):
+    if not comparable or objective.is_best(records, comparable):
         return ""
-    return rule.reason_to_stop(mine, comparable, objective)
+    return rule.reason_to_stop(records, comparable, objective)

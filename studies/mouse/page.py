@@ -272,7 +272,9 @@ RULES = {
 }
 
 
-def signals_section(runs: Sequence[rule_evaluation.Finished], found: Sequence[rule_evaluation.Correlation]) -> Section:
+def signals_section(
+    runs: Sequence[rule_evaluation.FinishedRun], found: Sequence[rule_evaluation.Correlation]
+) -> Section:
     if not found:
         return NOTHING
     findings = [
@@ -301,7 +303,7 @@ def signals_section(runs: Sequence[rule_evaluation.Finished], found: Sequence[ru
     return lines, findings
 
 
-def correlated(runs: Sequence[rule_evaluation.Finished]) -> list[rule_evaluation.Correlation]:
+def correlated(runs: Sequence[rule_evaluation.FinishedRun]) -> list[rule_evaluation.Correlation]:
     """Those that can be told: of three runs or more that differ."""
     found = rule_evaluation.correlations(runs, names=tuple(CLAIMS))
     return [c for c in found if not math.isnan(c.rho + c.low + c.high)]
@@ -403,7 +405,7 @@ def write_page(folder: Path, output: Path) -> Path:
         dots(schedule, (SCHEDULE, WARMUP), output / "mouse_schedule.svg")
     if phases.trials:
         curves(phases, (PHASES, BATCH), output / "mouse_phases.svg")
-    runs = [rule_evaluation.Finished(t.number, int(t.params[BATCH]), t.records, t.final) for t in batch.trials]
+    runs = [rule_evaluation.FinishedRun(t.number, int(t.params[BATCH]), t.records, t.final) for t in batch.trials]
     if found := correlated(runs):
         signals(found, output / "mouse_signals.svg")
     sections = {

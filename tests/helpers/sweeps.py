@@ -1,4 +1,4 @@
-"""What tests of sweeps are built from: a sweep's file over the tiny runs of `runs`, and what it left."""
+"""Sweeps for tests: settings without files, sweep files over the tiny runs of `runs`, and readers of their results."""
 
 import contextlib
 import csv
@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import optuna
 
 from helpers.runs import ENVIRONMENT, REPOSITORY, setting
+from mice_jax.config import Config, Phase, Source, Sweep
 
-OPENING = '''"""A sweep of a test."""
+SWEEP_FILE = '''"""A sweep of a test."""
 
 import importlib.util
 from mice_jax.config import Sweep
@@ -23,21 +25,52 @@ spec.loader.exec_module(base)
 
 
 def get_sweep(arg: str = "") -> Sweep:
-    return Sweep(base=base.get_config(), {body})
+    return Sweep(base=base.get_config(), {fields})
+'''
+BASE_FILE = '''"""A config of a test that is valid and never run."""
+
+from mice_jax.config import Config, Phase, Source
+
+
+def get_config(arg: str = "") -> Config:
+    c = Config()
+    c.model.init_from = "models/mouse"
+    c.data.phases = [Phase(sources=[Source(path="chats.jsonl")])]
+    return c
 '''
 
 
-def sweep_file(folder: Path, sweep: str, body: str = "", samples: int = 40, held_out: bool = True) -> Path:
-    """A sweep's file, whose `sweep` is what it gives beside its base, whose `body` sets fields of the base."""
-    validation = "c.data.validation_fraction = 0.2\n" * held_out
+def small_sweep(**fields: Any) -> Sweep:
+    """Returns a valid sweep whose model and data do not exist."""
+    c = Config()
+    c.model.init_from = "models/mouse"
+    c.data.phases = [Phase(name="one", num_epochs=4.0, sources=[Source(path="chats.jsonl")])]
+    sweep = Sweep(base=c, **fields)
+    sweep.validate()
+    return sweep
+
+
+def write_sweep_file(folder: Path, fields: str) -> Path:
+    """Writes the file of a sweep that is never run; `fields` are its arguments as Python source."""
+    folder.mkdir(exist_ok=True)
+    base, file = folder / "base.py", folder / "sweep.py"
+    base.write_text(BASE_FILE)
+    file.write_text(SWEEP_FILE.format(base=str(base), fields=fields))
+    return file
+
+
+def sweep_file(folder: Path, fields: str, body: str = "", samples: int = 40, held_out: bool = True) -> Path:
+    """Writes data, model and file of a sweep that can run; `body` sets fields of its base."""
+    validation = "c.data.validation_fraction = 0.2\n" if held_out else ""
     base = setting(
         folder, f"c.data.phases[0].num_epochs = 4.0\n{validation}c.log.trackers = []\n{body}", samples=samples
     )
     file = folder / "sweep.py"
-    file.write_text(OPENING.format(base=str(base), body=sweep))
+    file.write_text(SWEEP_FILE.format(base=str(base), fields=fields))
     return file
 
 
+# ---------------------------------------------------------------------------------------- processes
 def start_sweep(file: Path, workdir: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "mice_jax.sweep", f"--config={file}", f"--workdir={workdir}", *flags]
     own = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | environment
@@ -46,25 +79,17 @@ def start_sweep(file: Path, workdir: Path, *flags: str, **environment: str) -> s
 
 
 def run_sweep(file: Path, workdir: Path, *flags: str, **environment: str) -> str:
+    """Runs a sweep that must succeed; returns its output."""
     process = start_sweep(file, workdir, *flags, **environment)
-    said, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=500)
     logs = "".join(f"{f}:\n{f.read_text()[-1500:]}" for f in workdir.rglob("*.txt"))
-    assert process.returncode == 0, said + logs
-    return said
-
-
-def results(workdir: Path) -> list[dict[str, str]]:
-    with (workdir / "results.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def study_of(workdir: Path) -> optuna.Study:
-    return optuna.load_study(study_name=None, storage=f"sqlite:///{workdir / 'study.db'}")
+    assert process.returncode == 0, output + logs
+    return output
 
 
 def processes_of(workdir: Path) -> dict[int, str]:
-    """The processes whose command names a folder, but this one."""
-    found = {}
+    """Returns the commands of all processes whose command names a folder, but this one, by process id."""
+    commands = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
@@ -72,17 +97,28 @@ def processes_of(workdir: Path) -> dict[int, str]:
             except OSError:
                 continue
             if str(workdir) in command:
-                found[int(entry.name)] = command
-    return found
+                commands[int(entry.name)] = command
+    return commands
 
 
-def await_none(workdir: Path, within_s: float = 30.0) -> None:
-    until = time.monotonic() + within_s
+def await_no_process(workdir: Path, within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
     while left := processes_of(workdir):
-        assert time.monotonic() < until, left
+        assert time.monotonic() < deadline, left
         time.sleep(0.1)
 
 
-def kill(number: int) -> None:
+def kill(process: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(number, signal.SIGKILL)
+        os.kill(process, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------------------------- results
+def results(workdir: Path) -> list[dict[str, str]]:
+    """Returns the rows of results.csv."""
+    with (workdir / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def study_of(workdir: Path) -> optuna.Study:
+    return optuna.load_study(study_name=None, storage=f"sqlite:///{workdir / 'study.db'}")

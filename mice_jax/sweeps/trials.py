@@ -1,0 +1,53 @@
+"""Derives the trials of a sweep, their configs and their stop rule from the sweep's settings."""
+
+import copy
+import itertools
+from typing import Any
+
+from mice_jax.config import Config, Range, Sweep, locate
+from mice_jax.errors import UserError
+from mice_jax.training import stop_rules
+
+
+def fixed_params(sweep: Sweep) -> list[dict[str, Any]]:
+    """Returns the parameters of each trial that are fixed beforehand: all of a grid's, the seeds of a search."""
+    seeds = [{"seed": s} for s in sweep.seeds] or [{}]
+    if sweep.search != "grid":
+        return [seeds[i % len(seeds)] for i in range(sweep.trials)]
+    choices = [[{name: label(v)} for v in values] for name, values in sweep.axes.items()]
+    return [
+        {name: value for part in parts for name, value in part.items()} for parts in itertools.product(*choices, seeds)
+    ]
+
+
+def label(value: Any) -> Any:
+    """Returns a value as Optuna stores it: plain values unchanged, any other as its repr."""
+    return value if isinstance(value, bool | int | float | str) else repr(value)
+
+
+def trial_config(sweep: Sweep, params: dict[str, Any]) -> Config:
+    """Returns the validated config of a trial with these parameters."""
+    config = copy.deepcopy(sweep.base)
+    for name, value in params.items():
+        choices = sweep.seeds if name == "seed" else sweep.axes[name]
+        if not isinstance(choices, Range):
+            value = next(v for v in choices if label(v) == value)
+        part, field = locate(config, name)
+        setattr(part, field, copy.deepcopy(value))
+    config.validate()
+    return config
+
+
+def sibling_rule(sweep: Sweep) -> stop_rules.SiblingRule | None:
+    """Returns the rule that compares the trials of a sweep; raises UserError where its name is unknown."""
+    if sweep.stop is None or sweep.stop == "none":
+        return None
+    if isinstance(sweep.stop, str) and sweep.stop in stop_rules.SIBLING_RULES:
+        return stop_rules.SIBLING_RULES[sweep.stop]()
+    if isinstance(sweep.stop, stop_rules.SiblingRule):
+        return sweep.stop
+    raise UserError(
+        f"stop={sweep.stop!r} of the sweep is not a stop rule. Give None, one of "
+        f"{', '.join(stop_rules.SIBLING_RULES)}, or a PaperRule, MedianRule or HalvingRule of "
+        "mice_jax.training.stop_rules."
+    )
