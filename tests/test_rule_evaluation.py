@@ -1,4 +1,4 @@
-"""The measure of signals and rules, on runs small enough to reckon by hand."""
+"""The evaluation of signals and stop rules, on runs small enough to compute by hand."""
 
 import math
 
@@ -19,6 +19,8 @@ from mice_jax.training.stop_rules import (
 )
 from test_stop_rules import run
 
+pytestmark = pytest.mark.smoke
+
 
 def finished(name: str, loss: float, norm: float, final: float, batch: int = 10) -> FinishedRun:
     steps = 400 // batch
@@ -33,7 +35,7 @@ RUNS = [
 ]
 
 
-def test_spearman_is_scipy_s_ties_and_all() -> None:
+def test_spearman_equals_scipy_s_with_ties() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         x, y = rng.integers(0, 6, 12).astype(float), rng.normal(size=12)
@@ -41,7 +43,7 @@ def test_spearman_is_scipy_s_ties_and_all() -> None:
     assert np.isnan(spearman(np.ones(3), np.arange(3.0))).all()
 
 
-def test_a_pair_counted_twice_is_two_pairs_and_one_counted_never_is_none() -> None:
+def test_spearman_counts_each_pair_as_often_as_given() -> None:
     rng = np.random.default_rng(2)
     x, y = rng.integers(0, 4, 9).astype(float), rng.normal(size=9)
     times = rng.integers(0, 4, (20, 9))
@@ -50,28 +52,28 @@ def test_a_pair_counted_twice_is_two_pairs_and_one_counted_never_is_none() -> No
     assert spearman(x, y) != pytest.approx(wanted[:1], abs=1e-3), "they count"
 
 
-def test_a_signal_that_orders_the_runs_as_their_end_does_correlates_fully() -> None:
+def test_signal_that_ranks_runs_as_their_end_correlates_fully() -> None:
     found = {(c.signal, c.fraction): c for c in correlations(RUNS, (0.1, 0.5), ("loss", "grad_norm", "noise_scale"))}
     assert found["grad_norm", 0.1].rho == pytest.approx(1.0) and found["loss", 0.5].rho == pytest.approx(-1.0)
     assert found["grad_norm", 0.1].low <= 1.0 <= found["grad_norm", 0.1].high + 1e-12
     assert found["noise_scale", 0.1].runs == 0 and math.isnan(found["noise_scale", 0.1].rho)
 
 
-def test_the_bootstrap_interval_of_runs_without_order_holds_zero() -> None:
+def test_bootstrap_interval_of_unrelated_numbers_contains_zero() -> None:
     rng = np.random.default_rng(1)
     runs = [finished(str(i), 1.0, n, f) for i, (n, f) in enumerate(rng.normal(size=(30, 2)) ** 2)]
     [c] = correlations(runs, (0.2,), ("grad_norm",))
     assert c.low < 0 < c.high and c.low < c.rho < c.high
 
 
-def test_the_paper_s_rule_saves_what_the_stopped_runs_had_left() -> None:
+def test_paper_rule_saves_the_samples_that_stopped_runs_had_left() -> None:
     """At half of the run it stops b and c; a has the lower norm and higher loss, d the lowest loss and so is spared."""
     [v] = verdicts(RUNS, [PaperRule()], Objective(), (0.5,))
     assert v.stopped == ("b", "c") and v.saved == pytest.approx(2 * 0.5 / 4)
     assert v.regret == 0.0 and not v.winner_killed
 
 
-def test_a_rule_that_kills_the_winner_is_found_out() -> None:
+def test_rule_that_stops_the_winner_has_a_regret() -> None:
     """By the loss so far, a and b are the worst; they end best."""
     [v] = verdicts(RUNS, [MedianRule()], Objective(), (0.1,))
     assert v.stopped == ("a", "b") and v.winner_killed
@@ -85,7 +87,7 @@ def test_halving_keeps_the_best_of_four() -> None:
     assert v.stopped == ("a", "b", "c") and v.winner_killed and v.saved == pytest.approx(3 * 0.8 / 4)
 
 
-def test_batch_sizes_are_judged_apart_and_together() -> None:
+def test_batch_sizes_are_evaluated_apart_and_together() -> None:
     runs = [*RUNS, finished("e", 1.0, 0.5, 0.3, 40), finished("f", 2.0, 0.4, 0.2, 40), finished("g", 3.0, 0.3, 0.1, 40)]
     rho = {c.group: c.rho for c in correlations(runs, (0.5,), ("loss",))}
     assert rho.keys() == {"all", "batch 10", "batch 40"}
@@ -98,7 +100,7 @@ def test_batch_sizes_are_judged_apart_and_together() -> None:
     }
 
 
-def test_a_run_s_columns_say_what_its_records_say() -> None:
+def test_columnar_records_equal_plain_records() -> None:
     assert verdicts(RUNS, [PaperRule(), MedianRule()], Objective()) == verdicts(
         [FinishedRun(r.name, r.batch_size, in_columns(r.records), r.final) for r in RUNS],
         [PaperRule(), MedianRule()],

@@ -99,8 +99,7 @@ class Followers:
     def _register(self, connection: Connection) -> None:
         """Keeps the connection of a process of this worker; closes any other."""
         number = (connection.receive() or {}).get("process_id")
-        expected = isinstance(number, int) and 0 < number < self.process.num_processes
-        if expected and number not in self._connections:
+        if isinstance(number, int) and 0 < number < self.process.num_processes and number not in self._connections:
             self._connections[number] = connection
         else:
             connection.close()

@@ -1,31 +1,32 @@
-"""What the study at mouse scale has in common: its data, its base model and the recipe that each sweep varies.
+"""Data, base model and recipe that the sweeps of the study at mouse scale share.
 
-It asks the questions of arXiv 2412.13337 of a model of half a million weights, on the demo's three phases: 81 minutes
-on two CPU cores that did other work too. The folder that the configs' argument names holds data/ and base/, which
-`demo/mouse_study.py` makes before it runs the sweeps:
-  python demo/mouse_study.py --workdir=demo/mouse
+The study asks the questions of arXiv 2412.13337 of a model of half a million weights, on the demo's three phases. It
+takes 81 minutes on two busy CPU cores. The configs' argument names the folder that holds data/ and base/, which
+studies/mouse/run.py makes before it runs the sweeps:
+  python studies/mouse/run.py --workdir=studies/mouse/runs
 
-Every arm of a sweep sees each sample NUM_EPOCHS times, whatever its batch: so a large batch makes fewer updates, 132
-of them at LARGE. A seed is an order of the samples; all runs start from the same base. No run is stopped, so that the
-rules for stopping can be measured on them.
+Every arm of a sweep sees each sample NUM_EPOCHS times, whatever its batch size, so a large batch makes fewer updates:
+132 at LARGE. A seed is an order of the samples; all runs start from the same base. No run is stopped, so that stop
+rules can be evaluated on the runs.
 """
 
 from mice_jax.config import Config, Phase, Source
 
-FOLDER = "demo/mouse"
+FOLDER = "studies/mouse/runs"
 PHASES = ("instructions", "knowledge", "skills")
 NUM_EPOCHS = 2.0
 SMALL, LARGE = 12, 96  # samples a step
 SEEDS = [0, 1, 2]
-EVERY_SAMPLES = 2_500  # held-out loss: five times a run
+EVERY_SAMPLES = 2_500  # between two evaluations of the held-out loss, five a run
 
 
 def sources(folder: str) -> list[Source]:
+    """Returns the training data of each phase."""
     return [Source(path=f"{folder}/data/{name}.jsonl") for name in PHASES]
 
 
 def recipe(folder: str, batch_size: int = LARGE, learning_rate: float = 3e-3) -> Config:
-    """Stacked data, a constant rate without warm-up."""
+    """Returns the config of a run on stacked data, with a constant learning rate and no warm-up."""
     c = Config()
     c.model.init_from = f"{folder}/base"
     c.model.compute_dtype = "float32"

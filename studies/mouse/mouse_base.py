@@ -1,9 +1,9 @@
 """The base model of the study at mouse scale: a small Llama, from scratch on Python's documentation as plain text.
 
-What is held out of the demo's knowledge is left out of these documents.
-Expected: a model that writes text that looks like documentation, and answers nothing.
-Cost: under three minutes on two CPU cores, its data included.
-Data: demo/mouse_study.py. Launch: mice train --config=configs/sweeps/mouse_base.py --workdir=demo/mouse/base
+These documents leave out the entries that the demo's held-out knowledge asks about.
+Expected: a model that writes text that looks like documentation and answers no question.
+Cost: under three minutes on two CPU cores, including the data.
+Data: studies/mouse/run.py. Launch: mice train --config=studies/mouse/mouse_base.py --workdir=studies/mouse/runs/base
 """
 
 from mice_jax.config import Config, Phase, Source

@@ -1,12 +1,12 @@
-"""Batches of 12 and 96 samples by learning rates from 3e-4 to 1e-2; and whether early signals tell the end.
+"""Batches of 12 and 96 samples, with learning rates from 3e-4 to 1e-2.
 
-Tests the study's claims that a large batch ends better than a small one on the same samples, that a low rate is
-the better start, and that among such runs a lower gradient norm and a higher loss early promise the better end.
-Found (docs/mouse_study.md): at its own best rate the large batch ends lower, 3.775 against 3.850, and is behind early;
-at the two lowest rates it ends higher. The lowest rate is not the best one. Early signals do not tell the end as the
-study says: a lower loss early goes with a lower loss at the end.
-Cost: 24 runs, about 40 minutes on two CPU cores that did other work too.
-Launch: mice sweep --config=configs/sweeps/mouse_batch.py --workdir=demo/mouse/batch --workers=2
+Tests the paper's claims that a large batch ends better than a small one on the same samples, that a low learning rate
+is the better start, and that a lower gradient norm and a higher loss early in a run predict a better end.
+Found (README.md): each at its best rate, the large batch ends lower, 3.775 against 3.850, and is behind early in the
+run; at the two lowest rates it ends higher. The lowest rate is not the best one. Early signals do not predict the end
+as the paper says: a lower loss early goes with a lower loss at the end.
+Cost: 24 runs, about 40 minutes on two busy CPU cores.
+Launch: mice sweep --config=studies/mouse/mouse_batch.py --workdir=studies/mouse/runs/batch --workers=2
 """
 
 from mice_jax.config import Sweep

@@ -1,12 +1,12 @@
 """All data in one phase against the three phases one after another, with batches of 12 and 96 samples.
 
-Tests the study's claim that stacked data ends at least as well as phased data, whatever the batch. As there, a phase
-starts from the best checkpoint of the one before, here by held-out loss, with a new optimizer; both arms see each
-sample as often.
-Found (docs/mouse_study.md): stacked ends far lower, and is lower at the best checkpoints too, by 0.80 and 0.89; what a
-phase taught is lost in the next.
-Cost: 12 runs, about 25 minutes on two CPU cores that did other work too.
-Launch: mice sweep --config=configs/sweeps/mouse_phases.py --workdir=demo/mouse/phases --workers=2
+Tests the paper's claim that stacked data ends at least as well as phased data, whatever the batch size. As in the
+paper, a phase starts from the best checkpoint of the phase before, here by held-out loss, with a new optimizer; both
+arms see each sample equally often.
+Found (README.md): stacked data ends far lower, and is also lower at the best checkpoints, by 0.80 and 0.89. What the
+model learns in one phase is lost in the next.
+Cost: 12 runs, about 25 minutes on two busy CPU cores.
+Launch: mice sweep --config=studies/mouse/mouse_phases.py --workdir=studies/mouse/runs/phases --workers=2
 """
 
 from mice_jax.config import Phase, Sweep

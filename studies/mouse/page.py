@@ -1,9 +1,9 @@
-"""Writes what the study at mouse scale found: mouse_study.md and its plots, from the sweeps' own files alone.
+"""Writes the results of the study at mouse scale, README.md and its plots, from the files of its sweeps.
 
     python studies/mouse/page.py --workdir=studies/mouse/runs --output=studies/mouse
 
-Every figure and every verdict of the page is computed here; of sweeps that still run, those trials count that have
-completed. No sentence says more than the interval beside it.
+Every number and every verdict of the page is computed here. While sweeps run, only completed trials count. No sentence
+claims more than the interval next to it.
 """
 
 import csv
@@ -21,7 +21,7 @@ from absl import flags
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-import mice_jax  # noqa: F401  (first: it keeps transformers from advising us to install torch)
+import mice_jax  # noqa: F401  (first, because it silences transformers' advice to install torch)
 
 # isort: split
 import jax
@@ -39,10 +39,12 @@ from mice_jax.training.stop_rules import FRACTIONS, HalvingRule, MedianRule, Obj
 from welch import Difference, difference
 
 SWEEPS = ("batch", "schedule", "phases")
-ANSWERS = "answers.json"  # of a run: by phase, held-out answers that are right word for word, and how many there are
+PAGE = "README.md"
+# A file of each run: by phase, how many held-out answers are right word for word, and how many there are.
+ANSWERS = "answers.json"
 BATCH, RATE = "optim.batch_size", "optim.learning_rate"
 WARMUP, SCHEDULE, PHASES = "optim.warmup_steps", "optim.schedule", "data.phases"
-EARLY = 0.2  # of the samples: where "early" is looked at
+EARLY = 0.2  # share of a run's samples at which its early loss is read
 COLOURS = ("#0b66a8", "#b5470b", "#00795a", "#7a4fa3")
 matplotlib.rcParams |= {"svg.hashsalt": "mouse", "svg.fonttype": "none", "font.size": 9, "axes.grid": True}
 matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.3}
@@ -50,9 +52,11 @@ matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "g
 Arm = tuple[float | str, ...]
 
 
-# ---------------------------------------------------------------------------------------- what the sweeps left
+# ---------------------------------------------------------------------------------------- results of sweeps
 @dataclasses.dataclass(frozen=True)
 class Trial:
+    """A completed trial."""
+
     number: str
     params: dict[str, str]
     seed: str
@@ -61,32 +65,35 @@ class Trial:
     answers: dict[str, list[int]]
 
     def early(self) -> float:
-        """The held-out loss that was measured nearest to EARLY of the samples."""
-        whole = self.records[-1]["samples"]
-        return min(self.held_out(), key=lambda e: abs(e[0] - EARLY * whole))[1]
+        """Returns the held-out loss that was measured closest to EARLY of the samples."""
+        total = self.records[-1]["samples"]
+        return min(self.held_out(), key=lambda e: abs(e[0] - EARLY * total))[1]
 
     def held_out(self) -> list[tuple[int, float]]:
+        """Returns the samples and the held-out loss of each evaluation."""
         return [(r["samples"], r["eval/loss"]) for r in self.records if r.get("eval/loss") is not None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Swept:
-    """A sweep's completed trials, of how many there are."""
+class SweepResults:
+    """The completed trials of a sweep."""
 
     trials: list[Trial]
     planned: int
-    others: list[str]  # what became of the rest
+    others: list[str]  # status of each trial that is not completed
 
     def arms(self, *axes: str, of: Callable[[Trial], float] = lambda t: t.final) -> dict[Arm, list[float]]:
-        found: dict[Arm, list[float]] = {}
+        """Returns a number of each trial, grouped by arm: the trial's values on some axes."""
+        arms: dict[Arm, list[float]] = {}
         for t in self.trials:
-            found.setdefault(tuple(plain(a, t.params[a]) for a in axes), []).append(of(t))
-        return dict(sorted(found.items()))
+            arms.setdefault(tuple(plain(a, t.params[a]) for a in axes), []).append(of(t))
+        return dict(sorted(arms.items()))
 
 
-def read_sweep(folder: Path) -> Swept:
+def read_sweep(folder: Path) -> SweepResults:
+    """Reads a sweep's results.csv and the folders of its completed trials."""
     if not (folder / RESULTS).exists():
-        return Swept([], 0, [])
+        return SweepResults([], 0, [])
     with (folder / RESULTS).open() as file:
         rows = list(csv.DictReader(file))
     trials, others = [], []
@@ -95,62 +102,61 @@ def read_sweep(folder: Path) -> Swept:
             others.append(row["status"])
             continue
         run = folder / "runs" / row["number"]
-        asked = run / ANSWERS
-        answers = json.loads(asked.read_text()) if asked.exists() else {}
+        answers = json.loads((run / ANSWERS).read_text()) if (run / ANSWERS).exists() else {}
         trials.append(Trial(row["number"], row, row["seed"], read_records(run), float(row["metric"]), answers))
-    return Swept(trials, len(rows), others)
+    return SweepResults(trials, len(rows), others)
 
 
 def plain(axis: str, value: str) -> float | str:
-    """A value of an axis as it is spoken of."""
+    """Returns a value of an axis as the page names it."""
     if axis == PHASES:
         return "stacked" if value.count("Phase(") == 1 else "phased"
     return value if axis == SCHEDULE else float(value)
 
 
-# ---------------------------------------------------------------------------------------- words for numbers
+# ---------------------------------------------------------------------------------------- tables
 def interval(d: Difference, digits: int = 4) -> str:
+    """Formats a difference with its interval."""
     return f"{d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]"
 
 
-VERDICTS = ("replicates", "the opposite is seen", "there is a difference", "undecided")
+VERDICTS = ("replicates", "opposite", "difference", "undecided")
 
 
 def verdict(claim: int, d: Difference) -> str:
-    """What a difference says of a claim about its sign, 0 for the claim that there is none."""
-    replicates, opposite, there_is, undecided = VERDICTS
+    """Compares a difference with a claim about its sign; 0 is the claim that there is no difference."""
     if not d.sign:
-        return undecided
+        return "undecided"
     if not claim:
-        return there_is
-    return replicates if d.sign == claim else opposite
+        return "difference"
+    return "replicates" if d.sign == claim else "opposite"
 
 
 def compared(arms: Mapping[Arm, Sequence[float]], plus: Sequence[Arm], minus: Sequence[Arm]) -> Difference | None:
-    """None where an arm has not two seeds yet."""
+    """Returns the difference between arms; None where an arm has fewer than two seeds so far."""
     known = all(len(arms.get(arm, ())) > 1 for arm in (*plus, *minus))
     return difference(arms, plus, minus) if known else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that was compared."""
+    """A comparison, and the paper's claim about it."""
 
     what: str
-    claim: int  # the sign that the study's claim gives it; 0 where it claims that there is no difference
-    found: Difference | None  # None: not measured yet
+    claim: int  # the sign that the paper claims; 0 where it claims that there is no difference
+    difference: Difference | None  # None where it is not measured yet
     digits: int = 4
 
     @property
     def verdict(self) -> str:
-        return verdict(self.claim, self.found) if self.found else "not measured yet"
+        return verdict(self.claim, self.difference) if self.difference else "not measured yet"
 
     def row(self) -> str:
-        return f"| {self.what} | {interval(self.found, self.digits) if self.found else ''} | {self.verdict} |"
+        return f"| {self.what} | {interval(self.difference, self.digits) if self.difference else ''} | {self.verdict} |"
 
 
 def table(findings: Sequence[Finding]) -> list[str]:
-    head = ["", "| compared | difference [95 % interval] | of the study's claim |", "|---|---|---|"]
+    head = ["", "| compared | difference [95 % interval] | verdict on the paper's claim |", "|---|---|---|"]
     return [*head, *(f.row() for f in findings)]
 
 
@@ -158,16 +164,16 @@ def number(x: float | str) -> str:
     return f"{x:g}" if isinstance(x, float) else str(x)
 
 
-def answers_table(swept: Swept, axes: Sequence[str]) -> list[str]:
-    """Right answers by arm, where the trials were asked."""
-    told = [t for t in swept.trials if t.answers]
-    if not told:
+def answers_table(results: SweepResults, axes: Sequence[str]) -> list[str]:
+    """Returns a table of right answers by arm; nothing where no trial was asked."""
+    answered = [t for t in results.trials if t.answers]
+    if not answered:
         return []
-    phases = list(told[0].answers)
-    asked = Swept(told, 0, [])
-    by_phase = {p: asked.arms(*axes, of=lambda t, p=p: float(t.answers[p][0])) for p in phases}
+    phases = list(answered[0].answers)
+    of_answered = SweepResults(answered, 0, [])
+    by_phase = {p: of_answered.arms(*axes, of=lambda t, p=p: float(t.answers[p][0])) for p in phases}
     lines = ["", "Held-out answers that are right word for word, mean over seeds:", ""]
-    totals = [f"{p}, of {told[0].answers[p][1]}" for p in phases]
+    totals = [f"{p}, of {answered[0].answers[p][1]}" for p in phases]
     lines += [f"| {' | '.join([*map(short, axes), *totals])} |", "|---" * (len(axes) + len(phases)) + "|"]
     for arm in by_phase[phases[0]]:
         cells = [f"{statistics.fmean(by_phase[p][arm]):.1f}" for p in phases]
@@ -193,36 +199,36 @@ Section = tuple[list[str], list[Finding]]
 NOTHING: Section = (["Not measured yet."], [])
 
 
-def batch_section(swept: Swept) -> Section:
+def batch_section(results: SweepResults) -> Section:
     axes = (BATCH, RATE)
-    arms, early = swept.arms(*axes), swept.arms(*axes, of=Trial.early)
+    arms, early = results.arms(*axes), results.arms(*axes, of=Trial.early)
     if len({a[0] for a in arms}) < 2:
         return NOTHING
     small, large = min(arms)[0], max(arms)[0]
     best = {b: min((a for a in arms if a[0] == b), key=lambda a: statistics.fmean(arms[a])) for b in (small, large)}
-    what = f"batch {large:g} less batch {small:g}"
+    what = f"batch {large:g} minus batch {small:g}"
     sizes = [
         Finding(f"{what}, at the end, both at {rate:g}", -1, compared(arms, [(large, rate)], [(small, rate)]))
         for rate in sorted({a[1] for a in arms})
     ]
     own = f"each at its best rate ({best[large][1]:g} and {best[small][1]:g})"
     sizes.append(Finding(f"{what}, at the end, {own}", -1, compared(arms, [best[large]], [best[small]])))
-    sizes.append(Finding(f"{what}, at a fifth, {own}", 1, compared(early, [best[large]], [best[small]])))
+    sizes.append(Finding(f"{what}, at a fifth of the run, {own}", 1, compared(early, [best[large]], [best[small]])))
     rates = []
     for b in (small, large):
         lowest = min(a for a in arms if a[0] == b)
         for other in [a for a in arms if a[0] == b and a != lowest]:
             d = compared(arms, [lowest], [other])
-            rates.append(Finding(f"batch {b:g}, the lowest rate, {lowest[1]:g}, less {other[1]:g}", -1, d))
+            rates.append(Finding(f"batch {b:g}, lowest rate ({lowest[1]:g}) minus {other[1]:g}", -1, d))
     lines = [*loss_table(arms, axes), "", "![Held-out loss by rate](mouse_batch.svg)", ""]
-    lines += ["The study: the large batch ends better, and the small one is ahead early.", *table(sizes)]
-    lines += ["", "The study: a low rate is the better one.", *table(rates)]
-    return lines + answers_table(swept, axes), sizes + rates
+    lines += ["The paper: the large batch ends better, and the small one is ahead early.", *table(sizes)]
+    lines += ["", "The paper: a low rate is the better one.", *table(rates)]
+    return lines + answers_table(results, axes), sizes + rates
 
 
-def schedule_section(swept: Swept) -> Section:
+def schedule_section(results: SweepResults) -> Section:
     axes = (WARMUP, SCHEDULE)
-    arms = swept.arms(*axes)
+    arms = results.arms(*axes)
     if not arms:
         return NOTHING
     warmups = sorted({a[0] for a in arms})
@@ -230,39 +236,42 @@ def schedule_section(swept: Swept) -> Section:
     findings = []
     for w in warmups[1:]:
         d = compared(arms, [(w, s) for s in both], [(warmups[0], s) for s in both])
-        findings.append(Finding(f"a warm-up of {w:g} steps less one of {warmups[0]:g}, over both schedules", 0, d))
+        findings.append(Finding(f"warm-up of {w:g} steps minus {warmups[0]:g}, over both schedules", 0, d))
     d = compared(arms, [(w, "cosine") for w in warmups], [(w, "constant") for w in warmups])
-    findings.append(Finding("cosine less constant, over all warm-ups", 0, d))
+    findings.append(Finding("cosine minus constant, over all warm-ups", 0, d))
     lines = [*loss_table(arms, axes), "", "![Held-out loss by warm-up](mouse_schedule.svg)", ""]
-    lines += ["The study: neither warm-up nor decay is needed; with and without are alike.", *table(findings)]
-    return lines + answers_table(swept, axes), findings
+    lines += [
+        "The paper: neither warm-up nor decay is needed; results with and without them are alike.",
+        *table(findings),
+    ]
+    return lines + answers_table(results, axes), findings
 
 
-def phases_section(swept: Swept) -> Section:
+def phases_section(results: SweepResults) -> Section:
     axes = (PHASES, BATCH)
-    arms, best = swept.arms(*axes), swept.arms(*axes, of=best_on_the_way)
+    arms, best = results.arms(*axes), results.arms(*axes, of=best_on_the_way)
     if not arms:
         return NOTHING
     findings = []
     for batch in sorted({a[1] for a in arms}):
         pair = [("stacked", batch)], [("phased", batch)]
-        findings.append(Finding(f"stacked less phased, at the end, batch {batch:g}", -1, compared(arms, *pair)))
-        what = f"stacked less phased, each at its best checkpoint, batch {batch:g}"
+        findings.append(Finding(f"stacked minus phased, at the end, batch {batch:g}", -1, compared(arms, *pair)))
+        what = f"stacked minus phased, each at its best checkpoint, batch {batch:g}"
         findings.append(Finding(what, -1, compared(best, *pair)))
     lines = [*loss_table(arms, axes), "", "![Held-out loss by samples](mouse_phases.svg)", ""]
     lines += [
-        "The study: stacked data ends at least as well as phased. The loss is over what is held out of all three",
-        "phases; a phase may unlearn what an earlier one taught, so best checkpoints are compared too.",
+        "The paper: stacked data ends at least as well as phased data. The loss is over the held-out data of all three",
+        "phases. A phase may lose what an earlier one taught, so the best checkpoints are compared too.",
         *table(findings),
     ]
-    return lines + answers_table(swept, axes), findings
+    return lines + answers_table(results, axes), findings
 
 
 def best_on_the_way(trial: Trial) -> float:
     return min(loss for _, loss in trial.held_out())
 
 
-# The study: a lower gradient norm (so correlated with the final loss) and a higher loss (against it) end better.
+# The sign of each signal's correlation with the final loss that the paper claims.
 CLAIMS = {"grad_norm": 1, "grad_norm_corrected": 1, "loss": -1}
 RULES = {
     "paper's": PaperRule(),
@@ -283,38 +292,38 @@ def signals_section(
     ]
     lines = [
         "Spearman's correlation of a signal with the held-out loss at the end, over the runs of the first sweep, with",
-        "a bootstrap interval over runs. The study: a lower gradient norm early ends better (a correlation above 0),",
-        "and so does a higher loss early (below 0).",
+        "a bootstrap interval over runs. The paper: a run ends better that has a lower gradient norm early (a",
+        "correlation above 0) and a higher loss early (a correlation below 0).",
         "",
         "![Correlations](mouse_signals.svg)",
         *table(findings),
         "",
-        "What rules would have done, asked once, with all runs side by side. Regret is how much worse the best run",
-        "left ends than the best of all.",
+        "What each stop rule would have done at one point of the runs, had all been trained side by side. Regret is by",
+        "how much the best remaining run is worse than the best of all.",
         "",
         "| rule | among | at | stopped | samples saved | regret | winner stopped |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, rule in RULES.items():
         for v in rule_evaluation.verdicts(runs, [rule], Objective()):
-            regret = "no run left" if math.isnan(v.regret) else f"{v.regret:.4f}"
-            told = [name, v.group, f"{v.fraction:.0%}", f"{len(v.stopped)} of {v.runs}", f"{v.saved:.0%}", regret]
-            lines.append(f"| {' | '.join([*told, 'yes' if v.winner_killed else 'no'])} |")
+            regret = "no run remains" if math.isnan(v.regret) else f"{v.regret:.4f}"
+            cells = [name, v.group, f"{v.fraction:.0%}", f"{len(v.stopped)} of {v.runs}", f"{v.saved:.0%}", regret]
+            lines.append(f"| {' | '.join([*cells, 'yes' if v.winner_killed else 'no'])} |")
     return lines, findings
 
 
 def correlated(runs: Sequence[rule_evaluation.FinishedRun]) -> list[rule_evaluation.Correlation]:
-    """Those that can be told: of three runs or more that differ."""
-    found = rule_evaluation.correlations(runs, names=tuple(CLAIMS))
-    return [c for c in found if not math.isnan(c.rho + c.low + c.high)]
+    """Returns the correlations that are defined: those of three or more runs that differ."""
+    correlations = rule_evaluation.correlations(runs, names=tuple(CLAIMS))
+    return [c for c in correlations if not math.isnan(c.rho + c.low + c.high)]
 
 
 # ---------------------------------------------------------------------------------------- plots
-def dots(swept: Swept, axes: tuple[str, str], file: Path) -> None:
-    """The metric at the end over the second axis, a dot a seed and a line through the means, for each of the first."""
+def dots(results: SweepResults, axes: tuple[str, str], file: Path) -> None:
+    """Plots the final metric over the second axis: dots for seeds, a line of means for each value of the first axis."""
     figure = Figure((6.4, 3.2), layout="constrained")
     plot = figure.subplots()
-    arms = swept.arms(*axes)
+    arms = results.arms(*axes)
     places = {v: i for i, v in enumerate(sorted({a[1] for a in arms}))}
     for colour, first in zip(COLOURS, dict.fromkeys(a[0] for a in arms), strict=False):
         mine = {places[a[1]]: values for a, values in arms.items() if a[0] == first}
@@ -328,11 +337,11 @@ def dots(swept: Swept, axes: tuple[str, str], file: Path) -> None:
     save(figure, file)
 
 
-def curves(swept: Swept, axes: tuple[str, str], file: Path) -> None:
-    """Held-out loss over samples: the mean of the seeds, with all of them as a band."""
+def curves(results: SweepResults, axes: tuple[str, str], file: Path) -> None:
+    """Plots the held-out loss over samples: the mean of the seeds, and their range as a band."""
     figure = Figure((6.4, 3.2), layout="constrained")
     plot = figure.subplots()
-    for colour, (arm, points) in zip(COLOURS, by_arm(swept, axes).items(), strict=False):
+    for colour, (arm, points) in zip(COLOURS, curves_by_arm(results, axes).items(), strict=False):
         ys = list(zip(*[[y for _, y in own] for own in points], strict=True))
         xs = [x for x, _ in points[0]]
         plot.plot(xs, [statistics.fmean(y) for y in ys], color=colour, label=", ".join(map(number, arm)))
@@ -343,16 +352,16 @@ def curves(swept: Swept, axes: tuple[str, str], file: Path) -> None:
     save(figure, file)
 
 
-def by_arm(swept: Swept, axes: tuple[str, str]) -> dict[Arm, list[list[tuple[int, float]]]]:
-    """Each arm's curves of held-out loss, one a seed."""
-    found: dict[Arm, list[list[tuple[int, float]]]] = {}
-    for t in swept.trials:
-        found.setdefault(tuple(plain(a, t.params[a]) for a in axes), []).append(t.held_out())
-    return dict(sorted(found.items()))
+def curves_by_arm(results: SweepResults, axes: tuple[str, str]) -> dict[Arm, list[list[tuple[int, float]]]]:
+    """Returns the curves of held-out loss of each arm, one for each seed."""
+    by_arm: dict[Arm, list[list[tuple[int, float]]]] = {}
+    for t in results.trials:
+        by_arm.setdefault(tuple(plain(a, t.params[a]) for a in axes), []).append(t.held_out())
+    return dict(sorted(by_arm.items()))
 
 
 def signals(found: Sequence[rule_evaluation.Correlation], file: Path) -> None:
-    """Correlations with the end by where they are taken."""
+    """Plots the correlations with the final loss over the point of the run at which a signal is read."""
     groups = list(dict.fromkeys(c.group for c in found))
     figure = Figure((8.6, 3.0), layout="constrained")
     for plot, group in zip(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups, strict=True):
@@ -377,28 +386,30 @@ def save(figure: Figure, file: Path) -> None:
 # ---------------------------------------------------------------------------------------- the page
 OPENING = """# The study at mouse scale
 
-Made by `python demo/mouse_page.py` from the files that `python demo/mouse_study.py` left; not written by hand.
+Written by `python studies/mouse/page.py` from the files that `python studies/mouse/run.py` leaves; do not edit it.
 
-The four questions of arXiv 2412.13337, asked of a Llama of {weights:,} weights that was first pretrained on Python's
-documentation (held-out loss {base:.2f}), on the demo's three phases: {seen:,} samples a run, each sample twice. Arms
-see equal samples, so the large batch makes fewer updates. A seed is an order of the samples; all runs start from the
-same base. No run was stopped early. What holds of such a model need not hold of one ten thousand times its size.
+This study asks the four questions of arXiv 2412.13337 of a Llama of {weights:,} parameters, which was first pretrained
+on Python's documentation (held-out loss {base:.2f}) and is then trained on the demo's three phases: {seen:,} samples a
+run, each sample twice. All arms see the same samples, so a large batch makes fewer updates. A seed is an order of the
+samples; all runs start from the same base model. No run was stopped early. What holds for such a model need not hold
+for one of ten thousand times its size.
 
-A difference has Welch's 95 % interval over seeds (`studies/mouse/welch.py`). Where that holds zero it is undecided,
-which is not the same as no difference. No allowance is made for the number of comparisons: of twenty without a
-difference, one is expected to be decided. A batch's best rate is picked by the very runs that are then compared.
+A difference has Welch's 95 % interval over seeds (`studies/mouse/welch.py`). Where the interval contains zero, the
+difference is undecided, which is not the same as no difference. There is no correction for the number of comparisons:
+of twenty comparisons without a difference, one is expected to be decided. The best rate of a batch size is picked by
+the same runs that are then compared.
 
 {counts}
 """
 
 
 def write_page(folder: Path, output: Path) -> Path:
-    """The page and its plots; UserError where no trial has completed."""
-    swept = {name: read_sweep(folder / name) for name in SWEEPS}
-    if not any(s.trials for s in swept.values()):
+    """Writes the page and its plots; raises UserError where no trial has completed."""
+    results = {name: read_sweep(folder / name) for name in SWEEPS}
+    if not any(s.trials for s in results.values()):
         raise UserError(f"--workdir={folder} has no completed trial of {', '.join(SWEEPS)} yet.")
     output.mkdir(parents=True, exist_ok=True)
-    batch, schedule, phases = (swept[name] for name in SWEEPS)
+    batch, schedule, phases = (results[name] for name in SWEEPS)
     if batch.trials:
         dots(batch, (BATCH, RATE), output / "mouse_batch.svg")
     if schedule.trials:
@@ -412,50 +423,52 @@ def write_page(folder: Path, output: Path) -> Path:
         "Batch by learning rate": batch_section(batch),
         "Warm-up and schedule": schedule_section(schedule),
         "Stacked or phased": phases_section(phases),
-        "Do early signals tell the end?": signals_section(runs, found),
+        "Do early signals predict the end?": signals_section(runs, found),
     }
-    text = [OPENING.format(counts=counted(swept), **base_of(folder, swept))]
+    text = [OPENING.format(counts=trial_counts(results), **base_of(folder, results))]
     *compared_arms, (_, correlations) = sections.values()
-    text += ["## In short", *in_short([f for _, findings in compared_arms for f in findings], correlations), ""]
+    text += ["## Summary", *summary([f for _, findings in compared_arms for f in findings], correlations), ""]
     for title, (lines, _) in sections.items():
         text += [f"## {title}", *lines, ""]
-    page = output / "mouse_study.md"
+    page = output / PAGE
     page.write_text("\n".join(text), encoding="utf-8")
     return page
 
 
-def in_short(findings: Sequence[Finding], correlations: Sequence[Finding]) -> list[str]:
-    """Each finding by its verdict, and how many of the correlations have which."""
+def summary(findings: Sequence[Finding], correlations: Sequence[Finding]) -> list[str]:
+    """Lists the findings by verdict, and counts the verdicts on correlations."""
     lines = []
-    for told in dict.fromkeys([*VERDICTS, *(f.verdict for f in findings)]):
-        some = [f.what for f in findings if f.verdict == told]
-        if some:
-            lines += ["", f"**{told[0].upper()}{told[1:]}** ({len(some)}):", *(f"- {what}" for what in some)]
+    for name in dict.fromkeys([*VERDICTS, *(f.verdict for f in findings)]):
+        compared_so = [f.what for f in findings if f.verdict == name]
+        if compared_so:
+            title = f"**{name[0].upper()}{name[1:]}** ({len(compared_so)}):"
+            lines += ["", title, *(f"- {what}" for what in compared_so)]
     counts = Counter(f.verdict for f in correlations)
-    told = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
-    return [*lines, "", f"Of the {len(correlations)} correlations of early signals with the end: {told}."]
+    counted = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if counts[v])
+    return [*lines, "", f"Verdicts on the {len(correlations)} correlations of early signals with the end: {counted}."]
 
 
-def counted(swept: Mapping[str, Swept]) -> str:
-    told = []
-    for name, s in swept.items():
+def trial_counts(results: Mapping[str, SweepResults]) -> str:
+    """Returns how many trials of each sweep have completed, and the status of the others."""
+    parts = []
+    for name, s in results.items():
         rest = ", ".join(f"{s.others.count(o)} {o}" for o in sorted(set(s.others)))
-        told.append(f"{name} {len(s.trials)} of {s.planned}" + (f" ({rest})" if rest else ""))
-    return f"Runs that have completed: {'; '.join(told)}."
+        parts.append(f"{name} {len(s.trials)} of {s.planned}" + (f" ({rest})" if rest else ""))
+    return f"Completed runs: {'; '.join(parts)}."
 
 
-def base_of(folder: Path, swept: Mapping[str, Swept]) -> dict[str, float]:
-    """The model's size and held-out loss, and the samples that a run sees."""
+def base_of(folder: Path, results: Mapping[str, SweepResults]) -> dict[str, float]:
+    """Returns the base model's size and held-out loss, and the samples that a run sees."""
     last = json.loads((folder / "base" / "summary.json").read_text())["last_metrics"]
     decoder = make_decoder(resolve_source(str(folder / "base")).spec)
     weights = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract))
-    seen = max(t.records[-1]["samples"] for s in swept.values() for t in s.trials)
+    seen = max(t.records[-1]["samples"] for s in results.values() for t in s.trials)
     return {"weights": weights, "base": last["eval/loss"], "seen": seen}
 
 
 def define(values: command.Values, argv: list[str]) -> None:
     flags.DEFINE_string("workdir", None, "folder of the study", flag_values=values)
-    flags.DEFINE_string("output", "docs", "folder of the page and its plots", flag_values=values)
+    flags.DEFINE_string("output", str(HERE), "folder of the page and its plots", flag_values=values)
 
 
 def begin(values: command.Values) -> None:
