@@ -67,9 +67,7 @@ def test_start_of_a_phase_averages_its_first_eight_samples() -> None:
     rule = DivergenceRule(margin=1.0, steps=3)
     losses = [0.3, *[2.2] * 7, *[2.3] * 3]
     assert rule.reason_to_stop(run(losses, batch=1)) == ""
-    assert "its start of 0.3" in rule.reason_to_stop(run(losses, batch=8)), (
-        "a step of eight is a start by itself"
-    )
+    assert "its start of 0.3" in rule.reason_to_stop(run(losses, batch=8)), "a step of eight is a start by itself"
 
 
 def test_phase_of_harder_data_is_not_divergence() -> None:
