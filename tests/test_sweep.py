@@ -31,7 +31,7 @@ from helpers.sweeps import (
     write_sweep_file,
 )
 from mice_jax import sweep
-from mice_jax.cli import command
+from mice_jax.storage import paths
 from mice_jax.training import stop_rules
 from mice_jax.training.stop_rules import FRACTIONS, SIGNALS, Objective, first_samples
 from test_page import content_of
@@ -72,7 +72,7 @@ def test_sweep_file_without_get_sweep_is_an_error_message(tmp_path: Path, capsys
 
 
 def test_sweep_in_a_bucket_is_an_error_before_any_access(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(command, "parse_path", lambda name: pytest.fail("the bucket was accessed"))
+    monkeypatch.setattr(paths, "parse_path", lambda name: pytest.fail("the bucket was accessed"))
     file = write_sweep_file(tmp_path, "axes={'optim.learning_rate': [1e-3]}")
     assert run_verb(sweep.main, [f"--config={file}", "--workdir=gs://bucket/sweep"]) == 2
     assert "cannot be in a bucket" in capsys.readouterr().err
