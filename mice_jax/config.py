@@ -1,29 +1,28 @@
-"""The typed run config: every field, its default and its check, in one place.
+"""The typed config of a run: every field with its default. The checks are in config_checks.py.
 
 A config file defines `get_config(arg="") -> Config` and sets fields; the command line overrides them
-(`--config.optim.learning_rate=1e-5`). The dataclasses are mutable and hold no derived field: whatever follows
-from a field is computed by the verb that needs it. 0 or "" says "off" or "chosen", never None, since a flag
-cannot set None. `Config.validate()` runs first in every main and reports all problems at once.
+(`--config.optim.learning_rate=1e-5`). The dataclasses are mutable and have no derived fields: what follows from a
+field is computed by the command that needs it. 0 or "" means "off" or "chosen", never None, because a flag cannot set
+None. `Config.validate()` runs first in every command and reports all problems at once.
 """
 
 import dataclasses
-import difflib
-import math
 import re
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from mice_jax.config_checks import flatten, nearest, sweep_problems, type_problems, value_problems
+
 
 class ConfigError(ValueError):
-    """A config that cannot be run; the text names every field at fault, its value and the mend."""
+    """A config that cannot be run; the text names every wrong field, its value and the fix."""
 
     exit_code = 2
 
 
 class _Strict:
-    """Refuses a misspelt field where it is written, with the nearest name, instead of keeping it unread."""
+    """Raises ConfigError when an unknown field is assigned, with the closest name."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         names = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
@@ -32,169 +31,280 @@ class _Strict:
         object.__setattr__(self, name, value)
 
 
-def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """The end of a sentence: `; did you mean 'x'?` for the closest of `names`, or all of them where none is close."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}."
-
-
 @dataclass
 class Source(_Strict):
-    # A file, folder or glob of .jsonl, .jsonl.gz, .jsonl.zst, .json, .parquet, here or at gs://, s3://, ...;
-    path: str = ""  # tfds:name[/config]:split; hf:name:split
-    weight: float = 1.0  # 0.5 = half of it an epoch, 2 = twice
-    name: str = ""  # in reports and metrics; "" = the file's name without its suffix
-    format: str = "messages"  # messages | alpaca | sharegpt | prompt_completion | text
-    half: str = ""  # short | long: that half of it by the length of the answers (trained tokens); "" = all
-    max_samples: int = 0  # at most so many, chosen by content, so that fewer are a part of more; 0 = all
+    """Samples of one file, glob or data set."""
+
+    path: str = ""
+    """A file, folder or glob of .jsonl, .jsonl.gz, .jsonl.zst, .json or .parquet files, on disk or in a bucket; or
+    `tfds:name[/config]:split`, or `hf:name:split`."""
+    weight: float = 1.0
+    """How often a sample is drawn in an epoch: 0.5 draws half of the samples, 2 draws each sample twice."""
+    name: str = ""
+    """The name in reports and metrics; an empty name means the file's name without its suffix."""
+    format: str = "messages"
+    """The format of a record: messages, alpaca, sharegpt, prompt_completion or text."""
+    half: str = ""
+    """Use the half of the samples with the short or the long answers (in trained tokens); empty means all."""
+    max_samples: int = 0
+    """Use at most this many samples, chosen by their content, so that a smaller number gives a subset; 0 means all."""
 
 
 @dataclass
 class Phase(_Strict):
+    """A part of the run with its own sources; phases run one after another."""
+
     name: str = "stacked"
+    """The name in logs and metrics; each phase has a name of its own."""
     num_epochs: float = 1.0
-    num_steps: int = 0  # exactly so many, in as many epochs as that takes; 0 = num_epochs
+    """The number of passes over the sources; a fraction is allowed."""
+    num_steps: int = 0
+    """The exact number of steps, in as many epochs as they take; 0 means that num_epochs decides."""
     sources: list[Source] = field(default_factory=list)
-    replay: float = 0.0  # of earlier phases' samples, this fraction is drawn again in each epoch
-    replay_from: str = ""  # the one phase that is replayed; "" = all earlier ones
-    batch_size: int = 0  # samples a step; 0 = optim.batch_size
-    learning_rate: float = 0.0  # 0 = optim.learning_rate
-    # What happens at its start; the first phase has nothing before it:
-    optimizer: str = "carry"  # carry | reset: moments go on, or start from nothing
-    schedule: str = "go_on"  # go_on | restart: the schedule, with its warm-up, starts over; its horizon ends with
-    seed_from: str = "last"  # the phase before the next restart; last | best: the phase before's end, or its best
-    validation: list[Source] = field(default_factory=list)  # held-out sources of its own (eval/phase/<name>/loss)
+    """The sources whose samples the phase mixes."""
+    replay: float = 0.0
+    """The fraction of the samples of earlier phases that each epoch draws again."""
+    replay_from: str = ""
+    """The name of the one phase that is replayed; empty means all earlier phases."""
+    batch_size: int = 0
+    """Samples of a step in this phase; 0 means optim.batch_size."""
+    learning_rate: float = 0.0
+    """The peak learning rate of this phase; 0 means optim.learning_rate."""
+    optimizer: str = "carry"
+    """What happens to the moments at the start of the phase: carry keeps them, reset sets them to zero."""
+    schedule: str = "go_on"
+    """What happens to the schedule at the start of the phase: go_on continues it, restart starts it again with its
+    warm-up, over the steps until the next restart."""
+    seed_from: str = "last"
+    """The state that the phase starts from: last is the end of the previous phase, best its best checkpoint."""
+    validation: list[Source] = field(default_factory=list)
+    """Held-out sources of this phase, whose loss is logged as eval/phase/<name>/loss."""
 
 
 @dataclass
 class Model(_Strict):
-    init_from: str = ""  # HF folder | "random:path/to/config.json" | another run's workdir or one of its checkpoints
-    compute_dtype: str = "auto"  # auto | float32 | bfloat16; auto is float32 on CPU, else bfloat16
-    attention: str = "auto"  # auto | one backend's name
-    remat: str = "auto"  # auto | none | full | dots
+    """The model and how it computes."""
+
+    init_from: str = ""
+    """The initial weights: a Hugging Face folder, `random:path/to/config.json`, or the workdir of another run or one
+    of its checkpoints."""
+    compute_dtype: str = "auto"
+    """The dtype of activations: auto, float32 or bfloat16; auto is float32 on CPU and bfloat16 elsewhere."""
+    attention: str = "auto"
+    """The attention backend, by name; auto chooses the best one that supports the run."""
+    remat: str = "auto"
+    """What the backward pass computes again to save memory: none, full or dots; auto chooses by the device's memory."""
 
 
 @dataclass
 class Data(_Strict):
-    tokenizer: str = ""  # "" = that of init_from
-    chat_template: str = ""  # "" = the tokenizer's own; else a built-in one's name or a .jinja file's path
-    train_on: str = "all"  # all | last: every assistant message of a sample, or its last one alone
-    max_length: int = 4096  # tokens; the longest row, and the longest sample that is kept whole
-    overlong: str = "drop"  # drop | truncate | error; always counted
+    """The data and how samples become token ids."""
+
+    tokenizer: str = ""
+    """A Hugging Face folder with the tokenizer; empty means that of model.init_from."""
+    chat_template: str = ""
+    """The name of a built-in chat template or the path of a .jinja file; empty means the tokenizer's own."""
+    train_on: str = "all"
+    """The assistant messages that carry loss: all of a sample, or the last one only."""
+    max_length: int = 4096
+    """The length of a packed row in tokens, which is also the longest sample that is kept."""
+    overlong: str = "drop"
+    """What happens to a longer sample: drop, truncate or error; it is counted in any case."""
     phases: list[Phase] = field(default_factory=list)
-    validation: list[Source] = field(default_factory=list)  # held-out sources, or:
-    validation_fraction: float = 0.0  # held out of every source by the hash of its content
-    drop_remainder: bool = False  # leave out the short last step of an epoch
-    skip_bad: bool = False  # count bad lines instead of stopping at the first
-    # Token stores and compiled programs; "" = $MICE_JAX_CACHE, or mice_jax in the user's cache folder
+    """The phases of the run, in order."""
+    validation: list[Source] = field(default_factory=list)
+    """Held-out sources; set these or validation_fraction."""
+    validation_fraction: float = 0.0
+    """The fraction of every source that is held out, chosen by the hash of a sample's content."""
+    drop_remainder: bool = False
+    """Leave out the last step of an epoch if it has fewer samples than a batch."""
+    skip_bad: bool = False
+    """Count records that cannot be read instead of stopping at the first one."""
     cache_dir: str = ""
-    num_workers: int = 0  # loader processes; 0 = a thread in this one
-    prepare_workers: int = 0  # processes that tokenise; 0 = one a core, 32 at most
+    """The folder of token stores and compiled programs; empty means $MICE_JAX_CACHE, or mice_jax in the user's cache
+    folder."""
+    num_workers: int = 0
+    """Processes that load batches; 0 means a thread of the main process."""
+    prepare_workers: int = 0
+    """Processes that tokenise; 0 means one for each core, but at most 32."""
 
 
 @dataclass
 class Optim(_Strict):
-    batch_size: int = 3840  # samples a step, exactly
+    """The optimizer, its schedule and the loss."""
+
+    batch_size: int = 3840
+    """The exact number of samples of a step, on any mesh."""
     learning_rate: float = 2e-5
-    schedule: str = "constant"  # constant | linear | cosine | wsd
+    """The peak learning rate."""
+    schedule: str = "constant"
+    """The schedule after warm-up: constant, linear, cosine or wsd."""
     warmup_steps: int = 0
-    warmup_ratio: float = 0.0  # of the horizon, instead of warmup_steps
-    final_ratio: float = 0.0  # of learning_rate, at the end of linear, cosine and wsd
-    decay_ratio: float = 0.1  # of the horizon, the falling end of wsd
-    max_steps: int = 0  # 0 = run the phases to their end
-    grad_clip: float = 1.0  # global norm; 0 = off
-    loss_reduction: str = "token"  # token | sample (each sample weighs the same)
-    name: str = "adamw"  # adamw | adafactor | muon | lion | sgd
-    beta1: float = 0.9  # sgd's and muon's momentum too
+    """Steps of linear warm-up."""
+    warmup_ratio: float = 0.0
+    """Warm-up as a fraction of the horizon, instead of warmup_steps."""
+    final_ratio: float = 0.0
+    """The learning rate at the end of linear, cosine and wsd, as a fraction of the peak."""
+    decay_ratio: float = 0.1
+    """The fraction of the horizon over which wsd decays, at its end."""
+    max_steps: int = 0
+    """The number of steps after which the run ends; 0 runs the phases to their end."""
+    grad_clip: float = 1.0
+    """The global norm to which gradients are clipped; 0 means no clipping."""
+    loss_reduction: str = "token"
+    """What weighs the same in the loss of a step: each trained token, or each sample."""
+    name: str = "adamw"
+    """The optimizer: adamw, adafactor, muon, lion or sgd."""
+    beta1: float = 0.9
+    """The decay of the first moment, which is also the momentum of sgd and muon."""
     beta2: float = 0.95
+    """The decay of the second moment."""
     eps: float = 1e-8
-    weight_decay: float = 0.0  # not on norms and biases
-    moments_dtype: str = "float32"  # float32 | bfloat16
-    accumulate_dtype: str = "float32"  # float32 | bfloat16: of the sum of a step's gradients
-    frozen: list[str] = field(default_factory=list)  # patterns of Hugging Face names: "model.layers.[0-3].*"
+    """The term added to the denominator of the update."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, which is not applied to norms and biases."""
+    moments_dtype: str = "float32"
+    """The dtype of the optimizer's moments: float32 or bfloat16."""
+    accumulate_dtype: str = "float32"
+    """The dtype in which the gradients of a step are summed over microbatches: float32 or bfloat16."""
+    frozen: list[str] = field(default_factory=list)
+    """Patterns of Hugging Face parameter names that are not trained, such as `model.layers.[0-3].*`."""
 
 
 @dataclass
 class Mesh(_Strict):
-    data: int = 1  # whole copies of the model
-    fsdp: int = -1  # parameters sharded, samples split; -1 = the devices that are left
-    tensor: int = 1  # heads, MLP and vocabulary split
+    """The sizes of the mesh axes; one of them may be -1, which means all remaining devices."""
+
+    data: int = 1
+    """The number of copies of the model."""
+    fsdp: int = -1
+    """The number of devices over which parameters are sharded and samples split."""
+    tensor: int = 1
+    """The number of devices over which heads, MLP and vocabulary are split."""
 
 
 @dataclass
 class Train(_Strict):
-    rows_per_device: int = 0  # rows of a microbatch on one device; 0 = chosen
-    deterministic: bool = False  # bit-equal reruns on GPU too, at some cost
-    max_minutes: float = 0.0  # of this process; then the state is saved and it leaves with exit code 75; 0 = no limit
-    skip_spikes: float = 0.0  # skip a step whose gradient norm is over so many times its running median; 0 = never
+    """The training loop."""
+
+    rows_per_device: int = 0
+    """Rows of a microbatch on one device; 0 means that the estimate of memory chooses."""
+    deterministic: bool = False
+    """Make runs on a GPU repeat bit for bit, at some cost in speed."""
+    max_minutes: float = 0.0
+    """Save the state and exit with code 75 after this many minutes of the process; 0 means no limit."""
+    skip_spikes: float = 0.0
+    """Skip a step whose gradient norm is more than this many times its running median; 0 never skips."""
 
 
 @dataclass
 class Checkpoint(_Strict):
-    every_samples: int = 250_000  # 0 = at the end only
-    every_minutes: float = 0.0  # and so often by the clock; 0 = never
-    keep_last: int = 0  # 0 = all
-    keep_best: int = 0  # and so many of the best by best_metric
-    keep_every: int = 0  # and each that is the first at or past a multiple of so many samples
-    best_metric: str = "eval/loss"  # any of metrics.jsonl
-    best_mode: str = "min"  # min | max
+    """When the state is saved, and which checkpoints are kept; with no keep_ field set, all are."""
+
+    every_samples: int = 250_000
+    """Save at the first step at or past each multiple of this many samples; 0 saves at the end only."""
+    every_minutes: float = 0.0
+    """Save after this many minutes too; 0 means never."""
+    keep_last: int = 0
+    """Keep this many of the newest checkpoints."""
+    keep_best: int = 0
+    """Keep this many of the checkpoints that are best by best_metric."""
+    keep_every: int = 0
+    """Keep each checkpoint that is the first at or past a multiple of this many samples."""
+    best_metric: str = "eval/loss"
+    """The metric of metrics.jsonl that ranks checkpoints."""
+    best_mode: str = "min"
+    """Whether a lower (min) or a higher (max) value of best_metric is better."""
 
 
 @dataclass
 class Log(_Strict):
-    every_steps: int = 1  # terminal and trackers; metrics.jsonl has every step
-    trackers: list[str] = field(default_factory=list)  # wandb, mlflow; TensorBoard's events are written always
-    project: str = "mice_jax"  # of wandb, and mlflow's experiment
+    """The terminal and the trackers; metrics.jsonl has every step in any case."""
+
+    every_steps: int = 1
+    """Print and send to trackers one step in this many."""
+    trackers: list[str] = field(default_factory=list)
+    """Trackers besides TensorBoard, whose events are always written: wandb, mlflow."""
+    project: str = "mice_jax"
+    """The project of wandb and the experiment of mlflow."""
 
 
 @dataclass
 class Eval(_Strict):
-    every_samples: int = 0  # held-out loss and tasks; 0 = at the end only
-    tasks: list[str] = field(default_factory=list)  # benchmarks, by the names that `mice evaluate` takes
-    include_path: str = ""  # folder with YAML files of tasks of one's own
-    num_fewshot: int = -1  # examples in a prompt; -1 = as each task says
-    limit: int = 0  # documents of each task; 0 = all
+    """Evaluation during the run."""
+
+    every_samples: int = 0
+    """Evaluate at the first step at or past each multiple of this many samples; 0 evaluates at the end only."""
+    tasks: list[str] = field(default_factory=list)
+    """Benchmarks to score, by the names that `mice evaluate` takes."""
+    include_path: str = ""
+    """A folder with YAML files of your own tasks."""
+    num_fewshot: int = -1
+    """Examples in a prompt; -1 means as each task says."""
+    limit: int = 0
+    """Documents of each task; 0 means all."""
     apply_chat_template: bool = False
+    """Ask in the tokenizer's chat template."""
     system_instruction: str = ""
+    """A text at the start of each prompt."""
 
 
 @dataclass
 class Stop(_Strict):
-    """Rules that every run is under, beside that of a number that is not finite."""
+    """Rules that stop a run early; a number that is not finite stops it in any case."""
 
-    margin: float = 1.0  # nats of loss above its phase's start: a run that stays there is stopped
-    steps: int = 10  # in a row, of that and of a dead model (loss at ln of the vocabulary, no gradient); 0 = never
+    margin: float = 1.0
+    """Stop a run whose loss stays this far (in nats) above its value at the start of the phase."""
+    steps: int = 10
+    """Steps in a row of such a loss, or of a dead model (a loss of ln(vocabulary) and no gradient), after which the run
+    stops; 0 never stops it."""
 
 
 @dataclass
 class Published(_Strict):
-    """A number that was published of this very run: the report shows it beside ours; nothing else reads it."""
+    """A published number of this very run, which the report shows next to ours; nothing else reads it."""
 
     metric: str = ""
+    """The metric, by its name in metrics.jsonl."""
     value: float = 0.0
-    where: str = ""  # "optim.batch_size=128": of a config with this value only, so that a sweep's base can hold all
+    """The published value."""
+    where: str = ""
+    """A condition such as `optim.batch_size=128`: the number belongs to configs with this value only, so that a sweep's
+    base can list all numbers."""
 
 
 @dataclass
 class Config(_Strict):
+    """Everything that decides what a run computes and where its parts go."""
+
     model: Model = field(default_factory=Model)
+    """The model and how it computes."""
     data: Data = field(default_factory=Data)
+    """The data and how samples become token ids."""
     optim: Optim = field(default_factory=Optim)
+    """The optimizer, its schedule and the loss."""
     mesh: Mesh = field(default_factory=Mesh)
+    """The sizes of the mesh axes."""
     train: Train = field(default_factory=Train)
+    """The training loop."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """When the state is saved, and which checkpoints are kept."""
     log: Log = field(default_factory=Log)
+    """The terminal and the trackers."""
     eval: Eval = field(default_factory=Eval)
+    """Evaluation during the run."""
     stop: Stop = field(default_factory=Stop)
+    """Rules that stop a run early."""
     seed: int = 0
+    """The seed of the sample order and of random initial weights."""
     published: list[Published] = field(default_factory=list)
+    """Published numbers of this very run, which the report shows next to ours."""
 
     def validate(self) -> None:
-        """Raises ConfigError, naming every problem: field, value, mend."""
-        problems = _type_problems(self, Config, "")
-        if not problems:  # values are only worth checking once they have their types
-            problems = _value_problems(self)
+        """Raises ConfigError with every problem: field, value and fix."""
+        problems = type_problems(self, Config, "")
+        if not problems:  # values can be checked only once they have the right types
+            problems = value_problems(self, flatten(to_dict(self)))
         if not problems:
             return
         if len(problems) == 1:
@@ -203,11 +313,12 @@ class Config(_Strict):
         raise ConfigError(f"the config has {len(problems)} problems: {listed}.")
 
 
-# Fields that a resumed run may change: they alter neither what is trained on nor the arithmetic of a step.
-RESUMABLE = ("mesh", "train.rows_per_device", "model.attention", "model.remat", "data.cache_dir",
-             "data.num_workers", "data.prepare_workers", "train.max_minutes", "checkpoint.every_samples",
-             "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every",
-             "log", "eval", "stop", "published")  # fmt: skip
+# Fields that may change when a run is resumed: they affect neither the data nor the numerics.
+MUTABLE_ON_RESUME = (
+    "mesh", "train.rows_per_device", "model.attention", "model.remat", "data.cache_dir", "data.num_workers",
+    "data.prepare_workers", "train.max_minutes", "checkpoint.every_samples", "checkpoint.every_minutes",
+    "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every", "log", "eval", "stop", "published",
+)  # fmt: skip
 
 
 @dataclass
@@ -215,57 +326,43 @@ class Sweep(_Strict):
     """Many runs that differ in a few fields: what `get_sweep(arg="")` of a sweep's file returns."""
 
     base: Config = field(default_factory=Config)
-    # By a field's dotted name, the values to try; with search="random" or "tpe", also Range(...).
+    """The config that the trials vary."""
     axes: dict[str, Any] = field(default_factory=dict)
-    seeds: list[int] = field(default_factory=list)  # each combination runs with each; [] = that of base
-    metric: str = "eval/loss"  # any of metrics.jsonl, of a run's last step
-    mode: str = "min"  # min | max
-    stop: Any = None  # None, a rule's name (paper | median | halving), or one of mice_jax.training.stop_rules
-    search: str = "grid"  # grid | random | tpe
-    trials: int = 0  # of random and tpe
+    """For each field, by its dotted name, the list of values to try; with search random or tpe also a Range."""
+    seeds: list[int] = field(default_factory=list)
+    """Each combination runs once with each of these seeds; an empty list means the seed of base."""
+    metric: str = "eval/loss"
+    """The metric of metrics.jsonl to optimise, taken from the last step of a trial."""
+    mode: str = "min"
+    """Whether a lower (min) or a higher (max) value is better."""
+    stop: Any = None
+    """A rule that stops poor trials: None, paper, median, halving, or a rule of mice_jax.training.stop_rules."""
+    search: str = "grid"
+    """How combinations are chosen: grid, random or tpe."""
+    trials: int = 0
+    """The number of trials of random and tpe."""
 
     def validate(self) -> None:
-        """Raises ConfigError, naming every problem, those of the trials' configs but for the axes' values too."""
-        problems = []
-        names = field_names()
-        for name, values in self.axes.items():
-            if re.sub(r"\[[0-9]+\]", "[]", name) not in names:
-                problems.append(f"axes has {name!r}, which is no field of the config{nearest(name, names)}")
-            elif isinstance(values, Range):
-                problems += [f"axes[{name!r}] is a Range: a grid needs a list"] * (self.search == "grid")
-                if not (values.low < values.high and (values.low > 0 or not values.log)):
-                    problems.append(f"axes[{name!r}]={values}: low must be below high, and above 0 where log=True")
-            elif not isinstance(values, list | tuple) or not values:
-                problems.append(f"axes[{name!r}]={values!r} must be a list of at least one value")
-            elif len({repr(v) for v in values}) < len(values):
-                problems.append(f"axes[{name!r}]={values!r} has a value twice")
-        if "seed" in self.axes:
-            problems.append("axes has 'seed': give seeds=[...]")
-        if len(set(self.seeds)) < len(self.seeds):
-            problems.append(f"seeds={self.seeds} has one twice")
-        if self.mode not in ("min", "max"):
-            problems.append(f"mode={self.mode!r} is not one of min, max")
-        if self.search not in ("grid", "random", "tpe"):
-            problems.append(f"search={self.search!r} is not one of grid, random, tpe")
-        elif (self.search == "grid") != (self.trials == 0) or self.trials < 0:
-            problems.append(
-                f"trials={self.trials} with search={self.search!r}: give it to random and tpe, and only there"
-            )
+        """Raises ConfigError with every problem of the sweep; the configs of its trials are checked when they start."""
+        problems = sweep_problems(self, field_names(), Range)
         if problems:
             raise ConfigError(f"the sweep has {len(problems)} problem(s): {'; '.join(problems)}.")
 
 
 @dataclass(frozen=True)
 class Range:
-    """Of an axis that is searched: from `low` to `high`, even in the logarithm where `log`."""
+    """A range of values, for an axis that is searched."""
 
     low: float
+    """The lowest value."""
     high: float
+    """The highest value."""
     log: bool = False
+    """Search uniformly in the logarithm of the value."""
 
 
 def locate(config: Config, name: str) -> tuple[Any, str]:
-    """The part that holds a field, and its name there, from its dotted name, `data.phases[0].replay` for one."""
+    """The section that holds a field and the field's name there, from a dotted name like `data.phases[0].replay`."""
     *path, last = re.findall(r"[^.\[\]]+", name)
     part: Any = config
     for key in path:
@@ -274,30 +371,30 @@ def locate(config: Config, name: str) -> tuple[Any, str]:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain dicts, lists and scalars, for config.json."""
+    """The config as plain dicts, lists and scalars, for config.json."""
     return dataclasses.asdict(config)
 
 
 def identity(config: Config) -> str:
-    """Of a run: what all of its processes have to agree on."""
-    flat = {k: v for k, v in flatten(to_dict(config)).items() if not _is_resumable(k)}
+    """A text that all processes of a run must have in common: every field that may not change on resume."""
+    flat = {k: v for k, v in flatten(to_dict(config)).items() if not _may_change(k)}
     return repr(sorted(flat.items()))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """`field: old -> new` for each field that keeps a run from being resumed under `new`."""
+    """`field: old -> new` for each difference that prevents resuming a run under `new`."""
     a, b = flatten(old), flatten(new)
     changed = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    refused = [k for k in changed if not _is_resumable(k)]
-    return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in refused]
+    fixed = [k for k in changed if not _may_change(k)]
+    return [f"{k}: {a.get(k, 'absent')!r} -> {b.get(k, 'absent')!r}" for k in fixed]
 
 
-def _is_resumable(name: str) -> bool:
-    return any(name == r or name.startswith(r + ".") for r in RESUMABLE)
+def _may_change(name: str) -> bool:
+    return any(name == m or name.startswith(m + ".") for m in MUTABLE_ON_RESUME)
 
 
 def field_names(cls: type = Config, prefix: str = "") -> list[str]:
-    """The dotted name of every field that a flag can set; `[]` stands for an index into a list."""
+    """The dotted name of every field that a flag can set; `[]` means an index into a list."""
     names = []
     for name, hint in typing.get_type_hints(cls).items():
         is_part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
@@ -306,207 +403,3 @@ def field_names(cls: type = Config, prefix: str = "") -> list[str]:
         if isinstance(element, type) and dataclasses.is_dataclass(element):
             names += field_names(element, f"{prefix}{name}[].")
     return names
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """By dotted name, every plain value of nested dicts and lists."""
-    if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, list):
-        items = ((str(i), v) for i, v in enumerate(tree))
-    else:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for k, v in items:
-        flat |= flatten(v, f"{prefix}.{k}" if prefix else str(k))
-    return flat
-
-
-def _type_problems(value: Any, hint: Any, name: str) -> list[str]:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, hint):  # type: ignore[arg-type]
-            return [f"{name}={value!r} must be a {hint.__name__}(...)"]  # type: ignore[union-attr]
-        hints = typing.get_type_hints(hint)
-        dot = f"{name}." if name else ""
-        return [p for k, h in hints.items() for p in _type_problems(getattr(value, k), h, dot + k)]
-    if isinstance(hint, types.GenericAlias):
-        if not isinstance(value, list):
-            return [f"{name}={value!r} must be a list"]
-        (inner,) = typing.get_args(hint)
-        return [p for i, v in enumerate(value) for p in _type_problems(v, inner, f"{name}[{i}]")]
-    wanted = (int, float) if hint is float else (hint,)
-    right = isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
-    kind = type(value).__name__
-    return [] if right else [f"{name}={value!r} is of type {kind} and must be {hint.__name__}"]
-
-
-CHOICES = {
-    "model.compute_dtype": ("auto", "float32", "bfloat16"),
-    "model.remat": ("auto", "none", "full", "dots"),
-    "data.overlong": ("drop", "truncate", "error"),
-    "data.train_on": ("all", "last"),
-    "optim.schedule": ("constant", "linear", "cosine", "wsd"),
-    "optim.loss_reduction": ("token", "sample"),
-    "optim.name": ("adamw", "adafactor", "muon", "lion", "sgd"),
-    "optim.moments_dtype": ("float32", "bfloat16"),
-    "optim.accumulate_dtype": ("float32", "bfloat16"),
-    "checkpoint.best_mode": ("min", "max"),
-}
-PHASE_CHOICES = {"optimizer": ("carry", "reset"), "schedule": ("go_on", "restart"), "seed_from": ("last", "best")}
-TRACKERS = ("tensorboard", "wandb", "mlflow")
-HALVES = ("", "short", "long")
-# Inclusive bounds.
-BOUNDS = {
-    "data.max_length": (2, math.inf),
-    "data.num_workers": (0, math.inf),
-    "data.prepare_workers": (0, math.inf),
-    "optim.batch_size": (1, math.inf),
-    "optim.learning_rate": (0, math.inf),
-    "optim.warmup_steps": (0, math.inf),
-    "optim.warmup_ratio": (0, 1),
-    "optim.final_ratio": (0, 1),
-    "optim.decay_ratio": (0, 1),
-    "optim.max_steps": (0, math.inf),
-    "optim.grad_clip": (0, math.inf),
-    "optim.eps": (0, math.inf),
-    "optim.weight_decay": (0, math.inf),
-    "train.rows_per_device": (0, math.inf),
-    "train.max_minutes": (0, math.inf),
-    "train.skip_spikes": (0, math.inf),
-    "checkpoint.every_samples": (0, math.inf),
-    "checkpoint.every_minutes": (0, math.inf),
-    "checkpoint.keep_last": (0, math.inf),
-    "checkpoint.keep_best": (0, math.inf),
-    "checkpoint.keep_every": (0, math.inf),
-    "stop.margin": (0, math.inf),
-    "stop.steps": (0, math.inf),
-    "log.every_steps": (1, math.inf),
-    "eval.every_samples": (0, math.inf),
-    "eval.num_fewshot": (-1, math.inf),
-    "eval.limit": (0, math.inf),
-    "seed": (0, 2**32 - 1),
-}
-
-
-def _value_problems(c: Config) -> list[str]:
-    flat = flatten(to_dict(c))
-    problems = []
-    for name, choices in CHOICES.items():
-        if flat[name] not in choices:
-            problems.append(f"{name}={flat[name]!r} is not one of {', '.join(choices)}")
-    for name, (low, high) in BOUNDS.items():
-        if not low <= flat[name] <= high:  # also false for NaN
-            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            problems.append(f"{name}={flat[name]} must be {bound}")
-    for name in ("optim.beta1", "optim.beta2", "data.validation_fraction"):
-        if not 0 <= flat[name] < 1:
-            problems.append(f"{name}={flat[name]} must be at least 0 and less than 1")
-    if c.optim.learning_rate == math.inf:
-        problems.append(f"optim.learning_rate={c.optim.learning_rate} must be finite")
-    if c.optim.warmup_steps and c.optim.warmup_ratio:
-        problems.append(
-            f"optim.warmup_steps={c.optim.warmup_steps} and optim.warmup_ratio={c.optim.warmup_ratio} "
-            "are both set: set one of them to 0"
-        )
-    if not c.model.init_from:
-        problems.append(
-            'model.init_from="" says nothing to start from: give a Hugging Face folder, '
-            '"random:path/to/config.json", or another run\'s workdir'
-        )
-    by_source = ["data.validation"] * bool(c.data.validation)
-    by_source += [f"data.phases[{i}].validation" for i, p in enumerate(c.data.phases) if p.validation]
-    if by_source and c.data.validation_fraction:
-        problems.append(
-            f"{by_source[0]} and data.validation_fraction={c.data.validation_fraction} are both set: "
-            "hold out by sources or by fraction, not both"
-        )
-    for tracker in c.log.trackers:
-        if tracker not in TRACKERS:
-            problems.append(f"log.trackers has {tracker!r}, which is not one of {', '.join(TRACKERS)}")
-    if 0 < c.train.skip_spikes <= 1:
-        problems.append(f"train.skip_spikes={c.train.skip_spikes} must be more than 1, or 0 for never")
-    for i, p in enumerate(c.published):
-        if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
-            problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
-    return problems + _mesh_problems(c.mesh) + _phase_problems(c.data)
-
-
-def _mesh_problems(m: Mesh) -> list[str]:
-    sizes = {"data": m.data, "fsdp": m.fsdp, "tensor": m.tensor}
-    problems = [
-        f"mesh.{k}={v} must be at least 1, or -1 for the devices that are left"
-        for k, v in sizes.items()
-        if v < 1 and v != -1
-    ]
-    left = [f"mesh.{k}" for k, v in sizes.items() if v == -1]
-    if len(left) > 1:
-        problems.append(f"{' and '.join(left)} are both -1: only one axis can take what is left")
-    return problems
-
-
-def _phase_problems(d: Data) -> list[str]:
-    problems = []
-    if not d.phases:
-        problems.append("data.phases is empty: give at least one Phase(sources=[Source(path=...)])")
-    names = [p.name for p in d.phases]
-    for name in sorted({n for n in names if names.count(n) > 1}):
-        problems.append(f"data.phases has {names.count(name)} phases named {name!r}: name each once")
-    for i, phase in enumerate(d.phases):
-        where = f"data.phases[{i}]"
-        if not (phase.num_epochs > 0 and math.isfinite(phase.num_epochs)):
-            problems.append(f"{where}.num_epochs={phase.num_epochs} must be more than 0")
-        if phase.num_steps < 0:
-            problems.append(f"{where}.num_steps={phase.num_steps} must be at least 0")
-        if phase.num_steps and phase.num_epochs != Phase.num_epochs:
-            problems.append(
-                f"{where}.num_epochs={phase.num_epochs} and num_steps={phase.num_steps} are both set: leave one of "
-                "them at its default"
-            )
-        if not phase.sources:
-            problems.append(f"{where}.sources is empty: give at least one Source(path=...)")
-        problems += _replay_problems(where, phase, names[:i])
-        problems += _boundary_problems(where, phase, i)
-    lists = [(f"data.phases[{i}].sources", p.sources) for i, p in enumerate(d.phases)]
-    lists += [(f"data.phases[{i}].validation", p.validation) for i, p in enumerate(d.phases)]
-    for where, sources in [*lists, ("data.validation", d.validation)]:
-        for j, s in enumerate(sources):
-            if not s.path:
-                problems.append(f'{where}[{j}].path="" must name a file')
-            if not (s.weight > 0 and math.isfinite(s.weight)):
-                problems.append(f"{where}[{j}].weight={s.weight} must be more than 0")
-            if s.max_samples < 0:
-                problems.append(f"{where}[{j}].max_samples={s.max_samples} must be at least 0")
-            if s.half not in HALVES:
-                problems.append(f"{where}[{j}].half={s.half!r} is not one of {', '.join(map(repr, HALVES))}")
-    return problems
-
-
-def _boundary_problems(where: str, phase: Phase, index: int) -> list[str]:
-    problems = []
-    if phase.batch_size < 0:
-        problems.append(f"{where}.batch_size={phase.batch_size} must be at least 1, or 0 for optim.batch_size")
-    if not 0 <= phase.learning_rate < math.inf:
-        problems.append(f"{where}.learning_rate={phase.learning_rate} must be more than 0, or 0 for that of optim")
-    for name, choices in PHASE_CHOICES.items():
-        value = getattr(phase, name)
-        if value not in choices:
-            problems.append(f"{where}.{name}={value!r} is not one of {', '.join(choices)}")
-        elif index == 0 and value != choices[0]:
-            problems.append(f"{where}.{name}={value!r}: there is no phase before it, leave it {choices[0]!r}")
-    return problems
-
-
-def _replay_problems(where: str, phase: Phase, earlier: list[str]) -> list[str]:
-    problems = []
-    if not (phase.replay >= 0 and math.isfinite(phase.replay)):
-        problems.append(f"{where}.replay={phase.replay} must be at least 0")
-    if phase.replay and not earlier:
-        problems.append(f"{where}.replay={phase.replay}: there is no phase before it to replay")
-    elif phase.replay_from and phase.replay_from not in earlier:
-        known = f"those are {', '.join(earlier)}" if earlier else "there is none"
-        problems.append(f"{where}.replay_from={phase.replay_from!r} is no phase before it; {known}")
-    if phase.replay_from and not phase.replay:
-        problems.append(
-            f"{where}.replay_from={phase.replay_from!r} without a replay: give it, 0.01 for one in a hundred"
-        )
-    return problems

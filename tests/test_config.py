@@ -1,14 +1,18 @@
-"""The contract's defaults, field by field; every problem of a config told at once, by name."""
+"""Defaults of the config, and the errors of a config that cannot be run."""
 
 import math
+import runpy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from helpers.runs import REPOSITORY
 from mice_jax.config import Config, ConfigError, Phase, Source, differences, field_names, to_dict
 
-# As DESIGN.md sections 4 and 5 state them.
+pytestmark = pytest.mark.smoke
+
+# The defaults that users' scripts rely on.
 DEFAULTS = {
     "model.compute_dtype": "auto",
     "model.attention": "auto",
@@ -58,7 +62,7 @@ def put(config: Any, name: str, value: Any) -> None:
 
 
 def good() -> Config:
-    """As the contract's example writes one."""
+    """A valid config with one phase of two sources."""
     c = Config()
     c.model.init_from = "path/to/hf_dir"
     sources = [Source(path="a.jsonl"), Source(path="b.parquet", weight=0.5)]
@@ -66,7 +70,7 @@ def good() -> Config:
     return c
 
 
-def problem(config: Config) -> str:
+def error_of(config: Config) -> str:
     with pytest.raises(ConfigError) as raised:
         config.validate()
     return str(raised.value)
@@ -74,13 +78,13 @@ def problem(config: Config) -> str:
 
 # ---------------------------------------------------------------------------------------- defaults
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_a_default_is_that_of_the_contract(name: str) -> None:
+def test_a_default_is_as_documented(name: str) -> None:
     value = get(Config(), name)
     assert (value, type(value)) == (DEFAULTS[name], type(DEFAULTS[name]))
     assert name in field_names()
 
 
-def test_the_defaults_of_phases_and_sources_are_those_of_the_contract() -> None:
+def test_defaults_of_phases_and_sources_are_as_documented() -> None:
     phase, source = Phase(), Source()
     assert (phase.name, phase.num_epochs, phase.sources) == ("stacked", 1.0, [])
     assert (source.weight, source.format) == (1.0, "messages")
@@ -94,11 +98,11 @@ def test_two_configs_share_no_list() -> None:
     assert (b.data.phases, b.mesh.data) == ([], 1)
 
 
-def test_the_example_of_the_contract_is_valid() -> None:
+def test_the_example_config_is_valid() -> None:
     good().validate()
 
 
-# ---------------------------------------------------------------------------------------- misspelt
+# ---------------------------------------------------------------------------------------- unknown fields
 @pytest.mark.parametrize(
     ("write", "nearest"),
     [
@@ -108,17 +112,17 @@ def test_the_example_of_the_contract_is_valid() -> None:
         (lambda c: setattr(c.data.phases[0].sources[0], "wieght", 1), "weight"),
     ],
 )
-def test_a_misspelt_field_is_refused_where_it_is_written(write: Callable[[Config], None], nearest: str) -> None:
+def test_assigning_a_misspelt_field_is_an_error(write: Callable[[Config], None], nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{nearest}'"):
         write(good())
 
 
-def test_a_field_like_no_other_is_answered_with_those_there_are() -> None:
+def test_the_error_of_an_unknown_field_lists_all_fields() -> None:
     with pytest.raises(ConfigError, match="Log has no field 'zzz'; it has every_steps"):
         good().log.zzz = 1  # type: ignore[attr-defined]
 
 
-# ---------------------------------------------------------------------------------------- ill-typed
+# ---------------------------------------------------------------------------------------- wrong types
 @pytest.mark.parametrize(
     ("name", "value", "kind"),
     [
@@ -135,15 +139,15 @@ def test_a_field_like_no_other_is_answered_with_those_there_are() -> None:
         ("data.phases", ["a.jsonl"], "Phase"),
     ],
 )
-def test_a_value_of_another_type_is_named_with_the_type_it_must_have(name: str, value: Any, kind: str) -> None:
+def test_a_value_of_the_wrong_type_is_an_error(name: str, value: Any, kind: str) -> None:
     config = good()
     put(config, name, value)
-    said = problem(config)
-    assert name in said and kind in said
-    assert repr(value) in said or repr(value[0]) in said
+    error = error_of(config)
+    assert name in error and kind in error
+    assert repr(value) in error or repr(value[0]) in error
 
 
-def test_a_whole_number_is_a_float() -> None:
+def test_an_integer_is_accepted_for_a_float() -> None:
     config = good()
     config.optim.learning_rate = 1
     config.data.phases[0].num_epochs = 2
@@ -182,19 +186,19 @@ def test_a_whole_number_is_a_float() -> None:
         ("seed", 2**32),
     ],
 )
-def test_a_value_out_of_bounds_is_named_alone(name: str, value: Any) -> None:
+def test_a_value_out_of_bounds_is_the_only_problem_reported(name: str, value: Any) -> None:
     config = good()
     put(config, name, value)
-    said = problem(config)
-    assert said.startswith(f"in the config, {name}") and "problems" not in said
+    error = error_of(config)
+    assert error.startswith(f"in the config, {name}") and "problems" not in error
     if value not in ("", []):
-        assert str(value) in said
+        assert str(value) in error
 
 
-def test_a_rate_that_is_no_number_is_refused() -> None:
+def test_a_nan_learning_rate_is_an_error() -> None:
     config = good()
     config.optim.learning_rate = math.nan
-    assert "optim.learning_rate=nan" in problem(config)
+    assert "optim.learning_rate=nan" in error_of(config)
 
 
 @pytest.mark.parametrize(
@@ -212,18 +216,18 @@ def test_a_rate_that_is_no_number_is_refused() -> None:
             lambda c: c.data.phases.append(Phase("b", num_epochs=2.0, num_steps=3, sources=[Source("a")])),
             ["data.phases[1].num_epochs=2.0", "num_steps=3", "leave one"],
         ),
-        (lambda c: setattr(c.data.phases[0], "replay", 0.1), ["data.phases[0].replay=0.1", "no phase before it"]),
+        (lambda c: setattr(c.data.phases[0], "replay", 0.1), ["data.phases[0].replay=0.1", "no earlier phase"]),
         (
             lambda c: c.data.phases.append(Phase("b", sources=[Source("a")], replay=-1.0)),
             ["data.phases[1].replay=-1.0"],
         ),
         (
             lambda c: c.data.phases.append(Phase("b", sources=[Source("a")], replay=0.1, replay_from="b")),
-            ["data.phases[1].replay_from='b'", "those are stacked"],
+            ["data.phases[1].replay_from='b'", "these are stacked"],
         ),
         (
             lambda c: c.data.phases.append(Phase("b", sources=[Source("a")], replay_from="stacked")),
-            ["data.phases[1].replay_from='stacked'", "without a replay"],
+            ["data.phases[1].replay_from='stacked'", "needs a replay"],
         ),
         (lambda c: setattr(c.data, "train_on", "first"), ["data.train_on='first'", "all, last"]),
         (lambda c: setattr(c.data, "prepare_workers", -1), ["data.prepare_workers=-1"]),
@@ -231,35 +235,35 @@ def test_a_rate_that_is_no_number_is_refused() -> None:
         (lambda c: setattr(c.mesh, "data", -1), ["mesh.data", "mesh.fsdp"]),
     ],
 )
-def test_a_list_and_a_mesh_are_checked_by_field(write: Callable[[Config], None], names: list[str]) -> None:
+def test_phases_sources_and_mesh_are_checked_by_field(write: Callable[[Config], None], names: list[str]) -> None:
     config = good()
     write(config)
-    said = problem(config)
-    assert all(name in said for name in names)
+    error = error_of(config)
+    assert all(name in error for name in names)
 
 
-def test_two_ways_to_say_one_thing_are_refused() -> None:
+def test_fields_that_exclude_each_other_are_an_error() -> None:
     config = good()
     config.optim.warmup_steps, config.optim.warmup_ratio = 5, 0.1
     config.data.validation, config.data.validation_fraction = [Source(path="v.jsonl")], 0.1
-    said = problem(config)
+    error = error_of(config)
     for name in ("optim.warmup_steps=5", "optim.warmup_ratio=0.1", "data.validation_fraction=0.1"):
-        assert name in said
+        assert name in error
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     config = good()
     wrong = {"optim.batch_size": 0, "optim.beta1": 2.0, "data.overlong": "cut", "model.init_from": "", "seed": -3}
     for name, value in wrong.items():
         put(config, name, value)
     config.data.phases[0].sources[0].weight = -1.0
-    said = problem(config)
-    assert "6 problems" in said and "(6)" in said and "(7)" not in said
-    assert all(name in said for name in [*wrong, "data.phases[0].sources[0].weight=-1.0"])
+    error = error_of(config)
+    assert "6 problems" in error and "(6)" in error and "(7)" not in error
+    assert all(name in error for name in [*wrong, "data.phases[0].sources[0].weight=-1.0"])
 
 
 # ---------------------------------------------------------------------------------------- dicts
-def test_a_config_as_a_dict_holds_every_field_and_no_object() -> None:
+def test_to_dict_has_every_field_as_plain_values() -> None:
     config = good()
     tree = to_dict(config)
     for name in (n for n in field_names() if "[]" not in n):
@@ -278,7 +282,7 @@ def test_a_config_as_a_dict_holds_every_field_and_no_object() -> None:
     }
 
 
-def test_a_config_differs_in_nothing_from_itself() -> None:
+def test_a_config_has_no_difference_from_itself() -> None:
     assert differences(to_dict(good()), to_dict(good())) == []
 
 
@@ -288,11 +292,11 @@ def test_differences_name_each_field_with_both_values() -> None:
     other.seed = 7
     other.data.phases[0].sources[1].weight = 2.0
     other.data.phases[0].sources.append(Source(path="c.jsonl"))
-    said = differences(to_dict(good()), to_dict(other))
-    assert "optim.learning_rate: 2e-05 -> 0.001" in said
-    assert "seed: 0 -> 7" in said
-    assert "data.phases.0.sources.1.weight: 0.5 -> 2.0" in said
-    assert "data.phases.0.sources.2.path: 'absent' -> 'c.jsonl'" in said
+    error = differences(to_dict(good()), to_dict(other))
+    assert "optim.learning_rate: 2e-05 -> 0.001" in error
+    assert "seed: 0 -> 7" in error
+    assert "data.phases.0.sources.1.weight: 0.5 -> 2.0" in error
+    assert "data.phases.0.sources.2.path: 'absent' -> 'c.jsonl'" in error
 
 
 @pytest.mark.parametrize(
@@ -309,7 +313,7 @@ def test_differences_name_each_field_with_both_values() -> None:
         ("data.cache_dir", "elsewhere"),
     ],
 )
-def test_fields_that_do_not_touch_the_training_may_differ(name: str, value: Any) -> None:
+def test_fields_outside_data_and_numerics_may_differ(name: str, value: Any) -> None:
     other = good()
     put(other, name, value)
     assert differences(to_dict(good()), to_dict(other)) == []
@@ -318,8 +322,30 @@ def test_fields_that_do_not_touch_the_training_may_differ(name: str, value: Any)
 
 
 @pytest.mark.parametrize("name", ["train.deterministic", "model.compute_dtype", "data.max_length", "optim.batch_size"])
-def test_fields_that_change_what_is_computed_may_not_differ(name: str) -> None:
+def test_fields_of_data_and_numerics_may_not_differ(name: str) -> None:
     other = good()
     changed = {"train.deterministic": True, "model.compute_dtype": "bfloat16"}.get(name, 17)
     put(other, name, changed)
     assert len(differences(to_dict(good()), to_dict(other))) == 1
+
+
+# ---------------------------------------------------------------------------------------- documentation
+def load_reference() -> Any:
+    return runpy.run_path(str(REPOSITORY / "docs" / "make_config_reference.py"))
+
+
+def test_config_reference_is_up_to_date() -> None:
+    reference = load_reference()
+    source = (REPOSITORY / "mice_jax" / "config.py").read_text()
+    assert reference["render"](source) == reference["OUTPUT"].read_text(), "run python docs/make_config_reference.py"
+
+
+def test_every_field_is_documented_in_one_sentence() -> None:
+    lines = load_reference()["OUTPUT"].read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| `")]
+    documented = {row[0].removeprefix("| ").strip("`").replace("[i]", "[]").replace("[j]", "[]") for row in rows}
+    validation = ("data.validation[].", "data.phases[].validation[].")  # more lists of sources
+    assert {name for name in field_names() if not name.startswith(validation)} <= documented
+    for row in rows:
+        sentence = row[2].removesuffix(" |")
+        assert sentence[0].isupper() and sentence.endswith(".") and ". " not in sentence, row

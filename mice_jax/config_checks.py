@@ -1,0 +1,281 @@
+"""The checks of a config: types, choices, bounds, and fields that exclude each other.
+
+Every check returns its problems, as sentences with the field, the value and the fix. This module does not import
+config.py, which imports it; so it takes a config as `Any`.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Collection
+from typing import Any
+
+CHOICES = {
+    "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "model.remat": ("auto", "none", "full", "dots"),
+    "data.overlong": ("drop", "truncate", "error"),
+    "data.train_on": ("all", "last"),
+    "optim.schedule": ("constant", "linear", "cosine", "wsd"),
+    "optim.loss_reduction": ("token", "sample"),
+    "optim.name": ("adamw", "adafactor", "muon", "lion", "sgd"),
+    "optim.moments_dtype": ("float32", "bfloat16"),
+    "optim.accumulate_dtype": ("float32", "bfloat16"),
+    "checkpoint.best_mode": ("min", "max"),
+}
+PHASE_CHOICES = {"optimizer": ("carry", "reset"), "schedule": ("go_on", "restart"), "seed_from": ("last", "best")}
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+HALVES = ("", "short", "long")
+# Inclusive bounds; a field that is not a number is outside of them.
+BOUNDS = {
+    "data.max_length": (2, math.inf),
+    "data.num_workers": (0, math.inf),
+    "data.prepare_workers": (0, math.inf),
+    "optim.batch_size": (1, math.inf),
+    "optim.learning_rate": (0, math.inf),
+    "optim.warmup_steps": (0, math.inf),
+    "optim.warmup_ratio": (0, 1),
+    "optim.final_ratio": (0, 1),
+    "optim.decay_ratio": (0, 1),
+    "optim.max_steps": (0, math.inf),
+    "optim.grad_clip": (0, math.inf),
+    "optim.eps": (0, math.inf),
+    "optim.weight_decay": (0, math.inf),
+    "train.rows_per_device": (0, math.inf),
+    "train.max_minutes": (0, math.inf),
+    "train.skip_spikes": (0, math.inf),
+    "checkpoint.every_samples": (0, math.inf),
+    "checkpoint.every_minutes": (0, math.inf),
+    "checkpoint.keep_last": (0, math.inf),
+    "checkpoint.keep_best": (0, math.inf),
+    "checkpoint.keep_every": (0, math.inf),
+    "stop.margin": (0, math.inf),
+    "stop.steps": (0, math.inf),
+    "log.every_steps": (1, math.inf),
+    "eval.every_samples": (0, math.inf),
+    "eval.num_fewshot": (-1, math.inf),
+    "eval.limit": (0, math.inf),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """The end of an error message: `; did you mean 'x'?` for the closest of `names`, or all names if none is close."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}."
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Every scalar of nested dicts and lists, by its dotted name."""
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list):
+        items = ((str(i), v) for i, v in enumerate(tree))
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for k, v in items:
+        flat |= flatten(v, f"{prefix}.{k}" if prefix else str(k))
+    return flat
+
+
+def type_problems(value: Any, hint: Any, name: str) -> list[str]:
+    """Values whose type is not that of their field.
+
+    Args:
+      value: a config, a section, a list or a scalar.
+      hint: the type annotation it must match.
+      name: its dotted name; empty for the config itself.
+
+    Returns:
+      A sentence for each problem.
+    """
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, hint):  # type: ignore[arg-type]
+            return [f"{name}={value!r} must be a {hint.__name__}(...)"]  # type: ignore[union-attr]
+        hints = typing.get_type_hints(hint)
+        dot = f"{name}." if name else ""
+        return [p for k, h in hints.items() for p in type_problems(getattr(value, k), h, dot + k)]
+    if isinstance(hint, types.GenericAlias):
+        if not isinstance(value, list):
+            return [f"{name}={value!r} must be a list"]
+        (inner,) = typing.get_args(hint)
+        return [p for i, v in enumerate(value) for p in type_problems(v, inner, f"{name}[{i}]")]
+    allowed = (int, float) if hint is float else (hint,)
+    matches = isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
+    kind = type(value).__name__
+    return [] if matches else [f"{name}={value!r} is of type {kind} and must be {hint.__name__}"]
+
+
+def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
+    """Values that are outside of their choices or bounds, or that exclude each other.
+
+    Args:
+      c: a Config whose types are right.
+      flat: its fields by dotted name, as `flatten` gives them.
+
+    Returns:
+      A sentence for each problem.
+    """
+    problems = []
+    for name, choices in CHOICES.items():
+        if flat[name] not in choices:
+            problems.append(f"{name}={flat[name]!r} is not one of {', '.join(choices)}")
+    for name, (low, high) in BOUNDS.items():
+        if not low <= flat[name] <= high:  # also false for NaN
+            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            problems.append(f"{name}={flat[name]} must be {bound}")
+    for name in ("optim.beta1", "optim.beta2", "data.validation_fraction"):
+        if not 0 <= flat[name] < 1:
+            problems.append(f"{name}={flat[name]} must be at least 0 and less than 1")
+    if c.optim.learning_rate == math.inf:
+        problems.append(f"optim.learning_rate={c.optim.learning_rate} must be finite")
+    if c.optim.warmup_steps and c.optim.warmup_ratio:
+        problems.append(
+            f"optim.warmup_steps={c.optim.warmup_steps} and optim.warmup_ratio={c.optim.warmup_ratio} "
+            "are both set: set one of them to 0"
+        )
+    if not c.model.init_from:
+        problems.append(
+            'model.init_from="" names no initial weights: give a Hugging Face folder, '
+            '"random:path/to/config.json", or another run\'s workdir'
+        )
+    by_source = ["data.validation"] if c.data.validation else []
+    by_source += [f"data.phases[{i}].validation" for i, p in enumerate(c.data.phases) if p.validation]
+    if by_source and c.data.validation_fraction:
+        problems.append(
+            f"{by_source[0]} and data.validation_fraction={c.data.validation_fraction} are both set: "
+            "hold out by sources or by fraction, not both"
+        )
+    for tracker in c.log.trackers:
+        if tracker not in TRACKERS:
+            problems.append(f"log.trackers has {tracker!r}, which is not one of {', '.join(TRACKERS)}")
+    if 0 < c.train.skip_spikes <= 1:
+        problems.append(f"train.skip_spikes={c.train.skip_spikes} must be more than 1, or 0 for never")
+    for i, p in enumerate(c.published):
+        if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
+            problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
+    return problems + _mesh_problems(c.mesh) + _phase_problems(c.data)
+
+
+def _mesh_problems(m: Any) -> list[str]:
+    sizes = {"data": m.data, "fsdp": m.fsdp, "tensor": m.tensor}
+    problems = [
+        f"mesh.{k}={v} must be at least 1, or -1 for all remaining devices"
+        for k, v in sizes.items()
+        if v < 1 and v != -1
+    ]
+    left = [f"mesh.{k}" for k, v in sizes.items() if v == -1]
+    if len(left) > 1:
+        problems.append(f"{' and '.join(left)} are both -1: only one axis can take the remaining devices")
+    return problems
+
+
+def _phase_problems(d: Any) -> list[str]:
+    problems = []
+    if not d.phases:
+        problems.append("data.phases is empty: give at least one Phase(sources=[Source(path=...)])")
+    names = [p.name for p in d.phases]
+    for name in sorted({n for n in names if names.count(n) > 1}):
+        problems.append(f"data.phases has {names.count(name)} phases named {name!r}: give each a name of its own")
+    for i, phase in enumerate(d.phases):
+        where = f"data.phases[{i}]"
+        if not (phase.num_epochs > 0 and math.isfinite(phase.num_epochs)):
+            problems.append(f"{where}.num_epochs={phase.num_epochs} must be more than 0")
+        if phase.num_steps < 0:
+            problems.append(f"{where}.num_steps={phase.num_steps} must be at least 0")
+        if phase.num_steps and phase.num_epochs != type(phase).num_epochs:
+            problems.append(
+                f"{where}.num_epochs={phase.num_epochs} and num_steps={phase.num_steps} are both set: leave one of "
+                "them at its default"
+            )
+        if not phase.sources:
+            problems.append(f"{where}.sources is empty: give at least one Source(path=...)")
+        problems += _replay_problems(where, phase, names[:i])
+        problems += _boundary_problems(where, phase, i)
+    lists = [(f"data.phases[{i}].sources", p.sources) for i, p in enumerate(d.phases)]
+    lists += [(f"data.phases[{i}].validation", p.validation) for i, p in enumerate(d.phases)]
+    for where, sources in [*lists, ("data.validation", d.validation)]:
+        for j, s in enumerate(sources):
+            if not s.path:
+                problems.append(f'{where}[{j}].path="" must name a file')
+            if not (s.weight > 0 and math.isfinite(s.weight)):
+                problems.append(f"{where}[{j}].weight={s.weight} must be more than 0")
+            if s.max_samples < 0:
+                problems.append(f"{where}[{j}].max_samples={s.max_samples} must be at least 0")
+            if s.half not in HALVES:
+                problems.append(f"{where}[{j}].half={s.half!r} is not one of {', '.join(map(repr, HALVES))}")
+    return problems
+
+
+def _boundary_problems(where: str, phase: Any, index: int) -> list[str]:
+    problems = []
+    if phase.batch_size < 0:
+        problems.append(f"{where}.batch_size={phase.batch_size} must be at least 1, or 0 for optim.batch_size")
+    if not 0 <= phase.learning_rate < math.inf:
+        problems.append(f"{where}.learning_rate={phase.learning_rate} must be more than 0, or 0 for that of optim")
+    for name, choices in PHASE_CHOICES.items():
+        value = getattr(phase, name)
+        if value not in choices:
+            problems.append(f"{where}.{name}={value!r} is not one of {', '.join(choices)}")
+        elif index == 0 and value != choices[0]:
+            problems.append(f"{where}.{name}={value!r}: the first phase has none before it, so leave it {choices[0]!r}")
+    return problems
+
+
+def _replay_problems(where: str, phase: Any, earlier: list[str]) -> list[str]:
+    problems = []
+    if not (phase.replay >= 0 and math.isfinite(phase.replay)):
+        problems.append(f"{where}.replay={phase.replay} must be at least 0")
+    if phase.replay and not earlier:
+        problems.append(f"{where}.replay={phase.replay}: there is no earlier phase to replay")
+    elif phase.replay_from and phase.replay_from not in earlier:
+        known = f"these are {', '.join(earlier)}" if earlier else "there are none"
+        problems.append(f"{where}.replay_from={phase.replay_from!r} is not an earlier phase; {known}")
+    if phase.replay_from and not phase.replay:
+        problems.append(
+            f"{where}.replay_from={phase.replay_from!r} needs a replay: set it too, to 0.01 for one sample in a hundred"
+        )
+    return problems
+
+
+def sweep_problems(sweep: Any, names: Collection[str], range_class: type) -> list[str]:
+    """Problems of a sweep's own fields.
+
+    Args:
+      sweep: a Sweep.
+      names: the dotted names of all fields of a config.
+      range_class: the class of a searched axis, which only random and tpe can have.
+
+    Returns:
+      A sentence for each problem.
+    """
+    problems = []
+    for name, values in sweep.axes.items():
+        if re.sub(r"\[[0-9]+\]", "[]", name) not in names:
+            problems.append(f"axes has {name!r}, which is not a field of the config{nearest(name, names)}")
+        elif isinstance(values, range_class):
+            if sweep.search == "grid":
+                problems.append(f"axes[{name!r}] is a Range: a grid needs a list")
+            if not (values.low < values.high and (values.low > 0 or not values.log)):
+                problems.append(f"axes[{name!r}]={values}: low must be below high, and above 0 where log=True")
+        elif not isinstance(values, list | tuple) or not values:
+            problems.append(f"axes[{name!r}]={values!r} must be a list of at least one value")
+        elif len({repr(v) for v in values}) < len(values):
+            problems.append(f"axes[{name!r}]={values!r} has the same value twice")
+    if "seed" in sweep.axes:
+        problems.append("axes has 'seed': give seeds=[...]")
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        problems.append(f"seeds={sweep.seeds} has the same seed twice")
+    if sweep.mode not in ("min", "max"):
+        problems.append(f"mode={sweep.mode!r} is not one of min, max")
+    if sweep.search not in ("grid", "random", "tpe"):
+        problems.append(f"search={sweep.search!r} is not one of grid, random, tpe")
+    elif (sweep.search == "grid") != (sweep.trials == 0) or sweep.trials < 0:
+        problems.append(
+            f"trials={sweep.trials} with search={sweep.search!r}: give it to random and tpe, and only there"
+        )
+    return problems
