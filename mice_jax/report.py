@@ -4,8 +4,8 @@
   mice report --workdir=runs/a,runs/b,runs/c --output=compared.html
   mice report --workdir=sweeps/rates
 
-The page holds all that it shows: it opens from disk, without a network. It is report.html in the run's or the sweep's
-folder, or of several runs in this one, where --output names no other file. A run that goes on is shown as far as it is.
+The page is self-contained: it opens from disk and needs no network. By default it is written to report.html in the
+folder of the run or sweep; for several runs, in the current folder. A run that has not ended is shown as far as it is.
 """
 
 from mice_jax.cli import command
@@ -26,50 +26,55 @@ from mice_jax.errors import UserError
 from mice_jax.report_page import page, read_runs
 from mice_jax.storage.paths import download_small_files, parse_path
 
-SHOWN = 10  # of the things that could not be read
+MAX_WARNINGS = 10  # printed for things that could not be read; the page lists all of them
 
 
 def begin(values: command.Values) -> None:
+    """Writes the page that the flags ask for."""
     folders = [_folder(name) for name in command.required(values, "workdir")]
     if not folders:
         raise UserError("--workdir is empty. See --help for an example.")
     if len(folders) > 1 and (sweeps := [f for f in folders if read_runs.is_sweep(f)]):
-        raise UserError(f"--workdir: {sweeps[0]} is a sweep; give it alone, or some of the runs in its folder runs.")
+        raise UserError(f"--workdir: {sweeps[0]} is a sweep. Give it alone, or some of the runs in {sweeps[0]}/runs.")
     output = _output(values, folders)
     console = Console(highlight=False, soft_wrap=True)
     problems = page.write(folders, output)
-    for problem in problems[:SHOWN]:
+    for problem in problems[:MAX_WARNINGS]:
         console.print(f"[yellow]warning: {escape(problem)}[/yellow]")
-    if len(problems) > SHOWN:
-        console.print(f"[yellow]and {len(problems) - SHOWN} more, all of them on the page[/yellow]")
+    if len(problems) > MAX_WARNINGS:
+        console.print(f"[yellow]and {len(problems) - MAX_WARNINGS} more warnings; the page lists all[/yellow]")
     console.print(f"report: {escape(str(output))}")
 
 
 def _folder(name: str) -> Path:
-    """A run's or a sweep's folder; what is in a bucket is copied here, but for its checkpoints."""
+    """Returns the local folder of a run or a sweep; from a bucket, all but its checkpoints is copied to this disk."""
     place = parse_path(name)
     folder = place if isinstance(place, Path) else download_small_files(place)
     if not folder.is_dir():
-        raise UserError(f"--workdir: there is no folder {name}.")
+        raise UserError(f"--workdir: the folder {name} does not exist.")
     if not (read_runs.is_sweep(folder) or read_runs.is_run(folder)):
-        raise UserError(f"--workdir: {name} holds no run (metrics.jsonl, config.json) and no sweep (sweep.json).")
+        raise UserError(
+            f"--workdir: {name} is neither the folder of a run (it would hold config.json or metrics.jsonl) nor that "
+            "of a sweep (sweep.json)."
+        )
     return folder
 
 
 def _output(values: command.Values, folders: list[Path]) -> Path:
     given = values.workdir
     if values.output is None and "://" in given[0]:
-        raise UserError(f"--output is missing: the page of {given[0]}, which is in a bucket, is written to this disk.")
+        raise UserError(f"--output is missing. {given[0]} is in a bucket; give a file on this disk, F.html.")
     default = Path(page.REPORT) if len(folders) > 1 else folders[0] / page.REPORT
     output = Path(values.output) if values.output else default
     if not output.absolute().parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {output.absolute().parent}.")
+        raise UserError(f"--output={output}: the folder {output.absolute().parent} does not exist.")
     if output.is_dir():
-        raise UserError(f"--output={output} is a folder; give a file, F.html.")
+        raise UserError(f"--output={output} is a folder. Give a file, F.html.")
     return output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
     return command.run(__doc__, define_report, begin, sys.argv[1:] if argv is None else argv)
 
 

@@ -51,6 +51,7 @@ DRY_RUN_WIDTH = 160  # columns of the table where the output is not a terminal
 
 
 def begin(values: command.Values) -> int | None:
+    """Runs a sweep, or works on one as a worker of it; returns the exit code."""
     if watchdog.is_child():
         watchdog.exit_with_parent()
     process = _process_of_worker(values)
@@ -200,6 +201,7 @@ def _summary(study: Study) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     return command.run(__doc__, define_sweep, begin, arguments)
 

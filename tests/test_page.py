@@ -295,12 +295,12 @@ def test_page_of_fifty_long_runs_takes_less_than_ten_seconds(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--workdir=nowhere"], "there is no folder nowhere"),
+        (["--workdir=nowhere"], "the folder nowhere does not exist"),
         ([], "--workdir is missing"),
-        (["--workdir={tmp}"], "holds no run (metrics.jsonl, config.json) and no sweep"),
-        (["--workdir={tmp}/sweep,{tmp}/run"], "is a sweep; give it alone"),
-        (["--workdir={tmp}/run", "--output={tmp}"], "is a folder; give a file, F.html"),
-        (["--workdir={tmp}/run", "--output={tmp}/no/x.html"], "there is no folder"),
+        (["--workdir={tmp}"], "is neither the folder of a run"),
+        (["--workdir={tmp}/sweep,{tmp}/run"], "is a sweep. Give it alone"),
+        (["--workdir={tmp}/run", "--output={tmp}"], "is a folder. Give a file, F.html"),
+        (["--workdir={tmp}/run", "--output={tmp}/no/x.html"], "does not exist"),
     ],
 )
 def test_wrong_folder_or_output_is_an_error_message(

@@ -24,14 +24,17 @@ from mice_jax.training import stop_rules
 SIGNALS = {
     "loss": ("Loss", "training, each step"),
     "grad_norm": ("Gradient norm, raw", "of the step's mean gradient, before clipping"),
-    "grad_norm_corrected": ("Gradient norm, corrected", "the true gradient's, its noise taken out: batches compare"),
+    "grad_norm_corrected": (
+        "Gradient norm, corrected",
+        "of the true gradient, without noise; comparable across batches",
+    ),
     "learning_rate": ("Learning rate", ""),
-    "tokens_per_s": ("Throughput", "tokens a second"),
-    "noise_scale": ("Gradient noise scale", "the batch, in samples, whose noise equals the gradient"),
+    "tokens_per_s": ("Throughput", "tokens per second"),
+    "noise_scale": ("Gradient noise scale", "the batch size, in samples, at which noise equals the gradient"),
     "update_norm": ("Update norm", ""),
     "param_norm": ("Parameter norm", ""),
-    "slot_efficiency": ("Slot efficiency", "real tokens of all slots computed"),
-    "mfu": ("Model FLOPs utilisation", "of the devices' peak"),
+    "slot_efficiency": ("Slot efficiency", "share of computed slots that hold real tokens"),
+    "mfu": ("Model FLOPs utilisation", "share of the devices' peak"),
 }
 SINGLE_RUN_ONLY = ("slot_efficiency", "mfu")  # curves that would only clutter a page of several runs
 STEPWISE = ("loss", "grad_norm")  # curves that a page of several runs also shows step by step, without smoothing

@@ -33,6 +33,7 @@ class Trial:
     mode: str
 
     def to_json(self) -> str:
+        """Returns the trial as JSON."""
         return json.dumps(dataclasses.asdict(self))
 
 

@@ -178,9 +178,20 @@ class Objective:
 
 
 class Rule(Protocol):
-    """Decides from records whether a run is stopped; returns the reason, or ""."""
+    """A rule that decides from records whether a run is stopped."""
 
-    def reason_to_stop(self, records: Records, siblings: Sequence[Records], objective: Objective) -> str: ...
+    def reason_to_stop(self, records: Records, siblings: Sequence[Records], objective: Objective) -> str:
+        """Decides on a run after its latest step.
+
+        Args:
+            records: the records of the run so far.
+            siblings: the records of each sibling, up to the same number of samples.
+            objective: what the runs are compared by.
+
+        Returns:
+            The reason to stop the run; "" to continue.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +208,7 @@ class DivergenceRule:
     def reason_to_stop(
         self, records: Records, siblings: Sequence[Records] = (), objective: Objective = Objective()
     ) -> str:
+        """Returns the reason to stop the run, or "" to continue; see `Rule`."""
         if len(records) <= self.steps or records[-self.steps - 1]["phase"] != records[-1]["phase"]:
             return ""
         start = _start_of_phase(records)
@@ -234,6 +246,7 @@ class DeadModelRule:
     def reason_to_stop(
         self, records: Records, siblings: Sequence[Records] = (), objective: Objective = Objective()
     ) -> str:
+        """Returns the reason to stop the run, or "" to continue; see `Rule`."""
         if len(records) <= self.steps:
             return ""
         level, first_norm = math.log(self.vocab_size), records[0]["grad_norm"]
@@ -262,6 +275,7 @@ class PaperRule:
     norm: str = "grad_norm_corrected"  # or grad_norm, which is comparable among runs of one batch size only
 
     def reason_to_stop(self, records: Records, siblings: Sequence[Records], objective: Objective) -> str:
+        """Returns the reason to stop the run, or "" to continue; see `Rule`."""
         norm, loss = signal(records, self.norm, self.window), signal(records, "loss", self.window)
         for sibling in siblings:
             its_norm, its_loss = signal(sibling, self.norm, self.window), signal(sibling, "loss", self.window)
@@ -281,6 +295,7 @@ class MedianRule:
     min_siblings: int = 2
 
     def reason_to_stop(self, records: Records, siblings: Sequence[Records], objective: Objective) -> str:
+        """Returns the reason to stop the run, or "" to continue; see `Rule`."""
         own, others = objective.comparable_values(records, siblings)
         if len(others) < self.min_siblings or own <= statistics.median(others):
             return ""
@@ -303,6 +318,7 @@ class HalvingRule:
 
     @property
     def fractions(self) -> tuple[float, ...]:
+        """The fraction of the run at which each rung is."""
         rungs = int(math.log(1 / self.first, self.reduction) + 1e-9) + 1
         return tuple(f for i in range(rungs) if (f := self.first * self.reduction**i) < 1)
 

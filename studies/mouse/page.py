@@ -282,13 +282,13 @@ RULES = {
 
 
 def signals_section(
-    runs: Sequence[rule_evaluation.FinishedRun], found: Sequence[rule_evaluation.Correlation]
+    runs: Sequence[rule_evaluation.FinishedRun], correlations: Sequence[rule_evaluation.Correlation]
 ) -> Section:
-    if not found:
+    if not correlations:
         return NOTHING
     findings = [
         Finding(f"{c.signal} at {c.fraction:.0%}, {c.group}", CLAIMS[c.signal], Difference(c.rho, c.low, c.high), 2)
-        for c in found
+        for c in correlations
     ]
     lines = [
         "Spearman's correlation of a signal with the held-out loss at the end, over the runs of the first sweep, with",
@@ -360,13 +360,13 @@ def curves_by_arm(results: SweepResults, axes: tuple[str, str]) -> dict[Arm, lis
     return dict(sorted(by_arm.items()))
 
 
-def signals(found: Sequence[rule_evaluation.Correlation], file: Path) -> None:
+def signals(correlations: Sequence[rule_evaluation.Correlation], file: Path) -> None:
     """Plots the correlations with the final loss over the point of the run at which a signal is read."""
-    groups = list(dict.fromkeys(c.group for c in found))
+    groups = list(dict.fromkeys(c.group for c in correlations))
     figure = Figure((8.6, 3.0), layout="constrained")
     for plot, group in zip(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups, strict=True):
         for i, (colour, name) in enumerate(zip(COLOURS, CLAIMS, strict=False)):
-            mine = [c for c in found if c.group == group and c.signal == name]
+            mine = [c for c in correlations if c.group == group and c.signal == name]
             xs = [FRACTIONS.index(c.fraction) + 0.12 * (i - 1) for c in mine]
             spans = [[c.rho - c.low for c in mine], [c.high - c.rho for c in mine]]
             plot.errorbar(xs, [c.rho for c in mine], spans, color=colour, fmt="o", markersize=3, label=name)
@@ -417,17 +417,17 @@ def write_page(folder: Path, output: Path) -> Path:
     if phases.trials:
         curves(phases, (PHASES, BATCH), output / "mouse_phases.svg")
     runs = [rule_evaluation.FinishedRun(t.number, int(t.params[BATCH]), t.records, t.final) for t in batch.trials]
-    if found := correlated(runs):
-        signals(found, output / "mouse_signals.svg")
+    if correlations := correlated(runs):
+        signals(correlations, output / "mouse_signals.svg")
     sections = {
         "Batch by learning rate": batch_section(batch),
         "Warm-up and schedule": schedule_section(schedule),
         "Stacked or phased": phases_section(phases),
-        "Do early signals predict the end?": signals_section(runs, found),
+        "Do early signals predict the end?": signals_section(runs, correlations),
     }
     text = [OPENING.format(counts=trial_counts(results), **base_of(folder, results))]
-    *compared_arms, (_, correlations) = sections.values()
-    text += ["## Summary", *summary([f for _, findings in compared_arms for f in findings], correlations), ""]
+    *compared_arms, (_, of_correlations) = sections.values()
+    text += ["## Summary", *summary([f for _, findings in compared_arms for f in findings], of_correlations), ""]
     for title, (lines, _) in sections.items():
         text += [f"## {title}", *lines, ""]
     page = output / PAGE

@@ -118,14 +118,14 @@ function paint() {
   const ordered = values.length > CATEGORIES.light.length || (values.length > 2 && values.every(v => typeof v === "number"));
   palette = new Map(values.map((v, i) => [JSON.stringify(v ?? null), ordered ? ramp(i / Math.max(1, values.length - 1)) : CATEGORIES[theme()][i % 8]]));
   const key = values.length > 24 ? [values[0], "…", values[values.length - 1]] : values;
-  byId("key").replaceChildren(el("span", { class_: "quiet" }, data.fields[state.colour] ?? (state.colour || "run")), ...key.map(v => el("span", { class_: "chip" }, v === "…" ? "…" : dot(palette.get(JSON.stringify(v ?? null))), v === "…" ? "" : setting(v) || "none")), ...dash().told.map(text => el("span", { class_: "chip" }, text)));
+  byId("key").replaceChildren(el("span", { class_: "quiet" }, data.fields[state.colour] ?? (state.colour || "run")), ...key.map(v => el("span", { class_: "chip" }, v === "…" ? "…" : dot(palette.get(JSON.stringify(v ?? null))), v === "…" ? "" : setting(v) || "none")), ...dash().labels.map(text => el("span", { class_: "chip" }, text)));
 }
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 /** Where colours tell one field, dashes tell the other of two, if it has few values. */
 function dash(run) {
   const [other, more] = Object.keys(data.fields).filter(n => n !== state.colour), values = other && !more ? distinct(runs.map(r => r.fields[other])) : [];
-  if (!(state.colour in data.fields) || values.length < 2 || values.length > DASHES.length) return { dash: "solid", told: [] };
-  return { dash: run && DASHES[values.findIndex(v => v === run.fields[other])], told: values.map((v, i) => `${["—", "– –", "· ·", "– ·"][i]} ${data.fields[other]} ${setting(v)}`) };
+  if (!(state.colour in data.fields) || values.length < 2 || values.length > DASHES.length) return { dash: "solid", labels: [] };
+  return { dash: run && DASHES[values.findIndex(v => v === run.fields[other])], labels: values.map((v, i) => `${["—", "– –", "· ·", "– ·"][i]} ${data.fields[other]} ${setting(v)}`) };
 }
 const colour = run => palette.get(JSON.stringify(given(run, state.colour) ?? null));
 function dot(fill) { const node = el("span", { class_: "dot" }); node.style.background = fill; return node; }
@@ -195,14 +195,14 @@ function drawCurves(entry) {
     for (const members of groups.values()) {
       const t = together(members.map(e => e.c)), fill = colour(members[0].run);
       if (!t) continue;
-      const label = `${told(members[0].run)} (${members.length} ${members.length > 1 ? "seeds" : "seed"})`, plain = { hoverinfo: "skip", mode: "lines", line: { width: 0 }, skip: true };
+      const label = `${runLabel(members[0].run)} (${members.length} ${members.length > 1 ? "seeds" : "seed"})`, plain = { hoverinfo: "skip", mode: "lines", line: { width: 0 }, skip: true };
       if (members.length > 1) traces.push({ ...plain, x: t.x, y: t.low }, { ...plain, x: t.x, y: t.high, fill: "tonexty", fillcolor: faint(fill) });
       traces.push(line(t.x, t.mean, label, fill, 1.8, sparse, dash(members[0].run).dash));
     }
   } else {
     for (const { i, run, c } of shown) {
       if (alone && state.smoothing && run.stepwise[entry.name]) traces.push({ ...line(...Object.values(curve(run, entry.name, 0)), "each step", faint(mainColour(), 0.35), 1), hoverinfo: "skip" });
-      traces.push({ ...line(c.x, c.y, alone ? data.signals[entry.name]?.title ?? entry.name : told(run, true), alone ? mainColour() : colour(run), alone ? 1.8 : state.chosen.has(i) ? 2.6 : runs.length > 40 ? 1.1 : 1.5, sparse, alone ? "solid" : dash(run).dash), opacity: faded(i) ? 0.12 : 1 });
+      traces.push({ ...line(c.x, c.y, alone ? data.signals[entry.name]?.title ?? entry.name : runLabel(run, true), alone ? mainColour() : colour(run), alone ? 1.8 : state.chosen.has(i) ? 2.6 : runs.length > 40 ? 1.1 : 1.5, sparse, alone ? "solid" : dash(run).dash), opacity: faded(i) ? 0.12 : 1 });
     }
   }
   if (alone && entry.name === "loss" && traces.length) held(traces);
@@ -224,7 +224,7 @@ function faint(fill, alpha = 0.16) {
   return `rgba(${parts.join(",")},${alpha})`;
 }
 /** A run in words: what it was given. */
-function told(run, withSeed = false) {
+function runLabel(run, withSeed = false) {
   const parts = Object.entries(data.fields).map(([name, label]) => `${label} ${setting(run.fields[name])}`);
   if (withSeed && seeded) parts.push(`seed ${run.seed}`);
   return (withSeed || !parts.length ? [run.name, ...parts] : parts).join(" · ");
@@ -265,7 +265,7 @@ function drawGrid() {
     const means = xs.map(v => done.filter(r => r.fields[a] === v).map(r => r.metric)).map(v => v.length ? v.reduce((p, q) => p + q) / v.length : null);
     const labels = xs.map(setting), at = r => setting(r.fields[a]);
     if (!done.length) return null;
-    return { traces: [{ ...line(labels, means, "mean", mainColour(), 2, true), marker: { size: 8, color: mainColour() } }, { type: "scatter", mode: "markers", x: done.map(at), y: done.map(r => r.metric), marker: { color: faint(mainColour(), 0.55), size: 7 }, hovertemplate: "%{y:.5~g}<extra>%{text}</extra>", text: done.map(r => clean(told(r, true))) }],
+    return { traces: [{ ...line(labels, means, "mean", mainColour(), 2, true), marker: { size: 8, color: mainColour() } }, { type: "scatter", mode: "markers", x: done.map(at), y: done.map(r => r.metric), marker: { color: faint(mainColour(), 0.55), size: 7 }, hovertemplate: "%{y:.5~g}<extra>%{text}</extra>", text: done.map(r => clean(runLabel(r, true))) }],
       layout: { xaxis: { type: "category", title: { text: clean(data.fields[a]) } }, yaxis: { title: { text: clean(data.metric) } } } };
   }
   const ys = distinct(members.map(r => given(r, b)));
@@ -307,7 +307,7 @@ function drawParallel() {
   const traces = ranked.map(({ i, run }, rank) => {
     const share = members.length > 1 ? rank / (members.length - 1) : 1, best = rank === members.length - 1;
     return { type: "scatter", mode: "lines+markers", x, y: columns.map((c, k) => { const v = c.of(run); return known(v) ? scales[k].at(v) : null; }), line: { color: best ? colourOf("--bad") : ramp(dark.matches ? share : 1 - share), width: best || state.chosen.has(i) ? 3 : 1.4, shape: "spline", smoothing: 0.5 }, marker: { size: 4 }, opacity: state.chosen.size && !state.chosen.has(i) ? 0.1 : best ? 1 : 0.75,
-      hovertemplate: `${clean(told(run, true))}<br>${clean(data.metric)} ${short(run.metric)}${best ? " ★ best" : ""}<extra></extra>` };
+      hovertemplate: `${clean(runLabel(run, true))}<br>${clean(data.metric)} ${short(run.metric)}${best ? " ★ best" : ""}<extra></extra>` };
   });
   const annotations = scales.flatMap((s, k) => s.ticks.map(([v, text]) => ({ x: k, y: s.at(v), xanchor: "right", xshift: -6, text: clean(text), showarrow: false, font: { size: 11, color: colourOf("--soft") } })));
   const shapes = x.map(k => ({ type: "line", x0: k, x1: k, y0: 0, y1: 1, line: { color: colourOf("--line"), width: 1.5 }, layer: "below" }));
@@ -328,7 +328,7 @@ function columnsOf() {
   columns.push({ key: "metric", title: `${data.metric} at the end, ${data.mode === "min" ? "lower" : "higher"} is better`, label: data.metric, of: axisOf, number: true, row: r => [short(r.metric), r.best ? el("span", { class_: "star", title: "the best" }, "★") : ""] });
   if (data.metric !== "loss") columns.push({ key: "loss", title: "training loss at the end", of: r => r.signals.loss, number: true });
   columns.push({ key: "grad_norm", title: "raw gradient norm at the end", label: "norm, raw", of: r => r.signals.grad_norm, number: true });
-  columns.push({ key: "grad_norm_corrected", title: "gradient norm at the end, noise taken out", label: "norm, corrected", of: r => r.signals.grad_norm_corrected, number: true });
+  columns.push({ key: "grad_norm_corrected", title: "gradient norm at the end, corrected for noise", label: "norm, corrected", of: r => r.signals.grad_norm_corrected, number: true });
   columns.push({ key: "tokens_per_s", label: "tokens/s", of: r => r.signals.tokens_per_s, number: true });
   if (runs.some(r => r.evaluations[data.metric]?.[0].length > 1)) {
     columns.push({ key: "best", title: `the best ${data.metric} of the run`, label: `best ${data.metric}`, of: r => bestOf(r, data.metric)?.value, number: true });
@@ -336,7 +336,7 @@ function columnsOf() {
   }
   const scores = distinct(runs.flatMap(r => Object.keys(r.evaluations))).filter(n => !n.startsWith("eval/")).slice(0, 12);
   for (const name of scores) columns.push({ key: name, title: `the best ${name} of the run's checkpoints`, of: r => bestOf(r, name)?.value, number: true });
-  for (const name of distinct(runs.flatMap(r => Object.keys(r.published)))) columns.push({ key: `${name} (paper)`, title: "published of this very config", of: r => r.published[name], number: true });
+  for (const name of distinct(runs.flatMap(r => Object.keys(r.published)))) columns.push({ key: `${name} (paper)`, title: "published for this config", of: r => r.published[name], number: true });
   columns.push({ key: "reason", of: r => r.reason, wrap: true, show: v => el("span", { class_: "clamp", title: v }, v) });
   return columns.filter(c => has(c.of)).map(c => ({ label: c.key, ...c }));
 }
@@ -357,7 +357,7 @@ function bestOf(run, name) {
   });
   return at < 0 ? null : { value: found[2][at], step: found[0][at], samples: found[1][at], after: before < 0 ? 0 : found[1][before] };
 }
-const REACH = "measured no oftener: it was reached after the first of these, and by the second";
+const REACH = "reached after the first of these numbers of samples and not later than at the second; there is no evaluation between them";
 function reach(best) { return best ? `${short(best.after)} to ${short(best.samples)}` : ""; }
 /** Heads that sort; `rows` are [item, tr], whose items the columns read. */
 function sortable(table, columns, rows, start = null) {
@@ -435,13 +435,13 @@ function makeHeader() {
     tiles = [tile("status", r.status), tile("steps", short(r.step), steps ? `of ${short(steps)}` : ""), tile("samples", short(r.samples), samples ? `of ${short(samples)}` : ""),
       tile("loss", short(r.signals.loss), "mean of the latest quarter"), heldOut ? tile("held-out loss", short(heldOut[2][heldOut[2].length - 1]), `best ${short(bestOf(r, "eval/loss").value)} at ${short(bestOf(r, "eval/loss").samples)} samples`) : "",
       tile("throughput", short(r.signals.tokens_per_s), "tokens a second"), time.length ? tile("training time", duration(time[time.length - 1])) : "",
-      ...Object.entries(r.published).map(([n, v]) => tile(`${n}, published`, short(v), "of this config, in the paper"))];
+      ...Object.entries(r.published).map(([n, v]) => tile(`${n}, published`, short(v), "for this config, in the paper"))];
   } else {
     const statuses = distinct(runs.map(r => r.status));
     byId("lead").textContent = `${data.metric}, ${data.mode === "min" ? "lower" : "higher"} is better${data.kind === "sweep" ? ` · ${data.stop ? `stopping rule: ${data.stop}` : "no stopping rule among siblings"}` : ""}`;
     tiles = [tile(data.kind === "sweep" ? "trials" : "runs", String(runs.length), statuses.map(s => `${count(s)} ${s}`).join(", ")),
-      best ? tile(`best ${data.metric}`, short(best.metric), `${data.kind === "sweep" ? "trial " : ""}${told(best, true)}`) : "",
-      data.kind === "sweep" && known(data.saved) ? tile("samples not trained on", percent(data.saved), "of what the ended trials had planned") : "",
+      best ? tile(`best ${data.metric}`, short(best.metric), `${data.kind === "sweep" ? "trial " : ""}${runLabel(best, true)}`) : "",
+      data.kind === "sweep" && known(data.saved) ? tile("samples not trained on", percent(data.saved), "share of the planned samples of ended trials") : "",
       tile("samples in all", short(runs.reduce((a, r) => a + r.samples, 0)))];
   }
   byId("tiles").append(...tiles.filter(known));
@@ -492,17 +492,17 @@ function makeGrid() {
   figure("grid-charts", "grid", data.metric, "mean over seeds; ★ the best", drawGrid);
   const entry = figures[figures.length - 1];
   [a, b].forEach(s => s.addEventListener("change", () => show(entry)));
-  if (fields.length) figure("parallel-charts", "parallel", "Every run that has come to its end", "", drawParallel);
+  if (fields.length) figure("parallel-charts", "parallel", "All completed runs", "", drawParallel);
 }
 function makeEvidence() {
   const found = data.evidence;
   if (!found) return;
   const body = byId("evidence-body"), fractions = found.fractions;
-  body.append(el("p", { class_: "note" }, `What signals and rules would have told at ${fractions.map(spaced).join(", ")} of the run, on the runs that went to their end${found.left_out ? ` (${found.left_out} others are left out: a stopped run has no end to compare with)` : ""}. ` +
-    `Spearman correlation with the final ${data.metric}, and its ${percent(found.level)} bootstrap interval over runs. Bold: the interval leaves zero out. Grey: undecided.`));
+  body.append(el("p", { class_: "note" }, `What signals and rules would have shown at ${fractions.map(spaced).join(", ")} of the run, measured on the completed runs${found.left_out ? ` (${found.left_out} others are left out, because they have no end to compare with)` : ""}. ` +
+    `Spearman correlation with the final ${data.metric}, and its ${percent(found.level)} bootstrap interval over runs. Bold: the interval excludes zero. Grey: undecided.`));
   Object.entries(found.groups).forEach(([name, group], i) => {
-    const told = Object.keys(group.signals).length ? [el("h3", {}, "How well a signal orders the runs as their end does"), correlationTable(group, fractions)] : [];
-    const parts = [...told, el("h3", {}, "What a rule would have saved and lost"), ruleTable(group, fractions)];
+    const correlations = Object.keys(group.signals).length ? [el("h3", {}, "How well a signal ranks the runs as their end does"), correlationTable(group, fractions)] : [];
+    const parts = [...correlations, el("h3", {}, "What a rule would have saved and lost"), ruleTable(group, fractions)];
     const title = `${name === "all" ? "All runs" : name} (${group.runs})`;
     body.append(i ? el("details", {}, el("summary", {}, title), ...parts) : el("div", {}, ...parts));
   });
@@ -510,8 +510,8 @@ function makeEvidence() {
 const spaced = f => f.replace("%", " %");
 const TITLES = name => name === "eval/loss" ? "held-out loss" : data.signals[name]?.title ?? name;
 function correlationTable(group, fractions) {
-  const rows = Object.entries(group.signals).map(([name, told]) => [TITLES(name), ...fractions.map(f => {
-    const c = told[f];
+  const rows = Object.entries(group.signals).map(([name, byFraction]) => [TITLES(name), ...fractions.map(f => {
+    const c = byFraction[f];
     if (!c || !known(c.rho)) return el("td", { class_: "number weak" }, "–");
     const decided = known(c.low) && (c.low > 0 || c.high < 0), sign = v => v.toFixed(2).replace("-", "−");
     return el("td", { class_: `number ${decided ? "" : "weak"}`, title: `${c.runs} runs` }, el("span", { class_: decided ? "strong" : null }, sign(c.rho)), known(c.low) ? ` [${sign(c.low)}, ${sign(c.high)}]` : "");
@@ -519,8 +519,8 @@ function correlationTable(group, fractions) {
   return plainTable(["signal", ...fractions.map(f => `at ${spaced(f)}`)], rows, fractions.map((_, i) => i + 1));
 }
 function ruleTable(group, fractions) {
-  const rows = Object.entries(group.rules).flatMap(([rule, told]) => fractions.filter(f => told[f]).map((f, i) => {
-    const v = told[f];
+  const rows = Object.entries(group.rules).flatMap(([rule, byFraction]) => fractions.filter(f => byFraction[f]).map((f, i) => {
+    const v = byFraction[f];
     return [i ? "" : rule.replace(/Rule$/, ""), spaced(f), `${v.stopped} of ${v.runs}`, percent(v.saved), known(v.regret) ? short(v.regret) : "–", el("td", {}, v.winner_killed ? el("span", { class_: "pill failed" }, "killed") : el("span", { class_: "pill completed" }, "kept"))];
   }));
   return plainTable(["rule", "at", "runs stopped", "compute saved", `regret, in ${data.metric}`, "the winner"], rows, [1, 2, 3, 4]);
@@ -537,10 +537,10 @@ function makeEvents() {
   section.querySelector(".scroll").replaceWith(plainTable(["step", "what", "when", ""], rows.map((e, i) => [e.step, e.what, at[i], el("td", { class_: "wrap" }, i === last ? r.reason : "")]), [0]));
 }
 function makeData() {
-  const told = data.data[0];
-  if (!told || !told.sources.length) return;
+  const tables = data.data[0];
+  if (!tables || !tables.sources.length) return;
   const of = rows => { const names = Object.keys(rows[0]); return plainTable(names, rows.map(r => names.map(n => r[n])), names.map((n, i) => typeof rows[0][n] === "number" ? i : -1)); };
-  byId("data-body").append(of(told.sources), el("h3", {}, "What is drawn"), ...(told.phases.length ? [of(told.phases)] : []), known(told.packing) ? el("p", { class_: "quiet" }, `${percent(told.packing)} of the slots of its first steps hold tokens.`) : "");
+  byId("data-body").append(of(tables.sources), el("h3", {}, "What is drawn"), ...(tables.phases.length ? [of(tables.phases)] : []), known(tables.packing) ? el("p", { class_: "quiet" }, `${percent(tables.packing)} of the slots of its first steps hold tokens.`) : "");
 }
 function makeConfig() {
   const c = data.config, body = byId("config-body");
@@ -549,12 +549,12 @@ function makeConfig() {
   if (!alone) {
     if (!c.differing.length) body.append(el("p", { class_: "note" }, "All runs have the same config."));
     else if (c.runs.length) body.append(el("p", { class_: "note" }, "What differs."), plainTable(["field", ...c.runs], c.differing.map(d => [el("td", { class_: "mono" }, d.name), ...d.values.map(v => el("td", {}, el("span", { class_: "changed mono" }, known(v) ? setting(v) : "none")))])));
-    else body.append(el("p", { class_: "note" }, "What differs, and how many runs have each value."), plainTable(["field", "values"], c.differing.map(d => [el("td", { class_: "mono" }, d.name), el("td", { class_: "wrap" }, ...d.counts.slice(0, 40).flatMap(([v, n]) => [el("span", { class_: "changed mono" }, known(v) ? setting(v) : "none"), ` × ${n}  `]), d.counts.length > 40 ? `and ${d.counts.length - 40} more` : "")])));
+    else body.append(el("p", { class_: "note" }, "Fields that differ, and how many runs have each value."), plainTable(["field", "values"], c.differing.map(d => [el("td", { class_: "mono" }, d.name), el("td", { class_: "wrap" }, ...d.counts.slice(0, 40).flatMap(([v, n]) => [el("span", { class_: "changed mono" }, known(v) ? setting(v) : "none"), ` × ${n}  `]), d.counts.length > 40 ? `and ${d.counts.length - 40} more` : "")])));
   }
   const rows = c.fields.map(f => [el("td", { class_: "mono" }, f.name), f.changed ? el("td", { class_: "wrap" }, el("span", { class_: "changed mono" }, setting(f.value) || "\"\"")) : value(f.value), el("td", { class_: "mono weak" }, f.changed ? (known(f.default) ? setting(f.default) : "") : "")]);
-  const table = plainTable(["field", "value", "default, where it is another"], rows), title = alone ? "" : "The same in all";
+  const table = plainTable(["field", "value", "default, where it differs"], rows), title = alone ? "" : "Equal in all runs";
   body.append(alone ? table : el("details", {}, el("summary", {}, title), table));
-  if (data.provenance.length) body.append(el("details", {}, el("summary", {}, "Where it comes from: command, commit, versions, what was chosen"), plainTable(["", ""], data.provenance.map(([k, v]) => [el("td", { class_: "mono" }, k), el("td", { class_: "wrap mono" }, v)]))));
+  if (data.provenance.length) body.append(el("details", {}, el("summary", {}, "Provenance: command, commit, versions, automatic choices"), plainTable(["", ""], data.provenance.map(([k, v]) => [el("td", { class_: "mono" }, k), el("td", { class_: "wrap mono" }, v)]))));
 }
 function makeProblems() {
   byId("problems").querySelector("ul").append(...data.problems.map(p => el("li", {}, p.run ? el("b", {}, `${p.run}: `) : "", p.text)));
