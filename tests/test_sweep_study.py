@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import runpy
 import signal
 import socket
@@ -16,7 +17,7 @@ from rich.console import Console
 from helpers.sweeps import results, small_sweep, study_of
 from mice_jax.config import Config, ConfigError, Phase, Range
 from mice_jax.errors import Preempted, UserError
-from mice_jax.sweeps import claims, workers
+from mice_jax.sweeps import claims, worker_pool, workers
 from mice_jax.sweeps.devices import share_of_devices
 from mice_jax.sweeps.progress_table import ProgressTable, trials_to_show
 from mice_jax.sweeps.study import Study, TrialEnd, trial_end
@@ -186,6 +187,49 @@ def test_trial_asked_to_end_is_preempted_and_a_killed_one_is_retried(
 )
 def test_workers_are_restarted_unless_done_or_futile(exit_code: int, futile_starts: int, wanted: bool) -> None:
     assert needs_restart(exit_code, futile_starts) == wanted
+
+
+class FakeProcess:
+    """A process that runs until its exit code is set."""
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+        self.signals: list[int] = []
+
+    def poll(self) -> int | None:
+        return self.exit_code
+
+    def send_signal(self, number: int) -> None:
+        self.signals.append(number)
+
+
+def test_pool_restarts_killed_workers_and_forwards_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[FakeProcess, dict[str, str]]] = []
+
+    def start_child(module: str, arguments: list[str], share: dict[str, str], log: object) -> tuple[FakeProcess, int]:
+        assert (module, arguments) == ("mice_jax.sweep", ["--worker"])
+        started.append((FakeProcess(), share))
+        return started[-1][0], os.open(os.devnull, os.O_RDONLY)
+
+    monkeypatch.setattr(worker_pool.watchdog, "start_child", start_child)
+    pool = worker_pool.WorkerPool(["--worker"], [{"GPU": "0"}, {"GPU": "1"}], io.StringIO(), num_ended=lambda: 0)
+    assert not pool.poll() and len(started) == 2
+    started[0][0].exit_code = 0
+    started[1][0].exit_code = -9
+    assert not pool.poll(), "the killed worker runs again"
+    assert [share["GPU"] for _, share in started] == ["0", "1", "1"]
+    for _ in range(MAX_FUTILE_STARTS):  # each start fails before any trial has ended
+        started[-1][0].exit_code = 1
+        ended = pool.poll()
+    assert ended and len(started) == 2 + MAX_FUTILE_STARTS
+    pool.close()
+
+    pool = worker_pool.WorkerPool(["--worker"], [{"GPU": "0"}], io.StringIO(), num_ended=lambda: 0)
+    pool.forward(signal.SIGTERM)
+    assert started[-1][0].signals == [signal.SIGTERM]
+    started[-1][0].exit_code = -signal.SIGTERM
+    assert pool.poll(), "a worker that was asked to end is not started again"
+    pool.close()
 
 
 # ---------------------------------------------------------------------------------------- devices
