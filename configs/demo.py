@@ -1,9 +1,12 @@
-"""The demo: a small Llama from scratch on chat data made of Python's own documentation, stacked.
+"""The demo: train a small Llama from scratch on chat data made from Python's own documentation, stacked.
 
-Tests that the whole path works on real input. Expected: held-out loss from 5.8 after one epoch to about 4.5, and
-about a third of the held-out skills right word for word. Cost: about three minutes on two CPU cores, all of it.
-Every sample weighs the same: the answers of skills have two or three tokens, those of knowledge up to 800.
-Data: demo/make_data.py. Launch: make demo
+What it tests: the whole path on real input.
+Expected: the held-out loss falls from 5.8 after one epoch to about 4.5, and about a third of the held-out skills are
+answered right word for word. Every sample has the same weight, because answers of skills have two or three tokens and
+those of knowledge up to 800.
+Cost: about three minutes on two CPU cores.
+Data: demo/make_data.py.
+Launch: make demo
 """
 
 from mice_jax.config import Config, Phase, Source

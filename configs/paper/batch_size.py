@@ -1,8 +1,8 @@
-"""Batches of 128, 3,840 and 7,680 samples in the LAB recipe.
+"""Batch sizes of 128, 3,840 and 7,680 samples in the LAB recipe.
 
 Published, Granite 7B stacked: MMLU 0.516, 0.526, 0.529; MTBench 6.406, 6.768, 6.831. The small batch is ahead
-early, the large ones need more samples and end higher. Mistral 7B (128 and 3,840, at 1e-6): the larger has the
-better MTBench (7.33) and an equal Leaderboard v2 (18.59). Granite 3B and Llama 3B: numbers by batch unknown.
+early; the large ones need more samples and end higher. Mistral 7B (128 and 3,840, at 1e-6): the larger batch has the
+better MTBench (7.33) and an equal Leaderboard v2 (18.59). Granite 3B and Llama 3B: numbers by batch size are unknown.
 Cost: 8.3 million samples each.
 Topology: v5p:2x2x2.
 Launch: mice train --config=configs/paper/batch_size.py:batch=7680 --workdir=runs/batch_7680

@@ -1,10 +1,10 @@
-"""Phases by difficulty: the short half of the samples by their answers, then the long half with 1 % of the short
-again.
+"""Phases by difficulty: first the samples with the shorter answers, then those with the longer answers.
 
-Published, Granite 7B, batch about 4,000, rate 2e-5: no significant difference from stacked, which is slightly ahead
-on all benchmarks; the numbers were not recovered. The same halves of the mathematics, reasoning and code data,
-Llama 3.2 3B (best of LAB stacked and phased; replay is not mentioned there): GSM8K 0.69 and 0.67; ARC 0.75 and
-0.71; MuSR 0.08 and 0.08; MATH level 5 0.04 and 0.03. Halves are taken of each source here, of the whole there.
+The second phase replays 1 % of the first.
+Published, Granite 7B, batch about 4,000, learning rate 2e-5: there is no significant difference from stacked, which is
+slightly ahead on all benchmarks; the numbers were not recovered. The same halves of the mathematics, reasoning and
+code data, Llama 3.2 3B (best of LAB stacked and phased; replay is not mentioned there): GSM8K 0.69 and 0.67; ARC 0.75
+and 0.71; MuSR 0.08 and 0.08; MATH level 5 0.04 and 0.03. Here each source is halved; the study halved the whole data.
 Cost: 8.3 million samples each.
 Topology: v5p:2x2x2; v5e:4x4 for Llama 3.2 3B.
 Launch: mice train --config=configs/paper/difficulty.py:data_in=phased --workdir=runs/difficulty

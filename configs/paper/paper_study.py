@@ -1,12 +1,12 @@
-"""What the study's experiments share: models, data, recipes (arXiv 2412.13337), and how a config's argument is read.
+"""What the study's experiments share: models, data, recipes (arXiv 2412.13337), and the parser of a config's argument.
 
-Facts are the paper's own where nothing is said. Its maximum length, hardware, exact checkpoints, number of epochs
-of TULU, warm-up of TULU++ and batch of TULU++ (128 is inferred) were not recovered; 4096 tokens is the limit that
-the authors' own code names in its example.
+Facts are the paper's own unless a comment says otherwise. These were not recovered: its maximum length, hardware, exact
+checkpoints, the number of epochs of TULU, and the warm-up and batch size of TULU++ (128 is inferred). The maximum
+length of 4096 tokens is the limit in the example of the authors' own code.
 
 Data: data/paper/phase00.jsonl (instruction following, 308,343 samples), phase05.jsonl (foundational knowledge,
-231,178), phase10.jsonl (complex skills, 285,966): 825,487 together. They are not published; put your own there.
-Models: Hugging Face folders models/<name>; paper_models.py has what they are, their meshes and the TPUs for them.
+231,178), phase10.jsonl (complex skills, 285,966): 825,487 together. They are not published; put your own data there.
+Models: Hugging Face folders models/<name>. paper_models.py lists them with their meshes and TPUs.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ PHASES = ("phase00", "phase05", "phase10")
 
 
 def options(arg: str, **defaults: str) -> dict[str, str]:
-    """`model=mistral-7b,batch=128` over the defaults; every config knows model, data and models."""
+    """Parses `model=mistral-7b,batch=128` over the defaults; every config accepts model, data and models."""
     known = {"model": "granite-7b", "data": "data/paper", "models": "models"} | defaults
     for part in filter(None, arg.split(",")):
         name, _, value = part.partition("=")
@@ -34,7 +34,7 @@ def options(arg: str, **defaults: str) -> dict[str, str]:
 
 
 def choice(given: dict[str, str], name: str, allowed: tuple) -> str:
-    """An option that is one of a few; ConfigError for any other."""
+    """Returns an option that must be one of `allowed`; raises ConfigError for any other value."""
     if given[name] not in map(str, allowed):
         raise ConfigError(f"{name}={given[name]} of the config's argument is not one of {', '.join(map(str, allowed))}")
     return given[name]
@@ -45,7 +45,7 @@ def sources(given: dict[str, str], names: tuple[str, ...] = PHASES, half: str = 
 
 
 def published(numbers: Mapping[str, float | dict], where: str = "") -> list[Published]:
-    """The study's numbers by metric, which the report shows beside ours; a dict has one for each value of `where`."""
+    """Returns the study's numbers by metric, for the report; a dict holds one number for each value of `where`."""
     found = []
     for metric, value in numbers.items():
         cases = {f"{where}={at}": v for at, v in value.items()} if isinstance(value, dict) else {where: value}
@@ -54,7 +54,7 @@ def published(numbers: Mapping[str, float | dict], where: str = "") -> list[Publ
 
 
 def recipe(given: dict[str, str], name: str) -> Config:
-    """A recipe of the study on a model, stacked.
+    """Returns a recipe of the study on a model, with all data stacked.
 
     lab: batch 3,840, 2e-5 (Mistral 1e-6), constant after a warm-up of 25 steps, 10 epochs.
     tulu: batch 128, 2e-5, linear decay, warm-up ratio 0.03; its epochs are unknown, 2 are those of the Tulu paper.

@@ -1,7 +1,7 @@
-"""A constant rate against cosine decay in the LAB recipe.
+"""A constant learning rate against cosine decay in the LAB recipe.
 
-Published, Granite 7B, constant and cosine: MMLU 0.5242 and 0.5251; MTBench 6.7562 and 6.6813. So no decay is
-needed.
+Published, Granite 7B, constant and cosine: MMLU 0.5242 and 0.5251; MTBench 6.7562 and 6.6813. The study concludes that
+decay is not needed.
 Cost: 8.3 million samples each.
 Topology: v5p:2x2x2.
 Launch: mice train --config=configs/paper/schedule.py:schedule=cosine --workdir=runs/cosine

@@ -1,12 +1,12 @@
-"""All data in one phase against phases 00, 05 and 10 one after another, each from the best checkpoint of the one
-before.
+"""Stacked against phased: all data in one phase, or phases 00, 05 and 10 one after another.
 
+Each phase starts from the best checkpoint of the one before.
 Published, Granite 7B, stacked and phased: MMLU 0.53 and 0.52; MTBench 6.77 and 6.76; GSM8K 0.39 and 0.37; the best
-at 3.7 to 4.4 million samples against 7.9 to 8.1. Llama 3.2 3B: MMLU 0.57 and 0.53; ARC 0.78 and 0.75; GSM8K 0.51
-and 0.45; BBH 0.19 and 0.18; MuSR 0.22 and 0.11; MATH level 5 0.02 and 0.01; MTBench 5.00 and 4.30, where phased
-needed fewer samples on four of the seven. The study chose checkpoints by MMLU and MTBench; here it is held-out
-loss. Whether the optimizer's state was carried on is unknown: the code of the time starts each phase from weights
-alone.
+checkpoints at 3.7 to 4.4 million samples against 7.9 to 8.1. Llama 3.2 3B: MMLU 0.57 and 0.53; ARC 0.78 and 0.75; GSM8K
+0.51 and 0.45; BBH 0.19 and 0.18; MuSR 0.22 and 0.11; MATH level 5 0.02 and 0.01; MTBench 5.00 and 4.30, where phased
+needed fewer samples on four of the seven. The study chose checkpoints by MMLU and MTBench; here they are chosen by
+held-out loss. Whether the study kept the optimizer's state between phases is unknown: the code of that time starts
+each phase from weights only.
 Cost: 8.3 million samples each.
 Topology: v5p:2x2x2; v5e:4x4 for Llama 3.2 3B.
 Launch: mice train --config=configs/paper/stacked_phased.py:data_in=phased --workdir=runs/phased

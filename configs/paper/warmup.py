@@ -1,6 +1,7 @@
 """Warm-ups of 0, 25 and 100 steps in the LAB recipe.
 
-Published, Granite 7B: MMLU 0.531, 0.528, 0.526; MTBench nearly equal, its numbers unknown. So none is needed.
+Published, Granite 7B: MMLU 0.531, 0.528, 0.526; MTBench nearly equal, its numbers unknown. The study concludes that
+warm-up is not needed.
 Cost: 8.3 million samples each.
 Topology: v5p:2x2x2.
 Launch: mice train --config=configs/paper/warmup.py:steps=0 --workdir=runs/warmup_0
