@@ -20,7 +20,7 @@ help:
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make test-aot   compiles the 3B to 7B models for the TPUs that their configs name'
 	@echo 'make lint       style, types and layers;  make format fixes what it can'
-	@echo 'make docs       the documentation as a site, in site/'
+	@echo 'make docs       the documentation as a site: open site/index.html'
 	@echo 'make clean      removes .venv and what the demo left'
 
 demo: .venv/.base
