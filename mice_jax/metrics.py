@@ -6,7 +6,6 @@ from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 
 class Writer(Protocol):
@@ -38,6 +37,8 @@ class TensorBoardWriter:
     """Every number of a record, by samples seen."""
 
     def __init__(self, folder: Path, every_steps: int):
+        from tensorboardX import SummaryWriter  # slow to import
+
         self._writer, self._every = SummaryWriter(str(folder)), every_steps
 
     def write(self, record: dict[str, Any]) -> None:

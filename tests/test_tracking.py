@@ -1,4 +1,4 @@
-"""Trackers: what they are told, and that a resumed run goes on in the same place. Their packages are stand-ins."""
+"""Trackers log every number under the same run after a resume. Their packages are replaced by stand-ins."""
 
 import sys
 import types
@@ -9,8 +9,12 @@ import pytest
 
 from helpers.runs import read_json, read_metrics, run_train, setting
 from mice_jax import trackers
+from mice_jax.errors import UserError
+from mice_jax.metrics import numbers
+from mice_jax.storage.workdir import Workdir
 
 Calls = list[tuple[Any, ...]]
+CONFIG = {"optim": {"batch_size": 8}}
 
 
 @pytest.fixture
@@ -49,44 +53,56 @@ def mlflow(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return calls
 
 
-def both(tmp_path: Path) -> tuple[Path, Path]:
-    return setting(tmp_path / "in", "c.log.trackers = ['wandb', 'mlflow']\nc.log.project = 'mice'"), tmp_path / "run"
+def record(step: int) -> dict[str, Any]:
+    return {"step": step, "samples": 8 * step, "phase": "stacked", "loss": 1.0 / step, "mfu": None}
 
 
-def test_every_number_of_every_step_is_told_and_a_resumed_run_goes_on_in_the_same_place(
-    tmp_path: Path, wandb: Calls, mlflow: Calls
-) -> None:
-    config, run = both(tmp_path)
-    for part in range(5):  # a step each
-        assert run_train(config, run, "--config.train.max_minutes=1e-9") == (75 if part < 4 else 0)
-    lines = read_metrics(run)
+def log_steps(run: Path, *steps: int, every_steps: int = 1) -> None:
+    """What one process of a run does with its trackers."""
+    run.mkdir(exist_ok=True)
+    names = ["wandb", "mlflow"]
+    writers = trackers.make_trackers(names, Workdir(run), project="mice", every_steps=every_steps, config=CONFIG)
+    for writer in writers:
+        for step in steps:
+            writer.write(record(step))
+        writer.close()
+
+
+def test_a_resumed_run_logs_to_the_same_run_of_a_tracker(tmp_path: Path, wandb: Calls, mlflow: Calls) -> None:
+    run = tmp_path / "run"
+    log_steps(run, 1, 2)
+    log_steps(run, 3)
     for calls in (wandb, mlflow):
         logged = {call[1]: call[2] for call in calls if call[0] == "log"}
-        assert list(logged) == [1, 2, 3, 4, 5]
-        assert logged == {line["step"]: trackers.numbers(line) for line in lines}
-        assert {"loss", "grad_norm", "samples"} <= logged[1].keys() and "phase" not in logged[1]
-    assert [call[1]["id"] for call in wandb if call[0] == "init"] == [None, *["abc"] * 4]
-    assert wandb[0][1]["project"] == "mice" and wandb[0][1]["config"]["optim"]["batch_size"] == 8
-    assert [call[1:] for call in mlflow if call[0] == "start"] == [(None, "run"), *[("xyz", None)] * 4]
-    assert sum(call == ("finish",) for call in wandb) == sum(call == ("end",) for call in mlflow) == 5
-    assert ("config", 8) in mlflow
+        assert logged == {step: {"step": step, "samples": 8 * step, "loss": 1.0 / step} for step in (1, 2, 3)}
+    assert [call[1]["id"] for call in wandb if call[0] == "init"] == [None, "abc"]
+    assert wandb[0][1]["project"] == "mice" and wandb[0][1]["config"] == CONFIG
+    assert [call[1:] for call in mlflow if call[0] == "start"] == [(None, "run"), ("xyz", None)]
+    assert sum(call == ("finish",) for call in wandb) == sum(call == ("end",) for call in mlflow) == 2
+    assert mlflow.count(("config", 8)) == 1
     assert list((run / "tensorboard").glob("events*"))  # these are always written
     assert read_json(run, "tracking.json") == {"wandb": "abc", "mlflow": "xyz"}
 
 
-def test_only_every_so_many_steps_are_told_where_that_is_asked(tmp_path: Path, wandb: Calls, mlflow: Calls) -> None:
-    config, run = both(tmp_path)
-    assert run_train(config, run, "--config.log.every_steps=2") == 0
-    assert [call[1] for call in wandb if call[0] == "log"] == [2, 4]
-    assert len(read_metrics(run)) == 5
+def test_trackers_get_every_nth_step(tmp_path: Path, wandb: Calls, mlflow: Calls) -> None:
+    log_steps(tmp_path / "run", 1, 2, 3, 4, 5, every_steps=2)
+    for calls in (wandb, mlflow):
+        assert [call[1] for call in calls if call[0] == "log"] == [2, 4]
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_the_model_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config, run = both(tmp_path)
+def test_train_sends_the_lines_of_metrics_jsonl_to_trackers(tmp_path: Path, wandb: Calls, mlflow: Calls) -> None:
+    config = setting(tmp_path / "in", "c.log.trackers = ['wandb', 'mlflow']\nc.log.every_steps = 2")
+    run = tmp_path / "run"
+    assert run_train(config, run) == 0
+    lines = {line["step"]: numbers(line) for line in read_metrics(run)}
+    assert list(lines) == [1, 2, 3, 4, 5]
+    for calls in (wandb, mlflow):
+        assert {call[1]: call[2] for call in calls if call[0] == "log"} == {step: lines[step] for step in (2, 4)}
+    assert wandb[0][1]["config"]["optim"]["batch_size"] == 8 and ("config", 8) in mlflow
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers.check_trackers(["tensorboard"])
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    assert run_train(config, run) == 2
-    err = capsys.readouterr().err
-    assert "log.trackers has 'wandb'" in err and "mice_jax[tracking]" in err
-    assert not (run / "metrics.jsonl").exists()
+    with pytest.raises(UserError, match=r"log\.trackers has 'wandb'.*mice_jax\[tracking\]"):
+        trackers.check_trackers(["tensorboard", "wandb"])

@@ -184,7 +184,10 @@ class TFDSReader:
 
     def __init__(self, path: str):
         name, self._split = _parts(path, "tfds:name[/config]:split", at_least=2, at_most=2)
-        import tensorflow_datasets as tfds  # here alone, as it takes a while
+        try:
+            import tensorflow_datasets as tfds  # optional, and slow to import
+        except ImportError:
+            raise UserError(f"{path} needs TensorFlow Datasets: pip install 'mice_jax[tfds]'.") from None
 
         try:
             is_folder = os.path.isdir(os.path.expanduser(name))
