@@ -1,4 +1,4 @@
-"""How far the preparing is, on a terminal and where there is none."""
+"""Progress of data preparation, with and without a terminal."""
 
 import io
 
@@ -8,27 +8,29 @@ from rich.console import Console
 from mice_jax.cli import progress_display
 from mice_jax.cli.progress_display import Display
 
+pytestmark = pytest.mark.smoke
 
-def shown(terminal: bool, quiet: bool = False) -> str:
+
+def output_of(terminal: bool, quiet: bool = False) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, quiet=quiet)
-    with Display(console) as told:
-        told.say("tokens of [a].jsonl")
-        watch = told.watch("[a].jsonl")
+    with Display(console) as display:
+        display.say("tokens of [a].jsonl")
+        watch = display.watch("[a].jsonl")
         for i in range(1, 4):
             watch(i / 4, 1000 * i)
-            told._bars.refresh()
+            display._bars.refresh()
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_a_terminal_has_a_bar() -> None:
-    assert "75 %" in shown(True) and "3,000 samples" in shown(True) and "[a].jsonl" in shown(True)
+def test_a_terminal_shows_a_bar() -> None:
+    assert "75 %" in output_of(True) and "3,000 samples" in output_of(True) and "[a].jsonl" in output_of(True)
 
 
-def test_elsewhere_there_is_a_line_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shown(False) == "tokens of [a].jsonl\n"  # nothing that takes no time is counted
-    monkeypatch.setattr(progress_display, "WORD_EVERY_S", -1)
-    assert "[a].jsonl: 75%, 3,000 samples\n" in shown(False)
+def test_without_a_terminal_a_line_is_printed_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert output_of(False) == "tokens of [a].jsonl\n"  # quick work is not reported
+    monkeypatch.setattr(progress_display, "LINE_EVERY_S", -1)
+    assert "[a].jsonl: 75%, 3,000 samples\n" in output_of(False)
 
 
-def test_other_processes_than_the_lead_say_nothing() -> None:
-    assert shown(True, quiet=True) == shown(False, quiet=True) == ""
+def test_a_quiet_console_prints_nothing() -> None:
+    assert output_of(True, quiet=True) == output_of(False, quiet=True) == ""

@@ -1,4 +1,4 @@
-"""What a run says: FLOPs counted by hand, lines of metrics.jsonl, TensorBoard's events, the terminal."""
+"""FLOPs counted by hand, and the writers of metrics.jsonl, TensorBoard and the terminal."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def tiny(**changes: Any) -> ModelSpec:
     return spec_of(**(sizes | heads | {"qkv_bias": False, "out_bias": False, "mlp_bias": False} | changes))
 
 
-def test_train_flops_are_those_counted_by_hand() -> None:
+def test_train_flops_are_as_counted_by_hand() -> None:
     lengths = np.array([7, 4])
     # A token's multiply-adds in one layer: queries 6 x 20, keys 6 x 10, values 6 x 10, output 20 x 6; gate, up and
     # down 6 x 10 each. Once at the end: 6 x 11 logits.
@@ -47,7 +47,7 @@ def test_train_flops_are_those_counted_by_hand() -> None:
     assert train_flops(tiny(windows=(7, 8, None)), lengths) == expected  # it reaches over the whole sample
 
 
-def test_a_device_s_peak_is_that_of_the_longest_name_in_the_table_and_none_where_it_is_unknown() -> None:
+def test_peak_flops_are_those_of_the_longest_matching_device_name() -> None:
     def peak(kind: str) -> float | None:
         return peak_flops(SimpleNamespace(platform="tpu", device_kind=kind))
 
@@ -60,14 +60,14 @@ def test_a_device_s_peak_is_that_of_the_longest_name_in_the_table_and_none_where
     assert all(peak(kind) == chip.peak_flops for chip in CHIPS.values() for kind in chip.kinds)
 
 
-def test_a_cpu_s_peak_is_measured_and_shared_by_its_devices() -> None:
+def test_the_peak_of_a_cpu_is_measured_and_shared_by_its_devices() -> None:
     peak = peak_flops(jax.devices()[0])
     assert peak is not None
     assert 1e8 < peak * len(jax.devices()) < 1e14  # from a slow core to a large server
 
 
 # ---------------------------------------------------------------------------------------- metrics.jsonl
-def test_each_record_is_a_line_that_is_in_the_file_at_once_and_a_second_writer_appends(tmp_path: Path) -> None:
+def test_jsonl_writer_flushes_each_line_and_appends(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     records = [{"step": i, "loss": 0.1 * i, "phase": "stacked"} for i in (1, 2, 3)]
 
@@ -101,7 +101,7 @@ def events_of(folder: Path) -> list[tuple[str, float, int]]:
     return found
 
 
-def test_tensorboard_has_every_number_by_samples_seen_of_every_so_manieth_step(tmp_path: Path) -> None:
+def test_tensorboard_has_the_numbers_of_every_nth_step_by_samples(tmp_path: Path) -> None:
     writer = TensorBoardWriter(tmp_path, every_steps=2)
     for step in (1, 2, 3, 4):
         writer.write({"step": step, "samples": 10 * step, "loss": 1.5 * step, "phase": "stacked", "mfu": None})
@@ -126,7 +126,7 @@ def lines_of(records: list[dict[str, Any]], total: int, every: int, first: int =
     return console.file.getvalue().splitlines()
 
 
-def test_where_there_is_no_terminal_each_step_is_a_plain_line() -> None:
+def test_without_a_terminal_each_step_is_a_plain_line() -> None:
     lines = lines_of([record(1, 60.0), record(2), record(3, 4.0, **{"eval/loss": 1.0})], total=5, every=1)
     numbers = "loss 1.2346  grad_norm 0.988  12,346 tok/s"
     # The first step compiles and does not count: after the second, 3 steps of 2 s are left, then 2 of 3 s.
@@ -137,7 +137,7 @@ def test_where_there_is_no_terminal_each_step_is_a_plain_line() -> None:
     ]
 
 
-def test_lines_come_every_so_many_steps_and_at_the_last() -> None:
+def test_lines_come_every_nth_step_and_at_the_last() -> None:
     lines = lines_of([record(s) for s in range(1, 8)], total=7, every=3)
     assert [line.split()[1] for line in lines] == ["3/7", "6/7", "7/7"]
 

@@ -49,7 +49,7 @@ def test_there_is_a_file_for_each_factor() -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_every_variant_validates_is_planned_and_none_is_another(
+def test_every_variant_is_valid_planned_and_distinct(
     file: Path, places: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MICE_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "paper_stores"))
@@ -69,7 +69,7 @@ def test_every_variant_validates_is_planned_and_none_is_another(
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_a_docstring_says_what_was_published_what_it_costs_and_how_it_is_launched(file: Path) -> None:
+def test_a_docstring_has_published_numbers_cost_and_launch_line(file: Path) -> None:
     told = ast.get_docstring(ast.parse(file.read_text())) or ""
     assert "Published" in told and "Cost: " in told and f"configs/paper/{file.name}" in told
 
@@ -102,7 +102,7 @@ def test_a_sweep_of_the_study_is_dry_run_with_its_trials(
     assert f"{trials} trials, {10 * trials} steps" in capsys.readouterr().out
 
 
-def test_no_sweep_of_the_study_is_left_out_above() -> None:
+def test_every_sweep_of_the_study_is_tested() -> None:
     has = {f.stem for f in FILES if "def get_sweep" in f.read_text()}
     assert has == {"learning_rate", "batch_size", "warmup", "schedule"}
 
@@ -111,7 +111,7 @@ def test_the_command_reads_a_config_that_imports_its_neighbour(places: str) -> N
     assert run_prepare(Path(f"{FOLDER / 'recipes.py'}:recipe=tulu,{places}")) == 0
 
 
-def test_an_unknown_option_is_refused_with_the_nearest() -> None:
+def test_an_unknown_option_gets_a_suggestion() -> None:
     get_config = runpy.run_path(str(FOLDER / "batch_size.py"))["get_config"]
     with pytest.raises(ConfigError, match="did you mean 'batch'"):
         get_config("bach=128")
@@ -129,7 +129,7 @@ def test_a_number_that_the_report_shows_is_in_the_docstring(file: Path) -> None:
         assert {p.value for p in config.published} <= numbers, variant
 
 
-def test_a_sweep_s_trials_are_each_shown_the_number_of_their_own_value() -> None:
+def test_each_trial_is_shown_the_published_number_of_its_value() -> None:
     base = runpy.run_path(str(FOLDER / "batch_size.py"))["get_sweep"]().base
     told = {}
     for batch in (128, 3840, 64):

@@ -1,4 +1,4 @@
-"""What a verb tells on the terminal while it prepares data: sentences, and how far it is."""
+"""Messages and progress bars on the terminal while data is prepared."""
 
 import time
 from types import TracebackType
@@ -9,11 +9,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mice_jax.data.store import Watch
 
-WORD_EVERY_S = 30.0  # where there is no terminal to draw a bar on
+LINE_EVERY_S = 30.0  # between lines of progress where there is no terminal to draw a bar on
 
 
 class Display:
-    """Sentences, and a bar for each thing that takes long: a line from time to time where it cannot be redrawn."""
+    """Prints messages, and a progress bar for each long task, or a line now and then where there is no terminal."""
 
     def __init__(self, console: Console):
         self._console = console
@@ -33,15 +33,15 @@ class Display:
         self._console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
     def watch(self, what: str, unit: str = "samples") -> Watch:
-        """A function to be told how much of `what` is done (0 to 1), and how many samples, or others, that is."""
+        """A callback that updates the progress of `what`: the fraction done, and the number of units done."""
         bar = self._bars.add_task(escape(what), total=1.0, count=0, unit=unit, visible=False)
-        said = time.monotonic()
+        last_line = time.monotonic()
 
-        def told(done: float, count: int) -> None:
-            nonlocal said
+        def update(done: float, count: int) -> None:
+            nonlocal last_line
             self._bars.update(bar, completed=done, count=count, visible=done < 1)
-            if self._bars.disable and time.monotonic() > said + WORD_EVERY_S:
-                said = time.monotonic()
+            if self._bars.disable and time.monotonic() > last_line + LINE_EVERY_S:
+                last_line = time.monotonic()
                 self.say(f"{what}: {done:.0%}, {count:,} {unit}")
 
-        return told
+        return update
