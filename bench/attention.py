@@ -52,7 +52,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mice_jax.errors import UserError
 from mice_jax.models import hf
-from mice_jax.models.attention import BACKENDS, attend, choose_backend
+from mice_jax.models.attention import BACKENDS, AttentionRequirements, attend, choose_backend
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.score_function import Scoring
 from mice_jax.packing_limits import max_segments
@@ -186,12 +186,14 @@ def able(args: argparse.Namespace) -> list[str]:
             found.append(
                 choose_backend(
                     name,
-                    spec,
-                    platform=device.platform,
-                    compute_capability=getattr(device, "compute_capability", None),
-                    dtype=args.dtype,
-                    max_length=args.slots,
-                    deterministic=False,
+                    AttentionRequirements(
+                        spec,
+                        platform=device.platform,
+                        compute_capability=getattr(device, "compute_capability", None),
+                        dtype=args.dtype,
+                        max_length=args.slots,
+                        deterministic=False,
+                    ),
                 )
             )
         except UserError as e:

@@ -138,12 +138,14 @@ class Ours:
         self.decoder = transformer.make_decoder(self.spec, 1)
         backend = attention.choose_backend(
             "auto",
-            self.spec,
-            platform=device.platform,
-            compute_capability=getattr(device, "compute_capability", None),
-            dtype=dtype,
-            max_length=args.slots,
-            deterministic=False,
+            attention.AttentionRequirements(
+                self.spec,
+                platform=device.platform,
+                compute_capability=getattr(device, "compute_capability", None),
+                dtype=dtype,
+                max_length=args.slots,
+                deterministic=False,
+            ),
         )
         small = "bfloat16" if args.size in PURE_BFLOAT16 else "float32"
         (beta1, beta2), eps = ADAM["betas"], ADAM["eps"]
@@ -158,7 +160,7 @@ class Ours:
         else:
             shardings = param_shardings(self.decoder.abstract, self.decoder.axes, self.mesh)
             params = hf.load_params(weights, self.decoder, config["architectures"][0], shardings)
-            self.state = self.fns.start(params)
+            self.state = self.fns.from_params(params)
         self.sums = self.fns.zero_sums()
 
     def step(self, microbatches: list[dict[str, np.ndarray]]) -> float:

@@ -1,9 +1,8 @@
-"""What one device of each kind can do: arithmetic, memory, and the links to the others; and what a model asks of it.
+"""Speed, memory and bandwidth of one device of each kind, and the FLOPs of training a model.
 
-A device is what JAX calls one: a whole chip, but a half of a TPU7x chip. Arithmetic and bandwidths are from the makers'
-data sheets (docs.cloud.google.com/tpu/docs, NVIDIA's of A100, H100, H200 and B200), dense, of a half where a device is
-one; the memory of a TPU is what its compiler (libtpu 0.0.52) gives to a program, that of a GPU the share of what is on
-it that JAX takes.
+A device is what JAX calls a device: a whole chip, or half of a TPU7x chip. Speeds and bandwidths are from the data
+sheets (docs.cloud.google.com/tpu/docs; NVIDIA A100, H100, H200, B200), for dense products. The memory of a TPU is what
+its compiler (libtpu 0.0.52) gives to a program, that of a GPU the share that JAX preallocates.
 """
 
 import dataclasses
@@ -22,21 +21,23 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    kinds: tuple[str, ...]  # how a device's `device_kind` may begin
+    """What one device of a kind can do."""
+
+    kinds: tuple[str, ...]  # prefixes of the `device_kind` of such devices
     peak_flops: float  # FLOP/s of bfloat16 products
-    memory: float  # bytes that a program may use
+    memory: float  # bytes that a program can use
     memory_rate: float  # bytes/s
-    link_rate: float  # bytes/s that a device can send to its neighbours, all links together
+    link_rate: float  # bytes/s sent to neighbours, over all links together
     platform: str = "tpu"
-    devices: int = 1  # that JAX makes of one chip
-    capability: str | None = None  # of an NVIDIA GPU
+    devices: int = 1  # number of JAX devices on one chip
+    capability: str | None = None  # compute capability, for an NVIDIA GPU
 
 
 def _gpu(kind: str, capability: str, *rates: float) -> Chip:
     return Chip((kind,), *rates, platform="gpu", capability=capability)
 
 
-# By the name that a topology begins with.
+# By the first part of a topology's name.
 CHIPS: dict[str, Chip] = {
     "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.2e12, 270e9),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.82e12, 200e9),
@@ -50,59 +51,78 @@ CHIPS: dict[str, Chip] = {
     "b200": _gpu("NVIDIA B200", "10.0", 2250e12, 144e9, 7.7e12, 900e9),
 }
 
-TAKEN = 0.75  # of a GPU's memory, by JAX, and so in the table,
-FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # where this variable says nothing else
-GPUS_OF_A_HOST = 8
-NETWORK_RATE = 50e9  # bytes/s of one GPU to those of other hosts: a link of 400 Gbit/s each
-CPU_MEMORY_RATE = 20e9  # bytes/s of a machine whose CPUs are the devices, all together
+# JAX preallocates this share of a GPU's memory, unless the environment variable sets another. The memory of GPUs in
+# CHIPS is this share.
+DEFAULT_GPU_MEMORY_FRACTION = 0.75
+GPU_MEMORY_FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+GPUS_PER_HOST = 8
+NETWORK_RATE = 50e9  # bytes/s from one GPU to GPUs of other hosts: a link of 400 Gbit/s per GPU
+CPU_MEMORY_RATE = 20e9  # bytes/s of all CPU devices of a machine together
 
 
-def share_taken() -> float:
-    """What share of a GPU's memory JAX takes."""
-    return float(os.environ.get(FRACTION) or TAKEN)
+def gpu_memory_fraction() -> float:
+    """The share of a GPU's memory that JAX preallocates."""
+    return float(os.environ.get(GPU_MEMORY_FRACTION_VARIABLE) or DEFAULT_GPU_MEMORY_FRACTION)
 
 
 def find_chip(device: Any) -> Chip | None:
-    """That of a device; None for a CPU, and for one that the table lacks."""
+    """The entry of `CHIPS` for a device; None for a CPU or an unknown device."""
     known = {k: chip for chip in CHIPS.values() for k in chip.kinds if device.device_kind.startswith(k)}
     return known[max(known, key=len)] if known else None
 
 
 def cpu_chip(count: int, peak_flops: float, memory: int) -> Chip:
-    """One of the `count` devices that a machine's CPUs are made into, which share what it has."""
+    """Describes one of the CPU devices of a machine, which share its speed and memory equally.
+
+    Args:
+      count: the number of CPU devices.
+      peak_flops: FLOP/s of the machine.
+      memory: bytes of the machine.
+
+    Returns:
+      One device.
+    """
     rate = CPU_MEMORY_RATE / count
     return Chip(("cpu",), peak_flops / count, memory / count, rate, rate, platform="cpu")
 
 
 def train_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
-    """Model FLOPs of forward and backward over samples of so many tokens, recomputation not counted.
+    """Counts the model FLOPs of forward and backward over samples, without recomputation.
 
-    Each weight of a matrix product costs 2 FLOPs a token forward and 4 backward; the embedding look-up costs
-    nothing, the output projection its product whether tied or not. Causal attention over a sample of n tokens has
-    n^2/2 pairs, each with head_dim multiply-adds for the score and as many for the value, in every head; a window
-    of w leaves wn - w^2/2 of them.
+    Each weight of a matrix product costs 2 FLOPs per token forward and 4 backward. The embedding look-up costs nothing;
+    the output projection costs its product, whether tied or not. Causal attention over a sample of n tokens has n^2/2
+    pairs of tokens. Each pair costs head_dim multiply-adds for the score and as many for the value, in every head. A
+    window of w leaves wn - w^2/2 of the pairs.
+
+    Args:
+      spec: the model.
+      lengths: the number of tokens of each sample, [samples].
+
+    Returns:
+      FLOPs of all samples together.
     """
     s = spec
     attention = 2 * s.d_model * s.head_dim * (s.num_heads + s.num_kv_heads)
     weights = s.num_layers * (attention + 3 * s.d_model * s.d_ff) + s.vocab_size * s.d_model
     n = lengths.astype(np.float64)
-    seen = [np.minimum(n, window or np.inf) for window in s.windows]
-    pairs = s.num_heads * s.head_dim * sum(float((w * n - w * w / 2).sum()) for w in seen)
+    visible = [np.minimum(n, window or np.inf) for window in s.windows]
+    pairs = s.num_heads * s.head_dim * sum(float((w * n - w * w / 2).sum()) for w in visible)
     return 3 * (2 * weights * float(n.sum()) + 4 * pairs)
 
 
 def peak_flops(device: Any) -> float | None:
-    """FLOP/s that one device could do at most; None for one that the table lacks.
+    """The peak FLOP/s of one device; None for an unknown device.
 
-    A CPU's is measured, as the rate of a large float32 matrix product over all of the process's CPU devices.
+    That of a CPU is measured: the speed of a large float32 matrix product, divided among the process's CPU devices.
     """
     if device.platform == "cpu":
-        return measured_matmul() / jax.local_device_count()
+        return measure_matmul_flops() / jax.local_device_count()
     chip = find_chip(device)
     return chip.peak_flops if chip else None
 
 
-def measured_matmul(n: int = 1024) -> float:
+def measure_matmul_flops(n: int = 1024) -> float:
+    """Measures the FLOP/s of a float32 product of two [n n] matrices on the first local device."""
     x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
     product = jax.jit(jnp.matmul)
     product(x, x).block_until_ready()

@@ -1,8 +1,8 @@
-"""Weighted next-token cross-entropy, as the two sums of which a step's loss is the ratio.
+"""Weighted next-token cross-entropy, as a sum of losses and a sum of weights; the step divides one by the other.
 
-Logits exist for a chunk of tokens at a time, and only for tokens that have a loss weight. Their gradient is taken
-while they are there, so the backward pass neither recomputes nor keeps them: it scales what the forward pass has
-already summed.
+The logits of only one chunk of tokens exist at a time, and tokens without a loss weight never have logits. The
+gradient of a chunk is computed in the forward pass, while its logits exist, so that the backward pass neither
+recomputes nor stores logits: it scales gradients that are already summed.
 """
 
 import functools
@@ -13,16 +13,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-LOGIT_TOKENS = 512  # of one device whose logits exist at a time, at most,
-LOGIT_BYTES = 300 * 2**20  # and what these may take: of more than 150,000 entries of a vocabulary fewer tokens do
+# B rows, T slots, S = B * T slots of all rows, D d_model, V vocabulary rows (padding included), C tokens of a chunk
 
-# B rows, T slots, D d_model, V vocabulary rows, S = B * T slots of all rows, X tokens of a chunk
+MAX_CHUNK_TOKENS = 512  # tokens of one device whose logits exist at a time
+MAX_CHUNK_BYTES = (
+    300 * 2**20
+)  # size of these logits in float32; lowers the tokens for more than 150,000 vocabulary rows
+
+SumFunction = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def logit_tokens(vocab_rows: int) -> int:
-    """How many tokens of one device have their logits at a time, by the vocabulary: a multiple of 128, if it can be."""
-    fit = LOGIT_BYTES // (4 * vocab_rows)
-    return min(LOGIT_TOKENS, fit // 128 * 128 or max(fit, 1))
+def tokens_per_chunk(vocab_rows: int) -> int:
+    """The number of tokens of one device whose logits exist at a time: a multiple of 128 where that fits."""
+    fitting = MAX_CHUNK_BYTES // (4 * vocab_rows)
+    whole_tiles = fitting // 128 * 128
+    return min(MAX_CHUNK_TOKENS, whole_tiles or max(fitting, 1))
 
 
 def cross_entropy_sums(
@@ -32,135 +37,175 @@ def cross_entropy_sums(
     loss_weights: jax.Array,
     *,
     vocab_size: int,
-    chunk: int,
+    chunk_size: int,
     logit_scale: float,
     softcap: float | None,
     batch_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of weight * CE and the sum of weights, both float32 scalars.
+    """Computes the sum of weight * cross-entropy over all slots, and the sum of the weights.
 
-    `hidden` is [B T D], `output_weight` [V D] of which the first `vocab_size` rows are real, `targets` and
-    `loss_weights` [B T]; a slot of weight 0 adds nothing, whatever its target. Logits are, in float32,
-    hidden @ output_weight.T * logit_scale, and with a soft cap softcap * tanh(logits / softcap); those of `chunk`
-    tokens exist at a time. `batch_axes` are the mesh axes that split the rows: each device sums over its own, and the
-    sums meet once, not once a chunk. Differentiable in `hidden` and `output_weight`.
+    Logits are hidden @ output_weight.T * logit_scale in float32; with a soft cap they become
+    softcap * tanh(logits / softcap). A slot of weight 0 adds nothing, whatever its target is. The first sum is
+    differentiable with respect to `hidden` and `output_weight`.
+
+    Args:
+      hidden: [B T D], the last hidden states, in the dtype of computation.
+      output_weight: [V D], of which the first `vocab_size` rows are real and the rest is padding.
+      targets: [B T] int32, the token that each slot predicts.
+      loss_weights: [B T] float32, 0 for a slot without loss.
+      vocab_size: the size of the real vocabulary.
+      chunk_size: the number of tokens of one device whose logits exist at a time.
+      logit_scale: a factor on the logits.
+      softcap: the bound of the logits; None for no bound.
+      batch_axes: the mesh axes over which rows are split. Each device sums over its own rows, and the devices' sums
+        are added once at the end, not once per chunk.
+
+    Returns:
+      loss_sum and weight_sum, float32 scalars.
     """
     weight = output_weight.astype(hidden.dtype)
-
-    def scan(with_gradient: bool) -> Callable[..., Any]:
-        static = {"vocab_size": vocab_size, "chunk": chunk, "logit_scale": logit_scale, "softcap": softcap}
-        return _on_rows(functools.partial(_over_chunks, **static, with_gradient=with_gradient), batch_axes)
+    over_chunks = functools.partial(
+        _sum_over_chunks, vocab_size=vocab_size, chunk_size=chunk_size, logit_scale=logit_scale, softcap=softcap
+    )
+    sum_losses = _sum_over_devices(functools.partial(over_chunks, with_gradient=False), batch_axes)
+    sum_losses_and_gradients = _sum_over_devices(functools.partial(over_chunks, with_gradient=True), batch_axes)
 
     @jax.custom_vjp
     def loss_sum_of(*arrays: jax.Array) -> jax.Array:
-        return scan(with_gradient=False)(*arrays)[0]
+        return sum_losses(*arrays)[0]
 
     def forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        loss_sum, d_hidden, d_weight = scan(with_gradient=True)(*arrays)
+        loss_sum, d_hidden, d_weight = sum_losses_and_gradients(*arrays)
         return loss_sum, (d_hidden, d_weight)
 
     def backward(
         gradients: tuple[jax.Array, jax.Array], d_loss_sum: jax.Array
     ) -> tuple[jax.Array, jax.Array, None, None]:
         d_hidden, d_weight = gradients
-        return d_hidden * d_loss_sum.astype(d_hidden.dtype), (d_weight * d_loss_sum).astype(weight.dtype), None, None
+        d_targets = d_loss_weights = None
+        return (
+            d_hidden * d_loss_sum.astype(d_hidden.dtype),
+            (d_weight * d_loss_sum).astype(weight.dtype),
+            d_targets,
+            d_loss_weights,
+        )
 
     loss_sum_of.defvjp(forward, backward)
     loss_sum: Any = loss_sum_of(hidden, weight, targets, loss_weights)
     return loss_sum, jnp.sum(loss_weights)
 
 
-def _on_rows(scan: Callable[..., Any], batch_axes: tuple[str, ...]) -> Callable[..., Any]:
-    """What `scan` sums over each device's own rows, added up over `batch_axes` at the end."""
+def _sum_over_devices(sum_own_rows: SumFunction, batch_axes: tuple[str, ...]) -> SumFunction:
+    """Runs `sum_own_rows` on each device's rows, then adds its sums over the mesh axes `batch_axes`."""
     mesh = jax.sharding.get_abstract_mesh()
-    # Axes of one device are left out: XLA refuses a sum over one where another axis splits the columns.
+    # An axis of size 1 needs no sum, and XLA raises for one if another axis splits the columns.
     batch_axes = () if mesh.empty else tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
     if not batch_axes:
-        return scan
+        return sum_own_rows
 
-    def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        loss_sum, d_hidden, d_weight = scan(*arrays)
+    def on_one_device(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        loss_sum, d_hidden, d_weight = sum_own_rows(*arrays)
         return jax.lax.psum(loss_sum, batch_axes), d_hidden, jax.lax.psum(d_weight, batch_axes)
 
-    rows, whole = PartitionSpec(batch_axes), PartitionSpec()
+    rows, replicated = PartitionSpec(batch_axes), PartitionSpec()
     return jax.shard_map(
-        local,
-        in_specs=(rows, whole, rows, rows),
-        out_specs=(whole, rows, whole),
+        on_one_device,
+        in_specs=(rows, replicated, rows, rows),
+        out_specs=(replicated, rows, replicated),
         axis_names=set(batch_axes),
         check_vma=False,
     )
 
 
-def _over_chunks(
+def _sum_over_chunks(
     hidden: jax.Array,
     weight: jax.Array,
     targets: jax.Array,
     loss_weights: jax.Array,
     *,
     vocab_size: int,
-    chunk: int,
+    chunk_size: int,
     logit_scale: float,
     softcap: float | None,
     with_gradient: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """loss_sum, and its gradients by hidden [B T D] and by weight [V D] float32 (empty without gradient).
+    """Computes loss_sum and its gradients, chunk by chunk, on the rows of one device.
 
-    Tokens with a weight are taken first, and the loop ends after them. Devices that meet in a round, because a tensor
-    axis splits the vocabulary between them, hold the same tokens and so make as many rounds. To make as many in all
-    others too would take a maximum over the mesh, which depends on nothing but the weights: on CPU devices that waited
-    for it early, while others were in a layer, all threads were taken and none went on.
+    Tokens with a weight come first in the order of chunks, and the loop ends after the last of them. Its number of
+    rounds may differ between devices. It is the same on devices that communicate in a round, which are those between
+    which a tensor axis splits the vocabulary: they have the same tokens. A common number for all devices would need
+    a maximum over the mesh. On CPU devices that could deadlock: it depends on the weights only, so some devices waited
+    for it while others were still in a layer, until no thread was left.
+
+    Args:
+      hidden: [B T D].
+      weight: [V D], in the dtype of `hidden`.
+      targets: [B T] int32.
+      loss_weights: [B T] float32.
+      vocab_size: as in `cross_entropy_sums`.
+      chunk_size: as in `cross_entropy_sums`.
+      logit_scale: as in `cross_entropy_sums`.
+      softcap: as in `cross_entropy_sums`.
+      with_gradient: whether gradients are computed; without them, both are empty arrays.
+
+    Returns:
+      loss_sum (float32 scalar), its gradient with respect to hidden [B T D] in the dtype of `hidden`, and that with
+      respect to weight [V D] in float32.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])  # [S D]
-    targets, loss_weights = targets.reshape(-1), loss_weights.reshape(-1)
-    slots, chunk = len(rows), min(chunk, len(rows))
+    targets, loss_weights = targets.reshape(-1), loss_weights.reshape(-1)  # [S]
+    num_slots, chunk_size = len(rows), min(chunk_size, len(rows))
+    # A stable sort puts the slots with a weight first and keeps their order.
     order = jnp.argsort(loss_weights == 0, stable=True).astype(jnp.int32)
-    rounds = -(-jnp.count_nonzero(loss_weights).astype(jnp.int32) // chunk)
-    padded = jnp.pad(order, (0, -slots % chunk))
+    num_chunks = -(-jnp.count_nonzero(loss_weights).astype(jnp.int32) // chunk_size)
+    padded_order = jnp.pad(order, (0, -num_slots % chunk_size))
 
     def add_chunk(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         loss_sum, d_rows, d_weight = sums
-        at = jax.lax.dynamic_slice_in_dim(padded, i * chunk, chunk)
-        in_order = i * chunk + jnp.arange(chunk, dtype=jnp.int32) < slots  # what pads the last chunk counts once
-        token_weight = jnp.where(in_order, loss_weights[at], 0.0)
-        h = rows[at]
+        slots = jax.lax.dynamic_slice_in_dim(padded_order, i * chunk_size, chunk_size)
+        # The last chunk may be filled up with slots that an earlier chunk has counted.
+        is_real = i * chunk_size + jnp.arange(chunk_size, dtype=jnp.int32) < num_slots
+        token_weights = jnp.where(is_real, loss_weights[slots], 0.0)
+        h = rows[slots]
         products = jnp.dot(h, weight.T, preferred_element_type=jnp.float32)
-        logits, slopes = _logits(products, logit_scale, softcap)
-        loss, d_logits = _chunk_loss(logits, targets[at], vocab_size)
-        loss_sum += jnp.sum(loss * token_weight)
+        logits, d_logits_d_products = _logits(products, logit_scale, softcap)
+        losses, d_logits = _cross_entropy(logits, targets[slots], vocab_size)
+        loss_sum += jnp.sum(losses * token_weights)
         if not with_gradient:
             return loss_sum, d_rows, d_weight
-        d_products = (d_logits * slopes * token_weight[:, None]).astype(h.dtype)
+        d_products = (d_logits * d_logits_d_products * token_weights[:, None]).astype(h.dtype)
         d_weight += jnp.dot(d_products.T, h, preferred_element_type=jnp.float32)
-        d_rows = jax.lax.dynamic_update_slice_in_dim(d_rows, jnp.dot(d_products, weight), i * chunk, 0)
+        d_rows = jax.lax.dynamic_update_slice_in_dim(d_rows, jnp.dot(d_products, weight), i * chunk_size, 0)
         return loss_sum, d_rows, d_weight
 
-    d_rows = jnp.zeros((len(padded), rows.shape[1]) if with_gradient else (0,), rows.dtype)
+    d_rows = jnp.zeros((len(padded_order), rows.shape[1]) if with_gradient else (0,), rows.dtype)
     d_weight = jnp.zeros(weight.shape if with_gradient else (0,), jnp.float32)
-    loss_sum, d_rows, d_weight = jax.lax.fori_loop(0, rounds, add_chunk, (jnp.zeros((), jnp.float32), d_rows, d_weight))
+    zeros = (jnp.zeros((), jnp.float32), d_rows, d_weight)
+    loss_sum, d_rows, d_weight = jax.lax.fori_loop(0, num_chunks, add_chunk, zeros)
     if not with_gradient:
         return loss_sum, d_rows, d_weight
+    # The gradients are in the order of chunks: bring them back into the order of slots.
     return loss_sum, d_rows[jnp.argsort(order)].reshape(hidden.shape), d_weight
 
 
 def _logits(products: jax.Array, logit_scale: float, softcap: float | None) -> tuple[jax.Array, jax.Array | float]:
-    """Products [X V] of hidden states and weight -> logits [X V], and their derivatives by the products."""
+    """Products of hidden states and weight [C V] -> logits [C V], and their derivatives by the products."""
     logits = products * logit_scale
     if softcap is None:
         return logits, logit_scale
-    bent = jnp.tanh(logits / softcap)
-    return softcap * bent, logit_scale * (1 - jnp.square(bent))
+    bounded = jnp.tanh(logits / softcap)
+    return softcap * bounded, logit_scale * (1 - jnp.square(bounded))
 
 
-def _chunk_loss(logits: jax.Array, target: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """Logits [X V] and targets [X] -> CE [X], and its derivatives by the logits [X V]."""
+def _cross_entropy(logits: jax.Array, targets: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """Logits [C V] and targets [C] -> cross-entropies [C], and their derivatives by the logits [C V]."""
     column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     if logits.shape[1] > vocab_size:
         logits = jnp.where(column < vocab_size, logits, jnp.finfo(jnp.float32).min)
-    # Compared, not gathered: a gather along a split vocabulary would collect the logits on one device.
-    at_target = column == target[:, None]
-    top = logits.max(axis=-1, keepdims=True)
-    powers = jnp.exp(logits - top)
-    total = powers.sum(axis=-1, keepdims=True)
-    ce = (jnp.log(total) + top)[:, 0] - jnp.sum(jnp.where(at_target, logits, 0.0), axis=-1)
-    return ce, powers / total - at_target.astype(jnp.float32)
+    # A gather along a vocabulary that is split over devices would collect all logits on one device; this mask does not.
+    is_target = column == targets[:, None]
+    largest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    losses = (jnp.log(total) + largest)[:, 0] - jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+    return losses, exponentials / total - is_target.astype(jnp.float32)

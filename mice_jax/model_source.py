@@ -24,7 +24,7 @@ from mice_jax.inference.generation_config import GenerationDefaults, read_genera
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
-from mice_jax.runtime.precision import multiply_in
+from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import param_shardings
 from mice_jax.storage import manifest
 from mice_jax.storage.cache import cache_folder
@@ -98,7 +98,7 @@ def compute_dtype(name: str) -> Any:
         raise UserError(f"--compute_dtype={name} is not one of {', '.join(DTYPES)}.")
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    multiply_in(name, jax.default_backend())
+    set_float32_matmul_precision(name, jax.default_backend())
     return jnp.dtype(name)
 
 

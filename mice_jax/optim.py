@@ -1,6 +1,7 @@
-"""Learning-rate schedules, and the optimizers: each gives a direction, which the step multiplies by the rate.
+"""Learning-rate schedules, and optimizers that give the direction of an update.
 
-So the rate follows the run's count of steps whatever happens to an optimizer's state, and no schedule is in it.
+The step multiplies a direction by the learning rate, so that the rate depends on the run's count of steps only and no
+schedule is part of an optimizer's state.
 """
 
 import math
@@ -14,9 +15,11 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
-Axes = tuple[str | None, ...]  # a parameter's dims by name, outputs first
+Axes = tuple[str | None, ...]  # the logical axes of a parameter, outputs first
 
-MUON_RMS = 0.2  # of an update's entries: Adam's, about, so that one rate serves both (Liu et al., arXiv 2502.16982)
+# Muon's updates are scaled to this root mean square, which is about that of Adam, so that one learning rate serves both
+# (Liu et al., arXiv 2502.16982).
+MUON_RMS = 0.2
 
 
 # ---------------------------------------------------------------------------------------- schedules
@@ -30,13 +33,27 @@ def make_schedule(
     final_ratio: float = 0.0,
     decay_ratio: float = 0.1,
 ) -> Schedule:
-    """The learning rate at step s, counted from 0, over `horizon` steps.
+    """Makes the learning rate as a function of the step s, counted from 0.
 
-    Linear warm-up gives learning_rate * (s+1) / warmup_steps while s < warmup_steps. After it, with x going from
-    0 to 1 over what is left: `constant`; `linear` and `cosine` fall to final_ratio; `wsd` is constant until the
-    last `decay_ratio` of the horizon and then falls linearly.
+    While s < w = warmup_steps, the rate is learning_rate * (s + 1) / w. Afterwards it is learning_rate times a factor,
+    with x = (s - w) / (horizon - w) and f = final_ratio: `constant` 1, `linear` 1 - x * (1 - f),
+    `cosine` f + (1 - f) * (1 + cos(pi x)) / 2; `wsd` is 1 until the last `decay_ratio` of the horizon, then falls
+    linearly to f.
+
+    Args:
+      kind: constant, linear, cosine or wsd.
+      learning_rate: the peak.
+      horizon: the number of steps over which the rate falls; later steps have the final rate.
+      warmup_steps: the number of steps of warm-up.
+      warmup_ratio: the share of the horizon that is warm-up, rounded up to whole steps, if `warmup_steps` is 0.
+      final_ratio: the final rate as a share of the peak.
+      decay_ratio: the share of the horizon in which `wsd` falls.
+
+    Returns:
+      A function of a step, which may be traced, to a float32 scalar.
     """
-    warmup = warmup_steps or math.ceil(warmup_ratio * horizon - 1e-9)  # 0.07 * 100 is 7.000000000000001
+    # The subtraction keeps rounding errors from adding a step: 0.07 * 100 is 7.000000000000001.
+    warmup = warmup_steps or math.ceil(warmup_ratio * horizon - 1e-9)
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         s = jnp.asarray(step, jnp.float32)
@@ -49,19 +66,27 @@ def make_schedule(
             factor = final_ratio + (1 - final_ratio) * (1 + jnp.cos(jnp.pi * x)) / 2
         else:
             assert kind == "wsd", kind
-            falling = (s - horizon * (1 - decay_ratio)) / max(1e-9, horizon * decay_ratio)
-            factor = 1 - jnp.clip(falling, 0.0, 1.0) * (1 - final_ratio)
+            decayed = (s - horizon * (1 - decay_ratio)) / max(1e-9, horizon * decay_ratio)
+            factor = 1 - jnp.clip(decayed, 0.0, 1.0) * (1 - final_ratio)
         return learning_rate * jnp.where(s < warmup, (s + 1) / max(1, warmup), factor)
 
     return schedule
 
 
 def make_phase_schedule(phases: Sequence[tuple[int, float, bool]], horizon: int, kind: str, **shape: float) -> Schedule:
-    """The learning rate over a run of phases.
+    """Makes the learning rate of a run with several phases.
 
-    Each phase is its first step, its learning rate, and whether the schedule starts over there. From each start to
-    the next (the last one: to `horizon`) the rate has the shape that `make_schedule` gives it for `kind` and `shape`,
-    times the phase's own.
+    From each restart of the schedule to the next, or to `horizon`, the rate has the shape of `make_schedule`, times
+    the learning rate of the phase.
+
+    Args:
+      phases: for each phase its first step, its learning rate, and whether the schedule restarts there.
+      horizon: the number of steps of the run.
+      kind: as in `make_schedule`.
+      **shape: other arguments of `make_schedule`.
+
+    Returns:
+      A function of a step, which may be traced, to a float32 scalar.
     """
     assert phases[0][0] == 0
     starts = [0, *(first for first, _, restarts in phases[1:] if restarts)]
@@ -91,14 +116,24 @@ def make_optimizer(
     axes: Any = None,
     trained: Any = None,
 ) -> optax.GradientTransformation:
-    """The direction of an update, to be multiplied by minus the learning rate.
+    """Makes the transformation of gradients into a direction, to be multiplied by minus the learning rate.
 
-    After clipping by global norm (0 = off) comes what `name` says, then decoupled weight decay, which leaves norms and
-    biases alone. Moments are computed in float32, and held in `moments_dtype`.
+    It clips gradients by their global norm, applies the optimizer `name`, and adds decoupled weight decay, except to
+    norms and biases. Moments are computed in float32.
 
     Args:
-      axes: the parameters' logical axes; muon needs them to know its matrices.
-      trained: a tree like the parameters' of bool arrays; a leaf without a true one has no moments.
+      name: adamw, adafactor, muon, lion or sgd.
+      grad_clip: the largest global norm; 0 for no clipping.
+      beta1: the decay of the first moment, or the momentum of sgd.
+      beta2: the decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: the coefficient of the decay.
+      moments_dtype: the dtype in which moments are stored between steps.
+      axes: the tree of the parameters' logical axes, by which muon finds matrices.
+      trained: a tree like the parameters', of bool arrays; a leaf without a true entry has no moments.
+
+    Returns:
+      An optax transformation.
     """
     scale = {
         "adamw": lambda: optax.scale_by_adam(beta1, beta2, eps),
@@ -109,7 +144,7 @@ def make_optimizer(
     }[name]()
     direction = optax.chain(
         optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
-        scale if moments_dtype == "float32" else _held_in(jnp.dtype(moments_dtype), scale),
+        scale if moments_dtype == "float32" else _with_moments_in(jnp.dtype(moments_dtype), scale),
         optax.add_decayed_weights(weight_decay, mask=_decays) if weight_decay else optax.identity(),
     )
     if trained is None:
@@ -118,7 +153,7 @@ def make_optimizer(
 
 
 def _is_vector(path: tuple) -> bool:
-    """Norm scales and biases are called so; a stacked one has two dims, so the shape does not tell."""
+    """Whether a parameter is a norm's scale or a bias, by its name: stacked over layers, it has two dims like a matrix."""
     name = path[-1].key
     return name == "scale" or name.endswith("bias")
 
@@ -127,8 +162,8 @@ def _decays(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
 
 
-def _held_in(dtype: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same transformation, its moments rounded to a dtype between steps."""
+def _with_moments_in(dtype: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation `inner`, with its moments stored in `dtype` between steps."""
 
     def cast_state(state: Any, to: Any) -> Any:
         return optax.tree_map_params(inner, lambda leaf: leaf.astype(to), state)
@@ -145,11 +180,11 @@ def _held_in(dtype: Any, inner: optax.GradientTransformation) -> optax.GradientT
 
 # ---- Adafactor --------------------------------------------------------------------------------------------------
 def _adafactor() -> optax.GradientTransformation:
-    """Shazeer and Stern, arXiv 1804.04235, algorithm 4, without momentum; each layer is a parameter of its own."""
+    """Algorithm 4 of Shazeer and Stern, arXiv 1804.04235, without momentum, for each layer by itself."""
 
     def rms(path: tuple, x: jax.Array) -> jax.Array:
-        over = range(1 if path[0].key == "layers" else 0, x.ndim)
-        return jnp.sqrt(jnp.mean(jnp.square(x), axis=tuple(over), keepdims=True))
+        dims = range(1 if path[0].key == "layers" else 0, x.ndim)
+        return jnp.sqrt(jnp.mean(jnp.square(x), axis=tuple(dims), keepdims=True))
 
     def clip(path: tuple, update: jax.Array) -> jax.Array:
         return update / jnp.maximum(1.0, rms(path, update))
@@ -166,7 +201,7 @@ def _adafactor() -> optax.GradientTransformation:
 
 # ---- Muon -------------------------------------------------------------------------------------------------------
 def _muon(axes: Any, beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
-    """Muon for the matrices of the layers, each layer's by itself; Adam for embeddings, norms and biases."""
+    """Muon for the matrices of each layer by itself; Adam for embeddings, norms and biases."""
     flat = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))
     matrices = {path: _matrix(names) for path, names in flat if names[0] == "layers" and not _is_vector(path)}
 
@@ -176,19 +211,19 @@ def _muon(axes: Any, beta1: float, beta2: float, eps: float) -> optax.GradientTr
     def dims(params: optax.Params) -> optax.Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: matrices[path], params)
 
-    def match(path: tuple, update: jax.Array) -> jax.Array:
+    def scale_to_adam(path: tuple, update: jax.Array) -> jax.Array:
         ins, outs = (math.prod(update.shape[i] for i in cast(Sequence, group)) for group in matrices[path])
         return update * (MUON_RMS * math.sqrt(max(ins, outs)))
 
     muon = optax.chain(
         scale_by_muon(beta=beta1, weight_dimension_numbers=dims),
-        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(match, updates)),
+        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale_to_adam, updates)),
     )
     return optax.partition({"muon": muon, "adam": optax.scale_by_adam(beta1, beta2, eps)}, labels)
 
 
 def _matrix(names: Axes) -> MuonDimensionNumbers:
-    """The input and output dims of a stacked parameter; a head's dims go with the heads."""
+    """The input and output dims of a stacked parameter; head_dim belongs to the same group as its heads."""
     groups: list[list[int]] = []
     for i, name in enumerate(names[1:], 1):
         if name == "head_dim":

@@ -35,14 +35,14 @@ from mice_jax.data import statistics
 from mice_jax.data.readers import open_source
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from mice_jax.hardware import FRACTION, share_taken
+from mice_jax.hardware import GPU_MEMORY_FRACTION_VARIABLE, gpu_memory_fraction
 from mice_jax.model_source import RANDOM, ModelSource, resolve_source, with_vocabulary
 from mice_jax.models.spec import ModelSpec
 from mice_jax.planning import ahead_of_time, cost, step_time
 from mice_jax.planning.ahead_of_time import CompiledMemory
 from mice_jax.planning.planner import Layout, RunPlan
 from mice_jax.runtime import xla_flags
-from mice_jax.runtime.precision import multiply_in
+from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import replicated_dims
 from mice_jax.training import memory_model
 
@@ -71,7 +71,7 @@ def plan(values: command.Values) -> None:
         config, spec, origin.architecture, target,
         samples=work.samples, mean_length=work.mean_length, deadline=deadline,
     )  # fmt: skip
-    multiply_in(run.dtype, target.chip.platform)
+    set_float32_matmul_precision(run.dtype, target.chip.platform)
 
     # ---- What it comes to -------------------------------------------------------------------------------------
     began = time.perf_counter()
@@ -217,7 +217,9 @@ def _time(run: RunPlan, work: Workload, price: float, assumed: list[str]) -> dic
     made, chip = run.step_time_of(run.layout), run.topology.chip
     assumed.append(step_time.describe_assumptions(chip))
     if chip.platform == "gpu":
-        assumed.append(f"JAX takes {share_taken():.0%} of a GPU's memory ({FRACTION}, as it is here)")
+        assumed.append(
+            f"JAX takes {gpu_memory_fraction():.0%} of a GPU's memory ({GPU_MEMORY_FRACTION_VARIABLE}, as it is here)"
+        )
     if run.config.eval.tasks:
         assumed.append("benchmarks in training (eval.tasks) are left out, their time and their memory")
     chips = run.topology.count / chip.devices

@@ -1,8 +1,8 @@
-"""The mesh, the one table that says which logical axis lies on which mesh axis, and the placing of batches.
+"""The mesh, the one table that maps logical axes to mesh axes, and the placement of batches.
 
-Parameters name their logical axes where they are declared (models/transformer.py); nothing else in the project
-speaks of mesh axes. A dimension that its mesh axis does not divide is held whole on every device, which
-`replicated_dims` lists so that the run can say it; a vocabulary is padded beforehand instead.
+Parameters name their logical axes where they are declared (models/transformer.py); no other module names mesh axes. A
+dim that its mesh axis does not divide is replicated, and `replicated_dims` lists such dims so that the run can report
+them. A vocabulary is padded instead, so that it is always divided.
 """
 
 import math
@@ -16,8 +16,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from mice_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")  # these split a batch's rows
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that split the rows of a microbatch
 
+# The mesh axis, or axes, that split each logical axis; None = replicated.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
     "length": None,
@@ -28,17 +29,27 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "head_dim": None,
-    "hidden": None,  # an activation's width; `embed` is a parameter's
+    "hidden": None,  # d_model of activations; that of parameters is `embed`
 }
 
-# Where the first of a parameter's axes is not divided by its mesh axis, the second is split in its place.
-INSTEAD = {"heads": "head_dim"}
+# If its mesh axis does not divide the first of these logical axes of a parameter, the second is split instead.
+FALLBACK_AXES = {"heads": "head_dim"}
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of all devices; one size may be -1 and takes what is left.
+    """Makes the mesh of a run.
 
-    Raises UserError where the sizes do not multiply to the devices there are.
+    Args:
+      data: the size of the data axis; one of the three sizes may be -1, which takes the remaining devices.
+      fsdp: the size of the fsdp axis.
+      tensor: the size of the tensor axis.
+      devices: the devices; None for all.
+
+    Returns:
+      A mesh with the axes `AXES`.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
@@ -46,54 +57,93 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, ...]:
-    """The sizes of a mesh's axes on so many devices, -1 filled in; UserError as in `make_mesh`."""
-    sizes = [data, fsdp, tensor]
-    given = math.prod(s for s in sizes if s != -1)
-    filled = tuple(count // given if s == -1 else s for s in sizes)
-    if math.prod(filled) != count:
-        asked = f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor}"
+    """Fills in the size -1 of a mesh.
+
+    Args:
+      data: as in `make_mesh`.
+      fsdp: as in `make_mesh`.
+      tensor: as in `make_mesh`.
+      count: the number of devices.
+
+    Returns:
+      The sizes of the axes `AXES`.
+
+    Raises:
+      UserError: the sizes do not multiply to `count`.
+    """
+    requested = [data, fsdp, tensor]
+    given = math.prod(size for size in requested if size != -1)
+    sizes = tuple(count // given if size == -1 else size for size in requested)
+    if math.prod(sizes) != count:
         raise UserError(
-            f"{asked} does not make the {count} devices there are: the sizes must multiply to {count}. One of them may "
-            "be -1 for the devices that are left, if the others divide them."
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not multiply to the number of devices, "
+            f"{count}. Change the sizes; one of them may be -1 for the remaining devices, if the others divide {count}."
         )
-    return filled
+    return sizes
 
 
 def abstract_mesh(sizes: Sequence[int]) -> AbstractMesh:
-    """A mesh of devices that need not be known: enough for shapes and shardings."""
+    """A mesh of these sizes without devices, for computing shapes and shardings."""
     return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def num_shards(mesh: Mesh | AbstractMesh) -> int:
-    """How many ways a microbatch's rows are split."""
+    """The number of shards into which the rows of a microbatch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def local_shards(mesh: Mesh) -> tuple[int, ...]:
-    """The numbers, among `num_shards`, of the row blocks that this process's devices hold."""
+    """The indices, among `num_shards`, of the row shards on this process's devices."""
     by_shard = mesh.devices.reshape(num_shards(mesh), -1)
     here = jax.process_index()
     return tuple(i for i, devices in enumerate(by_shard) if any(d.process_index == here for d in devices))
 
 
 def array_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Where an array's dims lie; a dim that is not divided stays whole."""
+    """Computes how an array is split; a dim that its mesh axis does not divide is not.
+
+    Args:
+      shape: the array's shape.
+      axes: the logical axis of each dim, a key of `RULES`, or None.
+      mesh: the mesh.
+
+    Returns:
+      The mesh axis of each dim.
+    """
     return PartitionSpec(*(_mesh_axis(n, a, mesh) for n, a in zip(shape, axes, strict=True)))
 
 
 def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """As `array_spec`; heads that are not divided are split within, so that no device holds them whole."""
+    """Computes how a parameter is split: as `array_spec`, but query heads that are not divided are split inside.
+
+    Args:
+      shape: the parameter's shape.
+      axes: the logical axis of each dim, a key of `RULES`, or None.
+      mesh: the mesh.
+
+    Returns:
+      The mesh axis of each dim.
+    """
     split = list(array_spec(shape, axes, mesh))
-    for first, second in INSTEAD.items():
+    for first, second in FALLBACK_AXES.items():
         if first in axes and second in axes and split[axes.index(first)] is None:
-            rule, at = RULES[first], axes.index(second)
-            split[at] = rule if shape[at] % mesh.shape[rule] == 0 else None
+            rule, dim = RULES[first], axes.index(second)
+            split[dim] = rule if shape[dim] % mesh.shape[rule] == 0 else None
     return PartitionSpec(*split)
 
 
 def replicated_dims(params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> list[str]:
-    """`path dim name=size` for each dim whose mesh axis does not divide it."""
-    said = []
+    """Lists the dims of parameters that are replicated because their mesh axis does not divide them.
+
+    Args:
+      params: a tree of arrays or shapes.
+      axes: the tree of their logical axes.
+      mesh: the mesh.
+
+    Returns:
+      Entries such as "layers.attention.k kv_heads=3".
+    """
+    replicated = []
     flat = jax.tree_util.tree_leaves_with_path(params)
     names = jax.tree.leaves(axes, is_leaf=lambda a: isinstance(a, tuple))
     for (path, leaf), dims in zip(flat, names, strict=True):
@@ -101,17 +151,34 @@ def replicated_dims(params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> list[s
         for size, name in zip(leaf.shape, dims, strict=True):
             rule = RULES[name] if name else None
             if rule and mesh.shape[rule] > 1 and rule not in split:
-                said.append(f"{jax.tree_util.keystr(path, simple=True, separator='.')} {name}={size}")
-    return said
+                replicated.append(f"{jax.tree_util.keystr(path, simple=True, separator='.')} {name}={size}")
+    return replicated
 
 
 def param_shardings(params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """A NamedSharding for each leaf of `params`, from the tree of their logical axes."""
+    """Computes the sharding of each parameter.
+
+    Args:
+      params: a tree of arrays or shapes.
+      axes: the tree of their logical axes.
+      mesh: the mesh.
+
+    Returns:
+      A tree of NamedSharding.
+    """
     return jax.tree.map(lambda p, a: NamedSharding(mesh, param_spec(p.shape, a, mesh)), params, axes)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation's logical axes to the mesh in force; does nothing outside one."""
+    """Constrains an activation to its sharding on the current mesh; does nothing without a mesh.
+
+    Args:
+      x: an array of any shape.
+      *axes: the logical axis of each dim.
+
+    Returns:
+      The same array.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -119,13 +186,21 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_param(x: jax.Array, *axes: str | None) -> jax.Array:
-    """As `constrain`, for a parameter."""
+    """Constrains a parameter to its sharding on the current mesh, with arguments as for `constrain`."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, param_spec(x.shape, axes, mesh))
 
 
 def gather_split_heads(x: jax.Array, *axes: str | None) -> jax.Array:
-    """A parameter as it is used: heads that `param_spec` splits within are whole on every device."""
+    """Gathers a parameter whose heads `param_spec` splits inside, before it is used.
+
+    Args:
+      x: a parameter of any shape.
+      *axes: the logical axis of each dim.
+
+    Returns:
+      The same array.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or param_spec(x.shape, axes, mesh) == array_spec(x.shape, axes, mesh):
         return x
@@ -133,39 +208,45 @@ def gather_split_heads(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the batch axes."""
+    """The sharding of the arrays of a microbatch: rows are split over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def put_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows of a microbatch, as global arrays with their rows split over the mesh.
+    """Makes the global arrays of a microbatch from this process's rows.
 
-    `arrays` hold the rows of `local_shards(mesh)`, in that order.
+    Args:
+      arrays: by name, the rows of the shards `local_shards(mesh)` in that order, [rows T].
+      mesh: the mesh.
+
+    Returns:
+      By name, global arrays with their rows split over the mesh, [B T].
     """
     shards, sharding = local_shards(mesh), batch_sharding(mesh)
 
     def put(rows: np.ndarray) -> jax.Array:
         per_shard = rows.shape[0] // len(shards)
 
-        def block(index: Any) -> np.ndarray:
-            at = shards.index((index[0].start or 0) // per_shard) * per_shard
-            return rows[at : at + per_shard]
+        def shard_rows(index: Any) -> np.ndarray:
+            start = shards.index((index[0].start or 0) // per_shard) * per_shard
+            return rows[start : start + per_shard]
 
         shape = (per_shard * num_shards(mesh), *rows.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, block)
+        return jax.make_array_from_callback(shape, sharding, shard_rows)
 
     return {name: put(rows) for name, rows in arrays.items()}
 
 
 def put_steps(steps: Iterator[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, Any]]:
-    """Each step as the loader gives it, all of its microbatches on their way to the devices."""
+    """Yields the loader's steps, after starting the transfer of their microbatches to the devices."""
     for step in steps:
         yield step | {"microbatches": [put_rows(rows, mesh) for rows in step["microbatches"]]}
 
 
 def _mesh_axis(size: int, axis: str | None, mesh: Any) -> str | tuple[str, ...] | None:
+    """The mesh axis, or axes, that split a dim; None if it is replicated."""
     rule = RULES[axis] if axis else None
     if rule is None:
         return None
-    ways = math.prod(mesh.shape[a] for a in ((rule,) if isinstance(rule, str) else rule))
-    return rule if size % ways == 0 else None
+    num_parts = math.prod(mesh.shape[a] for a in ((rule,) if isinstance(rule, str) else rule))
+    return rule if size % num_parts == 0 else None

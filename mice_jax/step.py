@@ -1,26 +1,30 @@
-"""One optimizer step: `accumulate` adds up microbatches, `apply` divides once and updates.
+"""One optimizer step: `accumulate` adds up the sums of microbatches, `apply` divides once and updates.
 
-Both are jitted pure functions over plain pytrees with their inputs donated. A step has as many microbatches as
-its samples need; only their few shapes are compiled. The loss, and the gradient, of a step is the sum over all
-its tokens divided by the sum of their weights, and `apply` is the only place where that division is made.
+Both are pure functions over plain pytrees, jitted with donated inputs. A step has as many microbatches as its samples
+need, of a few fixed shapes, each of which is compiled once. The loss of a step, and its gradient, is a sum over all
+tokens of the step divided by the sum of their weights. `apply_sums` is the only place where that division is made.
 """
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from mice_jax.loss import cross_entropy_sums, logit_tokens
+from mice_jax.loss import cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.sharding import BATCH_AXES, constrain, param_shardings
 
-LEAST_REST = 1e-3  # of a step's pairs of microbatches: below it there is one microbatch, and rounding
+# B rows of a microbatch, T slots
+
+# The estimate of the squared gradient norm uses products of different microbatches. Where their share of all products
+# is below this, the step has one microbatch in effect, and the estimate would be rounding errors.
+MIN_CROSS_SHARE = 1e-3
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weights: each [B T]
 
@@ -28,57 +32,67 @@ Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_we
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    step: jax.Array  # updates done, int32
+    """All that an optimizer step changes."""
+
+    step: jax.Array  # number of updates done, int32
     params: Params  # float32
     opt_state: optax.OptState
 
 
 class Sums(NamedTuple):
-    """What a step's microbatches add up to, float32."""
+    """Sums over the microbatches of a step."""
 
-    grads: Params  # or in bfloat16, where that is asked for
-    loss_sum: jax.Array
+    grads: Params  # gradient of loss_sum, float32 or the run's accumulate_dtype
+    loss_sum: jax.Array  # float32 scalar, as are all below
     weight_sum: jax.Array
-    # Over microbatches, of their own gradient sums' squared norms and of their squared weights:
-    grad_sq_sum: jax.Array
-    weight_sq_sum: jax.Array
+    grad_sq_sum: jax.Array  # of the squared norm of each microbatch's gradient
+    weight_sq_sum: jax.Array  # of the squared weight_sum of each microbatch
 
 
 class Jitted:
-    """A function as it is compiled for a mesh."""
+    """A jitted function that is traced, compiled and called under one mesh."""
 
-    def __init__(self, f: Callable, mesh: Mesh, **jit_args: Any):
-        self.jitted, self._mesh = jax.jit(f, **jit_args), mesh
+    def __init__(self, function: Callable, mesh: Mesh, **jit_args: Any):
+        self.jitted, self._mesh = jax.jit(function, **jit_args), mesh
 
     def __call__(self, *args: Any) -> Any:
         with jax.set_mesh(self._mesh):
             return self.jitted(*args)
 
     def compile(self, *args: Any) -> Any:
-        """Compiles for arguments of such shapes, without running: a call with them finds the program there."""
+        """Compiles for arguments of these shapes, without running; a later call with them does not compile again."""
         with jax.set_mesh(self._mesh):
             return self.jitted.lower(*args).compile()
 
 
 class StepFunctions(NamedTuple):
-    """The compiled functions of a run; `batch` is one microbatch."""
+    """The jitted functions of a run, and the shapes and shardings of what they pass around."""
 
     init: Jitted  # (key) -> TrainState
-    start: Jitted  # (params), donated -> TrainState
+    from_params: Jitted  # (params) -> TrainState; donates params
     zero_sums: Jitted  # () -> Sums
-    accumulate: Jitted  # (params, sums, batch) -> Sums; the sums are donated
-    # (state, sums), both donated -> (TrainState, Sums, dict[str, jax.Array]). A third argument is the gradient norm
-    # above which no update is made.
-    apply: Jitted
+    accumulate: Jitted  # (params, sums, batch) -> Sums; donates sums
+    apply: Jitted  # (state, sums, max_grad_norm=inf) -> TrainState, zeroed Sums, metrics; donates state and sums
     evaluate: Jitted  # (params, batch) -> loss_sum, weight_sum
-    abstract_state: TrainState  # shapes with shardings, for restoring and for compiling without arrays
+    abstract_state: TrainState  # arrays are jax.ShapeDtypeStruct with a sharding, here and below
     abstract_sums: Sums
 
 
 def batch_loss(
-    decoder: Decoder, params: Params, batch: Batch, compute: Compute, chunk: int | None = None
+    decoder: Decoder, params: Params, batch: Batch, compute: Compute, chunk_size: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """loss_sum and weight_sum of one microbatch."""
+    """Computes the loss of one microbatch as two sums.
+
+    Args:
+      decoder: the model.
+      params: its parameters.
+      batch: one microbatch.
+      compute: dtype, attention backend and rematerialisation.
+      chunk_size: tokens of one device whose logits exist at a time; None chooses by the vocabulary.
+
+    Returns:
+      loss_sum and weight_sum, float32 scalars.
+    """
     model = decoder.bind(params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
     return cross_entropy_sums(
@@ -89,7 +103,7 @@ def batch_loss(
         vocab_size=decoder.spec.vocab_size,
         logit_scale=decoder.spec.logit_scale,
         softcap=decoder.spec.logit_softcap,
-        chunk=chunk or logit_tokens(decoder.vocab_rows),
+        chunk_size=chunk_size or tokens_per_chunk(decoder.vocab_rows),
         batch_axes=BATCH_AXES,
     )
 
@@ -103,84 +117,72 @@ def make_step(
     trained: Any = None,
     accumulate_dtype: str = "float32",
 ) -> StepFunctions:
-    """Jits the functions of a run for one mesh; parameters and moments lie as `sharding.RULES` says.
+    """Jits the functions of a run for one mesh, with the shardings of `sharding.RULES`.
 
     Args:
-      trained: a tree like the parameters' of bool arrays that broadcast to them; None = all of them.
-      accumulate_dtype: of the sum of a step's gradients.
+      decoder: the model.
+      optimizer: gives the direction of an update, as `optim.make_optimizer` does.
+      schedule: maps the number of updates done to the learning rate.
+      mesh: the devices.
+      compute: dtype, attention backend and rematerialisation of forward and backward.
+      trained: a tree like the parameters', of bool arrays that broadcast to them; None if all are trained.
+      accumulate_dtype: the dtype in which gradients are summed over microbatches.
+
+    Returns:
+      The jitted functions; nothing is compiled before the first call.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
-    abstract = lay_out(decoder, optimizer, mesh)
-    # Trees of shardings in the places of the arrays that they are for.
-    state_shardings = jax.tree.map(lambda a: a.sharding, abstract)
-    sums_shardings = Sums(state_shardings.params, *[cast(Any, whole)] * 4)
+    abstract_state = make_abstract_state(decoder, optimizer, mesh)
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     abstract_sums = Sums(
-        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, accumulate_dtype, sharding=p.sharding), abstract.params),
-        *[cast(Any, jax.ShapeDtypeStruct((), jnp.float32, sharding=whole))] * 4,
+        jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, accumulate_dtype, sharding=p.sharding), abstract_state.params
+        ),
+        loss_sum=scalar,
+        weight_sum=scalar,
+        grad_sq_sum=scalar,
+        weight_sq_sum=scalar,
     )
+    state_shardings = jax.tree.map(lambda a: a.sharding, abstract_state)
+    sums_shardings = jax.tree.map(lambda a: a.sharding, abstract_sums)
 
-    def loss(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return batch_loss(decoder, params, batch, compute)
+    def init(key: jax.Array) -> TrainState:
+        return from_params(decoder.init(key))
 
-    def start(params: Params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    def from_params(params: Params) -> TrainState:
+        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
     def zero_sums() -> Sums:
         zero = jnp.zeros((), jnp.float32)
-        return Sums(jax.tree.map(lambda p: jnp.zeros(p.shape, accumulate_dtype), decoder.abstract), *[zero] * 4)
+        grads = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulate_dtype), decoder.abstract)
+        return Sums(grads, loss_sum=zero, weight_sum=zero, grad_sq_sum=zero, weight_sq_sum=zero)
+
+    def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return batch_loss(decoder, params, batch, compute)
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
-        (loss_sum, weight_sum), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        grad_sq = optax.tree.norm(_only(trained, grads), squared=True)
-        own = Sums(grads, loss_sum, weight_sum, grad_sq, weight_sum**2)
-        return jax.tree.map(lambda s, x: (s + x).astype(s.dtype), sums, own)
+        (loss_sum, weight_sum), grads = jax.value_and_grad(evaluate, has_aux=True)(params, batch)
+        grad_sq = optax.tree.norm(_zero_frozen(grads, trained), squared=True)
+        microbatch = Sums(grads, loss_sum, weight_sum, grad_sq_sum=grad_sq, weight_sq_sum=weight_sum**2)
+        return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
 
-    def apply(state: TrainState, sums: Sums, limit: float = math.inf) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
-        state, metrics = apply_sums(state, sums, optimizer, schedule, limit, trained)
-        return state, jax.tree.map(jnp.zeros_like, sums), metrics  # zeroed in place for the next step
+    def apply(
+        state: TrainState, sums: Sums, max_grad_norm: float = math.inf
+    ) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
+        state, metrics = apply_sums(state, sums, optimizer, schedule, max_grad_norm, trained)
+        # The sums start the next step at zero, in the memory that they already have.
+        return state, jax.tree.map(jnp.zeros_like, sums), metrics
 
     return StepFunctions(
-        init=Jitted(lambda key: start(decoder.init(key)), mesh, out_shardings=state_shardings),
-        start=Jitted(start, mesh, donate_argnums=0, out_shardings=state_shardings),
+        init=Jitted(init, mesh, out_shardings=state_shardings),
+        from_params=Jitted(from_params, mesh, donate_argnums=0, out_shardings=state_shardings),
         zero_sums=Jitted(zero_sums, mesh, out_shardings=sums_shardings),
         accumulate=Jitted(accumulate, mesh, donate_argnums=1, out_shardings=sums_shardings),
-        apply=Jitted(apply, mesh, donate_argnums=(0, 1), out_shardings=(state_shardings, sums_shardings, whole)),
-        evaluate=Jitted(loss, mesh, out_shardings=(whole, whole)),
-        abstract_state=abstract,
+        apply=Jitted(apply, mesh, donate_argnums=(0, 1), out_shardings=(state_shardings, sums_shardings, replicated)),
+        evaluate=Jitted(evaluate, mesh, out_shardings=(replicated, replicated)),
+        abstract_state=abstract_state,
         abstract_sums=abstract_sums,
     )
-
-
-def lay_out(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
-    """A run's state as shapes with shardings; parameters and moments lie as `sharding.RULES` says."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-    opt_state = jax.eval_shape(optimizer.init, decoder.abstract)
-    lie = TrainState(cast(Any, whole), shardings, _moment_shardings(opt_state, decoder.abstract, shardings, whole))
-    state = TrainState(cast(Any, jax.ShapeDtypeStruct((), jnp.int32)), decoder.abstract, opt_state)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, lie)
-
-
-def _moment_shardings(opt_state: Any, params: Params, shardings: Params, whole: NamedSharding) -> Any:
-    """Where an optimizer's state lies: what has a parameter's name and shape, as the parameter does.
-
-    The rest, such as counts and Adafactor's sums over rows and columns, is whole on every device.
-    """
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    lie = jax.tree.leaves(shardings)
-    of_param = {_names(path): (leaf.shape, s) for (path, leaf), s in zip(flat, lie, strict=True)}
-
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        shape, sharding = of_param.get(_names(path), (None, whole))
-        return sharding if leaf.shape == shape else whole
-
-    return jax.tree_util.tree_map_with_path(place, opt_state)
-
-
-def _names(path: tuple) -> tuple[str, ...]:
-    """The names at a path's end: a state holds its moments in trees like the parameters', inside tuples of its own."""
-    own = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
-    return tuple(key.key for key in own)[::-1]
 
 
 def apply_sums(
@@ -188,60 +190,132 @@ def apply_sums(
     sums: Sums,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
-    limit: jax.typing.ArrayLike = jnp.inf,
+    max_grad_norm: jax.typing.ArrayLike = jnp.inf,
     trained: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The update from a step's sums, and what it measured.
+    """Makes one update from the sums of a step.
 
-    Where the loss or the gradient norm is not finite the state is returned as it was, and `finite` is false. Where
-    the norm is above `limit` the step is done without an update, and `skipped` is true. What is not `trained` has no
-    gradient, so the norm is that of the rest, and stays as it is.
+    A loss or gradient norm that is not finite leaves the whole state unchanged, with the metric `finite` false. A
+    finite gradient norm above `max_grad_norm` counts the step but makes no update, with the metric `skipped` true.
+
+    Args:
+      state: the state before the step.
+      sums: the sums over all microbatches of the step.
+      optimizer: gives the direction of an update, which is multiplied by minus the learning rate.
+      schedule: maps the number of updates done to the learning rate.
+      max_grad_norm: the norm, before clipping, above which the update is skipped.
+      trained: a tree like the parameters', of bool arrays that broadcast to them; None if all are trained. Other
+        parameters do not change, and their gradients do not count in the norm.
+
+    Returns:
+      The state after the step, and the metrics of the step as scalars.
     """
+    # The only division of a loss or gradient by its weights.
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, sums.grads)
-    grads = _only(trained, grads)
+    grads = _zero_frozen(grads, trained)
     loss = sums.loss_sum / sums.weight_sum
+
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    skipped = finite & (grad_norm > limit)
-    rate = schedule(state.step)
+    skipped = finite & (grad_norm > max_grad_norm)
+
+    learning_rate = schedule(state.step)
     directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    updates = _only(trained, jax.tree.map(lambda d: -rate * d, directions))
-    params = cast(Params, optax.apply_updates(state.params, updates))
-    made = finite & ~skipped
-    new_state = TrainState(
-        jnp.where(finite, state.step + 1, state.step),
-        *jax.tree.map(lambda new, old: jnp.where(made, new, old), (params, opt_state), (state.params, state.opt_state)),
+    updates = _zero_frozen(jax.tree.map(lambda d: -learning_rate * d, directions), trained)
+    params = optax.apply_updates(state.params, updates)
+
+    # The state after the step is chosen entry by entry, since a jitted function has no branches on values.
+    updated = finite & ~skipped
+    step = jnp.where(finite, state.step + 1, state.step)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(updated, new, old), (params, opt_state), (state.params, state.opt_state)
     )
     metrics = {
         "loss": loss,
         "grad_norm": grad_norm,
-        "grad_sq_corrected": corrected_square(grad_norm, sums),
-        "param_norm": optax.tree.norm(new_state.params),
+        "grad_sq_corrected": unbiased_grad_sq(grad_norm, sums),
+        "param_norm": optax.tree.norm(params),
         "update_norm": jnp.where(skipped, 0.0, optax.tree.norm(updates)),
-        "learning_rate": rate,
+        "learning_rate": learning_rate,
         "finite": finite,
         "skipped": skipped,
     }
-    return new_state, metrics
+    return TrainState(step=step, params=params, opt_state=opt_state), metrics
 
 
-def corrected_square(grad_norm: jax.Array, sums: Sums) -> jax.Array:
-    """An unbiased estimate of the true gradient's squared norm; NaN from one microbatch, negative where noise rules.
+def unbiased_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
+    """Estimates the squared norm of the true gradient G without bias, from the microbatches of one step.
 
-    A step's own |g|^2 is |G|^2 and the variance of g, which the batch size divides. Microbatch i has the gradient sum
-    s_i and the weight w_i, with s_i of mean w_i G, whatever its variance, and independent of the others. So
-    s_i . s_j has the mean w_i w_j |G|^2 for i != j, and over all such pairs, g being sum s_i / W and W = sum w_i,
+    The squared norm of the step's own gradient g is too large: its expectation is |G|^2 plus the variance of g. Let
+    microbatch i have the gradient sum s_i and the weight w_i, where s_i has the mean w_i G, any variance, and is
+    independent of the others. Then s_i . s_j has the mean w_i w_j |G|^2 for i != j. Summed over all such pairs, with
+    W = sum w_i and g = sum s_i / W,
 
       |G|^2 ~ (|sum s_i|^2 - sum |s_i|^2) / (W^2 - sum w_i^2) = (|g|^2 - q) / (1 - r)
 
-    with q = sum |s_i|^2 / W^2 and r = sum w_i^2 / W^2. Unequal and empty microbatches need nothing more.
+    where q = sum |s_i|^2 / W^2 and r = sum w_i^2 / W^2. Microbatches may have unequal weights, or none.
+
+    Args:
+      grad_norm: |g|, float32 scalar.
+      sums: the sums over the microbatches of the step.
+
+    Returns:
+      The estimate, a float32 scalar: negative where noise dominates, NaN where there is one microbatch in effect.
     """
     q = sums.grad_sq_sum / sums.weight_sum**2
     r = sums.weight_sq_sum / sums.weight_sum**2
-    few = 1 - r < LEAST_REST
-    return jnp.where(few, jnp.nan, (grad_norm**2 - q) / jnp.where(few, 1.0, 1 - r))
+    one_microbatch = 1 - r < MIN_CROSS_SHARE
+    return jnp.where(one_microbatch, jnp.nan, (grad_norm**2 - q) / jnp.where(one_microbatch, 1.0, 1 - r))
 
 
-def _only(trained: Any, tree: Params) -> Params:
-    """Zero wherever `trained` is false."""
-    return tree if trained is None else jax.tree.map(lambda t, x: jnp.where(t, x, 0.0), trained, tree)
+def make_abstract_state(
+    decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> TrainState:
+    """Describes a run's state without making arrays.
+
+    Args:
+      decoder: the model.
+      optimizer: the optimizer, whose state is included.
+      mesh: the devices, which need not be present.
+
+    Returns:
+      A state of jax.ShapeDtypeStruct with shardings: parameters and moments by `sharding.RULES`, the rest replicated.
+    """
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(optimizer.init, decoder.abstract)
+    state = TrainState(step, decoder.abstract, opt_state)
+    of_params = param_shardings(decoder.abstract, decoder.axes, mesh)
+    of_opt_state = _opt_state_shardings(opt_state, decoder.abstract, of_params, replicated)
+    shardings = TrainState(replicated, of_params, of_opt_state)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+
+
+def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: NamedSharding) -> Any:
+    """The shardings of an optimizer's state: an array with a parameter's name and shape is split as the parameter.
+
+    Others, such as counts and Adafactor's row and column statistics, are replicated.
+    """
+    by_name = {}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+        by_name[_dict_keys(path)] = leaf.shape, sharding
+
+    def sharding_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        shape, sharding = by_name.get(_dict_keys(path), (None, replicated))
+        return sharding if leaf.shape == shape else replicated
+
+    return jax.tree_util.tree_map_with_path(sharding_of, opt_state)
+
+
+def _dict_keys(path: tuple) -> tuple[str, ...]:
+    """The dict keys at the end of a path: an optimizer keeps trees like the parameters' inside tuples of its own."""
+    reversed_keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
+    return tuple(key.key for key in reversed_keys)[::-1]
+
+
+def _zero_frozen(tree: Params, trained: Any) -> Params:
+    """The tree with zeros where `trained` is false."""
+    if trained is None:
+        return tree
+    return jax.tree.map(lambda t, x: jnp.where(t, x, 0.0), trained, tree)

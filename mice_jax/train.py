@@ -51,7 +51,7 @@ from mice_jax.model_source import ModelSource, load_params, resolve_source, stop
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.runtime import compile_cache, distributed, signals, watchdog, xla_flags
-from mice_jax.runtime.precision import multiply_in
+from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings, put_steps
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.storage.cache import cache_folder
@@ -150,7 +150,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.P
     # ---- Model ----------------------------------------------------------------------------------------------
     decoder = make_decoder(spec, mesh.shape["tensor"])
     dtype = build.compute_dtype(config, device.platform)
-    multiply_in(dtype, device.platform)
+    set_float32_matmul_precision(dtype, device.platform)
     load = build.memory_inputs(config, decoder, origin.architecture, mesh, dtype, attention)
     memory = memory_model.device_memory_bytes(jax.local_devices()[0])  # another process's device does not tell
     length = statistics.mean_length(data.report)
@@ -188,7 +188,7 @@ def train(config: Config, run: Workdir, values: command.Values, leave: signals.P
     restored = checkpoints.restore_newest(fns.abstract_state, Display(console).say)
     if restored is None:
         shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-        state = fns.start(load_params(origin, decoder, shardings, seed=config.seed))
+        state = fns.from_params(load_params(origin, decoder, shardings, seed=config.seed))
         start, progress = 0, Progress()
     else:
         start, state, carried = restored
@@ -448,7 +448,7 @@ def _enter(
             state = TrainState(state.step, seeded.params, seeded.opt_state)
     if phase.optimizer == "reset":
         jax.tree.map(lambda x: x.delete(), state.opt_state)  # two may not fit
-        fresh = fns.start(state.params)
+        fresh = fns.from_params(state.params)
         state = TrainState(state.step, fresh.params, fresh.opt_state)
     return state
 

@@ -175,7 +175,7 @@ CONFIG: dict[str, tuple[list[str], list[str]]] = {
     "a mesh that is too small": (["--config.mesh.fsdp=4"], ["mesh.fsdp=4", "8 devices"]),
     "a mesh that is too large": (["--config.mesh.data=16", "--config.mesh.fsdp=1"], ["mesh.data=16", "8 devices"]),
     "an unknown backend": (["--config.model.attention=magic"], ["model.attention='magic'", "auto"]),
-    "a backend of other devices": (["--config.model.attention=cudnn"], ["platform cpu", "What can: blockwise"]),
+    "a backend of other devices": (["--config.model.attention=cudnn"], ["platform cpu", "Set it to one of blockwise"]),
     "half a cluster": (["--num_processes=2"], ["--coordinator_address", "--process_id"]),
 }
 

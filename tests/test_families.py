@@ -48,7 +48,7 @@ def our_gradients(decoder: Decoder, params: Params, rows: Arrays) -> tuple[float
     compute = Compute(jnp.dtype("float32"), "blockwise", "full")
 
     def loss(params: Params, rows: Arrays) -> jax.Array:
-        loss_sum, weight_sum = batch_loss(decoder, params, rows, compute, chunk=128)
+        loss_sum, weight_sum = batch_loss(decoder, params, rows, compute, chunk_size=128)
         return loss_sum / weight_sum
 
     value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params, rows)

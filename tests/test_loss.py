@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.models import QUICK, gap, mesh_of
-from mice_jax.loss import LOGIT_BYTES, cross_entropy_sums, logit_tokens
+from mice_jax.loss import MAX_CHUNK_BYTES, cross_entropy_sums, tokens_per_chunk
 from mice_jax.sharding import BATCH_AXES
 
 # float32 keeps a sum of some 200 terms, and each term, a difference of logits of order 10, to a few 1e-7 of itself.
@@ -213,9 +213,9 @@ def test_memory_for_more_tokens_does_not_depend_on_the_vocabulary(with_gradient:
 
 @pytest.mark.parametrize("vocab", [128, 32_000, 49_152, 128_256, 151_936, 200_064, 262_208, 10**9])
 def test_the_logits_of_a_chunk_take_no_more_memory_the_larger_a_vocabulary(vocab: int) -> None:
-    tokens = logit_tokens(vocab)
-    assert 4 * vocab * tokens <= LOGIT_BYTES or tokens == 1
-    assert tokens == 512 or 4 * vocab * (tokens + 128) > LOGIT_BYTES
+    tokens = tokens_per_chunk(vocab)
+    assert 4 * vocab * tokens <= MAX_CHUNK_BYTES or tokens == 1
+    assert tokens == 512 or 4 * vocab * (tokens + 128) > MAX_CHUNK_BYTES
     assert tokens == {128_256: 512, 200_064: 384, 262_208: 256}.get(vocab, tokens)
 
 

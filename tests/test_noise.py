@@ -14,7 +14,7 @@ from mice_jax.data.packing import Microbatch, microbatch_shapes, pack_steps
 from mice_jax.models.transformer import Compute
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import put_rows
-from mice_jax.step import Sums, batch_loss, corrected_square, make_step
+from mice_jax.step import Sums, batch_loss, make_step, unbiased_grad_sq
 from mice_jax.training.progress import Progress
 
 DIM = 8
@@ -24,10 +24,10 @@ RUNS = 500  # steps of a Monte Carlo
 
 # ---------------------------------------------------------------------------------------- by Monte Carlo
 def estimate(sums: np.ndarray, weights: np.ndarray) -> float:
-    """`corrected_square` of microbatches with gradient sums [M DIM] and weights [M], in float64."""
+    """`unbiased_grad_sq` of microbatches with gradient sums [M DIM] and weights [M], in float64."""
     with jax.enable_x64(True):
         own = Sums({}, *[jnp.float64(x) for x in (0.0, weights.sum(), (sums**2).sum(), (weights**2).sum())])
-        return float(corrected_square(jnp.linalg.norm(jnp.asarray(sums.sum(0) / weights.sum())), own))
+        return float(unbiased_grad_sq(jnp.linalg.norm(jnp.asarray(sums.sum(0) / weights.sum())), own))
 
 
 def draw(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +197,7 @@ def test_the_step_s_estimate_is_that_of_its_microbatches_gradients_on_every_mesh
         sums = fns.accumulate(params, sums, batch)
     weights = np.array([w for _, w in parts])
     expected = estimate(np.stack([g for g, _ in parts]), weights)
-    _, zeroed, measured = fns.apply(fns.start(jax.tree.map(jnp.copy, params)), sums)
+    _, zeroed, measured = fns.apply(fns.from_params(jax.tree.map(jnp.copy, params)), sums)
     # Two float32 norms of about 15,000 terms, whose difference is of their own size.
     assert float(measured["grad_sq_corrected"]) == pytest.approx(expected, rel=1e-4)
     assert float(measured["grad_norm"]) ** 2 != pytest.approx(expected, rel=1e-2)
@@ -214,7 +214,7 @@ def test_what_is_measured_beside_them_changes_no_bit_of_the_loss_and_the_gradien
 
     @jax.jit
     def plain(params, grads, batch):
-        loss = lambda p: batch_loss(decoder, p, batch, compute, chunk=256)  # noqa: E731
+        loss = lambda p: batch_loss(decoder, p, batch, compute, chunk_size=256)  # noqa: E731
         (loss_sum, _), g = jax.value_and_grad(loss, has_aux=True)(params)
         return jax.tree.map(jnp.add, grads, g), loss_sum
 

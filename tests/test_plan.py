@@ -180,7 +180,7 @@ def test_a_state_is_laid_out_as_start_makes_it(name: str) -> None:
     compute = Compute(jnp.dtype("float32"), "reference", "none")
     fns = build.step_functions(config, decoder, "LlamaForCausalLM", mesh, compute, lambda step: jnp.float32(0))
     with jax.set_mesh(mesh):
-        made = jax.eval_shape(fns.start.jitted, fns.abstract_state.params)
+        made = jax.eval_shape(fns.from_params.jitted, fns.abstract_state.params)
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (made, fns.abstract_state)]
     assert shapes[0] == shapes[1]
     # What is as large as all parameters is split as they are: nothing of that size lies whole on every device.

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from helpers.models import QUICK, Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of, spec_of
 from mice_jax import step as step_module
-from mice_jax.loss import logit_tokens
+from mice_jax.loss import tokens_per_chunk
 from mice_jax.models.transformer import Compute, Params, make_decoder
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import num_shards, put_rows
@@ -60,7 +60,7 @@ class Run:
         return [put_rows(part, self.mesh) for part in parts]
 
     def state(self) -> TrainState:
-        return self.fns.start(jax.tree.map(jnp.copy, self.params))
+        return self.fns.from_params(jax.tree.map(jnp.copy, self.params))
 
     def accumulate(self, state: TrainState, sums: Sums, batches: Sequence[dict]) -> Sums:
         for batch in batches:
@@ -355,7 +355,7 @@ def test_what_is_donated_is_deleted_and_parameters_outlive_accumulation(folder: 
         return {x.is_deleted() for x in jax.tree.leaves(tree)}
 
     given = jax.tree.map(jnp.copy, run.params)
-    state = run.fns.start(given)
+    state = run.fns.from_params(given)
     assert deleted(given) == {True}
     sums = run.fns.zero_sums()
     [batch] = run.batches(two_steps[0], 16)
@@ -409,7 +409,7 @@ def test_no_program_of_a_step_holds_the_logits_of_all_tokens(
     compute = Compute(jnp.dtype("float32"), "blockwise", "none")
     columns = decoder.vocab_rows // mesh.shape["tensor"]
     batch = abstract_batch(mesh, 2, 640)  # rows of a device: two chunks and a half
-    chunk, tokens = logit_tokens(decoder.vocab_rows), 2 * 640
+    chunk, tokens = tokens_per_chunk(decoder.vocab_rows), 2 * 640
 
     def functions() -> StepFunctions:
         return make_step(decoder, make_optimizer(name="adamw", **ADAM), schedule, mesh, compute)

@@ -30,7 +30,7 @@ Result = tuple[jax.Array, jax.Array, Any]  # logits [B T V], loss_sum, its gradi
 
 def forward_and_backward(decoder: Decoder, compute: Compute):
     def loss(params, batch):
-        loss_sum, _ = batch_loss(decoder, params, batch, compute, chunk=32)
+        loss_sum, _ = batch_loss(decoder, params, batch, compute, chunk_size=32)
         return loss_sum
 
     def run(params, batch):

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from mice_jax.evals import prefix_tree
 from mice_jax.evals.prefix_tree import Request
 from mice_jax.inference.sampler import cast_params
-from mice_jax.loss import logit_tokens
+from mice_jax.loss import tokens_per_chunk
 from mice_jax.models import rope
-from mice_jax.models.attention import choose_backend
+from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.attention.tree import Trees
 from mice_jax.models.spec import LongScaling, ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params
@@ -80,18 +80,20 @@ class Scorer:
         device = self._mesh.devices.flat[0]
         attention = choose_backend(
             "auto",
-            self._spec,
-            platform=device.platform,
-            compute_capability=getattr(device, "compute_capability", None),
-            dtype=str(self._dtype),
-            max_length=shape.trunks,
-            deterministic=False,
+            AttentionRequirements(
+                self._spec,
+                platform=device.platform,
+                compute_capability=getattr(device, "compute_capability", None),
+                dtype=str(self._dtype),
+                max_length=shape.trunks,
+                deterministic=False,
+            ),
         )
         shards = num_shards(self._mesh)
         size = len(arrays["tokens"]) // shards
         ours = [r for s in local_shards(self._mesh) for r in range(s * size, (s + 1) * size)]
         on_devices = put_rows({name: x[ours] for name, x in arrays.items()}, self._mesh)
-        chunk = min(shape.scored, max(1, 1 << (logit_tokens(self._spec.vocab_size) // size).bit_length() - 1))
+        chunk = min(shape.scored, max(1, 1 << (tokens_per_chunk(self._spec.vocab_size) // size).bit_length() - 1))
         with jax.set_mesh(self._mesh):
             return self._score(params, on_devices, attention=attention, chunk=chunk)
 
@@ -110,7 +112,7 @@ def _score(
     """The log-probability of each target [B M], and whether nothing is likelier."""
     model = decoder.bind(cast_params(params, dtype))
     forest = Trees(rows["segment_ids"], rows["positions"], rows["number"], rows["reach"])
-    hidden = model.branched(rows["tokens"], rows["lengths"], forest, Compute(dtype, attention, "none"))
+    hidden = model.hidden_of_trees(rows["tokens"], rows["lengths"], forest, Compute(dtype, attention, "none"))
     hidden = jnp.take_along_axis(hidden, rows["slots"][..., None], axis=1)  # [B M D]
 
     def compare(scored: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

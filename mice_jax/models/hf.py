@@ -162,12 +162,6 @@ def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str
     return count
 
 
-def named_arrays(params: Params, decoder: Decoder, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
-    """A tree like the parameters', tensor by tensor as a checkpoint names and lays them out."""
-    for tensor in _tensors(decoder, FAMILIES[architecture]):
-        yield tensor.name, np.concatenate(list(_to_hf(params, tensor)))
-
-
 def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> Params:
     """Which parameters are trained where the tensors that match `frozen` are not.
 

@@ -1,6 +1,6 @@
-"""Rotary positions: the frequencies of every kind of scaling, and the turning of queries and keys.
+"""Rotary positions: the frequencies of every kind of scaling, and the rotation of queries and keys.
 
-Frequencies are rounded to float32 at each step at which the checkpoints' own code rounds them: a difference in
+Frequencies are rounded to float32 after each operation after which transformers rounds them, because a difference in
 the last place is multiplied by the position.
 """
 
@@ -13,26 +13,25 @@ import numpy as np
 
 from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 
-# B rows, T slots, H head_dim, R = half the dims that are turned
+# B rows, T slots, H head_dim, R = half the number of dims that are rotated
 
-Turns = tuple[jax.Array, jax.Array]  # cosines and sines [B T R], float32
+RopeTables = tuple[jax.Array, jax.Array]  # cosines and sines, [B T R] float32
 
 
 class Frequencies(NamedTuple):
-    """Radians a position."""
+    """Rotation angles per position, in radians."""
 
     short: np.ndarray  # [R] float32
-    long: np.ndarray | None  # [R] for samples of more than `original_positions` tokens, where they differ
+    long: np.ndarray | None  # [R] for samples of more than `original_positions` tokens; None if they are the same
     original_positions: int
-    factor: float  # on cosines and sines
+    factor: float  # multiplies cosines and sines
 
 
 def frequencies(rope: Rope) -> Frequencies:
-    """The frequencies of a kind of RoPE."""
+    """The frequencies of a RoPE, by its kind of scaling."""
     exponents = np.arange(0, rope.dims, 2, dtype=np.float32) / np.float32(rope.dims)
-    periods = (rope.theta ** exponents.astype(np.float64)).astype(
-        np.float32
-    )  # XLA's pow is not exact to the last place
+    # The power is computed in float64, since XLA's float32 pow is not exact to the last place.
+    periods = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     base, scaling = np.float32(1) / periods, rope.scaling
     match scaling:
         case None:
@@ -44,17 +43,15 @@ def frequencies(rope: Rope) -> Frequencies:
         case YarnScaling():
             return Frequencies(_yarn(periods, rope, scaling), None, 0, scaling.attention_factor)
         case LongScaling():
-            short, long = (
-                np.float32(1) / (np.array(f, np.float32) * periods)
-                for f in (scaling.short_factors, scaling.long_factors)
-            )
+            short = np.float32(1) / (np.array(scaling.short_factors, np.float32) * periods)
+            long = np.float32(1) / (np.array(scaling.long_factors, np.float32) * periods)
             return Frequencies(short, long, scaling.original_positions, scaling.attention_factor)
 
 
 def _llama3(base: np.ndarray, s: Llama3Scaling) -> np.ndarray:
     wavelengths = np.float32(2 * math.pi) / base
-    turns = np.float32(s.original_positions) / wavelengths  # of each frequency over the original length
-    blend = (turns - np.float32(s.low_freq_factor)) / np.float32(s.high_freq_factor - s.low_freq_factor)
+    rotations = np.float32(s.original_positions) / wavelengths  # over the original length, by each frequency
+    blend = (rotations - np.float32(s.low_freq_factor)) / np.float32(s.high_freq_factor - s.low_freq_factor)
     slow = base / np.float32(s.factor)
     blended = (1 - blend) * base / np.float32(s.factor) + blend * base
     scaled = np.where(wavelengths > s.original_positions / s.low_freq_factor, slow, blended)
@@ -62,56 +59,64 @@ def _llama3(base: np.ndarray, s: Llama3Scaling) -> np.ndarray:
 
 
 def _yarn(periods: np.ndarray, rope: Rope, s: YarnScaling) -> np.ndarray:
-    def dim_of(turns: float) -> float:
-        """The dim whose frequency makes so many turns over the original length."""
-        return rope.dims * math.log(s.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    def dim_of(rotations: float) -> float:
+        """The dim whose frequency makes `rotations` full rotations over the original length."""
+        return rope.dims * math.log(s.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dim_of(s.beta_fast), dim_of(s.beta_slow)
     if s.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dims - 1)
-    width = high - low or 0.001  # a step, where the ramp has no width
+    width = high - low or 0.001  # a ramp without width becomes a step
     ramp = np.clip((np.arange(rope.dims // 2, dtype=np.float32) - np.float32(low)) / np.float32(width), 0, 1)
-    kept = 1 - ramp.astype(np.float32)
+    share_of_original = 1 - ramp.astype(np.float32)
     interpolated = np.float32(1) / (np.float32(s.factor) * periods)
-    return (interpolated * (1 - kept) + np.float32(1) / periods * kept).astype(np.float32)
+    return (interpolated * (1 - share_of_original) + np.float32(1) / periods * share_of_original).astype(np.float32)
 
 
 def needs_lengths(ropes: tuple[Rope | None, ...]) -> bool:
-    """Whether how a token is turned depends on its sample's length."""
+    """Whether the rotation of a token depends on the length of its sample."""
     return any(rope is not None and isinstance(rope.scaling, LongScaling) for rope in ropes)
 
 
-def turns(rope: Rope | None, dims: int, positions: jax.Array, lengths: jax.Array | None) -> Turns:
-    """Cosines and sines [B T dims/2] for positions [B T]; those of no turn at all where there is no rope.
+def rope_tables(rope: Rope | None, dims: int, positions: jax.Array, lengths: jax.Array | None) -> RopeTables:
+    """Computes the cosines and sines of the rotation of each slot.
 
-    `lengths`, broadcastable to [B T], are those of the samples that the tokens belong to.
+    Args:
+      rope: the kind of RoPE; None gives the identity rotation.
+      dims: the number of dims that are rotated, where `rope` is None.
+      positions: [B T] int32.
+      lengths: the length of the sample to which each slot belongs, int32, broadcastable to [B T]; may be None unless
+        `needs_lengths`.
+
+    Returns:
+      Cosines and sines, [B T R] float32.
     """
     if rope is None:
-        still = jnp.zeros((*positions.shape, dims // 2), jnp.float32)
-        return still + 1, still
+        zeros = jnp.zeros((*positions.shape, dims // 2), jnp.float32)
+        return zeros + 1, zeros
     f = frequencies(rope)
     angles = positions[..., None].astype(jnp.float32) * f.short
     if f.long is not None:
         assert lengths is not None
-        beyond = jnp.broadcast_to(lengths > f.original_positions, positions.shape)
-        angles = jnp.where(beyond[..., None], positions[..., None].astype(jnp.float32) * f.long, angles)
+        is_long = jnp.broadcast_to(lengths > f.original_positions, positions.shape)
+        angles = jnp.where(is_long[..., None], positions[..., None].astype(jnp.float32) * f.long, angles)
     factor = np.float32(f.factor)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: jax.Array, by: Turns) -> jax.Array:
-    """[B T heads H] with its first 2R dims turned, in float32."""
-    cos, sin = (y[:, :, None] for y in by)
+def apply_rope(x: jax.Array, tables: RopeTables) -> jax.Array:
+    """Rotates the first 2R dims of queries or keys [B T heads H], in float32, and returns them in their own dtype."""
+    cos, sin = tables[0][:, :, None], tables[1][:, :, None]
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
 
 
 def sample_lengths(segment_ids: jax.Array) -> jax.Array:
-    """[B T] -> [B T]: how many slots the segment of each slot has."""
+    """Segments [B T] -> the number of slots of the segment of each slot, [B T] int32."""
     t = segment_ids.shape[1]
     slots = jnp.arange(t, dtype=jnp.int32)
     edge = segment_ids[:, 1:] != segment_ids[:, :-1]

@@ -20,7 +20,15 @@ from jax.sharding import Mesh
 
 from mice_jax.config import nearest
 from mice_jax.errors import UserError, one_line
-from mice_jax.hardware import CHIPS, GPUS_OF_A_HOST, TAKEN, Chip, cpu_chip, measured_matmul, share_taken
+from mice_jax.hardware import (
+    CHIPS,
+    DEFAULT_GPU_MEMORY_FRACTION,
+    GPUS_PER_HOST,
+    Chip,
+    cpu_chip,
+    gpu_memory_fraction,
+    measure_matmul_flops,
+)
 from mice_jax.step import Jitted, StepFunctions
 from mice_jax.training.memory_model import bytes_per_device, host_memory_bytes
 from mice_jax.training.precompile import abstract_batch
@@ -88,7 +96,7 @@ def find_topology(topology: str, device_file: str = "") -> Topology:
 def _cpus(topology: str, count: int) -> Topology:
     there = jax.devices("cpu")
     assert len(there) >= count, "the command asks for them before JAX starts"
-    return Topology(topology, cpu_chip(count, measured_matmul(), host_memory_bytes()), count, there[:count])
+    return Topology(topology, cpu_chip(count, measure_matmul_flops(), host_memory_bytes()), count, there[:count])
 
 
 def _tpus(topology: str, family: str, shape: str) -> Topology:
@@ -116,16 +124,16 @@ def _tpus(topology: str, family: str, shape: str) -> Topology:
 
 def _gpus(topology: str, family: str, count: int, device_file: str) -> Topology:
     chip, devices = CHIPS[family], None
-    chip = dataclasses.replace(chip, memory=chip.memory * share_taken() / TAKEN)
-    if device_file and count > GPUS_OF_A_HOST and count % GPUS_OF_A_HOST:
+    chip = dataclasses.replace(chip, memory=chip.memory * gpu_memory_fraction() / DEFAULT_GPU_MEMORY_FRACTION)
+    if device_file and count > GPUS_PER_HOST and count % GPUS_PER_HOST:
         raise UserError(
-            f"--topology={topology}: {count} GPUs fill no whole hosts of {GPUS_OF_A_HOST}, and can only be estimated: "
-            f"take {count // GPUS_OF_A_HOST * GPUS_OF_A_HOST}, or leave --device_file out."
+            f"--topology={topology}: {count} GPUs fill no whole hosts of {GPUS_PER_HOST}, and can only be estimated: "
+            f"take {count // GPUS_PER_HOST * GPUS_PER_HOST}, or leave --device_file out."
         )
     if device_file:
         if not Path(device_file).is_file():
             raise UserError(f"--device_file={device_file}: there is no such file.")
-        hosts = f"1x{-(-count // GPUS_OF_A_HOST)}x{min(count, GPUS_OF_A_HOST)}"
+        hosts = f"1x{-(-count // GPUS_PER_HOST)}x{min(count, GPUS_PER_HOST)}"
         try:
             devices = topologies.get_topology_desc(
                 platform="cuda", topology_name=family, target_config=Path(device_file).read_text(), topology=hosts
@@ -155,7 +163,7 @@ def compile_memory(
         "apply": (fns.apply, (state, sums, float("inf")), ()),
         "evaluate": (fns.evaluate, (state.params, batch), (state.step, state.opt_state, sums)),
         "zero_sums": (fns.zero_sums, (), state),
-        "start": (fns.start, (state.params,), sums),
+        "start": (fns.from_params, (state.params,), sums),
     }
 
     there = assume_compute_capability(chip.capability) if chip.capability else contextlib.nullcontext()

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from mice_jax.hardware import GPUS_OF_A_HOST, NETWORK_RATE, Chip, train_flops
+from mice_jax.hardware import GPUS_PER_HOST, NETWORK_RATE, Chip, train_flops
 from mice_jax.models.attention import BACKENDS
 from mice_jax.sharding import num_shards
 from mice_jax.training import memory_model
@@ -56,7 +56,7 @@ def estimate_step_time(
     slots = share * inputs.max_length
     products = train_flops(spec, np.array([1.0])) * slots
     attention = (train_flops(spec, np.array([length])) / length - train_flops(spec, np.array([1.0]))) * slots
-    dots = 0.0 if BACKENDS[inputs.attention].keeps else attention / 3
+    dots = 0.0 if BACKENDS[inputs.attention].saved_by_dots else attention / 3
     again = {"none": 0.0, "dots": dots, "full": (products + attention) / 3}[remat]
     compute_s = (products + attention + again) / tensor / (MATMUL_EFFICIENCY * chip.peak_flops)
 
@@ -86,9 +86,9 @@ def _link_rate(chip: Chip, mesh: Mesh | AbstractMesh, axis: str) -> float:
     """
     names = list(mesh.shape)
     apart = math.prod(mesh.shape[name] for name in names[names.index(axis) + 1 :])  # from one of a group to the next
-    if chip.platform != "gpu" or apart * mesh.shape[axis] <= GPUS_OF_A_HOST:
+    if chip.platform != "gpu" or apart * mesh.shape[axis] <= GPUS_PER_HOST:
         return chip.link_rate
-    return min(chip.link_rate, max(1, GPUS_OF_A_HOST // apart) * NETWORK_RATE)
+    return min(chip.link_rate, max(1, GPUS_PER_HOST // apart) * NETWORK_RATE)
 
 
 def describe_assumptions(chip: Chip) -> str:

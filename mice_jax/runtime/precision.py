@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 
 
-def multiply_in(dtype: Any, platform: str) -> None:
-    """Has this process's products of a run that computes in float32 be float32's, on devices of such a platform.
+def set_float32_matmul_precision(dtype: Any, platform: str) -> None:
+    """Makes a float32 run on GPUs or TPUs multiply in full float32 precision.
 
-    GPUs and TPUs round the operands otherwise, to 10 bits (TF32) or to 7 (bfloat16), whatever their dtype says. What
-    the user asks of jax stays ($JAX_DEFAULT_MATMUL_PRECISION).
+    By default these devices round the operands of float32 products to 10 bits (TF32) or 7 bits (bfloat16). A precision
+    that the user has set, for example by $JAX_DEFAULT_MATMUL_PRECISION, is kept.
+
+    Args:
+      dtype: the dtype of computation of the run.
+      platform: cpu, gpu or tpu.
     """
-    settings: Any = jax.config  # its attributes are made when it is imported
+    settings: Any = jax.config  # pyright does not see its attributes, which JAX adds at import
     if jnp.dtype(dtype) == jnp.float32 and platform != "cpu" and settings.jax_default_matmul_precision is None:
         jax.config.update("jax_default_matmul_precision", "highest")

@@ -13,12 +13,12 @@ from jax.sharding import AbstractMesh, Mesh
 from mice_jax.config import Config
 from mice_jax.errors import UserError
 from mice_jax.models import hf
-from mice_jax.models.attention import choose_backend
+from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder
 from mice_jax.optim import Schedule, make_optimizer, make_phase_schedule
 from mice_jax.sharding import num_shards
-from mice_jax.step import StepFunctions, lay_out, make_step
+from mice_jax.step import StepFunctions, make_abstract_state, make_step
 from mice_jax.training import memory_model
 from mice_jax.training.phases import Stretch
 
@@ -38,12 +38,14 @@ def attention(
     try:
         return choose_backend(
             taken,
-            spec,
-            platform=platform,
-            compute_capability=capability,
-            dtype=compute_dtype(config, platform),
-            max_length=config.data.max_length,
-            deterministic=config.train.deterministic,
+            AttentionRequirements(
+                spec,
+                platform=platform,
+                compute_capability=capability,
+                dtype=compute_dtype(config, platform),
+                max_length=config.data.max_length,
+                deterministic=config.train.deterministic,
+            ),
         )
     except UserError as e:
         if taken == asked:
@@ -79,7 +81,7 @@ def memory_inputs(
     """What a run lays on one device, by which rows and remat are chosen."""
     return memory_model.MemoryInputs(
         decoder,
-        lay_out(decoder, optimizer(config, decoder, architecture)[0], mesh),
+        make_abstract_state(decoder, optimizer(config, decoder, architecture)[0], mesh),
         mesh,
         jnp.dtype(dtype),
         attention,

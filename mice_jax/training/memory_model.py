@@ -17,7 +17,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from mice_jax.hardware import find_chip
-from mice_jax.loss import logit_tokens
+from mice_jax.loss import tokens_per_chunk
 from mice_jax.models.attention import BACKENDS
 from mice_jax.models.transformer import Decoder
 from mice_jax.step import TrainState
@@ -113,7 +113,7 @@ def max_fitting_rows(inputs: MemoryInputs, memory: float, remat: str, most: int)
 def max_useful_rows(inputs: MemoryInputs, platform: str, wanted: float) -> int:
     """Rows that attention can count, beyond which a microbatch is no faster, or a step (of `wanted`) has no more."""
     most = max(1, MAX_CPU_SLOTS // inputs.max_length) if platform == "cpu" else MAX_ROWS
-    countable = BACKENDS[inputs.attention].entries / (inputs.max_length * _widths(inputs)[1])
+    countable = BACKENDS[inputs.attention].max_entries / (inputs.max_length * _widths(inputs)[1])
     return max(1, int(min(most, round(wanted), countable)))
 
 
@@ -148,7 +148,7 @@ def _widths(inputs: MemoryInputs) -> tuple[int, int, int, int]:
 def _saved_per_slot(inputs: MemoryInputs, remat: str) -> int:
     """Entries a slot that a layer keeps for the backward pass."""
     d, q, k, f = _widths(inputs)
-    result = q if BACKENDS[inputs.attention].keeps else 0
+    result = q if BACKENDS[inputs.attention].saved_by_dots else 0
     windows = len(set(inputs.decoder.spec.windows))  # a branch each: a switch keeps more for several
     return {
         "full": d,  # what went in
@@ -181,5 +181,5 @@ def _gathered_weights(inputs: MemoryInputs) -> int:
 def _lm_head_bytes(inputs: MemoryInputs, rows: int) -> int:
     """Bytes of the output projection, whole, and of its gradient in float32, and of a chunk's logits, three of them."""
     vocab = inputs.decoder.vocab_rows // inputs.mesh.shape["tensor"]
-    tokens = max(rows, logit_tokens(inputs.decoder.vocab_rows))
+    tokens = max(rows, tokens_per_chunk(inputs.decoder.vocab_rows))
     return vocab * (inputs.decoder.spec.d_model * (inputs.dtype.itemsize + 4) + 3 * 4 * tokens)

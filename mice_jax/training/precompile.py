@@ -45,7 +45,7 @@ def compile_step_functions(
         fns.accumulate.compile(state.params, sums, abstract_batch(mesh, shape.rows, shape.slots))
     fns.apply.compile(state, sums, 0.0)
     if resets:
-        fns.start.compile(state.params)
+        fns.from_params.compile(state.params)
     for shape in evaluated:
         fns.evaluate.compile(state.params, abstract_batch(mesh, shape.rows, shape.slots))
     return time.perf_counter() - began

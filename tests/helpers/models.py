@@ -1,8 +1,9 @@
 """Small models, meshes and batches that the tests of the model path share."""
 
 import copy
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mice_jax import sharding
 from mice_jax.data.loader import Arrays, empty_rows, put_sample
 from mice_jax.models import hf
+from mice_jax.models.families import FAMILIES
 from mice_jax.models.spec import ModelSpec, Rope
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 
-VOCAB = 101  # no multiple of what it is padded to, nor of a tensor axis
+VOCAB = 101  # a multiple neither of what it is padded to nor of a tensor axis
 
 # For functions that a test jits by itself: compiling is most of its time, and this halves it.
 QUICK = {"xla_backend_optimization_level": 0}
@@ -139,15 +141,40 @@ def whole(folder: Path) -> dict[str, np.ndarray]:
     return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
 
 
-def our_logits(decoder: Decoder, params: Params, rows: Arrays, attention: str = "blockwise") -> np.ndarray:
-    """float32 logits [B T V] of packed rows."""
+def hf_arrays(params: Params, decoder: Decoder, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
+    """A tree like the parameters', tensor by tensor, with the names and shapes of a checkpoint."""
+    for tensor in hf._tensors(decoder, FAMILIES[architecture]):
+        yield tensor.name, np.concatenate(list(hf._to_hf(params, tensor)))
+
+
+def logits_of(decoder: Decoder, params: Params, rows: Arrays, compute: Compute) -> jax.Array:
+    """float32 logits [B T V] of packed rows, for use inside a jitted function."""
+    model = decoder.bind(params)
+    return model.logits(model.hidden(rows["tokens"], rows["positions"], rows["segment_ids"], compute))
+
+
+@functools.cache
+def _logits_function(decoder: Decoder, attention: str) -> Callable[[Params, Arrays], jax.Array]:
     compute = Compute(jnp.dtype("float32"), attention, "none")
+    return jax.jit(lambda params, rows: logits_of(decoder, params, rows, compute), compiler_options=QUICK)
 
-    def run(params: Params, rows: Arrays) -> jax.Array:
-        model = decoder.bind(params)
-        return model.logits(model.hidden(rows["tokens"], rows["positions"], rows["segment_ids"], compute))
 
-    return np.asarray(jax.jit(run, compiler_options=QUICK)(params, rows))
+def our_logits(decoder: Decoder, params: Params, rows: Arrays, attention: str = "blockwise") -> np.ndarray:
+    """float32 logits [B T V] of packed rows; with blockwise attention by one compiled program per decoder."""
+    return np.asarray(_logits_function(decoder, attention)(params, rows))
+
+
+def uncompiled_logits(decoder: Decoder, params: Params, rows: Arrays) -> np.ndarray:
+    """The same with reference attention, one operation after another.
+
+    Operations are compiled once per shape, and models of one size share them: much quicker than compiling a program
+    for each of many variants of a model.
+    """
+    compute = Compute(jnp.dtype("float32"), "reference", "none")
+    with jax.disable_jit():
+        return np.asarray(
+            logits_of(decoder, jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, rows), compute)
+        )
 
 
 def torch_logits(model: PreTrainedModel, tokens: np.ndarray) -> np.ndarray:

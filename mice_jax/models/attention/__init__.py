@@ -1,7 +1,7 @@
-"""Attention within segments: one contract, a table of backends, and the choice between them.
+"""Attention within segments: one function, a table of backends that compute it, and the choice between them.
 
-A token attends causally within its own segment, and within the window that the model may have; padding (segment 0)
-attends to nothing and gives zeros. A backend that cannot honour segment ids has no place in the table.
+A token attends causally within its own segment, and within the window if its layer has one. Padding (segment 0)
+attends to nothing and gives zeros. Every backend in the table supports segment ids.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from mice_jax.errors import UserError
 from mice_jax.models.attention.blockwise import blockwise
-from mice_jax.models.attention.cudnn import MOST_ENTRIES, cudnn, softmax_bytes
+from mice_jax.models.attention.cudnn import MAX_ENTRIES, cudnn, softmax_bytes
 from mice_jax.models.attention.pallas import pallas
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.score_function import Scoring
@@ -22,161 +22,182 @@ from mice_jax.models.attention.splash import splash
 from mice_jax.models.spec import ModelSpec
 from mice_jax.sharding import BATCH_AXES
 
+# B rows, T slots, N query heads, K key heads, H head_dim
+
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Scoring], jax.Array]
+Version = tuple[int, ...]
+
+MAX_ROW_BYTES = 2 * 2**30  # what a backend may need for one row in one layer besides what all backends need
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionRequirements:
+    """What a run needs of an attention backend. The devices need not be present."""
+
+    spec: ModelSpec
+    platform: str  # cpu, gpu or tpu
+    compute_capability: str | None  # of an NVIDIA GPU, such as "9.0"; None for any other device
+    dtype: str  # of queries, keys and values
+    max_length: int  # slots of the longest row
+    deterministic: bool  # train.deterministic
 
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """One way to compute attention, and what it can honour besides segments, windows and shared key heads."""
+    """One way to compute attention, and its limits."""
 
     kernel: Kernel
-    platform: str | None = None  # cpu | gpu | tpu; None: any
-    capability: tuple[int, int] | None = None  # the least of an NVIDIA GPU; None: any device
-    below: tuple[int, int] = (99, 0)  # a capability that is too much
+    platform: str | None = None  # cpu, gpu or tpu; None for any
+    min_capability: Version | None = None  # of an NVIDIA GPU; None for any device
+    below_capability: Version = (99, 0)  # the first capability that is not supported
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    softcaps: bool = True
-    head_dim: float = math.inf  # at most,
-    head_dim_from: tuple[tuple[int, int], float] = ((99, 0), math.inf)  # and from a capability on
-    entries: float = math.inf  # of a device's queries, at most
-    row_bytes: Callable[[int, int], int] = lambda slots, heads: 0  # that a layer takes beside what all take
-    keeps: bool = True  # its result, under remat=dots; else that is computed twice
-    deterministic: bool = True  # under train.deterministic
+    supports_softcap: bool = True
+    max_head_dim: float = math.inf
+    # Another limit of head_dim, from a capability on.
+    max_head_dim_from: tuple[Version, float] = ((99, 0), math.inf)
+    max_entries: float = math.inf  # of the queries of one device
+    # Bytes for a row of (slots, heads) in one layer, besides what all backends need.
+    row_bytes: Callable[[int, int], int] = lambda slots, heads: 0
+    saved_by_dots: bool = True  # whether remat "dots" saves the result; otherwise attention is computed twice
+    deterministic: bool = True  # whether gradients are bit-equal from run to run
 
+    def unsupported(self, run: AttentionRequirements) -> list[str]:
+        """What this backend does not support, each as a clause of an error message with the run's value."""
+        problems = []
+        version = _version(run.compute_capability)
+        if self.platform not in (None, run.platform):
+            problems.append(f"it runs on {self.platform}, and the devices are of platform {run.platform}")
+        elif self.min_capability and not self.min_capability <= version < self.below_capability:
+            wanted = f"{_dotted(self.min_capability)} or more"
+            if version >= self.below_capability:
+                wanted += f" and less than {_dotted(self.below_capability)}"
+            found = run.compute_capability or "none"
+            problems.append(f"it needs an NVIDIA GPU of compute capability {wanted}, and the devices have {found}")
+        if run.dtype not in self.dtypes:
+            computed = " or ".join(self.dtypes)
+            problems.append(f"it computes in {computed}, and the run in {run.dtype} (model.compute_dtype)")
+        softcap = run.spec.attention_softcap
+        if softcap is not None and not self.supports_softcap:
+            problems.append(f"it has no soft cap on scores, and the model has one of {softcap}")
+        max_dims, where = self.max_head_dim, ""
+        newer, newer_max_dims = self.max_head_dim_from
+        if version >= newer:
+            max_dims, where = newer_max_dims, f" on capability {run.compute_capability}"
+        if run.spec.head_dim > max_dims:
+            problems.append(f"its heads have at most {max_dims} dims{where}, and the model's have {run.spec.head_dim}")
+        size = self.row_bytes(run.max_length, run.spec.num_heads)
+        if size > MAX_ROW_BYTES:
+            problems.append(
+                f"its softmax sums take {size / 2**30:.1f} GiB for a row of data.max_length={run.max_length} slots and "
+                f"{run.spec.num_heads} heads, of which {MAX_ROW_BYTES / 2**30:.0f} GiB at most are allowed"
+            )
+        if run.deterministic and not self.deterministic:
+            problems.append("its gradients are not bit-equal from run to run, as train.deterministic=True requires")
+        return problems
 
-MOST_ROW_BYTES = 2 * 2**30  # of `row_bytes`: more would crowd out the run
 
 # In the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
-    # On a TPU the best, whatever the run.
+    # The best on a TPU for any run.
     "splash": Backend(splash, platform="tpu"),
-    # Its maker's kernels, for Hopper and the Blackwell of data centres; on the consumers' (12.0) old versions of cuDNN
-    # train no packed rows, and on neither Blackwell does its backward pass take wide heads, as on Hopper. Under XLA's
-    # flag for it the gradients would be bit-equal from run to run, but for packed rows that can take memory with the
-    # square of all slots together.
+    # NVIDIA's kernels, for Hopper and the Blackwell of data centres. On consumer Blackwell (12.0) old versions of
+    # cuDNN cannot train packed rows. On neither Blackwell does the backward pass support heads as wide as on Hopper.
+    # An XLA flag makes its gradients bit-equal from run to run, but packed rows can then take memory with the square
+    # of all slots together.
     "cudnn": Backend(
         cudnn,
         platform="gpu",
-        capability=(9, 0),
-        below=(12, 0),
+        min_capability=(9, 0),
+        below_capability=(12, 0),
         dtypes=("bfloat16",),
-        softcaps=False,
-        head_dim=256,
-        head_dim_from=((10, 0), 128),
-        entries=MOST_ENTRIES,
+        supports_softcap=False,
+        max_head_dim=256,
+        max_head_dim_from=((10, 0), 128),
+        max_entries=MAX_ENTRIES,
         row_bytes=softmax_bytes,
-        keeps=False,
+        saved_by_dots=False,
         deterministic=False,
     ),
-    # What cuDNN cannot, and older GPUs.
-    "pallas": Backend(pallas, platform="gpu", capability=(8, 0), head_dim=256),
-    # Memory linear in T; skips the key blocks outside a query block's segments and window.
+    # For older GPUs and for what cuDNN does not support.
+    "pallas": Backend(pallas, platform="gpu", min_capability=(8, 0), max_head_dim=256),
+    # Memory is linear in T; key blocks outside a query block's segments and window are skipped.
     "blockwise": Backend(blockwise),
-    # One [T, T] mask a row: for short rows, and what the others are tested against.
-    "reference": Backend(reference, keeps=False),
+    # One [T, T] mask per row: for short rows, and as the reference of tests.
+    "reference": Backend(reference, saved_by_dots=False),
 }
 
 
-def choose_backend(
-    name: str,
-    spec: ModelSpec,
-    *,
-    platform: str,
-    compute_capability: str | None,
-    dtype: str,
-    max_length: int,
-    deterministic: bool,
-) -> str:
-    """The backend of `model.attention`: the first that can honour the run for "auto", else the one that is named.
+def choose_backend(name: str, run: AttentionRequirements) -> str:
+    """Chooses the attention backend of a run.
 
     Args:
-      platform: cpu, gpu or tpu: of the devices that the run is for, which need not be here.
-      compute_capability: "9.0", as an NVIDIA GPU has it; None for any other device.
-      dtype: that queries, keys and values are computed in.
-      max_length: slots of the longest row.
-      deterministic: train.deterministic.
+      name: the value of `model.attention`: a key of `BACKENDS`, or "auto" for the first that supports the run.
+      run: what the run needs.
 
-    Raises UserError where the named one cannot honour the run, with what it lacks and what can.
+    Returns:
+      A key of `BACKENDS`.
+
+    Raises:
+      UserError: the named backend is unknown or does not support the run; names what it lacks and the alternatives.
     """
-
-    def lacks(backend: Backend) -> list[str]:
-        return _lacks(backend, spec, platform, compute_capability, dtype, max_length, deterministic)
-
-    able = [other for other, backend in BACKENDS.items() if not lacks(backend)]
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(BACKENDS)
+        raise UserError(f"model.attention={name!r} is not an attention backend. Set it to auto or one of {known}.")
+    able = [other for other, backend in BACKENDS.items() if not backend.unsupported(run)]
     if name == "auto":
         return able[0]
-    if name not in BACKENDS:
-        raise UserError(f"model.attention={name!r} is no attention backend: take auto or one of {', '.join(BACKENDS)}.")
-    if missing := lacks(BACKENDS[name]):
+    problems = BACKENDS[name].unsupported(run)
+    if problems:
         raise UserError(
-            f"model.attention={name!r} cannot honour this run: {'; '.join(missing)}. What can: {', '.join(able)}; auto "
-            f"takes {able[0]}."
+            f"model.attention={name!r} does not support this run: {'; '.join(problems)}. Set it to one of "
+            f"{', '.join(able)}, or to auto, which takes {able[0]}."
         )
     return name
-
-
-def _lacks(
-    backend: Backend,
-    spec: ModelSpec,
-    platform: str,
-    compute_capability: str | None,
-    dtype: str,
-    max_length: int,
-    deterministic: bool,
-) -> list[str]:
-    """What of a run a backend cannot honour, each with the run's value."""
-    lacks, version = [], _version(compute_capability)
-    if backend.platform not in (None, platform):
-        lacks.append(f"it runs on {backend.platform}, and the devices are of platform {platform}")
-    elif backend.capability and not backend.capability <= version < backend.below:
-        least, most = (".".join(map(str, x)) for x in (backend.capability, backend.below))
-        wanted = f"{least} or more" + (f" and less than {most}" if version >= backend.below else "")
-        there = compute_capability or "none"
-        lacks.append(f"it needs an NVIDIA GPU of compute capability {wanted}, and the devices have {there}")
-    if dtype not in backend.dtypes:
-        lacks.append(f"it computes in {' or '.join(backend.dtypes)}, and the run in {dtype} (model.compute_dtype)")
-    if spec.attention_softcap is not None and not backend.softcaps:
-        lacks.append(f"it has no soft cap on scores, and the model has one of {spec.attention_softcap}")
-    newer, dims = backend.head_dim_from
-    if spec.head_dim > (dims := dims if version >= newer else backend.head_dim):
-        there = f" on capability {compute_capability}" if version >= newer else ""
-        lacks.append(f"its heads have at most {dims} dims{there}, and the model's have {spec.head_dim}")
-    if (size := backend.row_bytes(max_length, spec.num_heads)) > MOST_ROW_BYTES:
-        lacks.append(
-            f"its softmax sums take {size / 2**30:.1f} GiB for a row of data.max_length={max_length} slots and "
-            f"{spec.num_heads} heads, of which {MOST_ROW_BYTES / 2**30:.0f} GiB at most are allowed"
-        )
-    if deterministic and not backend.deterministic:
-        lacks.append("its gradients are not bit-equal from run to run, which train.deterministic=True asks for")
-    return lacks
-
-
-def _version(capability: str | None) -> tuple[int, ...]:
-    """A capability "9.0" -> (9, 0); () for what is no NVIDIA GPU."""
-    parts = (capability or "").split(".")
-    return tuple(int(p) for p in parts) if all(p.isdecimal() for p in parts) else ()
 
 
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scoring: Scoring, *, backend: str
 ) -> jax.Array:
-    """[B T N H] queries over [B T K H] keys and values, segments [B T] -> [B T N H] in q's dtype.
+    """Computes attention of packed rows.
 
-    Under a mesh each device works on its own rows and heads. K heads that the tensor axis does not divide are
-    repeated to the query heads they serve; query heads that it does not divide are joined by heads of zeros.
+    Under a mesh, each device works on its own rows and heads. If the tensor axis does not divide the key heads, they
+    are repeated to the query heads that they serve; if it does not divide the query heads, heads of zeros are added.
+
+    Args:
+      q: [B T N H].
+      k: [B T K H], where K divides N.
+      v: [B T K H].
+      segment_ids: [B T] int32, 0 for padding.
+      scoring: scale, window and soft cap.
+      backend: a key of `BACKENDS`.
+
+    Returns:
+      [B T N H] in the dtype of `q`, zero at padding.
     """
+    kernel = BACKENDS[backend].kernel
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return BACKENDS[backend].kernel(q, k, v, segment_ids, scoring)
-    n, tensor = q.shape[2], mesh.shape["tensor"]
+        return kernel(q, k, v, segment_ids, scoring)
+    num_heads, tensor = q.shape[2], mesh.shape["tensor"]
     if k.shape[2] % tensor:
-        k, v = (jnp.repeat(x, n // x.shape[2], axis=2) for x in (k, v))
-    if n % tensor:  # then k and v have been repeated to n heads
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -n % tensor), (0, 0))) for x in (q, k, v))
+        k, v = (jnp.repeat(x, num_heads // x.shape[2], axis=2) for x in (k, v))
+    if num_heads % tensor:  # k and v have num_heads heads by now
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -num_heads % tensor), (0, 0))) for x in (q, k, v))
     heads, rows = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
     local = jax.shard_map(
-        lambda q, k, v, s: BACKENDS[backend].kernel(q, k, v, s, scoring),
+        lambda q, k, v, s: kernel(q, k, v, s, scoring),
         in_specs=(heads, heads, heads, rows),
         out_specs=heads,
         check_vma=False,
     )
-    return local(q, k, v, segment_ids)[:, :, :n]
+    return local(q, k, v, segment_ids)[:, :, :num_heads]
+
+
+def _version(capability: str | None) -> Version:
+    """A capability "9.0" -> (9, 0); () if it is not that of an NVIDIA GPU."""
+    parts = (capability or "").split(".")
+    return tuple(int(p) for p in parts) if all(p.isdecimal() for p in parts) else ()
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))

@@ -1,9 +1,9 @@
-"""Attention block by block in plain JAX, for any backend: memory linear in T, cost following the segments.
+"""Attention block by block in plain JAX, for any device: memory is linear in T, and the cost follows the segments.
 
-The softmax is built up over key blocks and recomputed in the backward pass (FlashAttention, arXiv 2205.14135).
-A query block visits the key blocks from the start of its first segment, or of its window, to itself: packed short
-samples cost what they would alone, and a long one costs its window. Rows are taken one after another, since each has
-its own blocks to visit.
+The softmax is accumulated over key blocks and recomputed in the backward pass (FlashAttention, arXiv 2205.14135).
+A query block visits the key blocks from the start of its first segment, or of its window, up to itself. So packed
+short samples cost what they cost alone, and a long sample costs its window. Rows are computed one after another, since
+each has other blocks to visit.
 """
 
 import functools
@@ -14,19 +14,30 @@ import jax.numpy as jnp
 from jax import lax
 
 from mice_jax.models.attention.score_function import Scoring
-from mice_jax.models.attention.segments import first_seen, kept, padded
+from mice_jax.models.attention.segments import first_visible_key, mark_saveable, pad_to_multiple
 
-BLOCK = 64  # slots of a query or key block; on CPU twice as fast as 128 where samples are short
+BLOCK = 64  # slots of a query or key block; on CPU twice as fast as 128 for short samples
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 # T slots, N query heads, K key heads, G = N/K, H head_dim; J blocks of C slots, X = G*C query rows of one block
 
 
 def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scoring: Scoring) -> jax.Array:
-    """As `attention.attend`."""
+    """Computes attention as `attention.attend` describes it, on one device.
+
+    Args:
+      q: [B T N H].
+      k: [B T K H].
+      v: [B T K H].
+      segment_ids: [B T] int32.
+      scoring: scale, window and soft cap.
+
+    Returns:
+      [B T N H].
+    """
     t = q.shape[1]
     size = min(BLOCK, t)
-    q, k, v, segment_ids = padded(size, q, k, v, segment_ids)
+    q, k, v, segment_ids = pad_to_multiple(size, q, k, v, segment_ids)
     out = lax.map(lambda row: _row(row[0], row[1], row[2], row[3], size, scoring), (q, k, v, segment_ids))
     return out[:, :t]
 
@@ -56,9 +67,9 @@ def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
 
 
 def _first_blocks(segments: jax.Array, window: int | None) -> jax.Array:
-    """[J C] -> [J]: the first key block that each query block has to visit; J for a block of padding."""
+    """[J C] -> [J]: the first key block that each query block visits; J for a query block of padding."""
     blocks, size = segments.shape
-    first = first_seen(segments.reshape(-1), window)[::size] // size  # the first query reaches farthest back
+    first = first_visible_key(segments.reshape(-1), window)[::size] // size  # the first query reaches farthest back
     return jnp.where(segments.max(axis=1) > 0, first, blocks)
 
 
@@ -69,7 +80,7 @@ def _scores(
     """[K X H] and [K C H] -> float32 scores [K X C], LOWEST where masked, and the mask [1 X C]."""
     size = k_seg.size
     slots = jnp.arange(size, dtype=jnp.int32)
-    mask = scoring.in_reach(i * size + slots, j * size + slots)
+    mask = scoring.position_mask(i * size + slots, j * size + slots)
     mask &= (q_seg[:, None] == k_seg[None, :]) & (q_seg > 0)[:, None]
     mask = jnp.tile(mask, (q_block.shape[1] // size, 1))[None]
     products = jnp.einsum("kxh,kch->kxc", q_block, k_block, preferred_element_type=jnp.float32)
@@ -79,7 +90,7 @@ def _scores(
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scoring: Scoring
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [J K X H], and the log of each query's softmax denominator [J K X]."""
+    """Computes the output [J K X H], and the log of each query's softmax denominator [J K X]."""
     first = _first_blocks(segments, scoring.window)
     rows = q.shape[1:3]
 
@@ -97,7 +108,7 @@ def _forward(
         zeros = jnp.zeros(rows, jnp.float32)
         empty = (zeros + LOWEST, zeros, jnp.zeros((*rows, q.shape[3]), jnp.float32))
         top, total, out = lax.fori_loop(first[i], i + 1, key_block, empty)
-        safe = jnp.where(total > 0, total, 1.0)  # padding: nothing was summed
+        safe = jnp.where(total > 0, total, 1.0)  # a query of padding has summed nothing
         return (out / safe[..., None]).astype(q.dtype), top + jnp.log(safe)
 
     return lax.map(query_block, jnp.arange(q.shape[0], dtype=jnp.int32))
@@ -106,7 +117,7 @@ def _forward(
 def _save(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, scoring: Scoring
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out, log_total = kept(*_forward(q, k, v, segments, scoring))
+    out, log_total = mark_saveable(*_forward(q, k, v, segments, scoring))
     return out, (q, k, v, segments, out, log_total)
 
 
@@ -115,7 +126,7 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, segments, out, log_total = saved
     first = _first_blocks(segments, scoring.window)
-    # sum over keys of weight * d_weight, from the output alone
+    # The sum over keys of weight * d_weight equals the product of d_out with the output.
     row_dots = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
     def query_block(grads: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
@@ -124,8 +135,9 @@ def _backward(
             scores, mask = _scores(q[i], k[j], segments[i], segments[j], i, j, scoring)
             weights = jnp.where(mask, jnp.exp(scores - log_total[i][..., None]), 0.0)
             d_weights = jnp.einsum("kxh,kch->kxc", d_out[i], v[j], preferred_element_type=jnp.float32)
-            slopes = scoring.slopes(jnp.where(mask, scores, 0.0))  # LOWEST squared would be infinite, times 0 NaN
-            d_products = (weights * (d_weights - row_dots[i][..., None]) * slopes).astype(q.dtype)
+            # Masked scores are set to 0, because LOWEST squared is infinite, and 0 times infinity is NaN.
+            score_grad = scoring.score_grad(jnp.where(mask, scores, 0.0))
+            d_products = (weights * (d_weights - row_dots[i][..., None]) * score_grad).astype(q.dtype)
             sums = {"preferred_element_type": jnp.float32}
             dv = dv.at[j].add(jnp.einsum("kxc,kxh->kch", weights.astype(v.dtype), d_out[i], **sums))
             dk = dk.at[j].add(jnp.einsum("kxc,kxh->kch", d_products, q[i], **sums))

@@ -1,8 +1,8 @@
-"""Attention on GPUs: the algorithm of blockwise.py as Pallas kernels, which Triton compiles.
+"""Attention on GPUs: the algorithm of blockwise.py as Pallas kernels, compiled by Triton.
 
-The softmax is built up over key blocks and recomputed in the backward pass (FlashAttention-2, arXiv 2307.08691). A
-query block visits the key blocks that it can see, a key block the query blocks that can see it: so the cost follows
-the samples' lengths squared, and nothing is added up in an order that changes from run to run.
+The softmax is accumulated over key blocks and recomputed in the backward pass (FlashAttention-2, arXiv 2307.08691). A
+query block visits the key blocks that it sees, and a key block visits the query blocks that see it. So the cost grows
+with the squared lengths of the samples, and no sum depends on an order that changes from run to run.
 """
 
 import functools
@@ -15,16 +15,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from mice_jax.models.attention.score_function import Scoring
-from mice_jax.models.attention.segments import first_seen, kept, last_seeing, padded
+from mice_jax.models.attention.segments import first_visible_key, last_visible_query, mark_saveable, pad_to_multiple
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
-LEAST_DIMS = 16  # of a head, for Triton's products; and a power of two
+MIN_HEAD_DIM = 16  # Triton multiplies matrices whose dims are powers of two from here on
 
-# B rows, T slots, N query heads, K key heads, G = N/K, H head_dim; X slots that a program keeps, Y that it visits
+# B rows, T slots, N query heads, K key heads, G = N/K, H head_dim
+# X slots of the block that a program keeps; Q and S slots of queries and keys, one of them kept, the other visited
 
 
 class Blocks(NamedTuple):
-    """Slots of a block: `keep` stays with a program, which visits the others `visit` at a time."""
+    """Slots per block. A program keeps one block of `keep` slots and visits blocks of `visit` slots one by one."""
 
     keep: int
     visit: int
@@ -33,7 +34,7 @@ class Blocks(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What the kernels are compiled for, besides shapes."""
+    """The static arguments of the kernels."""
 
     scoring: Scoring
     blocks: Blocks
@@ -50,21 +51,35 @@ def pallas(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.attend`; `interpret` runs the kernels' code on any device, slowly."""
+    """Computes attention as `attention.attend` describes it, on one device.
+
+    Args:
+      q: [B T N H].
+      k: [B T K H].
+      v: [B T K H].
+      segment_ids: [B T] int32.
+      scoring: scale, window and soft cap.
+      blocks: block sizes; None chooses them.
+      interpret: runs the kernels' code on any device, slowly.
+
+    Returns:
+      [B T N H].
+    """
     (b, t, n, h), group = q.shape, q.shape[2] // k.shape[2]
-    dims = max(LEAST_DIMS, pl.next_power_of_2(h))
+    dims = max(MIN_HEAD_DIM, pl.next_power_of_2(h))
     blocks = blocks or _blocks(dims, q.dtype)
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, dims - h))) for x in (q, k, v))  # zeros add nothing
-    q, k, v, segments = padded(max(blocks), q, k, v, segment_ids)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, dims - h))) for x in (q, k, v))  # zeros do not change products
+    q, k, v, segments = pad_to_multiple(max(blocks), q, k, v, segment_ids)
     grouped = q.reshape(b, q.shape[1], n // group, group, dims)
     out: Any = _attend(grouped, k, v, segments, _Call(scoring, blocks, interpret))
     return out.reshape(b, -1, n, dims)[:, :t, :, :h]
 
 
 def _blocks(dims: int, dtype: Any) -> Blocks:
-    """For heads of so many dims: what every GPU from capability 8.0 on holds in registers and shared memory.
+    """Block sizes that fit the registers and shared memory of every GPU from capability 8.0 on.
 
-    Of the latter 8.6, 8.9 and 12.0 have the least, 99 KiB a block. Compiled for them the kernels take at most 73.
+    Capabilities 8.6, 8.9 and 12.0 have the least shared memory, 99 KiB per block; compiled for them, the kernels take
+    at most 73 KiB.
     """
     if dtype == jnp.float32:
         if dims <= 64:
@@ -80,13 +95,13 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, call:
 
 
 # ---------------------------------------------------------------------------------------- kernels
-# A ref holds one row and one key head, or one query head, of an array: of every slot, or of the slots kept.
+# A ref holds one row and one key or query head of an array, with all its slots or with the kept ones.
 def _scores(
     q: jax.Array, k: jax.Array, q_slots: jax.Array, k_slots: jax.Array, q_seg: jax.Array, k_seg: jax.Array,
     scoring: Scoring,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """Queries [Q H] and keys [S H] -> float32 scores [Q S], LOWEST where masked, and the mask."""
-    mask = scoring.in_reach(q_slots, k_slots) & (q_seg[:, None] == k_seg[None, :]) & (q_seg > 0)[:, None]
+    mask = scoring.position_mask(q_slots, k_slots) & (q_seg[:, None] == k_seg[None, :]) & (q_seg > 0)[:, None]
     return jnp.where(mask, scoring.scores(_dot(q, k.T)), LOWEST), mask
 
 
@@ -113,7 +128,7 @@ def _forward_kernel(
     zeros = jnp.zeros(keep, jnp.float32)
     empty = (zeros + LOWEST, zeros, jnp.zeros(q.shape, jnp.float32))
     top, total, out = lax.fori_loop(first_ref[i], _end(i * keep + keep, visit), key_block, empty)
-    safe = jnp.where(total > 0, total, 1.0)  # padding: nothing was summed
+    safe = jnp.where(total > 0, total, 1.0)  # a query of padding has summed nothing
     out_ref[...] = (out / safe[:, None]).astype(out_ref.dtype)
     log_total_ref[...] = top + jnp.log(safe)
 
@@ -122,7 +137,7 @@ def _query_kernel(
     q_ref: Any, k_ref: Any, v_ref: Any, segments_ref: Any, first_ref: Any, d_out_ref: Any, log_total_ref: Any,
     row_dots_ref: Any, dq_ref: Any, *, scoring: Scoring, keep: int, visit: int,
 ) -> None:  # fmt: skip
-    """The gradient of the queries kept."""
+    """Computes the gradient of the kept queries."""
     i = pl.program_id(0)
     q, d_out, q_seg = q_ref[...], d_out_ref[...], segments_ref[pl.ds(i * keep, keep)]
     log_total, row_dots = log_total_ref[...], row_dots_ref[...]
@@ -133,7 +148,7 @@ def _query_kernel(
         k_slots = j * visit + jnp.arange(visit, dtype=jnp.int32)
         k = k_ref[at, :]
         scores, mask = _scores(q, k, q_slots, k_slots, q_seg, segments_ref[at], scoring)
-        _, d_products = _slopes(scores, mask, _dot(d_out, v_ref[at, :].T), log_total, row_dots, scoring)
+        _, d_products = _score_gradients(scores, mask, _dot(d_out, v_ref[at, :].T), log_total, row_dots, scoring)
         return dq + _dot(d_products.astype(k.dtype), k)
 
     dq = lax.fori_loop(first_ref[i], _end(i * keep + keep, visit), key_block, jnp.zeros(q.shape, jnp.float32))
@@ -144,7 +159,7 @@ def _key_kernel(
     q_ref: Any, k_ref: Any, v_ref: Any, segments_ref: Any, end_ref: Any, d_out_ref: Any, log_total_ref: Any,
     row_dots_ref: Any, dk_ref: Any, dv_ref: Any, *, scoring: Scoring, keep: int, visit: int,
 ) -> None:  # fmt: skip
-    """The gradients of the keys and values kept, over all the query heads that share them."""
+    """Computes the gradients of the kept keys and values, over all query heads that share them."""
     j = pl.program_id(0)
     k, v, k_seg = k_ref[...], v_ref[...], segments_ref[pl.ds(j * keep, keep)]
     k_slots = j * keep + jnp.arange(keep, dtype=jnp.int32)
@@ -157,7 +172,9 @@ def _key_kernel(
             q, d_out = q_ref[at, g, :], d_out_ref[at, g, :]
             scores, mask = _scores(q, k, q_slots, k_slots, segments_ref[at], k_seg, scoring)
             d_weights = _dot(d_out, v.T)
-            weights, d_products = _slopes(scores, mask, d_weights, log_total_ref[g, at], row_dots_ref[g, at], scoring)
+            weights, d_products = _score_gradients(
+                scores, mask, d_weights, log_total_ref[g, at], row_dots_ref[g, at], scoring
+            )
             dv += _dot(weights.astype(d_out.dtype).T, d_out)
             return dk + _dot(d_products.astype(q.dtype).T, q), dv
 
@@ -169,14 +186,15 @@ def _key_kernel(
     dv_ref[...] = dv.astype(dv_ref.dtype)
 
 
-def _slopes(
+def _score_gradients(
     scores: jax.Array, mask: jax.Array, d_weights: jax.Array, log_total: jax.Array, row_dots: jax.Array,
     scoring: Scoring,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The weights [Q S] again, and the gradients of the products that they came from."""
     weights = jnp.where(mask, jnp.exp(scores - log_total[:, None]), 0.0)
-    slopes = scoring.slopes(jnp.where(mask, scores, 0.0))  # LOWEST squared would be infinite, times 0 NaN
-    return weights, weights * (d_weights - row_dots[:, None]) * slopes
+    # Masked scores are set to 0, because LOWEST squared is infinite, and 0 times infinity is NaN.
+    score_grad = scoring.score_grad(jnp.where(mask, scores, 0.0))
+    return weights, weights * (d_weights - row_dots[:, None]) * score_grad
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -209,7 +227,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, call
 def _save(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, call: _Call
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out, log_total = kept(*_forward(q, k, v, segments, call))
+    out, log_total = mark_saveable(*_forward(q, k, v, segments, call))
     return out, (q, k, v, segments, out, log_total)
 
 
@@ -221,7 +239,7 @@ def _backward(
     specs, (b, t, kv_heads, group, _) = _Specs(q.shape, keep), q.shape
     sizes = {"scoring": call.scoring, "keep": keep, "visit": visit}
     rest = {"compiler_params": _params(8), "interpret": call.interpret}
-    # sum over keys of weight * d_weight, from the output alone
+    # The sum over keys of weight * d_weight equals the product of d_out with the output.
     row_dots = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).transpose(0, 2, 3, 1)
     dq = pl.pallas_call(
         functools.partial(_query_kernel, **sizes),
@@ -250,9 +268,9 @@ _attend.defvjp(_save, _backward)
 
 
 class _Specs:
-    """Which part of an array a program gets: its row and its head, and of the slots those that it keeps, or all.
+    """The part of each array that a program gets: one row, one head, and the kept slots or all slots.
 
-    Programs are numbered by block, row, and head: a query head, or a key head where they keep keys.
+    A program's indices are its block, its row and its head, which is a query head, or a key head where keys are kept.
     """
 
     def __init__(self, shape: tuple[int, ...], keep: int):
@@ -273,19 +291,19 @@ def _sums_of(q: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _params(num_warps: int) -> triton.CompilerParams:
-    """With so many next to no register is spilled, 100 bytes a thread at most: compiling for 8.0 to 12.0 showed it."""
+    """Parameters with which at most 100 bytes of registers per thread are spilled on capabilities 8.0 to 12.0."""
     return triton.CompilerParams(num_warps=num_warps, num_stages=2)
 
 
 def _first(segments: jax.Array, scoring: Scoring, keep: int, visit: int) -> jax.Array:
-    """[B T] -> [B T/X]: the first block of keys that each block of queries sees; past the last for one of padding."""
-    first = first_seen(segments, scoring.window)[:, ::keep] // visit
+    """[B T] -> [B T/X]: the first key block that each query block sees; past the last block for one of padding."""
+    first = first_visible_key(segments, scoring.window)[:, ::keep] // visit
     return jnp.where(_real(segments, keep), first, segments.shape[1])
 
 
 def _ends(segments: jax.Array, scoring: Scoring, keep: int, visit: int) -> jax.Array:
-    """[B T] -> [B T/X]: one past the last block of queries that sees each block of keys; 0 for one of padding."""
-    end = last_seeing(segments, scoring.window)[:, keep - 1 :: keep] // visit + 1
+    """[B T] -> [B T/X]: one past the last query block that sees each key block; 0 for one of padding."""
+    end = last_visible_query(segments, scoring.window)[:, keep - 1 :: keep] // visit + 1
     return jnp.where(_real(segments, keep), end, 0)
 
 

@@ -1,4 +1,4 @@
-"""Attention written out plainly, with the whole mask: what every other backend must equal."""
+"""Attention with an explicit mask, which every other backend must equal."""
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,39 @@ from mice_jax.models.attention.score_function import Scoring
 
 
 def reference(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scoring: Scoring) -> jax.Array:
-    """As `attention.attend`, through scores [B K G T S] in float32."""
+    """Computes attention as `attention.attend` describes it, with float32 scores [B K G T S].
+
+    Args:
+      q: [B T N H].
+      k: [B T K H].
+      v: [B T K H].
+      segment_ids: [B T] int32.
+      scoring: scale, window and soft cap.
+
+    Returns:
+      [B T N H].
+    """
     slots = jnp.arange(q.shape[1], dtype=jnp.int32)
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    mask = scoring.in_reach(slots, slots) & same & (segment_ids > 0)[:, :, None]  # [B T S]
+    mask = scoring.position_mask(slots, slots) & same & (segment_ids > 0)[:, :, None]  # [B T S]
     return masked(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask, scoring)
 
 
 def masked(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, scoring: Scoring) -> jax.Array:
-    """[B T N H] queries over [B K H S] keys and [B K S H] values under a mask [B T S]; zeros where it allows nothing.
+    """Computes attention under a mask given by the caller.
 
-    The mask is the caller's, window included: of `scoring` only the scale and the soft cap matter here. Keys and values
-    lie as the products take them, and each product's left side is the smaller: a decoding step on a CPU spent half its
-    time where the values were the left side of theirs.
+    The layouts of keys and values make the smaller operand of each product the left one. With the values on the left,
+    a decoding step on a CPU took twice the time.
+
+    Args:
+      q: [B T N H].
+      keys: [B K H S].
+      values: [B K S H].
+      mask: [B T S] bool, which includes the window.
+      scoring: scale and soft cap; its window is ignored.
+
+    Returns:
+      [B T N H], zero where the mask allows no key.
     """
     b, t, n, h = q.shape
     kv_heads = keys.shape[1]

@@ -1,4 +1,4 @@
-"""What a model does between the product of a query with a key and the softmax."""
+"""What a model computes between the product of a query with a key and the softmax."""
 
 import dataclasses
 
@@ -8,33 +8,33 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Scoring:
-    """How a query's product with a key becomes a score, and which keys it may see besides causality and segments.
+    """How the product of a query with a key becomes a score, and which keys are visible besides causality and segments.
 
-    Slots are counted along the row: between two tokens of one segment they differ as the positions do.
+    Windows count slots of the row: between two tokens of one segment these differ as the positions do.
     """
 
     scale: float
-    window: int | None  # a query at slot t sees keys of slots t-window+1 .. t; None: all before it
-    softcap: float | None  # score -> softcap * tanh(score / softcap), before the mask; None: as it is
+    window: int | None  # a query at slot t sees the keys of slots t-window+1 .. t; None for all up to t
+    softcap: float | None  # score -> softcap * tanh(score / softcap), before the mask; None for no bound
 
     def __post_init__(self) -> None:
         assert self.window is None or self.window >= 1, "a query sees itself"
         assert self.softcap is None or self.softcap > 0
 
     def scores(self, products: jax.Array) -> jax.Array:
-        """float32 products -> scores, of any shape."""
+        """Maps float32 products of any shape to scores."""
         return softcapped(products * self.scale, self.softcap)
 
-    def slopes(self, scores: jax.Array) -> jax.Array | float:
-        """The derivatives of `scores` by the products that gave them."""
+    def score_grad(self, scores: jax.Array) -> jax.Array | float:
+        """The derivatives of scores of any shape with respect to the products that gave them."""
         return self.scale if self.softcap is None else self.scale * (1 - jnp.square(scores / self.softcap))
 
-    def in_reach(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """Slots [T] of queries and [S] of keys -> [T S]: which keys causality and the window leave."""
+    def position_mask(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """Slots [T] of queries and [S] of keys -> [T S] bool: the keys visible under causality and the window."""
         distance = queries[:, None] - keys[None, :]
         return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
 
 
 def softcapped(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap), entry by entry; x itself without a cap."""
+    """cap * tanh(x / cap) for x of any shape; x itself if `cap` is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)

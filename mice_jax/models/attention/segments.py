@@ -1,40 +1,52 @@
-"""What the backends share about the slots of rows: whole blocks of them, who can see whom, nothing of padding."""
+"""What the backends share about segments: padding to whole blocks, bounds of visibility, zeros at padding."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-RESULT = "attention"  # under this name a rematerialised layer may keep what `kept` is given
+SAVED_NAME = "attention"  # the name under which a rematerialisation policy can save the results of attention
+
+# B rows, T slots, N heads, H head_dim
 
 
-def padded(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays [B T ...], queries, keys, values and segments alike, with padding up to a multiple of slots."""
+def pad_to_multiple(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Pads arrays [B T ...] with zeros to a multiple of slots; zero is also the segment of padding."""
     pad = -arrays[0].shape[1] % multiple
-    return tuple(jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2))) for x in arrays) if pad else arrays
+    if not pad:
+        return arrays
+    return tuple(jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2))) for x in arrays)
 
 
-def cleared(segment_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays [B T N H] with zeros at padding, and so are their gradients: no foreign kernel is trusted with either."""
+def zero_padding(segment_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Sets arrays [B T N H] and their gradients to zero at padding, where kernels of others may leave anything."""
     real = (segment_ids > 0)[:, :, None, None]
     return tuple(jnp.where(real, x, jnp.zeros((), x.dtype)) for x in arrays)
 
 
-def kept(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """What a forward pass leaves for the backward, so that a policy can keep it: else it is computed twice."""
-    return tuple(checkpoint_name(x, RESULT) for x in arrays)
+def mark_saveable(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Names what the backward pass needs from the forward pass, so that a policy can save it from recomputation."""
+    return tuple(checkpoint_name(x, SAVED_NAME) for x in arrays)
 
 
-def first_seen(segments: jax.Array, window: int | None) -> jax.Array:
-    """[... T] -> [... T]: the first slot that each slot sees: its segment's, a run of 0 being one, or its window's."""
+def first_visible_key(segments: jax.Array, window: int | None) -> jax.Array:
+    """Computes the first slot that each slot attends to: the start of its segment, or of its window.
+
+    Args:
+      segments: [... T] int32; slots of segment 0 next to each other count as one segment.
+      window: the number of slots that a query sees, itself included; None for all.
+
+    Returns:
+      [... T] int32.
+    """
     slots = jnp.broadcast_to(jnp.arange(segments.shape[-1], dtype=jnp.int32), segments.shape)
     starts = _differs(segments, jnp.roll(segments, 1, axis=-1), at=0)
     first = lax.cummax(jnp.where(starts, slots, 0), axis=segments.ndim - 1)
     return first if window is None else jnp.maximum(first, slots - (window - 1))
 
 
-def last_seeing(segments: jax.Array, window: int | None) -> jax.Array:
-    """[... T] -> [... T]: the last slot that sees each slot, likewise."""
+def last_visible_query(segments: jax.Array, window: int | None) -> jax.Array:
+    """Computes the last slot that attends to each slot, with arguments and result as in `first_visible_key`."""
     slots = jnp.broadcast_to(jnp.arange(segments.shape[-1], dtype=jnp.int32), segments.shape)
     ends = _differs(segments, jnp.roll(segments, -1, axis=-1), at=-1)
     last = lax.cummin(jnp.where(ends, slots, slots.shape[-1] - 1), axis=segments.ndim - 1, reverse=True)
@@ -42,5 +54,5 @@ def last_seeing(segments: jax.Array, window: int | None) -> jax.Array:
 
 
 def _differs(segments: jax.Array, neighbours: jax.Array, at: int) -> jax.Array:
-    """Where a slot's neighbour is of another segment; at one end of the row there is none."""
+    """Whether the neighbour of each slot is in another segment; true at the end `at` of the row."""
     return (segments != neighbours).at[..., at].set(True)

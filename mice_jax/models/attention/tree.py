@@ -1,8 +1,7 @@
-"""Attention over trees of tokens: what several continuations of one text have in common stands in a row once.
+"""Attention over trees of tokens: the common prefix of several continuations is in a row only once.
 
-A row is two stretches of slots. The first holds the trunks, one whole path through each tree, packed as segments are:
-any backend attends over it. The second holds what branches off. A slot there sees the slots that it descends from,
-itself among them, and no other branch.
+A row has two parts. The first holds the trunks, one whole path through each tree, packed like samples, over which any
+backend attends. The second holds the branches. A slot of a branch sees itself and the slots from which it descends.
 """
 
 import math
@@ -17,44 +16,56 @@ from mice_jax.models.attention.score_function import Scoring
 
 # B rows, T slots, P slots of trunks, N query heads, K key heads, H head_dim, C queries at a time
 
-QUERIES = 128  # of branches whose scores exist at a time, at most
+MAX_QUERIES = 128  # queries of branches whose scores exist at a time
 
 
 class Trees(NamedTuple):
-    """Where the slots of rows stand in their trees.
+    """The place of each slot of a row in its tree.
 
-    Slots are numbered as a walk of the tree meets them, trunk first: those that descend from one, and no others, have
-    the numbers from its own up to `reach`. Padding has segment 0, number -1 and reach 0.
+    Slots are numbered in depth-first order, trunk first. The slots that descend from a slot, itself included, are
+    those with numbers from its own up to, and without, its `reach`. Padding has segment 0, number -1 and reach 0.
     """
 
-    segment_ids: jax.Array  # [B P], of the trunks
-    positions: jax.Array  # [B T]
-    number: jax.Array  # [B T]
-    reach: jax.Array  # [B T]
+    segment_ids: jax.Array  # [B P] int32, of the trunks
+    positions: jax.Array  # [B T] int32
+    number: jax.Array  # [B T] int32
+    reach: jax.Array  # [B T] int32
 
 
 def attend_branched(
     q: jax.Array, k: jax.Array, v: jax.Array, trees: Trees, scoring: Scoring, *, backend: str
 ) -> jax.Array:
-    """[B T N H] queries over [B T K H] keys and values -> [B T N H]; `backend` is that of the trunks."""
+    """Computes attention over rows of trees.
+
+    Args:
+      q: [B T N H].
+      k: [B T K H].
+      v: [B T K H].
+      trees: the place of each slot in its tree.
+      scoring: scale, window and soft cap.
+      backend: the attention backend of the trunks, a key of `BACKENDS`.
+
+    Returns:
+      [B T N H].
+    """
     trunks = trees.segment_ids.shape[1]
     out = attend(q[:, :trunks], k[:, :trunks], v[:, :trunks], trees.segment_ids, scoring, backend=backend)
     branches = q.shape[1] - trunks
     if not branches:
         return out
-    size = math.gcd(QUERIES, branches)
+    size = math.gcd(MAX_QUERIES, branches)
     keys, values = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)
 
     def chunk(queries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, number, positions = queries
-        seen = (trees.number[:, None] <= number[:, :, None]) & (number[:, :, None] < trees.reach[:, None])
+        visible = (trees.number[:, None] <= number[:, :, None]) & (number[:, :, None] < trees.reach[:, None])
         if scoring.window is not None:
-            seen &= positions[:, :, None] - trees.positions[:, None] < scoring.window
-        return masked(q, keys, values, seen, scoring)
+            visible &= positions[:, :, None] - trees.positions[:, None] < scoring.window
+        return masked(q, keys, values, visible, scoring)
 
     def chunks(x: jax.Array) -> jax.Array:  # [B T ...] -> [chunks B C ...]
         return jnp.moveaxis(x[:, trunks:].reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
-    mixed = jax.lax.map(chunk, (chunks(q), chunks(trees.number), chunks(trees.positions)))
-    mixed = jnp.moveaxis(mixed, 0, 1).reshape(q.shape[0], branches, *q.shape[2:])
-    return jnp.concatenate([out, mixed], axis=1)
+    attended = jax.lax.map(chunk, (chunks(q), chunks(trees.number), chunks(trees.positions)))
+    attended = jnp.moveaxis(attended, 0, 1).reshape(q.shape[0], branches, *q.shape[2:])
+    return jnp.concatenate([out, attended], axis=1)
