@@ -153,7 +153,7 @@ def make_optimizer(
 
 
 def _is_vector(path: tuple) -> bool:
-    """Whether a parameter is a norm's scale or a bias, by its name: stacked over layers, it has two dims like a matrix."""
+    """Whether a parameter is a norm's scale or a bias: stacked over layers these have two dims, so the name decides."""
     name = path[-1].key
     return name == "scale" or name.endswith("bias")
 

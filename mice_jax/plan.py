@@ -218,7 +218,7 @@ def _time(run: RunPlan, work: Workload, price: float, assumed: list[str]) -> dic
     assumed.append(step_time.describe_assumptions(chip))
     if chip.platform == "gpu":
         assumed.append(
-            f"JAX takes {gpu_memory_fraction():.0%} of a GPU's memory ({GPU_MEMORY_FRACTION_VARIABLE}, as it is here)"
+            f"JAX takes {gpu_memory_fraction():.0%} of a GPU's memory ({GPU_MEMORY_FRACTION_VARIABLE} of this process)"
         )
     if run.config.eval.tasks:
         assumed.append("benchmarks in training (eval.tasks) are left out, their time and their memory")

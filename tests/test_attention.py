@@ -1,13 +1,12 @@
-"""The attention backends: the plain one against numpy in float64, the others against the plain one.
+"""The attention backends: the reference one against numpy in float64, the others against the reference.
 
-The kernels for TPUs and GPUs run here as their code is written, interpreted; of cuDNN's, which is not ours to
-interpret, what its documentation says is written out.
+The kernels for TPUs and GPUs run here in interpreted mode. cuDNN's kernel cannot be interpreted; a function that does
+what its documentation says takes its place.
 """
 
 import dataclasses
 import functools
 import importlib
-import itertools
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
@@ -28,7 +27,7 @@ from mice_jax.models.attention.cudnn import cudnn
 from mice_jax.models.attention.pallas import Blocks, pallas
 from mice_jax.models.attention.reference import masked, reference
 from mice_jax.models.attention.score_function import Scoring
-from mice_jax.models.attention.segments import cleared, first_seen, last_seeing
+from mice_jax.models.attention.segments import first_visible_key, last_visible_query, zero_padding
 from mice_jax.models.attention.splash import BLOCK
 from mice_jax.packing_limits import max_segments
 
@@ -64,17 +63,21 @@ def windowed(window: int | None) -> Scoring:
     return dataclasses.replace(PLAIN, window=window)
 
 
-# Each with what it must be told apart from. With a window of all 43 slots one more shows nothing, nor with 100.
+# Each scoring with others that the test must tell it apart from. A window longer than the row equals no window.
 SCORINGS = {
     "window of one slot": (windowed(1), [windowed(2)]),
-    "window inside a block": (windowed(5), [windowed(4), windowed(6)]),
-    "window of a block": (windowed(16), [windowed(15), windowed(17)]),
     "window that ends on the last slot of a block": (windowed(18), [windowed(17), windowed(19)]),
     "window over blocks": (windowed(33), [windowed(32), windowed(34)]),
-    "window of the row": (windowed(43), [windowed(42)]),
     "window beyond the row": (windowed(100), [windowed(42)]),
-    "soft cap": (CAPPED, [PLAIN, dataclasses.replace(CAPPED, softcap=1.6)]),
-    "window and soft cap": (BOTH, [CAPPED, windowed(20), *(dataclasses.replace(BOTH, window=w) for w in (19, 21))]),
+    "window and soft cap": (
+        BOTH,
+        [
+            CAPPED,
+            windowed(20),
+            *(dataclasses.replace(BOTH, window=w) for w in (19, 21)),
+            dataclasses.replace(BOTH, softcap=1.6),
+        ],
+    ),
 }
 
 
@@ -136,7 +139,7 @@ def gradients_in_numpy(
 
 @functools.cache
 def _jitted(f, scoring: Scoring, block: int):
-    """`block`, which is read where `f` is traced, keeps two sizes of it apart."""
+    """`block` is read while `f` is traced, so it is part of the key of this cache."""
 
     def run(q, k, v, segments, d_out):
         out, pull = jax.vjp(lambda *x: f(*x, segments, scoring), q, k, v)
@@ -159,9 +162,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------------------------------- reference
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("scoring", [PLAIN, BOTH])
-def test_reference_equals_attention_written_out_in_float64(
-    scoring: Scoring, heads: tuple[int, int], strict_dtypes: None
-) -> None:
+def test_reference_equals_float64_attention(scoring: Scoring, heads: tuple[int, int], strict_dtypes: None) -> None:
     segments = segments_of([ROWS[INSIDE], ROWS["padding before and between segments"], ROWS["padding alone"]])
     q, k, v, _ = draw(segments, *heads)
     expected = in_numpy(q, k, v, segments, scoring)
@@ -175,7 +176,7 @@ def test_reference_equals_attention_written_out_in_float64(
 
 
 @pytest.mark.parametrize("scoring", [PLAIN, BOTH, dataclasses.replace(BOTH, window=3)])
-def test_gradients_written_out_in_float64_are_the_slopes_of_attention(scoring: Scoring) -> None:
+def test_float64_gradients_equal_finite_differences(scoring: Scoring) -> None:
     segments = segments_of([[(1, 6), (2, 4), (0, 2)]])
     *qkv, d_out = arrays = draw(segments, 4, 2)
     grads = gradients_in_numpy(*arrays, segments, scoring)
@@ -198,7 +199,7 @@ def test_gradients_written_out_in_float64_are_the_slopes_of_attention(scoring: S
         assert max(errors) > 10 * tolerance
 
 
-def test_a_given_mask_is_the_whole_mask(strict_dtypes: None) -> None:
+def test_masked_attention_uses_only_the_given_mask(strict_dtypes: None) -> None:
     q, k, v, _ = draw(SEGMENTS[:1], 4, 2)  # one segment
     causal = jnp.tril(jnp.ones((1, q.shape[1], q.shape[1]), bool))
     out = masked(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), causal, BOTH)
@@ -209,7 +210,7 @@ def test_a_given_mask_is_the_whole_mask(strict_dtypes: None) -> None:
 # ---------------------------------------------------------------------------------------- windows and soft caps
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("name", SCORINGS)
-def test_windows_and_soft_caps_equal_those_written_out_in_float64_and_so_do_gradients(
+def test_windows_and_soft_caps_equal_float64_with_gradients(
     name: str, backend: str, small_blocks: None, strict_dtypes: None
 ) -> None:
     scoring, others = SCORINGS[name]
@@ -234,7 +235,7 @@ def written_out(scoring: Scoring) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     return in_numpy(*arrays[:3], SEGMENTS, scoring), gradients_in_numpy(*arrays, SEGMENTS, scoring)
 
 
-def test_a_soft_cap_s_gradient_without_its_slope_is_told_apart() -> None:
+def test_softcap_gradient_without_its_derivative_is_detected() -> None:
     slopeless = list(each_query(*draw(SEGMENTS, 4, 2)[:2], SEGMENTS, CAPPED))
     assert min(slopes.min() for *_, slopes in slopeless) < 0.1  # some scores are well into the cap
     q, k, v, d_out = draw(SEGMENTS, 4, 2)
@@ -245,8 +246,7 @@ def test_a_soft_cap_s_gradient_without_its_slope_is_told_apart() -> None:
     assert gap(dq, written_out(CAPPED)[1][0]) > 10 * GRADIENT
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-def test_window_and_soft_cap_are_those_of_transformers_gemma_2(backend: str, small_blocks: None) -> None:
+def test_window_and_softcap_equal_gemma_2_in_transformers() -> None:
     segments = SEGMENTS[:1]  # one segment: transformers' mask knows no other
     q, k, v, _ = draw(segments, 4, 2)
 
@@ -258,20 +258,20 @@ def test_window_and_soft_cap_are_those_of_transformers_gemma_2(backend: str, sma
         heads_first = (torch.tensor(x).transpose(1, 2) for x in (q, k, v))
         return eager_attention_forward(module, *heads_first, mask, scaling=BOTH.scale, softcap=softcap)[0].numpy()
 
-    out = KERNELS[backend](q, k, v, jnp.asarray(segments), BOTH)
+    out = in_numpy(q, k, v, segments, BOTH)  # which every backend equals
     assert gap(out, in_transformers(20, 1.5)) < FORWARD
     for other in ((19, 1.5), (21, 1.5), (20, 1.6)):
         assert gap(out, in_transformers(*other)) > 10 * FORWARD
 
 
-# Ten blocks of 16 slots, and from which slot on no query block visits the first four: with a window of 33 block 6
-# starts at slot 96 and reaches back to 64.
+# Ten blocks of 16 slots. From the last number on, no query block reads the first four key blocks: with a window of 33,
+# block 6 starts at slot 96 and reaches back to slot 64.
 UNVISITED = {"window": ([(1, 160)], 33, 96), "segment": ([(1, 64), (2, 96)], 100, 64)}
 
 
 @pytest.mark.parametrize("bound", UNVISITED)
 @pytest.mark.parametrize("backend", ["blockwise", "pallas"])
-def test_key_blocks_out_of_reach_are_never_touched(
+def test_key_blocks_out_of_reach_are_never_read(
     backend: str, bound: str, small_blocks: None, strict_dtypes: None
 ) -> None:
     blocks = Blocks(keep=16, visit=16, keep_backward=16, visit_backward=16)
@@ -290,28 +290,28 @@ def test_key_blocks_out_of_reach_are_never_touched(
         assert gap(g[:, clean:], e[:, clean:]) < GRADIENT
     shifted = np.roll(expected, 1, axis=1)
     assert gap(out[:, clean:], shifted[:, clean:]) > 10 * FORWARD
-    # Whatever visits a poisoned block shows it: one slot more of window, one segment, or the whole mask.
+    # Reading a poisoned block shows: with a window one slot longer, with one segment, or where all blocks are read.
     if bound == "window":
         visits = with_gradients(kernel, poisoned, segments, dataclasses.replace(scoring, window=window + 1))
     else:
         visits = with_gradients(kernel, poisoned, np.ones_like(segments), scoring)
-    for x in itertools.chain(visits[:1], visits[1], with_gradients(reference, poisoned, segments, scoring)[:1]):
+    for x in (visits[0], *visits[1], with_gradients(reference, poisoned, segments, scoring)[0]):
         assert np.isnan(x[:, clean : clean + 16]).any()
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 20, 100])
-def test_the_first_slot_seen_and_the_last_that_sees_are_those_of_the_mask(window: int | None) -> None:
+def test_visible_slot_bounds_agree_with_the_mask(window: int | None) -> None:
     slots = np.arange(SEGMENTS.shape[1])
-    sees = (SEGMENTS[:, :, None] == SEGMENTS[:, None, :]) & np.asarray(windowed(window).in_reach(slots, slots))
+    sees = (SEGMENTS[:, :, None] == SEGMENTS[:, None, :]) & np.asarray(windowed(window).position_mask(slots, slots))
     real = SEGMENTS > 0
-    assert (np.asarray(first_seen(SEGMENTS, window)) == sees.argmax(axis=2))[real].all()
+    assert (np.asarray(first_visible_key(SEGMENTS, window)) == sees.argmax(axis=2))[real].all()
     last = slots[-1] - sees[:, ::-1].argmax(axis=1)
-    assert (np.asarray(last_seeing(SEGMENTS, window)) == last)[real].all()
+    assert (np.asarray(last_visible_query(SEGMENTS, window)) == last)[real].all()
 
 
-def test_what_a_kernel_leaves_at_padding_is_cleared_and_so_is_its_gradient() -> None:
+def test_zero_padding_clears_outputs_and_gradients() -> None:
     segments, x = jnp.array([[0, 1, 1, 0]]), jnp.full((1, 4, 2, 8), jnp.nan).at[:, 1:3].set(2.0)
-    out, pull = jax.vjp(lambda x: cleared(segments, x)[0], x)
+    out, pull = jax.vjp(lambda x: zero_padding(segments, x)[0], x)
     for y in (out, *pull(x)):
         assert (np.asarray(y)[0, :, 0, 0] == [0, 2, 2, 0]).all()
 
@@ -330,31 +330,29 @@ def assert_is_reference(
             assert gap(g[row], e[row]) < GRADIENT, f"{name}: gradient by {which}"
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+# Heads of (4, 2) are in every other test.
+@pytest.mark.parametrize("heads", [(4, 4), (3, 1)])
 @pytest.mark.parametrize("backend", OTHERS)
-def test_every_backend_equals_reference_and_so_do_its_gradients(
+def test_backends_equal_reference_with_gradients(
     backend: str, heads: tuple[int, int], small_blocks: None, strict_dtypes: None
 ) -> None:
     assert_is_reference(KERNELS[backend], SEGMENTS, heads, ROWS)
 
 
-@pytest.mark.parametrize("slots", [1, 5, 32])
+@pytest.mark.parametrize("slots", [1, 32])
 @pytest.mark.parametrize("backend", OTHERS)
-def test_every_backend_equals_reference_whatever_the_number_of_slots(
+def test_backends_equal_reference_on_one_slot_and_on_whole_blocks(
     backend: str, slots: int, small_blocks: None, strict_dtypes: None
 ) -> None:
     assert_is_reference(KERNELS[backend], SEGMENTS[:, :slots], (4, 2), ROWS)
 
 
-@pytest.mark.parametrize("scoring", [PLAIN, dataclasses.replace(BOTH, window=70)])
 @pytest.mark.parametrize("backend", OTHERS)
-def test_every_backend_equals_reference_at_the_blocks_of_a_run(
-    backend: str, scoring: Scoring, strict_dtypes: None
-) -> None:
-    # Blocks are of 64 slots, and of 128 in splash and in the forward pass on GPUs: three of them, the last one cut.
+def test_backends_equal_reference_at_default_block_sizes(backend: str, strict_dtypes: None) -> None:
+    # Blocks have 64 slots, or 128 in splash and in the forward pass on GPUs. The last of them is cut.
     segments = segments_of([PACKED, [(1, 297), (0, 3)]])
     kernel = functools.partial(pallas, interpret=True) if backend == "pallas" else KERNELS[backend]
-    assert_is_reference(kernel, segments, (4, 2), ["packed", "one long segment"], scoring)
+    assert_is_reference(kernel, segments, (4, 2), ["packed", "one long segment"])
 
 
 def of_head_dim(head_dim: int, window: int, softcap: float | None = 1.5) -> Scoring:
@@ -376,11 +374,9 @@ def assert_tolerances_tell_apart(segments: np.ndarray, scoring: Scoring, head_di
 
 
 # Neither 80 nor 256 is a tile of 128 lanes: the one is cut from it or padded to it, the other takes two.
-@pytest.mark.parametrize("head_dim", [80, 256, *(pytest.param(h, marks=pytest.mark.slow) for h in (64, 128))])
+@pytest.mark.parametrize("head_dim", [80, 256, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", OTHERS)
-def test_every_backend_equals_reference_at_the_head_dims_of_models(
-    backend: str, head_dim: int, strict_dtypes: None
-) -> None:
+def test_backends_equal_reference_at_head_dims_of_real_models(backend: str, head_dim: int, strict_dtypes: None) -> None:
     segments, scoring = segments_of([PACKED]), of_head_dim(head_dim, window=70)
     kernel = functools.partial(pallas, interpret=True) if backend == "pallas" else KERNELS[backend]
     assert_is_reference(kernel, segments, (4, 2), ["packed"], scoring, head_dim)
@@ -388,7 +384,7 @@ def test_every_backend_equals_reference_at_the_head_dims_of_models(
 
 
 @pytest.mark.parametrize(("head_dim", "tiles"), [(80, 1), (256, 2)])
-def test_splash_spreads_what_it_keeps_of_a_query_over_the_tiles_of_a_head(
+def test_splash_tiles_query_statistics_over_wide_heads(
     head_dim: int, tiles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spread, tile = [], jnp.tile
@@ -410,9 +406,7 @@ def test_splash_equals_reference_at_its_largest_block(strict_dtypes: None) -> No
 
 @pytest.mark.parametrize("wrong", ["merged", "an edge one slot late", "padding seen"])
 @pytest.mark.parametrize("backend", OTHERS)
-def test_a_backend_given_wrong_segments_differs_in_its_output_and_in_each_gradient(
-    backend: str, wrong: str, small_blocks: None
-) -> None:
+def test_wrong_segments_change_output_and_every_gradient(backend: str, wrong: str, small_blocks: None) -> None:
     segments = SEGMENTS
     arrays = draw(segments, 4, 2)
     expected, expected_grads = with_gradients(reference, arrays, segments)
@@ -429,11 +423,9 @@ def test_a_backend_given_wrong_segments_differs_in_its_output_and_in_each_gradie
         assert gap(g[row], e[row]) > 10 * GRADIENT
 
 
-@pytest.mark.parametrize("scoring", [PLAIN, dataclasses.replace(BOTH, window=5)])
+@pytest.mark.parametrize("scoring", [PLAIN, BOTH])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_padding_gives_zeros_takes_no_gradient_and_has_no_influence(
-    backend: str, scoring: Scoring, small_blocks: None
-) -> None:
+def test_padding_is_zero_without_gradient_or_influence(backend: str, scoring: Scoring, small_blocks: None) -> None:
     arrays = draw(SEGMENTS, 4, 2)
     out, grads = with_gradients(KERNELS[backend], arrays, SEGMENTS, scoring)
     for x in (out, *grads):
@@ -446,73 +438,69 @@ def test_padding_gives_zeros_takes_no_gradient_and_has_no_influence(
     assert gap(seen[0], out) > 1e3  # what stands there is large: seen, it would show
 
 
-@pytest.mark.parametrize("rest", [PLAIN, BOTH])
+@pytest.mark.parametrize("scoring", [PLAIN, BOTH])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_very_large_scores_do_not_overflow(backend: str, rest: Scoring, small_blocks: None) -> None:
-    arrays = draw(SEGMENTS, 4, 2)
-    scoring = dataclasses.replace(rest, scale=1e3)  # scores of up to 1e4: exp of one is infinite in float32
-    out, grads = with_gradients(KERNELS[backend], arrays, SEGMENTS, scoring)
+def test_very_large_scores_do_not_overflow(backend: str, scoring: Scoring, small_blocks: None) -> None:
+    q, k, v, d_out = draw(SEGMENTS, 4, 2)
+    large = (q * np.float32(3e3)).astype(np.float32)  # scores of up to 1e4, whose exp is infinite in float32
+    out, grads = with_gradients(KERNELS[backend], (large, k, v, d_out), SEGMENTS, scoring)
     # A score of 1e4 is rounded by 5e-4, and a weight with it: by far the largest error here.
     tolerance = 5e-3
-    assert gap(out, in_numpy(*arrays[:3], SEGMENTS, scoring)) < tolerance
-    lower = dataclasses.replace(scoring, scale=1e2)
-    assert gap(out, in_numpy(*arrays[:3], SEGMENTS, lower)) > 10 * tolerance
+    assert gap(out, in_numpy(large, k, v, SEGMENTS, scoring)) < tolerance
+    assert gap(out, in_numpy(large / 10, k, v, SEGMENTS, scoring)) > 10 * tolerance
     assert all(np.isfinite(np.asarray(g)).all() for g in grads)
 
 
-@pytest.mark.parametrize("scoring", [PLAIN, BOTH])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_in_bfloat16_attention_differs_by_the_rounding_of_its_weights_and_output(
-    backend: str, scoring: Scoring, small_blocks: None, strict_dtypes: None
+def test_bfloat16_error_is_the_rounding_of_weights_and_output(
+    backend: str, small_blocks: None, strict_dtypes: None
 ) -> None:
     narrow = tuple(jnp.asarray(x, jnp.bfloat16) for x in draw(SEGMENTS, 4, 2))
-    out, grads = with_gradients(KERNELS[backend], narrow, SEGMENTS, scoring)
+    out, grads = with_gradients(KERNELS[backend], narrow, SEGMENTS, BOTH)
     assert {x.dtype for x in (out, *grads)} == {jnp.dtype(jnp.bfloat16)}
     q, k, v, _ = (np.asarray(x, np.float64) for x in narrow)
     # Scores are float32. Each weight is rounded to bfloat16 (2^-8 of itself) and so is the output: together they
     # err by at most 2^-7 of the largest value in reach.
     bound = 2**-7 * np.abs(v).max()
-    expected = in_numpy(q, k, v, SEGMENTS, scoring)
-    assert gap(out, expected) < bound
-    assert gap(out, in_numpy(q, k, v, np.minimum(SEGMENTS, 1), scoring)) > 10 * bound
+    assert gap(out, in_numpy(q, k, v, SEGMENTS, BOTH)) < bound
+    assert gap(out, in_numpy(q, k, v, np.minimum(SEGMENTS, 1), BOTH)) > 10 * bound
 
 
-# ---------------------------------------------------------------------------------------- cuDNN, written out
+# ---------------------------------------------------------------------------------------- cuDNN's front end
 @pytest.fixture
-def cudnn_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CUDNN, "dot_product_attention", packed_attention)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("window", [None, 5, 100])
-def test_cudnn_is_told_of_the_segments_that_there_are(
-    window: int | None, heads: tuple[int, int], cudnn_written_out: None, strict_dtypes: None
+@pytest.mark.parametrize(("window", "heads"), [(None, (4, 2)), (5, (3, 1)), (100, (4, 4))])
+def test_cudnn_receives_every_segment(
+    window: int | None, heads: tuple[int, int], emulated_cudnn: None, strict_dtypes: None
 ) -> None:
     assert_is_reference(cudnn, SEGMENTS, heads, ROWS, windowed(window))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-def test_cudnn_is_told_of_the_segments_at_the_head_dims_of_models(
-    head_dim: int, cudnn_written_out: None, strict_dtypes: None
+@pytest.mark.parametrize("head_dim", [36, 128])  # 36 is padded to a multiple of 8
+def test_cudnn_receives_every_segment_whatever_the_head_dim(
+    head_dim: int, emulated_cudnn: None, strict_dtypes: None
 ) -> None:
     segments, scoring = segments_of([PACKED]), of_head_dim(head_dim, window=70, softcap=None)
     assert_is_reference(cudnn, segments, (4, 2), ["packed"], scoring, head_dim)
     assert_tolerances_tell_apart(segments, scoring, head_dim)
 
 
-def test_cudnn_reads_the_wrong_keys_without_repeated_heads_where_jax_counts_their_offsets_by_query_heads(
-    cudnn_written_out: None, monkeypatch: pytest.MonkeyPatch
+def test_cudnn_repeats_key_heads_where_jax_miscounts_their_offsets(
+    emulated_cudnn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arrays = draw(SEGMENTS, 4, 2)
     expected, _ = with_gradients(reference, arrays, SEGMENTS)
     counted_right = jax.__version_info__ >= CUDNN.COUNTS_KEY_HEADS
     monkeypatch.setattr(CUDNN, "COUNTS_KEY_HEADS", (0, 0, 0))
-    out, _ = with_gradients(lambda *x: cudnn(*x), arrays, SEGMENTS)  # traced anew
+    out, _ = with_gradients(lambda *x: cudnn(*x), arrays, SEGMENTS)  # a new function is traced again
     assert gap(out, expected) < FORWARD if counted_right else gap(out, expected) > 10 * FORWARD
 
 
-def test_a_row_of_more_segments_than_cudnn_is_told_of_is_not_a_number(cudnn_written_out: None) -> None:
+def test_cudnn_row_with_too_many_segments_is_nan(emulated_cudnn: None) -> None:
     most = max_segments(140)
     rows = [[(i + 1, 2) for i in range(most)] + [(0, 140 - 2 * most)], [(i + 1, 2) for i in range(70)]]
     assert 140 - 2 * most > 0 and most < 70
@@ -523,7 +511,7 @@ def test_a_row_of_more_segments_than_cudnn_is_told_of_is_not_a_number(cudnn_writ
     assert np.isnan(out[1]).all() and not any(np.isnan(g[0]).any() for g in grads)
 
 
-def test_more_query_entries_than_cudnn_can_count_are_refused(cudnn_written_out: None) -> None:
+def test_cudnn_query_entries_beyond_32_bits_raise(emulated_cudnn: None) -> None:
     q, segments = jax.ShapeDtypeStruct((9, 2**20, 8, 32), jnp.bfloat16), jax.ShapeDtypeStruct((9, 2**20), jnp.int32)
     said = r"9 rows of 1,048,576 slots by 8 heads of 32 dims are 2,415,919,104, .*Lower train\.rows_per_device"
     with pytest.raises(UserError, match=said):
@@ -534,16 +522,10 @@ def test_more_query_entries_than_cudnn_can_count_are_refused(cudnn_written_out: 
 @pytest.mark.parametrize(
     ("sizes", "heads", "backend"),
     [
-        ((1, 8, 1), (4, 2), "blockwise"),
         ((1, 4, 2), (4, 2), "blockwise"),
-        ((2, 2, 2), (4, 2), "reference"),
-        ((1, 4, 2), (6, 3), "blockwise"),  # key heads that the tensor axis does not divide
-        ((2, 2, 2), (6, 3), "reference"),
-        ((1, 2, 4), (8, 2), "blockwise"),
-        ((2, 2, 2), (3, 1), "blockwise"),  # nor does it divide the query heads
-        ((1, 2, 4), (3, 1), "blockwise"),
-        ((1, 2, 4), (6, 3), "blockwise"),
-        ((1, 2, 4), (6, 3), "reference"),
+        ((2, 2, 2), (6, 3), "reference"),  # the tensor axis does not divide the key heads
+        ((1, 2, 4), (8, 2), "reference"),
+        ((1, 2, 4), (3, 1), "blockwise"),  # nor the query heads
     ],
 )
 def test_attention_on_a_mesh_equals_attention_on_one_device(
@@ -568,7 +550,7 @@ def test_attention_on_a_mesh_equals_attention_on_one_device(
 @pytest.mark.parametrize(
     ("heads", "local"), [((8, 4), (2, 1)), ((8, 2), (2, 2)), ((6, 3), (2, 2)), ((3, 1), (1, 1)), ((4, 4), (1, 1))]
 )
-def test_each_device_of_the_tensor_axis_works_on_its_share_of_heads(
+def test_each_device_of_the_tensor_axis_computes_its_own_heads(
     heads: tuple[int, int], local: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []

@@ -12,7 +12,7 @@ from jax.experimental.pallas import triton
 from helpers.kernels import PALLAS
 from helpers.models import packed, random_params, sample_of, spec_of
 from mice_jax.errors import UserError
-from mice_jax.models.attention import attend, choose_backend
+from mice_jax.models.attention import AttentionRequirements, attend, choose_backend
 from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
@@ -38,13 +38,15 @@ def segments_of(rows: list[list[int]]) -> np.ndarray:
 
 
 def gpus(backend: str, spec: ModelSpec, dtype: str) -> list[Any]:
-    """Those that are here; skips where there is none, or where they are not the backend's."""
+    """The GPUs of this machine; skips where there is none, or where the backend does not support them."""
     devices = [d for d in jax.devices() if d.platform == "gpu"]
     if not devices:
         pytest.skip("no GPU is here")
-    run = {"dtype": dtype, "max_length": 512, "deterministic": False}
+    capability = devices[0].compute_capability
     try:
-        choose_backend(backend, spec, platform="gpu", compute_capability=devices[0].compute_capability, **run)
+        choose_backend(
+            backend, AttentionRequirements(spec, "gpu", capability, dtype, max_length=512, deterministic=False)
+        )
     except UserError as e:
         pytest.skip(str(e))
     return devices
@@ -91,7 +93,7 @@ def errors(made: list[np.ndarray], expected: list[np.ndarray]) -> np.ndarray:
     ("head_dim", "heads"), [(64, (8, 2)), (80, (6, 2)), (128, (8, 2)), (128, (6, 2)), (256, (8, 2))]
 )
 @pytest.mark.parametrize("backend", ["cudnn", "pallas"])
-def test_a_kernel_errs_no_more_than_bfloat16_does_in_blocks(
+def test_a_kernel_errs_no_more_than_blockwise_in_bfloat16(
     backend: str, head_dim: int, heads: tuple[int, int], rows: list[list[int]], scoring: Scoring
 ) -> None:
     windows = (scoring.window,) * 2
@@ -113,7 +115,7 @@ def test_a_kernel_errs_no_more_than_bfloat16_does_in_blocks(
 @pytest.mark.gpu
 @pytest.mark.parametrize("scoring", SCORINGS)
 @pytest.mark.parametrize(("head_dim", "heads"), [(64, (8, 2)), (80, (6, 2)), (256, (8, 2))])
-def test_pallas_errs_in_float32_by_float32_s_rounding(
+def test_pallas_errs_in_float32_by_rounding_only(
     head_dim: int, heads: tuple[int, int], scoring: Scoring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus("pallas", spec_of(head_dim=head_dim), "float32")
@@ -162,13 +164,13 @@ def hold_step(backend: str, devices: list[Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cudnn", "pallas"])
-def test_a_step_s_loss_and_gradient_are_those_of_plain_attention(backend: str) -> None:
+def test_loss_and_gradient_of_a_step_equal_reference_attention(backend: str) -> None:
     """On all the GPUs that are here: with a tensor axis where their number is even."""
     hold_step(backend, gpus(backend, STEP, "bfloat16"))
 
 
 @pytest.mark.gpu
-def test_the_kernel_of_deterministic_runs_gives_the_same_bits_again() -> None:
+def test_pallas_is_deterministic() -> None:
     if not any(d.platform == "gpu" for d in jax.devices()):
         pytest.skip("no GPU is here")
     arrays, segments = arrays_of(ROWS[1], (8, 2), 128), segments_of(ROWS[1])

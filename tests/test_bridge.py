@@ -1,4 +1,4 @@
-"""The way from a Hugging Face folder through a run and back: added tokens, odd sizes, every family, memory."""
+"""From a Hugging Face folder through a run and back: added tokens, odd sizes, every family, memory."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers.families import CASES, torch_model
-from helpers.models import llama, load, mesh_of, same_bits, whole
+from helpers.models import hf_arrays, llama, load, mesh_of, same_bits, whole
 from helpers.runs import REPOSITORY, make_tokenizer, read_metrics, run_export, run_train, setting, start_train
 from mice_jax.errors import UserError
 from mice_jax.model_source import check_vocabulary, load_params, resolve_source, with_vocabulary
@@ -34,12 +34,9 @@ def small_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any
     return folder
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_added_tokens_get_rows_that_are_the_mean_of_the_others_and_the_run_says_so(
-    tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_of_added_tokens_are_the_mean_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = setting(tmp_path / "setting")
-    init = small_llama(tmp_path / "hf", make_tokenizer(), tie_word_embeddings=tied)
+    init = small_llama(tmp_path / "hf", make_tokenizer())
     capsys.readouterr()
     assert run_train(config, tmp_path / "run", f"--config.model.init_from={init}", *STILL) == 0
     assert f"{ADDED} rows are added, each the mean of the {OWN} there are" in capsys.readouterr().out
@@ -60,7 +57,18 @@ def test_added_tokens_get_rows_that_are_the_mean_of_the_others_and_the_run_says_
         assert model(torch.tensor([[OWN + ADDED - 1]])).logits.shape == (1, 1, OWN + ADDED)
 
 
-def test_a_run_started_from_another_run_gets_rows_for_its_tokenizer_s_added_tokens(tmp_path: Path) -> None:
+def test_rows_of_added_tokens_of_a_tied_embedding_are_the_mean(tmp_path: Path) -> None:
+    source = resolve_source(str(small_llama(tmp_path, make_tokenizer(), tie_word_embeddings=True)))
+    ids = {f"token {i}": i for i in range(OWN + ADDED)}
+    decoder = make_decoder(with_vocabulary(source, ids, {f"token {OWN + i}" for i in range(ADDED)}))
+    assert decoder.spec.vocab_size == OWN + ADDED and "head" not in decoder.abstract
+    params = load_params(source, decoder, param_shardings(decoder.abstract, decoder.axes, mesh_of(1, 1, 1)))
+    table, old = np.asarray(params["embed"]["table"]), whole(tmp_path)["model.embed_tokens.weight"]
+    assert np.array_equal(table[:OWN], old)
+    assert np.abs(table[OWN : OWN + ADDED] - old.astype(np.float64).mean(axis=0)).max() < 1e-7
+
+
+def test_a_run_started_from_a_run_gets_rows_for_added_tokens(tmp_path: Path) -> None:
     config = setting(tmp_path / "setting")
     assert run_train(config, tmp_path / "first", *STILL) == 0
     source = resolve_source(str(tmp_path / "first"))
@@ -76,7 +84,7 @@ def test_a_run_started_from_another_run_gets_rows_for_its_tokenizer_s_added_toke
     assert np.abs(head[300:302] - head[:300].mean(axis=0)).max() < 1e-7
 
 
-def test_a_tokenizer_with_more_tokens_of_its_own_than_the_model_is_another_model_s(tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_model_is_an_error(tmp_path: Path) -> None:
     source = resolve_source(str(small_llama(tmp_path, make_tokenizer())))
     ids = {f"token {i}": i for i in range(OWN + 1)}
     with pytest.raises(UserError, match=rf"ids go up to {OWN}, .* has {OWN} rows"):
@@ -88,10 +96,8 @@ def test_a_tokenizer_with_more_tokens_of_its_own_than_the_model_is_another_model
 
 
 # ---------------------------------------------------------------------------------------- odd sizes
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
-def test_a_vocabulary_of_49155_and_heads_that_8_devices_do_not_divide_come_out_as_they_went_in(
-    sizes: tuple[int, int, int], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2)])
+def test_odd_vocabulary_and_heads_are_exported_as_imported(sizes: tuple[int, int, int], tmp_path: Path) -> None:
     llama(tmp_path / "in", vocab_size=49155, num_attention_heads=6, num_key_value_heads=3, hidden_size=24)
     decoder, params = load(tmp_path / "in", mesh_of(*sizes))
     assert decoder.vocab_rows % sizes[2] == 0 and decoder.vocab_rows > 49155
@@ -102,15 +108,15 @@ def test_a_vocabulary_of_49155_and_heads_that_8_devices_do_not_divide_come_out_a
 
 
 @pytest.mark.slow
-def test_a_run_on_three_devices_whose_vocabulary_is_padded_otherwise_learns_the_same_and_is_read_on_other_meshes(
+def test_a_run_on_three_devices_equals_one_on_eight(
     tmp_path: Path,
 ) -> None:
     config = setting(tmp_path / "setting")
     flags = ("--config.mesh.tensor=3", "--config.mesh.fsdp=1", "--config.optim.max_steps=2")
     process = start_train(config, tmp_path / "three", *flags, devices=3)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert "mesh.tensor=3 does not divide them" in said  # two heads
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "mesh.tensor=3 does not divide them" in output  # two heads
     assert run_train(config, tmp_path / "eight", "--config.optim.max_steps=2") == 0
     three, eight = (read_metrics(tmp_path / name) for name in ("three", "eight"))
     for key in ("loss", "grad_norm"):
@@ -124,26 +130,29 @@ def test_a_run_on_three_devices_whose_vocabulary_is_padded_otherwise_learns_the_
         decoder = make_decoder(source.spec, tensor)
         mesh = mesh_of(1, 4, tensor)
         params = load_params(source, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
-        assert same_bits(dict(hf.named_arrays(params, decoder, source.architecture)), exported)
+        assert same_bits(dict(hf_arrays(params, decoder, source.architecture)), exported)
 
 
 # ---------------------------------------------------------------------------------------- every family
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_every_family_is_trained_and_exported_by_the_commands_and_loads_in_transformers(
-    case: str, tmp_path: Path
-) -> None:
-    """A step that changes nothing gives back every bit; one that trains changes every tensor."""
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("llama-linear", "mistral-full", "phi3-mini")])
+def test_every_family_is_trained_exported_and_loaded_in_transformers(case: str, tmp_path: Path) -> None:
+    """A step with learning rate 0 gives back every bit; another changes every tensor.
+
+    The first of these is run for one family whose tensors are ours and for one whose tensors hold several of ours.
+    """
     config = setting(tmp_path / "setting")
     torch_model(case, tmp_path / "hf", vocab_size=300)
     make_tokenizer().save_pretrained(tmp_path / "hf")
     start = f"--config.model.init_from={tmp_path / 'hf'}"
-    assert run_train(config, tmp_path / "still", start, *STILL) == 0
+    before = whole(tmp_path / "hf")
+    if case in ("llama", "phi3"):
+        assert run_train(config, tmp_path / "still", start, *STILL) == 0
+        assert run_export(tmp_path / "still", tmp_path / "still_hf") == 0
+        assert same_bits(before, whole(tmp_path / "still_hf"))
     assert run_train(config, tmp_path / "run", start, "--config.optim.max_steps=1") == 0
-    for name in ("still", "run"):
-        assert run_export(tmp_path / name, tmp_path / f"{name}_hf") == 0
-    before, still, trained = (whole(tmp_path / name) for name in ("hf", "still_hf", "run_hf"))
-    assert same_bits(before, still)
+    assert run_export(tmp_path / "run", tmp_path / "run_hf") == 0
+    trained = whole(tmp_path / "run_hf")
     assert trained.keys() == before.keys()
     assert all(not np.array_equal(trained[name], before[name]) for name in before)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run_hf", output_loading_info=True)
@@ -201,9 +210,7 @@ print(json.dumps([share, *peaks]))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_import_and_export_of_a_checkpoint_of_over_two_gigabytes_need_no_more_memory_than_the_parameters(
-    dtype: str, tmp_path: Path
-) -> None:
+def test_import_and_export_need_no_more_memory_than_the_parameters(dtype: str, tmp_path: Path) -> None:
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8}
     config = {
         "architectures": ["LlamaForCausalLM"], "vocab_size": 49155, "max_position_embeddings": 4096,
@@ -230,5 +237,5 @@ def test_import_and_export_of_a_checkpoint_of_over_two_gigabytes_need_no_more_me
         assert imported > 0.95 * share  # the parameters themselves are seen
         assert len(whole(output)) == 9 * config["num_hidden_layers"] + 3
     share, plain = measured("plain", 1)
-    assert plain > 1.5 * share  # what it would be without care
+    assert plain > 1.5 * share  # what a plain reader needs
     jax.clear_caches()

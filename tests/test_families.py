@@ -1,13 +1,13 @@
-"""Every model family against transformers' torch model: logits, loss, every gradient, the way in and the way out.
+"""Every model family against transformers' torch model: logits, loss, every gradient, import and export.
 
-Cases are in families.py. Each is tiny, but on 600 tokens it goes past its window and past the length its RoPE was
-made for; and with any one of its features switched off it fails the same comparison ten times over.
+The cases are in helpers/families.py. Each is tiny, but 600 tokens go past its window and past the length for which its
+RoPE was made. With any one of its features switched off, the logits are more than ten tolerances away.
 """
 
 import dataclasses
 import functools
-import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,19 @@ from jax.sharding import Mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helpers.families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, torch_model
-from helpers.models import QUICK, gap, load, mesh_of, our_logits, packed, same_bits, torch_logits, whole
+from helpers.models import (
+    QUICK,
+    gap,
+    hf_arrays,
+    load,
+    logits_of,
+    mesh_of,
+    packed,
+    same_bits,
+    torch_logits,
+    uncompiled_logits,
+    whole,
+)
 from mice_jax.data.loader import Arrays
 from mice_jax.models import hf
 from mice_jax.models.families import FAMILIES
@@ -35,7 +47,8 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, 600).astype(np.int32)
 # float64 is up to 5e-5 here, where RoPE turns by 600 radians.
 LOGITS = 1e-4
 RELATIVE = 1e-4  # of loss, and of a gradient in units of the largest entry of its tensor
-MESHES = [(1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 2, 4)]  # the last has more ways than there are key heads
+# The last of them has more tensor shards than there are key heads. Each case is run on one of them, in turn.
+MESHES = [(1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 2, 4)]
 
 
 def row_of(*samples: np.ndarray, slots: int = 0) -> Arrays:
@@ -43,16 +56,20 @@ def row_of(*samples: np.ndarray, slots: int = 0) -> Arrays:
     return packed([[(tokens, np.ones(len(tokens), bool)) for tokens in samples]], slots or sum(map(len, samples)))
 
 
-def our_gradients(decoder: Decoder, params: Params, rows: Arrays) -> tuple[float, Params]:
-    """The loss, and its gradients, through the loss and the attention that training takes."""
+@functools.cache
+def jitted(decoder: Decoder, with_logits: bool) -> Callable[[Params, Arrays], Any]:
+    """The loss, its gradients and, if asked for, logits [B T V], with the loss and the attention of training."""
     compute = Compute(jnp.dtype("float32"), "blockwise", "full")
 
     def loss(params: Params, rows: Arrays) -> jax.Array:
         loss_sum, weight_sum = batch_loss(decoder, params, rows, compute, chunk_size=128)
         return loss_sum / weight_sum
 
-    value, grads = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)(params, rows)
-    return float(value), grads
+    def run(params: Params, rows: Arrays) -> tuple[jax.Array, Params, jax.Array | None]:
+        logits = logits_of(decoder, params, rows, compute) if with_logits else None
+        return *jax.value_and_grad(loss)(params, rows), logits
+
+    return jax.jit(run, compiler_options=QUICK)
 
 
 def torch_gradients(model: PreTrainedModel) -> tuple[float, dict[str, np.ndarray]]:
@@ -67,12 +84,12 @@ def torch_gradients(model: PreTrainedModel) -> tuple[float, dict[str, np.ndarray
 def relative_gaps(
     grads: Params, decoder: Decoder, architecture: str, theirs: dict[str, np.ndarray]
 ) -> dict[str, float]:
-    """By the checkpoint's names: how far ours lie from theirs, in units of the largest entry of theirs.
+    """By the checkpoint's names: the distance of our gradients from theirs, in units of the largest entry of theirs.
 
     The unit is never below a thousandth of the largest entry of any: the bias of keys that do not turn adds the same
     to all of a query's scores, so that its gradient is nothing but rounding.
     """
-    ours = dict(hf.named_arrays(grads, decoder, architecture))
+    ours = dict(hf_arrays(grads, decoder, architecture))
     assert ours.keys() == theirs.keys()
     largest = {name: float(np.abs(g).max()) for name, g in theirs.items()}
     least = max(largest.values()) / 1000
@@ -98,7 +115,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # ---------------------------------------------------------------------------------------- the table
-def test_every_family_has_a_case_every_kind_of_rope_is_in_one_and_every_case_goes_past_its_lengths() -> None:
+def test_cases_cover_every_family_and_every_rope_scaling() -> None:
     assert {architecture for architecture, _ in CASES.values()} == FAMILIES.keys()
     assert ROPES.keys() == set(KINDS)
     said = json.dumps([odd for _, odd in CASES.values()])
@@ -108,18 +125,17 @@ def test_every_family_has_a_case_every_kind_of_rope_is_in_one_and_every_case_goe
 
 # ---------------------------------------------------------------------------------------- parity
 @pytest.mark.parametrize("case", CASES)
-def test_logits_loss_and_every_gradient_are_those_of_transformers(case: str, folders: Any, strict_dtypes: None) -> None:
+def test_logits_loss_and_gradients_equal_transformers(case: str, folders: Any, strict_dtypes: None) -> None:
     model = made(case)
     decoder, params = load(folders(case), mesh_of(1, 1, 1))
     expected = torch_logits(model, TOKENS)
     assert np.abs(expected).max() > 1  # large enough that the tolerance is small
-    for attention in ("blockwise", "reference"):
-        logits = our_logits(decoder, params, row_of(TOKENS), attention)[0]
-        assert logits.shape == (600, VOCAB) and logits.dtype == np.float32
-        assert gap(logits, expected) < LOGITS, attention
-    loss, grads = our_gradients(decoder, params, row_of(TOKENS))
+    logits = uncompiled_logits(decoder, params, row_of(TOKENS))[0]
+    assert logits.shape == (600, VOCAB) and logits.dtype == np.float32
+    assert gap(logits, expected) < LOGITS
+    loss, grads, _ = jitted(decoder, with_logits=False)(params, row_of(TOKENS))
     their_loss, their_grads = torch_gradients(model)
-    assert abs(loss / their_loss - 1) < RELATIVE
+    assert abs(float(loss) / their_loss - 1) < RELATIVE
     gaps = relative_gaps(grads, decoder, CASES[case][0], their_grads)
     assert max(gaps.values()) < RELATIVE, gaps
 
@@ -193,25 +209,25 @@ EXPECTED_OFF = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_with_any_one_feature_switched_off_the_logits_are_ten_tolerances_away(case: str, folders: Any) -> None:
+def test_switching_off_any_feature_moves_logits_ten_tolerances(case: str, folders: Any) -> None:
     decoder, params = load(folders(case), mesh_of(1, 1, 1))
     expected = torch_logits(made(case), TOKENS)
     off = switched_off(decoder.spec)
     assert EXPECTED_OFF[case] | {"ropes: none"} <= off.keys()
     for what, spec in off.items():
         other = make_decoder(spec)
-        logits = our_logits(other, pruned(params, other.abstract), row_of(TOKENS), "reference")[0]
+        logits = uncompiled_logits(other, pruned(params, other.abstract), row_of(TOKENS))[0]
         assert not gap(logits, expected) <= 10 * LOGITS, what  # NaN is as wrong
 
 
 # ---------------------------------------------------------------------------------------- packing
 @pytest.mark.parametrize("case", ["phi3", "gemma3", "smollm3"])
-def test_in_a_packed_row_each_sample_is_as_transformers_has_it_alone(case: str, folders: Any) -> None:
+def test_packed_samples_equal_transformers_on_each_alone(case: str, folders: Any) -> None:
     """LongRoPE too, whose frequencies hang on the sample's own length: a short one beside a long one."""
     model, (decoder, params) = made(case), load(folders(case), mesh_of(1, 1, 1))
     samples = [TOKENS[:ORIGINAL], TOKENS[200 : 200 + ORIGINAL + 1], TOKENS[:30], TOKENS[100:500]]
     rows = row_of(*samples, slots=704)
-    logits, at = our_logits(decoder, params, rows)[0], 0
+    logits, at = uncompiled_logits(decoder, params, rows)[0], 0
     for tokens in samples:
         alone = torch_logits(model, tokens)
         assert gap(logits[at : at + len(tokens)], alone) < LOGITS, len(tokens)
@@ -221,15 +237,13 @@ def test_in_a_packed_row_each_sample_is_as_transformers_has_it_alone(case: str, 
         scaling = spec.ropes[0].scaling
         long = dataclasses.replace(scaling, short_factors=scaling.long_factors)
         ropes = (dataclasses.replace(spec.ropes[0], scaling=long),) * spec.num_layers
-        wrong = our_logits(make_decoder(dataclasses.replace(spec, ropes=ropes)), params, rows)[0]
+        wrong = uncompiled_logits(make_decoder(dataclasses.replace(spec, ropes=ropes)), params, rows)[0]
         assert gap(wrong[:ORIGINAL], torch_logits(model, samples[0])) > 10 * LOGITS
 
 
 # ---------------------------------------------------------------------------------------- in and out
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_imported_and_exported_again_is_bit_equal_and_loads_in_transformers_with_equal_logits(
-    case: str, folders: Any, tmp_path: Path
-) -> None:
+def test_import_then_export_is_bit_equal_and_loads_in_transformers(case: str, folders: Any, tmp_path: Path) -> None:
     decoder, params = load(folders(case), mesh_of(1, 2, 4))
     hf.save_params(tmp_path, params, decoder, hf.read_config(folders(case) / "config.json"), "float32")
     assert same_bits(whole(tmp_path), whole(folders(case)))
@@ -251,23 +265,26 @@ def on_one_device(case: str, folder: Path) -> tuple[np.ndarray, float, dict[str,
 
 
 def on_mesh(case: str, folder: Path, mesh: Mesh) -> tuple[np.ndarray, float, dict[str, float]]:
-    """Logits, loss and how far its gradients lie from torch's, with eight rows split over the mesh."""
+    """Logits, the loss, and the distance of its gradients from torch's, with eight rows split over the mesh."""
     decoder, params = load(folder, mesh)
     row = row_of(TOKENS)
     rows = {k: np.repeat(v, 8, axis=0) for k, v in row.items()}
     with jax.set_mesh(mesh):
-        logits = our_logits(decoder, params, rows)
-        loss, grads = our_gradients(decoder, params, rows)
+        loss, grads, logits = jitted(decoder, with_logits=True)(params, rows)
     shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
     grads = jax.device_put(grads, shardings)
-    return logits, loss, relative_gaps(grads, decoder, CASES[case][0], on_one_device(case, folder)[2])
+    return (
+        np.asarray(logits),
+        float(loss),
+        relative_gaps(grads, decoder, CASES[case][0], on_one_device(case, folder)[2]),
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "sizes"), [*itertools.product(CASES, MESHES), ("llama", (1, 1, 8))])
-def test_on_every_mesh_logits_loss_and_gradients_are_the_same(
-    case: str, sizes: tuple[int, int, int], folders: Any
-) -> None:
+@pytest.mark.parametrize(
+    ("case", "sizes"), [*((case, MESHES[i % 4]) for i, case in enumerate(CASES)), ("llama", (1, 1, 8))]
+)
+def test_logits_loss_and_gradients_are_the_same_on_a_mesh(case: str, sizes: tuple[int, int, int], folders: Any) -> None:
     expected, loss, _ = on_one_device(case, folders(case))
     logits, our_loss, gaps = on_mesh(case, folders(case), mesh_of(*sizes))
     assert gap(logits, np.broadcast_to(expected, logits.shape)) < LOGITS

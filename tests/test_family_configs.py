@@ -1,4 +1,4 @@
-"""config.json of every family: both spellings of RoPE, what well-known releases say, refusals, and a random start.
+"""config.json of every family: both spellings of RoPE, published models, errors, and random parameters.
 
 Parity of what is computed from them is in test_families.py.
 """
@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from helpers.families import CASES, ORIGINAL, POSITIONS, ROPES, SIZES
-from helpers.models import QUICK
+from helpers.models import hf_arrays
 from helpers.runs import REPOSITORY
 from mice_jax.errors import UserError
 from mice_jax.models import hf
@@ -82,7 +82,7 @@ def check_spellings(config: Config, spec: ModelSpec, rope: Config) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_either_spelling_of_an_export_alone_and_both_together_say_what_was_imported(case: str) -> None:
+def test_each_rope_spelling_of_an_export_gives_the_imported_spec(case: str) -> None:
     config = config_of(case)
     assert config.keys() > NEW and "rope_theta" not in config
     check_spellings(config, spec_of(config), their_rope(config))
@@ -131,7 +131,7 @@ AS_FOUR_WROTE: dict[str, tuple[str, Config, tuple[Rope, ...]]] = {
 
 
 @pytest.mark.parametrize("what", AS_FOUR_WROTE)
-def test_what_transformers_4_wrote_is_read_and_exported_in_both_spellings(what: str) -> None:
+def test_configs_of_transformers_4_are_exported_in_both_spellings(what: str) -> None:
     case, said, ropes = AS_FOUR_WROTE[what]
     config = without(config_of(case), NEW | OLD | {"original_max_position_embeddings"}) | said
     spec = spec_of(config)
@@ -144,7 +144,7 @@ def test_what_transformers_4_wrote_is_read_and_exported_in_both_spellings(what: 
         assert their_rope(spelled) == theirs
 
 
-def test_a_factor_that_phi_3_takes_anyway_is_left_out_of_the_old_spelling_which_has_no_room_for_it() -> None:
+def test_phi_3_s_default_factor_is_left_out_of_the_old_spelling() -> None:
     """transformers 4 wants three keys in Phi-3's rope_scaling and refuses a fourth."""
     parameters = ROPES["longrope"] | {"factor": POSITIONS / ORIGINAL}
     both = in_both_spellings(config_of("phi3", rope_parameters=parameters))
@@ -204,7 +204,7 @@ PLACES = 2.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_frequencies_and_factors_are_those_of_transformers_to_two_units_in_the_last_place(kind: str) -> None:
+def test_rope_frequencies_equal_transformers_within_two_ulp(kind: str) -> None:
     for theta in (1e4, 5e5, 1e6, 5e6):
         for dims in (4, 6, 12, 64, 80, 96, 128, 256):
             for more in settings(kind, dims):
@@ -222,9 +222,7 @@ def test_frequencies_and_factors_are_those_of_transformers_to_two_units_in_the_l
         ("yarn", {"beta_fast": 8.0}),
     ],
 )
-def test_another_parameter_is_many_units_in_the_last_place_away(
-    kind: str, change: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_rope_parameter_is_many_ulp_away(kind: str, change: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = {"rope_type": kind, "rope_theta": 5e5} | next(settings(kind, 64))
     assert frequency_gap(parameters, 64) <= PLACES
     theirs = their_frequencies(parameters, 64)
@@ -323,7 +321,7 @@ def axes_of(decoder: Any) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_a_release_s_config_is_accepted_and_makes_as_many_parameters_as_in_transformers(release: str) -> None:
+def test_a_published_config_has_the_parameter_count_of_transformers(release: str) -> None:
     config, (published, odd) = release_config(release), RELEASES[release]
     spec = spec_of(config)
     expected = plain_fields(config) | odd
@@ -348,21 +346,21 @@ def test_a_release_s_config_is_accepted_and_makes_as_many_parameters_as_in_trans
         ("mistral-7b", "Mistral-7B-v0.3"),
     ],
 )
-def test_the_study_s_shapes_are_those_of_the_releases(model: str, release: str) -> None:
+def test_the_study_s_shapes_are_those_of_the_published_models(model: str, release: str) -> None:
     file = REPOSITORY / "configs" / "paper" / "shapes" / model / "config.json"
     assert hf.spec_from_config(hf.read_config(file), file) == spec_of(release_config(release))
 
 
-def test_every_family_has_a_release_that_is_tried() -> None:
+def test_every_family_has_a_published_config() -> None:
     assert {release_config(name)["architectures"][0] for name in RELEASES} == FAMILIES.keys()
 
 
-# ---------------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------------------- errors
 def rope(kind: str, **more: Any) -> Config:
     return {"rope_parameters": ROPES[kind] | more}
 
 
-REFUSED: list[tuple[str, Config, str]] = [
+UNSUPPORTED: list[tuple[str, Config, str]] = [
     ("llama", rope("linear", rope_type="dynamic"), r"rope_type='dynamic'; those computed are default, linear"),
     ("llama", rope("linear", rope_type=[]), r"rope_type=\[\]"),
     ("llama", rope("linear", mrope_section=[2, 2]), r"mrope_section=\[2, 2\] among its RoPE.*rope_type='linear'"),
@@ -416,9 +414,9 @@ REFUSED: list[tuple[str, Config, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "change", "message"), REFUSED)
-def test_what_cannot_be_honoured_is_refused_by_key_value_and_file(case: str, change: Config, message: str) -> None:
-    spec_of(config_of(case))  # good so far
+@pytest.mark.parametrize(("case", "change", "message"), UNSUPPORTED)
+def test_an_unsupported_value_is_an_error_with_key_value_and_file(case: str, change: Config, message: str) -> None:
+    spec_of(config_of(case))  # valid before the change
     with pytest.raises(UserError, match=message) as e:
         spec_of(config_of(case, **change))
     assert str(FILE) in str(e.value)
@@ -440,7 +438,7 @@ ODD_VALUES = [None, -1, 0, "x", [], {}, True, 1e30, [1], 1, 1.5, math.inf, math.
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_whatever_a_key_says_the_answer_is_a_spec_or_the_user_s_error_and_never_a_traceback(case: str) -> None:
+def test_any_value_of_any_key_gives_a_spec_or_a_user_error(case: str) -> None:
     both = in_both_spellings(config_of(case))
     refused = accepted = 0
     for config in (config_of(case), both, without(both, NEW)):
@@ -472,8 +470,8 @@ def their_start(case: str) -> dict[str, np.ndarray]:
 def our_start(case: str) -> dict[str, np.ndarray]:
     config = config_of(case, hidden_size=48, intermediate_size=160, initializer_range=SPREAD)
     decoder = make_decoder(spec_of(config))
-    params = jax.jit(decoder.init, compiler_options=QUICK)(jax.random.key(1))
-    return dict(hf.named_arrays(params, decoder, CASES[case][0]))
+    params = decoder.init(jax.random.key(1))  # not jitted: cases share the shapes of their operations
+    return dict(hf_arrays(params, decoder, CASES[case][0]))
 
 
 def is_normal(x: np.ndarray, spread: float = SPREAD) -> bool:
@@ -484,7 +482,7 @@ def is_normal(x: np.ndarray, spread: float = SPREAD) -> bool:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_random_start_is_drawn_as_transformers_draws_it_tensor_by_tensor(case: str) -> None:
+def test_random_parameters_are_drawn_as_in_transformers(case: str) -> None:
     ours, theirs = our_start(case), their_start(case)
     assert {k: x.shape for k, x in ours.items()} == {k: x.shape for k, x in theirs.items()}
     for name, x in theirs.items():
@@ -498,7 +496,7 @@ def test_a_random_start_is_drawn_as_transformers_draws_it_tensor_by_tensor(case:
     assert not np.array_equal(layers[0], layers[1])
 
 
-def test_another_spread_another_mean_and_another_shape_of_distribution_are_told_from_a_normal_one() -> None:
+def test_is_normal_rejects_other_means_spreads_and_shapes() -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(0, SPREAD, 48 * 160)
     assert is_normal(x)

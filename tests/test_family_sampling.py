@@ -1,6 +1,6 @@
-"""Every family's cache: greedy answers are those of transformers, hidden states those of the whole sequence.
+"""Decoding with a cache: greedy answers equal transformers', hidden states those of the whole sequence.
 
-Cases are in families.py. Prompts are short, past the window, and past the length that RoPE was made for.
+The cases are in helpers/families.py. Prompts are short, past the window, and past the length that RoPE was made for.
 """
 
 import dataclasses
@@ -29,6 +29,10 @@ EARLY = 24  # of a short prompt's answer, within the window
 PROMPTS = [np.random.default_rng(n).integers(0, VOCAB, n).tolist() for n in LENGTHS]
 
 Loaded = tuple[Decoder, Params]
+
+# A case for each family, and for each kind of layer that a cache has to treat differently.
+ANSWERED = [case for case in CASES if case not in ("llama-linear", "mistral-full", "phi3-mini")]
+CACHED = ["mistral", "smollm3", "olmo2", "phi3", "gemma3"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,8 +75,8 @@ def our_answers(decoder: Decoder, params: Params) -> list[list[int]]:
 
 
 # ---------------------------------------------------------------------------------------- answers
-@pytest.mark.parametrize("case", CASES)
-def test_greedy_answers_to_ragged_prompts_in_one_batch_are_those_of_transformers(case: str, loaded: Any) -> None:
+@pytest.mark.parametrize("case", ANSWERED)
+def test_greedy_answers_to_ragged_prompts_equal_transformers(case: str, loaded: Any) -> None:
     wanted = their_answers(case)
     # Else the test would show little: whole answers, which do not repeat themselves.
     assert [len(a) for a in wanted] == [NEW] * len(LENGTHS)
@@ -86,7 +90,7 @@ def odd_scaling(spec: ModelSpec, **changes: Any) -> ModelSpec:
     return dataclasses.replace(spec, ropes=(dataclasses.replace(one, scaling=scaling),) * spec.num_layers)
 
 
-def test_a_window_or_factors_that_are_not_the_models_own_change_the_answers_that_they_reach(loaded: Any) -> None:
+def test_a_wrong_window_or_rope_factor_changes_the_answers_it_reaches(loaded: Any) -> None:
     """Negative controls: which of the three prompts is answered otherwise early on."""
 
     def changed(case: str, spec: ModelSpec) -> list[bool]:
@@ -105,10 +109,10 @@ def test_a_window_or_factors_that_are_not_the_models_own_change_the_answers_that
 
 
 # ---------------------------------------------------------------------------------------- hidden states
-# Two rows, of which one is done early; a LongRoPE takes it for short. Each size of a piece compiles a program: the 70
+# Two rows, of which one ends early, and is short for a LongRoPE. Each size of a piece compiles a program: 60 tokens
 # pass the window at once, single tokens pass ORIGINAL and, at the end, phi3's window.
 ROWS = np.array([210, 100], np.int32)
-PIECES = [1, 70, 1, 1, 50, *[1] * 10, 70, *[1] * 7]
+PIECES = [1, 60, 1, 1, 60, *[1] * 10, 60, *[1] * 17]
 TOKENS = np.random.default_rng(1).integers(0, VOCAB, (2, sum(PIECES))).astype(np.int32)
 POSITIONS = np.broadcast_to(np.arange(sum(PIECES), dtype=np.int32), TOKENS.shape)
 # Normalised, of order 4: some hundred float32 roundings (2e-7 there) of attention scores in the hundreds, which these
@@ -132,21 +136,22 @@ def gaps(found: np.ndarray, wanted: np.ndarray) -> list[float]:
     return [gap(f[:n], w[:n]) for f, w, n in zip(found, wanted, ROWS, strict=True)]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_decoding_in_uneven_pieces_gives_the_hidden_states_of_the_whole_sequence(
+@pytest.mark.parametrize("case", CACHED)
+def test_decoding_in_uneven_pieces_gives_the_whole_sequence_s_states(
     case: str, loaded: Any, strict_dtypes: None
 ) -> None:
     assert ROWS[0] == sum(PIECES) > max(ORIGINAL, 200) and max(PIECES) > WINDOW
     decoder, params = loaded(case)
     compute = Compute(jnp.dtype("float32"), "reference", "none")
     segments = (ROWS[:, None] > POSITIONS).astype(np.int32)
-    whole = jax.jit(lambda p, *x: decoder.bind(p).hidden(*x, compute), compiler_options=QUICK)
+    with jax.disable_jit():  # quicker than compiling a program for one call
+        whole = decoder.bind(params).hidden(*map(jnp.asarray, (TOKENS, POSITIONS, segments)), compute)
     found = decoded(decoder, params, ROWS)
     assert found.dtype == np.float32
-    assert max(gaps(found, np.asarray(whole(params, TOKENS, POSITIONS, segments)))) < HIDDEN
+    assert max(gaps(found, np.asarray(whole))) < HIDDEN
 
 
-def test_a_window_one_too_wide_or_another_final_length_is_ten_tolerances_away(loaded: Any) -> None:
+def test_a_wrong_window_or_length_moves_states_ten_tolerances(loaded: Any) -> None:
     """Negative controls of the comparison of hidden states."""
     decoder, params = loaded("mistral")
     wide = dataclasses.replace(decoder.spec, windows=(WINDOW + 1,) * decoder.spec.num_layers)

@@ -1,4 +1,4 @@
-"""Hugging Face folders: logits of transformers' torch Llama, bit-equal weights both ways, and what bad ones get."""
+"""Hugging Face folders: logits of transformers' torch Llama, bit-equal weights both ways, and errors."""
 
 import json
 import re
@@ -16,7 +16,20 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 from transformers import LlamaForCausalLM
 
-from helpers.models import gap, in_float64, llama, load, mesh_of, our_logits, packed, same_bits, torch_logits, whole
+from helpers.models import (
+    gap,
+    hf_arrays,
+    in_float64,
+    llama,
+    load,
+    mesh_of,
+    our_logits,
+    packed,
+    same_bits,
+    torch_logits,
+    uncompiled_logits,
+    whole,
+)
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.spec import Rope
@@ -44,7 +57,7 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCaus
 
 @pytest.fixture
 def copied(untied: tuple[Path, LlamaForCausalLM], tmp_path: Path) -> Path:
-    """A folder to spoil."""
+    """A folder that a test may damage."""
     return Path(shutil.copytree(untied[0], tmp_path / "copied"))
 
 
@@ -63,18 +76,16 @@ def spec_of_config(folder: Path) -> Any:
 
 
 # ---------------------------------------------------------------------------------------- parity
-@pytest.mark.parametrize("attention", ["reference", "blockwise"])
-def test_logits_on_600_tokens_are_those_of_transformers_torch_model(
-    attention: str, either: tuple[Path, LlamaForCausalLM], strict_dtypes: None
-) -> None:
+def test_logits_on_600_tokens_equal_transformers(either: tuple[Path, LlamaForCausalLM], strict_dtypes: None) -> None:
     folder, model = either
     expected, exact = torch_logits(model, TOKENS), torch_logits(in_float64(model), TOKENS)
     noise = gap(expected, exact)
     assert 0 < noise < LOGITS < np.abs(exact).max() / 1000
-    ours = our_logits(*load(folder, mesh_of(1, 1, 1)), ROW, attention)[0]
-    assert ours.shape == (600, VOCAB) and ours.dtype == np.float32
-    assert gap(ours, expected) < max(LOGITS, 3 * noise)
-    assert gap(ours, exact) < max(LOGITS, 3 * noise)
+    decoder, params = load(folder, mesh_of(1, 1, 1))
+    for ours in (our_logits(decoder, params, ROW)[0], uncompiled_logits(decoder, params, ROW)[0]):
+        assert ours.shape == (600, VOCAB) and ours.dtype == np.float32
+        assert gap(ours, expected) < max(LOGITS, 3 * noise)
+        assert gap(ours, exact) < max(LOGITS, 3 * noise)
 
 
 def switched_off(what: str, folder: Path) -> tuple[Decoder, Params]:
@@ -109,24 +120,24 @@ OTHERS = [
 ]
 
 
-def test_with_any_feature_switched_off_the_logits_differ(untied: tuple[Path, LlamaForCausalLM]) -> None:
+def test_switching_off_any_feature_changes_the_logits(untied: tuple[Path, LlamaForCausalLM]) -> None:
     expected = torch_logits(untied[1], TOKENS)
     for what in OTHERS + BIASES:
-        assert gap(our_logits(*switched_off(what, untied[0]), ROW, "reference")[0], expected) > 10 * LOGITS, what
+        assert gap(uncompiled_logits(*switched_off(what, untied[0]), ROW)[0], expected) > 10 * LOGITS, what
 
 
-def test_without_biases_and_with_the_default_head_dim_logits_are_transformers_too(tmp_path: Path) -> None:
+def test_logits_without_biases_and_with_the_default_head_dim(tmp_path: Path) -> None:
     plain = {"attention_bias": False, "mlp_bias": False, "head_dim": None, "num_key_value_heads": 4}
     model = llama(tmp_path, vocab_size=VOCAB, **plain)
     decoder, params = load(tmp_path, mesh_of(1, 1, 1))
     assert (decoder.spec.head_dim, decoder.spec.num_kv_heads) == (8, 4)
     assert not [name for name in params["layers"]["mlp"] if "bias" in name]
-    assert gap(our_logits(decoder, params, ROW)[0], torch_logits(model, TOKENS)) < LOGITS
+    assert gap(uncompiled_logits(decoder, params, ROW)[0], torch_logits(model, TOKENS)) < LOGITS
 
 
 # ---------------------------------------------------------------------------------------- in and out
 @pytest.mark.parametrize("sizes", MESHES)
-def test_what_is_imported_and_exported_again_is_bit_equal_on_every_mesh(
+def test_import_then_export_is_bit_equal_on_every_mesh(
     sizes: tuple[int, int, int], either: tuple[Path, LlamaForCausalLM], tmp_path: Path
 ) -> None:
     folder, model = either
@@ -226,15 +237,15 @@ def test_an_export_in_several_files_has_an_index_and_loads_everywhere(
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_what_is_cut_on_a_device_is_what_is_looked_at_in_the_host_s_memory(
+def test_slices_cut_on_a_device_equal_those_cut_on_the_host(
     sizes: tuple[int, int, int], untied: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The way that other devices than a CPU go."""
+    """The code path of devices other than a CPU."""
     decoder, params = load(untied[0], mesh_of(*sizes))
     monkeypatch.setattr(hf, "PIECE_BYTES", 10_000)
-    looked = dict(hf.named_arrays(params, decoder, "LlamaForCausalLM"))
+    looked = dict(hf_arrays(params, decoder, "LlamaForCausalLM"))
     monkeypatch.setattr(hf, "_block", lambda x, starts, counts: np.asarray(jax.lax.dynamic_slice(x, starts, counts)))
-    assert same_bits(dict(hf.named_arrays(params, decoder, "LlamaForCausalLM")), looked)
+    assert same_bits(dict(hf_arrays(params, decoder, "LlamaForCausalLM")), looked)
     assert same_bits(looked, whole(untied[0]))
 
 
@@ -251,7 +262,7 @@ def cut_file(file: Path, size: int) -> None:
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
-SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
+DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a missing tensor": (lambda f: edit_tensors(f, lambda t: t.pop(UP)), rf"{UP} is missing"),
     "an extra tensor": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.layers.2.extra": np.zeros(3, np.float32)})),
@@ -291,22 +302,22 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", SPOILED)
-def test_a_bad_checkpoint_is_refused_by_the_name_of_what_is_wrong(what: str, copied: Path) -> None:
-    load(copied, mesh_of(1, 1, 1))  # good so far
-    spoil, message = SPOILED[what]
-    spoil(copied)
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_bad_checkpoint_is_an_error_that_names_the_problem(what: str, copied: Path) -> None:
+    load(copied, mesh_of(1, 1, 1))  # valid before the change
+    damage, message = DAMAGED[what]
+    damage(copied)
     with pytest.raises(UserError, match=message) as e:
         load(copied, mesh_of(1, 1, 1))
     assert str(copied) in str(e.value)
 
 
-def test_every_problem_is_named_at_once(copied: Path) -> None:
-    def spoil(tensors: dict[str, np.ndarray]) -> None:
+def test_every_problem_of_a_checkpoint_is_reported_at_once(copied: Path) -> None:
+    def damage(tensors: dict[str, np.ndarray]) -> None:
         del tensors["model.norm.weight"], tensors[UP]
         tensors["more"] = np.zeros(1, np.float32)
 
-    edit_tensors(copied, spoil)
+    edit_tensors(copied, damage)
     with pytest.raises(UserError) as e:
         load(copied, mesh_of(1, 1, 1))
     assert all(f"{name} is missing" in str(e.value) for name in ("model.norm.weight", UP))
@@ -330,13 +341,13 @@ def drop_from_shard(folder: Path, name: str) -> None:
     save_file({k: x for k, x in load_file(file).items() if k != name}, file)
 
 
-SPOILED_SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
+DAMAGED_SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard is missing": (lambda f: second_shard(f).unlink(), r"index\.json names files.*model-00002-of-\d+\.safe"),
     "a shard is cut short": (
         lambda f: cut_file(second_shard(f), second_shard(f).stat().st_size - 4),
         r"model-00002-of-\d+\.safetensors \(\d+ bytes",
     ),
-    "the index is no JSON": (lambda f: cut_file(f / "model.safetensors.index.json", 50), r"index\.json is not JSON"),
+    "the index is not JSON": (lambda f: cut_file(f / "model.safetensors.index.json", 50), r"index\.json is not JSON"),
     "the index leaves a tensor out": (lambda f: edit_index(f, lambda m: m.pop(UP)), UP),
     "the index names the wrong file of a tensor": (
         lambda f: edit_index(f, lambda m: m.update({UP: m["model.embed_tokens.weight"]})),
@@ -346,21 +357,21 @@ SPOILED_SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", SPOILED_SHARDS)
-def test_a_bad_checkpoint_of_several_files_is_refused_by_the_name_of_what_is_wrong(what: str, in_shards: Path) -> None:
-    spoil, message = SPOILED_SHARDS[what]
-    spoil(in_shards)
+@pytest.mark.parametrize("what", DAMAGED_SHARDS)
+def test_a_bad_sharded_checkpoint_is_an_error_that_names_the_problem(what: str, in_shards: Path) -> None:
+    damage, message = DAMAGED_SHARDS[what]
+    damage(in_shards)
     with pytest.raises(UserError, match=message):
         load(in_shards, mesh_of(1, 1, 1))
 
 
-def test_the_stored_dtype_of_a_damaged_shard_is_the_user_s_error_too(in_shards: Path) -> None:
+def test_the_stored_dtype_of_a_damaged_shard_is_a_user_error(in_shards: Path) -> None:
     cut_file(second_shard(in_shards), second_shard(in_shards).stat().st_size - 4)
     with pytest.raises(UserError, match=r"model-00002-of-\d+\.safetensors"):
         hf.stored_dtype(in_shards)
 
 
-def test_buffers_of_old_checkpoints_and_a_stored_copy_of_a_tied_head_are_passed_over(tmp_path: Path) -> None:
+def test_old_buffers_and_a_stored_copy_of_a_tied_head_are_ignored(tmp_path: Path) -> None:
     llama(tmp_path, tie_word_embeddings=True)
     expected = load(tmp_path, mesh_of(1, 1, 1))[1]
 
@@ -389,10 +400,10 @@ def set_keys(**keys: Any) -> Callable[[dict[str, Any]], Any]:
         (set_keys(num_key_value_heads=3), r"num_attention_heads=4 is no multiple of num_key_value_heads=3"),
     ],
 )
-def test_a_config_that_cannot_be_honoured_is_refused_by_its_key(
+def test_an_unsupported_config_is_an_error_that_names_the_key(
     change: Callable[[dict[str, Any]], Any], message: str, copied: Path
 ) -> None:
-    spec_of_config(copied)  # good so far
+    spec_of_config(copied)  # valid before the change
     edit_config(copied, change)
     with pytest.raises(UserError, match=message) as e:
         spec_of_config(copied)
@@ -402,7 +413,7 @@ def test_a_config_that_cannot_be_honoured_is_refused_by_its_key(
 @pytest.mark.parametrize(
     ("text", "message"), [(None, "does not exist"), ("{", "is not JSON"), ("[]", "holds a list"), ("\udc80", "JSON")]
 )
-def test_a_config_file_that_is_none_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+def test_a_missing_or_malformed_config_file_is_an_error(text: str | None, message: str, tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     if text is not None:
         file.write_bytes(text.encode(errors="surrogateescape"))
@@ -425,15 +436,13 @@ def test_both_spellings_of_the_rotary_base_are_read(spelling: dict[str, Any], co
     assert spec_of_config(copied).ropes == (Rope(5e5, 12, None),) * 2
 
 
-def test_unknown_keys_without_a_value_and_keys_that_change_nothing_are_passed_over(copied: Path) -> None:
+def test_null_keys_and_keys_without_effect_are_ignored(copied: Path) -> None:
     before = spec_of_config(copied)
     edit_config(copied, set_keys(quantization_config=None, use_cache=False, pad_token_id=3, torch_dtype="bfloat16"))
     assert spec_of_config(copied) == before
 
 
-def test_an_export_keeps_the_config_that_it_came_with_but_for_its_dtype(
-    untied: tuple[Path, LlamaForCausalLM], in_shards: Path
-) -> None:
+def test_an_export_changes_only_the_dtype_of_its_config(untied: tuple[Path, LlamaForCausalLM], in_shards: Path) -> None:
     before, after = config_of(untied[0]), config_of(in_shards)
     for config in (before, after):
         config.pop("dtype", None), config.pop("torch_dtype", None)

@@ -1,4 +1,4 @@
-"""Schedules, worked out by hand, and which parameters decay and how far gradients are clipped."""
+"""Schedules against values computed by hand; which parameters decay, and how gradients are clipped."""
 
 import math
 
@@ -34,7 +34,7 @@ def factor(kind: str, step: int, horizon: int, **more: float) -> float:
 
 @pytest.mark.parametrize("how", [{"warmup_steps": 4}, {"warmup_ratio": 4 / 24}])
 @pytest.mark.parametrize("kind", WARM)
-def test_a_warmed_up_schedule_has_the_values_worked_out_by_hand(kind: str, how: dict[str, float]) -> None:
+def test_a_schedule_with_warm_up_has_the_values_computed_by_hand(kind: str, how: dict[str, float]) -> None:
     schedule = make_schedule(kind, RATE, 24, final_ratio=0.2, decay_ratio=0.25, **how)
     for step, expected in zip(WARM_STEPS, WARM[kind], strict=True):
         assert abs(float(schedule(step)) - RATE * expected) < ROUNDING, step
@@ -46,7 +46,7 @@ def factor_is_flat(kind: str, step: int) -> bool:
     return step == 4 or (step == 14 and kind in ("constant", "wsd")) or kind == "constant"
 
 
-def test_cosine_is_that_of_the_standard_library() -> None:
+def test_cosine_equals_the_standard_library() -> None:
     for step in range(24):
         x = max(0, step - 4) / 20
         warm = (step + 1) / 4 if step < 4 else 1
@@ -54,7 +54,7 @@ def test_cosine_is_that_of_the_standard_library() -> None:
         assert abs(factor("cosine", step, 24, warmup_steps=4, final_ratio=0.2) - expected) < 1e-6
 
 
-def test_without_warm_up_a_schedule_starts_at_its_rate_and_ends_at_zero() -> None:
+def test_a_schedule_without_warm_up_starts_at_its_rate_and_ends_at_0() -> None:
     for kind in ("constant", "linear", "cosine", "wsd"):
         assert abs(factor(kind, 0, 10) - 1) < 1e-6
         assert abs(factor(kind, 10, 10) - (kind == "constant")) < 1e-6
@@ -82,7 +82,7 @@ def test_degenerate_horizons_give_finite_rates(kind: str) -> None:
     assert factor(kind, 0, 1) == pytest.approx(1)
 
 
-def test_a_traced_step_gives_the_value_of_a_plain_one() -> None:
+def test_a_traced_step_gives_the_value_of_a_python_int() -> None:
     schedule = make_schedule("cosine", RATE, 24, warmup_steps=4)
     steps = jnp.arange(24, dtype=jnp.int32)
     traced = jax.jit(jax.vmap(schedule))(steps)
@@ -103,7 +103,7 @@ def first_update(gradient: float, **changes: float) -> dict[str, jax.Array]:
     return {name: -0.1 * u for name, u in updates["layers"].items()}
 
 
-def test_weight_decay_acts_on_matrices_and_not_on_norms_and_biases() -> None:
+def test_weight_decay_acts_on_matrices_only() -> None:
     updates = first_update(0.0, weight_decay=0.5)
     for name, update in updates.items():
         decays = name in ("q", "gate", "table", "weight")
@@ -127,7 +127,7 @@ def moments(gradient: float, grad_clip: float) -> optax.Updates:
     return state[1].mu["layers"]["q"]
 
 
-def test_gradients_are_clipped_by_their_global_norm_and_zero_turns_it_off() -> None:
+def test_gradients_are_clipped_by_global_norm_unless_it_is_0() -> None:
     # 8 leaves of 6 entries of 2: a norm of 2 * sqrt(48). The first moment is a tenth of the clipped gradient.
     norm = 2 * math.sqrt(48)
     tolerance = 1e-6

@@ -1,5 +1,6 @@
 """Every optimizer through the step's own update, against torch or the paper's formulas in float64."""
 
+import functools
 from typing import Any
 
 import jax
@@ -42,17 +43,29 @@ def drawn(seed: int, scale: float = 1.0) -> Tree:
 GRADS = [drawn(10 + i) for i in range(STEPS)]
 
 
-def trained(name: str, steps: int = STEPS, **settings: Any) -> tuple[Tree, Any]:
-    """Parameters and optimizer state after so many steps; a step's sums are twice its gradient, of weight two."""
-    mask = settings.pop("mask", None)
+def trained(name: str, steps: int = STEPS, mask: Tree | None = None, **settings: Any) -> tuple[Tree, Any]:
+    """Parameters and optimizer state after `steps` steps; a step's sums are twice its gradient, with weight 2."""
+    if mask is not None:
+        return _states(name, mask, **settings)[steps - 1]
+    return _cached_states(name, **settings)[steps - 1]
+
+
+def _states(name: str, mask: Tree | None, **settings: Any) -> list[tuple[Tree, Any]]:
+    """Parameters and optimizer state after each step."""
     optimizer = make_optimizer(name=name, axes=AXES, trained=mask, **(SETTINGS | settings))
     params = jax.tree.map(jnp.asarray, drawn(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    update = jax.jit(lambda state, sums: apply_sums(state, sums, optimizer, lambda step: RATE, trained=mask))
-    for grads in GRADS[:steps]:
+    states = []
+    for grads in GRADS:
         sums = Sums(jax.tree.map(lambda g: 2 * jnp.asarray(g), grads), *[jnp.float32(2.0)] * 4)
-        state, _ = update(state, sums)
-    return jax.tree.map(np.asarray, state.params), state.opt_state
+        state, _ = apply_sums(state, sums, optimizer, lambda step: RATE, trained=mask)  # quicker than compiling
+        states.append((jax.tree.map(np.asarray, state.params), state.opt_state))
+    return states
+
+
+@functools.cache
+def _cached_states(name: str, **settings: Any) -> list[tuple[Tree, Any]]:
+    return _states(name, None, **settings)
 
 
 def differs(a: Tree, b: Tree) -> float:
@@ -71,7 +84,7 @@ def by_torch(cls: Any, **settings: Any) -> Tree:
     return jax.tree.unflatten(tree, [p.detach().numpy() for p in params])
 
 
-def test_adamw_and_sgd_are_torch_s() -> None:
+def test_adamw_and_sgd_equal_torch() -> None:
     ours, _ = trained("adamw")
     theirs = by_torch(torch.optim.AdamW, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     assert differs(ours, theirs) < 1e-4
@@ -92,7 +105,7 @@ def by_hand(leaf: Any) -> Tree:
 
 
 @pytest.mark.parametrize(("beta2", "same"), [(0.95, True), (0.5, False)])
-def test_lion_is_that_of_its_paper(beta2: float, same: bool) -> None:
+def test_lion_equals_the_formulas_of_its_paper(beta2: float, same: bool) -> None:
     def lion(p: np.ndarray, grads: list[np.ndarray]) -> np.ndarray:
         m = np.zeros_like(p)
         for g in grads:
@@ -104,7 +117,7 @@ def test_lion_is_that_of_its_paper(beta2: float, same: bool) -> None:
     assert (differs(ours, by_hand(lion)) < 1e-3) == same
 
 
-def test_adafactor_is_that_of_its_paper_layer_by_layer() -> None:
+def test_adafactor_equals_its_paper_layer_by_layer() -> None:
     """Algorithm 4 with a decay of 1 - t^-0.8, on each layer by itself; stacked norms and few heads are not factored."""
 
     exponent = -0.8
@@ -174,7 +187,7 @@ def update_of(before: Tree, after: Tree) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
-def test_weight_decay_is_decoupled_and_leaves_norms_alone_whatever_the_optimizer(name: str) -> None:
+def test_weight_decay_is_decoupled_and_leaves_norms_alone(name: str) -> None:
     plain, _ = trained(name, steps=1)
     decayed, _ = trained(name, steps=1, weight_decay=0.5)
     before = drawn(0)
@@ -185,7 +198,7 @@ def test_weight_decay_is_decoupled_and_leaves_norms_alone_whatever_the_optimizer
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
-def test_moments_in_bfloat16_are_held_so_and_change_little(name: str) -> None:
+def test_bfloat16_moments_are_stored_so_and_change_little(name: str) -> None:
     whole, state = trained(name)
     half, half_state = trained(name, moments_dtype="bfloat16")
     sizes = [sum(x.nbytes for x in jax.tree.leaves(s) if x.size > 10) for s in (state, half_state)]
@@ -197,7 +210,7 @@ def test_moments_in_bfloat16_are_held_so_and_change_little(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
-def test_what_is_frozen_stays_bit_for_bit_and_whole_leaves_hold_no_moments(name: str) -> None:
+def test_frozen_parameters_stay_bit_equal_and_have_no_moments(name: str) -> None:
     mask = jax.tree.map(lambda s: np.array(True), SHAPES, is_leaf=lambda s: isinstance(s, tuple))
     mask["embed"]["table"] = np.array(False)
     mask["layers"]["q"] = np.array([False, True]).reshape(2, 1, 1, 1)
@@ -212,7 +225,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_whole_leaves_hold_no_moments(name:
     assert held < whole
 
 
-def test_the_norm_is_that_of_what_is_trained() -> None:
+def test_grad_norm_is_that_of_the_trained_parameters() -> None:
     mask = jax.tree.map(lambda s: np.array(False), SHAPES, is_leaf=lambda s: isinstance(s, tuple))
     mask["layers"]["scale"] = np.array(True)
     optimizer = make_optimizer(name="adamw", trained=mask, **SETTINGS)
@@ -223,7 +236,7 @@ def test_the_norm_is_that_of_what_is_trained() -> None:
     assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(GRADS[0]["layers"]["scale"]), rel=1e-6)
 
 
-def test_a_step_above_the_limit_counts_and_changes_nothing_else() -> None:
+def test_a_step_above_the_norm_limit_counts_but_updates_nothing() -> None:
     optimizer = make_optimizer(name="adamw", **SETTINGS)
     params = jax.tree.map(jnp.asarray, drawn(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
@@ -242,19 +255,19 @@ def rates(schedule: Any, steps: list[int]) -> list[float]:
     return [float(schedule(s)) for s in steps]
 
 
-def test_a_restarted_schedule_runs_over_its_own_steps_and_one_that_goes_on_over_all() -> None:
+def test_a_restarted_schedule_runs_over_its_own_phase() -> None:
     shape = {"kind": "linear", "warmup_steps": 2}
     # Steps 0-9 at 1e-3, then 10-29 at 4e-3: over 30 with a rate that jumps; or twice, over 10 and over 20.
-    on = make_phase_schedule([(0, 1e-3, False), (10, 4e-3, False)], 30, **shape)
-    assert rates(on, [0, 1, 2, 9, 10, 29]) == pytest.approx(
+    continued = make_phase_schedule([(0, 1e-3, False), (10, 4e-3, False)], 30, **shape)
+    assert rates(continued, [0, 1, 2, 9, 10, 29]) == pytest.approx(
         [0.5e-3, 1e-3, 1e-3, 1e-3 * (1 - 7 / 28), 4e-3 * (1 - 8 / 28), 4e-3 * (1 - 27 / 28)], rel=1e-5
     )
-    anew = make_phase_schedule([(0, 1e-3, False), (10, 4e-3, True)], 30, **shape)
-    assert rates(anew, [0, 2, 9, 10, 11, 12, 29]) == pytest.approx(
+    restarted = make_phase_schedule([(0, 1e-3, False), (10, 4e-3, True)], 30, **shape)
+    assert rates(restarted, [0, 2, 9, 10, 11, 12, 29]) == pytest.approx(
         [0.5e-3, 1e-3, 1e-3 * (1 - 7 / 8), 2e-3, 4e-3, 4e-3, 4e-3 * (1 - 17 / 18)], rel=1e-5
     )
-    traced = jax.jit(jax.vmap(anew))(jnp.arange(30))
-    np.testing.assert_allclose(traced, rates(anew, list(range(30))), atol=1e-6 * 4e-3)
+    traced = jax.jit(jax.vmap(restarted))(jnp.arange(30))
+    np.testing.assert_allclose(traced, rates(restarted, list(range(30))), atol=1e-6 * 4e-3)
 
 
 @pytest.mark.parametrize(
@@ -268,13 +281,12 @@ def test_a_restarted_schedule_runs_over_its_own_steps_and_one_that_goes_on_over_
         ("TULU++, 128 samples a step", 3e-5, {"kind": "constant"}, [0, 500, 999], [3e-5] * 3),
     ],
 )  # fmt: skip
-def test_the_paper_s_recipes_have_its_rates(
+def test_the_paper_s_recipes_have_its_learning_rates(
     recipe: str, rate: float, shape: dict[str, Any], steps: list[int], wanted: list[float]
 ) -> None:
     """Over a run of 1,000 steps."""
     found = rates(make_phase_schedule([(0, rate, False)], 1000, **shape), steps)
-    print(f"{recipe}: " + ", ".join(f"step {s} {r:.3g}" for s, r in zip(steps, found, strict=True)))
-    assert found == pytest.approx(wanted, rel=1e-5)
+    assert found == pytest.approx(wanted, rel=1e-5), recipe
     assert rates(make_phase_schedule([(0, rate * 1.01, False)], 1000, **shape), steps) != pytest.approx(
         wanted, rel=1e-5
     )

@@ -1,4 +1,4 @@
-"""The mesh, and what lies where on it."""
+"""The mesh, and the placement of parameters and batches on it."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from mice_jax.models.transformer import make_decoder
         ((2, 4, -1), (2, 4, 1)),
     ],
 )
-def test_a_mesh_has_the_sizes_asked_for_and_one_of_them_takes_what_is_left(
+def test_a_mesh_size_of_minus_one_takes_the_remaining_devices(
     sizes: tuple[int, int, int], made: tuple[int, int, int]
 ) -> None:
     mesh = sharding.make_mesh(*sizes)
@@ -32,19 +32,19 @@ def test_a_mesh_has_the_sizes_asked_for_and_one_of_them_takes_what_is_left(
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (3, -1, 1), (1, 16, 1), (1, -1, 16), (2, 8, 1)])
-def test_sizes_that_do_not_make_the_devices_are_refused_with_both_numbers_and_the_mend(
+def test_sizes_that_do_not_multiply_to_the_devices_are_an_error(
     sizes: tuple[int, int, int],
 ) -> None:
     data, fsdp, tensor = sizes
     with pytest.raises(UserError) as e:
         sharding.make_mesh(*sizes)
     assert f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor}" in str(e.value)
-    assert "the 8 devices there are" in str(e.value)
+    assert "the number of devices, 8" in str(e.value)
     assert "-1" in str(e.value)
 
 
 # ---------------------------------------------------------------------------------------- parameters
-def test_parameters_lie_as_the_rules_say_and_a_dim_that_is_not_divided_stays_whole() -> None:
+def test_param_spec_follows_the_rules_and_replicates_undivided_dims() -> None:
     mesh = sharding.make_mesh(1, 4, 2)
 
     def spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
@@ -59,19 +59,19 @@ def test_parameters_lie_as_the_rules_say_and_a_dim_that_is_not_divided_stays_who
     assert spec((6, 24), "batch", None) == PartitionSpec(None, None)
 
 
-def test_replicated_dims_names_each_dim_that_is_held_whole_and_no_other() -> None:
+def test_replicated_dims_names_each_replicated_dim_and_no_other() -> None:
     decoder = make_decoder(
         spec_of(d_model=36, num_heads=6, num_kv_heads=3, mlp_bias=False, qkv_bias=False, out_bias=False)
     )
 
-    def held_whole(*sizes: int) -> set[str]:
+    def replicated(*sizes: int) -> set[str]:
         return set(sharding.replicated_dims(decoder.abstract, decoder.axes, mesh_of(*sizes)))
 
-    assert held_whole(1, 4, 2) == {"layers.attention.k kv_heads=3", "layers.attention.v kv_heads=3"}
+    assert replicated(1, 4, 2) == {"layers.attention.k kv_heads=3", "layers.attention.v kv_heads=3"}
     # Nor does 4 divide the query heads, but they are split within.
-    assert held_whole(1, 1, 4) == {"layers.attention.k kv_heads=3", "layers.attention.v kv_heads=3"}
+    assert replicated(1, 1, 4) == {"layers.attention.k kv_heads=3", "layers.attention.v kv_heads=3"}
     # 8 does not divide 36, which every parameter has.
-    over_eight = held_whole(1, 8, 1)
+    over_eight = replicated(1, 8, 1)
     assert over_eight == {
         f"{name} embed=36"
         for name in (
@@ -80,10 +80,10 @@ def test_replicated_dims_names_each_dim_that_is_held_whole_and_no_other() -> Non
             "layers.mlp.gate", "layers.mlp.up", "layers.mlp.down",
         )
     }  # fmt: skip
-    assert held_whole(1, 1, 1) == held_whole(8, 1, 1) == set()  # nothing is to be split there
+    assert replicated(1, 1, 1) == replicated(8, 1, 1) == set()  # nothing is to be split there
 
 
-def test_what_replicated_dims_leaves_out_is_really_split() -> None:
+def test_dims_that_are_not_replicated_are_split() -> None:
     decoder, mesh = make_decoder(spec_of()), mesh_of(1, 4, 2)
     assert sharding.replicated_dims(decoder.abstract, decoder.axes, mesh) == []
     shardings = sharding.param_shardings(decoder.abstract, decoder.axes, mesh)
@@ -108,7 +108,7 @@ def test_each_device_holds_the_rows_of_its_shard(sizes: tuple[int, int, int]) ->
     assert np.array_equal(put["tokens"], rows)
 
 
-def test_a_process_puts_the_rows_of_its_own_shards_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_puts_the_rows_of_its_own_shards_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the process had shards 2 and 3 of four: the callback is asked for those blocks, by their global place."""
     mesh = mesh_of(1, 4, 1)
     rows = np.arange(4 * 5, dtype=np.int32).reshape(4, 5)  # two rows a shard
@@ -147,7 +147,7 @@ def test_local_shards_are_those_with_a_device_of_this_process(monkeypatch: pytes
     assert shards_of(0, 1, 1, 8) == shards_of(1, 1, 1, 8) == (0,)
 
 
-def test_constrain_does_nothing_outside_a_mesh_and_places_inside_one() -> None:
+def test_constrain_acts_only_inside_a_mesh() -> None:
     x = np.zeros((8, 4), np.float32)
     assert sharding.constrain(x, "batch", "hidden") is x
     with jax.set_mesh(mesh_of(1, 8, 1)):

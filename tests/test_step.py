@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from helpers.models import QUICK, Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of, spec_of
+from helpers.models import Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of, spec_of
 from mice_jax import step as step_module
 from mice_jax.loss import tokens_per_chunk
 from mice_jax.models.transformer import Compute, Params, make_decoder
@@ -82,10 +82,10 @@ class Run:
         """The same with another optimizer, on what `accumulate` gives, 16 rows at once."""
         optimizer, metrics = make_optimizer(**(ADAM | adam)), []
         state = TrainState(jnp.zeros((), jnp.int32), self.params, optimizer.init(self.params))
-        apply = jax.jit(lambda state, sums: apply_sums(state, sums, optimizer, schedule), compiler_options=QUICK)
         shardings = jax.tree.map(lambda x: x.sharding, self.params)
         for rows in steps:
-            state, measured = apply(state, self.accumulate(state, self.fns.zero_sums(), self.batches(rows, 16)))
+            sums = self.accumulate(state, self.fns.zero_sums(), self.batches(rows, 16))
+            state, measured = apply_sums(state, sums, optimizer, schedule)  # quicker than compiling it
             state = dataclasses.replace(state, params=jax.device_put(state.params, shardings))
             metrics.append({k: float(x) for k, x in measured.items()})
         return state, metrics
@@ -195,7 +195,7 @@ def update_gap(params: Params, expected: Params, start: Params) -> float:
     ("sizes", "rows_per_microbatch"),
     [(ALONE, 1), (ALONE, 16), ((1, 8, 1), 8), ((1, 8, 1), 16), ((1, 4, 2), 4), ((1, 4, 2), 8), ((2, 2, 2), 16)],
 )
-def test_loss_norm_and_weights_are_torch_s_whatever_the_mesh_and_the_rows_of_a_microbatch(
+def test_loss_norm_and_update_equal_torch_on_every_mesh(
     sizes: tuple[int, int, int],
     rows_per_microbatch: int,
     folder: Path,
@@ -218,7 +218,7 @@ def test_loss_norm_and_weights_are_torch_s_whatever_the_mesh_and_the_rows_of_a_m
         assert tokens_of_devices.min() == 0 and tokens_of_devices.max() > 20
 
 
-def test_a_mean_of_the_microbatches_means_would_give_another_loss_norm_and_update(
+def test_a_mean_of_microbatch_means_gives_another_loss_and_update(
     folder: Path, two_steps: list[Rows], model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     [rows] = two_steps[:1]
@@ -236,7 +236,7 @@ def test_a_mean_of_the_microbatches_means_would_give_another_loss_norm_and_updat
     assert update_gap(wrong.params, in_our_form(updated, tmp_path), run.params) > 10 * UPDATE
 
 
-def test_without_clipping_or_with_other_betas_the_updates_are_others(
+def test_other_clipping_betas_or_eps_give_other_updates(
     folder: Path, two_steps: list[Rows], expected: tuple[Params, list[dict]]
 ) -> None:
     run = run_on(folder, ALONE)
@@ -248,7 +248,7 @@ def test_without_clipping_or_with_other_betas_the_updates_are_others(
         assert abs(metrics[0]["grad_norm"] - expected[1][0]["grad_norm"]) < NORM * expected[1][0]["grad_norm"], change
 
 
-def test_weight_decay_is_torch_s_with_norms_and_biases_in_a_group_without_it(
+def test_weight_decay_equals_torch_s_without_norms_and_biases(
     folder: Path, two_steps: list[Rows], model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     run = run_on(folder, ALONE)
@@ -257,7 +257,7 @@ def test_weight_decay_is_torch_s_with_norms_and_biases_in_a_group_without_it(
     assert update_gap(state.params, in_our_form(updated, tmp_path), run.params) < UPDATE
 
 
-def test_what_a_step_measures_is_what_it_did(folder: Path, two_steps: list[Rows]) -> None:
+def test_norms_and_rate_in_metrics_are_those_of_the_update(folder: Path, two_steps: list[Rows]) -> None:
     run = run_on(folder, (1, 8, 1))
     state, metrics = run.steps(two_steps[:1], 16)
     exact = 1e-6  # of the same float32 numbers: their sum of squares alone is rounded
@@ -270,7 +270,7 @@ def test_what_a_step_measures_is_what_it_did(folder: Path, two_steps: list[Rows]
     assert metrics[1]["learning_rate"] == np.float32(RATE / 2)
 
 
-def test_evaluating_gives_the_sums_of_accumulating(folder: Path, two_steps: list[Rows], expected: Any) -> None:
+def test_evaluate_gives_the_sums_of_accumulate(folder: Path, two_steps: list[Rows], expected: Any) -> None:
     run = run_on(folder, (1, 4, 2))
     state = run.state()
     parts = [run.fns.evaluate(state.params, b) for b in run.batches(two_steps[0], 4)]
@@ -282,7 +282,7 @@ def test_evaluating_gives_the_sums_of_accumulating(folder: Path, two_steps: list
 
 
 # ---------------------------------------------------------------------------------------- loss reduction
-def test_each_sample_weighs_the_same_under_loss_reduction_sample(folder: Path, model: LlamaForCausalLM) -> None:
+def test_loss_reduction_sample_weighs_samples_equally(folder: Path, model: LlamaForCausalLM) -> None:
     rng = np.random.default_rng(1)
     # 1, 11 and 6 predicted tokens: the first token of the last is trained, but nothing predicts it.
     samples = [sample_of(8, [5], rng), sample_of(12, slice(1, 12), rng), sample_of(9, [0, 2, 3, 4, 6, 7, 8], rng)]
@@ -307,7 +307,7 @@ def test_each_sample_weighs_the_same_under_loss_reduction_sample(folder: Path, m
 
 # ---------------------------------------------------------------------------------------- not finite
 @pytest.mark.parametrize("bad", ["an infinite weight", "a gradient that is not a number", "no weight at all"])
-def test_a_loss_or_gradient_that_is_not_finite_leaves_the_state_as_it_was(
+def test_a_non_finite_loss_or_gradient_leaves_the_state_unchanged(
     bad: str, folder: Path, two_steps: list[Rows]
 ) -> None:
     run = run_on(folder, (1, 8, 1))
@@ -348,7 +348,7 @@ def test_each_shape_is_compiled_once_over_many_steps(folder: Path, two_steps: li
     assert run.fns.accumulate.jitted._cache_size() == before + 1  # so the count does count
 
 
-def test_what_is_donated_is_deleted_and_parameters_outlive_accumulation(folder: Path, two_steps: list[Rows]) -> None:
+def test_donated_arrays_are_deleted_and_params_are_not(folder: Path, two_steps: list[Rows]) -> None:
     run = run_on(folder, (1, 8, 1))
 
     def deleted(tree: Any) -> set[bool]:
@@ -367,7 +367,7 @@ def test_what_is_donated_is_deleted_and_parameters_outlive_accumulation(folder: 
     assert deleted((new_state, new_sums)) == {False}
 
 
-def test_sums_and_state_are_updated_in_the_memory_that_they_came_in(folder: Path, two_steps: list[Rows]) -> None:
+def test_sums_and_state_are_updated_in_place(folder: Path, two_steps: list[Rows]) -> None:
     run = run_on(folder, ALONE)
     state, sums = run.state(), run.fns.zero_sums()
     [batch] = run.batches(two_steps[0], 16)
@@ -398,9 +398,7 @@ def largest_array(program: Any) -> int:
     return max(math.prod(map(int, dims.split(","))) for dims in found)
 
 
-@pytest.mark.parametrize(
-    "sizes", [(2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((1, 1, 1), (1, 4, 2)))]
-)
+@pytest.mark.parametrize("sizes", [(2, 2, 2), pytest.param((1, 1, 1), marks=pytest.mark.slow)])
 def test_no_program_of_a_step_holds_the_logits_of_all_tokens(
     sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,9 +422,7 @@ def test_no_program_of_a_step_holds_the_logits_of_all_tokens(
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
-def test_parameters_moments_and_sums_lie_on_the_mesh_as_the_abstract_state_says(
-    sizes: tuple[int, int, int], folder: Path
-) -> None:
+def test_state_and_sums_have_the_abstract_state_s_shardings(sizes: tuple[int, int, int], folder: Path) -> None:
     run = run_on(folder, sizes)
     state, sums = run.state(), run.fns.zero_sums()
     for a, x in zip(jax.tree.leaves(run.fns.abstract_state), jax.tree.leaves(state), strict=True):

@@ -1,4 +1,4 @@
-"""The decoder: a packed row is its samples run alone; remat, meshes and a cache change nothing but rounding."""
+"""The decoder: a packed row equals its samples run alone; remat, meshes and a cache change rounding only."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers.models import QUICK, VOCAB, Sample, gap, mesh_of, packed, random_params, relative_gap, sample_of, spec_of
-from mice_jax.models.transformer import Compute, Decoder, empty_cache, make_decoder
+from mice_jax.models.transformer import Compute, Decoder, Params, empty_cache, make_decoder
 from mice_jax.sharding import param_shardings
 from mice_jax.step import batch_loss
 
@@ -21,7 +21,6 @@ GRADIENT = 1e-5
 LOSS = 1e-6  # of the value
 
 DECODER = make_decoder(spec_of())
-PARAMS = random_params(DECODER)
 PLAIN = Compute(jnp.dtype("float32"), "reference", "none")
 BLOCKED = dataclasses.replace(PLAIN, attention="blockwise")
 
@@ -42,12 +41,17 @@ def forward_and_backward(decoder: Decoder, compute: Compute):
 
 
 @functools.cache
+def params() -> Params:
+    return random_params(DECODER)
+
+
+@functools.cache
 def _jitted(decoder: Decoder, compute: Compute):
     return jax.jit(forward_and_backward(decoder, compute), compiler_options=QUICK)
 
 
-def run(batch: dict[str, np.ndarray], compute: Compute = PLAIN, decoder: Decoder = DECODER, params=PARAMS) -> Result:
-    return _jitted(decoder, compute)(params, batch)
+def run(batch: dict[str, np.ndarray], compute: Compute = PLAIN) -> Result:
+    return _jitted(DECODER, compute)(params(), batch)
 
 
 def alone(sample: Sample) -> dict[str, np.ndarray]:
@@ -66,9 +70,12 @@ def alone(sample: Sample) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------- packing
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
-    """They start and end inside attention's blocks; one is a lone token, one starts with a trained token."""
+    """They start and end inside blocks of attention. One is a single token, one starts with a trained token.
+
+    Three have one length, so that running them alone compiles two programs.
+    """
     rng = np.random.default_rng(0)
-    parts = [(70, slice(30, 70)), (1, slice(0, 0)), (40, slice(0, 40)), (70, [69])]
+    parts = [(60, slice(30, 60)), (1, slice(0, 0)), (60, slice(0, 60)), (60, [59])]
     return [sample_of(n, trained, rng) for n, trained in parts]
 
 
@@ -85,7 +92,7 @@ def run_alone(samples: list[Sample]) -> Result:
 
 
 @pytest.mark.parametrize("compute", [PLAIN, BLOCKED], ids=lambda c: c.attention)
-def test_a_packed_row_gives_the_logits_loss_and_every_gradient_of_its_samples_run_alone(
+def test_a_packed_row_equals_its_samples_run_alone(
     compute: Compute, row: dict[str, np.ndarray], run_alone: Result, strict_dtypes: None
 ) -> None:
     logits, loss, grads = run(row, compute)
@@ -96,7 +103,7 @@ def test_a_packed_row_gives_the_logits_loss_and_every_gradient_of_its_samples_ru
 
 
 @pytest.mark.parametrize("wrong", ["segments merged", "an edge one slot late", "positions that stand still"])
-def test_a_wrong_mask_or_wrong_positions_make_a_packed_row_differ_from_its_samples(
+def test_wrong_masks_or_positions_change_a_packed_row(
     wrong: str, row: dict[str, np.ndarray], run_alone: Result
 ) -> None:
     segments = row["segment_ids"]
@@ -114,31 +121,29 @@ def test_a_wrong_mask_or_wrong_positions_make_a_packed_row_differ_from_its_sampl
     assert min(gaps) > 10 * GRADIENT
 
 
-def test_positions_that_do_not_restart_change_rounding_alone_since_rotations_are_relative(
-    row: dict[str, np.ndarray], run_alone: Result
-) -> None:
-    """So no test of logits can tell them; tests/test_step.py looks at the positions themselves."""
+def test_positions_that_do_not_restart_change_rounding_only(row: dict[str, np.ndarray], run_alone: Result) -> None:
+    """Rotations are relative, so logits cannot show it; tests/test_step.py checks the positions themselves."""
     logits, _, _ = run(row | {"positions": np.arange(190, dtype=np.int32)[None]}, BLOCKED)
     assert 0 < gap(logits[:, :181], run_alone[0]) < LOGITS
 
 
-def test_what_stands_in_padding_changes_neither_loss_nor_gradients(row: dict[str, np.ndarray]) -> None:
+def test_padding_content_changes_neither_loss_nor_gradients(row: dict[str, np.ndarray]) -> None:
     before = run(row, BLOCKED)
     tokens, targets, positions = row["tokens"].copy(), row["targets"].copy(), row["positions"].copy()
     tokens[:, 181:], targets[:, 181:], positions[:, 181:] = 7, 9, 100
     after = run(row | {"tokens": tokens, "targets": targets, "positions": positions}, BLOCKED)
     assert float(before[1]) == float(after[1])
     assert gap(before[2], after[2]) == 0
-    tokens[:, 180] = (tokens[:, 180] + 1) % VOCAB  # the last real token is no padding
+    tokens[:, 180] = (tokens[:, 180] + 1) % VOCAB  # the last real token is not padding
     assert gap(run(row | {"tokens": tokens}, BLOCKED)[0][:, :181], before[0][:, :181]) > 10 * LOGITS
 
 
 # ---------------------------------------------------------------------------------------- remat
 def products_of(compute: Compute, batch: dict[str, np.ndarray]) -> int:
-    return str(jax.make_jaxpr(forward_and_backward(DECODER, compute))(PARAMS, batch)).count("dot_general")
+    return str(jax.make_jaxpr(forward_and_backward(DECODER, compute))(params(), batch)).count("dot_general")
 
 
-def test_every_remat_policy_gives_the_same_gradients_and_recomputes_what_it_says(
+def test_remat_policies_give_equal_gradients_and_recompute_as_documented(
     row: dict[str, np.ndarray], strict_dtypes: None
 ) -> None:
     batch = {name: x[:, :64] for name, x in row.items()}
@@ -154,13 +159,13 @@ def test_every_remat_policy_gives_the_same_gradients_and_recomputes_what_it_says
     again = dataclasses.replace(BLOCKED, remat="dots")
     assert relative_gap(run(batch, again)[2], results["none"][2]) < GRADIENT
     blocked = {r: products_of(dataclasses.replace(BLOCKED, remat=r), batch) for r in ("none", "dots", "full")}
-    assert blocked["none"] == blocked["dots"] < blocked["full"]  # our own attention is not computed twice
+    assert blocked["none"] == blocked["dots"] < blocked["full"]  # our own attention kernel is not run twice
     other = run(batch | {"tokens": np.roll(batch["tokens"], 1)})
     assert relative_gap(other[2], results["none"][2]) > 10 * GRADIENT
 
 
 # ---------------------------------------------------------------------------------------- init
-def test_fresh_parameters_are_the_same_on_every_mesh_though_it_does_not_divide_the_vocabulary() -> None:
+def test_random_parameters_are_the_same_on_every_mesh() -> None:
     spec = spec_of(vocab_size=1001, d_model=48, num_layers=1)
     trees = []
     for sizes in [(1, 1, 1), (2, 2, 2), (1, 2, 3)]:
@@ -183,8 +188,8 @@ def test_fresh_parameters_are_the_same_on_every_mesh_though_it_does_not_divide_t
         assert gap(tree, trees[0]) == 0
 
 
-def test_fresh_parameters_are_normal_with_the_spec_s_deviation_and_no_two_layers_alike() -> None:
-    params = jax.jit(make_decoder(spec_of(vocab_size=1001)).init, compiler_options=QUICK)(jax.random.key(0))
+def test_random_parameters_are_normal_and_differ_between_layers() -> None:
+    params = make_decoder(spec_of(vocab_size=1001)).init(jax.random.key(0))
     assert set(params) == {"embed", "layers", "final_norm", "head"}
     for weight in (params["embed"]["table"][:1001], params["layers"]["mlp"]["gate"]):
         n = weight.size  # the deviation of n draws is right to 1 / sqrt(2n); four of those
@@ -197,15 +202,15 @@ def test_fresh_parameters_are_normal_with_the_spec_s_deviation_and_no_two_layers
 
 
 # ---------------------------------------------------------------------------------------- decoding
-def test_decoding_with_a_cache_gives_the_hidden_states_of_the_whole_sequence(strict_dtypes: None) -> None:
+def test_decoding_with_a_cache_equals_the_whole_sequence(strict_dtypes: None) -> None:
     tokens = np.random.default_rng(0).integers(0, VOCAB, (3, 12)).astype(np.int32)
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), (3, 12))
     segments = np.ones((3, 12), np.int32)
-    expected = jax.jit(lambda *x: DECODER.bind(PARAMS).hidden(*x, PLAIN), compiler_options=QUICK)(
+    expected = jax.jit(lambda *x: DECODER.bind(params()).hidden(*x, PLAIN), compiler_options=QUICK)(
         tokens, positions, segments
     )
-    layers = DECODER.unstack(PARAMS)
-    step = jax.jit(lambda *x: DECODER.bind(PARAMS).decode(*x, layers), compiler_options=QUICK)
+    layers = DECODER.unstack(params())
+    step = jax.jit(lambda *x: DECODER.bind(params()).decode(*x, layers), compiler_options=QUICK)
 
     def decoded(late: int = 0) -> jax.Array:
         """Four tokens at once, four more, then one by one; `late` slots too far from the fifth on."""
