@@ -251,7 +251,7 @@ def scribble(hf: Path) -> None:
 
 MODEL: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "weights that are not there": (lambda hf: (hf / "model.safetensors").unlink(), ["hf", "model.safetensors"]),
-    "weights cut short": (cut, ["hf/model.safetensors", "cut short"]),
+    "weights cut short": (cut, ["hf/model.safetensors", "truncated"]),
     "weights that are none": (scribble, ["hf/model.safetensors", "damaged"]),
     "a file that the index names": (
         lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),

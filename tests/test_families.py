@@ -36,7 +36,7 @@ from helpers.models import (
 from mice_jax.data.loader import Arrays
 from mice_jax.models import hf
 from mice_jax.models.families import FAMILIES
-from mice_jax.models.families.positions import KINDS
+from mice_jax.models.families.rope_config import KINDS
 from mice_jax.models.spec import ModelSpec, Rope
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.sharding import param_shardings

@@ -26,7 +26,7 @@ from helpers.runs import REPOSITORY
 from mice_jax.errors import UserError
 from mice_jax.models import hf
 from mice_jax.models.families import FAMILIES
-from mice_jax.models.families.positions import KINDS, in_both_spellings, read_rope
+from mice_jax.models.families.rope_config import KINDS, read_rope, with_both_rope_spellings
 from mice_jax.models.rope import frequencies
 from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, ModelSpec, Rope
 from mice_jax.models.transformer import make_decoder
@@ -74,7 +74,7 @@ def their_rope(config: Config) -> Config:
 
 # ---------------------------------------------------------------------------------------- spellings
 def check_spellings(config: Config, spec: ModelSpec, rope: Config) -> None:
-    both = in_both_spellings(config)
+    both = with_both_rope_spellings(config)
     assert both.keys() > NEW
     for spelled in (both, without(both, NEW), without(both, OLD)):
         assert spec_of(spelled) == spec
@@ -86,7 +86,7 @@ def test_each_rope_spelling_of_an_export_gives_the_imported_spec(case: str) -> N
     config = config_of(case)
     assert config.keys() > NEW and "rope_theta" not in config
     check_spellings(config, spec_of(config), their_rope(config))
-    assert {"rope_theta", "rope_scaling"} < in_both_spellings(config).keys()
+    assert {"rope_theta", "rope_scaling"} < with_both_rope_spellings(config).keys()
 
 
 LLAMA3 = {"factor": 5.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": ORIGINAL}
@@ -136,7 +136,7 @@ def test_configs_of_transformers_4_are_exported_in_both_spellings(what: str) -> 
     config = without(config_of(case), NEW | OLD | {"original_max_position_embeddings"}) | said
     spec = spec_of(config)
     assert spec.ropes == (ropes if len(ropes) > 1 else ropes * spec.num_layers)
-    both = in_both_spellings(config)
+    both = with_both_rope_spellings(config)
     # transformers 5 knows longrope by its later name alone
     theirs = their_rope(json.loads(json.dumps(config).replace('"su"', '"longrope"')))
     for spelled in (both, without(both, NEW), *([without(both, OLD)] if "rope_theta" in said else [])):
@@ -147,10 +147,10 @@ def test_configs_of_transformers_4_are_exported_in_both_spellings(what: str) -> 
 def test_phi_3_s_default_factor_is_left_out_of_the_old_spelling() -> None:
     """transformers 4 wants three keys in Phi-3's rope_scaling and refuses a fourth."""
     parameters = ROPES["longrope"] | {"factor": POSITIONS / ORIGINAL}
-    both = in_both_spellings(config_of("phi3", rope_parameters=parameters))
+    both = with_both_rope_spellings(config_of("phi3", rope_parameters=parameters))
     assert both["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
     assert spec_of(both) == spec_of(without(both, NEW)) == spec_of(config_of("phi3"))
-    other = in_both_spellings(config_of("phi3", rope_parameters=parameters | {"factor": 2.0}))
+    other = with_both_rope_spellings(config_of("phi3", rope_parameters=parameters | {"factor": 2.0}))
     assert spec_of(other) == spec_of(without(other, NEW)) != spec_of(both)
 
 
@@ -361,7 +361,7 @@ def rope(kind: str, **more: Any) -> Config:
 
 
 UNSUPPORTED: list[tuple[str, Config, str]] = [
-    ("llama", rope("linear", rope_type="dynamic"), r"rope_type='dynamic'; those computed are default, linear"),
+    ("llama", rope("linear", rope_type="dynamic"), r"rope_type='dynamic'; supported are default, linear"),
     ("llama", rope("linear", rope_type=[]), r"rope_type=\[\]"),
     ("llama", rope("linear", mrope_section=[2, 2]), r"mrope_section=\[2, 2\] among its RoPE.*rope_type='linear'"),
     ("llama", rope("linear", factor="2"), r"factor='2'"),
@@ -377,11 +377,11 @@ UNSUPPORTED: list[tuple[str, Config, str]] = [
     ("llama", {"rope_theta": 9e3}, r"rope_theta=9000\.0 in the old.* and 50000\.0 in the new"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 5.0}}, r"rope_type='linear' in the old.* and 'llama3'"),
     ("llama", {"rope_scaling": "linear"}, r"rope_scaling='linear'; it must be an object"),
-    ("llama", rope("default", partial_rotary_factor=0.5), r"partial_rotary_factor that turns 6 of 12 dims; here all"),
+    ("llama", rope("default", partial_rotary_factor=0.5), r"partial_rotary_factor that rotates 6 of 12 dims; .* all"),
     ("gemma3", {"rope_parameters": ROPES["default"]}, r"rope_parameters=.*must hold an object 'full_attention'"),
-    ("phi3-mini", rope("default", partial_rotary_factor=0.25), r"partial_rotary_factor that turns 3 of 12 dims"),
-    ("phi3-mini", rope("default", partial_rotary_factor=0.01), r"partial_rotary_factor that turns 0 of 12 dims"),
-    ("phi3-mini", rope("default", partial_rotary_factor=1.5), r"partial_rotary_factor that turns 18 of 12 dims"),
+    ("phi3-mini", rope("default", partial_rotary_factor=0.25), r"partial_rotary_factor that rotates 3 of 12 dims"),
+    ("phi3-mini", rope("default", partial_rotary_factor=0.01), r"partial_rotary_factor that rotates 0 of 12 dims"),
+    ("phi3-mini", rope("default", partial_rotary_factor=1.5), r"partial_rotary_factor that rotates 18 of 12 dims"),
     ("phi3", rope("longrope", short_factor=[1.0, 1.1]), r"short_factor=\[1\.0, 1\.1\] .*must list 3 numbers"),
     ("phi3", rope("longrope", long_factor=[1.0, 1.1, "2"]), r"long_factor=\[1\.0, 1\.1, '2'\]"),
     ("phi3", {"original_max_position_embeddings": None}, r"lacks 'original_max_position_embeddings'"),
@@ -393,12 +393,12 @@ UNSUPPORTED: list[tuple[str, Config, str]] = [
     ("qwen2", {"max_window_layers": "1"}, r"max_window_layers='1'"),
     ("smollm3", {"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]; it must list 0 or 1 for each of 3"),
     ("smollm3", {"no_rope_layers": [1, 0, "yes"]}, r"no_rope_layers=\[1, 0, 'yes'\]"),
-    ("qwen3", {"hidden_act": "relu"}, r"hidden_act='relu'; those computed are silu"),
-    ("gemma2", {"hidden_activation": ["silu"]}, r"hidden_activation=\['silu'\]; those computed are silu"),
-    ("gemma2", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True; only False is computed"),
-    ("gemma3", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True; only False is computed"),
-    ("gemma3", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50\.0; only None is computed"),
-    ("llama", {"rope_interleaved": True}, r"rope_interleaved=True; only False is computed"),
+    ("qwen3", {"hidden_act": "relu"}, r"hidden_act='relu'; supported are silu"),
+    ("gemma2", {"hidden_activation": ["silu"]}, r"hidden_activation=\['silu'\]; supported are silu"),
+    ("gemma2", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True; only False is supported"),
+    ("gemma3", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True; only False is supported"),
+    ("gemma3", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50\.0; only None is supported"),
+    ("llama", {"rope_interleaved": True}, r"rope_interleaved=True; only False is supported"),
     ("llama", {"hidden_size": "32"}, r"hidden_size='32'; it must be a whole number"),
     ("llama", {"hidden_size": True}, r"hidden_size=True; it must be a whole number"),
     ("llama", {"num_hidden_layers": -3}, r"num_hidden_layers=-3; it must be a whole number"),
@@ -439,7 +439,7 @@ ODD_VALUES = [None, -1, 0, "x", [], {}, True, 1e30, [1], 1, 1.5, math.inf, math.
 
 @pytest.mark.parametrize("case", CASES)
 def test_any_value_of_any_key_gives_a_spec_or_a_user_error(case: str) -> None:
-    both = in_both_spellings(config_of(case))
+    both = with_both_rope_spellings(config_of(case))
     refused = accepted = 0
     for config in (config_of(case), both, without(both, NEW)):
         for place in places(config):

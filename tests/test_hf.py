@@ -395,9 +395,9 @@ def set_keys(**keys: Any) -> Callable[[dict[str, Any]], Any]:
         (lambda c: c.pop("architectures"), r"architectures=.*LlamaForCausalLM"),
         (set_keys(sliding_window=4096), r"sliding_window=4096"),
         (set_keys(logits_scaling=8, residual_multiplier=0.2), r"logits_scaling=8, residual_multiplier=0\.2"),
-        (set_keys(hidden_act="relu"), r"hidden_act='relu'; those computed are silu"),
+        (set_keys(hidden_act="relu"), r"hidden_act='relu'; supported are silu"),
         (lambda c: c.pop("hidden_size"), r"lacks 'hidden_size'"),
-        (set_keys(num_key_value_heads=3), r"num_attention_heads=4 is no multiple of num_key_value_heads=3"),
+        (set_keys(num_key_value_heads=3), r"num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
     ],
 )
 def test_an_unsupported_config_is_an_error_that_names_the_key(

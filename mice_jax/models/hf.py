@@ -1,8 +1,8 @@
-"""Hugging Face folders in and out: config.json to a spec, safetensors to sharded parameters and back.
+"""Reads and writes Hugging Face folders: config.json to a spec, safetensors to sharded parameters and back.
 
-A family's file holds what is particular to it; here its tables are used both ways. Only safetensors is read,
-never a pickle, and nothing in a checkpoint is executed. Headers are read first and every problem is reported at
-once; then each device's slice is read by itself, so a process never holds more than its share.
+What differs between families is in models/families; this module uses their tables in both directions. It reads only
+safetensors, never a pickle, and executes nothing from a checkpoint. It reads headers first and reports all problems at
+once. Then it reads the slice of each device by itself, so that a process needs memory for its own share only.
 """
 
 import dataclasses
@@ -25,33 +25,33 @@ from safetensors import SafetensorError, safe_open
 
 from mice_jax.errors import UserError
 from mice_jax.models.families import FAMILIES
-from mice_jax.models.families.positions import in_both_spellings
-from mice_jax.models.families.reading import DROPOUTS, Reader
+from mice_jax.models.families.config_reader import DROPOUTS, ConfigReader
+from mice_jax.models.families.rope_config import with_both_rope_spellings
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.tensors import READ, map_tensors, write_tensors
 from mice_jax.models.transformer import Decoder, Params
 
-SHARD_BYTES = 2**30  # of one exported file
-WRITERS = 4  # files written at once
-PIECE_BYTES = 4 * 2**20  # of what is read or written at once; larger ones leave the caches, and are slower to come by
-# Buffers that old checkpoints carry and that follow from the config.
+SHARD_BYTES = 2**30  # limit of the size of one exported file
+WRITERS = 4  # number of files written at a time
+PIECE_BYTES = 4 * 2**20  # bytes read or written at a time; larger pieces leave the CPU's caches and are slower
+# Suffixes of buffers in old checkpoints, which follow from the config.
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Where one of our parameters lies in one of a checkpoint's tensors."""
+    """One of our parameters, or one layer of it, as a range of rows of a checkpoint's tensor."""
 
-    path: str  # of our parameter, dotted
-    layer: int | None  # its place along a stacked parameter's first axis
-    shape: tuple[int, ...]  # of ours, of one layer, the vocabulary's padding not counted
-    start: int  # its first row in the tensor
-    rows: int  # how many it has there
+    path: str  # dotted path of our parameter
+    layer: int | None  # index along the first dim of a stacked parameter
+    shape: tuple[int, ...]  # of our parameter, without the dim of layers and without padding of the vocabulary
+    start: int  # first row in the tensor
+    rows: int  # number of rows in the tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class HFTensor:
-    """One of a checkpoint's tensors; several of our parameters may lie in it, one after another."""
+    """A tensor of a checkpoint, which may hold several of our parameters one after another."""
 
     name: str
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class HFTensor:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A config.json as a dict."""
+    """Reads a config.json as a dict; raises UserError if it is missing or is not a JSON object."""
     try:
         config = json.loads(file.read_text())
     except FileNotFoundError:
@@ -72,8 +72,19 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def spec_from_config(config: dict[str, Any], file: Path) -> ModelSpec:
-    """The spec of a config.json's content; raises UserError for what cannot be honoured, by key."""
-    family, reader = _family(config, file), Reader(config)
+    """Makes the spec of a config.json.
+
+    Args:
+      config: the content.
+      file: its path, for error messages.
+
+    Returns:
+      The spec.
+
+    Raises:
+      UserError: a key is missing, unknown, or has an unsupported value.
+    """
+    family, reader = _family(config, file), ConfigReader(config)
     try:
         spec = family.spec_from_hf(reader)
     except KeyError as e:
@@ -84,31 +95,42 @@ def spec_from_config(config: dict[str, Any], file: Path) -> ModelSpec:
     if unknown:
         keys = ", ".join(f"{k}={config[k]!r}" for k in sorted(unknown))
         raise UserError(
-            f"{file} sets what this {family.ARCHITECTURE} does not know how to honour: {keys}. If the keys change "
-            "nothing that is computed, take them out of the file."
+            f"{file} sets keys that are not supported for {family.ARCHITECTURE}: {keys}. If the keys do not affect "
+            "what the model computes, remove them from the file."
         )
     if spec.num_heads % spec.num_kv_heads:
         raise UserError(
-            f"{file}: num_attention_heads={spec.num_heads} is no multiple of num_key_value_heads={spec.num_kv_heads}."
+            f"{file}: num_attention_heads={spec.num_heads} is not a multiple of "
+            f"num_key_value_heads={spec.num_kv_heads}."
         )
     return spec
 
 
 def dropouts(config: dict[str, Any]) -> dict[str, float]:
-    """The chances of dropping values that a config.json asks for; training goes without."""
+    """The dropout probabilities of a config.json that are not 0; training does not use dropout."""
     return {key: config[key] for key in DROPOUTS if config.get(key)}
 
 
 def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Params) -> Params:
-    """The folder's safetensors as float32 parameters, each device's slice read by itself.
+    """Reads a folder's safetensors as float32 parameters, the slice of each device by itself.
 
-    Raises UserError that lists every tensor that is missing, unexpected or of another shape.
+    Args:
+      folder: the Hugging Face folder.
+      decoder: the decoder of the folder's config.json.
+      architecture: a key of `FAMILIES`.
+      shardings: a tree like the parameters', of shardings.
+
+    Returns:
+      The parameters.
+
+    Raises:
+      UserError: lists all tensors that are missing or unexpected or have another shape or an unsupported dtype.
     """
     wanted = _tensors(decoder, FAMILIES[architecture])
     files = _tensor_files(folder)
     _check_headers(folder, files, wanted, decoder.spec.tie_embeddings)
     stored = {file: map_tensors(file) for file in set(files.values())}
-    ours: dict[str, list[np.ndarray]] = {}  # one of our parameters, layer by layer, as it lies in the files
+    ours: dict[str, list[np.ndarray]] = {}  # by parameter, its layers as views of the files
     for tensor in wanted:
         for part in tensor.parts:
             rows = stored[files[tensor.name]][tensor.name][part.start : part.start + part.rows]
@@ -131,12 +153,20 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
 
 
 def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str, Any], dtype: str) -> int:
-    """Writes model*.safetensors, their index, and config.json, in `dtype` (float32 or bfloat16).
+    """Writes model*.safetensors, their index, and config.json.
 
-    Returns how many parameters it wrote.
+    Each file is written by one thread, which brings one piece of a tensor to the host at a time, so that no device and
+    no process needs memory for the whole model.
 
-    A file has a thread of its own, for a file system lets one at a time write to it. Each brings a piece of a tensor
-    to the host at a time: no device and no process needs room for the whole model.
+    Args:
+      folder: the folder to write to, which exists.
+      params: the parameters.
+      decoder: their decoder.
+      config: the content of a config.json, which is written with the vocabulary and dtype of the parameters.
+      dtype: float32 or bfloat16.
+
+    Returns:
+      The number of parameters written.
     """
     family = _family(config, folder)
     itemsize = jnp.dtype(dtype).itemsize
@@ -156,37 +186,42 @@ def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str
     if len(shards) > 1:
         index = {"metadata": {"total_size": count * itemsize}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    says = {"architectures": [family.ARCHITECTURE], "vocab_size": decoder.spec.vocab_size}
-    config = in_both_spellings(config) | says | {"dtype": dtype, "torch_dtype": dtype}
+    changed = {"architectures": [family.ARCHITECTURE], "vocab_size": decoder.spec.vocab_size}
+    config = with_both_rope_spellings(config) | changed | {"dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return count
 
 
 def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> Params:
-    """Which parameters are trained where the tensors that match `frozen` are not.
+    """Makes the mask of the parameters that are trained.
 
     Args:
-      frozen: patterns of tensor names as a checkpoint has them, with `*`, `?` and `[0-3]`.
+      decoder: the model.
+      architecture: a key of `FAMILIES`.
+      frozen: patterns of names of a checkpoint's tensors that are not trained, with `*`, `?` and `[0-3]`.
 
-    Returns a tree like the parameters': a bool array of no dims, or one of [L, 1, ...] for what is stacked. Raises
-    UserError where a pattern matches nothing, or where all are matched.
+    Returns:
+      A tree like the parameters', of bool arrays: of no dims, or [L 1 ...] for a stacked parameter.
+
+    Raises:
+      UserError: a pattern matches no tensor, or all tensors are matched.
     """
     tensors = _tensors(decoder, FAMILIES[architecture])
     names = [t.name for t in tensors]
     for pattern in frozen:
         if not fnmatch.filter(names, pattern):
             raise UserError(
-                f"optim.frozen has {pattern!r}, which matches no tensor of the model; those are called as a checkpoint "
-                f"calls them, as {names[0]!r} or {names[len(names) // 2]!r}."
+                f"optim.frozen has {pattern!r}, which matches no tensor of the model. Use the names in a checkpoint, "
+                f"such as {names[0]!r} or {names[len(names) // 2]!r}."
             )
-    stays = {t.name for t in tensors if any(fnmatch.fnmatchcase(t.name, p) for p in frozen)}
-    if len(stays) == len(names):
-        raise UserError(f"optim.frozen={list(frozen)} matches every tensor of the model: nothing is left to train.")
+    frozen_names = {t.name for t in tensors if any(fnmatch.fnmatchcase(t.name, p) for p in frozen)}
+    if len(frozen_names) == len(names):
+        raise UserError(f"optim.frozen={list(frozen)} matches every tensor of the model, so nothing would be trained.")
 
     def trained(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         parts = {(p.layer, t.name) for t in tensors for p in t.parts if p.path == _dotted(path)}
         layers = sorted(parts, key=lambda part: part[0] or 0)
-        free = np.array([name not in stays for _, name in layers])
+        free = np.array([name not in frozen_names for _, name in layers])
         stacked = layers[0][0] is not None
         return free.reshape([-1] + [1] * (leaf.ndim - 1)) if stacked else free[0]
 
@@ -194,12 +229,12 @@ def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> 
 
 
 def stored_dtype(folder: Path) -> str:
-    """`bfloat16` or `float32`: the dtype of most of a folder's tensors, float16 counted as float32."""
+    """The dtype of most tensors of a folder, `bfloat16` or `float32`, where float16 counts as float32."""
     files = set(_tensor_files(folder).values())
     counts = {"bfloat16": 0, "float32": 0}
     for file in files:
         with _open(file) as f:
-            for name in f.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for name in f.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 counts["bfloat16" if f.get_slice(name).get_dtype() == "BF16" else "float32"] += 1
     return max(counts, key=lambda d: counts[d])
 
@@ -213,7 +248,7 @@ def _family(config: dict[str, Any], file: Path) -> ModuleType:
 
 
 def _tensors(decoder: Decoder, family: ModuleType) -> list[HFTensor]:
-    """Every tensor that a checkpoint of this decoder holds: those of no layer, then layer by layer."""
+    """All tensors of a checkpoint of this decoder: those outside layers first, then layer by layer."""
     real = decoder.spec.vocab_size
     leaves = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(decoder.abstract)}
     axes = {
@@ -243,7 +278,7 @@ def _tensors(decoder: Decoder, family: ModuleType) -> list[HFTensor]:
 
 
 def _flat_shape(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
-    """How a checkpoint holds a parameter of one layer: heads and what is in them are one dim."""
+    """The shape of one layer of a parameter in a checkpoint, where heads and head_dim are one dim."""
     flat: list[int] = []
     for n, axis in zip(shape, axes, strict=True):
         if axis == "head_dim" and len(shape) > 1:
@@ -254,18 +289,18 @@ def _flat_shape(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor, from the index or from the only file's header."""
+    """The file of each tensor, from the index or from the header of the only file."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         weight_map: dict[str, str] = read_config(index).get("weight_map", {})
         missing = sorted({f for f in weight_map.values() if not (folder / f).exists()})
         if missing:
-            raise UserError(f"{index} names files that are not there: {', '.join(missing)}. Fetch them again.")
+            raise UserError(f"{index} names files that do not exist: {', '.join(missing)}. Download them again.")
         return {name: folder / file for name, file in weight_map.items()}
     if not single.exists():
         raise UserError(
-            f"{folder} holds neither model.safetensors nor model.safetensors.index.json. Only safetensors is read: "
-            "a checkpoint of another kind has to be saved as safetensors first."
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json. Only safetensors is read; save "
+            "a checkpoint of another kind as safetensors first."
         )
     with _open(single) as f:
         return {name: single for name in f.keys()}  # noqa: SIM118
@@ -276,7 +311,7 @@ def _open(file: Path) -> Any:
         return safe_open(file, framework="numpy")
     except SafetensorError as e:
         size = file.stat().st_size
-        raise UserError(f"{file} ({size} bytes) is damaged or cut short: {e}. Fetch it again.") from None
+        raise UserError(f"{file} ({size} bytes) is damaged or truncated: {e}. Download it again.") from None
 
 
 def _check_headers(folder: Path, files: dict[str, Path], wanted: list[HFTensor], tied: bool) -> None:
@@ -284,11 +319,11 @@ def _check_headers(folder: Path, files: dict[str, Path], wanted: list[HFTensor],
     for file in sorted(set(files.values())):
         with _open(file) as f:
             for name in f.keys():  # noqa: SIM118
-                if files.get(name) == file:  # where the index says it is; elsewhere nobody will look
+                if files.get(name) == file:  # a copy in a file that the index does not name is not read
                     s = f.get_slice(name)
                     found[name] = tuple(s.get_shape()), s.get_dtype()
     by_name = {t.name: t for t in wanted}
-    ignorable = BUFFERS + (("lm_head.weight",) if tied else ())  # transformers ties over a stored copy too
+    ignorable = BUFFERS + (("lm_head.weight",) if tied else ())  # transformers ignores a stored copy of a tied head too
     problems = [f"{n} is missing from {files.get(n, folder).name}" for n in by_name if n not in found]
     problems += [f"{n} is unexpected" for n in found if n not in by_name and not n.endswith(ignorable)]
     for name, (shape, dtype) in found.items():
@@ -304,12 +339,12 @@ def _check_headers(folder: Path, files: dict[str, Path], wanted: list[HFTensor],
 def _read_slice(
     layers: list[np.ndarray], shape: tuple[int, ...], index: tuple[slice, ...], threads: ThreadPoolExecutor
 ) -> np.ndarray:
-    """layers[:][index], stacked, `shape` being a layer's; zeros in the vocabulary's padding, which no file has."""
+    """Reads layers[:][index] as one float32 array, with zeros in the padding; `shape` is that of a padded layer."""
     sizes = [len(range(n)[s]) for n, s in zip(shape, index, strict=True)]
     out = _aligned([len(layers), *sizes])
     copies = []
     for layer, target in zip(layers, out, strict=True):
-        source = layer[index]  # what is beyond the end is left out
+        source = layer[index]  # shorter than the target where that is padding
         target[len(source) :] = 0
         for start, stop in _pieces(len(source), target.nbytes // len(target)):
             copies.append(threads.submit(np.copyto, target[start:stop], source[start:stop], "same_kind"))
@@ -319,7 +354,7 @@ def _read_slice(
 
 
 def _aligned(shape: list[int]) -> np.ndarray:
-    """float32 from a multiple of 64 bytes on: a CPU device then takes the array as it is, without a copy."""
+    """An empty float32 array aligned to 64 bytes, which a CPU device takes without a copy."""
     size = math.prod(shape) * 4
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -327,7 +362,7 @@ def _aligned(shape: list[int]) -> np.ndarray:
 
 
 def _to_hf(params: Params, tensor: HFTensor) -> Iterator[np.ndarray]:
-    """A checkpoint's tensor from our parameters, in pieces of its rows; the vocabulary's padding is left out."""
+    """Yields a checkpoint's tensor in pieces of its rows, without the padding of the vocabulary."""
     for part in tensor.parts:
         leaf: Any = functools.reduce(lambda tree, key: tree[key], part.path.split("."), params)
         whole = [(0, n) for n in leaf.shape]
@@ -336,21 +371,21 @@ def _to_hf(params: Params, tensor: HFTensor) -> Iterator[np.ndarray]:
             flat = layer.reshape(part.rows, *tensor.shape[1:])
             for start, stop in _pieces(part.rows, layer.nbytes // part.rows):
                 yield flat[start:stop]
-        else:  # a vocabulary's is large: cut before it is on the host
+        else:  # an embedding is large, so it is cut before it is on the host
             for piece in _pieces(part.rows, leaf.nbytes // leaf.shape[0]):
                 yield _on_host(leaf, [piece, *whole[1:]])
 
 
 def _on_host(leaf: jax.Array, bounds: list[tuple[int, int]]) -> np.ndarray:
-    """leaf[bounds], put together on the host from what each device has of it: none needs room for more."""
+    """Assembles leaf[bounds] on the host from the shards of the devices."""
     sizes = [stop - start for start, stop in bounds]
     out: np.ndarray | None = None
     for shard in leaf.addressable_shards:
-        held = [s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True)]
-        inside = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(held, bounds, strict=True)]
+        owned = [s.indices(n)[:2] for s, n in zip(shard.index, leaf.shape, strict=True)]
+        inside = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(owned, bounds, strict=True)]
         if shard.replica_id or any(start >= stop for start, stop in inside):
             continue
-        starts = [start - h for (start, _), (h, _) in zip(inside, held, strict=True)]
+        starts = [start - h for (start, _), (h, _) in zip(inside, owned, strict=True)]
         block = _block(shard.data, starts, [stop - start for start, stop in inside])
         if list(block.shape) == sizes:
             return block
@@ -361,8 +396,8 @@ def _on_host(leaf: jax.Array, bounds: list[tuple[int, int]]) -> np.ndarray:
 
 
 def _block(x: jax.Array, starts: list[int], sizes: list[int]) -> np.ndarray:
-    """x[starts : starts + sizes] of an array on one device."""
-    if next(iter(x.devices())).platform == "cpu":  # in the host's memory already: looked at, not copied
+    """x[starts : starts + sizes] on the host, for an array on one device."""
+    if next(iter(x.devices())).platform == "cpu":  # it is in the host's memory, so a view does
         return np.asarray(x)[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))]
     return np.asarray(jax.lax.dynamic_slice(x, starts, sizes))
 

@@ -1,4 +1,4 @@
-"""What a decoder computes, in numbers: the one description that every model family is translated into."""
+"""The description of a decoder into which every model family is translated."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ class LinearScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Slow frequencies divided by `factor`, fast ones kept, those between blended (Llama 3.1)."""
+    """Low frequencies divided by `factor`, high ones unchanged, those between blended (Llama 3.1)."""
 
     factor: float
     low_freq_factor: float
@@ -22,21 +22,21 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
-    """NTK-by-parts interpolation, and a factor on cosines and sines (YaRN, arXiv 2309.00071)."""
+    """NTK-by-parts interpolation with a factor on cosines and sines (YaRN, arXiv 2309.00071)."""
 
     factor: float
     beta_fast: float
     beta_slow: float
     attention_factor: float
     original_positions: int
-    truncate: bool  # whether the ramp starts and ends at whole dims
+    truncate: bool  # whether the first and last dim of the ramp are rounded to integers
 
 
 @dataclasses.dataclass(frozen=True)
 class LongScaling:
-    """A divisor for each frequency, one list for samples within the original length and one for longer ones.
+    """A divisor per frequency: one list for samples within the original length, one for longer samples.
 
-    LongRoPE, arXiv 2402.13753. The list is chosen by a sample's own length, not by that of its row.
+    LongRoPE, arXiv 2402.13753. The length of a sample, not that of its row, decides between the lists.
     """
 
     short_factors: tuple[float, ...]
@@ -47,7 +47,7 @@ class LongScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions: the first `dims` dims of a head are turned, in the half-split form of checkpoints."""
+    """Rotary positions: the first `dims` dims of a head are rotated, in the half-split layout of transformers."""
 
     theta: float
     dims: int
@@ -58,7 +58,7 @@ class Rope:
 class ModelSpec:
     """A causal decoder: grouped-query attention, gated MLP, RMS norms.
 
-    No field has a default: whoever makes a spec says each one.
+    No field has a default, so that every family states each one.
     """
 
     vocab_size: int
@@ -68,14 +68,14 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_positions: int  # what the weights were made for
-    ropes: tuple[Rope | None, ...]  # one a layer; None = a layer without positions
-    windows: tuple[int | None, ...]  # one a layer: how many tokens a query sees, itself included; None = all
+    max_positions: int  # the longest sample for which the weights were made
+    ropes: tuple[Rope | None, ...]  # per layer; None = without positions
+    windows: tuple[int | None, ...]  # per layer: the number of tokens that a query sees, itself included; None = all
     attention_scale: float
     attention_softcap: float | None  # s -> cap * tanh(s / cap), on attention scores
-    qk_norm: str  # none | head: of each head by itself | all: over all heads together
-    pre_norm: bool  # of what enters attention and MLP
-    post_norm: bool  # of what leaves them, before it is added
+    qk_norm: str  # none | head: over each head by itself | all: over all heads together
+    pre_norm: bool  # norms of the inputs of attention and MLP
+    post_norm: bool  # norms of their outputs, before these are added to the residual stream
     norm_eps: float
     norm_offset: float  # added to each norm's stored scale
     activation: str  # a key of transformer.ACTIVATIONS
@@ -83,7 +83,7 @@ class ModelSpec:
     out_bias: bool
     mlp_bias: bool
     embedding_multiplier: float
-    residual_multiplier: float  # of what attention and MLP add
+    residual_multiplier: float  # factor on the outputs of attention and MLP
     logit_scale: float
     logit_softcap: float | None
     tie_embeddings: bool

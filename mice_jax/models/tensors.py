@@ -1,8 +1,8 @@
-"""Tensors on their way between a checkpoint's files and ours: looked at in place, written in pieces.
+"""Maps safetensors files into memory, and writes them piece by piece.
 
-The safetensors library copies what it reads, and writes a file from arrays that are all in memory. So it checks the
-files' headers (hf.py), and the bytes go by here. The format: eight bytes with the length of a JSON header, the
-header, the arrays' bytes (little-endian, row-major).
+The safetensors library copies what it reads, and needs all arrays of a file in memory to write it. So hf.py uses the
+library to check headers only, and this module for the bytes. A file has eight bytes with the length of a JSON header,
+the header, and the bytes of the arrays (little-endian, row-major).
 """
 
 import json
@@ -18,7 +18,7 @@ WRITTEN = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 
 
 def map_tensors(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a sound safetensors file whose dtypes can be read, mapped: reading one reads its pages alone."""
+    """Maps the tensors of an intact safetensors file whose dtypes are in `READ`; only pages that are used are read."""
     mapped = np.memmap(file, np.uint8, "r")
     start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
     header = json.loads(mapped[8:start].tobytes())
@@ -33,9 +33,13 @@ def map_tensors(file: Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, pieces: Iterable[np.ndarray]) -> None:
-    """Writes a safetensors file in `dtype`, float32 or bfloat16.
+    """Writes a safetensors file.
 
-    `pieces` are its tensors in the order of `shapes`, each in one array of `dtype` or in several of its rows.
+    Args:
+      file: the file to write.
+      shapes: the shape of each tensor by name.
+      dtype: float32 or bfloat16.
+      pieces: the tensors in the order of `shapes`, each as one array of `dtype` or as several with some of its rows.
     """
     code, itemsize = WRITTEN[dtype]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -50,4 +54,4 @@ def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str,
         for piece in pieces:
             assert piece.dtype == dtype
             f.write(np.ascontiguousarray(piece).view(np.uint8).data)
-        assert f.tell() == 8 + len(text) + end, "the pieces are not the tensors that the header names"
+        assert f.tell() == 8 + len(text) + end, "the pieces do not have the shapes in the header"

@@ -1,7 +1,7 @@
 """The model families, by the name that config.json gives them in `architectures`.
 
-A family is one file of translation: `spec_from_hf`, config.json to spec, and `NAMES`, the checkpoint's tensors.
-docs/add_a_family.md says how to add one.
+A family is one file of translation: `spec_from_hf` maps a config.json to a spec, and `NAMES` maps the checkpoint's
+tensors to parameters. docs/add_a_family.md describes how to add one.
 """
 
 from types import ModuleType

@@ -4,14 +4,14 @@ import dataclasses
 from typing import Any
 
 from mice_jax.models.families import names
-from mice_jax.models.families.reading import Reader, plain_spec
+from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec
 from mice_jax.models.spec import ModelSpec
 
 ARCHITECTURE = "Gemma2ForCausalLM"
 NAMES = [*names.PROJECTIONS, *names.PRE_AND_POST_NORMS]
 
 
-def spec_from_hf(c: Reader) -> ModelSpec:
+def spec_from_hf(c: ConfigReader) -> ModelSpec:
     spec = gemma_spec(c)
     return dataclasses.replace(
         spec,
@@ -21,12 +21,12 @@ def spec_from_hf(c: Reader) -> ModelSpec:
     )
 
 
-def gemma_spec(c: Reader, **defaults: Any) -> ModelSpec:
-    """What Gemma 2 and 3 have in common; `defaults` as in `plain_spec`."""
+def gemma_spec(c: ConfigReader, **defaults: Any) -> ModelSpec:
+    """What Gemma 2 and 3 have in common; `defaults` are arguments of `llama_like_spec`."""
     c.only(use_bidirectional_attention=False)
-    c.get("hidden_act")  # an older key, which nothing goes by
+    c.get("hidden_act")  # an older key without effect
     activation = {"activation_key": "hidden_activation", "activation": "gelu_pytorch_tanh"}
-    spec, bias = plain_spec(c, tied=True, head_dim=256, **activation, **defaults), c.flag("attention_bias", False)
+    spec, bias = llama_like_spec(c, tied=True, head_dim=256, **activation, **defaults), c.flag("attention_bias", False)
     return dataclasses.replace(
         spec,
         attention_scale=c.number("query_pre_attn_scalar", 256.0) ** -0.5,

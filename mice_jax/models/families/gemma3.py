@@ -2,16 +2,16 @@
 
 import dataclasses
 
+from mice_jax.models.families.config_reader import ConfigReader
 from mice_jax.models.families.gemma2 import NAMES, gemma_spec
-from mice_jax.models.families.positions import read_local_rope
-from mice_jax.models.families.reading import Reader
+from mice_jax.models.families.rope_config import read_local_rope
 from mice_jax.models.spec import ModelSpec
 
 ARCHITECTURE = "Gemma3ForCausalLM"
 __all__ = ["ARCHITECTURE", "NAMES", "spec_from_hf"]
 
 
-def spec_from_hf(c: Reader) -> ModelSpec:
+def spec_from_hf(c: ConfigReader) -> ModelSpec:
     c.only(attn_logit_softcapping=None)
     spec = gemma_spec(c, theta=1_000_000.0, layer_type="full_attention")
     every = c.integer("sliding_window_pattern", 6)

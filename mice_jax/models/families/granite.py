@@ -3,17 +3,17 @@
 import dataclasses
 
 from mice_jax.models.families import names
-from mice_jax.models.families.reading import Reader, plain_spec
+from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec
 from mice_jax.models.spec import ModelSpec
 
 ARCHITECTURE = "GraniteForCausalLM"
 NAMES = names.PRE_NORM
 
 
-def spec_from_hf(c: Reader) -> ModelSpec:
+def spec_from_hf(c: ConfigReader) -> ModelSpec:
     attention_bias = c.flag("attention_bias", False)
     return dataclasses.replace(
-        plain_spec(c),
+        llama_like_spec(c),
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias=c.flag("mlp_bias", False),

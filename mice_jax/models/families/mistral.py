@@ -3,14 +3,14 @@
 import dataclasses
 
 from mice_jax.models.families import names
-from mice_jax.models.families.reading import Reader, plain_spec
+from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec
 from mice_jax.models.spec import ModelSpec
 
 ARCHITECTURE = "MistralForCausalLM"
 NAMES = names.PRE_NORM
 
 
-def spec_from_hf(c: Reader) -> ModelSpec:
-    spec = plain_spec(c)
-    window = c.window("sliding_window", 4096)  # later models say null
+def spec_from_hf(c: ConfigReader) -> ModelSpec:
+    spec = llama_like_spec(c)
+    window = c.window("sliding_window", 4096)  # null in later models
     return dataclasses.replace(spec, windows=(window,) * spec.num_layers)

@@ -1,16 +1,17 @@
-"""How checkpoints name the tensors that most families have, and which of our parameters lie in each."""
+"""The names of the tensors that most families have in checkpoints, and our parameters in each of them."""
 
 from typing import NamedTuple
 
 
 class Name(NamedTuple):
-    """One tensor of a checkpoint, or one a layer."""
+    """A tensor of a checkpoint, or one tensor per layer."""
 
     hf: str  # {} stands for the layer
-    ours: tuple[str, ...]  # our parameters; several lie one after another along its rows
+    ours: tuple[str, ...]  # our parameters; several follow one another along its rows
 
 
 def name(hf: str, *ours: str) -> Name:
+    """A tensor `hf` that holds our parameters `ours`."""
     return Name(hf, ours)
 
 
@@ -59,6 +60,6 @@ ENDS = [
     name("lm_head.weight", "head.weight"),
 ]
 
-# What most families have; a decoder without one of these parameters has no such tensor.
+# The tensors of most families. A decoder without one of these parameters has no such tensor.
 PROJECTIONS = [EMBED, *QKV, *QK_NORMS, *ATTENTION_OUT, *GATE_UP, *MLP_OUT, *ENDS]
 PRE_NORM = [*PROJECTIONS, *PRE_NORMS]

@@ -3,15 +3,15 @@
 import dataclasses
 
 from mice_jax.models.families import names
-from mice_jax.models.families.reading import Reader, plain_spec
+from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec
 from mice_jax.models.spec import ModelSpec
 
 ARCHITECTURE = "Olmo2ForCausalLM"
 NAMES = [*names.PROJECTIONS, *names.POST_NORMS]
 
 
-def spec_from_hf(c: Reader) -> ModelSpec:
+def spec_from_hf(c: ConfigReader) -> ModelSpec:
     bias = c.flag("attention_bias", False)
     return dataclasses.replace(
-        plain_spec(c, norm_eps=1e-5), pre_norm=False, post_norm=True, qk_norm="all", qkv_bias=bias, out_bias=bias
+        llama_like_spec(c, norm_eps=1e-5), pre_norm=False, post_norm=True, qk_norm="all", qkv_bias=bias, out_bias=bias
     )

@@ -1,10 +1,10 @@
-"""Phi-3 and Phi-4-mini: queries, keys and values in one tensor, gate and up in another; LongRoPE, partly turned."""
+"""Phi-3 and Phi-4-mini: queries, keys and values in one tensor, gate and up in another; LongRoPE, partial rotation."""
 
 import dataclasses
 
 from mice_jax.models.families import names
+from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec
 from mice_jax.models.families.names import name
-from mice_jax.models.families.reading import Reader, plain_spec
 from mice_jax.models.spec import LongScaling, ModelSpec
 
 ARCHITECTURE = "Phi3ForCausalLM"
@@ -22,12 +22,12 @@ NAMES = [
 ]  # fmt: skip
 
 
-def spec_from_hf(c: Reader) -> ModelSpec:
+def spec_from_hf(c: ConfigReader) -> ModelSpec:
     c.only(attention_bias=False, mlp_bias=False, lm_head_bias=False, full_attn_mod=1, interpolate_factor=1)
-    spec = plain_spec(c, norm_eps=1e-5, partial_rope=True)
+    spec = llama_like_spec(c, norm_eps=1e-5, partial_rope=True)
     scaling = spec.ropes[0].scaling if spec.ropes[0] else None
     if scaling is not None:
         if not isinstance(scaling, LongScaling):
-            raise ValueError("a rope_type that this architecture lacks; it has default and longrope")
-        c.integer("original_max_position_embeddings")  # beside the rest, where transformers else takes 4096
+            raise ValueError("a rope_type that this architecture does not have; it has default and longrope")
+        c.integer("original_max_position_embeddings")  # required here, since transformers would take 4096
     return dataclasses.replace(spec, windows=(c.window("sliding_window", None),) * spec.num_layers)

@@ -3,14 +3,14 @@
 import dataclasses
 
 from mice_jax.models.families import names
-from mice_jax.models.families.reading import Reader, plain_spec
+from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec
 from mice_jax.models.spec import ModelSpec
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 NAMES = names.PRE_NORM
 
 
-def spec_from_hf(c: Reader) -> ModelSpec:
+def spec_from_hf(c: ConfigReader) -> ModelSpec:
     c.only(use_mrope=False)
-    spec = plain_spec(c)
+    spec = llama_like_spec(c)
     return dataclasses.replace(spec, qkv_bias=True, windows=c.late_windows(spec.num_layers))

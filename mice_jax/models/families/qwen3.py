@@ -3,14 +3,14 @@
 import dataclasses
 
 from mice_jax.models.families import names
-from mice_jax.models.families.reading import Reader, plain_spec
+from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec
 from mice_jax.models.spec import ModelSpec
 
 ARCHITECTURE = "Qwen3ForCausalLM"
 NAMES = names.PRE_NORM
 
 
-def spec_from_hf(c: Reader) -> ModelSpec:
-    spec, bias = plain_spec(c, head_dim=128), c.flag("attention_bias", False)
+def spec_from_hf(c: ConfigReader) -> ModelSpec:
+    spec, bias = llama_like_spec(c, head_dim=128), c.flag("attention_bias", False)
     windows = c.late_windows(spec.num_layers)
     return dataclasses.replace(spec, qk_norm="head", qkv_bias=bias, out_bias=bias, windows=windows)

@@ -1,8 +1,8 @@
-"""How a config.json spells rotary positions: as transformers 4 does, as 5 does, or both.
+"""Reads and writes rotary positions in config.json, in the spelling of transformers 4, of transformers 5, or both.
 
-The old spelling is `rope_theta` and `rope_scaling`, with `partial_rotary_factor` and, in Phi-3,
-`original_max_position_embeddings` beside them. The new one is `rope_parameters` with all of it; where layers
-differ (Gemma 3), it has one object for each kind of layer.
+The old spelling has the top-level keys `rope_theta`, `rope_scaling`, `partial_rotary_factor` and, in Phi-3,
+`original_max_position_embeddings`. The new spelling has all of these in `rope_parameters`; where layers differ
+(Gemma 3), it has one object per kind of layer.
 """
 
 import math
@@ -12,27 +12,52 @@ from typing import Any, Protocol, TypeGuard
 from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
 
 KINDS = ("default", "linear", "llama3", "yarn", "longrope")
-BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")  # in the old spelling
-MAGNITUDES = ("mscale", "mscale_all_dim")  # of YaRN; 0 is as good as absent
+# Keys of the old spelling outside `rope_scaling`.
+TOP_LEVEL_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+YARN_MAGNITUDES = ("mscale", "mscale_all_dim")  # 0 counts as absent
 
 
 class Keys(Protocol):
-    def get(self, key: str, default: Any = None) -> Any: ...
+    """A config.json as a dict or a ConfigReader."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key."""
 
 
 def read_rope(c: Keys, head_dim: int, default_theta: float, layer_type: str = "", partial: bool = False) -> Rope:
-    """The rotary positions of a config.json; `layer_type` names the object of `rope_parameters` to take.
+    """Reads the rotary positions of a config.json.
 
-    `partial` says whether the architecture can turn a part of a head's dims; most pass over or trip over such a key.
+    Args:
+      c: the config.json.
+      head_dim: the number of dims of a head.
+      default_theta: the value of an absent rope_theta.
+      layer_type: the object of `rope_parameters` to read, where there is one per kind of layer.
+      partial: whether the architecture can rotate a part of a head's dims. In transformers most architectures ignore
+        such a key or fail with it.
+
+    Returns:
+      The kind of RoPE.
+
+    Raises:
+      ValueError: a value is not supported, or the two spellings disagree.
     """
     scaling = _object(c, "rope_scaling")
-    old = {key: c.get(key) for key in BESIDE if c.get(key) is not None} | scaling
+    old = {key: c.get(key) for key in TOP_LEVEL_KEYS if c.get(key) is not None} | scaling
     rope = _agreed(old, _parameters(c, layer_type), head_dim, default_theta, c.get("max_position_embeddings"))
     return rope if partial else _of_all_dims(rope, head_dim)
 
 
 def read_local_rope(c: Keys, head_dim: int, default_theta: float) -> Rope:
-    """Those of Gemma 3's layers with a window, which the old spelling gives nothing but a theta."""
+    """Reads the rotary positions of Gemma 3's layers with a window, of which the old spelling has only a theta.
+
+    Args:
+      c: the config.json.
+      head_dim: the number of dims of a head.
+      default_theta: the value of an absent theta.
+
+    Returns:
+      The kind of RoPE.
+    """
     theta = c.get("rope_local_base_freq")
     old = {} if theta is None else {"rope_theta": theta}
     new = _parameters(c, "sliding_attention")
@@ -42,7 +67,7 @@ def read_local_rope(c: Keys, head_dim: int, default_theta: float) -> Rope:
 
 def _of_all_dims(rope: Rope, head_dim: int) -> Rope:
     if rope.dims != head_dim:
-        raise ValueError(f"a partial_rotary_factor that turns {rope.dims} of {head_dim} dims; here all have to turn")
+        raise ValueError(f"a partial_rotary_factor that rotates {rope.dims} of {head_dim} dims; it must be all")
     return rope
 
 
@@ -64,31 +89,32 @@ def _parameters(c: Keys, layer_type: str) -> dict[str, Any]:
 
 def _agreed(old: dict[str, Any], new: dict[str, Any], head_dim: int, default_theta: float, max_positions: int) -> Rope:
     old, new = dict(old), dict(new)
-    for said in (old, new):
-        kind, older = said.pop("rope_type", None), said.pop("type", None)
-        if (kind := older if kind is None else kind) is not None:
-            said["rope_type"] = _kind(kind)
-    disputed = {k: (old[k], new[k]) for k in old.keys() & new.keys() if old[k] != new[k]}
-    if disputed:
-        key, (first, second) = next(iter(disputed.items()))
-        raise ValueError(
-            f"{key}={first!r} in the old spelling of RoPE (rope_theta, rope_scaling) and {second!r} in the new one "
-            "(rope_parameters); take out the one that is wrong"
-        )
+    for spelling in (old, new):
+        old_kind, kind = spelling.pop("type", None), spelling.pop("rope_type", None)
+        if kind is None:
+            kind = old_kind
+        if kind is not None:
+            spelling["rope_type"] = _kind(kind)
+    for key in old.keys() & new.keys():
+        if old[key] != new[key]:
+            raise ValueError(
+                f"{key}={old[key]!r} in the old spelling of RoPE (rope_theta, rope_scaling) and {new[key]!r} in the "
+                "new one (rope_parameters); remove the wrong one"
+            )
     return _rope({"rope_theta": default_theta} | old | new, head_dim, max_positions)
 
 
-def _rope(said: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
-    left = dict(said)
+def _rope(parameters: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
+    left = dict(parameters)  # keys that are still to be read
     kind = left.pop("rope_type", "default")
     if kind not in KINDS:
-        raise ValueError(f"rope_type={kind!r}; those computed are {', '.join(KINDS)}")
+        raise ValueError(f"rope_type={kind!r}; supported are {', '.join(KINDS)}")
     theta = _number(left, "rope_theta")
     if not theta > 1:
         raise ValueError(f"rope_theta={theta!r}; it must be above 1")
     dims = int(head_dim * _number(left, "partial_rotary_factor", 1.0))
     if dims % 2 or not 0 < dims <= head_dim:
-        raise ValueError(f"a partial_rotary_factor that turns {dims} of {head_dim} dims; an even number has to turn")
+        raise ValueError(f"a partial_rotary_factor that rotates {dims} of {head_dim} dims; it must be an even number")
     original = _whole(left, "original_max_position_embeddings", max_positions)
     scaling: Any = None
     if kind == "linear":
@@ -111,7 +137,7 @@ def _rope(said: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
 
 def _yarn(left: dict[str, Any], original: int, max_positions: int) -> YarnScaling:
     factor = _number(left, "factor", max_positions / original)
-    mscale, mscale_all = (_number(left, key) if left.get(key) else left.pop(key, 0) for key in MAGNITUDES)
+    mscale, mscale_all = (_number(left, key) if left.get(key) else left.pop(key, 0) for key in YARN_MAGNITUDES)
     truncate = left.pop("truncate", True)
     if not isinstance(truncate, bool):
         raise ValueError(f"truncate={truncate!r} among its RoPE parameters; it must be true or false")
@@ -155,7 +181,7 @@ def _number(left: dict[str, Any], key: str, default: float | None = None) -> flo
 def _whole(left: dict[str, Any], key: str, default: int) -> int:
     value = left.pop(key, None)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 2:  # its logarithm is divided by
+    if not isinstance(value, int) or isinstance(value, bool) or value < 2:  # its logarithm is a divisor
         raise ValueError(f"{key}={value!r} among its RoPE parameters; it must be a whole number from 2 up")
     return value
 
@@ -166,33 +192,43 @@ def is_positive(value: Any) -> TypeGuard[int | float]:
 
 
 def _kind(name: Any) -> Any:
-    return "longrope" if name == "su" else name  # the first name of it
+    return "longrope" if name == "su" else name  # its first name
 
 
-def in_both_spellings(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with its rotary positions spelled for transformers 4 and for 5."""
-    parameters = config.get("rope_parameters")
-    if not parameters:
-        old = {key: config[key] for key in BESIDE if config.get(key) is not None} | (config.get("rope_scaling") or {})
-        kind, older = old.pop("rope_type", None), old.pop("type", None)
-        flat = {"rope_type": _kind(kind or older or "default")} | old
-        if "su" in (kind, older):  # which transformers 5 does not load
-            config = config | {"rope_scaling": config["rope_scaling"] | {"type": "longrope"}}
-        local = config.get("rope_local_base_freq")
-        if local is None and "Gemma3ForCausalLM" not in (config.get("architectures") or ()):
-            return config | {"rope_parameters": flat}
-        sliding = {"rope_type": "default"} | ({"rope_theta": local} if local is not None else {})
-        return config | {"rope_parameters": {"full_attention": flat, "sliding_attention": sliding}}
-    full, spelled = parameters.get("full_attention", parameters), {}
+def with_both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:
+    """Spells the rotary positions of a config.json for transformers 4 and for 5, from either spelling."""
+    if config.get("rope_parameters"):
+        return _with_old_spelling(config, config["rope_parameters"])
+    return _with_new_spelling(config)
+
+
+def _with_new_spelling(config: dict[str, Any]) -> dict[str, Any]:
+    old = {key: config[key] for key in TOP_LEVEL_KEYS if config.get(key) is not None}
+    old |= config.get("rope_scaling") or {}
+    kind = old.pop("rope_type", None)
+    old_kind = old.pop("type", None)
+    flat = {"rope_type": _kind(kind or old_kind or "default")} | old
+    if "su" in (kind, old_kind):  # transformers 5 does not load this name
+        config = config | {"rope_scaling": config["rope_scaling"] | {"type": "longrope"}}
+    local = config.get("rope_local_base_freq")
+    if local is None and "Gemma3ForCausalLM" not in (config.get("architectures") or ()):
+        return config | {"rope_parameters": flat}
+    sliding = {"rope_type": "default"} | ({"rope_theta": local} if local is not None else {})
+    return config | {"rope_parameters": {"full_attention": flat, "sliding_attention": sliding}}
+
+
+def _with_old_spelling(config: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    full = parameters.get("full_attention", parameters)
+    spelled = {}
     if "sliding_attention" in parameters:
         spelled["rope_local_base_freq"] = parameters["sliding_attention"].get("rope_theta")
-    scaling = {k: v for k, v in full.items() if k not in ("type", *BESIDE[:2]) and v is not None}
+    scaling = {k: v for k, v in full.items() if k not in ("type", *TOP_LEVEL_KEYS[:2]) and v is not None}
     kind = scaling.get("rope_type", full.get("type", "default"))
-    if kind == "longrope":  # where transformers 4 wants these three keys and no other
+    if kind == "longrope":  # for it transformers 4 requires exactly three keys
         original = scaling.pop("original_max_position_embeddings", None)
         spelled |= {"original_max_position_embeddings": original} if original else {}
         if original and scaling.get("factor") == config["max_position_embeddings"] / original:
-            del scaling["factor"]  # what it takes anyway
+            del scaling["factor"]  # the default
         scaling = {"type": scaling.pop("rope_type")} | scaling
-    spelled |= {key: full[key] for key in BESIDE[:2] if full.get(key) is not None}
+    spelled |= {key: full[key] for key in TOP_LEVEL_KEYS[:2] if full.get(key) is not None}
     return config | spelled | {"rope_scaling": scaling if kind != "default" else None}

@@ -1,13 +1,13 @@
-"""A config.json, read key by key: what a family has not read, it does not honour.
+"""Reads a config.json key by key and tracks which keys were read; hf.py raises for keys that no family has read.
 
-Raises KeyError for a key that must be there, and ValueError, with the key and its value, for a value that cannot
-be honoured. hf.py adds the file's name.
+A missing required key is a KeyError. An unsupported value is a ValueError with the key and the value. hf.py adds the
+name of the file.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from mice_jax.models.families.positions import is_positive, read_rope
+from mice_jax.models.families.rope_config import is_positive, read_rope
 from mice_jax.models.spec import ModelSpec
 
 ACTIVATIONS = {
@@ -15,7 +15,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
 }  # fmt: skip
 
-# Keys that change nothing that is computed in training, whatever their value.
+# Keys that do not affect what is computed in training, whatever their value.
 IGNORED = {
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "architectures", "auto_map",
     "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
@@ -24,65 +24,76 @@ IGNORED = {
     "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
 
-# Chances of dropping values. Supervised fine-tuning goes without; a value that is not 0 is said.
+# Dropout probabilities. Training does not use dropout; a run reports values other than 0.
 DROPOUTS = ("attention_dropout", "embd_pdrop", "hidden_dropout", "mlp_dropout", "resid_pdrop")
 
 
-class Reader:
-    """The content of a config.json, and which of its keys were read; a null counts as absent."""
+class ConfigReader:
+    """The content of a config.json, and the set of keys that were read; null counts as absent."""
 
     def __init__(self, config: dict[str, Any]):
         self.config = config
         self.was_read = IGNORED | set(DROPOUTS)
 
     def get(self, key: str, default: Any = None) -> Any:
+        """Any value, or `default` if the key is absent."""
         self.was_read.add(key)
         value = self.config.get(key)
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 up; there must be one where `default` is None."""
+        """A whole number from 1 up; required if `default` is None."""
         value = self._required(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key}={value!r}; it must be a whole number from 1 up")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0; there must be one where `default` is None."""
+        """A number above 0; required if `default` is None."""
         value = self._required(key, default)
         if not is_positive(value):
             raise ValueError(f"{key}={value!r}; it must be a number above 0")
         return float(value)
 
     def or_none(self, key: str, default: float | None) -> float | None:
-        """A number above 0, or None where the key says null or, being absent, the default does."""
+        """A number above 0, or None if the key is null, or absent with a default of None."""
         value = self.config.get(key, default)
         return self.number(key, default) if value is not None else self.get(key)
 
     def window(self, key: str, default: int | None) -> int | None:
-        """A window's size, or None where the key says null or, being absent, the default does."""
+        """The size of a window, or None if the key is null, or absent with a default of None."""
         return None if self.or_none(key, default) is None else self.integer(key, default)
 
     def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise ValueError(f"{key}={value!r}; it must be true or false")
         return value
 
     def only(self, **allowed: Any) -> None:
-        """Keys that may be there with this value alone."""
+        """Checks keys of which only one value is supported."""
         for key, value in allowed.items():
             if self.get(key, value) != value:
-                raise ValueError(f"{key}={self.config[key]!r}; only {value!r} is computed")
+                raise ValueError(f"{key}={self.config[key]!r}; only {value!r} is supported")
 
     def activation(self, key: str, default: str) -> str:
+        """A key of `transformer.ACTIVATIONS`."""
         name = self.get(key, default)
         if not isinstance(name, str) or name not in ACTIVATIONS:
-            raise ValueError(f"{key}={name!r}; those computed are {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"{key}={name!r}; supported are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
 
     def windows(self, window: int | None, sliding: Iterable[bool]) -> tuple[int | None, ...]:
-        """A window a layer, from `layer_types`; `sliding` says which layers have one where that key is absent."""
+        """Reads the windows of the layers from `layer_types`.
+
+        Args:
+          window: the window of the layers that have one.
+          sliding: which layers have one, if the key is absent.
+
+        Returns:
+          The window of each layer, or None.
+        """
         types = self.get("layer_types")
         sliding = list(sliding)
         if types is not None:
@@ -98,7 +109,7 @@ class Reader:
         return tuple(window if s else None for s in sliding)
 
     def late_windows(self, layers: int) -> tuple[int | None, ...]:
-        """Qwen's: the layers from `max_window_layers` on, where `use_sliding_window` is true."""
+        """The windows of Qwen: in layers from `max_window_layers` on, if `use_sliding_window` is true."""
         first, window = self.get("max_window_layers", 28), self.window("sliding_window", 4096)
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise ValueError(f"max_window_layers={first!r}; it must be a whole number from 0 up")
@@ -112,8 +123,8 @@ class Reader:
         return value
 
 
-def plain_spec(
-    c: Reader,
+def llama_like_spec(
+    c: ConfigReader,
     *,
     head_dim: int | None = None,
     theta: float = 10_000.0,
@@ -124,13 +135,28 @@ def plain_spec(
     layer_type: str = "",
     partial_rope: bool = False,
 ) -> ModelSpec:
-    """The decoder that every family starts from: Llama without biases, windows, multipliers and caps.
+    """Reads the decoder that every family starts from: Llama without biases, windows, multipliers and caps.
 
-    The arguments are a family's defaults for keys that are absent: transformers leaves out of a config.json what
-    some version of it took for granted. `layer_type` is the kind of layer whose RoPE is read, and `partial_rope` says
-    whether it may turn a part of a head's dims.
+    Most arguments are a family's defaults for absent keys: transformers leaves out of a config.json what some version
+    of it took as the default.
+
+    Args:
+      c: the config.json.
+      head_dim: default; None for hidden_size / num_attention_heads.
+      theta: default of rope_theta.
+      norm_eps: default of rms_norm_eps.
+      activation: default of `activation_key`.
+      activation_key: the key of the activation.
+      tied: default of tie_word_embeddings.
+      layer_type: the kind of layer whose RoPE is read, where kinds differ.
+      partial_rope: whether RoPE may rotate a part of a head's dims.
+
+    Returns:
+      The spec, in which the family replaces what differs.
     """
-    layers, heads, d_model = (c.integer(k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    layers = c.integer("num_hidden_layers")
+    heads = c.integer("num_attention_heads")
+    d_model = c.integer("hidden_size")
     head_dim = c.integer("head_dim", head_dim or d_model // heads)
     return ModelSpec(
         vocab_size=c.integer("vocab_size"),
