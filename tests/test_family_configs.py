@@ -385,7 +385,7 @@ UNSUPPORTED: list[tuple[str, Config, str]] = [
     ("phi3", rope("longrope", short_factor=[1.0, 1.1]), r"short_factor=\[1\.0, 1\.1\] .*must list 3 numbers"),
     ("phi3", rope("longrope", long_factor=[1.0, 1.1, "2"]), r"long_factor=\[1\.0, 1\.1, '2'\]"),
     ("phi3", {"original_max_position_embeddings": None}, r"lacks 'original_max_position_embeddings'"),
-    ("phi3", rope("yarn"), r"a rope_type that this architecture lacks; it has default and longrope"),
+    ("phi3", rope("yarn"), r"a rope_type that this architecture does not have; it has default and longrope"),
     ("gemma3", {"layer_types": ["full_attention"] * 2}, r"layer_types=.*for each of 3 layers"),
     ("gemma2", {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]}, r"layer_types=.*chunked_attention"),
     ("gemma2", {"layer_types": [["full_attention"]] * 3}, r"layer_types="),

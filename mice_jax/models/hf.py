@@ -5,10 +5,8 @@ safetensors, never a pickle, and executes nothing from a checkpoint. It reads he
 once. Then it reads the slice of each device by itself, so that a process needs memory for its own share only.
 """
 
-import dataclasses
 import fnmatch
 import functools
-import itertools
 import json
 import math
 import os
@@ -24,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mice_jax.errors import UserError
+from mice_jax.models.checkpoint_layout import HFTensor, checkpoint_tensors, dotted_path
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.config_reader import DROPOUTS, ConfigReader
 from mice_jax.models.families.rope_config import with_both_rope_spellings
@@ -36,26 +35,6 @@ WRITERS = 4  # number of files written at a time
 PIECE_BYTES = 4 * 2**20  # bytes read or written at a time; larger pieces leave the CPU's caches and are slower
 # Suffixes of buffers in old checkpoints, which follow from the config.
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """One of our parameters, or one layer of it, as a range of rows of a checkpoint's tensor."""
-
-    path: str  # dotted path of our parameter
-    layer: int | None  # index along the first dim of a stacked parameter
-    shape: tuple[int, ...]  # of our parameter, without the dim of layers and without padding of the vocabulary
-    start: int  # first row in the tensor
-    rows: int  # number of rows in the tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class HFTensor:
-    """A tensor of a checkpoint, which may hold several of our parameters one after another."""
-
-    name: str
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -126,7 +105,7 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
     Raises:
       UserError: lists all tensors that are missing or unexpected or have another shape or an unsupported dtype.
     """
-    wanted = _tensors(decoder, FAMILIES[architecture])
+    wanted = checkpoint_tensors(decoder, FAMILIES[architecture])
     files = _tensor_files(folder)
     _check_headers(folder, files, wanted, decoder.spec.tie_embeddings)
     stored = {file: map_tensors(file) for file in set(files.values())}
@@ -139,7 +118,7 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
     with ThreadPoolExecutor(os.cpu_count()) as threads:
 
         def load(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
-            layers = ours[_dotted(path)]
+            layers = ours[dotted_path(path)]
             stacked = leaf.ndim > layers[0].ndim
 
             def read(index: Any) -> np.ndarray:
@@ -170,7 +149,7 @@ def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str
     """
     family = _family(config, folder)
     itemsize = jnp.dtype(dtype).itemsize
-    shards = list(_in_shards(_tensors(decoder, family), itemsize))
+    shards = list(_in_shards(checkpoint_tensors(decoder, family), itemsize))
     names = ["model.safetensors"]
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -206,7 +185,7 @@ def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> 
     Raises:
       UserError: a pattern matches no tensor, or all tensors are matched.
     """
-    tensors = _tensors(decoder, FAMILIES[architecture])
+    tensors = checkpoint_tensors(decoder, FAMILIES[architecture])
     names = [t.name for t in tensors]
     for pattern in frozen:
         if not fnmatch.filter(names, pattern):
@@ -219,7 +198,7 @@ def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> 
         raise UserError(f"optim.frozen={list(frozen)} matches every tensor of the model, so nothing would be trained.")
 
     def trained(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        parts = {(p.layer, t.name) for t in tensors for p in t.parts if p.path == _dotted(path)}
+        parts = {(p.layer, t.name) for t in tensors for p in t.parts if p.path == dotted_path(path)}
         layers = sorted(parts, key=lambda part: part[0] or 0)
         free = np.array([name not in frozen_names for _, name in layers])
         stacked = layers[0][0] is not None
@@ -245,47 +224,6 @@ def _family(config: dict[str, Any], file: Path) -> ModuleType:
         known = ", ".join(FAMILIES)
         raise UserError(f"{file} says architectures={names!r}; the families that can be trained are: {known}.")
     return FAMILIES[names[0]]
-
-
-def _tensors(decoder: Decoder, family: ModuleType) -> list[HFTensor]:
-    """All tensors of a checkpoint of this decoder: those outside layers first, then layer by layer."""
-    real = decoder.spec.vocab_size
-    leaves = {_dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(decoder.abstract)}
-    axes = {
-        _dotted(path): a
-        for path, a in jax.tree_util.tree_leaves_with_path(decoder.axes, is_leaf=lambda a: isinstance(a, tuple))
-    }
-    named = {path for name in family.NAMES for path in name.ours}
-    assert leaves.keys() <= named, f"parameters without a name in the checkpoint: {leaves.keys() - named}"
-    found = []
-    for name in family.NAMES:
-        if not leaves.keys() & set(name.ours):
-            continue
-        stacked = axes[name.ours[0]][0] == "layers"
-        shapes = []
-        for path in name.ours:
-            dims = [real if a == "vocab" else n for n, a in zip(leaves[path].shape, axes[path], strict=True)]
-            shapes.append(tuple(dims[stacked:]))
-        flat = [_flat_shape(shape, axes[path][stacked:]) for path, shape in zip(name.ours, shapes, strict=True)]
-        ends = list(itertools.accumulate(f[0] for f in flat))
-        for layer in range(decoder.spec.num_layers) if stacked else [None]:
-            parts = tuple(
-                Part(path, layer, shape, end - f[0], f[0])
-                for path, shape, f, end in zip(name.ours, shapes, flat, ends, strict=True)
-            )
-            found.append(HFTensor(name.hf.format(layer), (ends[-1], *flat[0][1:]), parts))
-    return sorted(found, key=lambda t: -1 if t.parts[0].layer is None else t.parts[0].layer)
-
-
-def _flat_shape(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
-    """The shape of one layer of a parameter in a checkpoint, where heads and head_dim are one dim."""
-    flat: list[int] = []
-    for n, axis in zip(shape, axes, strict=True):
-        if axis == "head_dim" and len(shape) > 1:
-            flat[-1] *= n
-        else:
-            flat.append(n)
-    return tuple(flat)
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -418,7 +356,3 @@ def _in_shards(tensors: list[HFTensor], itemsize: int) -> Iterator[list[HFTensor
         shard.append(tensor)
         size += bytes_
     yield shard
-
-
-def _dotted(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")

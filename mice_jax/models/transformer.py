@@ -1,9 +1,7 @@
-"""The decoder: Flax NNX modules that declare each parameter once, and the plain pytree they are split into.
+"""The decoder: its layers, stacked and scanned, and the plain pytree of parameters into which it is split.
 
-Modules exist only while a function is traced; between functions there are nested dicts of arrays. Layers are stacked
-along a leading dim and scanned, so that compile time does not grow with depth. Parameters are float32 and are cast to
-the compute dtype where they are used. The dims of a weight are its outputs, then its inputs, as in checkpoints, so
-that a parameter has the bytes of a checkpoint's tensor.
+Flax NNX modules (models/layers.py) exist only while a function is traced; between functions there are nested dicts of
+arrays. Layers are stacked along a leading dim, so that compile time does not grow with depth.
 """
 
 import dataclasses
@@ -22,27 +20,20 @@ from mice_jax.models.attention.reference import masked
 from mice_jax.models.attention.score_function import Scoring, softcapped
 from mice_jax.models.attention.segments import SAVED_NAME
 from mice_jax.models.attention.tree import Trees, attend_branched
+from mice_jax.models.layers import AttentionFn, Block, Embed, Head, RMSNorm, scaled
 from mice_jax.models.matmul import matmul
 from mice_jax.models.spec import ModelSpec
-from mice_jax.sharding import constrain, constrain_param, gather_split_heads
+from mice_jax.sharding import constrain, constrain_param
 
 # B rows, T slots, S cache slots, D d_model, N query heads, K key heads, H head_dim, F d_ff, V vocabulary, L layers
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values -> result
-# The attention of one layer: queries, keys, values -> result, and the layer's new cache (None without a cache).
-AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 # Keys [B K H S] and values [B K S H] of one layer, in the layouts that the matrix products of attention take.
 LayerCache = tuple[jax.Array, jax.Array]
 Cache = list[LayerCache]
 
 T = TypeVar("T")
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
 
 REMAT_POLICIES = {
     "full": None,  # saves the input of a layer only
@@ -68,140 +59,6 @@ class LayerKind(NamedTuple):
 
     rope: jax.Array  # index into the spec's distinct ropes
     window: jax.Array  # index into its distinct windows
-
-
-def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: float | None) -> nnx.Param:
-    """A parameter drawn from a normal distribution; ones if `std` is None, zeros if it is 0."""
-    if std is None:
-        value = jnp.ones(shape, jnp.float32)
-    elif std == 0:
-        value = jnp.zeros(shape, jnp.float32)
-    else:
-        value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
-
-
-class RMSNorm(nnx.Module):
-    """RMS norm over all dims of `shape` together; the factor is the stored scale plus the spec's `norm_offset`."""
-
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], spec: ModelSpec, rngs: nnx.Rngs):
-        self.scale = _param(rngs, shape, axes, 0 if spec.norm_offset else None)
-        self.eps, self.offset = spec.norm_eps, spec.norm_offset
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.scale[...] + self.offset
-        wide = x.astype(jnp.float32)
-        dims = tuple(range(-scale.ndim, 0))
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=dims, keepdims=True) + self.eps)
-        return (scale * wide).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """The projections of grouped-query attention with rotary positions; the caller computes attention itself."""
-
-    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
-        d, n, k, h, std = spec.d_model, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.init_std
-        self.q = _param(rngs, (n, h, d), ("heads", "head_dim", "embed"), std)
-        self.k = _param(rngs, (k, h, d), ("kv_heads", "head_dim", "embed"), std)
-        self.v = _param(rngs, (k, h, d), ("kv_heads", "head_dim", "embed"), std)
-        self.o = _param(rngs, (d, n, h), ("embed", "heads", "head_dim"), std)
-        self.qkv_bias, self.out_bias, self.qk_norm = spec.qkv_bias, spec.out_bias, spec.qk_norm
-        if spec.qkv_bias:
-            self.q_bias = _param(rngs, (n, h), ("heads", "head_dim"), 0)
-            self.k_bias = _param(rngs, (k, h), ("kv_heads", "head_dim"), 0)
-            self.v_bias = _param(rngs, (k, h), ("kv_heads", "head_dim"), 0)
-        if spec.out_bias:
-            self.o_bias = _param(rngs, (d,), ("embed",), 0)
-        if spec.qk_norm == "head":
-            self.q_norm = RMSNorm((h,), ("head_dim",), spec, rngs)
-            self.k_norm = RMSNorm((h,), ("head_dim",), spec, rngs)
-        elif spec.qk_norm == "all":
-            self.q_norm = RMSNorm((n, h), ("heads", "head_dim"), spec, rngs)
-            self.k_norm = RMSNorm((k, h), ("kv_heads", "head_dim"), spec, rngs)
-
-    def project(self, x: jax.Array, tables: rope.RopeTables) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B T D] -> rotated queries [B T N H], rotated keys and values [B T K H]."""
-        q = matmul(x, gather_split_heads(self.q[...], "heads", "head_dim", "embed"))
-        k = matmul(x, self.k[...])
-        v = matmul(x, self.v[...])
-        if self.qkv_bias:
-            q = q + self.q_bias[...].astype(x.dtype)
-            k = k + self.k_bias[...].astype(x.dtype)
-            v = v + self.v_bias[...].astype(x.dtype)
-        if self.qk_norm != "none":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rope.apply_rope(q, tables), rope.apply_rope(k, tables), v
-
-    def output(self, attended: jax.Array) -> jax.Array:
-        """[B T N H] -> [B T D]."""
-        y = matmul(attended, gather_split_heads(self.o[...], "embed", "heads", "head_dim"), in_dims=2)
-        return y + self.o_bias[...].astype(y.dtype) if self.out_bias else y
-
-
-class MLP(nnx.Module):
-    """A gated MLP: down(activation(gate(x)) * up(x))."""
-
-    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
-        d, f, std = spec.d_model, spec.d_ff, spec.init_std
-        self.gate = _param(rngs, (f, d), ("mlp", "embed"), std)
-        self.up = _param(rngs, (f, d), ("mlp", "embed"), std)
-        self.down = _param(rngs, (d, f), ("embed", "mlp"), std)
-        self.activation, self.bias = ACTIVATIONS[spec.activation], spec.mlp_bias
-        if self.bias:
-            self.gate_bias = _param(rngs, (f,), ("mlp",), 0)
-            self.up_bias = _param(rngs, (f,), ("mlp",), 0)
-            self.down_bias = _param(rngs, (d,), ("embed",), 0)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = matmul(x, self.gate[...]), matmul(x, self.up[...])
-        if self.bias:
-            gate, up = gate + self.gate_bias[...].astype(x.dtype), up + self.up_bias[...].astype(x.dtype)
-        inner = constrain(self.activation(gate) * up, "batch", "length", "mlp")
-        y = matmul(inner, self.down[...])
-        return y + self.down_bias[...].astype(x.dtype) if self.bias else y
-
-
-class Block(nnx.Module):
-    """Attention and MLP, each with a norm before it, after it, or both, and added to its input."""
-
-    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
-        width = ((spec.d_model,), ("embed",), spec, rngs)
-        self.pre, self.post, self.multiplier = spec.pre_norm, spec.post_norm, spec.residual_multiplier
-        if spec.pre_norm:
-            self.attention_norm, self.mlp_norm = RMSNorm(*width), RMSNorm(*width)
-        if spec.post_norm:
-            self.attention_post_norm, self.mlp_post_norm = RMSNorm(*width), RMSNorm(*width)
-        self.attention = Attention(spec, rngs)
-        self.mlp = MLP(spec, rngs)
-
-    def __call__(self, x: jax.Array, tables: rope.RopeTables, attention_fn: AttentionFn) -> tuple[jax.Array, Any]:
-        """[B T D] -> [B T D], and the second result of `attention_fn`."""
-        with jax.named_scope("attention"):
-            q, k, v = self.attention.project(self.attention_norm(x) if self.pre else x, tables)
-            attended, cache = attention_fn(q, k, v)
-            y = self.attention.output(attended)
-            x = self._add(x, self.attention_post_norm(y) if self.post else y)
-        with jax.named_scope("mlp"):
-            y = self.mlp(self.mlp_norm(x) if self.pre else x)
-            x = self._add(x, self.mlp_post_norm(y) if self.post else y)
-        return x, cache
-
-    def _add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        return constrain(x + _scaled(y, self.multiplier), "batch", "length", "hidden")
-
-
-class Embed(nnx.Module):
-    """The table of token embeddings."""
-
-    def __init__(self, rows: int, spec: ModelSpec, rngs: nnx.Rngs):
-        self.table = _param(rngs, (rows, spec.d_model), ("vocab", "embed"), spec.init_std)
-
-
-class Head(nnx.Module):
-    """The output projection, where it is not the embedding."""
-
-    def __init__(self, rows: int, spec: ModelSpec, rngs: nnx.Rngs):
-        self.weight = _param(rngs, (rows, spec.d_model), ("vocab", "embed"), spec.init_std)
 
 
 class Transformer(nnx.Module):
@@ -355,7 +212,7 @@ class Transformer(nnx.Module):
 
     def _embed_tokens(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         table = constrain(self.embed.table[...].astype(dtype), "vocab", "hidden")
-        x = _scaled(jnp.take(table, tokens, axis=0), self.spec.embedding_multiplier)
+        x = scaled(jnp.take(table, tokens, axis=0), self.spec.embedding_multiplier)
         return constrain(x, "batch", "length", "hidden")
 
     def _scoring(self, window: int | None) -> Scoring:
@@ -441,10 +298,6 @@ def make_decoder(spec: ModelSpec, tensor: int = 1) -> Decoder:
     graph, state = nnx.split(module, nnx.Param)
     axes = nnx.to_pure_dict(nnx.get_partition_spec(state))
     return Decoder(spec, rows, nnx.to_pure_dict(state), jax.tree.map(tuple, axes), graph, state)
-
-
-def _scaled(x: jax.Array, factor: float) -> jax.Array:
-    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def _distinct(values: tuple[T, ...]) -> list[T]:

@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mice_jax import sharding
 from mice_jax.data.loader import Arrays, empty_rows, put_sample
 from mice_jax.models import hf
+from mice_jax.models.checkpoint_layout import checkpoint_tensors
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.spec import ModelSpec, Rope
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
@@ -143,7 +144,7 @@ def whole(folder: Path) -> dict[str, np.ndarray]:
 
 def hf_arrays(params: Params, decoder: Decoder, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
     """A tree like the parameters', tensor by tensor, with the names and shapes of a checkpoint."""
-    for tensor in hf._tensors(decoder, FAMILIES[architecture]):
+    for tensor in checkpoint_tensors(decoder, FAMILIES[architecture]):
         yield tensor.name, np.concatenate(list(hf._to_hf(params, tensor)))
 
 
