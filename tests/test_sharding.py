@@ -10,6 +10,8 @@ from mice_jax import sharding
 from mice_jax.errors import UserError
 from mice_jax.models.transformer import make_decoder
 
+pytestmark = pytest.mark.smoke
+
 
 # ---------------------------------------------------------------------------------------- mesh
 @pytest.mark.parametrize(
