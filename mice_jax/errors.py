@@ -1,7 +1,7 @@
-"""The ways in which a command ends that are not "done", and their exit codes.
+"""The errors that end a command, and their exit codes.
 
-Raise `UserError` for whatever the user can mend: its text is one paragraph that says what is wrong, where
-(file, line, field), both values, and the mend. Invariants of our own are `assert`s, and keep their traceback.
+Raise `UserError` for whatever the user can fix: its text is one paragraph that says what is wrong, where (file, line,
+field), the value found, and the fix. Invariants of the code are `assert`s, which keep their traceback.
 """
 
 
@@ -16,7 +16,7 @@ class AgreedError(UserError):
 
 
 class StoreError(UserError):
-    """What is not on this machine cannot be reached or written, though it was tried for a while."""
+    """A remote store cannot be reached or written, after retries."""
 
 
 class StoppedByRule(Exception):
@@ -26,11 +26,11 @@ class StoppedByRule(Exception):
 
 
 class Preempted(Exception):
-    """The run was asked to leave and has saved its state; exits with 75: run again to go on."""
+    """The run was asked to stop and has saved its state; exits with 75. The same command resumes it."""
 
     exit_code = 75
 
 
 def one_line(error: BaseException) -> str:
-    """What a library's error says, to stand inside a sentence."""
+    """The text of a library's error on one line, to be quoted in a message."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

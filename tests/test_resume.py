@@ -1,5 +1,6 @@
-"""Runs killed anywhere and started again are equal, bit for bit, to one that was left alone."""
+"""Runs that are killed at any point and resumed equal an uninterrupted run bit for bit."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -49,29 +50,40 @@ def config(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config: Path, folder: Path) -> Path:
-    assert run_train(config, folder / "undisturbed") == 0
-    return folder / "undisturbed"
+def uninterrupted(config: Path, folder: Path) -> Path:
+    assert run_train(config, folder / "uninterrupted") == 0
+    return folder / "uninterrupted"
 
 
 # ---------------------------------------------------------------------------------------- the comparison itself
-def test_runs_that_differ_are_seen_to_differ(config: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """The negative control of all the tests below: one bit of a rate, and one step more."""
-    rate = float(np.nextafter(np.float32(1e-2), np.float32(1)))
-    assert run_train(config, tmp_path / "run", f"--config.optim.learning_rate={rate!r}") == 0
-    with pytest.raises(AssertionError):
-        assert_equal_runs(tmp_path / "run", undisturbed, STEPS)
-    assert arrays(undisturbed, STEPS)["params['embed']['table']"].any()
-    shutil.copytree(undisturbed, tmp_path / "copy")
-    assert_equal_runs(tmp_path / "copy", undisturbed, STEPS)
-    with (tmp_path / "copy" / "metrics.jsonl").open("a") as f:
-        f.write((undisturbed / "metrics.jsonl").read_text().splitlines()[-1] + "\n")
-    with pytest.raises(AssertionError):
-        assert_equal_runs(tmp_path / "copy", undisturbed, STEPS)
+def test_comparison_detects_a_changed_loss_array_or_line(uninterrupted: Path, tmp_path: Path) -> None:
+    """The negative control of the tests below."""
+    copy = tmp_path / "copy"
+    shutil.copytree(uninterrupted, copy)
+    assert_equal_runs(copy, uninterrupted, STEPS)
+    assert arrays(uninterrupted, STEPS)["params['embed']['table']"].any()
+    file = copy / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+
+    def assert_detected() -> None:
+        with pytest.raises(AssertionError):
+            assert_equal_runs(copy, uninterrupted, STEPS)
+
+    record = json.loads(lines[40])
+    record["loss"] = float(np.nextafter(np.float32(record["loss"]), np.float32(1e9)))  # the next float32
+    file.write_text("\n".join([*lines[:40], json.dumps(record), *lines[41:]]) + "\n")
+    assert_detected()
+    file.write_text("\n".join([*lines, lines[-1]]) + "\n")
+    assert_detected()
+    file.write_text("\n".join(lines) + "\n")
+    assert_equal_runs(copy, uninterrupted, STEPS)
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))  # the last state is replaced by an earlier one
+    shutil.copytree(copy / "checkpoints" / "75", copy / "checkpoints" / str(STEPS))
+    assert_detected()
 
 
 # ---------------------------------------------------------------------------------------- killed
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_resume_after_sigkill_is_bit_equal(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Killed between saves: some steps past its last checkpoint are done again."""
     run = tmp_path / "run"
     kill_when(start_train(config, run), lambda: lines_of(run) >= 30 and (run / "checkpoints" / "25").exists())
@@ -80,22 +92,20 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(config: Path, undisturb
     assert checkpoints and str(lines_of(run)) not in checkpoints
     assert not (run / "summary.json").exists()
     assert run_train(config, run) == 0
-    assert_equal_runs(run, undisturbed, STEPS)
+    assert_equal_runs(run, uninterrupted, STEPS)
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_its_first_checkpoint_begins_again(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_run_killed_before_any_checkpoint_starts_again(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     kill_when(start_train(config, run), lambda: lines_of(run) >= 3)
     shutil.rmtree(run / "checkpoints")  # should it have come so far
     assert run_train(config, run) == 0
-    assert_equal_runs(run, undisturbed, STEPS)
+    assert_equal_runs(run, uninterrupted, STEPS)
 
 
 @pytest.mark.slow
-def test_a_run_killed_during_a_save_goes_on_as_if_nothing_had_happened(
-    config: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_resume_after_sigkill_during_saves_is_bit_equal(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Killed again and again, each time in the middle of a save, and started again each time."""
     run, amid = tmp_path / "run", 0
     for kill in range(3):
@@ -106,11 +116,11 @@ def test_a_run_killed_during_a_save_goes_on_as_if_nothing_had_happened(
     assert amid >= 2  # what half-written saves leave was there
     assert run_train(config, run, EVERY_STEP) == 0
     assert all(p.name.isdecimal() for p in (run / "checkpoints").iterdir())
-    assert_equal_runs(run, undisturbed, STEPS)
+    assert_equal_runs(run, uninterrupted, STEPS)
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_time_of_its_start_goes_on(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_resume_after_sigkill_during_startup_is_bit_equal(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """While data is tokenised, while programs are compiled, after the first line: by time, not by what it did."""
     run = tmp_path / "run"
     for seconds in (5.0, 9.0):
@@ -121,13 +131,11 @@ def test_a_run_killed_at_any_time_of_its_start_goes_on(config: Path, undisturbed
         process.kill()
         process.communicate()
     assert run_train(config, run, EVERY_STEP) == 0
-    assert_equal_runs(run, undisturbed, STEPS)
+    assert_equal_runs(run, uninterrupted, STEPS)
 
 
 @pytest.mark.slow
-def test_a_process_that_is_terminated_leaves_with_75_and_goes_on(
-    config: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_sigterm_exits_with_75_and_resume_is_bit_equal(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start_train(config, run)
     try:
@@ -143,7 +151,7 @@ def test_a_process_that_is_terminated_leaves_with_75_and_goes_on(
     summary = read_json(run, "summary.json")
     assert summary["status"] == "preempted" and summary["step"] == lines_of(run) < STEPS
     assert run_train(config, run) == 0
-    assert_equal_runs(run, undisturbed, STEPS)
+    assert_equal_runs(run, uninterrupted, STEPS)
 
 
 # ---------------------------------------------------------------------------------------- on another mesh
@@ -151,15 +159,15 @@ MESH = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
 
 
 @pytest.mark.slow
-def test_a_run_resumed_on_another_mesh_sees_the_same_samples(config: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_resume_on_another_mesh_sees_the_same_samples(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(undisturbed, run)
+    shutil.copytree(uninterrupted, run)
     start, *later = sorted(int(p.name) for p in (run / "checkpoints").iterdir())
     for step in later:
         shutil.rmtree(run / "checkpoints" / str(step))
     assert start == 25
     assert run_train(config, run, *MESH) == 0
-    there, here = read_metrics(run), read_metrics(undisturbed)
+    there, here = read_metrics(run), read_metrics(uninterrupted)
     assert timeless(there[:start]) == timeless(here[:start])
     for key in ("step", "phase", "epoch", "samples", "tokens", "loss_tokens", "learning_rate"):
         assert [line[key] for line in there] == [line[key] for line in here]
@@ -171,12 +179,12 @@ def test_a_run_resumed_on_another_mesh_sees_the_same_samples(config: Path, undis
 
 
 @pytest.mark.slow
-def test_one_device_sees_the_samples_of_eight(undisturbed: Path, folder: Path, tmp_path: Path) -> None:
+def test_one_device_sees_the_samples_of_eight(uninterrupted: Path, folder: Path, tmp_path: Path) -> None:
     """The same run from the start on a mesh of one: the first steps agree to rounding."""
     process = start_train(folder / "run.py", tmp_path / "run", devices=1)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
-    there, here = read_metrics(tmp_path / "run"), read_metrics(undisturbed)
+    there, here = read_metrics(tmp_path / "run"), read_metrics(uninterrupted)
     for key in ("step", "phase", "epoch", "samples", "tokens", "loss_tokens"):
         assert [line[key] for line in there] == [line[key] for line in here]
     assert [line["loss"] for line in there[:10]] == pytest.approx([line["loss"] for line in here[:10]], rel=1e-5)
@@ -184,9 +192,7 @@ def test_one_device_sees_the_samples_of_eight(undisturbed: Path, folder: Path, t
 
 
 @pytest.mark.slow
-def test_a_run_that_moves_from_eight_devices_to_four_to_two_to_one_sees_the_same_samples(
-    folder: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_resume_on_8_4_2_and_1_devices_sees_the_same_samples(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Each time it is asked to leave in the middle of an epoch, of five steps."""
     run = tmp_path / "run"
     for devices, lines in ((8, 12), (4, 33), (2, 57)):
@@ -203,7 +209,7 @@ def test_a_run_that_moves_from_eight_devices_to_four_to_two_to_one_sees_the_same
     process = start_train(folder / "run.py", run, devices=1)
     said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said
-    there, here = read_metrics(run), read_metrics(undisturbed)
+    there, here = read_metrics(run), read_metrics(uninterrupted)
     for key in ("step", "phase", "epoch", "samples", "tokens", "loss_tokens", "learning_rate"):
         assert [line[key] for line in there] == [line[key] for line in here]
     losses, wanted = ([line["loss"] for line in lines] for lines in (there, here))
