@@ -3,7 +3,7 @@
 import json
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,20 +142,20 @@ DATA: dict[str, tuple[Spoil, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_bad_data_is_told(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_data_is_an_error(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, words = DATA[name]
     said = refused(train(folder, *spoil(folder)), capsys)
     assert all(word in said for word in words), said
 
 
 @pytest.mark.parametrize("name", ["a line that is not JSON", "nothing to train on", "a template that ends no turn"])
-def test_preparing_tells_bad_data_too(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_data_is_an_error_in_prepare_too(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, words = DATA[name]
     said = refused(run_prepare(folder / "run.py", *spoil(folder)), capsys)
     assert all(word in said for word in words), said
 
 
-def test_a_tokenizer_without_a_template_says_where_to_give_one(
+def test_tokenizer_without_a_template_is_an_error_with_the_field(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(folder / "init")
@@ -181,7 +181,7 @@ CONFIG: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CONFIG)
-def test_a_bad_setting_is_told(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_setting_is_an_error(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags, words = CONFIG[name]
     said = refused(train(folder, *flags), capsys)
     assert all(word in said for word in words), said
@@ -204,7 +204,7 @@ FILES: dict[str, tuple[str, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_bad_config_file_is_told(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_config_file_is_an_error(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text, words = FILES[name]
     (folder / "run.py").write_text(text)
     code = train(folder)
@@ -213,12 +213,12 @@ def test_a_bad_config_file_is_told(name: str, folder: Path, capsys: pytest.Captu
     assert all(word in err for word in words), err
 
 
-def test_a_config_that_is_not_there_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_config_file_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "run.py").unlink()
     assert f"the file {folder}/run.py does not exist" in refused(train(folder), capsys)
 
 
-def test_a_missing_flag_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_flag_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--workdir is missing" in refused(run_verb(train_module.main, [f"--config={folder}/run.py"]), capsys)
     assert "--config is missing" in refused(run_verb(train_module.main, [f"--workdir={folder}/work"]), capsys)
 
@@ -292,7 +292,7 @@ MODEL: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", MODEL)
-def test_a_bad_model_is_told(name: str, folder: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_model_is_an_error(name: str, folder: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, words = MODEL[name]
     spoil(hf)
     capsys.readouterr()
@@ -300,45 +300,61 @@ def test_a_bad_model_is_told(name: str, folder: Path, hf: Path, capsys: pytest.C
     assert all(word in said for word in words), said
 
 
-def test_the_good_model_of_these_tests_is_trained(folder: Path, hf: Path) -> None:
+def test_unspoilt_model_is_trained(folder: Path, hf: Path) -> None:
     """What the tests above spoil is right, and so are the run's data and config."""
     assert train(folder, f"--config.model.init_from={hf}") == 0
 
 
-def test_a_tokenizer_of_another_model_is_told(folder: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokenizer_of_another_model_is_an_error(folder: Path, hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit(folder / "init" / "config.json", vocab_size=200)
     said = refused(train(folder, f"--config.data.tokenizer={hf}"), capsys)
     assert "295" in said and "200" in said and str(folder / "init" / "config.json") in said
 
 
 # ---------------------------------------------------------------------------------------- workdir
-def test_a_workdir_of_another_config_is_refused_field_by_field(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `folder`, with the workdir of a run that has ended; shared by tests that work on copies of it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    setting(folder, samples=16)
     assert train(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def trained(finished_run: Path) -> Iterator[Path]:
+    """The folder of `finished_run`, whose workdir is put back after the test."""
+    shutil.copytree(finished_run / "work", finished_run / "untouched")
+    yield finished_run
+    shutil.rmtree(finished_run / "work")
+    (finished_run / "untouched").rename(finished_run / "work")
+
+
+def test_workdir_of_another_config_names_each_field(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained
     metrics = (folder / "work" / "metrics.jsonl").read_bytes()
     capsys.readouterr()
     said = refused(train(folder, "--config.optim.learning_rate=0.5", "--config.data.phases[0].name=late"), capsys)
     assert "optim.learning_rate: 0.01 -> 0.5" in said and "'stacked' -> 'late'" in said
     assert str(folder / "work") in said and "batch_size" not in said
     assert (folder / "work" / "metrics.jsonl").read_bytes() == metrics
-    assert train(folder, "--config.log.every_steps=3") == 0  # of the harmless few
+    assert train(folder, "--config.log.every_steps=3") == 0  # a field that may change
 
 
-def test_a_workdir_whose_metrics_are_gone_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(folder) == 0
+def test_workdir_without_its_metrics_is_an_error(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained
     (folder / "work" / "metrics.jsonl").unlink()
     capsys.readouterr()
     assert "metrics.jsonl does not hold the steps 1 to 2" in refused(train(folder), capsys)
 
 
-def test_a_workdir_that_is_a_file_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_workdir_that_is_a_file_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "work").write_text("")
     assert f"--workdir={folder}/work cannot be written" in refused(train(folder), capsys)
 
 
-def test_starting_from_a_run_without_a_checkpoint_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(folder) == 0
+def test_init_from_a_run_without_a_checkpoint_is_an_error(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained
     for checkpoint in (folder / "work" / "checkpoints").iterdir():
         shutil.rmtree(checkpoint)
     capsys.readouterr()
@@ -348,11 +364,10 @@ def test_starting_from_a_run_without_a_checkpoint_is_told(folder: Path, capsys: 
 
 
 # ---------------------------------------------------------------------------------------- export and whole processes
-def test_bad_exports_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_exports_are_errors(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained
     out = folder / "out"
     assert "no run's folder" in refused(run_export(folder, out), capsys)
-    assert train(folder) == 0
-    capsys.readouterr()
     work = folder / "work"
     said = refused(run_export(work, out, "--step=1"), capsys)
     assert "no step 1" in said and "it has 2" in said and not out.exists()
@@ -365,7 +380,7 @@ def test_bad_exports_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert not list(folder.glob(".*partial"))
 
 
-def test_a_process_says_no_more_than_its_paragraph(folder: Path) -> None:
+def test_process_writes_one_paragraph_to_stderr(folder: Path) -> None:
     (folder / "chats.jsonl").write_text("{not json\n")
     process = start_train(folder / "run.py", folder / "work", devices=1, TF_CPP_MIN_LOG_LEVEL="0")
     try:
@@ -378,7 +393,7 @@ def test_a_process_says_no_more_than_its_paragraph(folder: Path) -> None:
     assert "Traceback" not in said and said.splitlines()[-1] == errors[0]
 
 
-def test_a_workdir_at_another_store_is_refused_and_no_folder_is_made(
+def test_workdir_at_an_unknown_store_is_an_error(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

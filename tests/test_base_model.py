@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from helpers.runs import make_tokenizer, read_json, run_export, run_prepare, run_train, setting
+from helpers.runs import make_chats, make_tokenizer, read_json, run_export, run_prepare, run_train, setting
 from mice_jax.data.templates import TOKENS
+from mice_jax.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +33,14 @@ def config(base: Path, tmp_path: Path) -> Path:
     return setting(tmp_path, f"c.model.init_from = {str(base)!r}", samples=16)
 
 
-def test_without_a_name_the_error_lists_those_there_are(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_template_name_lists_the_known_ones(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_prepare(config) == 2
     err = capsys.readouterr().err
     assert "no chat template" in err and all(name in err for name in TOKENS) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", TOKENS)
-def test_each_template_says_what_it_adds_and_trains_answers_to_their_end(
+def test_template_reports_added_tokens_and_trains_answers_to_their_end(
     name: str, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_prepare(config, f"--config.data.chat_template={name}", "--inspect=2") == 0
@@ -53,7 +54,7 @@ def test_each_template_says_what_it_adds_and_trains_answers_to_their_end(
     assert shown.count("⟦") == 2
 
 
-def test_new_tokens_get_mean_rows_and_go_out_with_the_template(
+def test_new_tokens_get_mean_rows_and_are_exported_with_the_template(
     config: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--config.data.chat_template=llama3", "--config.optim.max_steps=1", "--config.optim.learning_rate=0.0"]
@@ -76,6 +77,11 @@ def test_new_tokens_get_mean_rows_and_go_out_with_the_template(
     assert tokenizer.decode(ids) == "<|start_header_id|>user<|end_header_id|>\n\nwho?<|eot_id|>" + (
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
+    trained_with = load_tokenizer(str(base), "llama3")
+    assert tokenizer.chat_template == trained_with.chat_template
+    for record in make_chats(4, seed=1):
+        ids = [t.apply_chat_template(record["messages"], return_dict=False) for t in (trained_with, tokenizer)]
+        assert ids[0] == ids[1]
     stop = tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert stop in np.atleast_1d(GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id)
     # What was exported is no base model any more: it needs no name.
@@ -84,12 +90,12 @@ def test_new_tokens_get_mean_rows_and_go_out_with_the_template(
     assert run_prepare(again) == 0
 
 
-def test_a_name_that_is_none_is_answered_with_those_there_are(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_template_name_lists_the_known_ones(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_prepare(config, "--config.data.chat_template=chatlm") == 2
     assert "'chatlm' is neither the name of a built-in template (chatml, granite, " in capsys.readouterr().err
 
 
-def test_the_last_answer_alone_is_trained_where_that_is_asked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_answer_alone_is_trained_where_that_is_asked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     turns = [{"role": r, "content": f"{r} {i}"} for i in range(3) for r in ("user", "assistant")]
     (config.parent / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     shown = []

@@ -90,14 +90,14 @@ def test_spans_are_not_counted_by_bytes_where_tokens_do_not_spell_the_text(name:
     assert (ids.tolist(), [tuple(s) for s in spans.tolist()]) == (kept.ids, kept.offsets)
 
 
-def test_a_byte_without_a_token_or_a_token_that_takes_spaces_rules_counting_out() -> None:
+def test_missing_byte_or_stripping_token_rules_out_byte_counts() -> None:
     cutter = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert locator(bpe(None, cutter, alphabet=False))._num_bytes is None  # type: ignore[attr-defined]
     greedy = AddedToken("<|end|>", rstrip=True, special=True)
     assert locator(bpe(None, cutter, added=greedy))._num_bytes is None  # type: ignore[attr-defined]
 
 
-def test_a_count_that_does_not_come_out_is_never_used() -> None:
+def test_count_that_does_not_come_out_is_never_used() -> None:
     found: Any = locator(bpe(*BYTE_LEVEL["gpt2"]))
     found._num_bytes[:] = 1
     with pytest.raises(AssertionError, match="do not spell"):
@@ -146,7 +146,7 @@ def test_ids_by_a_table_of_words_are_those_of_the_library(
         assert found._words.ids(text).tolist() == wanted  # again, when every word is known
 
 
-def test_a_table_has_an_end_and_texts_beyond_it_go_the_library_s_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_word_table_leaves_further_texts_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     found: Any = locator(bpe(*BYTE_LEVEL["gpt2"]))
     found._words.ids("blue barns")
     assert len(pickle.loads(pickle.dumps(found))._words._ids) == 0 < len(found._words._ids)
@@ -186,19 +186,19 @@ NO_TABLE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", NO_TABLE)
-def test_there_is_no_table_where_the_library_goes_another_way(name: str) -> None:
+def test_word_table_is_absent_where_the_library_splits_differently(name: str) -> None:
     found: Any = locator(NO_TABLE[name]())
     assert found._words is None
     ((ids, _),) = found.located(["red barns<|end|> 12 and"])
     assert ids.tolist() == found._chats.encode("red barns<|end|> 12 and").ids
 
 
-def test_a_pattern_that_the_two_engines_read_otherwise_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pattern_that_two_regex_engines_read_differently_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(byte_level, "GPT2", r"\S+|\s+")
     assert locator(bpe(*BYTE_LEVEL["gpt2"]))._words is None  # type: ignore[attr-defined]
 
 
-def test_a_word_that_the_pattern_leaves_out_is_not_lost() -> None:
+def test_word_that_the_pattern_leaves_out_is_not_lost() -> None:
     cutter = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"[a-z]+|[^a-z@]+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )

@@ -19,124 +19,37 @@ from mice_jax.data.sources import Sample
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 
-CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
-{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+pytestmark = pytest.mark.smoke
 
-LLAMA3 = """{{ bos_token }}{% for m in messages -%}
-<|start_header_id|>{{ m.role }}<|end_header_id|>
-
-{{ m.content | trim }}<|eot_id|>
-{%- endfor %}
-{%- if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
-
-{% endif %}"""
-
-# The system message goes into the first user turn; roles must alternate; no generation prompt.
-MISTRAL = """{{ bos_token }}
-{%- if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}
-{%- set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}
-{%- for m in turns %}
-{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}
-{{- raise_exception('Roles must alternate user/assistant') }}{% endif %}
-{%- if m.role == 'user' %}
-{{- '[INST] ' + (system if loop.first else '') + m.content + ' [/INST]' }}
-{%- else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}
-{%- endfor %}"""
-
-GRANITE = """{% for m in messages -%}
-<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>
-{% endfor %}{% if add_generation_prompt %}<|start_of_role|>assistant<|end_of_role|>{% endif %}"""
-
-GEMMA = """{{ bos_token }}
-{%- if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
-{% for m in messages %}
-{%- set role = 'model' if m.role == 'assistant' else m.role %}
-{{- '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}
-{%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
-
-ZEPHYR = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}
-{%- endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
-
-# Its end token swallows the newline after it, and the whole ends with another one.
-PHI3 = """{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
-
-PLAIN = """{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}
-{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"""
-
-TAGGED = """{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant
-{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}
-
-{% else %}<|im_start|>{{ m.role }}
-{{ m.content }}<|im_end|>
-{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+TEMPLATES = {file.stem: file.read_text() for file in sorted((Path(__file__).parent / "data" / "templates").iterdir())}
+CHATML, TAGGED = TEMPLATES["chatml"], TEMPLATES["tagged"]
 TAGGED_SHORT = TAGGED.replace("<|im_end|>{% endgen", "{% endgen").replace(
     "{% endgeneration %}\n", "{% endgeneration %}<|im_end|>\n"
 )
 
-# As Qwen 3: reasoning before the last user message is dropped, the last turn always has a block.
-QWEN3 = """{%- set ns = namespace(last=0) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
-{%- if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}
-{%- for m in messages %}
-{%- set content = m.content if m.content is string else '' %}
-{%- if m.role == 'assistant' %}
-{%- set thought = '' %}
-{%- if m.reasoning_content is string %}{% set thought = m.reasoning_content %}
-{%- elif '</think>' in content %}
-{%- set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
-{%- set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}
-{{- '<|im_start|>assistant\n' }}
-{%- if loop.index0 > ns.last and (loop.last or thought) %}
-{{- '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
-{%- else %}{{ content }}{% endif %}
-{%- for call in m.tool_calls or [] %}
-{{- ('\n' if loop.index0 or content else '') + '<tool_call>\n' + call | tojson + '\n</tool_call>' }}
-{%- endfor %}{{ '<|im_end|>\n' }}
-{%- elif m.role == 'tool' %}
-{{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response><|im_end|>\n' }}
-{%- else %}{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endif %}
-{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-# As Qwen 2.5: a system message of its own where there is none.
-QWEN25 = """{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are a mouse.<|im_end|>\n' }}{% endif %}
-{%- for m in messages %}
-{%- if m.role == 'tool' %}
-{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
-{{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
-{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}
-{%- elif not m.tool_calls %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
-{%- else %}{{ '<|im_start|>assistant' }}{% if m.content %}{{ '\n' + m.content }}{% endif %}
-{%- for call in m.tool_calls or [] %}
-{{- '\n<tool_call>\n' + call.function | tojson + '\n</tool_call>' }}
-{%- endfor %}{{ '<|im_end|>\n' }}{% endif %}
-{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 # Template, special tokens (the first is eos), and what ends a turn.
 CHATS: dict[str, tuple[str, list[str], str]] = {
     "chatml": (CHATML, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
     "llama3": (
-        LLAMA3,
+        TEMPLATES["llama3"],
         ["<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
         "<|eot_id|>",
     ),
-    "mistral": (MISTRAL, ["</s>", "<s>", "[INST]", "[/INST]"], "</s>"),
+    "mistral": (TEMPLATES["mistral"], ["</s>", "<s>", "[INST]", "[/INST]"], "</s>"),
     "granite": (
-        GRANITE,
+        TEMPLATES["granite"],
         ["<|end_of_text|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"],
         "<|end_of_text|>",
     ),
-    "gemma": (GEMMA, ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>"),
-    "zephyr": (ZEPHYR, ["</s>", "<s>"], "</s>"),
-    "phi3": (PHI3, ["<|endoftext|>", "<s>", "<|end|>", "<|user|>", "<|assistant|>"], "<|end|>"),
-    "plain": (PLAIN, ["<eos>"], "\n"),
+    "gemma": (TEMPLATES["gemma"], ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], "<end_of_turn>"),
+    "zephyr": (TEMPLATES["zephyr"], ["</s>", "<s>"], "</s>"),
+    "phi3": (TEMPLATES["phi3"], ["<|endoftext|>", "<s>", "<|end|>", "<|user|>", "<|assistant|>"], "<|end|>"),
+    "plain": (TEMPLATES["plain"], ["<eos>"], "\n"),
     "tagged": (TAGGED, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
     "tagged_short": (TAGGED_SHORT, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
-    "qwen3": (QWEN3, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
-    "qwen25": (QWEN25, ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
+    "qwen3": (TEMPLATES["qwen3"], ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
+    "qwen25": (TEMPLATES["qwen25"], ["<|im_end|>", "<|im_start|>"], "<|im_end|>"),
 }
 TRIMMING = {"llama3", "gemma"}  # assistant and user alike
 WORDS = ["Hello there, how are you?", "I am fine, thank you.", "Red and blue.", "What is it?\n\n"]
@@ -240,18 +153,18 @@ def test_every_answer_of_many_turns_is_trained(name: str, encoders: dict[str, Ch
 
 
 @pytest.mark.parametrize("name", [n for n in CHATS if n != "gemma"])  # whose template refuses one, see below
-def test_the_system_message_is_not_trained(name: str, encoders: dict[str, ChatEncoder]) -> None:
+def test_system_message_is_not_trained(name: str, encoders: dict[str, ChatEncoder]) -> None:
     sample = chat("Hello", "Red.", "And?", "Blue.", system="Be kind.")
     assert runs(encoders[name], sample) == expected(name, "Red.", "Blue.")
 
 
-def test_a_shifted_mask_is_seen_by_this_checker(name: str, encoders: dict[str, ChatEncoder]) -> None:
+def test_shifted_mask_is_seen_by_this_checker(name: str, encoders: dict[str, ChatEncoder]) -> None:
     sample = chat("Hello there", "I am fine", "And", "Red")
     for shift in (-1, 1):
         assert runs(encoders[name], sample, shift) != expected(name, "I am fine", "Red")
 
 
-def test_the_header_and_the_newline_after_the_end_are_not_trained(
+def test_header_and_the_newline_after_the_end_are_not_trained(
     encoders: dict[str, ChatEncoder],
 ) -> None:
     encoder = encoders["chatml"]
@@ -261,7 +174,7 @@ def test_the_header_and_the_newline_after_the_end_are_not_trained(
     )
 
 
-def test_an_end_of_turn_that_is_also_bos_and_pad_is_trained_after_answers_alone(
+def test_end_of_turn_that_is_bos_and_pad_is_trained_after_answers_only(
     encoders: dict[str, ChatEncoder],
 ) -> None:
     encoder = encoders["granite"]
@@ -272,7 +185,7 @@ def test_an_end_of_turn_that_is_also_bos_and_pad_is_trained_after_answers_alone(
     assert ends.tolist() == [0, 1, 0, 1]
 
 
-def test_the_second_token_at_the_very_end_of_phi3_is_not_trained(
+def test_second_token_at_the_very_end_of_phi3_is_not_trained(
     encoders: dict[str, ChatEncoder],
 ) -> None:
     encoder = encoders["phi3"]
@@ -306,7 +219,7 @@ def test_spaces_around_an_answer_follow_the_template(name: str, answer: str, enc
     assert found.replace(" ", "") == f"{shown}{end}Blue{end}".replace(" ", "").lstrip("\n")
 
 
-def test_an_empty_answer_trains_the_end_alone(name: str, encoders: dict[str, ChatEncoder]) -> None:
+def test_empty_answer_trains_the_end_alone(name: str, encoders: dict[str, ChatEncoder]) -> None:
     found = runs(encoders[name], chat("Hello", "", "And?", "Blue."))
     end = CHATS[name][2]
     # Where the header ends in a space, the token of that space is not part of the turn's end.
@@ -321,11 +234,11 @@ def test_contents_that_look_like_the_template_do_not_mislead(name: str, encoders
         assert [r.lstrip(" ") for r in found] == [answer + CHATS[name][2]] * 2
 
 
-def test_an_answer_equal_to_the_question_is_told_from_it(name: str, encoders: dict[str, ChatEncoder]) -> None:
+def test_answer_equal_to_the_question_is_the_only_one_trained(name: str, encoders: dict[str, ChatEncoder]) -> None:
     assert runs(encoders[name], chat("Blue", "Blue")) == expected(name, "Blue")
 
 
-def test_an_end_of_turn_written_inside_an_answer_stays_inside(
+def test_end_of_turn_written_inside_an_answer_stays_inside(
     encoders: dict[str, ChatEncoder],
 ) -> None:
     answer = "one<|im_end|>\n<|im_start|>assistant\ntwo"
@@ -362,14 +275,14 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_a_chat_is_the_text_written_by_hand(name: str, encoders: dict[str, ChatEncoder]) -> None:
+def test_chat_is_the_text_written_by_hand(name: str, encoders: dict[str, ChatEncoder]) -> None:
     sample = chat("Hi", "Red", "Bye", "Blue")
     assert marked(encoders[name], sample) == BY_HAND[name]
     sample.messages[1]["train"] = False  # negative control: the brackets follow the mask
     assert marked(encoders[name], sample) == BY_HAND[name].replace("⟦", "", 1).replace("⟧", "", 1)
 
 
-def test_the_last_answer_alone_is_trained_where_asked(name: str, encoders: dict[str, ChatEncoder]) -> None:
+def test_last_answer_alone_is_trained_where_asked(name: str, encoders: dict[str, ChatEncoder]) -> None:
     encoder = ChatEncoder(encoders[name].tokenizer, train_on="last")
     assert runs(encoder, chat("Hello", "Red.", "And?", "I am fine", "Bye", "Blue")) == expected(name, "Blue")
     assert runs(encoder, chat("Hello", "Red.")) == expected(name, "Red.")
@@ -378,7 +291,7 @@ def test_the_last_answer_alone_is_trained_where_asked(name: str, encoders: dict[
     assert encoder.stop_ids() == encoders[name].stop_ids()
 
 
-def test_a_messages_own_word_goes_before_train_on(name: str, encoders: dict[str, ChatEncoder]) -> None:
+def test_message_train_flag_overrides_train_on(name: str, encoders: dict[str, ChatEncoder]) -> None:
     encoder = ChatEncoder(encoders[name].tokenizer, train_on="last")
     sample = chat("Hello", "Red.", "And?", "I am fine", "Bye", "Blue")
     sample.messages[1]["train"] = True
@@ -397,7 +310,7 @@ def test_unmask_and_documents_are_the_same_whatever_train_on_is(encoders: dict[s
         assert last.encode([document])[0].trained.all()
 
 
-def test_train_on_is_one_of_two_words(encoders: dict[str, ChatEncoder]) -> None:
+def test_unknown_train_on_is_an_error(encoders: dict[str, ChatEncoder]) -> None:
     with pytest.raises(UserError, match=r"data\.train_on='first' is not one of all, last"):
         ChatEncoder(encoders["chatml"].tokenizer, train_on="first")
 
@@ -407,13 +320,13 @@ def signs(encoder: ChatEncoder, *samples: Sample) -> list[Sign]:
     return [Sign(e.signs) for e in encoder.encode(samples)]
 
 
-def test_an_ordinary_chat_has_no_sign(name: str, encoders: dict[str, ChatEncoder]) -> None:
+def test_ordinary_chat_has_no_flag(name: str, encoders: dict[str, ChatEncoder]) -> None:
     samples = [chat("Hello", "Red <b> [x] <think>"), make([{"role": "pretraining", "content": "Red"}])]
     samples += [chat("Hello", "Red.", system="Be kind.")] if name != "gemma" else []
     assert signs(encoders[name], *samples) == [Sign(0)] * len(samples)
 
 
-def test_a_special_token_spelt_by_a_content_is_a_sign(encoders: dict[str, ChatEncoder]) -> None:
+def test_special_token_spelt_by_a_content_is_flagged(encoders: dict[str, ChatEncoder]) -> None:
     encoder, spelt = encoders["chatml"], Sign.SPECIAL_IN_CONTENT
     thought, called = chat("Hi", "Red"), chat("Hi", "Red")
     thought.messages[1]["reasoning_content"] = "<|im_start|>"
@@ -437,7 +350,7 @@ def test_special_tokens_of_every_length_are_found() -> None:
         assert signs(encoder, chat("Hi", f"a{text}b")) == [Sign(text in tokens)], text
 
 
-def test_a_bos_too_many_is_a_sign(encoders: dict[str, ChatEncoder]) -> None:
+def test_double_bos_is_flagged(encoders: dict[str, ChatEncoder]) -> None:
     spelt = Sign.SPECIAL_IN_CONTENT
     # One bos is the template's, the other the content's.
     template = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
@@ -458,7 +371,7 @@ def test_a_bos_too_many_is_a_sign(encoders: dict[str, ChatEncoder]) -> None:
     assert signs(ChatEncoder(make_tokenizer(template, ["</s>"])), chat("Hi", "Red")) == [Sign(0)]
 
 
-def test_a_chat_that_the_assistant_begins_is_a_sign(encoders: dict[str, ChatEncoder]) -> None:
+def test_chat_that_the_assistant_begins_is_flagged(encoders: dict[str, ChatEncoder]) -> None:
     answer, system = {"role": "assistant", "content": "Red"}, {"role": "system", "content": "Be kind."}
     question = {"role": "user", "content": "Hi"}
     samples = [make(m) for m in ([answer], [system, answer, question, answer], [system, question, answer], [system])]
@@ -469,7 +382,7 @@ def test_a_chat_that_the_assistant_begins_is_a_sign(encoders: dict[str, ChatEnco
 DATED = "{% if strftime_now is defined %}{{ 'Today is ' + strftime_now(\"%d %B %Y\") }}{% endif %}|" + CHATML
 
 
-def test_a_template_is_told_one_day_throughout() -> None:
+def test_template_date_is_one_day_throughout() -> None:
     tokenizer = make_tokenizer(DATED, ["<|im_end|>", "<|im_start|>"])
     old = ChatEncoder(tokenizer, today=datetime.date(2024, 7, 26))
     rest = "|<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -482,7 +395,7 @@ def test_a_template_is_told_one_day_throughout() -> None:
         assert encoder.prompt_ids([{"role": "user", "content": "Hi"}]) == prompt
 
 
-def test_a_template_that_asks_for_the_day_is_told_todays_as_by_transformers() -> None:
+def test_template_date_is_today_as_in_transformers() -> None:
     for template in (DATED, {"default": DATED, "tool_use": DATED + "tools"}):
         encoder = ChatEncoder(make_tokenizer(template, ["<|im_end|>", "<|im_start|>"]))  # type: ignore[arg-type]
         if encoder.today == datetime.date.today():  # not over midnight
@@ -490,7 +403,7 @@ def test_a_template_that_asks_for_the_day_is_told_todays_as_by_transformers() ->
             assert runs(encoder, chat("Hi", "Red", tools=[{"type": "function"}])) == ["Red<|im_end|>"]
 
 
-def test_a_token_store_is_known_by_the_day_where_the_template_writes_it() -> None:
+def test_token_store_is_known_by_the_day_where_the_template_writes_it() -> None:
     days = [datetime.date(2024, 7, 26), datetime.date(2024, 7, 27)]
     for template, dated in ((DATED, True), ({"default": CHATML, "tool_use": DATED}, True), (CHATML, False)):
         tokenizer = make_tokenizer(template, ["<|im_end|>", "<|im_start|>"])  # type: ignore[arg-type]
@@ -501,7 +414,7 @@ def test_a_token_store_is_known_by_the_day_where_the_template_writes_it() -> Non
     assert not ChatEncoder(make_tokenizer(None, ["</s>"])).depends_on_date
 
 
-def test_a_date_whose_form_is_made_up_by_the_template_is_refused() -> None:
+def test_template_date_with_a_computed_format_is_an_error() -> None:
     encoder = custom("{% set f = '%d' %}{{ strftime_now(f) }}" + CHATML)
     with pytest.raises(
         UserError, match=r"writes a date by 'strftime_now\(f\).*not in plain quotes.*data\.chat_template"
@@ -518,7 +431,7 @@ def test_train_flags_choose_among_messages(name: str, encoders: dict[str, ChatEn
     assert runs(encoders[name], sample) == expected(name, "Red.")
 
 
-def test_a_message_of_the_user_can_be_trained(name: str, encoders: dict[str, ChatEncoder]) -> None:
+def test_message_of_the_user_can_be_trained(name: str, encoders: dict[str, ChatEncoder]) -> None:
     sample = chat("Hello", "Red.")
     sample.messages[0]["train"], sample.messages[1]["train"] = True, False
     end = " [/INST]" if name == "mistral" else CHATS[name][2]
@@ -542,7 +455,7 @@ def test_unmask_trains_all_but_the_system_and_the_headers(
         assert runs(encoders[name], sample) == wanted, name
 
 
-def test_a_folded_system_message_stays_untrained_under_unmask(
+def test_folded_system_message_stays_untrained_under_unmask(
     encoders: dict[str, ChatEncoder],
 ) -> None:
     sample = chat("Hello", "Red.", system="Be kind.", unmask=True)
@@ -551,7 +464,7 @@ def test_a_folded_system_message_stays_untrained_under_unmask(
 
 
 # ---------------------------------------------------------------------------------------- documents
-def test_a_document_is_trained_whole_with_the_special_tokens_of_its_tokenizer() -> None:
+def test_document_is_trained_whole_with_its_special_tokens() -> None:
     tokenizer = make_tokenizer(None, ["</s>", "<s>"])
     backend = tokenizer.backend_tokenizer
     backend.post_processor = processors.TemplateProcessing(
@@ -638,12 +551,12 @@ def written(encoder: ChatEncoder, sample: Sample) -> str:
 
 
 @pytest.mark.parametrize("name", IDS)
-def test_the_ids_and_the_mask_of_a_chat_are_those_written_out(name: str) -> None:
+def test_ids_and_the_mask_of_a_chat_are_those_written_out(name: str) -> None:
     assert written(ascii_encoder(name), chat("Hi", "No")) == IDS[name]
     assert written(ascii_encoder(name), chat("Hi", "on")) == IDS[name].replace("[78 111", "[111 110")  # it looks at ids
 
 
-def test_the_ids_and_the_masks_of_the_other_rules_are_those_written_out() -> None:
+def test_ids_and_the_masks_of_the_other_rules_are_those_written_out() -> None:
     encoder, two = ascii_encoder("chatml"), chat("A", "B", "C", "D")
     assert written(ascii_encoder("chatml", train_on="last"), two) == LAST
     two.messages[1]["train"] = False
@@ -692,7 +605,7 @@ def test_reasoning_written_into_the_content_is_found_too(
     assert runs(encoders["chatml"], sample) == whole
 
 
-def test_an_empty_thinking_block_of_the_template_is_a_header(
+def test_empty_thinking_block_of_the_template_is_a_header(
     encoders: dict[str, ChatEncoder],
 ) -> None:
     encoder = encoders["qwen3"]
@@ -722,7 +635,7 @@ def test_tool_calls_are_trained_with_the_text_before_them(
     assert runs(encoders["qwen3"], make(messages[:2], tools))[-1].endswith(before + CALLED)
 
 
-def test_tool_calls_of_earlier_turns_are_found_after_their_reasoning_was_dropped(
+def test_earlier_tool_calls_are_found_where_their_reasoning_was_dropped(
     encoders: dict[str, ChatEncoder],
 ) -> None:
     messages = [
@@ -744,18 +657,18 @@ def custom(template: str, special: tuple[str, ...] = ("<|im_end|>", "<|im_start|
     return ChatEncoder(make_tokenizer(template, list(special)))
 
 
-def test_a_template_that_looks_into_the_users_words_is_still_derived() -> None:
+def test_template_that_depends_on_user_content_has_spans() -> None:
     looks = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ '!!' if 'loud' in m.content }}")
     assert runs(custom(looks), chat("Be loud", "Red", "Hi", "Blue")) == ["Red<|im_end|>", "Blue<|im_end|>"]
 
 
-def test_a_template_that_looks_into_the_answer_is_derived_by_what_each_turn_adds() -> None:
+def test_template_that_depends_on_answers_has_spans() -> None:
     looks = CHATML.replace("{{ m.content }}", "{{ '# ' if 'loud' in m.content }}{{ m.content }}")
     encoder = custom(looks)
     assert runs(encoder, chat("Hi", "loud", "Hi", "Blue")) == [" loud<|im_end|>", "Blue<|im_end|>"]
 
 
-def test_an_end_only_after_the_last_answer_is_trained_there() -> None:
+def test_end_only_after_the_last_answer_is_trained_there() -> None:
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
         "{{ eos_token if loop.last }}{% endfor %}"
@@ -764,7 +677,7 @@ def test_an_end_only_after_the_last_answer_is_trained_there() -> None:
     assert runs(custom(template), chat("Hi", "Red", "Hi", "Blue")) == ["Red", "Blue<|im_end|>"]
 
 
-def test_the_space_before_an_end_of_turn_is_trained_with_it() -> None:
+def test_space_before_an_end_of_turn_is_trained_with_it() -> None:
     spaced = CHATML.replace("<|im_end|>", " <|im_end|>")
     assert runs(custom(spaced), chat("Hi", "Red", "Hi", "Blue")) == ["Red <|im_end|>", "Blue <|im_end|>"]
 
@@ -779,14 +692,14 @@ def test_the_space_before_an_end_of_turn_is_trained_with_it() -> None:
         (TAGGED.replace("m.role == 'assistant'", "false"), "0 of its {% generation %} spans"),
     ],
 )
-def test_a_template_whose_spans_cannot_be_told_is_an_error(template: str, words: str) -> None:
+def test_template_without_derivable_spans_is_an_error(template: str, words: str) -> None:
     with pytest.raises(UserError) as e:
         custom(template).encode([chat("Hi", "Red")])
     assert words in str(e.value)
     assert "chats.jsonl line 7" in str(e.value)
 
 
-def test_a_template_that_refuses_a_chat_is_quoted_with_file_and_line(
+def test_exception_of_a_template_is_quoted_with_file_and_line(
     encoders: dict[str, ChatEncoder],
 ) -> None:
     with pytest.raises(UserError, match=r"chats.jsonl line 7: .*System role not supported"):
@@ -828,7 +741,7 @@ def test_show_marks_what_is_trained_by_colour_or_brackets(
     assert green == shown.replace("⟦", "\x1b[32m").replace("⟧", "\x1b[0m")
 
 
-def test_the_fingerprint_follows_tokenizer_and_template_and_not_their_use() -> None:
+def test_fingerprint_follows_tokenizer_and_template() -> None:
     first = custom(CHATML)
     prints = [first.fingerprint()]
     first.tokenizer("Hello", padding="max_length", truncation=True, max_length=4)
@@ -836,17 +749,17 @@ def test_the_fingerprint_follows_tokenizer_and_template_and_not_their_use() -> N
     assert len(encoded.ids) > 4
     assert custom(CHATML).fingerprint() == first.fingerprint() == prints[0]
     others = [custom(CHATML + " "), custom(CHATML, ("<|im_end|>", "<|im_start|>", "<x>"))]
-    others += [ChatEncoder(first.tokenizer, LLAMA3), ChatEncoder(first.tokenizer, train_on="last")]
+    others += [ChatEncoder(first.tokenizer, TEMPLATES["llama3"]), ChatEncoder(first.tokenizer, train_on="last")]
     assert len({*prints, *(o.fingerprint() for o in others)}) == 5
 
 
-def test_the_fingerprint_follows_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_follows_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     before = custom(CHATML).fingerprint()
     monkeypatch.setattr(under_test, "RULES", under_test.RULES + 1)
     assert custom(CHATML).fingerprint() != before
 
 
-def test_an_encoder_can_be_sent_to_a_worker(name: str, encoders: dict[str, ChatEncoder]) -> None:
+def test_encoder_can_be_sent_to_a_worker(name: str, encoders: dict[str, ChatEncoder]) -> None:
     sample = chat("Hello", "Red.")
     sent = pickle.loads(pickle.dumps(encoders[name]))
     assert runs(sent, sample) == runs(encoders[name], sample)
@@ -882,19 +795,19 @@ def saved(tmp_path: Path) -> Callable[[str | None], str]:
     return save
 
 
-def test_a_saved_tokenizer_is_loaded_with_its_template_or_a_files(
+def test_saved_tokenizer_is_loaded_with_its_template_or_a_files(
     saved: Callable[[str | None], str], tmp_path: Path
 ) -> None:
     path = saved(CHATML)
     assert runs(ChatEncoder(load_tokenizer(path)), chat("Hi", "Red")) == ["Red<|im_end|>"]
     file = tmp_path / "other.jinja"
-    file.write_text(ZEPHYR, encoding="utf-8")
+    file.write_text(TEMPLATES["zephyr"], encoding="utf-8")
     tokenizer = load_tokenizer(path, str(file))
-    assert tokenizer.chat_template == ZEPHYR
+    assert tokenizer.chat_template == TEMPLATES["zephyr"]
     assert runs(ChatEncoder(tokenizer), chat("Hi", "Red")) == ["Red<|im_end|>"]
 
 
-def test_what_is_missing_to_load_is_named(saved: Callable[[str | None], str], tmp_path: Path) -> None:
+def test_missing_tokenizer_or_template_is_named(saved: Callable[[str | None], str], tmp_path: Path) -> None:
     path = saved(None)
     with pytest.raises(UserError, match="is not a folder"):
         load_tokenizer(str(tmp_path / "nowhere"))
@@ -911,7 +824,7 @@ def test_what_is_missing_to_load_is_named(saved: Callable[[str | None], str], tm
         load_tokenizer(path, str(bad))
 
 
-def test_a_base_tokenizer_without_template_encodes_documents_and_asks_for_one_for_chats(
+def test_tokenizer_without_template_encodes_documents_but_not_chats(
     saved: Callable[[str | None], str],
 ) -> None:
     encoder = ChatEncoder(load_tokenizer(saved(None)))

@@ -14,6 +14,8 @@ from mice_jax.data.dataset import Dataset, build_dataset, source_name
 from mice_jax.data.mixture import Mixture
 from mice_jax.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.fixture(scope="module")
 def encoder() -> ChatEncoder:
@@ -84,13 +86,13 @@ def test_overlong_samples_are_an_error_where_asked(build: Any, encoder: ChatEnco
 
 
 # ---------------------------------------------------------------------------------------- untrained
-def test_a_sample_without_a_trained_token_is_dropped_and_counted(build: Any) -> None:
+def test_sample_without_a_trained_token_is_dropped_and_counted(build: Any) -> None:
     data = build([SHORT, MUTE, SHORT])
     assert data.report["sources"]["chats"]["dropped"] == {"no trained token": 1}
     assert data.phases[0].pools[0].ids.tolist() == [0, 2]
 
 
-def test_a_sample_whose_trained_tokens_were_cut_off_is_dropped_and_counted(build: Any, encoder: ChatEncoder) -> None:
+def test_sample_whose_trained_tokens_were_cut_off_is_dropped_and_counted(build: Any, encoder: ChatEncoder) -> None:
     most = length(encoder, LATE) - 10
     data = build([SHORT, LATE], max_length=most, overlong="truncate")
     source = data.report["sources"]["chats"]
@@ -106,7 +108,7 @@ def test_a_sample_whose_trained_tokens_were_cut_off_is_dropped_and_counted(build
         ([LATE], {"max_length": 20, "overlong": "truncate"}, ["'no trained token': 1"]),
     ],
 )
-def test_a_phase_without_a_sample_left_says_what_became_of_them(
+def test_phase_without_samples_is_an_error_that_counts_the_dropped(
     build: Any, records: list[Record], fields: Record, words: list[str]
 ) -> None:
     with pytest.raises(UserError, match="'stacked' has no sample to train on") as raised:
@@ -132,12 +134,12 @@ def test_what_is_held_out_is_not_trained_on_and_does_not_move(build: Any, encode
     assert trained < more[0] and held < more[1]
 
 
-def test_a_larger_fraction_holds_out_the_same_and_more(build: Any) -> None:
+def test_larger_fraction_holds_out_the_same_and_more(build: Any) -> None:
     few, many = (held_ids(build(make_chats(100), validation_fraction=f), "chats").tolist() for f in (0.1, 0.5))
     assert set(few) < set(many)
 
 
-def test_the_same_sample_twice_is_on_one_side(build: Any) -> None:
+def test_same_sample_twice_is_on_one_side(build: Any) -> None:
     data = build(make_chats(60) * 2, validation_fraction=0.3)
     held = set(held_ids(data, "chats").tolist())
     assert held and all((i in held) == (i + 60 in held) for i in range(60))
@@ -158,7 +160,7 @@ def test_held_out_sources_are_counted_by_name(build: Any, tmp_path: Path) -> Non
 
 
 # ---------------------------------------------------------------------------------------- several sources
-def test_a_source_in_two_phases_is_tokenised_once_and_reported_twice(build: Any, tmp_path: Path) -> None:
+def test_source_in_two_phases_is_tokenised_once_and_reported_twice(build: Any, tmp_path: Path) -> None:
     path = str(write_jsonl(tmp_path / "both.jsonl", make_chats(7)))
     phases = [Phase(name="a", sources=[Source(path=path)]), Phase(name="b", sources=[Source(path=path, weight=2.0)])]
     data = build([SHORT], phases=phases)
@@ -193,7 +195,7 @@ def part(build: Any, path: Path, **fields: Any) -> tuple[list[int], dict[str, An
     return data.phases[0].pools[0].ids.tolist(), entry
 
 
-def test_the_halves_of_a_source_by_answer_length_are_all_of_it(build: Any, tmp_path: Path) -> None:
+def test_halves_of_a_source_by_answer_length_are_all_of_it(build: Any, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "ladder.jsonl", LADDER)
     short, said = part(build, path, half="short")
     assert short == [1, 3, 4, 5] and said["set_aside"] == {"not of the short half": 3} and said["kept"] == 4
@@ -213,7 +215,7 @@ def test_fewer_samples_are_a_part_of_more_and_do_not_move_with_the_order(build: 
     assert len(part(build, path, max_samples=99)[0]) == 40
 
 
-def test_a_part_is_taken_of_what_is_neither_held_out_nor_dropped(build: Any, tmp_path: Path) -> None:
+def test_part_is_taken_of_what_is_neither_held_out_nor_dropped(build: Any, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "all.jsonl", [*make_chats(60), MUTE])
     fields = {"path": str(path), "half": "short", "max_samples": 12}
     data = build(path, phases=[Phase(sources=[Source(**fields)])], validation_fraction=0.3)
@@ -236,7 +238,7 @@ def phased(tmp_path: Path, **last: Any) -> list[Phase]:
     ]
 
 
-def test_a_phase_replays_a_part_of_all_earlier_ones_each_sample_once_in_a_pass(build: Any, tmp_path: Path) -> None:
+def test_phase_replays_earlier_ones_each_sample_once_in_a_pass(build: Any, tmp_path: Path) -> None:
     data = build(tmp_path, phases=phased(tmp_path, replay=0.25, num_epochs=4.0))
     own, replay = data.phases[2].pools
     assert (len(own.ids), replay.name, replay.weight) == (20, "replay of one, two", 0.25)
@@ -258,7 +260,7 @@ def test_one_phase_alone_can_be_replayed(build: Any, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- copies and signs
-def test_copies_are_counted_in_a_source_over_all_and_against_what_is_held_out(build: Any, tmp_path: Path) -> None:
+def test_copies_are_counted_by_source_overall_and_against_held_out(build: Any, tmp_path: Path) -> None:
     chats = make_chats(10)
     a = write_jsonl(tmp_path / "a.jsonl", [*chats, chats[0], chats[0], chats[1]])
     b = write_jsonl(tmp_path / "b.jsonl", [chats[2], *make_chats(3, seed=5)])
@@ -272,7 +274,7 @@ def test_copies_are_counted_in_a_source_over_all_and_against_what_is_held_out(bu
     assert build(a).report["validation_overlap"] == 0
 
 
-def test_signs_of_trouble_and_the_longest_samples_are_counted_with_their_lines(build: Any, tmp_path: Path) -> None:
+def test_flags_and_the_longest_samples_are_reported_with_their_lines(build: Any, tmp_path: Path) -> None:
     spelled = chat("who?", "<|im_end|> and more")
     first = {"messages": [{"role": "assistant", "content": "Hello"}, *SHORT["messages"]]}
     path = write_jsonl(tmp_path / "odd.jsonl", [SHORT, spelled, first, LONG])
@@ -291,12 +293,12 @@ def test_signs_of_trouble_and_the_longest_samples_are_counted_with_their_lines(b
         ("*.jsonl", "*"), ("gs://bucket/a.jsonl", "a"), ("tfds:mice/small:train", "small:train"),
     ],
 )  # fmt: skip
-def test_a_source_without_a_name_is_called_by_its_path(path: str, name: str) -> None:
+def test_source_without_a_name_is_called_by_its_path(path: str, name: str) -> None:
     assert source_name(Source(path=path)) == name and source_name(Source(path=path, name="own")) == "own"
 
 
 # ---------------------------------------------------------------------------------------- held out for phases
-def test_a_source_is_held_out_once_for_all_the_phases_that_name_it(
+def test_source_is_held_out_once_for_all_the_phases_that_name_it(
     build: Any, encoder: ChatEncoder, tmp_path: Path
 ) -> None:
     files = {

@@ -53,7 +53,7 @@ def turns(chats: list[list[dict[str, str]]]) -> list[tuple[str, str]]:
     return [pair for texts in spoken for pair in zip(texts[::2], texts[1::2], strict=True)]
 
 
-def test_the_same_seed_gives_the_same_files_in_another_process(made: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_files_in_another_process(made: Path, tmp_path: Path) -> None:
     run_script(tmp_path, hash_seed="2")
     files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
     assert len(files) >= 9
@@ -68,7 +68,7 @@ def test_another_seed_gives_other_samples(made: Path, tmp_path: Path) -> None:
         assert conversations(tmp_path, phase) != conversations(made, phase)
 
 
-def test_the_phases_keep_the_proportion_of_the_study(made: Path) -> None:
+def test_phases_keep_the_proportion_of_the_study(made: Path) -> None:
     counts = [len(conversations(made, phase)) for phase in PHASES]
     assert 6_000 <= sum(counts) <= 9_000
     for count, share in zip(counts, (308, 231, 286), strict=True):
@@ -140,7 +140,7 @@ def test_every_answer_to_a_skill_is_true(made: Path) -> None:
     assert [(prompt, recomputed(prompt)) for prompt, _ in asked] == asked
 
 
-def test_the_tokenizer_round_trips_any_text_and_splits_numbers_into_digits(made: Path) -> None:
+def test_tokenizer_round_trips_any_text_and_splits_numbers(made: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(made / "init")
     for text in (
         "naïve café — 数独 🐭\n\ttabs",
@@ -151,7 +151,7 @@ def test_the_tokenizer_round_trips_any_text_and_splits_numbers_into_digits(made:
     assert tokenizer.tokenize("1989") == ["1", "9", "8", "9"]
 
 
-def test_the_chat_template_ends_an_answer_with_eos_and_opens_the_next(made: Path) -> None:
+def test_chat_template_ends_an_answer_with_eos_and_opens_the_next(made: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(made / "init")
     chat = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False)
@@ -163,7 +163,7 @@ def test_the_chat_template_ends_an_answer_with_eos_and_opens_the_next(made: Path
     assert ids[-2] == tokenizer.eos_token_id
 
 
-def test_the_config_fits_the_tokenizer(made: Path) -> None:
+def test_config_fits_the_tokenizer(made: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(made / "init")
     config = json.loads((made / "init" / "config.json").read_text(encoding="utf-8"))
     assert config["vocab_size"] == len(tokenizer) == 2048

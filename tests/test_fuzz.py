@@ -123,18 +123,18 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> None:
         GOOD[line] = known(sample)
 
 
-FUZZ = settings(max_examples=400, deadline=5000, suppress_health_check=list(HealthCheck), derandomize=True)
+FUZZ = settings(max_examples=200, deadline=5000, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @FUZZ
 @given(data=damaged())
-def test_bytes_flipped_cut_and_doubled_give_the_right_samples_or_file_and_line(data: bytes, file: Path) -> None:
+def test_damaged_bytes_give_right_samples_or_file_and_line(data: bytes, file: Path) -> None:
     check(file, data)
 
 
 @FUZZ
 @given(data=mistyped())
-def test_values_of_any_type_give_the_right_samples_or_file_and_line(data: bytes, file: Path) -> None:
+def test_values_of_any_type_give_right_samples_or_file_and_line(data: bytes, file: Path) -> None:
     check(file, data)
 
 
@@ -154,7 +154,7 @@ HARD: dict[str, tuple[bytes, bool]] = {  # a line, and whether it is a sample
 
 
 @pytest.mark.parametrize("name", HARD)
-def test_a_huge_or_hollow_line_is_read_or_told_within_seconds(name: str, file: Path) -> None:
+def test_huge_line_is_read_or_an_error_within_seconds(name: str, file: Path) -> None:
     line, is_sample = HARD[name]
     began = time.monotonic()
     file.write_bytes(LINES[0] + b"\n" + line + b"\n" + LINES[0])
@@ -167,7 +167,7 @@ def test_a_huge_or_hollow_line_is_read_or_told_within_seconds(name: str, file: P
     assert time.monotonic() - began < 10
 
 
-def test_a_damaged_file_ends_the_command_with_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_file_ends_the_command_with_file_and_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = setting(tmp_path / "run", samples=16)
     data = config.parent / "chats.jsonl"
     whole = data.read_bytes().splitlines()

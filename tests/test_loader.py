@@ -20,6 +20,8 @@ from mice_jax.data.mixture import Corpus, Mixture, PhasePools, Pool
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.data.tokenise import SCHEMA, Tokenised
 
+pytestmark = pytest.mark.smoke
+
 Sample = tuple[list[int], list[int]]  # tokens, trained
 
 
@@ -111,7 +113,7 @@ def test_two_samples_in_a_row_slot_by_slot() -> None:
     assert kinds.pop("loss_weights") == np.float32 and set(kinds.values()) == {np.dtype(np.int32)}
 
 
-def test_the_counts_of_a_step_by_hand() -> None:
+def test_counts_of_a_step_by_hand() -> None:
     step = make_source([SHORT, LONG], num_shards=2)[0]
     counts = {k: v for k, v in step.items() if k not in ("microbatches", "lengths")}
     assert step["lengths"].tolist() == [4, 3]
@@ -135,7 +137,7 @@ def test_by_sample_each_sample_weighs_one() -> None:
         assert step["loss_tokens"] > 1000  # by token it would be this
 
 
-def test_a_sample_is_cut_at_the_rows_length() -> None:
+def test_sample_is_cut_at_the_rows_length() -> None:
     source = make_source([([1, 2, 3, 4, 5], [0, 1, 1, 1, 1])], shapes=(Shape(1, 3),))
     step = source[0]
     assert step["microbatches"][0]["targets"].tolist() == [[2, 3, 0]]
@@ -158,7 +160,7 @@ def test_what_a_step_counts_is_what_its_slots_hold() -> None:
 
 # ---------------------------------------------------------------------------------------- shards and hosts
 @pytest.mark.parametrize("num_shards", [2, 8])
-def test_a_step_holds_the_same_samples_on_any_number_of_shards(num_shards: int) -> None:
+def test_step_holds_the_same_samples_on_any_number_of_shards(num_shards: int) -> None:
     samples, shapes = random_samples(70), microbatch_shapes(256, 2)
     one = make_source(samples, batch_size=20, shapes=shapes, num_epochs=2)
     many = make_source(samples, batch_size=20, shapes=shapes, num_shards=num_shards, num_epochs=2)
@@ -211,7 +213,7 @@ def test_worker_processes_change_nothing(planned_before: bool) -> None:
 
 
 # ---------------------------------------------------------------------------------------- halves of a step
-def test_a_single_microbatch_is_split_into_the_halves_of_its_samples_slot_by_slot() -> None:
+def test_single_microbatch_is_split_into_halves_slot_by_slot() -> None:
     """Every other step of three: each half is the whole microbatch, with a loss on its own samples alone."""
     source = dataclasses.replace(make_source([SHORT, LONG] * 3, batch_size=2, shapes=(Shape(1, 8),)), split_every=2)
     whole = make_source([SHORT, LONG] * 3, batch_size=2, shapes=(Shape(1, 8),))
@@ -229,7 +231,7 @@ def test_a_single_microbatch_is_split_into_the_halves_of_its_samples_slot_by_slo
     assert same(source[1], whole[1])
 
 
-def test_the_halves_of_a_step_are_equal_random_and_the_same_on_every_host() -> None:
+def test_halves_of_a_step_are_equal_random_and_the_same_on_every_host() -> None:
     samples, shapes = random_samples(9, longest=28), (Shape(2, 256),)
     source = dataclasses.replace(make_source(samples, batch_size=9, shapes=shapes, num_shards=2), split_every=1)
     halves = [source._halves(i, 9) for i in range(200)]
@@ -243,7 +245,7 @@ def test_the_halves_of_a_step_are_equal_random_and_the_same_on_every_host() -> N
             assert all(np.array_equal(own[name], all_rows[name][2 * shard : 2 * shard + 2]) for name in own)
 
 
-def test_a_step_of_several_microbatches_or_of_one_sample_is_not_split() -> None:
+def test_step_of_several_microbatches_or_of_one_sample_is_not_split() -> None:
     several = dataclasses.replace(make_source([LONG] * 3, batch_size=3, shapes=(Shape(1, 4),)), split_every=1)
     assert len(several[0]["microbatches"]) == 3 and several[0]["slots"] == 12
     one = dataclasses.replace(make_source([LONG], batch_size=1), split_every=1)
@@ -276,7 +278,7 @@ class Slow(StepSource):
 
 
 @pytest.mark.slow
-def test_a_step_that_takes_200_000_tokens_a_second_does_not_wait_for_its_data() -> None:
+def test_loader_keeps_up_with_200_000_tokens_per_second() -> None:
     """A median, since others on the machine may take the loader's thread its core now and then; a loader that is too
     slow is so at each step. `bench/data.py` has the sum, on a machine that is calm."""
     source = make_source(random_samples(2000, longest=1000), batch_size=128, shapes=microbatch_shapes(1024, 4))
@@ -286,7 +288,7 @@ def test_a_step_that_takes_200_000_tokens_a_second_does_not_wait_for_its_data() 
 
 
 @pytest.mark.slow
-def test_a_warm_store_of_a_million_samples_gives_its_first_step_within_ten_seconds(
+def test_warm_store_of_a_million_samples_starts_within_ten_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of short ones: their lengths, hashes and places are read, and of the tokens those of the steps alone."""
@@ -326,7 +328,7 @@ def test_a_warm_store_of_a_million_samples_gives_its_first_step_within_ten_secon
 
 # ---------------------------------------------------------------------------------------- blocks of steps
 @pytest.mark.parametrize("planned_together", [1, 30, 70, 10_000])
-def test_a_step_s_plan_is_the_same_from_wherever_a_run_begins(
+def test_steps_plan_is_the_same_from_wherever_a_run_begins(
     planned_together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loader, "PLANNED_TOGETHER", planned_together)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from mice_jax.data.mixture import Mixture, PhasePools, Pool, Step
 from mice_jax.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 
 def phase(*pools: tuple[Sequence[int], float], num_epochs: float = 1.0, num_steps: int = 0) -> PhasePools:
     made = (Pool(np.array(ids), weight, str(i)) for i, (ids, weight) in enumerate(pools))
@@ -34,7 +36,7 @@ def drawn(mixture: Mixture, phase: int, epoch: int) -> list[int]:
 
 # ---------------------------------------------------------------------------------------- exact batches
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 24])
-def test_each_step_holds_exactly_its_samples_over_two_epochs_and_every_sample_once_an_epoch(batch_size: int) -> None:
+def test_steps_hold_exact_samples_and_each_sample_once_an_epoch(batch_size: int) -> None:
     ids = range(100, 124)
     mixture = mix(phase((ids, 1.0), num_epochs=2), batch_size=batch_size)
     per_epoch = -(-24 // batch_size)
@@ -54,7 +56,7 @@ def test_each_step_holds_exactly_its_samples_over_two_epochs_and_every_sample_on
     st.sampled_from([0.5, 1.0, 2.0, 2.5]),
     st.booleans(),
 )
-def test_no_step_mixes_epochs_and_none_but_an_epoch_s_last_is_short(
+def test_steps_never_mix_epochs_and_only_the_last_is_short(
     sizes: list[tuple[int, float]], batch_size: int, num_epochs: float, drop: bool
 ) -> None:
     first = np.cumsum([0] + [n for n, _ in sizes])
@@ -72,7 +74,7 @@ def test_no_step_mixes_epochs_and_none_but_an_epoch_s_last_is_short(
     assert sum(len(s.samples) for s in steps) + mixture.samples_left_out == planned
 
 
-def test_the_rest_of_an_epoch_is_left_out_and_counted_where_asked() -> None:
+def test_rest_of_an_epoch_is_left_out_and_counted_where_asked() -> None:
     ids = range(10)
     mixture = mix(phase((ids, 1.0), num_epochs=3), batch_size=4, drop_remainder=True)
     assert [len(s.samples) for s in steps_of(mixture)] == [4] * 6
@@ -83,7 +85,7 @@ def test_the_rest_of_an_epoch_is_left_out_and_counted_where_asked() -> None:
     assert len(set(map(frozenset, left_out))) > 1
 
 
-def test_a_batch_larger_than_an_epoch_is_the_epoch() -> None:
+def test_batch_larger_than_an_epoch_is_the_epoch() -> None:
     mixture = mix(phase((range(5), 1.0), num_epochs=2), batch_size=100)
     assert [sorted(s.samples.tolist()) for s in steps_of(mixture)] == [list(range(5))] * 2
     assert len(mixture.crowded_phases()) == 1 and "(100 samples a step, 5 an epoch)" in mixture.crowded_phases()[0]
@@ -91,7 +93,7 @@ def test_a_batch_larger_than_an_epoch_is_the_epoch() -> None:
     assert len(mix(phase((range(5), 1.0)), batch_size=5, drop_remainder=True)) == 1
 
 
-def test_a_phase_may_have_a_batch_size_of_its_own() -> None:
+def test_phase_may_have_a_batch_size_of_its_own() -> None:
     own = dataclasses.replace(phase((range(10), 1.0), num_epochs=2), batch_size=5)
     mixture = mix(phase((range(10), 1.0)), own, phase((range(3), 1.0)), batch_size=4)
     assert [(s.phase, len(s.samples)) for s in steps_of(mixture)] == [
@@ -109,7 +111,7 @@ def test_a_phase_may_have_a_batch_size_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("num_steps", "sizes"), [(1, [4]), (3, [4, 4, 2]), (4, [4, 4, 2, 4]), (7, [4, 4, 2] * 2 + [4])]
 )
-def test_a_phase_of_so_many_steps_takes_as_many_epochs_as_that_needs(num_steps: int, sizes: list[int]) -> None:
+def test_phase_of_fixed_steps_takes_as_many_epochs_as_it_needs(num_steps: int, sizes: list[int]) -> None:
     mixture = mix(phase((range(10), 1.0), num_steps=num_steps), batch_size=4)
     assert [len(s.samples) for s in steps_of(mixture)] == sizes
     assert [s.epoch for s in steps_of(mixture)] == [i // 3 for i in range(num_steps)]
@@ -125,7 +127,7 @@ def test_steps_are_whole_where_the_remainder_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("length", [{"num_epochs": 2.0}, {"num_steps": 5}])
-def test_a_phase_whose_every_step_would_be_left_out_is_named_and_where_no_other_has_one_refused(length: dict) -> None:
+def test_phase_without_whole_steps_is_named_and_alone_is_an_error(length: dict) -> None:
     whole, less = phase((range(10), 1.0)), phase((range(3), 1.0), **length)
     beside = mix(whole, less, batch_size=4, drop_remainder=True)
     assert len(beside) == 2 and beside.crowded_phases() == ["'stacked' (4 samples a step, 3 an epoch)"]
@@ -197,7 +199,7 @@ def test_pools_are_mixed_within_an_epoch() -> None:
 
 
 # ---------------------------------------------------------------------------------------- epochs and phases
-def test_a_part_of_an_epoch_is_a_part_of_its_samples() -> None:
+def test_part_of_an_epoch_is_a_part_of_its_samples() -> None:
     mixture = mix(phase((range(10), 1.0), num_epochs=2.5), batch_size=4)
     assert [len(s.samples) for s in steps_of(mixture)] == [4, 4, 2, 4, 4, 2, 4, 1]
     last = drawn(mixture, 0, 2)
@@ -232,7 +234,7 @@ def runs(seed: int, batch_size: int = 3) -> Mixture:
     )
 
 
-def test_a_step_does_not_depend_on_what_was_asked_before() -> None:
+def test_step_does_not_depend_on_what_was_asked_before() -> None:
     onward, backward, fresh = runs(0), runs(0), [runs(0).step(i) for i in range(len(runs(0)))]
     there = [onward.step(i) for i in range(len(onward))]
     back = [backward.step(i) for i in reversed(range(len(backward)))][::-1]
@@ -246,12 +248,12 @@ def test_another_seed_draws_another_order_of_the_same_samples() -> None:
     assert a != b and sorted(a) == sorted(b)
 
 
-def test_the_order_of_an_epoch_does_not_depend_on_the_batch() -> None:
+def test_order_of_an_epoch_does_not_depend_on_the_batch() -> None:
     for at in ((0, 0), (0, 1), (1, 1)):
         assert drawn(runs(0, 3), *at) == drawn(runs(0, 11), *at)
 
 
-def test_an_order_is_random() -> None:
+def test_order_is_random() -> None:
     """Places of neighbours are far apart: by about a third of the epoch, and not by one as in no order."""
     order = np.array(drawn(mix(phase((range(300), 1.0)), batch_size=300), 0, 0))
     apart = np.abs(np.diff(np.argsort(order))).mean()

@@ -24,7 +24,7 @@ def row(out: str, source: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│ ").split("│")]
 
 
-def test_a_run_finds_the_store_that_was_prepared(config: Path, tmp_path: Path) -> None:
+def test_run_finds_the_store_that_was_prepared(config: Path, tmp_path: Path) -> None:
     assert stores(config) == {}
     assert run_prepare(config) == 0
     built = stores(config)
@@ -34,7 +34,7 @@ def test_a_run_finds_the_store_that_was_prepared(config: Path, tmp_path: Path) -
     assert stores(config) == built
 
 
-def test_the_table_counts_each_source(
+def test_table_counts_each_source(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -63,7 +63,7 @@ def test_samples_are_shown_with_their_trained_tokens_marked(config: Path, capsys
     assert len(shown) == 3 and set(shown) <= asked
 
 
-def test_the_samples_shown_are_those_of_each_phase_s_first_step(
+def test_samples_shown_are_those_of_each_phases_first_step(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     late = write_jsonl(tmp_path / "late.jsonl", [chat("late?", f"yes {i}") for i in range(4)])
@@ -76,12 +76,12 @@ def test_the_samples_shown_are_those_of_each_phase_s_first_step(
     assert second.count("⟦yes") == 2
 
 
-def test_nothing_is_shown_unasked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_sample_is_shown_without_inspect(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_prepare(config) == 0
     assert "⟦" not in capsys.readouterr().out
 
 
-def test_the_report_is_shown_and_written_as_a_run_has_it(
+def test_report_is_shown_and_written_as_in_training(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -104,7 +104,7 @@ def test_the_report_is_shown_and_written_as_a_run_has_it(
     assert written == kept and kept["phases"][0]["epochs"] == [{"steps": 2, "samples": 16, "by_source": {"chats": 16}}]
 
 
-def test_what_users_regret_is_said_once_it_is_there(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_warnings_are_shown(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_prepare(config) == 0 and "warning" not in capsys.readouterr().out
     odd = {"messages": [{"role": "assistant", "content": "<|im_end|> there"}]}
     write_jsonl(config.parent / "chats.jsonl", [*make_chats(16), odd, odd])
@@ -115,7 +115,7 @@ def test_what_users_regret_is_said_once_it_is_there(config: Path, capsys: pytest
     assert "chats.jsonl line 17) start with the assistant" in out
 
 
-def test_flags_that_cannot_work_are_told_before_anything_is_read(
+def test_flags_that_cannot_work_are_errors_before_anything_is_read(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_prepare(config, f"--output={tmp_path}/nowhere/report.json") == 2
@@ -124,7 +124,7 @@ def test_flags_that_cannot_work_are_told_before_anything_is_read(
     assert "there is no folder" in first and "--inspect=N" in second and stores(config) == {}
 
 
-def test_a_batch_above_every_epoch_is_refused_as_a_run_refuses_it(
+def test_batch_larger_than_every_epoch_is_an_error_as_in_training(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--config.data.drop_remainder=true", "--config.optim.batch_size=17"]

@@ -28,7 +28,7 @@ from test_sources import GOOD, HELLO, lines, read
 
 
 # ---------------------------------------------------------------------------------------- files
-def test_lines_are_read_in_order_and_blank_ones_are_nothing(tmp_path: Path) -> None:
+def test_lines_are_read_in_order_and_blank_ones_are_skipped(tmp_path: Path) -> None:
     data = lines(GOOD) + b"\n  \r\n" + lines({**GOOD, "unmask": True, "tools": [{"name": "add"}]})
     first, second = read(tmp_path / "a.jsonl", data)
     assert (first.messages, first.tools, first.unmask) == (HELLO, None, False)
@@ -36,7 +36,7 @@ def test_lines_are_read_in_order_and_blank_ones_are_nothing(tmp_path: Path) -> N
     assert (first.where, second.where) == (f"{tmp_path}/a.jsonl line 1", f"{tmp_path}/a.jsonl line 4")
 
 
-def test_a_last_line_without_newline_and_a_byte_order_mark_do_no_harm(tmp_path: Path) -> None:
+def test_last_line_without_newline_and_a_byte_order_mark_do_no_harm(tmp_path: Path) -> None:
     assert len(read(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + lines(GOOD, GOOD).rstrip())) == 2
     assert len(read(tmp_path / "a.json", b"\xef\xbb\xbf" + json.dumps([GOOD]).encode())) == 1
 
@@ -51,7 +51,7 @@ def test_packed_files_are_read_as_plain_ones(tmp_path: Path) -> None:
     assert [s.messages for s in read(tmp_path / "a.jsonl.zst")] == plain
 
 
-def test_a_json_file_is_a_list_of_records(tmp_path: Path) -> None:
+def test_json_file_is_a_list_of_records(tmp_path: Path) -> None:
     (sample,) = read(tmp_path / "a.json", json.dumps([GOOD], indent=1).encode())
     assert (sample.messages, sample.where) == (HELLO, f"{tmp_path}/a.json item 1")
     with pytest.raises(UserError, match=r"a\.json item 2: it is the number 3"):
@@ -74,7 +74,7 @@ BAD_LISTS = {  # a file that holds no list, its good items, and what is said of 
 
 @pytest.mark.parametrize("at_once", [1, 2, 5, 2**20])
 @pytest.mark.parametrize("text", BAD_LISTS, ids=range(len(BAD_LISTS)))
-def test_a_json_file_that_is_no_list_is_told_with_item_line_and_column(
+def test_bad_json_list_is_an_error_with_item_line_and_column(
     text: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "BLOCK_BYTES", at_once)
@@ -95,7 +95,7 @@ JSON_LISTS = st.lists(st.recursive(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(JSON_LISTS, st.sampled_from([None, 0, 1]), st.booleans(), st.integers(1, 40), st.data())
-def test_the_items_of_a_list_are_those_that_json_itself_finds_however_little_is_read_at_once(
+def test_json_list_items_equal_those_of_json_loads_for_any_block_size(
     tmp_path: Path, items: list[Any], indent: int | None, ascii: bool, at_once: int, data: st.DataObject
 ) -> None:
     text = json.dumps(items, indent=indent, ensure_ascii=ascii)
@@ -131,7 +131,7 @@ print(count, held("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", [".json", ".jsonl.gz", ".parquet"])
-def test_a_long_file_is_read_in_little_memory(kind: str, tmp_path: Path) -> None:
+def test_long_file_is_read_in_little_memory(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"long{kind}"
     texts = [os.urandom(1000).hex() for _ in range(30_000)]
     rows = [{"messages": [{**HELLO[0], "content": text}, HELLO[1]]} for text in texts]
@@ -164,12 +164,12 @@ def test_parquet_rows_are_read_without_the_nulls_that_its_structs_add(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.jsonl.zst"])
-def test_a_file_that_is_not_of_its_kind_is_named(name: str, tmp_path: Path) -> None:
+def test_file_that_is_not_of_its_kind_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{name} cannot be read past"):
         read(tmp_path / name, lines(GOOD))
 
 
-def test_a_packed_file_cut_short_is_named_even_where_bad_lines_are_skipped(tmp_path: Path) -> None:
+def test_packed_file_cut_short_is_named_even_where_bad_lines_are_skipped(tmp_path: Path) -> None:
     packed = gzip.compress(b"".join(lines({"messages": [{**HELLO[0], "n": i}]}) for i in range(9999)))
     with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read past line [0-9]{3,}"):
         read(tmp_path / "a.jsonl.gz", packed[: len(packed) // 2], skip_bad=Counter())
@@ -216,7 +216,7 @@ def test_blocks_are_bounded_by_records_and_bytes_and_lose_nothing(
     assert done == sorted(done) and done[-1] == reader.size
 
 
-def test_a_file_without_lines_is_not_read_into_memory_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_without_lines_is_not_read_into_memory_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE", 1000)
     with pytest.raises(UserError, match=r"a\.jsonl line 2 is longer than 1,000 bytes"):
         read(tmp_path / "a.jsonl", lines(GOOD) + b"x" * 5000)
@@ -234,7 +234,7 @@ def bucket() -> Iterator[str]:
     fs.store.clear()
 
 
-def test_an_object_store_is_read_by_name_glob_and_folder(bucket: str) -> None:
+def test_object_store_is_read_by_name_glob_and_folder(bucket: str) -> None:
     assert [p.rpartition("/")[2] for p in files_of(bucket)] == ["a.jsonl.gz", "b.jsonl", "d.parquet"]
     assert [p.rpartition("/")[2] for p in files_of(f"{bucket}/*.gz")] == ["a.jsonl.gz"]
     samples = list(read_samples(open_source(bucket)))
@@ -243,7 +243,7 @@ def test_an_object_store_is_read_by_name_glob_and_folder(bucket: str) -> None:
     assert open_source(bucket).size > 0
 
 
-def test_the_key_of_an_object_follows_it(bucket: str, tmp_path: Path) -> None:
+def test_key_of_an_object_follows_it(bucket: str, tmp_path: Path) -> None:
     before = open_source(bucket).digest(tmp_path)
     assert open_source(bucket).digest(tmp_path) == before
     fsspec.filesystem("memory").pipe("/bucket/b.jsonl", lines(GOOD, GOOD))
@@ -258,7 +258,7 @@ def test_the_key_of_an_object_follows_it(bucket: str, tmp_path: Path) -> None:
         ("memory://bucket/c.txt", "of no kind that is read"),
     ],
 )
-def test_an_object_that_cannot_be_read_is_named(path: str, words: str, bucket: str) -> None:
+def test_object_that_cannot_be_read_is_named(path: str, words: str, bucket: str) -> None:
     with pytest.raises(UserError, match=words):
         open_source(path)
 
@@ -296,7 +296,7 @@ def server() -> Iterator[type[Server]]:
 
 
 @pytest.mark.parametrize("says", [{}, {"ETag": '"1"'}, {"Last-Modified": "Thu, 26 Nov 2026 13:00:00 GMT"}])
-def test_the_key_of_a_file_from_the_web_follows_its_content(says: dict[str, str], server: Any, tmp_path: Path) -> None:
+def test_key_of_a_file_from_the_web_follows_its_content(says: dict[str, str], server: Any, tmp_path: Path) -> None:
     other = {"messages": [HELLO[0], {**HELLO[1], "content": "Blu"}]}
     assert len(lines(other)) == len(lines(GOOD))
     server.content, server.says = lines(GOOD, GOOD), says
@@ -312,7 +312,7 @@ def test_the_key_of_a_file_from_the_web_follows_its_content(says: dict[str, str]
     assert open_source(server.address).digest(tmp_path) != key
 
 
-def test_a_server_that_fails_is_told_and_no_traceback(server: Any) -> None:
+def test_failing_server_is_an_error_without_a_traceback(server: Any) -> None:
     server.content = lines(GOOD)
     reader = open_source(server.address)
     server.fails = True
@@ -391,7 +391,7 @@ def use(path: str, data: Path, tmp_path: Path) -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else [done.stderr]
 
 
-def test_a_tfds_data_set_is_read_by_name_config_and_split_without_tensorflow(tfds_data: Path, tmp_path: Path) -> None:
+def test_tfds_data_set_is_read_by_name_and_split_without_tensorflow(tfds_data: Path, tmp_path: Path) -> None:
     *small, _ = use("tfds:mice_chats/small:train", tfds_data, tmp_path)
     *large, end = use("tfds:mice_chats/large:test", tfds_data, tmp_path)
     assert sorted(line.partition("|")[2] for line in small) == [
@@ -421,7 +421,7 @@ def test_each_config_and_split_of_a_tfds_data_set_has_a_key_of_its_own(tfds_data
         ("tfds:mice_chatz:train", "Dataset mice_chatz not found"),
     ],
 )
-def test_a_tfds_data_set_that_is_not_there_is_told(path: str, words: str, tfds_data: Path, tmp_path: Path) -> None:
+def test_missing_tfds_data_set_is_an_error(path: str, words: str, tfds_data: Path, tmp_path: Path) -> None:
     (error,) = use(path, tfds_data, tmp_path)
     assert f"UserError: {'the source' if 'form' in words else path}" in error and words in error
     assert "abstract_reasoning" not in error.partition("UserError")[2]  # the list of all that there are
@@ -441,7 +441,7 @@ def hf_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_data_set_of_the_datasets_library_is_read_by_split(hf_data: Path, tmp_path: Path) -> None:
+def test_data_set_of_the_datasets_library_is_read_by_split(hf_data: Path, tmp_path: Path) -> None:
     train, test, half = (open_source(f"hf:{hf_data}:{s}") for s in ("train", "test", "train[:50%]"))
     samples = list(read_samples(train))
     assert [s.messages[0]["content"] for s in samples] == ["0", "1", "2", "3"]
@@ -453,7 +453,7 @@ def test_a_data_set_of_the_datasets_library_is_read_by_split(hf_data: Path, tmp_
     assert open_source(f"hf:{hf_data}:train").digest(tmp_path) != train.digest(tmp_path)
 
 
-def test_data_sets_that_the_library_may_keep_in_memory_have_keys_of_their_own(
+def test_data_sets_in_memory_have_keys_of_their_own(
     hf_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -465,7 +465,7 @@ def test_data_sets_that_the_library_may_keep_in_memory_have_keys_of_their_own(
     assert len({open_source(f"hf:{folder}:train").digest(tmp_path) for folder in (hf_data, other)}) == 2
 
 
-def test_a_data_set_that_cannot_be_loaded_is_told(hf_data: Path) -> None:
+def test_data_set_that_cannot_be_loaded_is_an_error(hf_data: Path) -> None:
     with pytest.raises(UserError, match=r"must have the form hf:name:split"):
         open_source("hf:someone/something")
     with pytest.raises(UserError, match=r"hf:.*nothing:train cannot be loaded"):
@@ -475,7 +475,7 @@ def test_a_data_set_that_cannot_be_loaded_is_told(hf_data: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- digests
-def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, cache = tmp_path / "a.jsonl", tmp_path / "cache"
     file.write_bytes(lines(GOOD))
     first = file_digests([file], cache)
@@ -493,7 +493,7 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pyt
     assert file_digests([file], cache) != first
 
 
-def test_the_memory_of_digests_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_digests_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_REMEMBERED", 3)
     now = readers.time.time()
     monkeypatch.setattr(readers.time, "time", lambda: now + 60)

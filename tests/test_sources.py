@@ -12,6 +12,8 @@ from mice_jax.data.readers import FileReader
 from mice_jax.data.sources import FORMATS, Sample, find_format
 from mice_jax.errors import UserError
 
+pytestmark = pytest.mark.smoke
+
 HELLO = [{"role": "user", "content": "Hello 🤖"}, {"role": "assistant", "content": "Red"}]
 GOOD = {"messages": HELLO}
 
@@ -88,7 +90,7 @@ for key in ("content", "name", "tool_calls"):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_line_is_named_with_its_file_and_number_or_skipped_and_counted(case: str, tmp_path: Path) -> None:
+def test_bad_line_is_named_or_skipped_and_counted(case: str, tmp_path: Path) -> None:
     line, reason, words = BAD[case]
     data = lines(GOOD) + b"\n" + line + b"\n" + lines(GOOD)
     with pytest.raises(UserError, match=rf"a\.jsonl line 3: .*({words}).*data\.skip_bad"):
@@ -99,7 +101,7 @@ def test_a_bad_line_is_named_with_its_file_and_number_or_skipped_and_counted(cas
     assert skipped == {reason: 1}
 
 
-def test_a_very_long_line_is_read(tmp_path: Path) -> None:
+def test_very_long_line_is_read(tmp_path: Path) -> None:
     (sample,) = read(tmp_path / "a.jsonl", lines(with_message(content="long " * 2_000_000)))
     assert len(sample.messages[1]["content"]) == 10_000_000
 
@@ -155,7 +157,7 @@ def test_alpaca_leaves_out_an_empty_input_and_keeps_a_system_message(tmp_path: P
     assert turns == [("system", "Be kind."), ("user", "Add."), ("assistant", "2")]
 
 
-def test_a_prompt_and_completion_of_messages_trains_on_the_completion_alone(tmp_path: Path) -> None:
+def test_prompt_and_completion_of_messages_trains_on_the_completion_alone(tmp_path: Path) -> None:
     shot = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
     record = {"prompt": shot, "completion": [{"role": "assistant", "content": "4"}]}
     (sample,) = read(tmp_path / "a.jsonl", lines(record), format="prompt_completion")
@@ -182,7 +184,7 @@ def test_messages_kept_as_lists_of_fields_are_put_together(tmp_path: Path) -> No
         ("sharegpt", {"conversations": [{"from": "gpt"}]}, r"messages\[0\] has no `content`"),
     ],
 )
-def test_a_record_of_another_format_is_named(format: str, record: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_record_of_another_format_is_named(format: str, record: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"a\.jsonl line 1: .*{words}"):
         read(tmp_path / "a.jsonl", lines(record), format=format)
 
@@ -193,7 +195,7 @@ def found(folder: Path, format: str, *records: Any) -> tuple[str, str]:
     return find_format("a.jsonl", FileReader([folder / "a.jsonl"]), format)
 
 
-def test_an_unknown_format_is_answered_with_those_there_are(tmp_path: Path) -> None:
+def test_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Source\.format='alpacca'.*did you mean 'alpaca'"):
         found(tmp_path, "alpacca", GOOD)
     with pytest.raises(UserError, match=r"one of messages, alpaca, prompt_completion, sharegpt, text"):
@@ -201,7 +203,7 @@ def test_an_unknown_format_is_answered_with_those_there_are(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("format", [f for f in FORMATS if f != "messages"])
-def test_a_format_that_the_first_record_shows_is_taken_and_said(format: str, tmp_path: Path) -> None:
+def test_format_is_detected_from_the_first_record_and_reported(format: str, tmp_path: Path) -> None:
     record, _ = FORMATTED[format]
     record = {k: v for k, v in record.items() if k != "text" or format == "text"}
     taken, said = found(tmp_path, "messages", 3, {**record, "unmask": True})  # the first *object*
@@ -209,7 +211,7 @@ def test_a_format_that_the_first_record_shows_is_taken_and_said(format: str, tmp
     assert found(tmp_path, format, record) == (format, "")
 
 
-def test_a_format_is_never_guessed(tmp_path: Path) -> None:
+def test_format_is_never_guessed(tmp_path: Path) -> None:
     assert found(tmp_path, "messages", {**GOOD, "text": "a", "prompt": "b", "completion": "c"}) == ("messages", "")
     assert found(tmp_path, "messages", {"question": "a", "answer": "b"}) == ("messages", "")
     assert found(tmp_path, "messages") == ("messages", "")

@@ -62,7 +62,7 @@ def stamps(cache: Path) -> dict[str, int]:
 
 
 # ---------------------------------------------------------------------------------------- content
-def test_a_store_holds_what_the_encoder_gives(build: Build, data: Path, encoder: ChatEncoder) -> None:
+def test_store_holds_what_the_encoder_gives(build: Build, data: Path, encoder: ChatEncoder) -> None:
     store = build()
     wanted = encoder.encode(list(read_samples(FileReader([data]))))
     assert len(store) == len(wanted) == 30
@@ -85,16 +85,14 @@ def test_samples_are_found_across_record_batches(build: Build, monkeypatch: pyte
     assert store.lengths.tolist() == [len(tokens) for tokens, _ in whole]
 
 
-def test_the_first_token_of_a_sample_is_no_trained_one(build: Build, tmp_path: Path) -> None:
+def test_first_token_of_a_sample_is_not_trained(build: Build, tmp_path: Path) -> None:
     document = {"messages": [{"role": "pretraining", "content": "red barn"}]}
     store = build(write_jsonl(tmp_path / "documents.jsonl", [document]))
     assert store.sample(0)[1].all()
     assert store.num_trained.tolist() == [store.lengths[0] - 1]
 
 
-def test_what_is_trained_of_a_cut_sample_is_counted_without_asking_for_each(
-    build: Build, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trained_tokens_of_truncated_samples_are_counted_at_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "BLOCK_RECORDS", 7)
     store = build()
     marks = [store.sample(i)[1].tolist() for i in range(30)]
@@ -106,7 +104,7 @@ def test_what_is_trained_of_a_cut_sample_is_counted_without_asking_for_each(
     assert store.num_trained_within(20).tolist() != store.num_trained.tolist()
 
 
-def test_a_sample_is_found_again_in_its_source_by_file_and_line(build: Build, data: Path, tmp_path: Path) -> None:
+def test_sample_is_located_by_file_and_line(build: Build, data: Path, tmp_path: Path) -> None:
     data.write_bytes(b"\n\n" + data.read_bytes())
     for folder in ("one", "two"):  # the same content in another place: the same store, with places of its own
         (tmp_path / folder).mkdir()
@@ -119,7 +117,7 @@ def test_a_sample_is_found_again_in_its_source_by_file_and_line(build: Build, da
         assert store.where(59) == f"{tmp_path / folder}/b.jsonl line 32"
 
 
-def test_a_detected_format_is_said_and_kept(build: Build, tmp_path: Path) -> None:
+def test_detected_format_is_reported_and_recorded(build: Build, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "who?", "completion": "mice"}])
     said: list[str] = []
     detected = build(file, say=said.append)
@@ -155,7 +153,7 @@ def test_samples_are_views_of_the_mapped_file(build: Build, cache: Path) -> None
 
 
 # ---------------------------------------------------------------------------------------- built anew or not
-def test_an_unchanged_source_is_not_tokenised_again(build: Build, cache: Path, data: Path, tmp_path: Path) -> None:
+def test_unchanged_source_is_not_tokenised_again(build: Build, cache: Path, data: Path, tmp_path: Path) -> None:
     build()
     first = stamps(cache)
     os.utime(data)  # the bytes count, not the time or the name
@@ -164,7 +162,7 @@ def test_an_unchanged_source_is_not_tokenised_again(build: Build, cache: Path, d
     assert stamps(cache) == first and len(first) == 1
 
 
-def test_a_store_is_built_anew_when_what_it_is_made_of_changes(build: Build, cache: Path, data: Path) -> None:
+def test_store_is_rebuilt_when_its_inputs_change(build: Build, cache: Path, data: Path) -> None:
     build()
     ids = {0: build().sample(0)[0].tolist()}
     with data.open("a") as f:
@@ -177,7 +175,7 @@ def test_a_store_is_built_anew_when_what_it_is_made_of_changes(build: Build, cac
     assert build(data).sample(0)[0].tolist() == ids[0] and len(stamps(cache)) == 4
 
 
-def test_a_store_is_of_one_format(build: Build, cache: Path, tmp_path: Path) -> None:
+def test_store_is_of_one_format(build: Build, cache: Path, tmp_path: Path) -> None:
     record = {"prompt": "who?", "completion": "mice", "text": "mice"}
     file = write_jsonl(tmp_path / "both.jsonl", [record])
     asked, read = build(file, "prompt_completion"), build(file, "text")
@@ -198,19 +196,19 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_jsonl(tmp_path / "many.jsonl", make_chats(200))
 
 
-def test_the_number_of_processes_changes_nothing(build: Build, cache: Path, many: Path) -> None:
+def test_number_of_processes_changes_nothing(build: Build, cache: Path, many: Path) -> None:
     watched: list[tuple[float, int]] = []
     build(many, workers=1)
     alone = bytes_of(cache)
     (done,) = cache.glob("*/meta.json")
     done.unlink()
-    build(many, workers=3, watch=lambda done, samples: watched.append((done, samples)))
+    build(many, workers=2, watch=lambda done, samples: watched.append((done, samples)))
     assert bytes_of(cache) == alone and len(alone[0]) > 1000
     assert [samples for _, samples in watched] == list(range(20, 201, 20))
     assert [d for d, _ in watched] == sorted(d for d, _ in watched) and watched[-1][0] == 1
 
 
-def test_this_process_works_while_others_start(
+def test_main_process_tokenises_while_workers_start(
     build: Build, cache: Path, many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(many, workers=1)
@@ -222,44 +220,36 @@ def test_this_process_works_while_others_start(
     assert bytes_of(cache) == alone and next(asked, None) is None
 
 
-def test_the_first_bad_line_is_named_whichever_process_met_it(build: Build, many: Path) -> None:
+def test_first_bad_line_is_named_and_nothing_after_it_is_kept(build: Build, cache: Path, many: Path) -> None:
     lines = many.read_bytes().splitlines()
     lines[150], lines[97] = b"{bad", b"[]"
     many.write_bytes(b"\n".join(lines))
-    with pytest.raises(UserError, match=r"many\.jsonl line 98: it is a"):
-        build(many, workers=3)
-    store = build(many, workers=3, skip=True)
-    assert len(store) == 198 and store.meta["bad_lines"] == {"not an object": 1, "not JSON": 1}
-
-
-def test_nothing_that_stands_after_a_failure_is_kept(build: Build, cache: Path, many: Path) -> None:
-    lines = many.read_bytes().splitlines()
-    lines[97] = b"[]"
-    many.write_bytes(b"\n".join(lines))
-    for workers in (1, 2, 3):
-        for _ in range(2):  # whoever runs it again is told again, and does not go on behind the bad line
-            with pytest.raises(UserError, match="line 98"):
+    for workers in (1, 3):
+        for _ in range(2):  # a second build ends at the same line and does not go on behind it
+            with pytest.raises(UserError, match=r"many\.jsonl line 98: it is a"):
                 build(many, workers=workers)
         (journal,) = cache.glob("*.partial/journal.jsonl")
         noted = json.loads(journal.read_text().splitlines()[-1])
         assert (noted["blocks"], noted["samples"]) == (4, 80)  # line 98 is in the fifth block
         shutil.rmtree(cache)
+    store = build(many, workers=2, skip=True)
+    assert len(store) == 198 and store.meta["bad_lines"] == {"not an object": 1, "not JSON": 1}
 
 
-def test_a_worker_that_was_killed_leaves_no_gap(build: Build, cache: Path, many: Path) -> None:
+def test_killed_worker_is_an_error_and_leaves_no_gap(build: Build, cache: Path, many: Path) -> None:
     mortal = Mortal(make_tokenizer())
     mortal.only = 60  # the blocks after it are done in time, by the other process
-    with pytest.raises(UserError, match="ended from outside"):
+    with pytest.raises(UserError, match=r"ended from outside.*fewer data\.prepare_workers"):
         build(many, by=mortal, workers=2)
     mortal.go_on = True
-    build(many, by=mortal, workers=2)
+    assert len(build(many, by=mortal, workers=2)) == 200
     gone_on = bytes_of(cache)
     shutil.rmtree(cache)
     build(many, by=mortal)
     assert bytes_of(cache) == gone_on
 
 
-def test_what_is_bad_before_a_file_breaks_off_is_told_first(build: Build, many: Path) -> None:
+def test_bad_line_before_a_truncated_end_is_reported_first(build: Build, many: Path) -> None:
     lines = many.read_bytes().splitlines()
     lines[97] = b"[]"
     packed = gzip.compress(b"\n".join(lines))
@@ -284,14 +274,6 @@ class Mortal(ChatEncoder):
         return super().encode(samples)
 
 
-def test_a_worker_that_is_killed_is_told_and_what_was_done_is_kept(build: Build, many: Path) -> None:
-    mortal = Mortal(make_tokenizer())
-    with pytest.raises(UserError, match=r"ended from outside.*fewer data\.prepare_workers"):
-        build(many, by=mortal, workers=2)
-    mortal.go_on = True
-    assert len(build(many, by=mortal, workers=2)) == 200
-
-
 KILLED = """
 import sys
 from pathlib import Path
@@ -305,15 +287,26 @@ store.build_store(path, format="messages", encoder=encoder, skip_bad=False, cach
 """
 
 
-@pytest.mark.parametrize("torn", ["", "stream", "journal", "all", "zeros"])
-def test_a_build_that_was_killed_goes_on_where_it_was(
-    torn: str, build: Build, cache: Path, many: Path, tmp_path: Path
-) -> None:
-    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    encoder = ChatEncoder(load_tokenizer(str(tmp_path / "tokenizer")))
-    command = [sys.executable, "-c", KILLED, str(many), str(cache), str(tmp_path / "tokenizer")]
+@pytest.fixture(scope="module")
+def killed_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a source, a tokenizer, and the stores that a process left when it was killed at work."""
+    folder = tmp_path_factory.mktemp("killed")
+    source = write_jsonl(folder / "many.jsonl", make_chats(200))
+    make_tokenizer().save_pretrained(folder / "tokenizer")
+    command = [sys.executable, "-c", KILLED, str(source), str(folder / "stores"), str(folder / "tokenizer")]
     environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
     assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGKILL
+    return folder
+
+
+@pytest.mark.parametrize("torn", ["", "stream", "journal", "all", "zeros"])
+def test_killed_build_goes_on_where_it_was(
+    torn: str, killed_build: Path, build: Build, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "BLOCK_RECORDS", 20)
+    many = killed_build / "many.jsonl"
+    shutil.copytree(killed_build / "stores", cache)
+    encoder = ChatEncoder(load_tokenizer(str(killed_build / "tokenizer")))
     (partial,) = cache.glob("*.partial")
     if torn in ("stream", "all"):  # written and not noted, in part
         with (partial / "tokens.arrow").open("ab") as f:
@@ -336,7 +329,7 @@ def test_a_build_that_was_killed_goes_on_where_it_was(
 
 
 # ---------------------------------------------------------------------------------------- half-written, at once
-def test_what_a_dead_process_left_is_never_read(build: Build, cache: Path) -> None:
+def test_partial_store_of_a_dead_process_is_never_read(build: Build, cache: Path) -> None:
     build()
     (folder,) = (f.parent for f in cache.glob("*/tokens.arrow"))
     wanted = build().sample(0)[0].tolist()
@@ -347,7 +340,7 @@ def test_what_a_dead_process_left_is_never_read(build: Build, cache: Path) -> No
     assert not partial.exists() and not (folder / "left").exists()
 
 
-def test_a_failed_build_leaves_nothing_to_be_read(build: Build, cache: Path, data: Path) -> None:
+def test_failed_build_leaves_nothing_to_be_read(build: Build, cache: Path, data: Path) -> None:
     good = data.read_bytes()
     data.write_bytes(good + b"{not json\n")
     for _ in range(2):
@@ -389,7 +382,7 @@ def test_two_processes_building_at_once_both_succeed(cache: Path, tmp_path: Path
     assert sum("waiting for another process" in err for _, err in ends) == 1
 
 
-def test_whoever_waits_says_so_again_from_time_to_time(
+def test_waiting_process_repeats_its_notice(
     build: Build, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = cache / build().fingerprint
@@ -403,7 +396,7 @@ def test_whoever_waits_says_so_again_from_time_to_time(
     assert len(words) >= 2 and all("waiting for another process, which builds the token store" in w for w in words)
 
 
-def test_a_file_system_without_locks_is_refused(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_an_error(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -412,7 +405,7 @@ def test_a_file_system_without_locks_is_refused(build: Build, monkeypatch: pytes
         build()
 
 
-def test_a_folder_that_cannot_be_written_is_told_and_one_that_can_only_be_read_serves(
+def test_unwritable_cache_is_an_error_and_a_read_only_one_is_read(
     build: Build, cache: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
@@ -438,7 +431,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_one_that_can_only_be_read_s
         build()
 
 
-def test_a_full_disk_is_told_and_what_was_done_is_gone_on_with(
+def test_build_goes_on_after_a_full_disk(
     build: Build, cache: Path, many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = store_module._append

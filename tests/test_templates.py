@@ -11,7 +11,6 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from helpers.runs import make_chats, run_export, run_train, write_config, write_init, write_jsonl
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import Sample
 from mice_jax.data.templates import TOKENS
@@ -132,7 +131,7 @@ def test_masks_by_the_tags_are_those_derived_without_them(name: str, base: str, 
         assert one.trained.tolist() == other.trained.tolist(), encoder.show(one.ids, one.trained, color=False)
 
 
-def test_a_tag_in_the_wrong_place_is_seen_by_this_comparison(name: str, load: Load) -> None:
+def test_tag_in_the_wrong_place_is_seen_by_this_comparison(name: str, load: Load) -> None:
     """Negative control."""
     encoder = load(name)
     derived = untagged(encoder)
@@ -217,13 +216,13 @@ def by_hand(text: str, base: str) -> str:
     return text.format(bos=special[1] if puts_bos else "", eos=special[0], tool=json.dumps(ADD))
 
 
-def test_a_chat_is_the_text_written_by_hand(name: str, base: str, load: Load) -> None:
+def test_chat_is_the_text_written_by_hand(name: str, base: str, load: Load) -> None:
     sample = chat("Hello", "Red.", "And?", "Blue 🤖", system="Be kind.")
     assert marked(load(name, base), sample) == by_hand(CHAT[name], base)
 
 
 @pytest.mark.parametrize("name", TOOL_CHAT)
-def test_a_chat_with_tools_is_the_text_written_by_hand(name: str, base: str, load: Load) -> None:
+def test_chat_with_tools_is_the_text_written_by_hand(name: str, base: str, load: Load) -> None:
     assert marked(load(name, base), tool_chat()) == by_hand(TOOL_CHAT[name], base)
 
 
@@ -245,7 +244,7 @@ def test_reasoning_is_trained_in_every_turn_that_has_it(load: Load) -> None:
     )
 
 
-def test_the_last_turn_alone_is_trained_where_asked(name: str, load: Load) -> None:
+def test_last_turn_alone_is_trained_where_asked(name: str, load: Load) -> None:
     encoder = load(name, train_on="last")
     every = CHAT[name].replace("⟦", "", 1).replace("⟧", "", 1)
     sample = chat("Hello", "Red.", "And?", "Blue 🤖", system="Be kind.")
@@ -255,9 +254,7 @@ def test_the_last_turn_alone_is_trained_where_asked(name: str, load: Load) -> No
         assert encoder.encode([sample])[0].trained.tolist() == derived.encode([sample])[0].trained.tolist()
 
 
-def test_the_end_of_a_turn_is_trained_and_stops_even_where_it_is_pad_bos_or_eos(
-    name: str, base: str, load: Load
-) -> None:
+def test_end_of_turn_is_trained_and_stops_even_as_pad_bos_or_eos(name: str, base: str, load: Load) -> None:
     encoder = load(name, base)
     tokenizer = encoder.tokenizer
     end = END.get(name, BASES[base][0][0])
@@ -267,7 +264,7 @@ def test_the_end_of_a_turn_is_trained_and_stops_even_where_it_is_pad_bos_or_eos(
     assert [r[-len(end) :] for r in runs(encoder, chat("Hello", "Red.", "And?", ""))] == [end, end]
 
 
-def test_the_prompt_and_what_is_trained_make_the_conversation(name: str, base: str, load: Load) -> None:
+def test_prompt_and_what_is_trained_make_the_conversation(name: str, base: str, load: Load) -> None:
     """What a model is asked with is what came before its turn in training."""
     encoder = load(name, base)
     for sample in (chat("Hello", "Red.", "And?", "Blue."), chat("Hello", "Red.", "And?", "Blue.", system="Be kind.")):
@@ -283,7 +280,9 @@ def test_the_prompt_and_what_is_trained_make_the_conversation(name: str, base: s
 
 
 # ---------------------------------------------------------------------------------------- tokens
-def test_what_the_tokenizer_lacks_is_added_whole_and_said(name: str, base: str, write: Callable[[str], str]) -> None:
+def test_tokens_that_the_tokenizer_lacks_are_added_and_reported(
+    name: str, base: str, write: Callable[[str], str]
+) -> None:
     said: list[str] = []
     before, after = load_tokenizer(write(base)), load_tokenizer(write(base), name, said)
     lacking = [t for t in TOKENS[name] if t not in before.get_vocab()]
@@ -310,7 +309,7 @@ def test_nothing_is_added_a_second_time(name: str, load: Load, tmp_path: Path) -
     assert said == [] and len(again) == len(load(name).tokenizer)
 
 
-def test_a_saved_tokenizer_brings_template_and_tokens_with_it(name: str, base: str, load: Load, tmp_path: Path) -> None:
+def test_saved_tokenizer_brings_template_and_tokens_with_it(name: str, base: str, load: Load, tmp_path: Path) -> None:
     encoder = load(name, base)
     encoder.tokenizer.save_pretrained(tmp_path / "saved")
     saved = ChatEncoder(load_tokenizer(str(tmp_path / "saved")))
@@ -323,27 +322,9 @@ def test_a_saved_tokenizer_brings_template_and_tokens_with_it(name: str, base: s
         assert ids == encoder.encode([sample])[0].ids.tolist()
 
 
-def test_a_run_and_its_export_have_the_template_and_its_tokens(tmp_path: Path) -> None:
-    """From a base model whose tokenizer lacks all tokens of the template."""
-    init = write_init(tmp_path / "init", template=None)
-    data = write_jsonl(tmp_path / "chats.jsonl", make_chats(16))
-    body = "c.data.max_length = 256\nc.data.chat_template = 'llama3'"
-    config = write_config(tmp_path / "run.py", data, init, body)
-    assert run_train(config, tmp_path / "run") == 0
-    assert run_export(tmp_path / "run", tmp_path / "hf") == 0
-    first, last = load_tokenizer(str(init), "llama3"), AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert last.chat_template == first.chat_template
-    for record in make_chats(4, seed=1):
-        ids = [t.apply_chat_template(record["messages"], return_dict=False) for t in (first, last)]
-        assert ids[0] == ids[1]
-    end = last.convert_tokens_to_ids("<|eot_id|>")
-    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"][0] == end
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == end + 1
-
-
 # ---------------------------------------------------------------------------------------- what is refused
 @pytest.mark.parametrize("name", ["mistral", "plain"])
-def test_a_template_that_ends_turns_by_eos_needs_one(name: str, write: Callable[[str], str]) -> None:
+def test_template_that_ends_turns_by_eos_needs_one(name: str, write: Callable[[str], str]) -> None:
     path = write("qwen")
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.eos_token = None
@@ -352,7 +333,7 @@ def test_a_template_that_ends_turns_by_eos_needs_one(name: str, write: Callable[
         load_tokenizer(path, name)
 
 
-def test_tools_are_refused_by_the_template_that_has_no_token_for_them(load: Load) -> None:
+def test_tools_in_a_template_without_tokens_for_them_are_an_error(load: Load) -> None:
     encoder = load("plain")
     used = make([USER, {"role": "assistant", "content": "", "tool_calls": [call({"a": 1})]}])
     given = chat("Hello", "Red.", tools=[ADD])
@@ -370,7 +351,7 @@ def test_reasoning_is_never_dropped_in_silence(name: str, load: Load) -> None:
         load(name).encode([sample])
 
 
-def test_a_system_message_that_mistral_has_no_place_for_is_refused(load: Load) -> None:
+def test_system_message_that_mistral_has_no_place_for_is_an_error(load: Load) -> None:
     late = make([USER, {"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Red."}])
     alone = make([{"role": "system", "content": "Be kind."}, {"role": "assistant", "content": "Red."}])
     for sample in (late, alone):
@@ -378,7 +359,7 @@ def test_a_system_message_that_mistral_has_no_place_for_is_refused(load: Load) -
             load("mistral").encode([sample])
 
 
-def test_a_name_that_is_not_known_is_told_those_that_are(write: Callable[[str], str]) -> None:
+def test_unknown_template_name_lists_the_known_ones(write: Callable[[str], str]) -> None:
     with pytest.raises(UserError, match=r"'chatlm' is neither .*chatml, granite, llama3, mistral, plain.* nor a file"):
         load_tokenizer(write("qwen"), "chatlm")
     encoder = ChatEncoder(load_tokenizer(write("qwen")))

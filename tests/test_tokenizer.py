@@ -173,14 +173,14 @@ def test_answers_and_what_ends_them_are_trained_and_nothing_else(cls: str, kind:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cls", SLOW)
-def test_a_space_before_an_answer_joins_its_first_token(cls: str, kind: str, make: Make) -> None:
+def test_space_before_an_answer_joins_its_first_token(cls: str, kind: str, make: Make) -> None:
     encoder = ChatEncoder(load_tokenizer(make(cls, kind, LLAMA2)))
     assert runs(encoder, sample("Hello", "mice", "And?", "blue")) == [" mice</s>", " blue</s>"]
     # Where an answer starts with an unknown letter the space is a token of its own, which touches no letter of it.
     assert [r.strip() for r in runs(encoder, sample("Hello", "é🤖", "And?", "🤖"))] == ["é🤖</s>", "🤖</s>"]
 
 
-def test_a_mask_written_out_by_hand(make: Make) -> None:
+def test_mask_written_out_by_hand(make: Make) -> None:
     encoder = ChatEncoder(load_tokenizer(make("SentencePieceBackend")))
     ids, trained = encode(encoder, sample("Red", "é it"))
     tokens = encoder.tokenizer.convert_ids_to_tokens(ids)
@@ -191,7 +191,7 @@ def test_a_mask_written_out_by_hand(make: Make) -> None:
     assert trained == [0] * (at + 1) + [1, 1, 1, 1, 0, 0]
 
 
-def test_a_slow_tokenizer_gives_the_ids_and_masks_of_its_fast_twin(make: Make) -> None:
+def test_slow_tokenizer_gives_the_ids_and_masks_of_its_fast_twin(make: Make) -> None:
     fast = ChatEncoder(load_tokenizer(make("LlamaTokenizer", template=LLAMA2)))
     # Transformers' newer way, in which no space is put before what follows an added token.
     slow = ChatEncoder(load_tokenizer(make("SentencePieceBackend", template=LLAMA2, legacy=False)))
@@ -201,7 +201,7 @@ def test_a_slow_tokenizer_gives_the_ids_and_masks_of_its_fast_twin(make: Make) -
             assert encode(slow, conversation) == encode(fast, conversation)
 
 
-def test_each_token_lies_where_sentencepiece_or_its_letters_say(make: Make) -> None:
+def test_token_offsets_are_those_of_sentencepiece_or_of_the_letters(make: Make) -> None:
     def parts(cls: str, text: str, **keys: Any) -> list[tuple[str, str]]:
         tokenizer = load_tokenizer(make(cls, **keys))
         ((ids, offsets),) = locator(tokenizer).located([text])
@@ -240,15 +240,13 @@ def test_characters_that_the_model_itself_changes_are_trained_whole(make: Make) 
         ({"lstrip": True, "rstrip": True}, "Red<|turn|> it 🤖<|end|>"),
     ],
 )
-def test_added_tokens_that_take_the_spaces_beside_them_leave_the_mask_in_place(
-    keys: dict[str, bool], wanted: str, make: Make
-) -> None:
+def test_added_tokens_that_strip_spaces_leave_the_mask_in_place(keys: dict[str, bool], wanted: str, make: Make) -> None:
     added = {str(400 + i): token_of(t, **keys) for i, t in enumerate(ADDED)}
     encoder = ChatEncoder(load_tokenizer(make("SentencePieceBackend", added_tokens_decoder=added)))
     assert runs(encoder, sample("blue ", "Red <|turn|>  it 🤖 ")) == [wanted]
 
 
-def test_a_tokenizer_of_bytes_is_laid_beside_its_text(tmp_path: Path) -> None:
+def test_tokens_of_a_byte_tokenizer_are_aligned_with_the_text(tmp_path: Path) -> None:
     ByT5Tokenizer().save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     assert not tokenizer.is_fast
@@ -275,7 +273,7 @@ def test_text_decoded_by_sentencepiece_is_that_which_was_encoded(cls: str, kind:
     assert decode(tokenizer, [9999], skip_special_tokens=True) == ""
 
 
-def test_a_slow_tokenizer_decodes_like_its_fast_twin(make: Make) -> None:
+def test_slow_tokenizer_decodes_like_its_fast_twin(make: Make) -> None:
     fast = load_tokenizer(make("LlamaTokenizer", legacy=False))
     slow = load_tokenizer(make("SentencePieceBackend", legacy=False))
     for text in [*TEXTS, "<|turn|>user\n é <|end|>\n🤖", "<s> Red"]:
@@ -287,7 +285,7 @@ def test_a_slow_tokenizer_decodes_like_its_fast_twin(make: Make) -> None:
 
 
 @pytest.mark.parametrize("cls", ["LlamaTokenizer", "GPTSw3Tokenizer"])
-def test_tokenizers_that_know_bytes_by_themselves_decode_as_in_transformers(cls: str, make: Make) -> None:
+def test_tokenizers_with_own_bytes_decode_as_in_transformers(cls: str, make: Make) -> None:
     tokenizer = load_tokenizer(make(cls))
     for text in [*TEXTS, "<|turn|>user\n é <|end|>\n🤖</s>"]:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -296,7 +294,7 @@ def test_tokenizers_that_know_bytes_by_themselves_decode_as_in_transformers(cls:
             assert decode(tokenizer, ids, skip_special_tokens=skip) == wanted
 
 
-def test_a_chat_is_shown_with_the_letters_that_bytes_spell(make: Make) -> None:
+def test_chat_is_shown_with_the_letters_that_bytes_spell(make: Make) -> None:
     encoder = ChatEncoder(load_tokenizer(make("SentencePieceBackend")))
     (encoded,) = encoder.encode([sample("é", "🤖 it")])
     shown = encoder.show(encoded.ids, encoded.trained, color=False)
@@ -304,7 +302,7 @@ def test_a_chat_is_shown_with_the_letters_that_bytes_spell(make: Make) -> None:
 
 
 # ---------------------------------------------------------------------------------------- what cannot be told
-def test_tokens_that_cannot_be_laid_beside_the_text_are_an_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_that_cannot_be_aligned_with_the_text_are_an_error(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(make("SentencePieceBackend"))
     encoder = ChatEncoder(tokenizer)
     original = type(tokenizer)._tokenize
@@ -346,9 +344,7 @@ def test_sentencepieces_account_counts_only_for_the_very_same_tokens(make: Make)
 
 # ---------------------------------------------------------------------------------------- files
 @pytest.mark.parametrize("cls, kind", PAIRS)
-def test_a_saved_tokenizer_gives_the_same_ids_masks_and_template(
-    cls: str, kind: str, make: Make, tmp_path: Path
-) -> None:
+def test_saved_tokenizer_gives_the_same_ids_masks_and_template(cls: str, kind: str, make: Make, tmp_path: Path) -> None:
     encoder = ChatEncoder(load_tokenizer(make(cls, kind)))
     encoder.tokenizer.save_pretrained(tmp_path / "saved")
     saved = ChatEncoder(load_tokenizer(str(tmp_path / "saved")))
@@ -360,7 +356,7 @@ def test_a_saved_tokenizer_gives_the_same_ids_masks_and_template(
 
 @pytest.mark.parametrize("cls", ["LlamaTokenizer", "SentencePieceBackend", "GPTSw3Tokenizer"])
 @pytest.mark.parametrize("name", TOKENS)
-def test_a_built_in_template_and_its_tokens_are_saved(name: str, cls: str, make: Make, tmp_path: Path) -> None:
+def test_built_in_template_and_its_tokens_are_saved(name: str, cls: str, make: Make, tmp_path: Path) -> None:
     said: list[str] = []
     tokenizer = load_tokenizer(make(cls, template=None, added_tokens_decoder={}), name, said)
     # Of these classes only Llama's puts bos before a text.
@@ -382,7 +378,7 @@ def test_a_built_in_template_and_its_tokens_are_saved(name: str, cls: str, make:
 
 
 @pytest.mark.parametrize("cls", ["LlamaTokenizer", "SentencePieceBackend", "GPTSw3Tokenizer"])
-def test_an_encoder_can_be_sent_to_a_worker(cls: str, make: Make) -> None:
+def test_encoder_can_be_sent_to_a_worker(cls: str, make: Make) -> None:
     encoder = ChatEncoder(load_tokenizer(make(cls)))
     sent = pickle.loads(pickle.dumps(encoder))
     assert encode(sent, sample("Hello", "Red 🤖")) == encode(encoder, sample("Hello", "Red 🤖"))
@@ -390,7 +386,7 @@ def test_an_encoder_can_be_sent_to_a_worker(cls: str, make: Make) -> None:
 
 
 @pytest.mark.parametrize("cls", ["LlamaTokenizer", "SentencePieceBackend"])
-def test_a_token_store_follows_the_bytes_of_the_model_and_not_its_place(
+def test_token_store_follows_the_bytes_of_the_model_and_not_its_place(
     cls: str, make: Make, models: dict[str, bytes], tmp_path: Path
 ) -> None:
     path = make(cls)
@@ -420,7 +416,7 @@ def proto(model: bytes) -> Any:
 
 
 @pytest.mark.parametrize("cls", ["LlamaTokenizer", "SentencePieceBackend"])
-def test_a_run_is_trained_exported_and_asked_with_tokenizer_model_alone(
+def test_run_is_trained_exported_and_asked_with_tokenizer_model_alone(
     cls: str, models: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     init = write_init(tmp_path / "init", vocab_size=402)
@@ -447,7 +443,7 @@ def test_a_run_is_trained_exported_and_asked_with_tokenizer_model_alone(
 # ---------------------------------------------------------------------------------------- what is refused
 @pytest.mark.parametrize("cls", ["LlamaTokenizer", "GemmaTokenizer", "SentencePieceBackend", "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("content", [None, b"", b"junk " * 9, b"version https://git-lfs.github.com/spec/v1\noid"])
-def test_a_folder_without_a_vocabulary_is_refused_with_what_it_needs(
+def test_folder_without_a_vocabulary_is_an_error_that_lists_its_needs(
     content: bytes | None, cls: str, make: Make
 ) -> None:
     path = make(cls, added_tokens_decoder={})
@@ -467,14 +463,14 @@ def test_a_folder_without_a_vocabulary_is_refused_with_what_it_needs(
     assert ("fetch the file itself" in message) == bool(content and content.startswith(b"version"))
 
 
-def test_a_model_that_transformers_cannot_read_by_its_class_is_told_from_a_broken_one(make: Make) -> None:
+def test_unreadable_class_and_broken_model_have_different_errors(make: Make) -> None:
     with pytest.raises(UserError, match=r"is a sentencepiece model, .* tokenizer_class of") as refused:
         load_tokenizer(make("PreTrainedTokenizerFast", "unigram"))
     assert "tiktoken" not in str(refused.value)
 
 
 @pytest.mark.parametrize("cls, kind, says", [("LlamaTokenizer", "bpe", False), ("LlamaTokenizer", "unigram", True)])
-def test_a_conversion_that_changes_the_tokens_is_said(
+def test_conversion_that_changes_tokens_is_reported(
     cls: str, kind: str, says: bool, make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load_tokenizer(make(cls, kind))
@@ -484,7 +480,7 @@ def test_a_conversion_that_changes_the_tokens_is_said(
     assert not capsys.readouterr().err
 
 
-def test_the_class_that_a_models_type_forces_keeps_its_ids_when_saved(
+def test_class_that_a_models_type_forces_keeps_its_ids_when_saved(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a Mistral transformers makes no LlamaTokenizer, whatever its tokenizer_config.json says."""
