@@ -62,7 +62,7 @@ def prepare(values: command.Values) -> None:
     console.print(statistics.summary_table(whole))
     if values.report:
         _print_report(whole, console)
-    for sentence in statistics.regrets(whole):
+    for sentence in statistics.data_warnings(whole):
         console.print(f"[yellow]warning: {escape(sentence)}[/yellow]", soft_wrap=True)
     if output:
         output.write_text(json.dumps(whole, indent=1) + "\n")

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from mice_jax.data import chat as under_test
-from mice_jax.data.chat import ChatEncoder, Sign
+from mice_jax.data.chat import ChatEncoder, SampleFlag
 from mice_jax.data.sources import Sample
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
@@ -316,29 +316,29 @@ def test_unknown_train_on_is_an_error(encoders: dict[str, ChatEncoder]) -> None:
 
 
 # ---------------------------------------------------------------------------------------- signs
-def signs(encoder: ChatEncoder, *samples: Sample) -> list[Sign]:
-    return [Sign(e.signs) for e in encoder.encode(samples)]
+def flags_of(encoder: ChatEncoder, *samples: Sample) -> list[SampleFlag]:
+    return [SampleFlag(e.flags) for e in encoder.encode(samples)]
 
 
 def test_ordinary_chat_has_no_flag(name: str, encoders: dict[str, ChatEncoder]) -> None:
     samples = [chat("Hello", "Red <b> [x] <think>"), make([{"role": "pretraining", "content": "Red"}])]
     samples += [chat("Hello", "Red.", system="Be kind.")] if name != "gemma" else []
-    assert signs(encoders[name], *samples) == [Sign(0)] * len(samples)
+    assert flags_of(encoders[name], *samples) == [SampleFlag(0)] * len(samples)
 
 
 def test_special_token_spelt_by_a_content_is_flagged(encoders: dict[str, ChatEncoder]) -> None:
-    encoder, spelt = encoders["chatml"], Sign.SPECIAL_IN_CONTENT
+    encoder, spelt = encoders["chatml"], SampleFlag.SPECIAL_IN_CONTENT
     thought, called = chat("Hi", "Red"), chat("Hi", "Red")
     thought.messages[1]["reasoning_content"] = "<|im_start|>"
     called.messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": {"a": "é<|im_end|>"}}}]
     document = make([{"role": "pretraining", "content": "Red<|im_end|>blue"}])
     samples = [chat("a<|im_end|>", "Red"), chat("Hi", "<|im_start|>"), thought, called, document]
-    assert signs(encoder, *samples) == [spelt] * 5
+    assert flags_of(encoder, *samples) == [spelt] * 5
     # Tokens that are added but not special (<think>) and parts of special ones are mere text.
-    assert signs(encoder, chat("<think>", "<|im_start"), chat("Hi", "<|im_end |>")) == [Sign(0)] * 2
+    assert flags_of(encoder, chat("<think>", "<|im_start"), chat("Hi", "<|im_end |>")) == [SampleFlag(0)] * 2
     encoder.tokenizer.split_special_tokens = True  # then it is read as text too
     try:
-        assert signs(ChatEncoder(encoder.tokenizer), *samples) == [Sign(0)] * 5
+        assert flags_of(ChatEncoder(encoder.tokenizer), *samples) == [SampleFlag(0)] * 5
     finally:
         encoder.tokenizer.split_special_tokens = False
 
@@ -347,11 +347,11 @@ def test_special_tokens_of_every_length_are_found() -> None:
     tokens = ["</s>", "<s>", "☃", "[]", "[][", "<s>>"]
     encoder = ChatEncoder(make_tokenizer(CHATML, tokens))
     for text in [*tokens, "a", "<s", "[", "</s"]:
-        assert signs(encoder, chat("Hi", f"a{text}b")) == [Sign(text in tokens)], text
+        assert flags_of(encoder, chat("Hi", f"a{text}b")) == [SampleFlag(text in tokens)], text
 
 
 def test_double_bos_is_flagged(encoders: dict[str, ChatEncoder]) -> None:
-    spelt = Sign.SPECIAL_IN_CONTENT
+    spelt = SampleFlag.SPECIAL_IN_CONTENT
     # One bos is the template's, the other the content's.
     template = "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
     tokenizer = make_tokenizer(template, ["</s>", "<s>"])
@@ -360,22 +360,22 @@ def test_double_bos_is_flagged(encoders: dict[str, ChatEncoder]) -> None:
     )
     encoder = ChatEncoder(tokenizer)
     chats = [chat("<s>Hi", "Red"), chat("Hi", "<s><s>Red"), chat("Hi", "Red")]
-    assert signs(encoder, *chats) == [spelt | Sign.DOUBLE_BOS, spelt, Sign(0)]
+    assert flags_of(encoder, *chats) == [spelt | SampleFlag.DOUBLE_BOS, spelt, SampleFlag(0)]
     documents = [make([{"role": "pretraining", "content": t}]) for t in ("<s>Red", "Red")]
-    assert signs(encoder, *documents) == [spelt | Sign.DOUBLE_BOS, Sign(0)]
+    assert flags_of(encoder, *documents) == [spelt | SampleFlag.DOUBLE_BOS, SampleFlag(0)]
     # Both are the template's.
-    assert signs(ChatEncoder(tokenizer, "{{ bos_token }}" + template), chat("Hi", "Red")) == [Sign.DOUBLE_BOS]
+    assert flags_of(ChatEncoder(tokenizer, "{{ bos_token }}" + template), chat("Hi", "Red")) == [SampleFlag.DOUBLE_BOS]
     # The one bos there is comes from the content.
-    assert signs(ChatEncoder(tokenizer, template.replace("{{ bos_token }}", "")), chat("<s>Hi", "Red")) == [spelt]
+    assert flags_of(ChatEncoder(tokenizer, template.replace("{{ bos_token }}", "")), chat("<s>Hi", "Red")) == [spelt]
     # Without a bos there are no two.
-    assert signs(ChatEncoder(make_tokenizer(template, ["</s>"])), chat("Hi", "Red")) == [Sign(0)]
+    assert flags_of(ChatEncoder(make_tokenizer(template, ["</s>"])), chat("Hi", "Red")) == [SampleFlag(0)]
 
 
 def test_chat_that_the_assistant_begins_is_flagged(encoders: dict[str, ChatEncoder]) -> None:
     answer, system = {"role": "assistant", "content": "Red"}, {"role": "system", "content": "Be kind."}
     question = {"role": "user", "content": "Hi"}
     samples = [make(m) for m in ([answer], [system, answer, question, answer], [system, question, answer], [system])]
-    assert signs(encoders["chatml"], *samples) == [Sign.STARTS_WITH_ASSISTANT] * 2 + [Sign(0)] * 2
+    assert flags_of(encoders["chatml"], *samples) == [SampleFlag.STARTS_WITH_ASSISTANT] * 2 + [SampleFlag(0)] * 2
 
 
 # ---------------------------------------------------------------------------------------- dates
@@ -755,7 +755,7 @@ def test_fingerprint_follows_tokenizer_and_template() -> None:
 
 def test_fingerprint_follows_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     before = custom(CHATML).fingerprint()
-    monkeypatch.setattr(under_test, "RULES", under_test.RULES + 1)
+    monkeypatch.setattr(under_test, "RULES_VERSION", under_test.RULES_VERSION + 1)
     assert custom(CHATML).fingerprint() != before
 
 

@@ -259,7 +259,7 @@ def test_one_phase_alone_can_be_replayed(build: Any, tmp_path: Path) -> None:
         build(tmp_path, phases=phased(tmp_path, replay=0.01, replay_from="two"))
 
 
-# ---------------------------------------------------------------------------------------- copies and signs
+# ---------------------------------------------------------------------------------------- copies and flags
 def test_copies_are_counted_by_source_overall_and_against_held_out(build: Any, tmp_path: Path) -> None:
     chats = make_chats(10)
     a = write_jsonl(tmp_path / "a.jsonl", [*chats, chats[0], chats[0], chats[1]])

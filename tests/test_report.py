@@ -75,19 +75,19 @@ def test_the_longest_samples_are_named_longest_first() -> None:
     ]  # fmt: skip
 
 
-def test_signs_are_counted_with_the_first_sample_that_shows_them() -> None:
+def test_flags_are_counted_with_the_first_sample_that_shows_them() -> None:
     names = {"double_bos": 2, "special_in_content": 1, "starts_with_assistant": 4}
-    found = r.sign_numbers(np.array([0, 1, 3, 0], np.uint8), np.array([4, 5, 6, 7]), where, names)
+    found = r.flag_numbers(np.array([0, 1, 3, 0], np.uint8), np.array([4, 5, 6, 7]), where, names)
     assert found == {
         "double_bos": {"samples": 1, "first": "a.jsonl line 7"},
         "special_in_content": {"samples": 2, "first": "a.jsonl line 6"},
     }
 
 
-# ---------------------------------------------------------------------------------------- regrets
+# ---------------------------------------------------------------------------------------- warnings
 def test_good_data_is_not_warned_of() -> None:
-    assert r.regrets(report(entry(), validation={"b": entry()})) == []
-    assert r.regrets(report(entry(tokens=1000, loss_tokens=10))) == []  # at the bound
+    assert r.data_warnings(report(entry(), validation={"b": entry()})) == []
+    assert r.data_warnings(report(entry(tokens=1000, loss_tokens=10))) == []  # at the bound
 
 
 @pytest.mark.parametrize(
@@ -102,23 +102,23 @@ def test_good_data_is_not_warned_of() -> None:
         ({"truncated": 3}, "3 samples are truncated"),
         ({"duplicates": 1}, "1 samples are exact copies"),
         *(({"signs": {s: {"samples": 7, "first": "a.jsonl line 2"}}}, "7 samples (the first is a.jsonl line 2)")
-          for s in r.SIGNS),
+          for s in r.FLAG_MESSAGES),
     ],
 )  # fmt: skip
 def test_what_users_regret_is_said_of_the_source(keys: dict[str, Any], words: str) -> None:
-    (said,) = r.regrets(report(entry(**keys)))
+    (said,) = r.data_warnings(report(entry(**keys)))
     assert said.startswith("a: ") and words in said
-    (said,) = r.regrets(report(entry(), validation={"b": entry(**keys)}))
+    (said,) = r.data_warnings(report(entry(), validation={"b": entry(**keys)}))
     assert said.startswith("b, held out: ") and words in said
 
 
 def test_held_out_samples_that_are_trained_on_are_said() -> None:
-    (said,) = r.regrets(report(entry(), validation_overlap=12))
+    (said,) = r.data_warnings(report(entry(), validation_overlap=12))
     assert said.startswith("12 of the samples that are trained on are held out too (in data.validation, or in a phase")
 
 
 def test_copies_of_what_another_source_has_are_said() -> None:
-    (said,) = r.regrets(report(entry(), duplicates_across_sources=1200))
+    (said,) = r.data_warnings(report(entry(), duplicates_across_sources=1200))
     assert said.startswith("1,200 samples are exact copies of some in another source")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mice_jax import config
 from mice_jax.data import statistics
-from mice_jax.data.chat import ChatEncoder, Sign
+from mice_jax.data.chat import ChatEncoder, SampleFlag
 from mice_jax.data.mixture import Corpus, PhasePools, Pool
 from mice_jax.data.store import TokenStore, Watch, build_store
 from mice_jax.errors import UserError
@@ -115,7 +115,7 @@ class _Pools:
     def __init__(self, data: config.Data, corpus: Corpus, stores: dict[Key, TokenStore]):
         self._data, self._corpus, self._stores = data, corpus, stores
         self._ids = {key: corpus.ids(i) for i, key in enumerate(stores)}
-        self._hashes, self._signs = corpus.content_hashes, corpus.signs
+        self._hashes, self._flags = corpus.content_hashes, corpus.flags
         self.entries: dict[str, Any] = {"max_length": data.max_length, "sources": {}, "validation": {}}
 
     def make(self, source: config.Source, held_out: bool) -> Pool:
@@ -185,8 +185,8 @@ class _Pools:
             "tokens": int(lengths.sum()),
             "loss_tokens": int(corpus.num_trained[ids].sum()),
             "duplicates": len(ids) - len(np.unique(self._hashes[ids])),
-            "signs": statistics.sign_numbers(
-                self._signs[ids], ids, corpus.where, {str(s.name).lower(): s.value for s in Sign}
+            "signs": statistics.flag_numbers(
+                self._flags[ids], ids, corpus.where, {str(s.name).lower(): s.value for s in SampleFlag}
             ),
             **statistics.length_numbers(lengths),
             "longest": statistics.longest(lengths, ids, corpus.where),

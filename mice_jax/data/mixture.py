@@ -30,8 +30,8 @@ class Corpus:
         return np.concatenate([s.content_hashes for s in self._stores])
 
     @property
-    def signs(self) -> np.ndarray:
-        return np.concatenate([s.signs for s in self._stores])
+    def flags(self) -> np.ndarray:
+        return np.concatenate([s.flags for s in self._stores])
 
     def ids(self, store: int) -> np.ndarray:
         """The numbers of a store's samples."""

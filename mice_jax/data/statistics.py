@@ -1,6 +1,6 @@
 """What a run's data is like: the numbers of data_report.json, what users regret later, and how both are shown.
 
-All of it follows from the stores' columns (lengths, trained counts, hashes, signs), so a million samples take no
+All of it follows from the stores' columns (lengths, trained counts, hashes, flags), so a million samples take no
 longer than a look at them.
 """
 
@@ -59,9 +59,9 @@ def longest(lengths: np.ndarray, ids: np.ndarray, where: Callable[[int], str]) -
     return [{"tokens": int(lengths[i]), "where": where(int(ids[i]))} for i in top]
 
 
-def sign_numbers(signs: np.ndarray, ids: np.ndarray, where: Callable[[int], str], names: dict[str, int]) -> Entry:
+def flag_numbers(flags: np.ndarray, ids: np.ndarray, where: Callable[[int], str], names: dict[str, int]) -> Entry:
     """How many of the samples show each sign of trouble, and the first that does; `names` gives each one's bit."""
-    shown = {name: np.flatnonzero(signs & bit) for name, bit in names.items()}
+    shown = {name: np.flatnonzero(flags & bit) for name, bit in names.items()}
     return {name: {"samples": len(at), "first": where(int(ids[at[0]]))} for name, at in shown.items() if len(at)}
 
 
@@ -124,7 +124,7 @@ def _first_steps(epochs: Sequence["Epoch"], phase: int) -> range:
 
 
 # ---------------------------------------------------------------------------------------- what users regret later
-SIGNS = {
+FLAG_MESSAGES = {
     "special_in_content": "hold a special token's text inside a message, which is read as that token and can end or "
     "fake a turn; take it out, or mask it",
     "double_bos": "begin with the bos token twice; take it out of the text, or out of the chat template",
@@ -133,13 +133,13 @@ SIGNS = {
 }
 
 
-def regrets(report: Entry) -> list[str]:
-    """One sentence each, with the source, the numbers and the mend."""
+def data_warnings(report: Entry) -> list[str]:
+    """One sentence for each likely mistake in the data, with the source, the numbers and the fix."""
     found: list[str] = []
     for kind in ("sources", "validation"):
         for name, entry in report[kind].items():
             name = name if kind == "sources" else f"{name}, held out"
-            found += [f"{name}: {sentence}" for sentence in _regrets_of(entry)]
+            found += [f"{name}: {sentence}" for sentence in _warnings_of(entry)]
     if copies := report["duplicates_across_sources"]:
         found.append(
             f"{copies:,} samples are exact copies of some in another source, and weigh that much more: take them out "
@@ -154,7 +154,7 @@ def regrets(report: Entry) -> list[str]:
     return found
 
 
-def _regrets_of(entry: Entry) -> list[str]:
+def _warnings_of(entry: Entry) -> list[str]:
     found = []
     if entry["tokens"] and entry["loss_tokens"] < FEW_TRAINED * entry["tokens"]:
         share = entry["loss_tokens"] / entry["tokens"]
@@ -174,8 +174,8 @@ def _regrets_of(entry: Entry) -> list[str]:
             f"{entry['duplicates']:,} samples are exact copies of others in it, and weigh that much more; remove them, "
             "or use Source.weight for what should weigh more"
         )
-    for sign, numbers in entry["signs"].items():
-        found.append(f"{numbers['samples']:,} samples (the first is {numbers['first']}) {SIGNS[sign]}")
+    for flag, numbers in entry["signs"].items():
+        found.append(f"{numbers['samples']:,} samples (the first is {numbers['first']}) {FLAG_MESSAGES[flag]}")
     return found
 
 

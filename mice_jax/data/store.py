@@ -58,7 +58,7 @@ class TokenStore:
         self.lengths = np.concatenate([np.diff(o) for o in self._offsets]).astype(np.int32)
         self.num_trained = np.asarray(table["num_trained"])
         self.content_hashes = np.asarray(table["content_hash"])
-        self.signs = np.asarray(table["signs"])
+        self.flags = np.asarray(table["signs"])
 
     def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path, list[str]]]:
         """A worker process maps the file itself; nothing is sent to it."""

@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
         ("trained", pa.list_(pa.uint8())),  # 1 = this token is trained on
         ("num_trained", pa.int32()),  # trained tokens that can be predicted: all but a trained first one
         ("content_hash", pa.uint64()),  # of the sample as read: decides what is held out
-        ("signs", pa.uint8()),  # of trouble, as chat.Sign has them
+        ("signs", pa.uint8()),  # a combination of chat.SampleFlag
         ("place", pa.uint32()),  # among the reader's places
         ("number", pa.uint64()),  # of the record there
     ]
@@ -71,7 +71,7 @@ class _Task:
             _list_array(trained, pa.uint8()),
             pa.array([int(t[1:].sum()) for t in trained], pa.int32()),
             pa.array([_content_hash(s) for s in samples], pa.uint64()),
-            pa.array([e.signs for e in encoded], pa.uint8()),
+            pa.array([e.flags for e in encoded], pa.uint8()),
             pa.array([s.place for s in samples], pa.uint32()),
             pa.array([s.number for s in samples], pa.uint64()),
         ]

@@ -128,7 +128,7 @@ def warnings(
 ) -> list[str]:
     """What is not as a user may take it to be."""
     return [
-        *statistics.regrets(data.report),
+        *statistics.data_warnings(data.report),
         *_of_steps(config, data, mixture),
         *_of_model(config, origin, decoder.spec),
         *_of_mesh(decoder, mesh),

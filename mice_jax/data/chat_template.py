@@ -1,0 +1,126 @@
+"""Renders conversations with a tokenizer's chat template.
+
+A template that writes today's date (`strftime_now`) is rendered with one day throughout. The day is part of the
+fingerprint of a token store, so that one store never mixes two dates.
+"""
+
+import datetime
+import functools
+import json
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mice_jax.data import templates
+from mice_jax.data.tokenizer import Span
+from mice_jax.errors import UserError, one_line
+
+Message = dict[str, Any]
+
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
+
+_render_jinja: Any = render_jinja_template  # its type hints are narrower than what it accepts
+
+
+class TemplateError(Exception):
+    """The template cannot render these messages, or its trained spans cannot be derived in the way that was tried."""
+
+
+class ChatTemplate:
+    """A chat template with the tokenizer's special tokens and a fixed date."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None, today: datetime.date) -> None:
+        """Chooses the template.
+
+        Args:
+          tokenizer: its special tokens are the template's variables.
+          text: the template; None or "" takes the tokenizer's own, which may be several by name.
+          today: the date that `strftime_now` writes.
+        """
+        self.special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._tokenizer = tokenizer
+        self._template = text or tokenizer.chat_template
+        self._today = today
+
+    @property
+    def depends_on_date(self) -> bool:
+        """Whether the template writes the date."""
+        return any("strftime_now" in text for text in self._texts().values())
+
+    def dated_texts(self) -> dict[str, str]:
+        """The template's text with its dates written out, by name; the name is "" where there is only one."""
+        return {name: self._with_date(text) for name, text in self._texts().items()}
+
+    def is_tagged(self, tools: list[Message] | None) -> bool:
+        """Whether the template marks what is trained with `{% generation %}`."""
+        return bool(self._template and _GENERATION_TAG.search(self._text_for(tools)))
+
+    def render(self, messages: list[Message], tools: list[Message] | None, add_generation_prompt: bool = False) -> str:
+        """Renders a conversation.
+
+        Args:
+          messages: the conversation, without the keys that only this package knows.
+          tools: the tools' JSON schemas.
+          add_generation_prompt: whether the header of the assistant's next turn follows.
+
+        Returns:
+          The text.
+
+        Raises:
+          TemplateError: the template raises an exception, or there is none.
+        """
+        return self._render(messages, tools, add_generation_prompt=add_generation_prompt)[0]
+
+    def render_with_spans(self, messages: list[Message], tools: list[Message] | None) -> tuple[str, list[Span]]:
+        """As `render`, with the spans (in characters) that the template's `{% generation %}` tags enclose."""
+        return self._render(messages, tools, return_assistant_tokens_mask=True)
+
+    def _render(self, messages: list[Message], tools: list[Message] | None, **options: bool) -> tuple[str, list[Span]]:
+        template = self._text_for(tools)
+        try:
+            texts, spans = _render_jinja(
+                conversations=[messages], tools=tools, chat_template=template, **options, **self.special_tokens
+            )
+        except Exception as e:  # a template is a program and may raise anything
+            raise TemplateError(f"the chat template raises an exception for these messages: {one_line(e)}") from e
+        return texts[0], spans[0] if options.get("return_assistant_tokens_mask") else []
+
+    def _text_for(self, tools: list[Message] | None) -> str:
+        if not self._template:
+            raise TemplateError(
+                f"the tokenizer {self._tokenizer.name_or_path!r} has no chat template, as is usual "
+                "for base models. Set data.chat_template to the name of one that comes with this package "
+                f'({templates.NAMES}), such as data.chat_template="chatml", or to the path of a .jinja file'
+            )
+        if isinstance(self._template, str):
+            return self._with_date(self._template)
+        try:
+            text = self._tokenizer.get_chat_template(tools=tools)  # type: ignore[arg-type]
+        except ValueError as e:
+            raise TemplateError(one_line(e)) from e
+        return self._with_date(text)
+
+    def _texts(self) -> dict[str, str]:
+        named: Any = self._template or {}
+        return {"": named} if isinstance(named, str) else named
+
+    def _with_date(self, text: str) -> str:
+        return _write_date(text, self._today) if "strftime_now" in text else text
+
+
+@functools.cache
+def _write_date(template: str, day: datetime.date) -> str:
+    """The template with each call of `strftime_now` replaced by the day's text."""
+    midnight = datetime.datetime.combine(day, datetime.time())
+    dated = _DATE_CALL.sub(lambda m: json.dumps(midnight.strftime(m[1] or m[2] or "")), template)
+    computed = re.search(r"strftime_now\s*\(.{0,40}", dated)
+    if computed:
+        raise UserError(
+            f"the chat template writes a date by {computed[0]!r}, whose format is not a quoted string, so the ids would "
+            "change with the clock. Write the format, or the date, into a copy of the template, and give that file "
+            "as data.chat_template."
+        )
+    return dated

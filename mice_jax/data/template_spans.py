@@ -1,0 +1,416 @@
+"""Derives which characters of a rendered conversation are trained: each turn of interest and the token that ends it.
+
+Where the template has `{% generation %}` tags, they are the spans. Otherwise spans come from a *skeleton*: the same
+conversation rendered with a sentinel in the place of each content. For example, with ChatML,
+
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Fine"}]
+
+is rendered twice (newlines are left out here):
+
+    text      <|im_start|>user Hi<|im_end|> <|im_start|>assistant Fine<|im_end|>
+    skeleton  <|im_start|>user MiceSlot000000End<|im_end|> <|im_start|>assistant MiceSlot000002End<|im_end|>
+
+1. In the skeleton, the assistant's turn starts at its sentinel. It ends after `<|im_end|>`, the added token that
+   follows the sentinel.
+2. Putting "Hi" and "Fine" back into the skeleton must give the text, character by character. This proves that the
+   template does not look into the contents, so positions in the skeleton can be moved to the text.
+3. The trained span of the text is "Fine<|im_end|>".
+
+Where a template does look into a content and so fits no skeleton, sentinels are tried in fewer messages, and a turn
+without a sentinel is what rendering one more message adds to the text. If none of this finds a turn, it is an error.
+"""
+
+import enum
+import functools
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError
+from mice_jax.data.sources import REASONING
+from mice_jax.data.tokenizer import Span
+
+MAX_SKELETONS = 4096  # in the cache for conversations of the same form
+# The shortest conversation that shows how a template ends an answer.
+PROBE_MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Fine"}]
+
+_INLINE_REASONING = re.compile(r"((?:.*<think>)?\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+_SENTINEL = re.compile(r"MiceSlot([0-9]{6})End")
+_SENTINEL_WIDTH = len("MiceSlot000000End")
+
+
+class NoTurnEndError(Exception):
+    """The template writes nothing after a turn that a model could learn to stop with."""
+
+
+class Kind(enum.IntEnum):
+    """The part of a message that a sentinel stands for."""
+
+    CONTENT = 0
+    REASONING = 1
+
+
+class Slot(NamedTuple):
+    """A part of a message, and the sentinel that stands for it."""
+
+    message: int  # index in the conversation
+    kind: Kind
+
+    @property
+    def sentinel(self) -> str:
+        return f"MiceSlot{2 * self.message + self.kind:06d}End"
+
+
+class _FoundSlot(NamedTuple):
+    start: int  # of the sentinel in the skeleton's text
+    slot: Slot
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A conversation whose contents may be sentinels, and its text."""
+
+    messages: list[Message]
+    tools: list[Message] | None
+    text: str
+    slots: list[_FoundSlot]
+
+    def name(self, i: int) -> str:
+        return f"messages[{i}] ({self.messages[i]['role']})"
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    text: str
+    slots: list[_FoundSlot]
+    turns: list[Span]  # in `text`, one for each message that is trained
+
+
+class TemplateSpans:
+    """Trained spans of conversations rendered by one template."""
+
+    def __init__(self, template: ChatTemplate, added_tokens: str, special_tokens: str) -> None:
+        """Keeps what spans are derived from.
+
+        Args:
+          template: the chat template.
+          added_tokens: a regular expression that matches any token that was added to the vocabulary.
+          special_tokens: a regular expression that matches any special token.
+        """
+        self._template = template
+        self._added_tokens = added_tokens
+        self._special_tokens = special_tokens
+        self._skeletons: dict[str, _Skeleton] = {}
+
+    # ------------------------------------------------------------------------------------ tags
+    def from_tags(self, messages: list[Message], text: str, tagged: list[Span], wanted: list[int]) -> list[Span]:
+        """The spans of the template's own tags, each with the token that ends its turn.
+
+        Args:
+          messages: the conversation.
+          text: its rendering.
+          tagged: the spans of `text` that the tags enclose.
+          wanted: indices of the messages to train on, all of them the assistant's.
+
+        Returns:
+          Spans of `text` in characters.
+
+        Raises:
+          TemplateError: the tags do not enclose the wanted messages.
+          NoTurnEndError: nothing follows the last one.
+        """
+        assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        answers = [_answer_text(messages[i]) for i in wanted]
+        count = f"{len(tagged)} of its {{% generation %}} spans for {len(assistants)} assistant messages"
+        if len(tagged) == len(assistants):
+            by_message = dict(zip(assistants, tagged, strict=True))
+            tagged = [by_message[i] for i in wanted]
+            found = [answer in text[s:e] for answer, (s, e) in zip(answers, tagged, strict=True)]
+        elif wanted != assistants:
+            raise TemplateError(
+                f"the chat template gives {count}, so that `train` and data.train_on cannot choose among them"
+            )
+        else:
+            found = [any(answer in text[s:e] for s, e in tagged) for answer in answers]
+        for i, is_found in zip(wanted, found, strict=True):
+            if not is_found:
+                raise TemplateError(
+                    f"the chat template gives {count}, and messages[{i}] is not inside; put the "
+                    "tags around the assistant's content and the token that ends the turn, outside "
+                    "of any macro or block set"
+                )
+        return [(s, self._with_turn_end(text, s, e)) for s, e in tagged]
+
+    def _with_turn_end(self, text: str, start: int, end: int) -> int:
+        """The end of a tagged span, moved past the token that ends the turn where the tags stop short of it."""
+        if self._turn_end and text.startswith(self._turn_end, end):
+            return end + len(self._turn_end)
+        if end == len(text) and not re.search(rf"(?:{self._added_tokens})\s*\Z|\s\Z", text[start:end]):
+            raise NoTurnEndError("the chat template writes nothing after the last assistant message")
+        return end
+
+    # ------------------------------------------------------------------------------------ skeletons
+    def derive(self, messages: list[Message], tools: list[Message] | None, text: str, wanted: list[int]) -> list[Span]:
+        """The spans of the wanted messages, from a template that does not tag them.
+
+        Args:
+          messages: the conversation.
+          tools: the tools' JSON schemas.
+          text: the conversation as rendered.
+          wanted: indices of the messages to train on.
+
+        Returns:
+          Spans of `text` in characters.
+
+        Raises:
+          TemplateError: no way of deriving them works; it says why the first one does not.
+          NoTurnEndError: nothing follows a turn.
+        """
+        first_error: TemplateError | None = None
+        # Most templates look at no content, some at the user's, and few at the assistant's.
+        for with_sentinels in (range(len(messages)), wanted, ()):
+            try:
+                return self._derive_with(with_sentinels, messages, tools, text, wanted)
+            except TemplateError as e:
+                first_error = first_error or e
+        assert first_error is not None
+        raise first_error
+
+    def _derive_with(
+        self,
+        with_sentinels: Iterable[int],
+        messages: list[Message],
+        tools: list[Message] | None,
+        text: str,
+        wanted: list[int],
+    ) -> list[Span]:
+        blank, values = _replace_by_sentinels(messages, with_sentinels)
+        skeleton = self._cached_skeleton(blank, tools, wanted, values)
+        lengths = _fit(skeleton, values, text)
+        if lengths is None:
+            raise TemplateError("it changes contents, or the text around them depends on their words")
+        shown = {slot for _, slot in skeleton.slots}
+        for i in wanted:
+            content = Slot(i, Kind.CONTENT)
+            if values.get(content, "").strip() and content not in shown:
+                raise TemplateError(f"it leaves out the content of messages[{i}], which is to be trained on")
+        return [(_moved(s, skeleton, lengths), _moved(e, skeleton, lengths)) for s, e in skeleton.turns]
+
+    def _cached_skeleton(
+        self, blank: list[Message], tools: list[Message] | None, wanted: list[int], values: dict[Slot, str]
+    ) -> _Skeleton:
+        key = json.dumps([blank, tools, wanted])
+        if key not in self._skeletons:
+            if len(self._skeletons) >= MAX_SKELETONS:
+                self._skeletons.clear()
+            text = self._template.render(blank, tools)
+            slots = [_FoundSlot(m.start(), _slot_of(int(m[1]))) for m in _SENTINEL.finditer(text)]
+            rendered = _Rendered(blank, tools, text, slots)
+            turns = [self._turn(rendered, i, Slot(i, Kind.CONTENT) in values) for i in wanted]
+            self._skeletons[key] = _Skeleton(text, slots, turns)
+        return self._skeletons[key]
+
+    def _turn(self, rendered: _Rendered, i: int, has_sentinel: bool) -> Span:
+        """The trained span of message i in a text with sentinels."""
+        name, text = rendered.name(i), rendered.text
+        starts = [start for start, slot in rendered.slots if slot == (i, Kind.CONTENT)]
+        has_calls = bool(rendered.messages[i].get("tool_calls"))
+        if len(starts) > 1:
+            raise TemplateError(f"it writes the content of {name} more than once")
+        if has_sentinel and not starts and not has_calls:
+            raise TemplateError(f"it leaves out the content of {name}, which is to be trained on")
+        if not has_sentinel or has_calls:
+            return self._turn_by_growth(rendered, i)
+        # Reasoning is trained too, so the turn then starts where the model takes over.
+        has_reasoning = any(slot == (i, Kind.REASONING) for _, slot in rendered.slots)
+        start = self._turn_start(rendered, i) if has_reasoning else starts[0]
+        end = starts[0] + _SENTINEL_WIDTH
+        tail = self._tail(rendered, i) if i + 1 < len(rendered.messages) else text[end:]
+        return start, end + self._end_length(tail, text[end:], rendered.messages[i]["role"], name)
+
+    def _turn_by_growth(self, rendered: _Rendered, i: int) -> Span:
+        """The trained span of message i, found by what rendering that message adds to the text."""
+        name, text, message = rendered.name(i), rendered.text, rendered.messages[i]
+        start = self._turn_start(rendered, i)
+        after = self._template.render(rendered.messages[: i + 1], rendered.tools)
+        is_prefix = text.startswith(after)
+        following = [s for s, slot in rendered.slots if slot.message > i and s >= start]
+        body = text[start : len(after) if is_prefix else min(following, default=len(text))]
+        if message.get("tool_calls"):
+            return start, start + self._calls_end(body, is_prefix, name)
+        content = message["content"].strip()
+        at = body.find(content)
+        tail = body[at + len(content) :].lstrip()
+        if not is_prefix or at < 0 or not tail.startswith(self._turn_end.strip()):
+            raise TemplateError(f"it changes the content of {name}, or renders it differently once others follow")
+        if content and content in body[at + 1 :]:
+            raise TemplateError(f"it writes the content of {name} more than once")
+        end = start + at + len(content)
+        length = self._end_length(text[end : len(after)], text[end:], "assistant", name)
+        has_reasoning = any(message.get(k) for k in REASONING)
+        return start if has_reasoning else start + at, end + length
+
+    def _turn_start(self, rendered: _Rendered, i: int) -> int:
+        """Where the model takes over in turn i: the length of the prompt for it."""
+        prompt = self._template.render(rendered.messages[:i], rendered.tools, add_generation_prompt=True)
+        # A header that is only white space stands before contents alone, and not before calls.
+        if self._header.strip() or rendered.text.startswith(prompt + self._header):
+            prompt += self._header
+        if rendered.messages[i]["role"] != "assistant" or not rendered.text.startswith(prompt):
+            raise TemplateError(f"it renders what comes before {rendered.name(i)} differently once that follows")
+        return len(prompt)
+
+    def _tail(self, rendered: _Rendered, i: int) -> str:
+        """What follows content i in a conversation that ends there."""
+        after = self._template.render(rendered.messages[: i + 1], rendered.tools)
+        at = after.rfind(Slot(i, Kind.CONTENT).sentinel)
+        if at < 0:
+            raise TemplateError(f"it leaves out the content of messages[{i}] where that is the last")
+        return after[at + _SENTINEL_WIDTH :]
+
+    # ------------------------------------------------------------------------------------ ends of turns
+    def _end_length(self, tail: str, text: str, role: str, name: str) -> int:
+        """Characters of the token that ends a turn.
+
+        A template without added tokens ends a turn by the first character of its tail.
+
+        Args:
+          tail: what follows the content in a conversation that ends there, so that it holds no header.
+          text: what follows the content in this conversation.
+          role: of the message.
+          name: of the message, for the error.
+        """
+        token = re.compile(rf"\s*(?:{self._added_tokens})").match(tail)
+        end = token[0] if token else tail[:1]
+        if not end and role == "assistant":
+            raise NoTurnEndError(f"the chat template writes nothing after {name}")
+        return len(end) if text.startswith(end) else 0
+
+    def _calls_end(self, body: str, is_prefix: bool, name: str) -> int:
+        """Where a turn with tool calls ends: after the first of the tokens that close its text."""
+        if not is_prefix:
+            at = body.find(self._turn_end) if self._turn_end else -1
+            if at < 0:
+                raise TemplateError(f"it renders {name} differently once other messages follow")
+            return at + len(self._turn_end)
+        closing = re.search(rf"(?:(?:{self._added_tokens})\s*)+\Z", body)
+        if closing:
+            at = closing[0].find(self._turn_end) if self._turn_end else -1
+            if at >= 0:
+                return closing.start() + at + len(self._turn_end)
+            first = re.search(self._special_tokens, closing[0])
+            return closing.start() + (first.end() if first else len(closing[0].rstrip()))
+        length = len(body.rstrip())
+        if length == len(body):
+            raise NoTurnEndError(f"the chat template writes nothing after {name}")
+        return length + 1
+
+    @property
+    def _turn_end(self) -> str:
+        return self._probe[0]
+
+    @property
+    def _header(self) -> str:
+        return self._probe[1]
+
+    @functools.cached_property
+    def _probe(self) -> tuple[str, str]:
+        """What ends an assistant's turn, and the header that the generation prompt leaves out."""
+        user, slot = PROBE_MESSAGES[0], Slot(1, Kind.CONTENT)
+        try:
+            text = self._template.render([user, {"role": "assistant", "content": slot.sentinel}], None)
+            at = text.index(slot.sentinel)
+            tail = text[at + _SENTINEL_WIDTH :]
+            end = tail[: self._end_length(tail, tail, "user", "")]
+            without_prompt = self._template.render([user], None)
+            with_prompt = self._template.render([user], None, add_generation_prompt=True)
+        except (TemplateError, ValueError):  # the template does not render so short a conversation
+            return "", ""
+        lacks_prompt = without_prompt == with_prompt and text.startswith(without_prompt)
+        header = text[len(without_prompt) : at] if lacks_prompt else ""
+        return (end if end.strip() else ""), header
+
+
+# ---------------------------------------------------------------------------------------- sentinels
+def _slot_of(number: int) -> Slot:
+    message, kind = divmod(number, 2)
+    return Slot(message, Kind(kind))
+
+
+def _replace_by_sentinels(messages: list[Message], chosen: Iterable[int]) -> tuple[list[Message], dict[Slot, str]]:
+    """The messages with sentinels for the texts of the chosen ones, and those texts by slot."""
+    blank = [dict(m) for m in messages]
+    values: dict[Slot, str] = {}
+    for i in chosen:
+        message = blank[i]
+        content = message.get("content")
+        content_slot, reasoning_slot = Slot(i, Kind.CONTENT), Slot(i, Kind.REASONING)
+        reasoning = next((message[k] for k in REASONING if message.get(k)), None)
+        inline = None
+        if message["role"] == "assistant" and content and "</think>" in content:
+            inline = _INLINE_REASONING.fullmatch(content)
+        if reasoning is not None:
+            values[reasoning_slot] = reasoning
+            message.update({k: reasoning_slot.sentinel for k in REASONING if message.get(k) == reasoning})
+        elif inline and inline[4]:  # some templates split such a content, so both parts get a slot
+            head, values[reasoning_slot], middle, values[content_slot] = inline.groups()
+            message["content"] = head + reasoning_slot.sentinel + middle + content_slot.sentinel
+            continue
+        if content or (content is not None and not message.get("tool_calls")):
+            values[content_slot] = content
+            message["content"] = content_slot.sentinel
+    return blank, values
+
+
+def _fit(skeleton: _Skeleton, values: dict[Slot, str], text: str) -> list[int] | None:
+    """How many characters each slot has in `text`, or None where the filled skeleton is not that text.
+
+    A template may strip what it puts in, for some roles and not for others, so each value is tried stripped too.
+    """
+    edges = [0, *(start + _SENTINEL_WIDTH for start, _ in skeleton.slots)]
+    starts = [*(start for start, _ in skeleton.slots), len(skeleton.text)]
+    literals = [skeleton.text[e:s] for e, s in zip(edges, starts, strict=True)]
+    if not text.startswith(literals[0]):
+        return None
+    seen = set()
+    # A depth-first search without recursion; each entry has the next slot, a position, and a linked list of lengths.
+    stack: list[tuple[int, int, Any]] = [(0, len(literals[0]), None)]
+    while stack:
+        k, at, path = stack.pop()
+        if k == len(skeleton.slots):
+            if at < len(text):
+                continue
+            lengths = []
+            while path:
+                length, path = path
+                lengths.append(length)
+            return lengths[::-1]
+        if (k, at) in seen:
+            continue
+        seen.add((k, at))
+        for value in reversed(_stripped(values[skeleton.slots[k].slot])):  # the unchanged value is tried first
+            end = at + len(value)
+            if text.startswith(value, at) and text.startswith(literals[k + 1], end):
+                stack.append((k + 1, end + len(literals[k + 1]), (len(value), path)))
+    return None
+
+
+def _stripped(text: str) -> list[str]:
+    """The text, and what templates make of it by stripping."""
+    if text == text.strip():
+        return [text]
+    lines = (text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
+    return list(dict.fromkeys((text, text.strip(), text.lstrip(), text.rstrip(), *lines)))
+
+
+def _moved(position: int, skeleton: _Skeleton, lengths: list[int]) -> int:
+    """A position of the skeleton's text, in the real one."""
+    slots = zip(skeleton.slots, lengths, strict=True)
+    return position + sum(n - _SENTINEL_WIDTH for (start, _), n in slots if start + _SENTINEL_WIDTH <= position)
+
+
+def _answer_text(message: Message) -> str:
+    """The part of a message's content that every template keeps."""
+    return (message.get("content") or "").rpartition("</think>")[2].strip()
