@@ -634,7 +634,7 @@ def made_up_blocks(samples: int) -> Iterator[tuple[float, Any]]:
     import pyarrow as pa
 
     from mice_jax.data.readers import BLOCK_RECORDS
-    from mice_jax.data.tokenise import SCHEMA, Tokenised
+    from mice_jax.data.tokenise import SCHEMA, TokenisedBlock
 
     rng, lengths = np.random.default_rng(0), draw_lengths(samples, seed=2)
     for start in range(0, samples, BLOCK_RECORDS):
@@ -651,7 +651,7 @@ def made_up_blocks(samples: int) -> Iterator[tuple[float, Any]]:
         zeros = pa.array(np.zeros(count, np.uint8))
         columns = [made.get(f.name, zeros.cast(f.type) if f.name not in made else None) for f in SCHEMA]
         batch = pa.record_batch(columns, schema=SCHEMA).serialize().to_pybytes()
-        yield (start + count) / samples, Tokenised(batch, count, tokens, {})
+        yield (start + count) / samples, TokenisedBlock(batch, count, tokens, {})
 
 
 def open_warm(args: argparse.Namespace) -> None:

@@ -1,12 +1,13 @@
-"""What those who pack rows and those who compute on them agree on."""
+"""The limit on samples in one row, which packing and the attention kernels share."""
 
-FEW_SEGMENTS = 64  # samples that may share a row of any length,
-SEGMENT_SLOTS = 16  # and more where it has so many slots for each
+MIN_SEGMENT_LIMIT = 64  # the limit for short rows
+SLOTS_PER_SEGMENT = 16  # in longer rows, the limit is one sample for each 16 slots
 
 
 def max_segments(slots: int) -> int:
-    """Samples in a row at most: kernels that are told where segments end want a number known beforehand.
+    """The largest number of samples in a row of `slots` slots.
 
-    Chats are longer than 16 tokens by their headers alone, so the cap costs no slot but with tiny documents.
+    Kernels that take the ends of segments need an array of fixed size. The headers of a chat alone have more than 16
+    tokens, so the limit costs slots only where data consist of tiny documents.
     """
-    return max(FEW_SEGMENTS, slots // SEGMENT_SLOTS)
+    return max(MIN_SEGMENT_LIMIT, slots // SLOTS_PER_SEGMENT)

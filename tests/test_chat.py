@@ -315,7 +315,7 @@ def test_unknown_train_on_is_an_error(encoders: dict[str, ChatEncoder]) -> None:
         ChatEncoder(encoders["chatml"].tokenizer, train_on="first")
 
 
-# ---------------------------------------------------------------------------------------- signs
+# ---------------------------------------------------------------------------------------- flags
 def flags_of(encoder: ChatEncoder, *samples: Sample) -> list[SampleFlag]:
     return [SampleFlag(e.flags) for e in encoder.encode(samples)]
 

@@ -18,7 +18,7 @@ from mice_jax.data.dataset import build_dataset
 from mice_jax.data.loader import StepSource, load_steps
 from mice_jax.data.mixture import Corpus, Mixture, PhasePools, Pool
 from mice_jax.data.packing import Shape, microbatch_shapes
-from mice_jax.data.tokenise import SCHEMA, Tokenised
+from mice_jax.data.tokenise import SCHEMA, TokenisedBlock
 
 pytestmark = pytest.mark.smoke
 
@@ -297,7 +297,7 @@ def test_warm_store_of_a_million_samples_starts_within_ten_seconds(
     path.write_text('{"text": "mice"}\n' * count)
     encoder = ChatEncoder(make_tokenizer())
 
-    def blocks(*_: Any, **__: Any) -> Iterator[tuple[float, Tokenised]]:
+    def blocks(*_: Any, **__: Any) -> Iterator[tuple[float, TokenisedBlock]]:
         many = 500
         offsets = pa.array(np.arange(0, tokens * many + 1, tokens), pa.int32())
         kinds = (pa.int32(), pa.uint8())
@@ -307,7 +307,7 @@ def test_warm_store_of_a_million_samples_starts_within_ten_seconds(
             rest = {"num_trained": np.full(many, tokens - 1), "content_hash": numbers, "number": numbers}
             columns = [pa.array(rest.get(f.name, np.zeros(many, int)), f.type) for f in list(SCHEMA)[2:]]
             batch = pa.record_batch(lists + columns, schema=SCHEMA).serialize().to_pybytes()
-            yield start / count, Tokenised(batch, many, tokens * many, {})
+            yield start / count, TokenisedBlock(batch, many, tokens * many, {})
 
     def first_step() -> dict[str, Any]:
         data = Data(phases=[Phase(sources=[Source(path=str(path), format="text")])], cache_dir=str(tmp_path / "stores"))
@@ -331,7 +331,7 @@ def test_warm_store_of_a_million_samples_starts_within_ten_seconds(
 def test_steps_plan_is_the_same_from_wherever_a_run_begins(
     planned_together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "PLANNED_TOGETHER", planned_together)
+    monkeypatch.setattr(loader, "PLANNED_SAMPLES", planned_together)
     samples = random_samples(95)
 
     def fresh(num_epochs: float = 2.0) -> StepSource:

@@ -387,7 +387,7 @@ def test_waiting_process_repeats_its_notice(
 ) -> None:
     folder = cache / build().fingerprint
     shutil.rmtree(folder)
-    monkeypatch.setattr(store_module, "WAIT_WORD_S", 0.3)
+    monkeypatch.setattr(store_module, "WAIT_NOTICE_EVERY_S", 0.3)
     with (cache / f"{folder.name}.lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         threading.Timer(1.0, lambda: fcntl.flock(held, fcntl.LOCK_UN)).start()

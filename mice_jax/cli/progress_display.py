@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mice_jax.data.store import Watch
+from mice_jax.data.store import ProgressCallback
 
 LINE_EVERY_S = 30.0  # between lines of progress where there is no terminal to draw a bar on
 
@@ -32,7 +32,7 @@ class Display:
     def say(self, text: str) -> None:
         self._console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
-    def watch(self, what: str, unit: str = "samples") -> Watch:
+    def watch(self, what: str, unit: str = "samples") -> ProgressCallback:
         """A callback that updates the progress of `what`: the fraction done, and the number of units done."""
         bar = self._bars.add_task(escape(what), total=1.0, count=0, unit=unit, visible=False)
         last_line = time.monotonic()

@@ -119,7 +119,7 @@ def _write_date(template: str, day: datetime.date) -> str:
     computed = re.search(r"strftime_now\s*\(.{0,40}", dated)
     if computed:
         raise UserError(
-            f"the chat template writes a date by {computed[0]!r}, whose format is not a quoted string, so the ids would "
+            f"the chat template writes a date by {computed[0]!r}, whose format is not a quoted string, so ids would "
             "change with the clock. Write the format, or the date, into a copy of the template, and give that file "
             "as data.chat_template."
         )

@@ -1,7 +1,7 @@
-"""From the data config to what a run draws from: the corpus, each phase's pools, the held-out samples, the counts.
+"""Builds what a run draws from: the corpus, the pools of each phase, the held-out samples, and the counts.
 
-Here samples are left out, and nowhere else, each counted by source with its reason, in this order: what is held out;
-what is too long, or has nothing to train on; the half that is not wanted; what is beyond max_samples.
+This is the only module that leaves samples out. It counts them by source and reason, in this order: held out, too long
+or without a trained token, in the half that is not selected (`Source.half`), and beyond `Source.max_samples`.
 """
 
 import dataclasses
@@ -17,22 +17,24 @@ from mice_jax import config
 from mice_jax.data import statistics
 from mice_jax.data.chat import ChatEncoder, SampleFlag
 from mice_jax.data.mixture import Corpus, PhasePools, Pool
-from mice_jax.data.store import TokenStore, Watch, build_store
+from mice_jax.data.store import ProgressCallback, TokenStore, build_store
 from mice_jax.errors import UserError
 from mice_jax.storage.cache import cache_folder
 
-MAX_WORKERS = 32  # unless more are asked for: each has a few hundred MB
+MAX_DEFAULT_WORKERS = 32  # each takes a few hundred MB; data.prepare_workers may ask for more
 
 Key = tuple[str, str]  # path and format: sources that share them share a store
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
+    """The data of a run."""
+
     corpus: Corpus
     phases: list[PhasePools]
     validation: list["HeldOut"]
-    report: dict[str, Any]  # the part of data_report.json that is known without steps
-    fingerprint: str  # of all tokens
+    report: dict[str, Any]  # the part of data_report.json that does not depend on steps
+    fingerprint: str  # of all stores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +43,28 @@ class HeldOut:
 
     name: str  # of the source
     ids: np.ndarray  # sample numbers
-    phases: tuple[str, ...]  # those that it is held out for; () where it is the whole run's
+    phases: tuple[str, ...]  # the phases that it is held out for; () means the whole run
 
 
 def build_dataset(
     data: config.Data,
     encoder: ChatEncoder,
     say: Callable[[str], None] = lambda text: None,
-    watch: Callable[[str], Watch] = lambda what: lambda done, samples: None,
+    watch: Callable[[str], ProgressCallback] = lambda what: lambda done, samples: None,
 ) -> Dataset:
-    """Opens or builds the stores of every source, and sorts out which samples are trained on.
+    """Opens or builds the store of every source, and selects the samples to train on.
 
     Args:
-      say: is told in a sentence what the user should know.
-      watch: gives, for a source's path, what is told how far its tokenising is.
+      data: the data part of the config.
+      encoder: turns samples into ids and masks.
+      say: called with each sentence that the user should read.
+      watch: gives the progress callback for the path of a source.
 
-    Raises UserError where a phase is left without a sample.
+    Returns:
+      The data set.
+
+    Raises:
+      UserError: a source cannot be read, or a phase has no samples.
     """
     for remark in encoder.remarks():
         say(remark)
@@ -79,7 +87,7 @@ def build_dataset(
 
 
 def source_name(source: config.Source) -> str:
-    """As reports and metrics call it; a glob is called by its folder, and a file by its name, whatever is in that."""
+    """The name of a source in reports and metrics: its own, or that of its file or, for a glob, of its folder."""
     path = Path(source.path)
     magic = set() if path.exists() else set("*?[")
     named = [part for part in path.parts if not set(part) & magic] or [source.path]
@@ -87,9 +95,9 @@ def source_name(source: config.Source) -> str:
 
 
 def _stores(
-    data: config.Data, encoder: ChatEncoder, say: Callable[[str], None], watch: Callable[[str], Watch]
+    data: config.Data, encoder: ChatEncoder, say: Callable[[str], None], watch: Callable[[str], ProgressCallback]
 ) -> dict[Key, TokenStore]:
-    """The store of every source, those of phases and those held out."""
+    """The store of every source, whether it is trained on or held out."""
     cache_dir = cache_folder(data.cache_dir)
     stores: dict[Key, TokenStore] = {}
     for source in [s for p in data.phases for s in (*p.sources, *p.validation)] + data.validation:
@@ -101,7 +109,7 @@ def _stores(
                 encoder=encoder,
                 skip_bad=data.skip_bad,
                 cache_dir=cache_dir,
-                workers=data.prepare_workers or min(MAX_WORKERS, os.cpu_count() or 1),
+                workers=data.prepare_workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1),
                 say=say,
                 watch=watch(source.path),
             )
@@ -119,13 +127,13 @@ class _Pools:
         self.entries: dict[str, Any] = {"max_length": data.max_length, "sources": {}, "validation": {}}
 
     def make(self, source: config.Source, held_out: bool) -> Pool:
-        """What is drawn of a source; of a held-out one or of its held-out part, what is measured."""
+        """The samples of a source that are trained on or, with `held_out`, measured."""
         key, fraction = (source.path, source.format), self._data.validation_fraction
         ids, meta = self._ids[key], self._stores[key].meta
         if fraction:
             is_held = self._hashes[ids] < np.uint64(int(fraction * 2**64))
             ids = ids[is_held == held_out]
-        # A source of which a part is held out is read once: its bad lines are counted with the part that is trained on.
+        # Where a part of a source is held out, its bad lines are counted once, with the part that is trained on.
         bad = {} if held_out and fraction else {f"bad line: {k}": n for k, n in meta["bad_lines"].items()}
         kept, dropped = self._kept(ids, source)
         chosen, set_aside = self._chosen(kept, source)
@@ -153,8 +161,8 @@ class _Pools:
             longest = self._corpus.where(int(ids[lengths.argmax()]))
             raise UserError(
                 f"{source.path} has {int(overlong.sum())} samples above data.max_length={data.max_length}, the longest "
-                f"of {lengths.max()} tokens ({longest}), and data.overlong is 'error'. Raise the length, or say 'drop' "
-                "or 'truncate'."
+                f"of {lengths.max()} tokens ({longest}), and data.overlong is 'error'. Increase the length, or set "
+                "data.overlong to 'drop' or 'truncate'."
             )
         too_long = overlong & (data.overlong == "drop")
         untrained = ~too_long & (self._corpus.num_trained[ids] == 0)
@@ -162,7 +170,7 @@ class _Pools:
         return ids[~too_long & ~untrained], {reason: n for reason, n in dropped.items() if n}
 
     def _chosen(self, ids: np.ndarray, source: config.Source) -> tuple[np.ndarray, dict[str, int]]:
-        """The half and the number that are wanted of a source's good samples, in order, and how many are not."""
+        """The samples that `Source.half` and `max_samples` select, in order, and how many they leave out."""
         set_aside = {}
         if source.half:
             by_answer = ids[np.lexsort((ids, self._corpus.num_trained[ids]))]
@@ -171,7 +179,7 @@ class _Pools:
             set_aside[f"not of the {source.half} half"] = len(ids) - len(chosen)
             ids = np.sort(chosen)
         if source.max_samples and len(ids) > source.max_samples:
-            # By content, as validation_fraction: the choice does not move with the order of the files.
+            # Samples are chosen by content, as for validation_fraction, so the order of files has no influence.
             by_hash = ids[np.lexsort((ids, self._hashes[ids]))]
             set_aside["beyond max_samples"] = len(ids) - source.max_samples
             ids = np.sort(by_hash[: source.max_samples])
@@ -194,7 +202,7 @@ class _Pools:
 
 
 def _replayed(phase: config.Phase, earlier: Sequence[PhasePools]) -> list[Pool]:
-    """What a phase draws again of earlier ones: each of their samples once in a pool, whoever shares it."""
+    """The pool of earlier phases' samples that a phase replays; a sample of several pools is in it once."""
     if not phase.replay:
         return []
     replayed = [p for p in earlier if phase.replay_from in ("", p.name)]
@@ -225,10 +233,10 @@ def _check_phase(phase: PhasePools, data: config.Data, sources: dict[str, Any]) 
 
 # ---------------------------------------------------------------------------------------- held out
 def _validation(data: config.Data, pools: _Pools) -> list[HeldOut]:
-    """What is held out: each source once, however many phases it is held out for."""
+    """The held-out sources; a source that is held out for several phases is listed once."""
     if data.validation_fraction:
         listed = [(s, p.name) for p in data.phases for s in p.sources]
-        # All of the held-out part is measured: a half or a number chosen of it would only make it noisier.
+        # The whole held-out part is measured, since a selection from it would only be noisier.
         listed = [(dataclasses.replace(s, half="", max_samples=0), phase) for s, phase in listed]
     else:
         listed = [(s, "") for s in data.validation] + [(s, p.name) for p in data.phases for s in p.validation]
@@ -249,7 +257,7 @@ def _validation(data: config.Data, pools: _Pools) -> list[HeldOut]:
 
 
 def _overlaps(corpus: Corpus, phases: Sequence[PhasePools], validation: Sequence[HeldOut]) -> dict[str, int]:
-    """Samples of equal content: trained on from two sources, or trained on and held out."""
+    """Counts samples of equal content that two sources share, or that are both trained on and held out."""
     trained = np.unique(np.concatenate([pool.ids for p in phases for pool in p.pools]))
     all_hashes = corpus.content_hashes
     hashes = all_hashes[trained]

@@ -1,7 +1,7 @@
-"""From a step's number to the arrays of its microbatches; Grain runs it ahead of the training loop.
+"""Makes the arrays of a step's microbatches from the step's number; Grain runs it ahead of the training loop.
 
-Element i of the source is step i, made from nothing but i: so a loader's state is one integer, and the number of
-hosts, workers or rows a device changes nothing in what a step holds.
+Element i of the source is step i and depends on i alone. The state of a loader is therefore one integer, and the number
+of hosts, workers or rows per device has no influence on the samples of a step.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from mice_jax.data.mixture import Corpus, Mixture
 from mice_jax.data.packing import Microbatch, Shape, pack_steps
 
 PREFETCH_STEPS = 2
-PLANNED_TOGETHER = 2**14  # samples, about: the plans of so many are made at once
+PLANNED_SAMPLES = 2**14  # about as many are planned at once
 
 # One microbatch of this host: tokens, targets, segment_ids, positions (int32) and loss_weights (float32), each
 # [local rows, slots].
@@ -25,20 +25,17 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class StepSource:
-    """Random access to the steps of a mixture, as the rows of this host's shards.
-
-    `shards` are this host's numbers among the `num_shards` that split a microbatch's rows between them.
-    """
+    """Random access to the steps of a mixture, as the rows of this host's shards."""
 
     corpus: Corpus
     mixture: Mixture
-    shapes: tuple[Shape, ...]
-    num_shards: int
-    shards: tuple[int, ...]
-    loss_reduction: str
+    shapes: tuple[Shape, ...]  # those that a microbatch may have
+    num_shards: int  # that share the rows of a microbatch
+    shards: tuple[int, ...]  # indices of this host's shards
+    loss_reduction: str  # "token" or "sample"
     seed: int
-    split_every: int = 0  # of so many steps one that is a single microbatch is made two; 0 = none
-    # The number of the first step and the plans of the block of steps that was planned last.
+    split_every: int = 0  # every such step that has a single microbatch is split into two; 0 = never
+    # The first step of the block that was planned last, and the plans of its steps.
     _latest: list[tuple[int, Sequence[list[Microbatch]]]] = dataclasses.field(
         default_factory=lambda: [(0, [])], init=False, repr=False, compare=False
     )
@@ -47,7 +44,7 @@ class StepSource:
         return len(self.mixture)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Step number `index`: where it stands, its counts over all hosts, and this host's microbatches."""
+        """Step `index`: its phase and epoch, its counts over all hosts, and this host's microbatches."""
         step = self.mixture.step(int(index))
         plan = self.plan(int(index))
         halves = self._halves(int(index), len(step.samples)) if len(plan) == 1 else [None]
@@ -57,17 +54,17 @@ class StepSource:
             "epoch": step.epoch,
             "samples": len(step.samples),
             "tokens": int(lengths.sum()),
-            "lengths": lengths,  # of the samples: attention's cost follows them
+            "lengths": lengths,  # of the samples; the cost of attention depends on them
             "loss_tokens": int(self.corpus.num_trained[step.samples].sum()),
             "slots": len(halves) * sum(len(m.rows) * m.shape.slots for m in plan),
             "microbatches": [self._fill(m, step.samples, half) for m in plan for half in halves],
         }
 
     def _halves(self, i: int, count: int) -> list[set[int] | None]:
-        """Which samples of a step train in each pass over its one microbatch; None = all.
+        """The samples that have a loss in each pass over the single microbatch of a step; None = all.
 
-        The gradient's noise is told from microbatches that differ: of one, half of the samples, drawn at random, have a
-        loss in the first pass and the others in the second. Their sum is the same step.
+        The gradient noise is estimated from the differences between microbatches. Where there is only one, a random
+        half of its samples has a loss in a first pass and the other half in a second. Their sum is the same step.
         """
         if not self.split_every or i % self.split_every or count < 2:
             return [None]
@@ -75,10 +72,10 @@ class StepSource:
         return [set(order[: count // 2]), set(order[count // 2 :])]
 
     def plan(self, i: int) -> list[Microbatch]:
-        """How step i is packed. It is planned with its block, which is kept, since its steps come together."""
+        """The packing of step i; the block that it is planned in is cached, since its steps come together."""
         first, plans = self._latest[0]
         if not first <= i < first + len(plans):
-            block = self.mixture.block(i, PLANNED_TOGETHER)
+            block = self.mixture.block(i, PLANNED_SAMPLES)
             rng = np.random.default_rng([self.seed, 0, block.phase, block.epoch, block.first])
             first = block.first
             plans = pack_steps(self.corpus.lengths[block.samples], self.shapes, self.num_shards, rng)
@@ -101,7 +98,7 @@ class StepSource:
 
 
 def empty_rows(rows: int, slots: int) -> Arrays:
-    """Rows of padding: segment 0, weight 0."""
+    """Rows of padding, whose segment ids and loss weights are 0."""
     names = ("tokens", "targets", "segment_ids", "positions")
     arrays = {name: np.zeros((rows, slots), np.int32) for name in names}
     return arrays | {"loss_weights": np.zeros((rows, slots), np.float32)}
@@ -116,7 +113,17 @@ def put_sample(
     trained: np.ndarray,
     loss_reduction: str,
 ) -> None:
-    """Writes one sample into a row from slot `at`. Slot t predicts token t+1 of its own sample; the last, nothing."""
+    """Writes one sample of n tokens into a row; slot t predicts token t + 1, and the last slot has no loss.
+
+    Args:
+      arrays: those of a microbatch, [rows, slots] each; they are changed.
+      row: index of the row.
+      at: the first slot of the sample.
+      segment: id of the sample in the row, from 1 on.
+      tokens: int32 [n].
+      trained: uint8 [n]; 1 = the model learns to predict this token.
+      loss_reduction: "token", or "sample" to give each sample a total weight of 1.
+    """
     n = len(tokens)
     span = slice(at, at + n)
     arrays["tokens"][row, span] = tokens
@@ -128,11 +135,20 @@ def put_sample(
 
 
 def load_steps(source: StepSource, start: int, num_workers: int) -> Iterator[dict[str, Any]]:
-    """Steps from number `start` on, made ahead by a thread, or by `num_workers` processes."""
+    """Loads steps ahead of their use.
+
+    Args:
+      source: the steps.
+      start: number of the first one.
+      num_workers: number of processes that load; 0 = a thread of this process.
+
+    Returns:
+      An iterator over the elements of `source`.
+    """
     steps = grain.MapDataset.source(source)[start:].to_iter_dataset(
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_STEPS)
     )
     if num_workers:
-        flags.FLAGS.mark_as_parsed()  # grain reads a flag of its own; ours are parsed elsewhere
+        flags.FLAGS.mark_as_parsed()  # grain reads one of its own flags; ours are parsed elsewhere
         steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(steps)

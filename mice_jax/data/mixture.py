@@ -1,7 +1,7 @@
 """Which samples make up each step: a pure function of the seed, the phase and the epoch.
 
-A corpus numbers the samples of all stores in one line; phases draw from pools of those numbers. A step is
-exactly `batch_size` samples, never across an epoch or a phase; only an epoch's last step may hold fewer.
+A corpus numbers the samples of all stores consecutively, and phases draw from pools of those numbers. A step is
+exactly `batch_size` samples and never crosses an epoch or a phase; only an epoch's last step may hold fewer.
 """
 
 import dataclasses
@@ -15,22 +15,25 @@ from mice_jax.errors import UserError
 
 
 class Corpus:
-    """All samples of a run under one numbering, as they are trained on: cut at `max_length`."""
+    """All samples of a run under one numbering, truncated at `max_length`."""
 
     def __init__(self, stores: Sequence[TokenStore], max_length: int):
+        """Joins the stores, whose samples are numbered in this order; `max_length` is in tokens."""
         self._stores = list(stores)
         self._first = np.cumsum([0] + [len(s) for s in stores])
         self.full_lengths = np.concatenate([s.lengths for s in stores])
         self.lengths = np.minimum(self.full_lengths, max_length)
         self.num_trained = np.concatenate([s.num_trained_within(max_length) for s in stores])
 
-    # Made when asked for: a loader's processes, to which a corpus is sent, need neither.
+    # These arrays are not attributes, since the loader's processes, to which a corpus is sent, do not need them.
     @property
     def content_hashes(self) -> np.ndarray:
+        """A hash of each sample as read; uint64 [samples]."""
         return np.concatenate([s.content_hashes for s in self._stores])
 
     @property
     def flags(self) -> np.ndarray:
+        """Combinations of `chat.SampleFlag`; uint8 [samples]."""
         return np.concatenate([s.flags for s in self._stores])
 
     def ids(self, store: int) -> np.ndarray:
@@ -38,11 +41,11 @@ class Corpus:
         return np.arange(self._first[store], self._first[store + 1])
 
     def stores_of(self, ids: np.ndarray) -> np.ndarray:
-        """The number of the store that each sample lies in."""
+        """The number of the store that holds each sample."""
         return np.searchsorted(self._first, ids, side="right") - 1
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and trained marks of sample number i, cut to its length here."""
+        """Token ids (int32 [n]) and mask of trained tokens (uint8 [n]) of sample i, truncated at `max_length`."""
         store, number = self._of(i)
         tokens, trained = store.sample(number)
         return tokens[: self.lengths[i]], trained[: self.lengths[i]]
@@ -59,7 +62,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Sample numbers that a phase draws from, `weight` times an epoch."""
+    """Sample numbers that a phase draws from; each is drawn `weight` times an epoch on average."""
 
     ids: np.ndarray
     weight: float = 1.0
@@ -67,12 +70,14 @@ class Pool:
 
     @property
     def per_epoch(self) -> int:
-        """Samples an epoch: the weight's share, rounded to the nearest, a half to the even one."""
+        """Samples of this pool in an epoch, rounded to the nearest integer (halves to the even one)."""
         return round(self.weight * len(self.ids))
 
 
 @dataclasses.dataclass(frozen=True)
 class PhasePools:
+    """A phase and the pools that it draws from."""
+
     name: str
     num_epochs: float
     pools: tuple[Pool, ...]
@@ -81,30 +86,33 @@ class PhasePools:
 
     @property
     def per_epoch(self) -> int:
+        """Samples of all pools in an epoch."""
         return sum(p.per_epoch for p in self.pools)
 
     def epoch_sizes(self, batch_size: int, drop_remainder: bool) -> list[int]:
-        """Samples of each epoch; the last one may be a part."""
+        """Samples of each epoch; the last epoch may be partial."""
         size = self.per_epoch
         if not self.num_steps:
             whole = math.floor(self.num_epochs)
             rest = round((self.num_epochs - whole) * size)
-            return [size] * whole + [rest] * (rest > 0)
+            sizes = [size] * whole
+            return [*sizes, rest] if rest else sizes
         steps = num_steps(size, batch_size, drop_remainder)
         if not steps:
             return []
         whole, rest = divmod(self.num_steps, steps)
-        return [size] * whole + [min(size, rest * batch_size)] * (rest > 0)
+        sizes = [size] * whole
+        return [*sizes, min(size, rest * batch_size)] if rest else sizes
 
 
 def num_steps(samples: int, batch_size: int, drop_remainder: bool) -> int:
-    """Steps that an epoch of so many samples makes."""
+    """The number of steps in an epoch."""
     return samples // batch_size if drop_remainder else -(-samples // batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """What one epoch of a phase is made of, as far as the run takes it."""
+    """The part of one epoch of a phase that the run trains on."""
 
     phase: int
     epoch: int
@@ -123,17 +131,17 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """Steps of one epoch that follow each other and hold as many samples each: from step `first` on, a row each."""
+class StepBlock:
+    """Consecutive steps of one epoch that hold equally many samples."""
 
     phase: int
     epoch: int
-    first: int
+    first: int  # number of the first step
     samples: np.ndarray  # [steps, samples]
 
 
 class Mixture:
-    """The steps of a run, by number; the same on every host, whatever came before."""
+    """The steps of a run, by number; they are the same on every host and do not depend on earlier calls."""
 
     def __init__(
         self,
@@ -161,8 +169,8 @@ class Mixture:
                 f"{'its batch_size' if p.batch_size else 'optim.batch_size'}={b}"
                 for p, b in zip(self.phases, self._batch_sizes, strict=True)
             )
-            mend = "take a smaller batch, or data.drop_remainder=False" if drop_remainder else "take more of the data"
-            raise UserError(f"there is no step to take ({sizes}): {mend}.")
+            fix = "take a smaller batch, or data.drop_remainder=False" if drop_remainder else "take more of the data"
+            raise UserError(f"there is no step to take ({sizes}): {fix}.")
         self._latest: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.zeros(0, int))
 
     def __len__(self) -> int:
@@ -175,8 +183,8 @@ class Mixture:
         start = number * count
         return Step(phase, epoch, self._order(phase, epoch)[:size][start : start + count])
 
-    def block(self, i: int, about: int) -> Block:
-        """The steps that step i is planned with: about so many samples, the same whichever of them i is."""
+    def block(self, i: int, about: int) -> StepBlock:
+        """The block of about `about` samples that step i is planned in; every step of a block gives the same one."""
         phase, epoch, size, number = self._find(i)
         count = self._batch_sizes[phase]
         whole = size // count  # steps; one of fewer samples may follow
@@ -186,7 +194,7 @@ class Mixture:
             first, end = whole, whole + 1
         end = min(first + steps, end)
         samples = self._order(phase, epoch)[:size][first * count : end * count]
-        return Block(phase, epoch, i - number + first, samples.reshape(end - first, -1))
+        return StepBlock(phase, epoch, i - number + first, samples.reshape(end - first, -1))
 
     def _find(self, i: int) -> tuple[int, int, int, int]:
         """Step i's phase and epoch, the epoch's samples, and its number in the epoch."""
@@ -195,14 +203,14 @@ class Mixture:
         return *self._epochs[at], int(i - self._first_step[at])
 
     def phase_ends(self) -> list[int]:
-        """For each phase, the number of the first step behind it."""
+        """For each phase, the number of the first step after it."""
         ends = np.zeros(len(self.phases), int)
         for (phase, _, _), end in zip(self._epochs, self._first_step[1:], strict=True):
             ends[phase] = end
-        return np.maximum.accumulate(ends).tolist()  # a phase without a step ends where it begins
+        return np.maximum.accumulate(ends).tolist()  # a phase without steps ends where it begins
 
     def epochs(self, max_steps: int) -> list[Epoch]:
-        """What the first `max_steps` steps draw, exactly."""
+        """The epochs of the first `max_steps` steps, with exact counts."""
         found = []
         for (phase, epoch, size), first, end in zip(self._epochs, self._first_step, self._first_step[1:], strict=False):
             steps = int(min(end, max_steps) - first)
@@ -217,7 +225,7 @@ class Mixture:
         return found
 
     def crowded_phases(self) -> list[str]:
-        """`'name' (8 samples a step, 5 an epoch)` for each phase of which an epoch is less than a step."""
+        """`'name' (8 samples a step, 5 an epoch)` for each phase whose epoch is smaller than a step."""
         sizes = [[size for p, _, size in self._epochs if p == number] for number in range(len(self.phases))]
         shortest = [min(own, default=p.per_epoch) for own, p in zip(sizes, self.phases, strict=True)]
         return [
@@ -227,7 +235,7 @@ class Mixture:
         ]
 
     def _order(self, phase: int, epoch: int) -> np.ndarray:
-        """All samples of an epoch as they are drawn; the latest epoch's is kept, since its steps come together."""
+        """All samples of an epoch in the order drawn; the latest epoch is cached, since its steps come together."""
         key, order = self._latest
         if key != (phase, epoch):
             order = self._epoch_order(phase, epoch)
@@ -240,16 +248,16 @@ class Mixture:
         return self._rng(phase, epoch).permutation(samples)
 
     def _draw(self, phase: int, pool: int, epoch: int) -> np.ndarray:
-        """A pool's samples of one epoch: the next `per_epoch` of an endless line of shuffled passes over it.
+        """A pool's samples of one epoch: the next `per_epoch` of an endless sequence of shuffled passes over it.
 
-        So a weight of 0.5 sees every sample once in two epochs, and one of 1 every sample once an epoch.
+        A weight of 0.5 therefore draws every sample once in two epochs, and a weight of 1 once an epoch.
         """
         ids, count = self.phases[phase].pools[pool].ids, self.phases[phase].pools[pool].per_epoch
         first, last = epoch * count, (epoch + 1) * count
         passes = range(first // len(ids), -(-last // len(ids))) if count else range(0)
-        line = [self._rng(phase, p, pool).permutation(ids) for p in passes]
+        shuffled = [self._rng(phase, p, pool).permutation(ids) for p in passes]
         skip = first % len(ids)
-        return np.concatenate([ids[:0], *line])[skip : skip + count]
+        return np.concatenate([ids[:0], *shuffled])[skip : skip + count]
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, len(key), *key])

@@ -1,8 +1,8 @@
-"""Makes checked samples of raw records, in several formats.
+"""Turns raw records of several formats into checked samples.
 
-A reader yields records, each with the place it came from ("a.jsonl line 12"); a format turns a record into
-`{"messages": [...]}`; one check covers them all. A record that fails stops the run with its place and the mend, or
-is counted by reason where the user asked to skip bad ones.
+A reader yields records, each with the place it came from ("a.jsonl line 12"). A format turns a record into
+`{"messages": [...]}`, which is then checked. A bad record is an error that names its place and the fix, or is counted
+by reason where the user asked to skip bad records.
 """
 
 import difflib
@@ -18,27 +18,28 @@ from mice_jax.data.readers import DECODER, Block, Reader
 from mice_jax.errors import UserError, one_line
 
 ROLES = ("system", "user", "assistant", "tool", "pretraining")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names templates know it by
+REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys that templates read
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation or document; a `content` is a string, or None beside `tool_calls`."""
+    """One conversation or document; a `content` is a string, or None in a message with `tool_calls`."""
 
     messages: list[Record]
     tools: list[Record] | None
     unmask: bool
     where: str  # "a.jsonl line 12"
-    place: int = 0  # the same as numbers: among the reader's places,
-    number: int = 0  # and which of its records
+    place: int = 0  # index in the reader's places
+    number: int = 0  # of the record in that place
 
 
-class _Bad(Exception):
-    """A record that cannot be used: a short reason to count by, and a sentence for the user."""
+class _BadRecord(Exception):
+    """A record that cannot be used."""
 
     def __init__(self, reason: str, text: str) -> None:
+        """Keeps the short reason, by which bad records are counted, and the sentence for the user."""
         super().__init__(text)
         self.reason = reason
 
@@ -46,25 +47,49 @@ class _Bad(Exception):
 def samples_of(
     block: Block, places: Sequence[str], format: str, skip_bad: Counter[str] | None = None
 ) -> Iterator[Sample]:
-    """The samples of a block, in order; a bad record raises, or is counted in `skip_bad` where given."""
+    """Yields the samples of a block.
+
+    Args:
+      block: raw records.
+      places: those of the reader.
+      format: a key of `FORMATS`.
+      skip_bad: counts bad records by reason; None makes them an error.
+
+    Yields:
+      The samples in order.
+
+    Raises:
+      UserError: a record is bad and `skip_bad` is None.
+    """
     convert, place = FORMATS[format], places[block.place]
     for number, raw in block.records():
         try:
             yield _sample(convert(_record(raw)), f"{place} {number}", block.place, number)
-        except _Bad as bad:
+        except _BadRecord as bad:
             if skip_bad is None:
                 raise UserError(
-                    f"{place} {number}: {bad}. Mend it, or set data.skip_bad=True to leave such records out and count "
+                    f"{place} {number}: {bad}. Fix it, or set data.skip_bad=True to leave such records out and count "
                     "them."
                 ) from bad
             skip_bad[bad.reason] += 1
 
 
 def find_format(path: str, reader: Reader, format: str) -> tuple[str, str]:
-    """The format to read a source by, and a sentence where that is not the one that was asked for.
+    """Finds the format of a source.
 
-    `messages` is what a source has unless another is named: where the first record has none, and has the fields of
-    exactly one other format, it is read by that. UserError where it has those of several.
+    The default format is `messages`. Where the first record has no messages, and has the fields of exactly one other
+    format, that one is used.
+
+    Args:
+      path: of the source, for messages.
+      reader: of the source.
+      format: as in `Source.format`.
+
+    Returns:
+      The format, and a sentence for the user where it is not the one that was asked for.
+
+    Raises:
+      UserError: the format is unknown, or the first record has the fields of several.
     """
     if format not in FORMATS:
         raise UserError(f"Source.format={format!r} of {path} is not known{_nearest(format, FORMATS)}.")
@@ -74,8 +99,8 @@ def find_format(path: str, reader: Reader, format: str) -> tuple[str, str]:
     fits = [name for name, fields in _FIELDS.items() if all(record.get(f) is not None for f in fields)]
     if len(fits) > 1:
         raise UserError(
-            f"{path} has no `messages` but {_brief(list(record))}, which could be read as {' or as '.join(fits)}. Say "
-            f"which: Source.format={fits[0]!r}."
+            f"{path} has no `messages` but {_brief(list(record))}, which could be read as {' or as '.join(fits)}. Set "
+            f"one of them, such as Source.format={fits[0]!r}."
         )
     if not fits:
         return format, ""
@@ -84,33 +109,33 @@ def find_format(path: str, reader: Reader, format: str) -> tuple[str, str]:
 
 
 def _first_record(reader: Reader) -> Record | None:
-    """The first that is an object; the others are bad, and told when their turn comes."""
+    """The first record that is an object; bad records before it are reported when they are read as samples."""
     for block in reader.blocks():
         for _, raw in block.records():
             try:
                 return _record(raw)
-            except _Bad:
+            except _BadRecord:
                 continue
     return None
 
 
 # ---------------------------------------------------------------------------------------- records
 def _record(raw: Any) -> Record:
-    """The object that a line holds (other kinds of file give it parsed already)."""
+    """The object that a line holds; some kinds of file give parsed objects."""
     if isinstance(raw, bytes):
         try:
             raw = DECODER.decode(raw.decode())
         except UnicodeDecodeError as e:
             byte = f"byte {e.start + 1} (0x{raw[e.start]:02x})"
-            raise _Bad("not UTF-8", f"{byte} is not UTF-8 ({e.reason})") from e
+            raise _BadRecord("not UTF-8", f"{byte} is not UTF-8 ({e.reason})") from e
         except RecursionError as e:
-            raise _Bad("nested too deep", "its JSON is nested too deep") from e
+            raise _BadRecord("nested too deep", "its JSON is nested too deep") from e
         except json.JSONDecodeError as e:
-            raise _Bad("not JSON", f"it is not JSON: {e.msg} at column {e.colno}") from e
-        except ValueError as e:  # NaN, an integer of thousands of digits
-            raise _Bad("not JSON", f"it is not JSON: {one_line(e)}") from e
+            raise _BadRecord("not JSON", f"it is not JSON: {e.msg} at column {e.colno}") from e
+        except ValueError as e:  # such as NaN, or an integer of thousands of digits
+            raise _BadRecord("not JSON", f"it is not JSON: {one_line(e)}") from e
     if not isinstance(raw, dict):
-        raise _Bad("not an object", f"it is {_kind(raw)}, and must be an object")
+        raise _BadRecord("not an object", f"it is {_kind(raw)}, and must be an object")
     return raw
 
 
@@ -119,7 +144,7 @@ def _messages(record: Record) -> Record:
 
 
 def _prompt_completion(record: Record) -> Record:
-    """Two texts, or two lists of messages of which the second is trained on."""
+    """Two texts, or two lists of messages; the second is trained on."""
     prompt, completion = (_listed(record.get(k)) for k in ("prompt", "completion"))
     if _objects(prompt) and _objects(completion):
         return record | {"messages": [*({"train": False, **m} for m in prompt), *completion]}
@@ -173,7 +198,7 @@ FORMATS: dict[str, Callable[[Record], Record]] = {
 }
 
 
-# The fields by which a record shows its format, where it has no messages.
+# The fields from which the format of a record without messages is detected.
 _FIELDS = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
@@ -198,14 +223,14 @@ def _sample(record: Record, where: str, place: int, number: int) -> Sample:
     messages, tools, unmask = (_listed(record.get(k)) for k in ("messages", "tools", "unmask"))
     if messages is None:
         hint = ", and looks like Source.format='sharegpt'" if "conversations" in record else ""
-        raise _Bad("no messages", f"it has no `messages` but {_brief(list(record))}{hint}")
+        raise _BadRecord("no messages", f"it has no `messages` but {_brief(list(record))}{hint}")
     good = isinstance(messages, list) and messages
     _check(good, "messages", messages, "a list of at least one message")
     messages = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
     if len(messages) > 1 and any(m["role"] == "pretraining" for m in messages):
-        alone = "is a whole document and must be the only one; give it a record of its own"
-        text = f"a message of role 'pretraining' stands among {len(messages)} messages, but {alone}"
-        raise _Bad("pretraining among turns", text)
+        alone = "it is a whole document and must be the only message; give it a record of its own"
+        text = f"one of its {len(messages)} messages has the role 'pretraining', but {alone}"
+        raise _BadRecord("pretraining among turns", text)
     _check(tools is None or _objects(tools), "tools", tools, "a list of objects (JSON schemas)")
     _check_characters(tools, "tools")
     _check(isinstance(unmask, bool | None), "unmask", unmask, "true or false")
@@ -218,7 +243,7 @@ def _message(message: Any, at: str) -> Record:
     for key in ("role", "content"):
         if key not in message and not (key == "content" and message.get("tool_calls")):
             hint = " (null is for messages with `tool_calls`)" if key == "content" else ""
-            raise _Bad(f"no {key}", f"{at} has no `{key}` but {_brief(list(message))}{hint}")
+            raise _BadRecord(f"no {key}", f"{at} has no `{key}` but {_brief(list(message))}{hint}")
     _check_name(message["role"], f"{at}.role", ROLES)
     message["content"] = _content(message.get("content"), f"{at}.content")
     calls, train = message.get("tool_calls"), message.get("train")
@@ -246,17 +271,17 @@ def _content(content: Any, at: str) -> str | None:
 def _check(good: object, at: str, value: Any, wanted: str) -> None:
     if not good:
         field = re.sub(r"\[[0-9]+\]", "", at)
-        raise _Bad(f"bad {field}", f"{at} is {_kind(value)}, and must be {wanted}")
+        raise _BadRecord(f"bad {field}", f"{at} is {_kind(value)}, and must be {wanted}")
 
 
 def _check_name(name: Any, at: str, names: Collection[str]) -> None:
     _check(isinstance(name, str), at, name, f"one of {', '.join(names)}")
     if name not in names:
-        raise _Bad("unknown role", f"{at}={name!r} is not known{_nearest(name, names)}")
+        raise _BadRecord("unknown role", f"{at}={name!r} is not known{_nearest(name, names)}")
 
 
 def _check_characters(value: Any, at: str) -> None:
-    """Lone surrogates come out of JSON escapes (half of "\\ud83d\\ude00"), and are no text."""
+    """Raises for lone surrogates, which come from JSON escapes (half of "\\ud83d\\ude00") and are not text."""
     if value is None or isinstance(value, bool):
         return
     try:
@@ -264,15 +289,15 @@ def _check_characters(value: Any, at: str) -> None:
         text.encode()
     except UnicodeEncodeError as e:
         half = f"\\u{ord(e.object[e.start]):04x}, half of a character (a lone surrogate)"
-        raise _Bad("lone surrogate", f"{at} holds {half}") from e
+        raise _BadRecord("lone surrogate", f"{at} holds {half}") from e
     except RecursionError as e:
-        raise _Bad("nested too deep", f"{at} is nested too deep") from e
-    except TypeError as e:  # a date, bytes: only parquet has them
-        raise _Bad("not JSON", f"{at} holds what JSON cannot: {one_line(e)}") from e
+        raise _BadRecord("nested too deep", f"{at} is nested too deep") from e
+    except TypeError as e:  # such as a date or bytes, which only parquet has
+        raise _BadRecord("not JSON", f"{at} holds what JSON cannot: {one_line(e)}") from e
 
 
 def _listed(value: Any) -> Any:
-    """A list of objects that came as an object of lists, which is how TFDS and older data sets keep it."""
+    """Turns an object of lists into a list of objects; TFDS and older data sets store lists of objects that way."""
     columns = value if isinstance(value, dict) and value else {"": 0}
     lengths = {len(c) if isinstance(c, list) else -1 for c in columns.values()}
     if len(lengths) > 1 or lengths == {-1}:

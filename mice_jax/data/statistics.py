@@ -123,7 +123,7 @@ def _first_steps(epochs: Sequence["Epoch"], phase: int) -> range:
     return range(before, before + min(own, STEPS_PACKED))
 
 
-# ---------------------------------------------------------------------------------------- what users regret later
+# ---------------------------------------------------------------------------------------- likely mistakes in the data
 FLAG_MESSAGES = {
     "special_in_content": "hold a special token's text inside a message, which is read as that token and can end or "
     "fake a turn; take it out, or mask it",

@@ -1,12 +1,12 @@
-"""The token store: a source's samples as token ids and trained marks, in one memory-mapped Arrow file.
+"""The token store: a source's samples as token ids and masks, in one memory-mapped Arrow file.
 
-A store lies in the cache under a fingerprint of whatever its content depends on: the records, the tokenizer, the chat
-template, the format. It is written beside its place and renamed once whole, so that a half-written store is never
-read; a lock lets one process build while others wait. `max_length`, weights and held-out splits are applied later, so
-runs that differ in those share a store.
+A store's folder in the cache is named by a fingerprint of all that its content depends on: the records, the tokenizer,
+the chat template and the format. It is written under another name and renamed when it is complete, so that a partial
+store is never read; a lock lets one process build while others wait. `max_length`, weights and held-out splits are
+applied later, so runs that differ in those share a store.
 
-Processes tokenise a block of records each; this one appends what they give, in order, to one Arrow stream. A journal
-says how far the stream is sound: a build that was interrupted goes on from there.
+Worker processes tokenise one block of records each, and the main process appends their results, in order, to one Arrow
+stream. A journal says how much of the stream is valid, and an interrupted build goes on from there.
 """
 
 import fcntl
@@ -28,26 +28,31 @@ import numpy as np
 import pyarrow as pa
 
 from mice_jax.data.chat import ChatEncoder
-from mice_jax.data.readers import Reader, open_source
+from mice_jax.data.readers import open_source
 from mice_jax.data.sources import find_format
-from mice_jax.data.tokenise import SCHEMA, Tokenised, tokenise
+from mice_jax.data.tokenise import SCHEMA, TokenisationJob, TokenisedBlock, tokenise
 from mice_jax.errors import UserError, one_line
 
 VERSION = 2  # of the layout; part of the fingerprint
-JOURNAL_EVERY_S = 2.0  # what an interrupted build may have to do again
-WAIT_WORD_S = 30.0
-READ_AT_ONCE = 16 * 2**20  # bytes of what is there already
+JOURNAL_EVERY_S = 2.0  # the time whose work an interrupted build may have to repeat
+WAIT_NOTICE_EVERY_S = 30.0
+CHECKSUM_CHUNK_BYTES = 16 * 2**20
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
-# Called with what has been read (0 to 1) and how many samples there are so far.
-Watch = Callable[[float, int], None]
+# Called with the fraction of the source that has been read (0 to 1), and the number of samples so far.
+ProgressCallback = Callable[[float, int], None]
 
 
 class TokenStore:
-    """Read access to a store; arrays are views of the mapped file, nothing is copied."""
+    """Read access to a store; its arrays are views of the mapped file, without a copy."""
 
     def __init__(self, folder: Path, places: Sequence[str]):
-        """`places` are those of the source as it is now: files may have been renamed since the store was built."""
+        """Maps the store in `folder`.
+
+        Args:
+          folder: of a complete store.
+          places: the places of the source as they are now; files may have been renamed since the store was built.
+        """
         self._folder, self._places = folder, list(places)
         self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
         self._table = table = pa.ipc.open_stream(pa.memory_map(str(folder / "tokens.arrow"))).read_all()
@@ -61,7 +66,7 @@ class TokenStore:
         self.flags = np.asarray(table["signs"])
 
     def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path, list[str]]]:
-        """A worker process maps the file itself; nothing is sent to it."""
+        """A worker process maps the file itself instead of receiving the arrays."""
         return TokenStore, (self._folder, self._places)
 
     def __len__(self) -> int:
@@ -72,19 +77,19 @@ class TokenStore:
         return self._folder.name
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (int32) and trained marks (uint8) of sample i."""
+        """Token ids (int32 [n]) and mask of trained tokens (uint8 [n]) of sample i."""
         chunk = int(np.searchsorted(self._first, i, side="right")) - 1
         start, stop = self._offsets[chunk][i - self._first[chunk] :][:2]
         return self._tokens[chunk][start:stop], self._trained[chunk][start:stop]
 
     def num_trained_within(self, most: int) -> np.ndarray:
-        """As `num_trained`, of each sample's first `most` tokens alone."""
+        """As `num_trained`, for the first `most` tokens of each sample; int32 [samples]."""
         counts = self.num_trained.copy()
         for first, offsets, trained in zip(self._first, self._offsets, self._trained, strict=False):
             (cut,) = np.nonzero(np.diff(offsets) > most)
             if len(cut):
                 spans = np.stack([offsets[cut] + 1, offsets[cut] + most], axis=1).ravel()
-                # Of a span without a token, reduceat gives the token at its start.
+                # For an empty span, reduceat returns the element at its start.
                 counts[first + cut] = np.add.reduceat(trained, spans, dtype=np.int32)[::2] if most > 1 else 0
         return counts
 
@@ -103,23 +108,31 @@ def build_store(
     cache_dir: Path,
     workers: int = 1,
     say: Callable[[str], None] = lambda text: None,
-    watch: Watch = lambda done, samples: None,
+    watch: ProgressCallback = lambda done, samples: None,
 ) -> TokenStore:
-    """The store of what `path` names, built first where the cache lacks it.
+    """Opens the store of a source, and builds it first where the cache lacks it.
 
     Args:
-      format: as in `Source.format`; another one is taken, and said, where the records leave no doubt.
-      skip_bad: count bad records instead of stopping at the first.
-      workers: processes that tokenise; they change nothing but the time it takes.
-      say: is told in a sentence what the user should know.
-      watch: is told how far the tokenising is.
+      path: of the source, as in `Source.path`.
+      format: as in `Source.format`; another format is used, and reported, where the first record shows it clearly.
+      encoder: turns samples into ids and masks.
+      skip_bad: whether bad records are counted instead of being an error.
+      cache_dir: the folder of all stores.
+      workers: number of processes that tokenise; it has no influence on the store.
+      say: called with each sentence that the user should read.
+      watch: called with the progress of tokenisation.
 
-    Raises UserError for a bad record (unless `skip_bad`), and for a source without a sample.
+    Returns:
+      The store.
+
+    Raises:
+      UserError: a record is bad (unless `skip_bad`), the source has no sample, or the store cannot be written.
     """
     reader = open_source(path)
     format, detected = find_format(path, reader, format)
     if detected:
         say(detected)
+    job = TokenisationJob(path, reader, encoder, format, skip_bad, workers)
     key = _fingerprint(reader.digest(cache_dir), format, encoder, skip_bad)
     folder = cache_dir / key
     try:
@@ -128,13 +141,13 @@ def build_store(
             with _lock(cache_dir / f"{key}.lock", what=f"the token store of {path}"):
                 if not (folder / "meta.json").exists():
                     partial = cache_dir / f"{key}.partial"
-                    _write(partial, path, reader, format, encoder, skip_bad, workers, say, watch)
-                    shutil.rmtree(folder, ignore_errors=True)  # without a meta.json it is no store
+                    _write(partial, job, say, watch)
+                    shutil.rmtree(folder, ignore_errors=True)  # a folder without meta.json is not a store
                     partial.rename(folder)
-    except OSError as e:  # a full disk, a folder that may not be written
+    except OSError as e:  # such as a full disk, or a folder without write permission
         raise UserError(
-            f"the token store of {path} cannot be built in {cache_dir}: {one_line(e)}. Make room there, or set "
-            "data.cache_dir (or $MICE_JAX_CACHE) to a folder that can be written; what is done is gone on with."
+            f"the token store of {path} cannot be built in {cache_dir}: {one_line(e)}. Free some space there, or set "
+            "data.cache_dir (or $MICE_JAX_CACHE) to a writable folder. A build in the same folder goes on from here."
         ) from e
     return TokenStore(folder, reader.places)
 
@@ -142,38 +155,27 @@ def build_store(
 # ---------------------------------------------------------------------------------------- writing
 @dataclass
 class _Progress:
-    """How far the stream of a store is sound: one line of its journal."""
+    """How much of a store's stream is valid: one line of its journal."""
 
     blocks: int = 0
-    end: int = 0  # bytes
-    crc: int = 0  # of all of them
+    end: int = 0  # in bytes
+    crc: int = 0  # checksum of the first `end` bytes
     samples: int = 0
     tokens: int = 0
     bad: dict[str, int] = field(default_factory=dict)
 
 
-def _write(
-    folder: Path,
-    path: str,
-    reader: Reader,
-    format: str,
-    encoder: ChatEncoder,
-    skip_bad: bool,
-    workers: int,
-    say: Callable[[str], None],
-    watch: Watch,
-) -> None:
-    """The whole store in `folder`, going on where an interrupted build left it."""
+def _write(folder: Path, job: TokenisationJob, say: Callable[[str], None], watch: ProgressCallback) -> None:
+    """Writes the complete store into `folder`, from where an interrupted build ended."""
     progress = _recover(folder)
     if progress.blocks:
-        say(f"going on with the token store of {path}: {progress.samples:,} samples were tokenised before")
+        say(f"going on with the token store of {job.path}: {progress.samples:,} samples were tokenised before")
     with (folder / "tokens.arrow").open("ab") as stream, (folder / "journal.jsonl").open("a") as journal:
         if not progress.end:
             _extend(stream, progress, SCHEMA.serialize().to_pybytes())
         written = time.monotonic()
         try:
-            blocks = tokenise(reader, encoder, format, skip_bad, skip=progress.blocks, workers=workers)
-            for done, block in blocks:
+            for done, block in tokenise(job, skip=progress.blocks):
                 _append(stream, progress, block)
                 watch(done, progress.samples)
                 if time.monotonic() > written + JOURNAL_EVERY_S:
@@ -183,15 +185,15 @@ def _write(
             _note(stream, journal, progress)
         stream.write(END_OF_STREAM)
         stream.flush()
-        os.fsync(stream.fileno())  # before it gets its name: a store that has one is whole
+        os.fsync(stream.fileno())  # before the folder is renamed, so that every store with its name is complete
     if not progress.samples:
         skipped = f": all {sum(progress.bad.values())} records are bad ({progress.bad})" if progress.bad else ""
         shutil.rmtree(folder)
-        raise UserError(f"{path} holds no sample{skipped}. A source needs at least one record with a sample.")
+        raise UserError(f"{job.path} holds no sample{skipped}. A source needs at least one record with a sample.")
     meta = {
         "version": VERSION,
-        "path": path,
-        "format": format,
+        "path": job.path,
+        "format": job.format,
         "samples": progress.samples,
         "tokens": progress.tokens,
         "bad_lines": progress.bad,
@@ -200,7 +202,7 @@ def _write(
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _append(stream: BinaryIO, progress: _Progress, block: Tokenised) -> None:
+def _append(stream: BinaryIO, progress: _Progress, block: TokenisedBlock) -> None:
     progress.blocks += 1
     _extend(stream, progress, block.batch)
     progress.samples += block.samples
@@ -214,14 +216,14 @@ def _extend(stream: BinaryIO, progress: _Progress, data: bytes) -> None:
 
 
 def _note(stream: BinaryIO, journal: Any, progress: _Progress) -> None:
-    """Writes down what the stream holds; whether that reached the disk, its checksum tells."""
+    """Adds a line to the journal; its checksum will show whether the stream itself reached the disk."""
     stream.flush()
     journal.write(json.dumps(asdict(progress)) + "\n")
     journal.flush()
 
 
 def _recover(folder: Path) -> _Progress:
-    """What an interrupted build left, its stream cut where the journal says it is sound; else an empty folder."""
+    """Truncates what an interrupted build left to its valid part; where there is none, leaves an empty folder."""
     stream, journal = folder / "tokens.arrow", folder / "journal.jsonl"
     progress = _Progress()
     try:
@@ -229,12 +231,12 @@ def _recover(folder: Path) -> _Progress:
             crc = 0
             for line in journal.read_text().splitlines():
                 noted = _Progress(**json.loads(line))
-                while some := f.read(min(READ_AT_ONCE, max(0, noted.end - f.tell()))):
-                    crc = zlib.crc32(some, crc)
+                while chunk := f.read(min(CHECKSUM_CHUNK_BYTES, max(0, noted.end - f.tell()))):
+                    crc = zlib.crc32(chunk, crc)
                 if f.tell() != noted.end or crc != noted.crc:
                     break
                 progress = noted
-    except (OSError, ValueError, TypeError):  # nothing there, or its last line is cut short
+    except (OSError, ValueError, TypeError):  # there is no journal, or its last line is incomplete
         pass
     if progress.end:
         os.truncate(stream, progress.end)
@@ -252,15 +254,15 @@ def _fingerprint(digest: bytes, format: str, encoder: ChatEncoder, skip_bad: boo
 
 @contextmanager
 def _lock(path: Path, what: str) -> Iterator[None]:
-    """Holds a file lock, which the system releases with the process; says so while it has to wait."""
+    """Holds a file lock, which the system releases when the process ends; prints a notice while it waits."""
     with path.open("a") as file:
-        began = said = time.monotonic()
+        began = noticed = time.monotonic()
         while not _try_lock(file, path):
             now = time.monotonic()
-            if began == said or now > said + WAIT_WORD_S:
-                waited = f" ({now - began:.0f} s)" if said > began else ""
+            if began == noticed or now > noticed + WAIT_NOTICE_EVERY_S:
+                waited = f" ({now - began:.0f} s)" if noticed > began else ""
                 print(f"waiting for another process, which builds {what}{waited}", file=sys.stderr, flush=True)
-                said = now
+                noticed = now
             time.sleep(0.1)
         yield
 
@@ -272,7 +274,7 @@ def _try_lock(file: Any, path: Path) -> bool:
         return False
     except OSError as e:
         raise UserError(
-            f"the file system of {path.parent} has no locks ({e.strerror}), without which two processes could write "
-            "one store. Set data.cache_dir (or $MICE_JAX_CACHE) to another one, such as the host's own disk."
+            f"the file system of {path.parent} has no locks ({e.strerror}), so two processes could write one store at "
+            "once. Set data.cache_dir (or $MICE_JAX_CACHE) to a folder on another one, such as the host's own disk."
         ) from e
     return True

@@ -1,7 +1,7 @@
-"""Blocks of raw records to blocks of a token store, by several processes, in the order of the source.
+"""Tokenises blocks of raw records in several processes, in the order of the source.
 
-A process parses, checks, renders and tokenises a block by itself, so that what travels between processes is bytes.
-At most a few blocks a process are in the making, whatever the size of the source.
+One process parses, checks, renders and tokenises a block, so that only bytes travel between processes. A few blocks
+for each process are in memory, whatever the size of the source.
 """
 
 import hashlib
@@ -26,27 +26,39 @@ from mice_jax.data.readers import Block, Reader
 from mice_jax.data.sources import Sample, samples_of
 from mice_jax.errors import UserError
 
-SMALL = 4  # blocks: to start processes takes longer than to tokenise so few
-AHEAD = 3  # blocks a process that are read, in the making, or waiting for their turn
+MIN_BLOCKS_FOR_WORKERS = 4  # starting processes takes longer than tokenising fewer blocks than these
+MAX_BLOCKS_PER_WORKER = 3  # in memory: being read, tokenised, or waiting for their turn
 
 SCHEMA = pa.schema(
     [
         ("tokens", pa.list_(pa.int32())),
         ("trained", pa.list_(pa.uint8())),  # 1 = this token is trained on
         ("num_trained", pa.int32()),  # trained tokens that can be predicted: all but a trained first one
-        ("content_hash", pa.uint64()),  # of the sample as read: decides what is held out
+        ("content_hash", pa.uint64()),  # of the sample as read; decides whether the sample is held out
         ("signs", pa.uint8()),  # a combination of chat.SampleFlag
-        ("place", pa.uint32()),  # among the reader's places
-        ("number", pa.uint64()),  # of the record there
+        ("place", pa.uint32()),  # index in the reader's places
+        ("number", pa.uint64()),  # of the record in that place
     ]
 )
 
 
 @dataclass(frozen=True)
-class Tokenised:
-    """A block on its way into the store."""
+class TokenisationJob:
+    """What is tokenised, and how."""
 
-    batch: bytes  # a record batch, as it stands in an Arrow stream
+    path: str  # of the source, as in `Source.path`
+    reader: Reader
+    encoder: ChatEncoder
+    format: str
+    skip_bad: bool  # whether bad records are counted instead of being an error
+    workers: int  # number of processes
+
+
+@dataclass(frozen=True)
+class TokenisedBlock:
+    """A block of the store."""
+
+    batch: bytes  # a record batch in the form that it has in an Arrow stream
     samples: int
     tokens: int
     bad: dict[str, int]  # by reason
@@ -54,14 +66,14 @@ class Tokenised:
 
 @dataclass(frozen=True)
 class _Task:
-    """All that a process needs besides the blocks."""
+    """What a worker process needs besides the blocks."""
 
     encoder: ChatEncoder
     places: Sequence[str]
     format: str
     skip_bad: bool
 
-    def __call__(self, block: Block) -> Tokenised:
+    def __call__(self, block: Block) -> TokenisedBlock:
         bad: Counter[str] | None = Counter() if self.skip_bad else None
         samples = list(samples_of(block, self.places, self.format, bad))
         encoded = self.encoder.encode(samples)
@@ -76,54 +88,60 @@ class _Task:
             pa.array([s.number for s in samples], pa.uint64()),
         ]
         batch = pa.record_batch(columns, schema=SCHEMA).serialize().to_pybytes()
-        return Tokenised(batch, len(samples), sum(map(len, ids)), dict(bad or {}))
+        return TokenisedBlock(batch, len(samples), sum(map(len, ids)), dict(bad or {}))
 
 
-def tokenise(
-    reader: Reader, encoder: ChatEncoder, format: str, skip_bad: bool, *, skip: int, workers: int
-) -> Iterator[tuple[float, Tokenised]]:
-    """Every block but the first `skip`, in order, with the share of the source that has been read (0 to 1).
+def tokenise(job: TokenisationJob, skip: int) -> Iterator[tuple[float, TokenisedBlock]]:
+    """Tokenises every block of a source but the first `skip`.
 
-    Raises UserError for the first bad record, unless `skip_bad` counts them.
+    Args:
+      job: what is tokenised.
+      skip: number of blocks that an earlier build has done.
+
+    Yields:
+      The blocks in order, each with the fraction of the source that has been read (0 to 1).
+
+    Raises:
+      UserError: a record is bad and `job.skip_bad` is false, or the source cannot be read.
     """
-    blocks = _until_it_fails(islice(reader.blocks(), skip, None))
-    task = _Task(encoder, reader.places, format, skip_bad)
-    size = max(1, reader.size)
-    few = list(islice(blocks, SMALL)) if workers > 1 else []
-    if workers == 1 or len(few) < SMALL:
-        for block in map(_sound, chain(few, blocks)):
+    blocks = _with_final_error(islice(job.reader.blocks(), skip, None))
+    task = _Task(job.encoder, job.reader.places, job.format, job.skip_bad)
+    size = max(1, job.reader.size)
+    first_blocks = list(islice(blocks, MIN_BLOCKS_FOR_WORKERS)) if job.workers > 1 else []
+    if job.workers == 1 or len(first_blocks) < MIN_BLOCKS_FOR_WORKERS:
+        for block in map(_raise_if_error, chain(first_blocks, blocks)):
             yield block.done / size, task(block)
         return
-    with _processes(task, workers) as (submit, first):
-        waiting: deque[tuple[Block, Future[Tokenised]]] = deque()
+    with _processes(task, job.workers) as (submit, first):
+        waiting: deque[tuple[Block, Future[TokenisedBlock]]] = deque()
 
-        def next_done() -> tuple[float, Tokenised]:
+        def next_done() -> tuple[float, TokenisedBlock]:
             block, future = waiting.popleft()
             return block.done / size, future.result()
 
-        for block in chain(few, blocks):
-            if isinstance(block, UserError):  # what is bad before that place comes first
+        for block in chain(first_blocks, blocks):
+            if isinstance(block, UserError):  # it is raised last, after errors in the blocks before it
                 break
-            if not _is_up(first):  # starting takes seconds, in which this process can do the work
+            if not _is_up(first):  # workers take seconds to start; this process tokenises meanwhile
                 yield block.done / size, task(block)
                 continue
             waiting.append((block, submit(block)))
-            if len(waiting) >= AHEAD * workers:
+            if len(waiting) >= MAX_BLOCKS_PER_WORKER * job.workers:
                 yield next_done()
         while waiting:
             yield next_done()
-        _sound(block)
+        _raise_if_error(block)
 
 
-def _until_it_fails(blocks: Iterator[Block]) -> Iterator[Block | UserError]:
-    """The blocks, and last the error by which their reading ended, if it did."""
+def _with_final_error(blocks: Iterator[Block]) -> Iterator[Block | UserError]:
+    """The blocks, followed by the error that ended their reading, if there was one."""
     try:
         yield from blocks
     except UserError as e:
         yield e
 
 
-def _sound(block: Block | UserError) -> Block:
+def _raise_if_error(block: Block | UserError) -> Block:
     if isinstance(block, UserError):
         raise block
     return block
@@ -134,10 +152,18 @@ _task: _Task  # of a worker process
 
 
 @contextmanager
-def _processes(task: _Task, workers: int) -> Iterator[tuple[Callable[[Block], Future[Tokenised]], Future[None]]]:
-    """Processes that carry out the task, and a future that is done once there is one; they end with this one."""
-    # Not forked from this process, which may run threads (JAX's, Arrow's) that do not survive it, but from a fresh
-    # one that has imported what they need.
+def _processes(task: _Task, workers: int) -> Iterator[tuple[Callable[[Block], Future[TokenisedBlock]], Future[None]]]:
+    """Starts worker processes, which end with this one.
+
+    Args:
+      task: what they do with each block.
+      workers: their number.
+
+    Yields:
+      A function that submits a block, and a future that is done once the first worker runs.
+    """
+    # This process may run threads (JAX's, Arrow's) that do not survive a fork. Workers are therefore forked from a
+    # fresh process that has imported what they need.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mice_jax.data.tokenise"])
     pool = ProcessPoolExecutor(workers, context, _begin, (task,))
@@ -146,8 +172,8 @@ def _processes(task: _Task, workers: int) -> Iterator[tuple[Callable[[Block], Fu
             yield lambda block: pool.submit(_work, block), starter.submit(lambda: pool.submit(_nothing).result())
         except BrokenProcessPool as e:
             raise UserError(
-                "a process that tokenised was ended from outside, for want of memory most likely. What is done is "
-                "kept: run it again, with fewer data.prepare_workers."
+                "a process that tokenises was ended from outside, most likely because memory ran out. Finished work "
+                "is saved: run the command again, with fewer data.prepare_workers."
             ) from e
         finally:
             pool.shutdown(cancel_futures=True)
@@ -164,7 +190,7 @@ def _begin(task: _Task) -> None:
     global _task
     _task = task
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there are as many processes as cores
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -175,7 +201,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(block: Block) -> Tokenised:
+def _work(block: Block) -> TokenisedBlock:
     return _task(block)
 
 
