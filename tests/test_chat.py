@@ -417,7 +417,7 @@ def test_token_store_is_known_by_the_day_where_the_template_writes_it() -> None:
 def test_template_date_with_a_computed_format_is_an_error() -> None:
     encoder = custom("{% set f = '%d' %}{{ strftime_now(f) }}" + CHATML)
     with pytest.raises(
-        UserError, match=r"writes a date by 'strftime_now\(f\).*not in plain quotes.*data\.chat_template"
+        UserError, match=r"writes a date by 'strftime_now\(f\).*not a quoted string.*data\.chat_template"
     ):
         encoder.encode([chat("Hi", "Red")])
 

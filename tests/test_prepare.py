@@ -105,7 +105,7 @@ def test_report_is_shown_and_written_as_in_training(
 
 
 def test_data_warnings_are_shown(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_prepare(config) == 0 and "warning" not in capsys.readouterr().out
+    assert run_prepare(config) == 0 and "warning: " not in capsys.readouterr().out
     odd = {"messages": [{"role": "assistant", "content": "<|im_end|> there"}]}
     write_jsonl(config.parent / "chats.jsonl", [*make_chats(16), odd, odd])
     assert run_prepare(config) == 0

@@ -65,8 +65,8 @@ BAD_LISTS = {  # a file that holds no list, its good items, and what is said of 
     "[1,\n 2,\n]": (2, "Expecting value at line 3 column 1"),
     '[{"a": 1},\n {"b": "cut sho': (1, "Unterminated string starting at at line 2 column 8"),
     '[{"a": 1}\n\n  {"b": 2}]': (1, "after an item comes ',' or ']' at line 3 column 3"),
-    "[1] [2]": (1, "behind the list there is more at line 1 column 5"),
-    "[1, NaN]": (1, "NaN is no JSON value"),
+    "[1] [2]": (1, "there is more text after the list at line 1 column 5"),
+    "[1, NaN]": (1, "NaN is not a JSON value"),
     '[1, "\xff"]': (1, "codec can't decode byte 0xff"),
     "[1, " + "[" * 100_000: (1, "recursion"),
 }
@@ -186,7 +186,7 @@ def test_files_are_found_by_name_glob_and_folder_in_order(tmp_path: Path) -> Non
     for nothing in ("nowhere.jsonl", "*.parquet", "d.jsonl"):
         with pytest.raises(UserError, match="names no file"):
             files_of(f"{tmp_path}/{nothing}")
-    with pytest.raises(UserError, match=r"notes\.txt is of no kind"):
+    with pytest.raises(UserError, match=r"notes\.txt is not a kind of file"):
         read(tmp_path / "notes.txt")
 
 
@@ -255,7 +255,7 @@ def test_key_of_an_object_follows_it(bucket: str, tmp_path: Path) -> None:
     [
         ("memory://nowhere/*.jsonl", "names no file"),
         ("zz://bucket/a.jsonl", "cannot be read: Protocol not known: zz"),
-        ("memory://bucket/c.txt", "of no kind that is read"),
+        ("memory://bucket/c.txt", "not a kind of file that can be read"),
     ],
 )
 def test_object_that_cannot_be_read_is_named(path: str, words: str, bucket: str) -> None:
@@ -494,7 +494,7 @@ def test_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytes
 
 
 def test_memory_of_digests_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "MAX_REMEMBERED", 3)
+    monkeypatch.setattr(readers, "MAX_CACHED_DIGESTS", 3)
     now = readers.time.time()
     monkeypatch.setattr(readers.time, "time", lambda: now + 60)
     files = [tmp_path / f"{i}.jsonl" for i in range(5)]

@@ -1,7 +1,7 @@
-"""Where raw records come from: files of several kinds, here or in an object store, TFDS and Hugging Face datasets.
+"""Reads raw records from files (local or in an object store), TFDS, and Hugging Face datasets.
 
-A source opens to a reader, which knows what its content depends on (for the token store's key) and yields blocks: a
-few hundred records each, unparsed where that is possible, so that a block is cheap to send to another process.
+A source opens to a reader, which knows what its content depends on (for the key of the token store) and yields blocks
+of a few hundred records. Blocks hold unparsed records where possible, so that they are cheap to send to a process.
 """
 
 import abc
@@ -17,34 +17,36 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mice_jax.data.json_list import JSONListItems
 from mice_jax.errors import UserError, one_line
 
 BLOCK_RECORDS = 512
-BLOCK_BYTES = 2 * 2**20  # of lines, packed ones unpacked
-PARQUET_BUFFER = 2**20  # bytes of a column at a time, where arrow would read a whole row group
-MAX_REMEMBERED = 10_000  # digests of files
-MAX_LINE = 256 * 2**20  # bytes; a longer one is a file of another kind
+BLOCK_BYTES = 2 * 2**20  # of decompressed text
+PARQUET_BUFFER = 2**20  # bytes that are read of a column at once, instead of a whole row group
+MAX_CACHED_DIGESTS = 10_000
+MAX_LINE = 256 * 2**20  # bytes; a file with a longer line is not a file of lines
 
-Raw = tuple[int, Any]  # a record's number in its place, from 1; its line's bytes, or the record parsed
+Raw = tuple[int, Any]  # the number of a record in its place, from 1 on, and its line as bytes or the parsed record
 
 
 # ---------------------------------------------------------------------------------------- blocks
 @dataclass(frozen=True)
 class Block(abc.ABC):
-    """Records in a row of one place."""
+    """Consecutive records of one place."""
 
-    place: int  # among the reader's places
-    first: int  # the first record's number
-    done: int  # of the reader's size, once these are read
+    place: int  # index in the reader's places
+    first: int  # number of the first record
+    done: int  # the part of the reader's size that has been read after this block
 
     @abc.abstractmethod
-    def records(self) -> Iterator[Raw]: ...
+    def records(self) -> Iterator[Raw]:
+        """Yields the records with their numbers."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Table(Block):
 
 @dataclass(frozen=True)
 class Examples(Block):
-    """Of a TFDS data source, which whoever wants them opens for himself."""
+    """Examples of a TFDS data source; a worker process reads them itself."""
 
     source: Sequence[Any]
     stop: int
@@ -88,18 +90,18 @@ class Examples(Block):
 
 
 def _sparse(value: Any) -> Any:
-    """Without nulls: a table's struct gives every message the keys that any message has."""
+    """Removes nulls, since a table's struct gives every message the keys that any message has."""
     if isinstance(value, dict):
         return {k: _sparse(v) for k, v in value.items() if v is not None}
     return [_sparse(v) for v in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:
-    """A TFDS example as JSON would have it: its texts are bytes, its lists arrays."""
+    """Turns a TFDS example, whose texts are bytes and whose lists are arrays, into the types of JSON."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, bytes):
-        return value.decode(errors="surrogateescape")  # what is not UTF-8 is refused where texts are checked
+        return value.decode(errors="surrogateescape")  # `sources` raises for text that is not UTF-8
     if hasattr(value, "tolist"):  # arrays, and numbers of numpy
         value = value.tolist()
     return [_plain(v) for v in value] if isinstance(value, list) else value
@@ -107,20 +109,22 @@ def _plain(value: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------- readers
 class Reader(Protocol):
-    """The records of a source, in an order that never changes."""
+    """The records of a source, in a fixed order."""
 
-    places: list[str]  # "a.jsonl line"; a record's number follows
-    size: int  # what the blocks' `done` goes up to
+    places: list[str]  # such as "a.jsonl line"; the number of a record follows
+    size: int  # the `done` of the last block
 
     def digest(self, cache_dir: Path) -> bytes:
-        """Changes with the records. What it takes long to find out is remembered in `cache_dir`."""
+        """A key that changes with the records; hashes of files are cached in `cache_dir`."""
         ...
 
-    def blocks(self) -> Iterator[Block]: ...
+    def blocks(self) -> Iterator[Block]:
+        """Yields all records."""
+        ...
 
 
 def open_source(path: str) -> Reader:
-    """A reader of what a `Source.path` names; UserError where that is nothing that can be read."""
+    """Opens what a `Source.path` names; raises a UserError where it cannot be read."""
     if path.startswith("tfds:"):
         return TFDSReader(path)
     return HFReader(path) if path.startswith("hf:") else FileReader(files_of(path))
@@ -139,13 +143,13 @@ class FileReader:
     def digest(self, cache_dir: Path) -> bytes:
         local = [f for f in self._files if not is_remote(f)]
         known = dict(zip(local, file_digests([Path(f) for f in local], cache_dir), strict=True))
-        # A store's own word for a content (an ETag, mostly): to hash it would be to fetch it.
+        # The version that an object store reports (mostly an ETag) is used, since hashing would download the object.
         return b"".join(known[f] if f in known else _remote_key(f) for f in self._files)
 
     def blocks(self) -> Iterator[Block]:
         before = 0
         for place, (file, (_, read), size) in enumerate(zip(self._files, self._kinds, self._sizes, strict=True)):
-            with _asking_a_store(file):
+            with _store_errors(file):
                 for make, first, content, at in read(file):
                     yield make(place, first, before + min(at, size), content)
             before += size
@@ -161,9 +165,9 @@ class HFReader:
         except ImportError:
             raise UserError(f"{path} needs the datasets library: pip install 'mice_jax[hf]'.") from None
         try:
-            # Mapped from files, by which it is known; a setting of the library may keep it in memory alone.
+            # The data set must be mapped from files, since its digest is theirs; a setting may keep it in memory.
             self._data: Any = datasets.load_dataset(name, *config, split=self._split, keep_in_memory=False)
-        except Exception as e:  # of all kinds, as the data set decides
+        except Exception as e:  # a data set's own code may raise anything
             raise UserError(f"{path} cannot be loaded: {one_line(e)}.") from e
         self.places, self.size = [f"{path} row"], len(self._data)
 
@@ -196,8 +200,8 @@ class TFDSReader:
                 builder.download_and_prepare(file_format="array_record")
             self._data = builder.as_data_source(split=self._split)
             self._files = [Path(f) for f in builder.info.splits[self._split].filepaths]
-        except Exception as e:  # of all kinds, as the builder decides
-            known = str(e).partition("\nAvailable datasets:")[0]  # it lists a thousand
+        except Exception as e:  # a builder's own code may raise anything
+            known = str(e).partition("\nAvailable datasets:")[0]  # without the list of a thousand names
             raise UserError(
                 f"{path} cannot be opened: {known if known != str(e) else one_line(e)}. It is read without TensorFlow, "
                 "from array_record files: prepare it with file_format='array_record', in $TFDS_DATA_DIR or in a folder "
@@ -217,22 +221,23 @@ class TFDSReader:
 def _parts(path: str, form: str, at_least: int, at_most: int = 3) -> list[str]:
     parts = re.split(r":(?![^\[]*\])", path)[1:]  # a split may be "train[:10%]"
     if not (at_least <= len(parts) <= at_most and all(parts)):
-        raise UserError(f"the source {path!r} must have the form {form}. Mend Source.path.")
+        raise UserError(f"the source {path!r} must have the form {form}. Fix Source.path.")
     return parts
 
 
 # ---------------------------------------------------------------------------------------- files
 def is_remote(path: str) -> bool:
+    """Whether the path is the address of an object in a store or on a server."""
     return re.match(r"[a-z][a-z0-9+.-]*://", path) is not None
 
 
 def files_of(path: str) -> list[str]:
-    """The files that `path` (a file, a folder or a glob, also of an object store) stands for, sorted."""
+    """The sorted files that `path` names: a file, a folder or a glob, local or in an object store."""
     found = _remote_files(path) if is_remote(path) else _local_files(path)
     if not found:
         raise UserError(
             f"the source {path!r} names no file: it is neither a file, nor a folder of {', '.join(READERS)} files, nor "
-            f"a glob that matches one{'' if is_remote(path) else f' from {os.getcwd()}'}. Mend Source.path."
+            f"a glob that matches one{'' if is_remote(path) else f' from {os.getcwd()}'}. Fix Source.path."
         )
     return sorted(found)
 
@@ -247,7 +252,7 @@ def _local_files(path: str) -> list[str]:
 
 
 def _remote_files(path: str) -> list[str]:
-    with _asking_a_store(path):
+    with _store_errors(path):
         fs, there = fsspec.core.url_to_fs(path)
         if fs.isfile(there):
             found = [there]
@@ -259,31 +264,31 @@ def _remote_files(path: str) -> list[str]:
 
 
 def _remote_key(file: str) -> bytes:
-    """Changes with an object: its store's own word for its content (an ETag, mostly), else the hash of all of it."""
-    with _asking_a_store(file):
+    """A key that changes with an object: the version that its store reports (mostly an ETag), else a hash."""
+    with _store_errors(file):
         fs, there = fsspec.core.url_to_fs(file)
         known = [str(fs.ukey(there))]
-        if "http" in fs.protocol:  # whose key is but the address
+        if "http" in fs.protocol:  # the key of an HTTP object is only its address
             info = fs.info(there)
-            words = [info[k] for k in ("ETag", "Content-MD5", "Digest", "Last-Modified") if k in info]
-            if not words:
+            versions = [info[k] for k in ("ETag", "Content-MD5", "Digest", "Last-Modified") if k in info]
+            if not versions:
                 with fs.open(there) as f:
                     return hashlib.file_digest(f, "sha256").digest()
-            known += [str(info.get("size")), *words]
+            known += [str(info.get("size")), *versions]
         return hashlib.sha256("\n".join(known).encode()).digest()
 
 
 def _size(file: str) -> int:
     if not is_remote(file):
         return os.stat(file).st_size
-    with _asking_a_store(file):
+    with _store_errors(file):
         fs, there = fsspec.core.url_to_fs(file)
         return int(fs.size(there) or 0)
 
 
 @contextmanager
-def _asking_a_store(path: str) -> Iterator[None]:
-    """What goes wrong with an object store is the user's matter, whatever kind of error that store's library raises."""
+def _store_errors(path: str) -> Iterator[None]:
+    """Turns any error of an object store's library into a UserError."""
     try:
         yield
     except UserError:
@@ -297,10 +302,10 @@ def _asking_a_store(path: str) -> Iterator[None]:
 def _open(file: str) -> BinaryIO:
     if not is_remote(file):
         return open(file, "rb")
-    return io.BufferedReader(fsspec.open(file, "rb").open())  # type: ignore[arg-type]  # whose lines have a bound
+    return io.BufferedReader(fsspec.open(file, "rb").open())  # type: ignore[arg-type]  # its readline takes a limit
 
 
-# What a kind of file yields: how to make a block, its first record's number, its content, bytes read of the file.
+# What a kind of file yields: the class of a block, the number of its first record, its content, bytes read so far.
 _Yielded = tuple[Callable[..., Block], int, Any, int]
 
 
@@ -329,13 +334,13 @@ def _lines(file: str) -> Iterator[_Yielded]:
 
 
 def _list(file: str) -> Iterator[_Yielded]:
-    """The items of one list, decoded as they come: no more of a long list is held than a block or an item needs."""
+    """The items of one list, decoded while it is read, so that memory holds a block or an item."""
     number = 0
     items: list[Any] = []
     held = 0
     try:
         with _open(file) as f, io.TextIOWrapper(f, "utf-8-sig", newline="") as text:
-            for item, size in _ListText(text):
+            for item, size in JSONListItems(text, BLOCK_BYTES, MAX_LINE):
                 number += 1
                 items.append(item)
                 held += size
@@ -351,84 +356,20 @@ def _list(file: str) -> Iterator[_Yielded]:
         ) from e
 
 
-class _ListText:
-    """The items of a JSON list with the length of each, from as much of its text at a time as the next one needs."""
-
-    def __init__(self, text: TextIO):
-        self._text, self._held, self._at, self._is_all = text, "", 0, False
-        self._line, self._column = 1, 1  # of the first character that is held
-
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
-        self._expect("[", "a list begins with '['")
-        if self._next() != "]":
-            yield self._item()
-            while self._next() == ",":
-                self._at += 1
-                self._next()
-                yield self._item()
-        self._expect("]", "after an item comes ',' or ']'")
-        self._expect("", "behind the list there is more")
-
-    def _item(self) -> tuple[Any, int]:
-        while True:
-            is_enough = self._is_all or len(self._held) - self._at > MAX_LINE
-            try:
-                item, end = DECODER.raw_decode(self._held, self._at)
-            except json.JSONDecodeError as e:
-                if is_enough:
-                    raise self._error(e.pos, e.msg) from None
-            else:
-                if is_enough or self._held[end : end + 1] in _AFTER:  # the first digits of a number are one too
-                    size, self._at = end - self._at, end
-                    return item, size
-            self._read_on()
-
-    def _next(self) -> str:
-        """The character that comes next, blanks left out; "" at the end."""
-        while True:
-            self._at = _BLANKS.match(self._held, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._held) or self._is_all:
-                return self._held[self._at : self._at + 1]
-            self._read_on()
-
-    def _expect(self, character: str, rule: str) -> None:
-        if self._next() != character:
-            raise self._error(self._at, rule)
-        self._at += 1
-
-    def _read_on(self) -> None:
-        self._line, self._column = self._place(self._at)
-        rest = self._held[self._at :]
-        more = self._text.read(max(len(rest), BLOCK_BYTES))  # twice as much each time, so that trying again is cheap
-        self._held, self._at, self._is_all = rest + more, 0, not more
-
-    def _place(self, at: int) -> tuple[int, int]:
-        """Line and column in the file."""
-        lines = self._held.count("\n", 0, at)
-        return self._line + lines, at - self._held.rfind("\n", 0, at) if lines else self._column + at
-
-    def _error(self, at: int, why: str) -> ValueError:
-        return ValueError("{1} at line {0[0]} column {0[1]}".format(self._place(at), why))
-
-
-_BLANKS = re.compile(r"[ \t\n\r]*")
-_AFTER = set(",] \t\n\r")  # what may follow an item
-
-
 def _rows(file: str) -> Iterator[_Yielded]:
     number = 0
     try:
         with _open(file) as f, pq.ParquetFile(f, pre_buffer=False, buffer_size=PARQUET_BUFFER) as table:
             size, total = _size(file), table.metadata.num_rows
             for rows in table.iter_batches(batch_size=BLOCK_RECORDS):
-                rows.validate(full=True)  # texts that are not UTF-8 among others
+                rows.validate(full=True)  # raises, among others, for text that is not UTF-8
                 yield Table, number + 1, rows, size * (number + rows.num_rows) // total
                 number += rows.num_rows
     except (OSError, ValueError, pa.ArrowException) as e:
         raise UserError(f"{file} cannot be read past row {number}: {one_line(e)}.") from e
 
 
-# What a record of each kind of file is called, and how they are read.
+# For each kind of file, the name of a record and the function that reads it.
 READERS: dict[str, tuple[str, Callable[[str], Iterator[_Yielded]]]] = {
     ".jsonl": ("line", _lines),
     ".jsonl.gz": ("line", _lines),
@@ -442,26 +383,27 @@ def _kind_of(file: str) -> tuple[str, Callable[[str], Iterator[_Yielded]]]:
     for suffix, kind in READERS.items():
         if file.endswith(suffix):
             return kind
-    raise UserError(f"{file} is of no kind that is read: a name must end in {', '.join(READERS)}.")
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
-
-
-DECODER = json.JSONDecoder(parse_constant=_no_constant)
+    raise UserError(f"{file} is not a kind of file that can be read: its name must end in {', '.join(READERS)}.")
 
 
 # ---------------------------------------------------------------------------------------- digests
 def file_digests(files: Sequence[Path], cache_dir: Path) -> list[bytes]:
-    """The SHA-256 of each file's bytes, remembered by the file's place, size and time of change.
+    """Hashes files.
 
-    A file changed in the last seconds is not remembered: it may change again within its clock's tick.
+    A digest is cached by the file's path, size and time of change, unless the file changed in the last seconds: it may
+    change again within one tick of its clock.
+
+    Args:
+      files: local files.
+      cache_dir: the folder of the cache.
+
+    Returns:
+      The SHA-256 of each file.
     """
     memo = cache_dir / "digests.json"
     try:
         known: dict[str, str] = json.loads(memo.read_text())
-    except (OSError, ValueError):  # none yet, or one that another process is just replacing on some file systems
+    except (OSError, ValueError):  # there is none yet, or another process is replacing it
         known = {}
     digests = []
     for file in files:
@@ -478,9 +420,9 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[bytes]:
 
 
 def _remember(memo: Path, known: dict[str, str], key: str, digest: str) -> None:
-    """Whoever writes last wins; what is lost, or cannot be written, is only hashed again."""
+    """Adds a digest to the cache. The last writer wins; a digest that is lost is computed again."""
     known[key] = digest
-    while len(known) > MAX_REMEMBERED:
+    while len(known) > MAX_CACHED_DIGESTS:
         del known[next(iter(known))]
     ours = memo.with_name(f"digests.{os.getpid()}.json")
     with suppress(OSError):

@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mice_jax.data.readers import DECODER, Block, Reader
+from mice_jax.data.json_list import DECODER
+from mice_jax.data.readers import Block, Reader
 from mice_jax.errors import UserError, one_line
 
 ROLES = ("system", "user", "assistant", "tool", "pretraining")
