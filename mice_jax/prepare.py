@@ -87,7 +87,7 @@ def _print_report(whole: dict[str, Any], console: Console) -> None:
         console.print(f"longest: {escape(line)}", soft_wrap=True)
     packed_for = whole["packed_for"]
     console.print(
-        f"{whole['steps']:,} steps; the first {min(statistics.STEPS_PACKED, whole['steps'])} fill "
+        f"{whole['steps']:,} steps; the first {min(statistics.NUM_PACKED_STEPS, whole['steps'])} fill "
         f"{whole['packing_efficiency_of_first_steps']:.1%} of their slots, packed for {packed_for['shards']} "
         f"shards of {packed_for['rows_per_shard']} rows (of mesh and train.rows_per_device; 1 where they leave it open)"
     )

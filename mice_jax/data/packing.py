@@ -1,9 +1,9 @@
-"""Which samples share a row, and which rows share a microbatch: the plans of steps, from lengths alone.
+"""Plans which samples share a row and which rows share a microbatch, from lengths alone.
 
-A step is exactly its samples. They are packed best-fit-decreasing into rows, and rows are dealt to microbatches
-whose shapes come from one short fixed list, so that nothing recompiles and short tails waste little. A plan is
-a pure function of its arguments: every host computes the same one. The loops over samples are compiled (`best_fit`),
-and steps are planned in blocks: at a hundred samples a step, what Python does for each would be most of the time.
+The samples of a step are packed into rows best-fit-decreasing, and the rows are dealt to microbatches whose shapes come
+from one short fixed list, so that nothing recompiles and short tails waste little. A plan is a pure function of its
+arguments, so every host computes the same one. The loops over samples are compiled (`best_fit`), and steps are planned
+in blocks, since Python's work for each step would otherwise take most of the time.
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ import numpy as np
 from mice_jax.packing_limits import max_segments
 
 MAX_SHAPES = 6  # each one costs a compilation
-MAX_TAILS = 4  # microbatches smaller than the largest, in one step
-LAUNCH_PART = 64  # one more microbatch must save the 64th part of a largest one's slots to be worth it
-ROUND_TO = 128  # slots; kernels and vector units want whole tiles
+MAX_TAIL_MICROBATCHES = 4  # microbatches of a step that are smaller than the largest
+MICROBATCH_COST_DIVISOR = 64  # one more microbatch must save this part of a largest one's slots
+SLOT_MULTIPLE = 128  # kernels and vector units work on whole tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A microbatch: `rows` on each of the shards that split a batch, by `slots`."""
+    """The shape of a microbatch: `rows` on each of the shards that split a batch, by `slots`."""
 
     rows: int
     slots: int
 
     @property
     def max_segments(self) -> int:
-        """Samples in a row at most."""
+        """The largest number of samples in a row."""
         return max_segments(self.slots)
 
 
@@ -43,9 +43,14 @@ class Microbatch(NamedTuple):
 
 
 def microbatch_shapes(max_length: int, rows_per_shard: int) -> tuple[Shape, ...]:
-    """The at most six shapes of a run, largest first: rows are halved down to one, then slots are cut.
+    """Chooses the shapes of a run: rows are halved down to one, then slots are reduced.
 
-    Every shape's slots are a multiple of 128, or `max_length` itself.
+    Args:
+      max_length: slots of the largest shape.
+      rows_per_shard: rows of the largest shape.
+
+    Returns:
+      At most six shapes, the largest first. Their slots are multiples of 128, or `max_length` itself.
     """
     rows = rows_per_shard
     shapes = [Shape(rows, max_length)]
@@ -53,7 +58,7 @@ def microbatch_shapes(max_length: int, rows_per_shard: int) -> tuple[Shape, ...]
         rows = (rows + 1) // 2
         shapes.append(Shape(rows, max_length))
     for eighths in (6, 4, 3, 2, 1) if rows_per_shard == 1 else (4, 2, 1):
-        slots = -(-max_length * eighths // (8 * ROUND_TO)) * ROUND_TO
+        slots = -(-max_length * eighths // (8 * SLOT_MULTIPLE)) * SLOT_MULTIPLE
         shape = Shape(1, min(slots, max_length))
         if len(shapes) < MAX_SHAPES and rows == 1 and shape not in shapes:
             shapes.append(shape)
@@ -61,12 +66,12 @@ def microbatch_shapes(max_length: int, rows_per_shard: int) -> tuple[Shape, ...]
 
 
 class Rows(Sequence[list[int]]):
-    """The samples of each row of a microbatch; a row's list is made when it is asked for."""
+    """The samples of each row of a microbatch; the list of a row is made when it is accessed."""
 
     __slots__ = ("_bounds", "_samples")
 
     def __init__(self, samples: list[int], bounds: list[int]):
-        """`samples` are those of the step, row by row; `bounds` says where each row begins and the last one ends."""
+        """Keeps the samples of a step, row by row, and the bounds of the rows in that list."""
         self._samples, self._bounds = samples, bounds
 
     def __len__(self) -> int:
@@ -110,32 +115,33 @@ def pack_steps(lengths: np.ndarray, shapes: tuple[Shape, ...], num_shards: int, 
     """Packs each step's samples and deals its rows to microbatches.
 
     Args:
-      lengths: [steps, samples] tokens of each, none above the first shape's slots.
-      shapes: as `microbatch_shapes` gives them; the first is the largest.
-      num_shards: the devices that split a microbatch's rows.
+      lengths: int [steps, samples], tokens of each sample, at most the slots of the first shape.
+      shapes: those of `microbatch_shapes`; the first is the largest.
+      num_shards: number of devices that share the rows of a microbatch.
       rng: decides which rows share a microbatch, so that microbatches are comparable samples of their step.
 
-    Returns for each step microbatches that hold every sample once, with few empty slots. What a step's are does not
-    depend on the steps that follow it.
+    Returns:
+      For each step, microbatches that hold every sample once, with few empty slots. They do not depend on the steps
+      that follow.
     """
     main = shapes[0]
     assert lengths.size and lengths.min() >= 1 and lengths.max() <= main.slots
     num_steps, count = lengths.shape
     layouts = _layouts(shapes, num_shards)
-    from mice_jax.data.best_fit import pack  # here alone, as it takes a while
+    from mice_jax.data.best_fit import pack  # imported here because it takes a while
 
-    # In ascending order, the longest and of equals the first come last.
+    # In ascending order, the longest sample comes last; of equally long ones, the first.
     ranked = np.sort(lengths.astype(np.int64) << 32 | np.arange(count - 1, -1, -1), axis=1)
     seeds = rng.integers(2**64, size=num_steps, dtype=np.uint64)
     return Plans(layouts, *pack(ranked, seeds, *layouts.numbers))
 
 
 class _Layouts(NamedTuple):
-    """What steps may be made of: any number of largest microbatches and one of the tails.
+    """The microbatches that a step may have: any number of largest ones, then one of the tails.
 
-    `mains` and `tails` hold shapes with their rows over all shards. `numbers` is the same for compiled code: rows and
-    slots of a row of a largest microbatch, the least that a sample is charged; slots and rows of each tail, and by
-    tail and row the slots of the row and where the rows of its shape end.
+    `mains` and `tails` hold shapes with their rows over all shards. `numbers` describes the same to compiled code: the
+    rows of a largest microbatch, the slots of its rows, the smallest charge of a sample; the slots and the rows of each
+    tail; for each row of a tail, its slots and the end of the rows of its shape.
     """
 
     mains: list[tuple[Shape, int]]
@@ -156,7 +162,7 @@ def _layouts(shapes: tuple[Shape, ...], num_shards: int) -> _Layouts:
             end = start + len(list(same)) * shape.rows * num_shards
             row_slots[t, start:end], same_until[t, start:end] = shape.slots, end
             start = end
-    # A sample takes at least so much of a row's room: so no row can hold more samples than it may.
+    # A sample is charged at least this many slots, so that no row holds more than its limit of samples.
     charge = -(-main.slots // main.max_segments)
     numbers = (main.rows * num_shards, main.slots, charge, slots, rows, row_slots, same_until)
     return _Layouts([(main, main.rows * num_shards)], tails, numbers)
@@ -164,22 +170,26 @@ def _layouts(shapes: tuple[Shape, ...], num_shards: int) -> _Layouts:
 
 @functools.cache
 def _tails(shapes: tuple[Shape, ...]) -> list[tuple[Shape, ...]]:
-    """The handfuls of smaller shapes that cost less than one largest microbatch, fewest slots first."""
+    """The combinations of smaller shapes that cost less than one largest microbatch, in order of slots."""
     main, *smaller = shapes
     area = main.rows * main.slots
 
-    def cost(tail: tuple[Shape, ...]) -> int:  # whole: how a sum of fractions rounds, Python's version decides
-        return LAUNCH_PART * sum(s.rows * s.slots for s in tail) + area * len(tail)
+    def cost(tail: tuple[Shape, ...]) -> int:  # an integer, since sums of fractions differ between Python versions
+        return MICROBATCH_COST_DIVISOR * sum(s.rows * s.slots for s in tail) + area * len(tail)
 
     tails = itertools.chain.from_iterable(
-        itertools.combinations_with_replacement(smaller, n) for n in range(MAX_TAILS + 1)
+        itertools.combinations_with_replacement(smaller, n) for n in range(MAX_TAIL_MICROBATCHES + 1)
     )
-    cheapest: dict[int, tuple[Shape, ...]] = {}  # by slots: where one layout fails, its equals seldom fit
-    for tail in sorted(tails, key=cost):  # of equals, that of the larger shapes comes first, as they were made
+    # One tail for each number of slots is enough: where it does not fit, others of the same size seldom do. The sort
+    # is stable, so that of equal costs the tail of larger shapes comes first.
+    cheapest: dict[int, tuple[Shape, ...]] = {}
+    for tail in sorted(tails, key=cost):
         cheapest.setdefault(sum(s.rows * s.slots for s in tail), tail)
-    return [t for slots, t in sorted(cheapest.items()) if slots < area and cost(t) < (LAUNCH_PART + 1) * area]
+    return [
+        t for slots, t in sorted(cheapest.items()) if slots < area and cost(t) < (MICROBATCH_COST_DIVISOR + 1) * area
+    ]
 
 
 def slot_efficiency(total_tokens: int, plan: Sequence[Microbatch]) -> float:
-    """Real tokens over computed slots, padding rows included."""
+    """The ratio of tokens to computed slots, including those of padding rows."""
     return total_tokens / sum(len(m.rows) * m.shape.slots for m in plan)

@@ -1,7 +1,7 @@
-"""What a run's data is like: the numbers of data_report.json, what users regret later, and how both are shown.
+"""Describes a run's data: the numbers of data_report.json, warnings of likely mistakes, and tables of both.
 
-All of it follows from the stores' columns (lengths, trained counts, hashes, flags), so a million samples take no
-longer than a look at them.
+All of it is computed from the columns of the stores (lengths, trained counts, hashes, flags), which is fast for a
+million samples.
 """
 
 import operator
@@ -14,23 +14,23 @@ from rich.table import Table
 
 from mice_jax.data.packing import slot_efficiency
 
-if TYPE_CHECKING:  # it brings grain, which takes a while
+if TYPE_CHECKING:  # importing the loader imports grain, which takes a while
     from mice_jax.data.loader import StepSource
     from mice_jax.data.mixture import Epoch
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BARS = "▁▂▃▄▅▆▇█"
-FEW_TRAINED = 0.01  # of the tokens
-MANY_DROPPED = 0.01  # of the samples: from here on the share is said too
-LONGEST = 3  # samples named in the report
-STEPS_PACKED = 16  # of which the slot efficiency is taken
+MIN_TRAINED_FRACTION = 0.01  # of the tokens; below it, there is a warning
+MIN_DROPPED_FRACTION = 0.01  # of the samples; above it, the warning gives the percentage too
+NUM_LONGEST = 3  # samples named in the report
+NUM_PACKED_STEPS = 16  # steps whose slot efficiency is measured
 
-Entry = dict[str, Any]  # of one source
+Entry = dict[str, Any]  # the numbers of one source
 
 
 # ---------------------------------------------------------------------------------------- numbers
 def length_numbers(lengths: np.ndarray) -> Entry:
-    """Percentiles, and a histogram of about a dozen classes whose bounds are of round ratios."""
+    """Percentiles of lengths (in tokens), and a histogram of about a dozen bins with round ratios."""
     if not len(lengths):
         return {"length_percentiles": {}, "length_histogram": {}}
     values = np.percentile(lengths, PERCENTILES)
@@ -43,7 +43,7 @@ def length_numbers(lengths: np.ndarray) -> Entry:
 
 
 def _bounds(shortest: int, longest: int) -> np.ndarray:
-    """Powers of two, each halved once or twice where they are few; the last is no less than the longest."""
+    """Powers of two, with one or three bounds between them where they are few; the last is at least `longest`."""
     low, high = int(np.log2(shortest)), int(np.ceil(np.log2(longest)))
     steps = 4 if high - low <= 3 else 2 if high - low <= 6 else 1
     exponents = np.arange(low * steps, high * steps + 1) / steps
@@ -52,27 +52,55 @@ def _bounds(shortest: int, longest: int) -> np.ndarray:
 
 
 def longest(lengths: np.ndarray, ids: np.ndarray, where: Callable[[int], str]) -> list[Entry]:
-    """The longest of the samples `ids`, which have these lengths, and where they stand."""
-    count = min(LONGEST, len(ids))
+    """The longest samples.
+
+    Args:
+      lengths: int [n], in tokens.
+      ids: int [n], the numbers of the samples.
+      where: gives the file and line of a sample.
+
+    Returns:
+      For each, its tokens and its place.
+    """
+    count = min(NUM_LONGEST, len(ids))
     top = np.argpartition(-lengths, count - 1)[:count] if count else np.zeros(0, int)
     top = top[np.lexsort((ids[top], -lengths[top]))]
     return [{"tokens": int(lengths[i]), "where": where(int(ids[i]))} for i in top]
 
 
 def flag_numbers(flags: np.ndarray, ids: np.ndarray, where: Callable[[int], str], names: dict[str, int]) -> Entry:
-    """How many of the samples show each sign of trouble, and the first that does; `names` gives each one's bit."""
+    """Counts flagged samples.
+
+    Args:
+      flags: uint8 [n], combinations of bits.
+      ids: int [n], the numbers of the samples.
+      where: gives the file and line of a sample.
+      names: the bit of each flag's name.
+
+    Returns:
+      For each flag that occurs, the number of samples and the place of the first.
+    """
     shown = {name: np.flatnonzero(flags & bit) for name, bit in names.items()}
     return {name: {"samples": len(at), "first": where(int(ids[at[0]]))} for name, at in shown.items() if len(at)}
 
 
 def mean_length(report: Entry) -> float:
-    """Tokens a sample, of all that are kept."""
+    """The mean tokens of the samples that are kept."""
     sources = report["sources"].values()
     return sum(s["tokens"] for s in sources) / sum(s["kept"] for s in sources)
 
 
 def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
-    """The whole of data_report.json: with what each epoch of the run's `total_steps` draws of each source, exactly."""
+    """Completes data_report.json with what the steps draw from each source.
+
+    Args:
+      report: the part that does not depend on steps.
+      source: the steps.
+      total_steps: number of steps of the run.
+
+    Returns:
+      The complete report.
+    """
     mixture = source.mixture
     phases: list[Entry] = [{"name": p.name, "samples_per_epoch": p.per_epoch, "epochs": []} for p in mixture.phases]
     epochs = mixture.epochs(total_steps)
@@ -80,7 +108,7 @@ def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
         names = [pool.name for pool in mixture.phases[e.phase].pools]
         drawn = dict(zip(names, e.by_pool, strict=True))
         phases[e.phase]["epochs"].append({"steps": e.steps, "samples": e.samples, "by_source": drawn})
-    first = range(min(total_steps, STEPS_PACKED))
+    first = range(min(total_steps, NUM_PACKED_STEPS))
     tokens = sum(int(source.corpus.lengths[mixture.step(i).samples].sum()) for i in first)
     packed = [microbatch for i in first for microbatch in source.plan(i)]
     return report | {
@@ -94,9 +122,9 @@ def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
 
 
 def packing_by_source(source: "StepSource", epochs: Sequence["Epoch"]) -> dict[str, float]:
-    """Each source's tokens over the slots they take, in the first steps of each phase; `epochs` are all of the run.
+    """The slot efficiency of each source in the first steps of each phase; `epochs` are those of the whole run.
 
-    The padding of a row is shared by its samples as their tokens are; rows of padding alone are nobody's.
+    The padding of a row is divided among its samples in proportion to their tokens. Rows of padding are not counted.
     """
     tokens: dict[str, int] = defaultdict(int)
     slots: dict[str, float] = defaultdict(float)
@@ -120,7 +148,7 @@ def packing_by_source(source: "StepSource", epochs: Sequence["Epoch"]) -> dict[s
 def _first_steps(epochs: Sequence["Epoch"], phase: int) -> range:
     """A phase's first steps; its epochs follow each other."""
     before, own = (sum(e.steps for e in epochs if belongs(e.phase, phase)) for belongs in (operator.lt, operator.eq))
-    return range(before, before + min(own, STEPS_PACKED))
+    return range(before, before + min(own, NUM_PACKED_STEPS))
 
 
 # ---------------------------------------------------------------------------------------- likely mistakes in the data
@@ -142,21 +170,21 @@ def data_warnings(report: Entry) -> list[str]:
             found += [f"{name}: {sentence}" for sentence in _warnings_of(entry)]
     if copies := report["duplicates_across_sources"]:
         found.append(
-            f"{copies:,} samples are exact copies of some in another source, and weigh that much more: take them out "
-            "of either"
+            f"{copies:,} samples are exact copies of some in another source, and weigh that much more: remove them "
+            "from one of the two"
         )
     overlap = report["validation_overlap"]
     if overlap:
         found.append(
             f"{overlap:,} of the samples that are trained on are held out too (in data.validation, or in a phase's "
-            "own), which then measures memory: take them out of either"
+            "own), which then measures memorisation: remove them from one of the two"
         )
     return found
 
 
 def _warnings_of(entry: Entry) -> list[str]:
     found = []
-    if entry["tokens"] and entry["loss_tokens"] < FEW_TRAINED * entry["tokens"]:
+    if entry["tokens"] and entry["loss_tokens"] < MIN_TRAINED_FRACTION * entry["tokens"]:
         share = entry["loss_tokens"] / entry["tokens"]
         found.append(
             f"only {share:.2%} of its {entry['tokens']:,} tokens are trained on; look at it with --inspect, and at the "
@@ -165,10 +193,12 @@ def _warnings_of(entry: Entry) -> list[str]:
     dropped = sum(entry["dropped"].values())
     if dropped:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in entry["dropped"].items())
-        share = f" ({dropped / entry['read']:.1%})" if dropped > MANY_DROPPED * entry["read"] else ""
+        share = f" ({dropped / entry['read']:.1%})" if dropped > MIN_DROPPED_FRACTION * entry["read"] else ""
         found.append(f"{dropped:,} of its {entry['read']:,} samples are dropped{share}: {reasons}")
     if entry["truncated"]:
-        found.append(f"{entry['truncated']:,} samples are truncated at data.max_length, their ends not trained on")
+        found.append(
+            f"{entry['truncated']:,} samples are truncated at data.max_length, so their ends are not trained on"
+        )
     if entry["duplicates"]:
         found.append(
             f"{entry['duplicates']:,} samples are exact copies of others in it, and weigh that much more; remove them, "
@@ -190,7 +220,7 @@ def spark(histogram: dict[str, int]) -> str:
 
 
 def summary_table(report: Entry) -> Table:
-    """A row a source: what is read, kept, left out and why, and trained on."""
+    """One row for each source: how many samples are read, kept, left out (and why), and trained on."""
     table = _table(["source"], ["read", "kept", "left out", "truncated", "tokens", "trained", "median", "longest"])
     for name, s in _entries(report):
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in (s["dropped"] | s["set_aside"]).items()) or "0"
@@ -202,7 +232,7 @@ def summary_table(report: Entry) -> Table:
 
 
 def length_table(report: Entry) -> Table:
-    """A row a source: how long its samples are, how many are copies, and how full the rows are that they lie in."""
+    """One row for each source: the lengths of its samples, the number of copies, and the efficiency of packing."""
     middle = [str(p) for p in PERCENTILES if 0 < p < 100]
     columns = ["shortest", *(f"{p} %" for p in middle), "longest", "duplicates", "packed"]
     table = _table(["source", "format", "tokens a sample"], columns)
@@ -215,6 +245,7 @@ def length_table(report: Entry) -> Table:
 
 
 def longest_lines(report: Entry) -> list[str]:
+    """One line for each of the longest samples of each source."""
     return [f"{name}: {e['tokens']:,} tokens at {e['where']}" for name, s in _entries(report) for e in s["longest"]]
 
 
