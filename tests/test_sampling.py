@@ -1,5 +1,6 @@
-"""Answers against transformers' own, in batches of ragged prompts; draws against the softmax they come from."""
+"""The sampler's answers equal transformers' own, in ragged batches; draws follow the softmax they come from."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from helpers.models import VOCAB, llama, load, mesh_of
+from helpers.models import QUICK, VOCAB, llama, load, mesh_of
 from mice_jax.errors import UserError
 from mice_jax.inference import sampler as sampler_module
 from mice_jax.inference.sampler import Answer, Sampler, Sampling, cast_params, check_fits
@@ -19,7 +20,8 @@ from mice_jax.models.transformer import Decoder, Params, Transformer
 
 Loaded = tuple[Decoder, Params]
 
-# Few shapes, as each compiles a program: these are padded to 8 rows of 64 slots, and in fours to 32 and 64 slots.
+# Each shape compiles a program, so there are few. These prompts are padded to 8 rows of 64 slots or, with batch_size=4,
+# to 4 rows of 64 slots.
 LENGTHS = [5, 1, 17, 32, 33, 3, 8]
 GREEDY = Sampling(48)
 DRAWN = Sampling(24, temperature=0.7, top_p=0.9, top_k=40, seed=3)
@@ -34,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def torch_model(folder: Path) -> LlamaForCausalLM:
-    return llama(folder, hidden_size=64, initializer_range=0.3)  # weights so large that its answers wander
+    return llama(
+        folder, hidden_size=64, initializer_range=0.3
+    )  # large weights, so that answers do not repeat themselves
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def ids_of(answers: Iterable[Answer]) -> list[list[int]]:
 
 
 # ---------------------------------------------------------------------------------------- greedy
-def test_greedy_answers_to_ragged_prompts_in_one_batch_are_those_of_transformers(
+def test_greedy_answers_of_a_ragged_batch_equal_transformers(
     sampler: Sampler, loaded: Loaded, torch_model: LlamaForCausalLM
 ) -> None:
     prompts = prompts_of(LENGTHS)
@@ -75,21 +79,22 @@ def test_greedy_answers_to_ragged_prompts_in_one_batch_are_those_of_transformers
     wanted = [expected(torch_model, p, 48) for p in prompts]
     assert ids_of(answers) == wanted
     assert not any(a.stopped for a in answers)
-    # Else the test would show nothing: the answers differ, and do not repeat themselves.
+    # The comparison means something only if the answers differ and do not repeat themselves.
     assert len({tuple(w) for w in wanted}) == len(prompts)
     assert all(len(set(w)) > 12 for w in wanted)
 
 
-def test_prompts_that_enter_in_chunks_are_answered_as_by_transformers(
+def test_prompts_prefilled_in_chunks_are_answered_as_by_transformers(
     sampler: Sampler, loaded: Loaded, torch_model: LlamaForCausalLM
 ) -> None:
-    # Padded to 512 slots, two chunks; one prompt ends in the second, the others in the first and at its edges.
-    prompts = prompts_of([300, sampler_module.CHUNK, sampler_module.CHUNK + 1, 2], seed=1)
+    # All are padded to 512 slots, which is two chunks. One prompt ends in the second chunk, one at each edge of the
+    # first, and one inside it.
+    prompts = prompts_of([300, sampler_module.PREFILL_CHUNK, sampler_module.PREFILL_CHUNK + 1, 2], seed=1)
     answers = sampler.generate(loaded[1], prompts, Sampling(16), [])
     assert ids_of(answers) == [expected(torch_model, p, 16) for p in prompts]
 
 
-def test_a_cache_whose_position_is_off_by_one_gives_other_answers(
+def test_cache_position_off_by_one_changes_answers(
     sampler: Sampler, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode = Transformer.decode
@@ -101,11 +106,11 @@ def test_a_cache_whose_position_is_off_by_one_gives_other_answers(
     monkeypatch.setattr(Transformer, "decode", shifted)
     wrong = ids_of(Sampler(loaded[0], jnp.float32).generate(loaded[1], prompts_of(LENGTHS), GREEDY, []))
     for a, b in zip(right, wrong, strict=True):
-        assert a[0] == b[0]  # of the prompt alone
+        assert a[0] == b[0]  # the first token depends on the prompt alone
         assert a != b
 
 
-def test_parameters_that_lie_on_a_mesh_give_the_same_answers(folder: Path, sampler: Sampler, loaded: Loaded) -> None:
+def test_sharded_params_give_the_same_answers(folder: Path, sampler: Sampler, loaded: Loaded) -> None:
     mesh = mesh_of(1, 2, 2)
     decoder, params = load(folder, mesh)
     with jax.set_mesh(mesh):
@@ -113,24 +118,24 @@ def test_parameters_that_lie_on_a_mesh_give_the_same_answers(folder: Path, sampl
     assert answers == ids_of(sampler.generate(loaded[1], prompts_of(LENGTHS), GREEDY, []))
 
 
-def test_parameters_cast_beforehand_compute_the_same_bits(loaded: Loaded) -> None:
+def test_params_cast_beforehand_compute_the_same_bits(loaded: Loaded) -> None:
     decoder, params = loaded
     cast = cast_params(params, jnp.bfloat16)
     assert cast["layers"]["mlp"]["up"].dtype == jnp.bfloat16
     assert cast["final_norm"]["scale"].dtype == jnp.float32
-    entering = sampler_module._entering(prompts_of(LENGTHS), 8, GREEDY, np.zeros(8, np.int32))
+    entering = sampler_module._prefill_batch(prompts_of(LENGTHS), 8, GREEDY, np.zeros(8, np.int32))
 
     @jax.jit
     def last(params: Params) -> jax.Array:
-        ready = sampler_module._ready(decoder, jnp.bfloat16, params)
-        hidden, _ = sampler_module._prefill(decoder, ready, sampler_module._Entering(*map(jnp.asarray, entering)))
+        ready = sampler_module._decode_params(decoder, jnp.bfloat16, params)
+        hidden, _ = sampler_module._prefill(decoder, ready, sampler_module._PrefillBatch(*map(jnp.asarray, entering)))
         return decoder.bind(ready.rest).logits(hidden[:, None])
 
     assert np.array_equal(last(cast), last(params))
 
 
 # ---------------------------------------------------------------------------------------- ends
-def test_a_stop_id_ends_an_answer_and_is_not_in_it(sampler: Sampler, loaded: Loaded) -> None:
+def test_stop_id_ends_an_answer_and_is_not_part_of_it(sampler: Sampler, loaded: Loaded) -> None:
     whole = ids_of(sampler.generate(loaded[1], prompts_of(LENGTHS), GREEDY, []))
     stops = [whole[0][20], whole[3][0]]  # one inside an answer, one that begins another
     answers = list(sampler.generate(loaded[1], prompts_of(LENGTHS), GREEDY, stops))
@@ -142,7 +147,7 @@ def test_a_stop_id_ends_an_answer_and_is_not_in_it(sampler: Sampler, loaded: Loa
     assert {a.stopped for a in answers} == {True, False}
 
 
-def test_a_prompt_too_long_for_the_model_is_refused_with_both_numbers(sampler: Sampler, loaded: Loaded) -> None:
+def test_too_long_prompt_raises_with_both_numbers(sampler: Sampler, loaded: Loaded) -> None:
     text = r"prompt 1 has 630 tokens, which with max_new_tokens=11 make 641; the model has 640 positions"
     with pytest.raises(UserError, match=text):
         next(sampler.generate(loaded[1], prompts_of([4, 630]), Sampling(11), []))
@@ -151,7 +156,7 @@ def test_a_prompt_too_long_for_the_model_is_refused_with_both_numbers(sampler: S
         next(sampler.generate(loaded[1], [[]], Sampling(10), []))
 
 
-def test_numbers_that_make_no_sense_are_refused_all_at_once() -> None:
+def test_invalid_sampling_numbers_are_reported_together() -> None:
     with pytest.raises(UserError, match=r"max_new_tokens=0.*temperature=-1.*top_p=0.*top_k=-1.*seed=-1"):
         Sampling(0, temperature=-1, top_p=0, top_k=-1, seed=-1)
     with pytest.raises(UserError, match="temperature=nan"):
@@ -159,46 +164,44 @@ def test_numbers_that_make_no_sense_are_refused_all_at_once() -> None:
 
 
 # ---------------------------------------------------------------------------------------- batches
-def test_an_answer_does_not_depend_on_what_else_is_in_the_batch(sampler: Sampler, loaded: Loaded) -> None:
+def test_answer_does_not_depend_on_the_rest_of_the_batch(sampler: Sampler, loaded: Loaded) -> None:
     prompts = prompts_of(LENGTHS)
     together = ids_of(sampler.generate(loaded[1], prompts, DRAWN, []))
     assert ids_of(sampler.generate(loaded[1], prompts, DRAWN, [], batch_size=4)) == together
     assert (
         ids_of(sampler.generate(loaded[1], prompts[4:], DRAWN, [], numbers=range(4, 7), batch_size=4)) == together[4:]
     )
-    others = prompts_of([9, 2, 50, 4], seed=7)
+    others = prompts_of([9, 2, 33, 4], seed=7)
     assert ids_of(sampler.generate(loaded[1], prompts[:3] + others, DRAWN, []))[:3] == together[:3]
 
 
-def test_a_row_whose_answer_has_ended_is_given_to_the_next_prompt_and_the_order_is_kept(
+def test_finished_row_takes_the_next_prompt_and_order_is_kept(
     sampler: Sampler, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = prompts_of([60, 1, 50, 2, 40, 3, 30, 4, 20, 5, 33, 7], seed=2)
-    whole = ids_of(sampler.generate(loaded[1], prompts, GREEDY, [], batch_size=16))
-    stops = [ids[(40, 2, 3)[i % 3]] for i, ids in enumerate(whole)]  # so that answers end at very different times
+    prompts = prompts_of([15, 1, 14, 2, 13, 3, 12, 4, 11, 5, 10, 7], seed=2)
+    whole = ids_of(sampler.generate(loaded[1], prompts, GREEDY, [], batch_size=4))
+    stops = [ids[(40, 2, 3)[i % 3]] for i, ids in enumerate(whole)]  # answers end at very different times
     wanted = [a[: next(i for i, t in enumerate(a) if t in stops)] for a in whole]
     steps: list[int] = []
-    go_on = sampler._go_on
+    go_on = sampler._decode_loop
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         rows, new = go_on(*args, **kwargs)
         steps.append(int((np.asarray(new) >= 0).any(axis=0).sum()))
         return rows, new
 
-    monkeypatch.setattr(sampler_module, "_go_on", counted)
+    monkeypatch.setattr(sampler, "_decode_loop", counted)
     answers = list(sampler.generate(loaded[1], prompts, GREEDY, stops, batch_size=4))
     assert ids_of(answers) == wanted and all(a.stopped for a in answers)
-    # Each batch of four by itself would go on until its longest answer ends.
+    # Without refilling, each batch of four would run until its longest answer ends.
     order = list(sampler_module._entry_order([len(p) for p in prompts], 4))
     assert 0 < sum(steps) < sum(max(len(wanted[i]) for i in order[at : at + 4]) for at in range(0, 12, 4))
-    monkeypatch.setattr(sampler_module, "WINDOW", 1)
+    monkeypatch.setattr(sampler_module, "SORT_WINDOW", 1)
     assert ids_of(sampler.generate(loaded[1], prompts, GREEDY, stops, batch_size=4)) == wanted
     assert list(sampler_module._entry_order([5, 9, 1, 7, 2, 3], 2)) == [1, 0, 3, 2, 5, 4]
 
 
-def test_an_answer_ends_where_its_text_does_and_its_first_token_may_be_its_last(
-    sampler: Sampler, loaded: Loaded
-) -> None:
+def test_caller_can_end_an_answer_and_one_token_is_an_answer(sampler: Sampler, loaded: Loaded) -> None:
     prompts = prompts_of(LENGTHS)
     whole = ids_of(sampler.generate(loaded[1], prompts, GREEDY, []))
     pair = whole[2][4:6]
@@ -206,17 +209,17 @@ def test_an_answer_ends_where_its_text_does_and_its_first_token_may_be_its_last(
     def ended(ids: list[int]) -> bool:
         return any(ids[i : i + 2] == pair for i in range(len(ids)))
 
-    answers = list(sampler.generate(loaded[1], prompts, GREEDY, [], ended=ended, batch_size=2))
+    answers = list(sampler.generate(loaded[1], prompts, GREEDY, [], ended=ended, batch_size=4))
     for answer, ids in zip(answers, whole, strict=True):
         assert answer.ids == ids[: len(answer.ids)]
         assert answer.stopped == ended(answer.ids) == ended(ids)
-    assert 6 <= len(answers[2].ids) <= 6 + sampler_module.TOKENS < 48
+    assert 6 <= len(answers[2].ids) <= 6 + sampler_module.DECODE_CHUNK < 48
     one = list(sampler.generate(loaded[1], prompts, Sampling(1), []))
     assert [a.ids for a in one] == [ids[:1] for ids in whole]
     assert list(sampler.generate(loaded[1], [], GREEDY, [])) == []
 
 
-def test_a_streamed_answer_is_that_of_a_batch(sampler: Sampler, loaded: Loaded) -> None:
+def test_streamed_answer_equals_the_batch_answer(sampler: Sampler, loaded: Loaded) -> None:
     prompts = prompts_of(LENGTHS)
     answer = ids_of(sampler.generate(loaded[1], prompts, DRAWN, []))[0]
     assert list(sampler.stream(loaded[1], prompts[0], DRAWN, [])) == answer
@@ -226,17 +229,16 @@ def test_a_streamed_answer_is_that_of_a_batch(sampler: Sampler, loaded: Loaded) 
 
 # ---------------------------------------------------------------------------------------- chance
 @pytest.mark.parametrize("only", [{"top_k": 1}, {"top_p": 1e-6}], ids=str)
-def test_where_the_best_token_alone_is_left_the_answer_is_greedy(
-    sampler: Sampler, loaded: Loaded, only: dict[str, Any]
-) -> None:
-    greedy = ids_of(sampler.generate(loaded[1], prompts_of(LENGTHS), GREEDY, []))
-    how = Sampling(48, temperature=2.0, **only)
-    assert ids_of(sampler.generate(loaded[1], prompts_of(LENGTHS), how, [])) == greedy
+def test_draw_from_the_best_token_alone_is_greedy(only: dict[str, Any]) -> None:
+    logits = jax.random.normal(jax.random.key(1), (50, VOCAB))
+    drawn = pick(logits, Sampling(1, temperature=2.0, **only))
+    assert np.array_equal(drawn, np.argmax(logits, axis=-1))
+    assert not np.array_equal(pick(logits, Sampling(1, temperature=2.0)), drawn)
 
 
-def test_a_seed_and_a_prompt_s_number_decide_what_is_drawn(sampler: Sampler, loaded: Loaded) -> None:
+def test_seed_and_prompt_number_decide_what_is_drawn(sampler: Sampler, loaded: Loaded) -> None:
     def answers(seed: int) -> list[list[int]]:
-        prompts = [prompts_of([40])[0]] * 5
+        prompts = [prompts_of([33])[0]] * 5
         how = Sampling(24, temperature=1.5, top_p=0.95, top_k=40, seed=seed)
         return ids_of(sampler.generate(loaded[1], prompts, how, []))
 
@@ -245,31 +247,39 @@ def test_a_seed_and_a_prompt_s_number_decide_what_is_drawn(sampler: Sampler, loa
     assert all(a != b for a, b in zip(answers(1), answers(2), strict=True))
 
 
+def pick(logits: Any, sampling: Sampling) -> np.ndarray:
+    """A token for each row of `logits` [B V], each drawn with a key of its own."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(len(logits), dtype=np.int32))
+    num_ranked, nucleus = sampling.top_k or logits.shape[-1], sampling.top_p < 1
+    choose = functools.partial(sampler_module._pick, num_ranked=num_ranked, nucleus=nucleus)
+    positions = jnp.full(len(logits), 7)
+    return np.asarray(
+        jax.jit(choose, compiler_options=QUICK)(logits, positions, keys, sampler_module._sampling_params(sampling))
+    )
+
+
 LOGITS = np.array([2.0, -1.0, 0.5, 1.0, 0.0, -30.0], np.float32)
 
 
 @pytest.mark.parametrize(
     ("how", "kept"),
     [
-        ({"temperature": 1.0}, [0, 1, 2, 3, 4, 5]),
         ({"temperature": 0.5}, [0, 1, 2, 3, 4, 5]),
         ({"temperature": 1.0, "top_k": 3}, [0, 3, 2]),
-        # The softmax, sorted: 0.56, 0.21, 0.13, 0.08, 0.03. The best holds half; 0.8 takes three.
+        # The sorted softmax is 0.56, 0.21, 0.13, 0.08, 0.03: one token holds half of it, three hold 0.8.
         ({"temperature": 1.0, "top_p": 0.5}, [0]),
         ({"temperature": 1.0, "top_p": 0.8}, [0, 3, 2]),
-        # At temperature 2 the best three have 0.48, 0.29, 0.23 among them.
+        # At temperature 2 the best three tokens have 0.48, 0.29 and 0.23 of their own sum.
         ({"temperature": 2.0, "top_k": 3, "top_p": 0.7}, [0, 3]),
     ],
     ids=str,
 )
-def test_draws_come_as_often_as_the_softmax_of_what_is_left_says(how: dict[str, float], kept: list[int]) -> None:
+def test_draw_frequencies_follow_the_truncated_softmax(how: dict[str, float], kept: list[int]) -> None:
     drawn, n = Sampling(1, **how), 40_000
     probs = np.zeros(len(LOGITS))
     weights = np.exp(LOGITS[kept] / drawn.temperature)
     probs[kept] = weights / weights.sum()
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(n, dtype=np.int32))
-    logits, positions = jnp.tile(LOGITS, (n, 1)), jnp.full(n, 7)
-    tokens = sampler._pick(logits, positions, keys, sampler._chance(drawn), drawn.top_k or len(LOGITS), drawn.top_p < 1)
-    counts = np.bincount(np.asarray(tokens), minlength=len(LOGITS))
-    # Five sigma of a binomial count. What is cut away, or too rare to come at all, must not come once.
+    tokens = pick(jnp.tile(LOGITS, (n, 1)), drawn)
+    counts = np.bincount(tokens, minlength=len(LOGITS))
+    # The bound is five sigma of a binomial count. A token that is cut away, or too rare, must not come at all.
     assert np.all(np.abs(counts - n * probs) <= 5 * np.sqrt(n * probs * (1 - probs)) + 1e-3)

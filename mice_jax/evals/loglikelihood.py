@@ -1,4 +1,4 @@
-"""The log-probability of given tokens after given ones, for many requests at once: in rows of trees, over a mesh."""
+"""Log-probabilities of given tokens after given contexts, for many requests at once, in rows of prefix trees."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -22,28 +22,45 @@ from mice_jax.sharding import constrain, local_shards, num_shards, put_rows
 
 # B rows, T slots, M scored tokens, C of them at a time, D d_model, V vocabulary
 
-CPU_SLOTS, DEVICE_SLOTS = 4096, 16384  # of a batch on one device: more is no faster there
+# The maximum number of slots of a batch on one device. Larger batches are not faster.
+CPU_SLOTS, DEVICE_SLOTS = 4096, 16384
 
-Score = tuple[float, bool]  # the sum of log-probabilities; whether each token was the likeliest
-Watch = Callable[[int], None]  # told how many requests are done
+Score = tuple[float, bool]  # The sum of log-probabilities, and whether every token was the likeliest.
+Watch = Callable[[int], None]  # It is called with the number of requests that are done.
 
 
 class Scorer:
-    """A decoder's programs, compiled when first needed for a shape and kept; parameters come with each call.
+    """Scores requests with a decoder. Its functions are compiled once for each shape; each call brings the parameters.
 
     Every process of a run makes the same calls, and gets all scores.
     """
 
     def __init__(self, decoder: Decoder, mesh: Mesh, dtype: Any):
+        """Makes a scorer.
+
+        Args:
+          decoder: The model's functions.
+          mesh: The devices.
+          dtype: The dtype to compute in.
+        """
         self._spec, self._mesh, self._dtype = decoder.spec, mesh, jnp.dtype(dtype)
         self._score = jax.jit(functools.partial(_score, decoder, self._dtype), static_argnames=("attention", "chunk"))
 
     def score(self, params: Params, requests: Sequence[Request], watch: Watch = lambda done: None) -> list[Score]:
-        """Each request's score; none may be longer than the model's positions."""
+        """Scores requests.
+
+        Args:
+          params: The parameters, on the scorer's mesh.
+          requests: The texts, none longer than the model's positions.
+          watch: Called with the number of requests that are done.
+
+        Returns:
+          For each request, the sum of the log-probabilities of its targets, and whether each of them was the likeliest.
+        """
         if not requests:
             return []
         assert all(0 < len(r.targets) <= len(r.ids) <= self._spec.max_positions for r in requests)
-        shape, rows = prefix_tree.pack(prefix_tree.grow(requests, _kinds(requests, self._spec)))
+        shape, rows = prefix_tree.pack(prefix_tree.build_prefix_trees(requests, _rope_groups(requests, self._spec)))
         sums, best = np.zeros(len(requests)), np.ones(len(requests), bool)
         done = 0
         pending: tuple[Any, list[np.ndarray]] | None = None
@@ -52,7 +69,8 @@ class Scorer:
             if batch is not None:
                 arrays, owners = prefix_tree.arrays(batch, shape, requests)
                 computed = self._run(params, arrays, shape), owners
-            if pending is not None:  # while the next batch is computed
+            # The scores of a batch are read while the next batch is computed.
+            if pending is not None:
                 logprobs, likeliest = (np.asarray(x) for x in pending[0])
                 for r, owner in enumerate(pending[1]):
                     np.add.at(sums, owner, logprobs[r, : len(owner)].astype(np.float64))
@@ -65,7 +83,7 @@ class Scorer:
     def _batches(
         self, shape: prefix_tree.Shape, rows: list[list[prefix_tree.Tree]]
     ) -> list[list[list[prefix_tree.Tree]]]:
-        """Rows by batches of one size, the last filled up with empty ones."""
+        """Divides rows into batches of one size; the last is filled up with empty rows."""
         shards = num_shards(self._mesh)
         slots = CPU_SLOTS if self._mesh.devices.flat[0].platform == "cpu" else DEVICE_SLOTS
         fitting = max(1, slots // (shape.trunks + shape.branches))
@@ -76,7 +94,7 @@ class Scorer:
     def _run(
         self, params: Params, arrays: dict[str, np.ndarray], shape: prefix_tree.Shape
     ) -> tuple[jax.Array, jax.Array]:
-        """Log-probabilities and likeliest [B M], whole on every device."""
+        """Returns log-probabilities [B M] and whether each target is the likeliest [B M], replicated on all devices."""
         device = self._mesh.devices.flat[0]
         attention = choose_backend(
             "auto",
@@ -98,8 +116,11 @@ class Scorer:
             return self._score(params, on_devices, attention=attention, chunk=chunk)
 
 
-def _kinds(requests: Sequence[Request], spec: ModelSpec) -> list[int] | None:
-    """Which requests may share work: where a LongRoPE turns long texts differently, those on one side of its limit."""
+def _rope_groups(requests: Sequence[Request], spec: ModelSpec) -> list[int] | None:
+    """Returns the group of each request: with LongRoPE, texts on both sides of its limit have other rotations.
+
+    Only texts of one group may share a tree. None stands for a single group.
+    """
     if not rope.needs_lengths(spec.ropes):
         return None
     limits = {r.scaling.original_positions for r in spec.ropes if r and isinstance(r.scaling, LongScaling)}
@@ -109,7 +130,7 @@ def _kinds(requests: Sequence[Request], spec: ModelSpec) -> list[int] | None:
 def _score(
     decoder: Decoder, dtype: Any, params: Params, rows: dict[str, jax.Array], *, attention: str, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The log-probability of each target [B M], and whether nothing is likelier."""
+    """Returns the log-probability of each target [B M], and whether no token is likelier."""
     model = decoder.bind(cast_params(params, dtype))
     forest = Trees(rows["segment_ids"], rows["positions"], rows["number"], rows["reach"])
     hidden = model.hidden_of_trees(rows["tokens"], rows["lengths"], forest, Compute(dtype, attention, "none"))
@@ -119,7 +140,7 @@ def _score(
         hidden, targets = scored  # [B C D], [B C]
         logits = model.logits(hidden)
         column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-        # Compared, not gathered: a gather along a split vocabulary would collect the logits on one device.
+        # A comparison instead of a gather: a gather along a sharded vocabulary would collect the logits on one device.
         at_target = jnp.sum(jnp.where(column == targets[..., None], logits, 0), axis=-1)
         return at_target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 

@@ -1,9 +1,9 @@
-"""Which texts share work: requests to score are put together into trees, and trees into rows of one shape.
+"""Prefix trees: texts that begin alike share the computation of their common tokens.
 
-Sorted, a text follows those that it has most in common with. A tree is a run of texts that each share enough with the
-one before: the first is its trunk, and each of the others branches off from it, or from a branch, where they part. So
-the options of a question cost its prompt once, whatever the text was split into, and so do questions that begin with
-the same examples.
+Texts are sorted, so that each follows those that it has most in common with. A tree is a run of texts that each share
+enough tokens with the text before. The first text is the trunk; each of the others branches off from the trunk, or from
+a branch, where the texts part. The options of a question so cost its prompt once, and questions that begin with the
+same examples cost these once.
 """
 
 import dataclasses
@@ -15,25 +15,36 @@ import numpy as np
 
 from mice_jax.packing_limits import max_segments
 
-# B rows, T slots, P slots of trunks, M scored tokens
+# B rows, T slots (those of trunks, then those of branches), M scored tokens
 
-LEAST_SHARED = 4  # a text is a branch where it shares at least one in so many of its tokens, else a tree of its own
-BRANCH_SLOTS = 1024  # of a tree's branches, or as many as the longest text has: its trunk is then computed anew
-TILE = 128  # slots; what kernels want
-BESIDE = 32  # slots of branches come in so many, where they are few
-LEAST_ROW, MOST_ROW = 512, 2048  # slots of the trunks of a row, where there are so many: short texts share rows
-ATTENDED = 16384  # slots of a row at which attention costs about as much as all else
+# A text joins a tree as a branch if it shares at least 1/4 of its tokens with the text before.
+MIN_SHARED_DIVISOR = 4
+# The maximum number of slots of a tree's branches, if no text is longer. Further texts begin a new tree.
+MAX_BRANCH_SLOTS = 1024
+# The number of slots of trunks is a multiple of this, because attention kernels work on such tiles.
+TILE = 128
+# The number of slots of branches is a multiple of this if it is small.
+BRANCH_TILE = 32
+# The number of trunk slots in a row, if there are enough texts to fill it. Short texts share a row.
+MIN_ROW_SLOTS, MAX_ROW_SLOTS = 512, 2048
+# In a row of this many slots, attention costs about as much as everything else.
+ATTENTION_PARITY_SLOTS = 16384
 
 
 class Request(NamedTuple):
-    """Tokens to score: of the ids that a model is given, the last len(targets) are to be followed by these."""
+    """A text to score.
+
+    Attributes:
+      ids: The tokens that the model is given, int32 [T].
+      targets: The tokens that are scored, int32 [M]: each follows one of the last M ids.
+    """
 
     ids: np.ndarray
     targets: np.ndarray
 
 
 class Shape(NamedTuple):
-    """Of a row: slots of trunks and of branches, and scored tokens."""
+    """The shape of a row: its slots of trunks and of branches, and its scored tokens."""
 
     trunks: int
     branches: int
@@ -42,14 +53,23 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Texts that begin alike; its nodes are tokens, numbered as a walk through it meets them."""
+    """Texts that begin alike. Its nodes are tokens, numbered in depth-first order.
+
+    Attributes:
+      tokens: The token of each node.
+      positions: The position of each node in its text.
+      subtree_end: For each node, one more than the largest number of its descendants.
+      trunk: The number of nodes at the beginning that are one path.
+      length: The length of the longest text.
+      scored: For each text, the request's index and the nodes that its targets follow.
+    """
 
     tokens: np.ndarray
     positions: np.ndarray
-    reach: np.ndarray  # for each node, the number that follows those of its descendants
-    trunk: int  # so many first nodes are one path
-    length: int  # of the longest text
-    scored: list[tuple[int, np.ndarray]]  # a request, and the nodes of which it has the targets
+    subtree_end: np.ndarray
+    trunk: int
+    length: int
+    scored: list[tuple[int, np.ndarray]]
 
     @property
     def branches(self) -> int:
@@ -60,19 +80,24 @@ class Tree:
         return sum(len(nodes) for _, nodes in self.scored)
 
 
-def grow(requests: Sequence[Request], kind: Sequence[int] | None = None) -> list[Tree]:
-    """The trees of all requests; none holds requests of two kinds."""
+def build_prefix_trees(requests: Sequence[Request], group: Sequence[int] | None = None) -> list[Tree]:
+    """Builds the prefix trees of all requests.
+
+    Args:
+      requests: The texts.
+      group: The group of each text; texts of different groups share no tree. None puts all in one group.
+    """
     if not requests:
         return []
-    kind = kind or [0] * len(requests)
-    most = max(BRANCH_SLOTS, *(len(r.ids) for r in requests))
-    order = sorted(range(len(requests)), key=lambda i: (kind[i], requests[i].ids.astype(">i4").tobytes()))
+    group = group or [0] * len(requests)
+    most = max(MAX_BRANCH_SLOTS, *(len(r.ids) for r in requests))
+    order = sorted(range(len(requests)), key=lambda i: (group[i], requests[i].ids.astype(">i4").tobytes()))
     trees, texts, shared, branches = [], [order[0]], [0], 0
     for before, i in itertools.pairwise(order):
         ids = requests[i].ids
         common = _common(requests[before].ids, ids)
         more = len(ids) - common
-        if kind[before] == kind[i] and common * LEAST_SHARED >= len(ids) and branches + more <= most:
+        if group[before] == group[i] and common * MIN_SHARED_DIVISOR >= len(ids) and branches + more <= most:
             texts, shared, branches = [*texts, i], [*shared, common], branches + more
         else:
             trees.append(_tree(requests, texts, shared))
@@ -81,53 +106,59 @@ def grow(requests: Sequence[Request], kind: Sequence[int] | None = None) -> list
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many first tokens two texts share."""
+    """Returns the number of tokens at the beginning that two texts share."""
     n = min(len(a), len(b))
     differing = np.flatnonzero(a[:n] != b[:n])
     return int(differing[0]) if len(differing) else n
 
 
 def _tree(requests: Sequence[Request], texts: list[int], shared: list[int]) -> Tree:
-    """The tree of sorted texts, each of which shares so many tokens with the one before."""
+    """Builds the tree of sorted texts, each of which shares `shared` tokens with the text before."""
     sizes = [len(requests[i].ids) - s for i, s in zip(texts, shared, strict=True)]
     size = sum(sizes)
-    tokens, positions, reach = np.empty(size, np.int32), np.empty(size, np.int32), np.full(size, size, np.int32)
-    path = np.empty(0, np.int32)  # the nodes of the text that was added last
+    tokens, positions, subtree_end = np.empty(size, np.int32), np.empty(size, np.int32), np.full(size, size, np.int32)
+    path = np.empty(0, np.int32)  # the nodes of the text before
     scored, end = [], 0
     for i, common, more in zip(texts, shared, sizes, strict=True):
         new = np.arange(end, end + more, dtype=np.int32)
-        reach[path[common:]] = end
+        subtree_end[path[common:]] = end
         path = np.concatenate([path[:common], new])
         tokens[new], positions[new] = requests[i].ids[common:], np.arange(common, common + more)
         scored.append((i, path[len(path) - len(requests[i].targets) :]))
         end += more
-    return Tree(tokens, positions, reach, sizes[0], max(len(requests[i].ids) for i in texts), scored)
+    return Tree(tokens, positions, subtree_end, sizes[0], max(len(requests[i].ids) for i in texts), scored)
 
 
 # ---------------------------------------------------------------------------------------- rows
 def pack(trees: Sequence[Tree]) -> tuple[Shape, list[list[Tree]]]:
-    """Rows of trees, and the one shape that holds each of them: of a few shapes, the one that costs least."""
+    """Packs trees into rows of one shape: of a few candidate shapes, the one that costs least to compute.
+
+    Returns:
+      The shape, and the trees of each row.
+    """
     longest, trunks = max(t.trunk for t in trees), sum(t.trunk for t in trees)
-    sizes = [rounded_up(max(longest, min(LEAST_ROW, trunks)))]
-    while (more := rounded_up(sizes[-1] + 1)) <= min(MOST_ROW, rounded_up(trunks)):
+    sizes = [rounded_up(max(longest, min(MIN_ROW_SLOTS, trunks)))]
+    while (more := rounded_up(sizes[-1] + 1)) <= min(MAX_ROW_SLOTS, rounded_up(trunks)):
         sizes.append(more)
     packed = [_filled(trees, slots) for slots in sizes]
 
     def cost(way: tuple[Shape, list[list[Tree]]]) -> float:
         slots = way[0].trunks + way[0].branches
-        return len(way[1]) * slots * (1 + slots / ATTENDED)
+        return len(way[1]) * slots * (1 + slots / ATTENTION_PARITY_SLOTS)
 
     return min(packed, key=cost)
 
 
 def _filled(trees: Sequence[Tree], slots: int) -> tuple[Shape, list[list[Tree]]]:
-    """Rows with so many slots of trunks, each tree in the first that has room, the largest first."""
+    """Packs trees into rows of `slots` trunk slots: the largest tree first, each in the first row that has room."""
     trunks, branches = sum(t.trunk for t in trees), sum(t.branches for t in trees)
-    # As many slots of branches as trees that fill the trunks have on average, and some.
-    beside = max(max(t.branches for t in trees), -(-slots * branches // trunks))
-    beside = rounded_up(beside) if beside > 2 * TILE else -(-beside // BESIDE) * BESIDE
+    # A row gets as many branch slots as the trees that fill its trunk slots have on average, rounded up.
+    branch_slots = max(max(t.branches for t in trees), -(-slots * branches // trunks))
+    branch_slots = (
+        rounded_up(branch_slots) if branch_slots > 2 * TILE else -(-branch_slots // BRANCH_TILE) * BRANCH_TILE
+    )
     rows: list[list[Tree]] = []
-    # What is left in each row: slots of trunks, of branches, segments.
+    # The free trunk slots, branch slots and segments of each row.
     left = np.empty((len(trees), 3), np.int64)
     for tree in sorted(trees, key=lambda t: (t.trunk, t.branches), reverse=True):
         need = (tree.trunk, tree.branches, 1)
@@ -135,15 +166,15 @@ def _filled(trees: Sequence[Tree], slots: int) -> tuple[Shape, list[list[Tree]]]
         row = int(fits[0]) if len(fits) else len(rows)
         if row == len(rows):
             rows.append([])
-            left[row] = slots, beside, max_segments(slots)
+            left[row] = slots, branch_slots, max_segments(slots)
         rows[row].append(tree)
         left[row] -= need
     scored = max(sum(t.num_scored for t in row) for row in rows)
-    return Shape(slots, beside, 1 << (scored - 1).bit_length()), rows
+    return Shape(slots, branch_slots, 1 << (scored - 1).bit_length()), rows
 
 
 def rounded_up(slots: int) -> int:
-    """The next of 128, 256, 384, 512, 768, 1024, 1536, ...: few shapes, few programs."""
+    """Rounds up to 128, 256, 384, 512, 768, 1024, 1536, ...: with few shapes, few functions are compiled."""
     tiles = max(1, -(-slots // TILE))
     whole = 1 << (tiles - 1).bit_length()
     return TILE * (whole * 3 // 4 if whole >= 4 and tiles <= whole * 3 // 4 else whole)
@@ -152,9 +183,17 @@ def rounded_up(slots: int) -> int:
 def arrays(
     rows: Sequence[Sequence[Tree]], shape: Shape, requests: Sequence[Request]
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-    """What is computed of rows: tokens and where they stand, [B T] each, and what is scored of it, [B M] each.
+    """Writes rows of trees as arrays.
 
-    Also returns, for each row, the requests that its scored slots belong to.
+    Args:
+      rows: The trees of each row.
+      shape: The shape of every row.
+      requests: The texts that the trees were built of.
+
+    Returns:
+      int32 arrays by name. tokens, positions, lengths, number and reach are [B T]: number is the node of a slot (-1 =
+      empty), and reach is where the node's subtree ends. segment_ids is [B P] for P trunk slots; slots and targets of
+      scored tokens are [B M]. Also, for each row, the index of the request of each scored token.
     """
     b, t = len(rows), shape.trunks + shape.branches
     made = {name: np.zeros((b, t), np.int32) for name in ("tokens", "positions", "reach", "lengths")}
@@ -162,13 +201,13 @@ def arrays(
     made |= {name: np.zeros((b, shape.scored), np.int32) for name in ("slots", "targets")}
     owners = []
     for r, row in enumerate(rows):
-        at, beside, first, count = 0, shape.trunks, 0, 0
+        at, branch, first, count = 0, shape.trunks, 0, 0
         owner: list[np.ndarray] = [np.empty(0, np.int64)]
         for segment, tree in enumerate(row, 1):
-            slots = np.concatenate([np.arange(at, at + tree.trunk), np.arange(beside, beside + tree.branches)])
+            slots = np.concatenate([np.arange(at, at + tree.trunk), np.arange(branch, branch + tree.branches)])
             made["tokens"][r, slots], made["positions"][r, slots] = tree.tokens, tree.positions
             made["number"][r, slots] = first + np.arange(len(slots))
-            made["reach"][r, slots] = first + tree.reach
+            made["reach"][r, slots] = first + tree.subtree_end
             made["lengths"][r, slots] = tree.length
             made["segment_ids"][r, at : at + tree.trunk] = segment
             for i, nodes in tree.scored:
@@ -176,6 +215,6 @@ def arrays(
                 made["slots"][r, here], made["targets"][r, here] = slots[nodes], requests[i].targets
                 owner.append(np.full(len(nodes), i))
                 count += len(nodes)
-            at, beside, first = at + tree.trunk, beside + tree.branches, first + len(slots)
+            at, branch, first = at + tree.trunk, branch + tree.branches, first + len(slots)
         owners.append(np.concatenate(owner))
     return made, owners

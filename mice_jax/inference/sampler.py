@@ -1,11 +1,11 @@
-"""Answers prompts with a decoder: in batches on the device, or token by token for someone who reads along.
+"""Generates answers to prompts with a decoder: in batches (continuous batching), or as a stream of tokens.
 
-A batch is so many rows, each with room for a prompt and its answer. Prompts enter rows a few at a time, right-padded to
-one of few widths, so that few programs are compiled; all rows go on together, a few tokens at a time; and a row whose
-answer has ended is given to the next prompt. What padding, or the prompt before, leaves in the cache does no harm: a
-row goes on at its own position, and each slot is overwritten before a query comes far enough to see it. A row's
-randomness is drawn from its prompt's number and its position alone, so that an answer depends on its batch by rounding
-at most. Call inside `jax.set_mesh` where parameters lie on a mesh.
+A batch has a fixed number of rows, each with room for a prompt and its answer. Prompts enter rows a few at a time,
+right-padded to one of few widths, so that few functions are compiled. All rows are decoded together, a few tokens at a
+time, and a row whose answer has ended takes the next prompt. What padding or an earlier prompt left in the cache has no
+influence: a row continues at its own position, and each slot is overwritten before a query can attend to it. The draws
+of a row depend on the number of its prompt and on the position alone, so an answer depends on the rest of its batch by
+rounding at most. Call this inside `jax.set_mesh` if the parameters are sharded over a mesh.
 """
 
 import dataclasses
@@ -19,30 +19,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mice_jax.cli.flags import DEFAULT_MAX_NEW_TOKENS
 from mice_jax.errors import UserError
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Cache, Decoder, Params, empty_cache
 from mice_jax.sharding import constrain
 
-# B rows, R rows that prompts enter, T prompt slots, C new tokens, D d_model, V vocabulary
+# B rows of the batch, R rows that are refilled at once, T prompt slots, C new tokens, D d_model, V vocabulary
 
 T = TypeVar("T")
 
-MIN_WIDTH = 32  # of a padded prompt, and of a row
-CHUNK = 256  # prompt tokens that enter the cache at once: bounds the attention scores of a long prompt
-TOKENS = 16  # that rows go on by before it is looked which have ended
-PARTS = 4  # of a batch; so many rows as one has are filled with new prompts at once
-WINDOW = 8  # batches whose prompts are sorted together, so that the longest do not come last
+# The minimum number of slots of a padded prompt, and of a row.
+MIN_WIDTH = 32
+# Prompts enter the cache in pieces of this many tokens, which bounds the attention scores of a long prompt.
+PREFILL_CHUNK = 256
+# The number of tokens that rows are decoded by in one call, before finished rows are refilled.
+DECODE_CHUNK = 16
+# 1/4 of a batch's rows is refilled with new prompts at once.
+REFILL_FRACTION = 4
+# Prompts of 8 batches are sorted by length together, so that the longest prompts do not come last.
+SORT_WINDOW = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a next token is chosen: the likeliest at temperature 0, else drawn from what top_k and top_p leave."""
+    """How the next token is chosen: the likeliest at temperature 0, else drawn from those that top_k and top_p leave.
+
+    Attributes:
+      max_new_tokens: The longest answer, in tokens.
+      temperature: Divides the logits of a draw; 0 takes the likeliest token.
+      top_p: Draws from as few of the likeliest tokens as hold this much probability; 1 = all.
+      top_k: Draws from this many of the likeliest tokens; 0 = all.
+      seed: The seed of the draws.
+    """
 
     max_new_tokens: int
     temperature: float = 0.0
-    top_p: float = 1.0  # of the likeliest, as many as are needed to hold this much probability
-    top_k: int = 0  # 0 = all
+    top_p: float = 1.0
+    top_k: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,7 +64,7 @@ class Sampling:
         if self.max_new_tokens < 1:
             wrong.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
-            wrong.append(f"temperature={self.temperature} must be a number from 0 up (0 = no chance)")
+            wrong.append(f"temperature={self.temperature} must be a number from 0 up (0 = the likeliest token)")
         if not 0 < self.top_p <= 1:
             wrong.append(f"top_p={self.top_p} must be above 0 and at most 1 (1 = off)")
         if self.top_k < 0:
@@ -63,30 +77,46 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    ids: list[int]  # without the stop id
-    stopped: bool  # by a stop id; else cut at max_new_tokens
+    """An answer.
+
+    Attributes:
+      ids: The token ids, without the stop id.
+      stopped: Whether a stop id or the caller ended the answer; else it was cut at max_new_tokens.
+    """
+
+    ids: list[int]
+    stopped: bool
 
 
-class _Ready(NamedTuple):
-    """Parameters as programs take them, in the dtype they are computed in."""
+class _DecodeParams(NamedTuple):
+    """Parameters in the dtype that is computed in: a list with those of each layer, and the rest."""
 
-    rest: Params  # all but the layers'
+    rest: Params
     layers: list[Params]
 
 
 class _Rows(NamedTuple):
-    """A batch between two tokens."""
+    """The state of a batch between two tokens.
 
-    token: jax.Array  # [B], the last of each row
-    position: jax.Array  # [B], of that token
-    total: jax.Array  # [B], tokens that the row has in the end, unless its answer is ended before
-    done: jax.Array  # [B]
-    keys: jax.Array  # [B], what draws are made of, one a prompt
+    Attributes:
+      token: The last token of each row [B].
+      position: The position of that token [B].
+      total: The number of tokens that the row has at most, prompt and answer [B].
+      done: Whether the row's answer has ended [B].
+      keys: The random key of each row's prompt [B].
+      cache: The keys and values of all layers.
+    """
+
+    token: jax.Array
+    position: jax.Array
+    total: jax.Array
+    done: jax.Array
+    keys: jax.Array
     cache: Cache
 
 
-class _Entering(NamedTuple):
-    """Prompts that enter rows, right-padded; one that is none has length 0."""
+class _PrefillBatch(NamedTuple):
+    """Right-padded prompts that enter rows; an unused row has length 0."""
 
     tokens: jax.Array  # [R T]
     lengths: jax.Array  # [R]
@@ -94,17 +124,27 @@ class _Entering(NamedTuple):
     keys: jax.Array  # [R]
 
 
-class _Chance(NamedTuple):
-    """How a draw is made."""
+class _SamplingParams(NamedTuple):
+    """The parts of `Sampling` that compiled functions take as arguments."""
 
     temperature: jax.Array
     top_p: jax.Array
 
 
 def check_fits(prompt: Sequence[int], sampling: Sampling, spec: ModelSpec, where: str) -> None:
-    """UserError where a prompt and its answer are more than the model's positions."""
+    """Checks that a prompt and its answer fit into the model's positions.
+
+    Args:
+      prompt: The prompt's token ids.
+      sampling: How it is answered.
+      spec: The model's architecture.
+      where: What the error message calls the prompt.
+
+    Raises:
+      UserError: The prompt is empty, or too long.
+    """
     if not prompt:
-        raise UserError(f"{where} is empty: there is no token to go on from.")
+        raise UserError(f"{where} is empty: an answer needs at least one token to follow.")
     if len(prompt) + sampling.max_new_tokens > spec.max_positions:
         raise UserError(
             f"{where} has {len(prompt)} tokens, which with max_new_tokens={sampling.max_new_tokens} make "
@@ -113,10 +153,17 @@ def check_fits(prompt: Sequence[int], sampling: Sampling, spec: ModelSpec, where
         )
 
 
-def cast_params(params: Params, dtype: Any) -> Params:
-    """The parameters in the dtype they are computed in: what a forward pass makes of them, made once.
+def default_max_new_tokens(spec: ModelSpec) -> int:
+    """Returns the length of an answer where none is given: 256 tokens, or half of the model's positions if fewer."""
+    return min(DEFAULT_MAX_NEW_TOKENS, spec.max_positions // 2)
 
-    Norms stay in float32, in which they are applied.
+
+def cast_params(params: Params, dtype: Any) -> Params:
+    """Casts parameters to the dtype that is computed in, as a forward pass would, but once.
+
+    Args:
+      params: The parameters.
+      dtype: The dtype; norms stay in float32, in which they are applied.
     """
 
     def cast(path: tuple, p: jax.Array) -> jax.Array:
@@ -126,18 +173,21 @@ def cast_params(params: Params, dtype: Any) -> Params:
 
 
 class Sampler:
-    """A decoder's programs, compiled when first needed for a shape and kept; parameters come with each call.
+    """Generates answers with a decoder. Functions are compiled once for each shape; each call brings the parameters.
 
-    Each call makes a copy of them, cast and layer by layer, which lives as long as the call.
+    Each call makes a copy of the parameters, cast and divided by layers, which is freed when the call ends.
     """
 
     def __init__(self, decoder: Decoder, dtype: Any):
+        """Makes a sampler of a decoder that computes in `dtype`."""
         self.spec = decoder.spec
         static = ("num_ranked", "nucleus")
-        self._ready = jax.jit(functools.partial(_ready, decoder, dtype))
+        self._decode_params = jax.jit(functools.partial(_decode_params, decoder, dtype))
         self._empty = jax.jit(functools.partial(_empty, decoder, dtype), static_argnames=("rows", "slots"))
         self._enter = jax.jit(functools.partial(_enter, decoder), static_argnames=static, donate_argnames="rows")
-        self._go_on = jax.jit(functools.partial(_go_on, decoder), static_argnames=static, donate_argnames="rows")
+        self._decode_loop = jax.jit(
+            functools.partial(_decode_loop, decoder), static_argnames=static, donate_argnames="rows"
+        )
 
     def generate(
         self,
@@ -150,11 +200,21 @@ class Sampler:
         numbers: Sequence[int] | None = None,
         ended: Callable[[list[int]], bool] = lambda ids: False,
     ) -> Iterator[Answer]:
-        """Each prompt's answer, in the prompts' order, as soon as it and all before it are there.
+        """Yields the answer of each prompt, in the prompts' order, as soon as it and all before it are complete.
 
-        `numbers` are the prompts', on which draws depend; by default they count from 0, and who goes on with a list
-        gives those that are left. `ended` says whether an answer's ids so far hold what ends it, a text for example; by
-        then a few more may be there.
+        Args:
+          params: The parameters.
+          prompts: The token ids of each prompt.
+          sampling: How tokens are chosen.
+          stop_ids: The token ids that end an answer.
+          batch_size: The number of prompts that are answered at once.
+          numbers: The number of each prompt, on which its draws depend; by default they count from 0. To continue a
+            list of prompts, give the numbers of those that are left.
+          ended: Whether the ids of an answer so far contain what ends it, such as a text. A few more tokens may follow
+            before it is called.
+
+        Raises:
+          UserError: A prompt is empty or too long.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         for number, prompt in zip(numbers, prompts, strict=True):
@@ -163,7 +223,7 @@ class Sampler:
             return
         size = min(batch_size, _power_of_two(len(prompts)))
         slots = _padded_length(max(map(len, prompts)) + sampling.max_new_tokens)
-        batch = _Batch(self, self._ready(params), size, slots, sampling, stop_ids, ended)
+        batch = _Batch(self, self._decode_params(params), size, slots, sampling, stop_ids, ended)
         waiting = deque(_entry_order([len(p) for p in prompts], size))
         answers: dict[int, Answer] = {}
         given = 0
@@ -176,24 +236,33 @@ class Sampler:
     def stream(
         self, params: Params, prompt: Sequence[int], sampling: Sampling, stop_ids: Iterable[int]
     ) -> Iterator[int]:
-        """The answer of prompt 0, token by token; it was cut where there are max_new_tokens of them."""
+        """Yields the answer of one prompt token by token, as `generate` would answer prompt 0.
+
+        Args:
+          params: The parameters.
+          prompt: The prompt's token ids.
+          sampling: How tokens are chosen.
+          stop_ids: The token ids that end an answer.
+        """
         check_fits(prompt, sampling, self.spec, "the prompt")
-        stops, one, ready = set(stop_ids), np.int32(1), self._ready(params)
-        how = (_stop_array(stops), _chance(sampling))
+        stops, one, decode_params = set(stop_ids), np.int32(1), self._decode_params(params)
+        how = (_stop_array(stops), _sampling_params(sampling))
         static = self._static(sampling)
         rows = self._empty(rows=1, slots=_padded_length(len(prompt) + sampling.max_new_tokens))
         zero = np.zeros(1, np.int32)
-        rows, new = self._enter(ready, _entering([prompt], 1, sampling, zero), zero, *how, rows=rows, **static)
+        rows, new = self._enter(
+            decode_params, _prefill_batch([prompt], 1, sampling, zero), zero, *how, rows=rows, **static
+        )
         for step in range(sampling.max_new_tokens):
             token = int(new[0] if step == 0 else new[0, 0])
             if token in stops:
                 return
             yield token
             if step + 1 < sampling.max_new_tokens:
-                rows, new = self._go_on(ready, np.zeros(1, bool), one, one, *how, rows=rows, **static)
+                rows, new = self._decode_loop(decode_params, np.zeros(1, bool), one, one, *how, rows=rows, **static)
 
     def _static(self, sampling: Sampling) -> dict[str, Any]:
-        """What a program is compiled for; a change of the rest of `Sampling` compiles nothing."""
+        """Returns the parts of `Sampling` that functions are compiled for; other changes of it compile nothing."""
         size = self.spec.vocab_size
         return {
             "num_ranked": min(sampling.top_k or size, size) if sampling.temperature else 1,
@@ -203,31 +272,31 @@ class Sampler:
 
 # ---------------------------------------------------------------------------------------- on the host
 class _Batch:
-    """Rows on the device, and whose answers they are writing."""
+    """The rows on the device, and the prompt that each of them answers."""
 
     def __init__(
         self,
         sampler: Sampler,
-        ready: _Ready,
+        decode_params: _DecodeParams,
         size: int,
         slots: int,
         sampling: Sampling,
         stop_ids: Iterable[int],
         ended: Callable[[list[int]], bool],
     ):
-        self._sampler, self._ready, self._sampling, self._ended = sampler, ready, sampling, ended
+        self._sampler, self._decode_params, self._sampling, self._ended = sampler, decode_params, sampling, ended
         self._stops = set(stop_ids)
-        self._how = (_stop_array(self._stops), _chance(sampling))
+        self._how = (_stop_array(self._stops), _sampling_params(sampling))
         self._static = sampler._static(sampling)
         self._rows = sampler._empty(rows=size, slots=slots)
-        self._part = max(1, size // PARTS)
-        self._prompt: list[int | None] = [None] * size  # that each row answers
+        self._part = max(1, size // REFILL_FRACTION)
+        self._prompt: list[int | None] = [None] * size  # The prompt that each row answers.
         self._ids: list[list[int]] = [[] for _ in range(size)]
 
     def advance(
         self, prompts: Sequence[Sequence[int]], waiting: deque[int], numbers: Sequence[int]
     ) -> dict[int, Answer]:
-        """Lets waiting prompts enter rows that are free, goes on with all, and returns the answers that have ended."""
+        """Fills free rows with waiting prompts, decodes all rows by a few tokens, and returns the finished answers."""
         ended: dict[int, Answer] = {}
         while waiting and self._prompt.count(None) >= min(self._part, len(waiting)):
             ended |= self._fill(prompts, waiting, numbers)
@@ -236,8 +305,8 @@ class _Batch:
             return ended
         enough = np.int32(free + self._part if waiting else size)
         empty = np.array([i is None for i in self._prompt])
-        self._rows, new = self._sampler._go_on(
-            self._ready, empty, np.int32(TOKENS), enough, *self._how, rows=self._rows, **self._static
+        self._rows, new = self._sampler._decode_loop(
+            self._decode_params, empty, np.int32(DECODE_CHUNK), enough, *self._how, rows=self._rows, **self._static
         )
         for row, tokens in enumerate(np.asarray(new).tolist()):
             if self._prompt[row] is not None:
@@ -245,16 +314,16 @@ class _Batch:
         return ended
 
     def _fill(self, prompts: Sequence[Sequence[int]], waiting: deque[int], numbers: Sequence[int]) -> dict[int, Answer]:
-        """Lets a part of a batch enter; returns the answers that have ended with their first token."""
+        """Fills a part of the batch; returns the answers that ended with their first token."""
         free = [row for row, i in enumerate(self._prompt) if i is None][: self._part]
         which = [waiting.popleft() for _ in free[: len(waiting)]]
-        where = np.full(self._part, len(self._prompt), np.int32)  # of those that are none, no row's
+        where = np.full(self._part, len(self._prompt), np.int32)  # unused entries have no row
         where[: len(which)] = free[: len(which)]
         own = np.zeros(self._part, np.int32)
         own[: len(which)] = [numbers[i] for i in which]
-        entering = _entering([prompts[i] for i in which], self._part, self._sampling, own)
+        prefill = _prefill_batch([prompts[i] for i in which], self._part, self._sampling, own)
         self._rows, new = self._sampler._enter(
-            self._ready, entering, where, *self._how, rows=self._rows, **self._static
+            self._decode_params, prefill, where, *self._how, rows=self._rows, **self._static
         )
         ended: dict[int, Answer] = {}
         for row, i, token in zip(free, which, np.asarray(new).tolist(), strict=False):
@@ -263,12 +332,12 @@ class _Batch:
         return ended
 
     def _take(self, row: int, tokens: list[int]) -> dict[int, Answer]:
-        """Adds a row's new tokens to its answer; where that ends it, the row is free and the answer returned."""
+        """Adds new tokens to a row's answer; if the answer has ended, frees the row and returns the answer."""
         i, ids = self._prompt[row], self._ids[row]
         assert i is not None
         answer = None
         for token in tokens:
-            if token < 0:  # none was chosen any more
+            if token < 0:  # The row was done before this token.
                 break
             if token in self._stops:
                 answer = Answer(ids, True)
@@ -286,20 +355,22 @@ class _Batch:
 
 
 def _entry_order(lengths: list[int], batch_size: int) -> Iterator[int]:
-    """The prompts' indices as they enter: the longest of a window first, and early windows early."""
-    for start in range(0, len(lengths), WINDOW * batch_size):
-        window = range(start, min(start + WINDOW * batch_size, len(lengths)))
+    """Yields the prompts' indices in the order in which they enter: within a window the longest come first."""
+    for start in range(0, len(lengths), SORT_WINDOW * batch_size):
+        window = range(start, min(start + SORT_WINDOW * batch_size, len(lengths)))
         yield from sorted(window, key=lambda i: -lengths[i])
 
 
-def _entering(prompts: Sequence[Sequence[int]], rows: int, sampling: Sampling, numbers: np.ndarray) -> _Entering:
-    """Prompts of these numbers, right-padded, as the first of so many rows."""
+def _prefill_batch(
+    prompts: Sequence[Sequence[int]], rows: int, sampling: Sampling, numbers: np.ndarray
+) -> _PrefillBatch:
+    """Pads prompts to the right, and to `rows` rows; `numbers` are those that their draws depend on."""
     width = _padded_length(max(map(len, prompts)))
     tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], lengths[row] = prompt, len(prompt)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(sampling.seed), numbers)
-    return _Entering(tokens, lengths, lengths + np.int32(sampling.max_new_tokens), keys)  # type: ignore[arg-type]
+    return _PrefillBatch(tokens, lengths, lengths + np.int32(sampling.max_new_tokens), keys)  # type: ignore[arg-type]
 
 
 def _power_of_two(n: int) -> int:
@@ -307,37 +378,37 @@ def _power_of_two(n: int) -> int:
 
 
 def _padded_length(n: int) -> int:
-    """A power of two, or from 3/4 of 512 on what lies half-way: few of them, few programs."""
+    """Rounds up to a power of two, or from 384 on also to 3/4 of one: with few lengths, few functions are compiled."""
     whole = max(MIN_WIDTH, _power_of_two(n))
-    return whole * 3 // 4 if whole >= 2 * CHUNK and n <= whole * 3 // 4 else whole
+    return whole * 3 // 4 if whole >= 2 * PREFILL_CHUNK and n <= whole * 3 // 4 else whole
 
 
 def _stop_array(stop_ids: Iterable[int]) -> np.ndarray:
-    """Padded with -1, which is no token, so that few stop ids more or less compile nothing."""
+    """Pads the stop ids with -1, which is not a token, so that another number of them rarely compiles anything."""
     stops = sorted(set(stop_ids))
     return np.array(stops + [-1] * (max(8, _power_of_two(len(stops))) - len(stops)), np.int32)
 
 
-def _chance(sampling: Sampling) -> _Chance:
-    # Python's own floats would make weakly typed arrays, and other programs.
-    return _Chance(np.float32(sampling.temperature), np.float32(sampling.top_p))  # type: ignore[arg-type]
+def _sampling_params(sampling: Sampling) -> _SamplingParams:
+    # Python floats would be weakly typed, and compile the functions again.
+    return _SamplingParams(np.float32(sampling.temperature), np.float32(sampling.top_p))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------- on the device
-def _ready(decoder: Decoder, dtype: Any, params: Params) -> _Ready:
+def _decode_params(decoder: Decoder, dtype: Any, params: Params) -> _DecodeParams:
     params = cast_params(params, dtype)
-    return _Ready({k: v for k, v in params.items() if k != "layers"}, decoder.unstack(params))
+    return _DecodeParams({k: v for k, v in params.items() if k != "layers"}, decoder.unstack(params))
 
 
 def _empty(decoder: Decoder, dtype: Any, *, rows: int, slots: int) -> _Rows:
-    """Rows that are nobody's."""
+    """Returns free rows."""
     zeros = jnp.zeros(rows, jnp.int32)
     keys = jax.vmap(jax.random.key)(zeros)
     return _placed(_Rows(zeros, zeros, zeros, zeros == 0, keys, empty_cache(decoder.spec, rows, slots, dtype)))
 
 
 def _placed(rows: T) -> T:
-    """Arrays whose first dim is that of rows, where such arrays lie: caches split by heads too."""
+    """Constrains the sharding of arrays whose first dim is that of rows; caches are also split by heads."""
 
     def put(x: jax.Array) -> jax.Array:
         return constrain(x, "batch", "kv_heads", None, None) if x.ndim == 4 else constrain(x, "batch")
@@ -347,22 +418,22 @@ def _placed(rows: T) -> T:
 
 def _enter(
     decoder: Decoder,
-    ready: _Ready,
-    entering: _Entering,
+    decode_params: _DecodeParams,
+    prefill: _PrefillBatch,
     where: jax.Array,
     stops: jax.Array,
-    chance: _Chance,
+    sampling_params: _SamplingParams,
     *,
     rows: _Rows,
     num_ranked: int,
     nucleus: bool,
 ) -> tuple[_Rows, jax.Array]:
-    """The rows with prompts in those at `where` [R], and the first token of each answer [R]."""
-    hidden, cache = _prefill(decoder, ready, entering)
-    logits = decoder.bind(ready.rest).logits(hidden[:, None])[:, 0]
-    token = _pick(logits, entering.lengths, entering.keys, chance, num_ranked, nucleus)
-    done = jnp.isin(token, stops) | (entering.lengths + 1 >= entering.totals)
-    new = _Rows(token, entering.lengths, entering.totals, done, entering.keys, cache)
+    """Prefills prompts into the rows at `where` [R]; also returns the first token of each answer [R]."""
+    hidden, cache = _prefill(decoder, decode_params, prefill)
+    logits = decoder.bind(decode_params.rest).logits(hidden[:, None])[:, 0]
+    token = _pick(logits, prefill.lengths, prefill.keys, sampling_params, num_ranked, nucleus)
+    done = jnp.isin(token, stops) | (prefill.lengths + 1 >= prefill.totals)
+    new = _Rows(token, prefill.lengths, prefill.totals, done, prefill.keys, cache)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[where, *map(slice, new.shape[1:])].set(new, mode="drop")  # a cache may have more slots
@@ -370,24 +441,24 @@ def _enter(
     return _placed(jax.tree.map(put, rows, new)), constrain(token, None)
 
 
-def _go_on(
+def _decode_loop(
     decoder: Decoder,
-    ready: _Ready,
+    decode_params: _DecodeParams,
     free: jax.Array,
     steps: jax.Array,
     enough: jax.Array,
     stops: jax.Array,
-    chance: _Chance,
+    sampling_params: _SamplingParams,
     *,
     rows: _Rows,
     num_ranked: int,
     nucleus: bool,
 ) -> tuple[_Rows, jax.Array]:
-    """Goes on with all rows but the `free` [B] ones, by so many `steps` or until `enough` rows are done.
+    """Decodes all rows but the `free` [B] ones by `steps` tokens, or until `enough` rows are done.
 
     Also returns the new tokens [B C], -1 where a row was done before.
     """
-    model = decoder.bind(ready.rest)
+    model = decoder.bind(decode_params.rest)
 
     def more(state: tuple[jax.Array, _Rows, jax.Array]) -> jax.Array:
         step, rows, _ = state
@@ -396,34 +467,34 @@ def _go_on(
     def advance(state: tuple[jax.Array, _Rows, jax.Array]) -> tuple[jax.Array, _Rows, jax.Array]:
         step, rows, new = state
         token, position = rows.token[:, None], rows.position[:, None]
-        hidden, cache = model.decode(token, position, rows.total, rows.cache, ready.layers)
+        hidden, cache = model.decode(token, position, rows.total, rows.cache, decode_params.layers)
         position = rows.position + 1
-        token = _pick(model.logits(hidden)[:, 0], position, rows.keys, chance, num_ranked, nucleus)
+        token = _pick(model.logits(hidden)[:, 0], position, rows.keys, sampling_params, num_ranked, nucleus)
         done = rows.done | jnp.isin(token, stops) | (position + 1 >= rows.total)
         new = new.at[:, step].set(jnp.where(rows.done, -1, token))
-        # A row that is done stands still, and so stays within its slots.
+        # A row that is done keeps its position, so that it stays within its slots.
         token, position = (jnp.where(rows.done, *x) for x in ((rows.token, token), (rows.position, position)))
         return step + 1, rows._replace(token=token, position=position, done=done, cache=cache), new
 
-    new = jnp.full((rows.token.shape[0], TOKENS), -1, jnp.int32)
+    new = jnp.full((rows.token.shape[0], DECODE_CHUNK), -1, jnp.int32)
     start = (jnp.zeros((), jnp.int32), rows._replace(done=rows.done | free), new)
     _, rows, new = jax.lax.while_loop(more, advance, start)
-    # Whole on every device, so that every process of several can read it.
+    # The tokens are replicated, so that every process can read them.
     return _placed(rows), constrain(new, None, None)
 
 
-def _prefill(decoder: Decoder, ready: _Ready, entering: _Entering) -> tuple[jax.Array, Cache]:
-    """The hidden state of each prompt's last token [R D], and a cache of T slots that holds the prompts."""
-    tokens, lengths = entering.tokens, entering.lengths
+def _prefill(decoder: Decoder, decode_params: _DecodeParams, prefill: _PrefillBatch) -> tuple[jax.Array, Cache]:
+    """Returns the hidden state of each prompt's last token [R D], and a cache of T slots with the prompts."""
+    tokens, lengths = prefill.tokens, prefill.lengths
     rows, width = tokens.shape
-    size = math.gcd(CHUNK, width)
-    model, dtype = decoder.bind(ready.rest), ready.rest["embed"]["table"].dtype
+    size = math.gcd(PREFILL_CHUNK, width)
+    model, dtype = decoder.bind(decode_params.rest), decode_params.rest["embed"]["table"].dtype
 
     def enter(carry: tuple[jax.Array, Cache], start: jax.Array) -> tuple[tuple[jax.Array, Cache], None]:
         last, cache = carry
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32), piece.shape)
-        hidden, cache = model.decode(piece, positions, entering.totals, cache, ready.layers)
+        hidden, cache = model.decode(piece, positions, prefill.totals, cache, decode_params.layers)
         at = lengths - 1 - start
         found = jnp.take_along_axis(hidden, jnp.clip(at, 0, size - 1)[:, None, None], axis=1)[:, 0]
         return (jnp.where(((at >= 0) & (at < size))[:, None], found, last), cache), None
@@ -435,20 +506,25 @@ def _prefill(decoder: Decoder, ready: _Ready, entering: _Entering) -> tuple[jax.
 
 
 def _pick(
-    logits: jax.Array, positions: jax.Array, keys: jax.Array, chance: _Chance, num_ranked: int, nucleus: bool
+    logits: jax.Array,
+    positions: jax.Array,
+    keys: jax.Array,
+    sampling_params: _SamplingParams,
+    num_ranked: int,
+    nucleus: bool,
 ) -> jax.Array:
-    """A token [B] for each row of logits [B V], to stand at `positions` [B]."""
+    """Chooses a token [B] for each row of logits [B V]; `positions` [B] are those of the chosen tokens."""
     if num_ranked == 1:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     keys = jax.vmap(jax.random.fold_in)(keys, positions)
-    logits = logits / chance.temperature
+    logits = logits / sampling_params.temperature
     if num_ranked == logits.shape[-1] and not nucleus:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-    # By rank, so that ties at the edge never let more than top_k through.
+    # Tokens are chosen by rank, so that ties never let more than top_k of them through.
     ranked, ids = jax.lax.top_k(logits, num_ranked)
     if nucleus:
         probs = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # 0 for the likeliest, which always stays
-        ranked = jnp.where(before < chance.top_p, ranked, -jnp.inf)
+        before = jnp.cumsum(probs, axis=-1) - probs  # It is 0 for the likeliest token, which so always stays.
+        ranked = jnp.where(before < sampling_params.top_p, ranked, -jnp.inf)
     rank = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(ids, rank[:, None], axis=1)[:, 0].astype(jnp.int32)
