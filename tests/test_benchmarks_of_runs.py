@@ -48,11 +48,27 @@ def scores_of(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix) and "/" in k}
 
 
-def test_a_run_s_scores_are_those_of_its_checkpoints_and_of_its_export(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"), documents=8, longest=30)
+
+
+@pytest.fixture(scope="module")
+def evaluated_run(tmp_path_factory: pytest.TempPathFactory, tasks: Path) -> Path:
+    """A run of five steps whose benchmarks are scored after steps 2, 4 and 5."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    assert run_train(setting(folder, body(tasks, CHOICE, WRITTEN)), folder / "run") == 0
+    return folder / "run"
+
+
+def test_scores_in_training_equal_those_of_checkpoints_and_export(
+    evaluated_run: Path,
+    tasks: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tasks, run = write_tasks(tmp_path / "tasks", documents=8, longest=30), tmp_path / "run"
-    assert run_train(setting(tmp_path, body(tasks, CHOICE, WRITTEN)), run) == 0
+    run = evaluated_run
     lines = {r["step"]: scores_of(r, "eval/") for r in read_metrics(run)}
     assert [step for step, found in lines.items() if found] == [2, 4, 5]
     names = {f"{CHOICE}/acc", f"{CHOICE}/acc_norm", f"{CHOICE}/brier_score"}
@@ -77,7 +93,7 @@ def test_a_run_s_scores_are_those_of_its_checkpoints_and_of_its_export(
     word = f"best {best[brier]:.4f} at step {best['step']}, reached after {before} to {best['samples']} samples"
     assert word in said
 
-    # MT-Bench's judge may have given a checkpoint no score: it is no measurement.
+    # A checkpoint may have no score of MT-Bench, if its judge gave none.
     files = {name: (run / name).read_text() for name in ("eval_scores.jsonl", "eval_directions.json")}
     assert json.loads(files["eval_directions.json"]) == {
         f"{CHOICE}/acc": "max", f"{CHOICE}/acc_norm": "max", f"{CHOICE}/brier_score": "min",
@@ -91,21 +107,25 @@ def test_a_run_s_scores_are_those_of_its_checkpoints_and_of_its_export(
         for step, score in {2: None, 4: None, 5: 7.5}.items()
     }
     said, _ = evaluate._curve(run, judged)
-    assert said == ["mt_bench/score: best 7.5000 at step 5, reached after 0 to 40 samples (checkpoints tell no more)"]
+    assert said == [
+        "mt_bench/score: best 7.5000 at step 5, reached after 0 to 40 samples (between these two checkpoints)"
+    ]
     said, _ = evaluate._curve(run, judged | {2: judged[5], 5: judged[4]})
     assert "at step 2, reached after 0 to 16 samples" in said[0]
     for name, text in files.items():
         (run / name).write_text(text)
 
-    # What was scored is not scored again, and what was not is.
+    # Results are cached by weights, settings and documents.
     monkeypatch.setattr(benchmarks, "score", None)
     assert by_us(run, tasks, tmp_path / "again.json", CHOICE, WRITTEN, flags=("--all_checkpoints",)) == curve
     with pytest.raises(TypeError):
         by_us(run, tasks, tmp_path / "fewer.json", CHOICE, flags=("--limit=3",))
     data = tasks / "data.jsonl"
-    data.write_text(data.read_text().replace("mice", "cats"))
+    documents = data.read_text()
+    data.write_text(documents.replace("mice", "cats"))
     with pytest.raises(TypeError):
         by_us(run, tasks, tmp_path / "other.json", CHOICE, WRITTEN)
+    data.write_text(documents)
 
 
 def test_results_are_written_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,56 +136,49 @@ def test_results_are_written_without_the_harness(monkeypatch: pytest.MonkeyPatch
     assert json.loads(evaluate._text(values)) == wanted == {"a": 0.5, "b": True, "c": [3], "d": [7], "e": "x"}
 
 
-def test_a_run_chooses_only_by_metrics_that_its_tasks_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tasks = write_tasks(tmp_path / "tasks", documents=4)
+def test_best_metric_must_be_one_of_the_tasks(tmp_path: Path, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = body(tasks, CHOICE).replace("brier_score", "brier")
     assert run_train(setting(tmp_path / "a", wrong), tmp_path / "run") == 2
     assert f"did you mean 'eval/{CHOICE}/brier_score'?" in capsys.readouterr().err
-    assert run_train(setting(tmp_path / "b", body(tasks, "barn_choise")), tmp_path / "run") == 2
-    assert "there is no task 'barn_choise'; the nearest are" in capsys.readouterr().err
 
 
-def test_a_task_that_cannot_be_scored_ends_a_run_with_its_step_saved_and_the_run_goes_on_from_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_failing_task_ends_a_run_with_its_step_saved(
+    evaluated_run: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tasks = write_tasks(tmp_path / "tasks", documents=4, longest=10)
-    broken = write_fragile(tasks)
+    switch = write_fragile(tasks)
     how = f"""
 c.eval.tasks = ["{CHOICE}", "{FRAGILE}"]
 c.eval.include_path = "{tasks}"
 c.eval.every_samples = 16
 """
     config, run = setting(tmp_path, how), tmp_path / "run"
-    assert run_train(config, tmp_path / "whole") == 0
-
-    def ends_at(step: int) -> None:
-        broken.touch()
-        assert run_train(config, run) == 2
-        error = capsys.readouterr().err
-        assert error.count("error:") == 1 and "Traceback" not in error
-        assert f"the task '{FRAGILE}' cannot be scored: its own code raises KeyError, 'a column of" in error
-        assert f"saved in {run / 'checkpoints' / str(step)}, without" in error
-        assert read_json(run, "summary.json") | {"status": "failed", "step": step} == read_json(run, "summary.json")
-        found = scores_of(read_metrics(run)[-1], "eval/")
-        assert f"{CHOICE}/acc" in found and f"{FRAGILE}/acc" not in found  # what was found before is kept
-        broken.unlink()
-
-    ends_at(2)
+    switch.touch()
+    assert run_train(config, run) == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1 and "Traceback" not in error
+    assert f"the task '{FRAGILE}' cannot be scored: its own code raises KeyError, 'a column of" in error
+    assert f"saved in {run / 'checkpoints' / '2'}, without" in error
+    assert read_json(run, "summary.json") | {"status": "failed", "step": 2} == read_json(run, "summary.json")
+    found = scores_of(read_metrics(run)[-1], "eval/")
+    assert f"{CHOICE}/acc" in found and f"{FRAGILE}/acc" not in found  # the results before the failure are written
     assert (run / "checkpoints" / "2").is_dir()
-    ends_at(4)  # it has gone on from 2
+
+    switch.unlink()
     assert run_train(config, run) == 0
     assert [r["step"] for r in read_metrics(run)] == [1, 2, 3, 4, 5]
     assert f"{FRAGILE}/acc" in scores_of(read_metrics(run)[-1], "eval/")
-    left, right = arrays(run, 5), arrays(tmp_path / "whole", 5)
+    # The resumed run equals one that never failed; benchmarks do not change what is trained.
+    left, right = arrays(run, 5), arrays(evaluated_run, 5)
     assert all(left[name].tobytes() == right[name].tobytes() for name in right)
 
-    broken.touch()
+    switch.touch()
     assert run_verb(evaluate.main, [f"--model={run}", f"--include_path={tasks}", f"--tasks={FRAGILE}",
                                     f"--output={tmp_path / 'x.json'}"]) == 2  # fmt: skip
     assert f"the task '{FRAGILE}' cannot be scored" in capsys.readouterr().err
+    switch.unlink()
 
 
-def test_what_a_task_wants_and_cannot_have_is_said_before_a_run_starts(
+def test_unsupported_task_settings_are_an_error_before_a_run_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = write_tasks(tmp_path / "tasks", documents=4)
@@ -194,7 +207,7 @@ c.checkpoint.best_mode = "max"  # of a score that training lowers, so that the b
 
 
 @pytest.mark.slow
-def test_what_is_kept_and_gone_on_with_is_the_best_by_a_task_whatever_the_cadences_and_is_what_the_export_scores(
+def test_best_checkpoint_by_a_task_is_kept_and_starts_the_next_phase(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a mesh with a tensor axis, with examples and a system message in a chat template."""
@@ -220,7 +233,7 @@ def test_what_is_kept_and_gone_on_with_is_the_best_by_a_task_whatever_the_cadenc
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
+def test_two_processes_score_what_one_process_scores(tmp_path: Path) -> None:
     tasks, model, names = write_tasks(tmp_path / "tasks", documents=8, longest=30), tmp_path / "run", (CHOICE, WRITTEN)
     config = setting(tmp_path, body(tasks, *names), samples=16)
     training = [start_train(config, model, *place, devices=2) for place in place_flags(2)]

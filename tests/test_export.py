@@ -69,7 +69,7 @@ def test_transformers_gives_our_logits(workdir: Path, exported: Path, tmp_path: 
     np.testing.assert_allclose(torch_logits(tmp_path / "first", IDS), our_logits(workdir, IDS, step=1), atol=2e-5)
 
 
-def test_the_folder_is_whole_and_in_the_dtype_of_the_start(exported: Path, folder: Path) -> None:
+def test_export_is_complete_and_in_the_dtype_of_the_start(exported: Path, folder: Path) -> None:
     tensors = load_file(exported / "model.safetensors")
     assert {t.dtype for t in tensors.values()} == {np.dtype(np.float32)}
     assert tensors["model.embed_tokens.weight"].shape == (300, 16)  # without the padding of the vocabulary
@@ -80,7 +80,7 @@ def test_the_folder_is_whole_and_in_the_dtype_of_the_start(exported: Path, folde
     assert not list(folder.glob(".*partial"))
 
 
-def test_bfloat16_is_the_same_weights_rounded(workdir: Path, exported: Path, tmp_path: Path) -> None:
+def test_bfloat16_export_is_the_same_weights_rounded(workdir: Path, exported: Path, tmp_path: Path) -> None:
     assert run_export(workdir, tmp_path / "small", "--dtype=bfloat16") == 0
     model = LlamaForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
     whole = LlamaForCausalLM.from_pretrained(exported, dtype="auto")
@@ -91,7 +91,7 @@ def test_bfloat16_is_the_same_weights_rounded(workdir: Path, exported: Path, tmp
     assert read_json(tmp_path / "small", "config.json")["dtype"] == "bfloat16"
 
 
-def test_the_tokenizer_and_its_template_come_along(exported: Path) -> None:
+def test_export_has_the_tokenizer_and_its_template(exported: Path) -> None:
     messages = chat("who?", "mice")["messages"]
     theirs, ours = AutoTokenizer.from_pretrained(exported), make_tokenizer()
     for prompt in (False, True):
@@ -116,12 +116,19 @@ def test_generation_stops_where_a_turn_ends(exported: Path) -> None:
     assert model.generate(prompt, max_new_tokens=9).tolist() == [[5, 6, end]]
 
 
-def test_a_run_with_another_template_exports_that_one(folder: Path, workdir: Path, tmp_path: Path) -> None:
+def test_export_starts_a_run_with_another_template(exported: Path, folder: Path, tmp_path: Path) -> None:
+    """A run from an export, without an update, exports the same tensors, and the template that it trained with."""
     template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ '<|endoftext|>' }}{% endfor %}"
     (tmp_path / "chat.jinja").write_text(template)
-    flags = [f"--config.data.chat_template={tmp_path}/chat.jinja", "--config.optim.max_steps=1"]
-    assert run_train(folder / "run.py", tmp_path / "run", *flags) == 0
+    flags = [f"--config.model.init_from={exported}", "--config.optim.max_steps=1", "--config.optim.learning_rate=0"]
+    assert (
+        run_train(folder / "run.py", tmp_path / "run", f"--config.data.chat_template={tmp_path}/chat.jinja", *flags)
+        == 0
+    )
     assert run_export(tmp_path / "run", tmp_path / "hf") == 0
+    before, after = (load_file(f / "model.safetensors") for f in (exported, tmp_path / "hf"))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.chat_template == template
     stops = GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id
@@ -129,30 +136,20 @@ def test_a_run_with_another_template_exports_that_one(folder: Path, workdir: Pat
     assert tokenizer.convert_tokens_to_ids("<|endoftext|>") in stops
 
 
-def test_an_export_is_a_start_for_another_run(exported: Path, folder: Path, workdir: Path, tmp_path: Path) -> None:
-    """Tensor for tensor: in, no update, out."""
-    flags = [f"--config.model.init_from={exported}", "--config.optim.max_steps=1", "--config.optim.learning_rate=0"]
-    assert run_train(folder / "run.py", tmp_path / "run", *flags) == 0
-    assert run_export(tmp_path / "run", tmp_path / "hf") == 0
-    before, after = (load_file(f / "model.safetensors") for f in (exported, tmp_path / "hf"))
-    assert before.keys() == after.keys()
-    assert all(np.array_equal(before[name], after[name]) for name in before)
-
-
-def test_what_is_there_is_not_written_over(workdir: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_output_is_not_overwritten(workdir: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {f.name: f.stat().st_mtime_ns for f in exported.iterdir()}
     assert run_export(workdir, exported) == 2
-    assert f"--output={exported} is there already" in capsys.readouterr().err
+    assert f"--output={exported} already exists" in capsys.readouterr().err
     assert {f.name: f.stat().st_mtime_ns for f in exported.iterdir()} == before
 
 
-def test_an_empty_folder_is_filled(workdir: Path, tmp_path: Path) -> None:
+def test_export_fills_an_empty_folder(workdir: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert run_export(workdir, tmp_path / "empty") == 0
     assert json.loads((tmp_path / "empty" / "config.json").read_text())["vocab_size"] == 300
 
 
-def test_an_unknown_step_is_answered_with_those_there_are(
+def test_unknown_step_is_an_error_with_the_known_ones(
     workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_export(workdir, tmp_path / "hf", "--step=7") == 2

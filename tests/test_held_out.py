@@ -10,9 +10,7 @@ from helpers.runs import make_chats, read_metrics, run_train, setting, write_jso
 from mice_jax.training import held_out
 
 
-def test_the_next_rows_go_to_the_devices_before_a_microbatch_s_sums_are_awaited(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_rows_are_sent_before_a_microbatch_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = write_jsonl(tmp_path / "held.jsonl", make_chats(60, seed=5))
     body = f"c.data.validation = [Source(path='{held}')]\nc.train.rows_per_device = 1\nc.optim.max_steps = 1"
     config = setting(tmp_path, body)
@@ -37,7 +35,7 @@ def test_the_next_rows_go_to_the_devices_before_a_microbatch_s_sums_are_awaited(
     assert read_metrics(tmp_path / "run")[-1]["eval/loss"] > 0
 
 
-def test_every_one_of_a_queue_is_waited_for_once_and_in_order() -> None:
+def test_one_behind_yields_each_item_once_and_in_order() -> None:
     def queue(count: int) -> Any:
         for i in range(count):
             queued.append(i)

@@ -1,12 +1,13 @@
-"""What a run can start from: another run, one of its checkpoints; and what is refused."""
+"""What a run can start from: another run, or one of its checkpoints; and which paths raise."""
 
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from helpers.runs import run_train, setting
+from helpers.runs import arrays, run_train, setting
 from mice_jax.errors import UserError
 from mice_jax.model_source import load_params, resolve_source
 from mice_jax.models.transformer import make_decoder
@@ -28,33 +29,37 @@ def equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return all(np.array_equal(a[k], b[k]) for k in a)
 
 
-def test_a_run_starts_from_the_weights_of_another_run_or_of_one_of_its_checkpoints(tmp_path: Path) -> None:
-    config = setting(tmp_path)
-    first = tmp_path / "first"
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps, each saved."""
+    folder = tmp_path_factory.mktemp("source")
     every = "--config.checkpoint.every_samples=8"
-    assert run_train(config, first, "--config.optim.max_steps=2", every) == 0
-    newest, earlier = params_of(first), params_of(first / "checkpoints" / "1")
-    assert not equal(newest, earlier)  # else the rest would show nothing
-    for name, place, wanted in (("a", first, newest), ("b", first / "checkpoints" / "1", earlier)):
-        flags = (f"--config.model.init_from={place}", "--config.optim.max_steps=1", STILL)
-        assert run_train(config, tmp_path / name, *flags) == 0
-        assert equal(params_of(tmp_path / name), wanted)
+    assert run_train(setting(folder), folder / "run", "--config.optim.max_steps=2", every) == 0
+    return folder / "run"
 
 
-def test_a_checkpoint_is_never_cut_or_padded_to_another_model_s_shapes(tmp_path: Path) -> None:
-    config, run = setting(tmp_path), tmp_path / "run"
-    assert run_train(config, run, "--config.optim.max_steps=1") == 0
-    params_of(run)  # good so far
+def test_run_starts_from_a_checkpoint_of_another_run(workdir: Path, tmp_path: Path) -> None:
+    newest, earlier = params_of(workdir), params_of(workdir / "checkpoints" / "1")
+    assert not equal(newest, earlier)  # otherwise the next line would show nothing
+    flags = (f"--config.model.init_from={workdir}/checkpoints/1", "--config.optim.max_steps=1", STILL)
+    assert run_train(workdir.parent / "run.py", tmp_path / "run", *flags) == 0
+    assert equal(params_of(tmp_path / "run"), earlier)
+    assert equal(newest, {k.removeprefix("params"): v for k, v in arrays(workdir, 2).items() if k.startswith("params")})
+
+
+def test_checkpoint_is_never_cut_or_padded_to_other_shapes(workdir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(workdir, run)
     file = run / "model" / "config.json"
     right = file.read_text()
     for key, old, new in (("intermediate_size", 48, 32), ("hidden_size", 16, 32)):
         file.write_text(right.replace(f'"{key}": {old}', f'"{key}": {new}'))
-        with pytest.raises(UserError, match=rf"1 holds .* of shape \[.*{old}.*\], .* makes it \[.*{new}.*\]"):
+        with pytest.raises(UserError, match=rf"2 holds .* of shape \[.*{old}.*\], .* makes it \[.*{new}.*\]"):
             params_of(run)
 
 
-def test_a_place_that_holds_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere is no folder"):
+def test_path_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere does not exist or is not a folder"):
         resolve_source(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"config\.json does not exist"):
         resolve_source(str(tmp_path))
