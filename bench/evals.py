@@ -44,10 +44,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.evals.harness import MiceLM
 from mice_jax.inference.generation_config import GenerationDefaults
-from mice_jax.model_source import load_params, resolve_source
-from mice_jax.models.transformer import make_decoder
+from mice_jax.model_source import resolve_source
 from mice_jax.runtime import xla_flags
-from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.training import build
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 CLOSE = 1e-3
@@ -86,10 +85,9 @@ def make_requests(part: str, documents: int) -> list[Instance]:
 
 
 def our_model(folder: Path) -> MiceLM:
-    origin, mesh = resolve_source(str(folder)), make_mesh(1, -1, 1)
-    decoder = make_decoder(origin.spec)
-    lm = MiceLM(decoder, mesh, jnp.float32, load_tokenizer(str(folder)), GenerationDefaults())
-    lm.params = load_params(origin, decoder, param_shardings(decoder.abstract, decoder.axes, mesh))
+    loaded = build.load_for_inference(resolve_source(str(folder)))
+    lm = MiceLM(loaded.decoder, loaded.mesh, jnp.float32, load_tokenizer(str(folder)), GenerationDefaults())
+    lm.params = loaded.params
     return lm
 
 

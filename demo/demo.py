@@ -27,10 +27,9 @@ from mice_jax import export, train
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.inference.sampler import Sampler, Sampling
-from mice_jax.model_source import load_params, resolve_source
-from mice_jax.models.transformer import make_decoder
-from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.model_source import resolve_source
 from mice_jax.storage.workdir import METRICS
+from mice_jax.training import build
 
 DATA, RUN, HF = HERE / "data", HERE / "run", HERE / "hf"
 VOCAB_SIZE = 2048
@@ -79,18 +78,15 @@ class Model:
     """An exported folder, loaded as any user's, or a run's workdir."""
 
     def __init__(self, folder: Path):
-        origin = resolve_source(str(folder))
-        self._encoder = ChatEncoder(load_tokenizer(str(origin.folder)))
-        self._decoder = make_decoder(origin.spec)
-        self._sampler = Sampler(self._decoder, jnp.float32)
+        source = resolve_source(str(folder))
+        self._encoder = ChatEncoder(load_tokenizer(str(source.folder)))
+        loaded = build.load_for_inference(source)
+        self._params, self._sampler = loaded.params, Sampler(loaded.decoder, jnp.float32)
         self._tokenizer = self._encoder.tokenizer
-        self.load(folder)
 
     def load(self, folder: Path) -> None:
         """Takes the weights of a folder of the same model and tokenizer."""
-        decoder, mesh = self._decoder, make_mesh(1, -1, 1)
-        shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-        self._params = load_params(resolve_source(str(folder)), decoder, shardings)
+        self._params = build.load_for_inference(resolve_source(str(folder))).params
 
     def ask(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[tuple[str, bool]]:
         """The likeliest answer to each, and whether it ended by itself."""

@@ -6,9 +6,10 @@
   mice evaluate --model=hf_folder --tasks=mt_bench --judge_url=https://host/v1 --judge_model=NAME --output=scores.json
 
 Tasks are named as the harness names them, or as the YAML files in --include_path do. The output is the harness's own
-result format. With --all_checkpoints it is that of the newest one, with the scores of each under "checkpoints", and a
-line for each is in the run's eval_scores.jsonl. What was scored before, with the same settings, is not scored again.
-mt_bench is not the harness's: a judge grades the answers, which are kept beside the output (docs/mt_bench.md).
+result format. With --all_checkpoints it is that of the newest checkpoint, with the scores of each under "checkpoints",
+and the run's eval_scores.jsonl gets a line for each. Results of the same weights and settings are cached.
+mt_bench is not a task of the harness: a judge grades the answers, which are written next to the output
+(docs/mt_bench.md).
 """
 
 from mice_jax.cli import command
@@ -17,6 +18,7 @@ if __name__ == "__main__":
     command.before_imports("evaluate")  # --help and wrong flags need none of the imports below, which take seconds
 
 # isort: split
+import dataclasses
 import functools
 import hashlib
 import json
@@ -24,13 +26,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from mice_jax.checkpoint import CheckpointReader
 from mice_jax.cli.flags import define_evaluate
@@ -40,116 +43,228 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.evals import benchmarks, mt_bench
 from mice_jax.evals.benchmarks import Benchmark, Results, Settings
+from mice_jax.evals.judge import make_judge
 from mice_jax.inference.chat import ChatModel
 from mice_jax.inference.generation_config import GenerationDefaults
-from mice_jax.inference.sampler import Sampler, cast_params
+from mice_jax.inference.sampler import Sampler
 from mice_jax.model_source import (
     ModelSource,
     check_vocabulary,
     compute_dtype,
     fingerprint,
     generation_config_of,
-    load_params,
     resolve_model,
     resolve_step,
 )
 from mice_jax.models.transformer import make_decoder
-from mice_jax.runtime import compile_cache, distributed, xla_flags
-from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.runtime import compile_cache, distributed, precision, xla_flags
+from mice_jax.sharding import make_mesh
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import RunPath, write_atomically
 from mice_jax.storage.workdir import DIRECTIONS, SCORES
+from mice_jax.training import build
+
+if TYPE_CHECKING:
+    from mice_jax.evals.harness import MiceLM
 
 
 def evaluate(values: command.Values) -> None:
-    # ------------------------------------------------------------------------------------ what is asked
+    """Scores the model that the flags name on their tasks, and writes the results."""
+    # ------------------------------------------------------------------------------------ input
     xla_flags.set_flags(deterministic=False)
     compile_cache.enable(cache_folder(""))
     distributed.initialize(values.coordinator_address, values.num_processes, values.process_id)
-    lead = distributed.is_main_process()
-    console = Console(quiet=not lead, highlight=False, soft_wrap=True)
+    console = Console(quiet=not distributed.is_main_process(), highlight=False, soft_wrap=True)
     with distributed.raise_on_all_processes():
-        distributed.check_devices(values.expect_devices)
-        settings = _settings(values)
-        output = _output(values)
-        source = resolve_model(command.required(values, "model"), values.step)
-        steps = _steps(source, values)
-        tokenizer = load_tokenizer(str(source.folder), values.chat_template)
-        check_vocabulary(source, tokenizer.get_vocab())
-        dtype = compute_dtype(values.compute_dtype)
-        if values.batch_size < 1:
-            raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
-        if not values.tasks:
-            raise UserError("--tasks is missing; give at least one, as in --tasks=mmlu,gsm8k.")
-        own = [name for name in values.tasks if name != mt_bench.NAME]
-        generation = generation_config_of(source, tokenizer)
-        positions = source.spec.max_positions
-        asked = benchmarks.load_benchmarks(own, values.include_path, settings, tokenizer, generation, positions)
-        judged = _judged(values, generation)
-        encoder = ChatEncoder(tokenizer) if judged or settings.apply_chat_template else None
-        if judged and judged.system and encoder:  # a template may take none
-            encoder.prompt_ids([{"role": "system", "content": judged.system}, {"role": "user", "content": ""}])
-        template = encoder.fingerprint() if encoder else ""  # with the day, where it writes that
-    distributed.assert_same_on_all_processes("tasks", " ".join(b.fingerprint for b in asked))
+        job = _read_flags(values)
+    distributed.assert_same_on_all_processes("tasks", " ".join(b.fingerprint for b in job.benchmarks))
 
     # ------------------------------------------------------------------------------------ scores
-    mesh = make_mesh(1, -1, 1)
-    decoder = make_decoder(source.spec, mesh.shape["tensor"])
-    shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-    by_step: dict[int | None, Results] = {}
     with Display(console) as display:
-        watch = _bars(display)
-        if asked:
-            from mice_jax.evals.harness import MiceLM  # it imports the harness, of which we know that it is there
+        evaluator = _Evaluator(job, display)
+        by_step = {step: evaluator.score_checkpoint(step) for step in job.steps}
 
-            lm = MiceLM(decoder, mesh, dtype, tokenizer, generation, batch_size=values.batch_size, watch=watch)
-        sampler = Sampler(decoder, dtype)  # one for all steps, as it compiles
-        for step in steps:
-            if asked:
-                lm.params = None  # those of the step before are gone before the next come
-            load = functools.partial(load_params, source, decoder, shardings, step=step)
-            weights = functools.cache(lambda load=load: cast_params(load(), dtype))
-            model = fingerprint(source, step) if lead else ""
-            found: list[Results] = []
-            for benchmark in asked:
-                file = _cached(model, benchmark, [str(dtype), template])
-                kept = json.loads(file.read_text()) if lead and file.exists() else None
-                if distributed.is_true_on_any_process(kept is not None):  # only the lead looks
-                    display.say(f"{_what(benchmark, step)} was scored before: {file}")
-                else:
-                    lm.params = weights()
-                    kept = benchmarks.score(lm, benchmark, settings)
-                    if lead:
-                        file.parent.mkdir(parents=True, exist_ok=True)
-                        write_atomically(file, _text(kept))
-                if kept is not None:
-                    found.append(kept)
-            if judged and encoder:
-                which = f"{model} {dtype} {template}"
-                file = output.with_suffix(f".{step}.mt_bench.jsonl" if values.all_checkpoints else ".mt_bench.jsonl")
-                with jax.set_mesh(mesh):
-                    stops = [*encoder.stop_ids(), *generation.stop_ids]
-                    speaker = ChatModel(sampler, weights(), encoder, stops)
-                    found.append(_graded(judged, speaker, values.batch_size, which, file, watch, generation))
-                del speaker
-                display.say(mt_bench.describe(found[-1][mt_bench.NAME]))
-            if lead:
-                by_step[step] = benchmarks.merged(found)
-                for warning in benchmarks.warnings(by_step[step], positions):
-                    display.say(f"warning: {warning}")
-
-    # ------------------------------------------------------------------------------------ what is left of it
-    if lead:
-        newest = by_step[steps[-1]] | {"model_name": str(values.model), "model_source": "mice_jax"}
-        if values.all_checkpoints:
-            assert source.workdir is not None
-            lines, newest["checkpoints"] = _curve(source.workdir, by_step)
+    # ------------------------------------------------------------------------------------ output
+    if distributed.is_main_process():
+        newest = by_step[job.steps[-1]] | {"model_name": job.model, "model_source": "mice_jax"}
+        if job.all_checkpoints:
+            assert job.source.workdir is not None
+            lines, newest["checkpoints"] = _curve(job.source.workdir, by_step)
             console.print("\n".join(lines))
-        write_atomically(output, _text(newest))
+        write_atomically(job.output, _text(newest))
         console.print(_table(newest))
-        console.print(f"results in {output}")
+        console.print(f"results in {job.output}")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What the flags ask for, read and checked before any weights are loaded.
+
+    Attributes:
+      model: The model as the user gave it.
+      source: The model's config.
+      steps: The checkpoints to score; None stands for the weights of a Hugging Face folder.
+      all_checkpoints: Whether the steps are all checkpoints of a run.
+      tokenizer: The model's tokenizer, with the chat template to use.
+      encoder: Renders chats; None if no task needs a chat template.
+      defaults: How the model generates by default.
+      dtype: The dtype to compute in.
+      batch_size: The number of answers that are generated at once.
+      benchmarks: The harness's tasks.
+      settings: How the harness's tasks are asked.
+      mt_bench: MT-Bench's questions and judge; None if it is not among the tasks.
+      output: The file of results.
+    """
+
+    model: str
+    source: ModelSource
+    steps: Sequence[int | None]
+    all_checkpoints: bool
+    tokenizer: PreTrainedTokenizerBase
+    encoder: ChatEncoder | None
+    defaults: GenerationDefaults
+    dtype: Any
+    batch_size: int
+    benchmarks: list[Benchmark]
+    settings: Settings
+    mt_bench: mt_bench.Settings | None
+    output: Path
+
+    @property
+    def template(self) -> str:
+        """A hash of the chat template, and of the day if the template writes it; empty if none is used."""
+        return self.encoder.fingerprint() if self.encoder else ""
+
+
+def _read_flags(values: command.Values) -> _Job:
+    distributed.check_devices(values.expect_devices)
+    settings = _settings(values)
+    output = _output(values)
+    model = command.required(values, "model")
+    source = resolve_model(model, values.step)
+    steps = _steps(source, values)
+    tokenizer = load_tokenizer(str(source.folder), values.chat_template)
+    check_vocabulary(source, tokenizer.get_vocab())
+    dtype = compute_dtype(values.compute_dtype)
+    precision.set_float32_matmul_precision(dtype, jax.default_backend())
+    if values.batch_size < 1:
+        raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
+    if not values.tasks:
+        raise UserError("--tasks is missing; give at least one, as in --tasks=mmlu,gsm8k.")
+    names = [name for name in values.tasks if name != mt_bench.NAME]
+    defaults = generation_config_of(source, tokenizer)
+    positions = source.spec.max_positions
+    loaded = benchmarks.load_benchmarks(names, values.include_path, settings, tokenizer, defaults, positions)
+    judged = _mt_bench_settings(values, defaults)
+    encoder = ChatEncoder(tokenizer) if judged or settings.apply_chat_template else None
+    if judged and judged.system and encoder:
+        # Rendered once, because a chat template may not accept a system message.
+        encoder.prompt_ids([{"role": "system", "content": judged.system}, {"role": "user", "content": ""}])
+    return _Job(
+        model=model,
+        source=source,
+        steps=steps,
+        all_checkpoints=values.all_checkpoints,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        defaults=defaults,
+        dtype=dtype,
+        batch_size=values.batch_size,
+        benchmarks=loaded,
+        settings=settings,
+        mt_bench=judged,
+        output=output,
+    )
+
+
+# ---------------------------------------------------------------------------------------- scores
+class _Evaluator:
+    """Scores checkpoints of one model; its functions are compiled once for all of them."""
+
+    def __init__(self, job: _Job, display: Display):
+        self._job, self._display, self._watch = job, display, _bars(display)
+        self._mesh = make_mesh(1, -1, 1)
+        decoder = make_decoder(job.source.spec, self._mesh.shape["tensor"])
+        self._lm: MiceLM | None = None
+        if job.benchmarks:
+            from mice_jax.evals import harness  # It imports lm-eval, which load_benchmarks has found.
+
+            self._lm = harness.MiceLM(
+                decoder,
+                self._mesh,
+                job.dtype,
+                job.tokenizer,
+                job.defaults,
+                batch_size=job.batch_size,
+                watch=self._watch,
+            )
+        self._sampler = Sampler(decoder, job.dtype)
+
+    def score_checkpoint(self, step: int | None) -> Results:
+        """Scores one checkpoint on all tasks; results of the same weights and settings are read from the cache.
+
+        Returns:
+          The results in the harness's form on the main process; an empty dict on the others.
+        """
+        job = self._job
+        if self._lm is not None:
+            self._lm.params = None  # The weights of the step before must be freed before the next ones are loaded.
+        weights = functools.cache(lambda: build.load_for_inference(job.source, self._mesh, step=step, dtype=job.dtype))
+        model = fingerprint(job.source, step) if distributed.is_main_process() else ""
+        results = [self._score_benchmark(benchmark, step, model, weights) for benchmark in job.benchmarks]
+        if job.mt_bench is not None:
+            results.append(self._grade(step, model, weights))
+            self._display.say(mt_bench.describe(results[-1][mt_bench.NAME]))
+        if not distributed.is_main_process():
+            return {}
+        merged = benchmarks.merged(results)
+        for warning in benchmarks.warnings(merged, job.source.spec.max_positions):
+            self._display.say(f"warning: {warning}")
+        return merged
+
+    def _score_benchmark(
+        self, benchmark: Benchmark, step: int | None, model: str, weights: Callable[[], build.LoadedModel]
+    ) -> Results:
+        """Scores a benchmark, or reads its results if it was scored before."""
+        file = _cached(model, benchmark, [str(self._job.dtype), self._job.template])
+        is_cached = distributed.is_main_process() and file.exists()
+        if distributed.is_true_on_any_process(is_cached):  # Only the main process looks for the file.
+            self._display.say(f"{_what(benchmark, step)} was scored before: {file}")
+            return json.loads(file.read_text()) if is_cached else {}
+        assert self._lm is not None
+        self._lm.params = weights().params
+        results = benchmarks.score(self._lm, benchmark, self._job.settings)
+        if distributed.is_main_process():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, _text(results))
+        return results
+
+    def _grade(self, step: int | None, model: str, weights: Callable[[], build.LoadedModel]) -> Results:
+        """Runs MT-Bench; returns its scores in the harness's form, and all its results under its own name."""
+        job = self._job
+        assert job.mt_bench is not None and job.encoder is not None
+        began = time.time()
+        file = job.output.with_suffix(f".{step}.mt_bench.jsonl" if job.all_checkpoints else ".mt_bench.jsonl")
+        stop_ids = [*job.encoder.stop_ids(), *job.defaults.stop_ids]
+        chat = ChatModel(self._sampler, weights().params, job.encoder, stop_ids)
+        answerer = functools.partial(chat.chat_batch, batch_size=job.batch_size)
+        with jax.set_mesh(self._mesh):
+            graded = mt_bench.run(job.mt_bench, answerer, f"{model} {job.dtype} {job.template}", file, self._watch)
+        means = {key: graded[key] for key in ("score", *(f"turn_{t}" for t in mt_bench.TURNS))}
+        return {
+            "results": {mt_bench.NAME: {"alias": mt_bench.NAME} | {f"{key},none": mean for key, mean in means.items()}},
+            "higher_is_better": {mt_bench.NAME: dict.fromkeys(means, True)},
+            "n-shot": {mt_bench.NAME: 0},
+            "shortened": {},
+            "without_system": {},
+            "not_followed": {mt_bench.NAME: list(job.defaults.ignored_fields)},
+            "date": began,
+            "total_evaluation_time_seconds": str(time.time() - began),
+            mt_bench.NAME: graded,
+        }
+
+
+# ---------------------------------------------------------------------------------------- flags
 def _settings(values: command.Values) -> Settings:
     multiturn = values.fewshot_as_multiturn
     return Settings(
@@ -162,8 +277,8 @@ def _settings(values: command.Values) -> Settings:
     )
 
 
-def _judged(values: command.Values, generation: GenerationDefaults) -> mt_bench.Settings | None:
-    """What MT-Bench asks and who judges it, where it is among the tasks."""
+def _mt_bench_settings(values: command.Values, defaults: GenerationDefaults) -> mt_bench.Settings | None:
+    """Returns MT-Bench's questions and judge, or None if it is not among the tasks."""
     if mt_bench.NAME not in values.tasks:
         return None
     if jax.process_count() > 1:
@@ -175,34 +290,18 @@ def _judged(values: command.Values, generation: GenerationDefaults) -> mt_bench.
                     f"--{name} is for the harness's tasks; {mt_bench.NAME} asks its questions without examples, in the "
                     "chat template, and keeps every answer. Leave it out."
                 )
-    limit, system = values.limit, values.system_instruction
-    return mt_bench.settings_of(values, limit=limit, system=system, generation=generation)
-
-
-def _graded(
-    judged: mt_bench.Settings,
-    speaker: ChatModel,
-    batch_size: int,
-    model: str,
-    file: Path,
-    watch: mt_bench.Watch,
-    generation: GenerationDefaults,
-) -> Results:
-    """MT-Bench's scores in the harness's form, with all that it found under its own name."""
-    began = time.time()
-    graded = mt_bench.run(judged, functools.partial(speaker.converse, batch_size=batch_size), model, file, watch)
-    means = {key: graded[key] for key in ("score", *(f"turn_{t}" for t in mt_bench.TURNS))}
-    return {
-        "results": {mt_bench.NAME: {"alias": mt_bench.NAME} | {f"{key},none": mean for key, mean in means.items()}},
-        "higher_is_better": {mt_bench.NAME: dict.fromkeys(means, True)},
-        "n-shot": {mt_bench.NAME: 0},
-        "shortened": {},
-        "without_system": {},
-        "not_followed": {mt_bench.NAME: list(generation.ignored_fields)},
-        "date": began,
-        "total_evaluation_time_seconds": str(time.time() - began),
-        mt_bench.NAME: graded,
-    }
+    if values.repeats < 1:
+        raise UserError(f"--repeats={values.repeats} must be at least 1.")
+    judge = make_judge(values.judge_url, values.judge_model, values.judge_key_env)
+    return mt_bench.load_settings(
+        judge,
+        values.questions,
+        values.judge_prompts,
+        repeats=values.repeats,
+        limit=values.limit,
+        system=values.system_instruction,
+        defaults=defaults,
+    )
 
 
 def _output(values: command.Values) -> Path:
@@ -215,15 +314,15 @@ def _output(values: command.Values) -> Path:
 
 
 def _steps(source: ModelSource, values: command.Values) -> Sequence[int | None]:
-    """The checkpoints to score; None stands for a Hugging Face folder's weights."""
+    """Returns the checkpoints to score; None stands for the weights of a Hugging Face folder."""
     if source.kind != "run":
         if values.all_checkpoints:
             raise UserError(
-                f"--all_checkpoints is for a run's folder; --model={values.model} is a Hugging Face folder."
+                f"--all_checkpoints is for a run's workdir; --model={values.model} is a Hugging Face folder."
             )
         return [None]
     if values.all_checkpoints and (values.step is not None or source.step is not None):
-        raise UserError("--all_checkpoints is for all steps of a run, but one of them is named too. Leave one out.")
+        raise UserError("--all_checkpoints scores all steps of a run, but one of them is named too. Leave one out.")
     newest = resolve_step(source, values.step)
     if not values.all_checkpoints:
         return [newest]
@@ -234,9 +333,9 @@ def _steps(source: ModelSource, values: command.Values) -> Sequence[int | None]:
     return steps
 
 
-# ---------------------------------------------------------------------------------------- what was scored before
+# ---------------------------------------------------------------------------------------- cached results
 def _cached(model: str, benchmark: Benchmark, how: list[str]) -> Path:
-    """Where the results of a benchmark are kept."""
+    """Returns the file in the cache for the results of a benchmark."""
     key = hashlib.sha256(json.dumps([model, benchmark.fingerprint, *how]).encode()).hexdigest()
     return cache_folder("") / "evals" / f"{key}.json"
 
@@ -246,13 +345,13 @@ def _text(results: Results) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What is no JSON as the harness writes it, which may not be installed where only MT-Bench is asked."""
+    """Converts what JSON cannot hold as lm-eval does, which need not be installed if only MT-Bench is run."""
     if isinstance(value, np.generic):
         return value.item()
     return list(value) if isinstance(value, set) else str(value)
 
 
-# ---------------------------------------------------------------------------------------- what is said
+# ---------------------------------------------------------------------------------------- printed results
 def _bars(display: Display) -> Callable[[str, int, int], None]:
     bars: dict[str, Any] = {}
 
@@ -282,9 +381,12 @@ def _table(results: Results) -> Table:
 
 
 def _curve(workdir: RunPath, by_step: Mapping[Any, Results]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Writes the scores of each checkpoint to the run's folder; returns what to say of the best, and the lines.
+    """Writes the scores of each checkpoint to the run's workdir.
 
     Lines of earlier evaluations stay, as do their other metrics at the same step.
+
+    Returns:
+      A sentence about the best checkpoint for each metric, and a line of scores for each checkpoint.
     """
     checkpoints = CheckpointReader(workdir)
     samples = {step: checkpoints.samples(step) for step in by_step}
@@ -304,9 +406,9 @@ def _curve(workdir: RunPath, by_step: Mapping[Any, Results]) -> tuple[list[str],
 
 
 def _best(name: str, lines: list[dict[str, Any]], higher: bool) -> str:
-    """The best score, and how soon it was reached, as far as the checkpoints can tell.
+    """Returns a sentence about the best score and after how many samples it was reached.
 
-    A checkpoint may have none: no number, or no judgement by whoever judges.
+    Checkpoints without a finite score, or without a judgement, are left out.
     """
     sign = -1 if higher else 1
     scored = [line for line in lines if line.get(name) is not None]
@@ -316,7 +418,7 @@ def _best(name: str, lines: list[dict[str, Any]], higher: bool) -> str:
     after = scored[at - 1]["samples"] if at else 0
     return (
         f"{name}: best {scored[at][name]:.4f} at step {scored[at]['step']}, reached after {after:,} to "
-        f"{scored[at]['samples']:,} samples (checkpoints tell no more)"
+        f"{scored[at]['samples']:,} samples (between these two checkpoints)"
     )
 
 

@@ -24,10 +24,9 @@ from transformers import PreTrainedTokenizerBase
 from mice_jax.cli.flags import define_export
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from mice_jax.model_source import load_params, resolve_source, stop_ids
+from mice_jax.model_source import resolve_source, stop_ids
 from mice_jax.models import hf
-from mice_jax.models.transformer import make_decoder
-from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.training import build
 
 DTYPES = ("float32", "bfloat16")
 
@@ -35,22 +34,20 @@ DTYPES = ("float32", "bfloat16")
 def export(values: command.Values) -> None:
     workdir, output = command.workdir_of(values), Path(command.required(values, "output"))
     if not (workdir / "model" / "config.json").exists():
-        raise UserError(f"--workdir={workdir} is no run's folder: it has no model/config.json.")
+        raise UserError(f"--workdir={workdir} is not a run's workdir: it has no model/config.json.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output={output} is there already. Remove it, or give another folder.")
+        raise UserError(f"--output={output} already exists. Remove it, or give another folder.")
     source = resolve_source(str(workdir))
     dtype = values.dtype or source.config.get("dtype", "float32")
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}.")
-    mesh = make_mesh(1, -1, 1)
-    decoder = make_decoder(source.spec)
-    params = load_params(source, decoder, param_shardings(decoder.abstract, decoder.axes, mesh), step=values.step)
+    model = build.load_for_inference(source, step=values.step)
     tokenizer = load_tokenizer(str(source.folder))
-    # Written beside its place and renamed once whole: a reader never sees half an export.
+    # The export is written to a temporary folder and renamed once it is complete, so that no reader sees half of it.
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    count = hf.save_params(partial, params, decoder, source.config, dtype)
+    count = hf.save_params(partial, model.params, model.decoder, source.config, dtype)
     tokenizer.save_pretrained(partial)
     generation = _generation_config(source.config, tokenizer)
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
@@ -61,7 +58,7 @@ def export(values: command.Values) -> None:
 
 
 def _generation_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Stops where the training stopped: at the token that ends an assistant's turn, besides the model's own."""
+    """Returns generation_config.json: answers end at the token that ends a turn, and at the model's own stop tokens."""
     generation = {"eos_token_id": stop_ids(config, tokenizer), "do_sample": False}
     if config.get("bos_token_id") is not None:
         generation["bos_token_id"] = config["bos_token_id"]

@@ -2,11 +2,11 @@
 
   mice generate --model=runs/demo --prompt="Why do mice run?"
   mice generate --model=hf_folder --input=questions.jsonl --output=answers.jsonl --max_new_tokens=512
-  mice generate --model=runs/demo --step=400          a chat; /reset begins anew, /exit ends it
+  mice generate --model=runs/demo --step=400          a chat; /reset starts over, /exit ends it
 
-A line of --input is {"messages": [...]}, with "tools" if there are any, or {"prompt": "..."}. A line of --output is
-that of the input with its "response", and "stopped": whether the model ended it by itself. An output that is there
-already is continued after its last whole line, by the same model and settings (OUTPUT.settings.json).
+A line of --input is {"messages": [...]}, with optional "tools", or {"prompt": "..."}. A line of --output is that of the
+input with the added fields "response", and "stopped": whether the model ended the answer by itself. An output that
+exists is continued after its last complete line, by the same model and settings (OUTPUT.settings.json).
 """
 
 from mice_jax.cli import command
@@ -25,7 +25,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from mice_jax.cli.flags import DEFAULT_MAX_NEW_TOKENS, define_generate
+from mice_jax.cli.flags import define_generate
 from mice_jax.cli.progress_display import Display
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
@@ -33,34 +33,32 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.inference.chat import ChatModel, Message
 from mice_jax.inference.generation_config import FILE, GenerationDefaults
-from mice_jax.inference.sampler import Sampler, Sampling, cast_params, check_fits
+from mice_jax.inference.sampler import Sampler, Sampling, check_fits, default_max_new_tokens
 from mice_jax.model_source import (
     check_vocabulary,
     compute_dtype,
     fingerprint,
     generation_config_of,
-    load_params,
     resolve_model,
     resolve_step,
 )
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import make_decoder
-from mice_jax.runtime import compile_cache, xla_flags
-from mice_jax.sharding import make_mesh, param_shardings
+from mice_jax.runtime import compile_cache, precision, xla_flags
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import write_atomically
+from mice_jax.training import build
 
-DRAWN = ("temperature", "top_p", "top_k")
-ADDED = ("response", "stopped")  # what an output's line has besides its input's
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k")  # generation_config.json has defaults of these flags
+ADDED_FIELDS = ("response", "stopped")  # a line of the output has these in addition to the fields of the input
 
 
 def generate(values: command.Values) -> None:
-    # ------------------------------------------------------------------------------------ what is asked
+    # ------------------------------------------------------------------------------------ input
     xla_flags.set_flags(deterministic=False)
-    origin = resolve_model(command.required(values, "model"), values.step)
+    source = resolve_model(command.required(values, "model"), values.step)
     max_new_tokens = values.max_new_tokens
     if max_new_tokens is None:
-        max_new_tokens = min(DEFAULT_MAX_NEW_TOKENS, origin.spec.max_positions // 2)
+        max_new_tokens = default_max_new_tokens(source.spec)
     if values.prompt is not None and values.input is not None:
         raise UserError("--prompt and --input are both given; give one of them.")
     if (values.input is None) != (values.output is None):
@@ -69,101 +67,97 @@ def generate(values: command.Values) -> None:
         raise UserError("--stop is empty: it would end every answer before its first character.")
     if values.batch_size < 1:
         raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
-    tokenizer = load_tokenizer(str(origin.folder), values.chat_template)
-    check_vocabulary(origin, tokenizer.get_vocab())
+    tokenizer = load_tokenizer(str(source.folder), values.chat_template)
+    check_vocabulary(source, tokenizer.get_vocab())
     encoder = ChatEncoder(tokenizer)
-    generation = generation_config_of(origin, tokenizer)
-    sampling = _sampling(values, generation, max_new_tokens)
-    for remark in _remarks(values, generation, origin.folder):
+    defaults = generation_config_of(source, tokenizer)
+    flags_given = {name: values[name].value for name in SAMPLING_FLAGS}
+    sampling = defaults.sampling(max_new_tokens, **flags_given, seed=values.seed)
+    for remark in _remarks(values, defaults, source.folder):
         print(remark, file=sys.stderr)
-    # What ends a turn in the chat template, and what the model's own generation config adds.
-    stop_ids = [*encoder.stop_ids(), *generation.stop_ids]
-    dtype, step = compute_dtype(values.compute_dtype), resolve_step(origin, values.step)
+    # An answer ends with the token that ends a turn in the chat template, or with one of the generation config.
+    stop_ids = [*encoder.stop_ids(), *defaults.stop_ids]
+    dtype, step = compute_dtype(values.compute_dtype), resolve_step(source, values.step)
+    precision.set_float32_matmul_precision(dtype, jax.default_backend())
     system = [] if values.system is None else [{"role": "system", "content": values.system}]
-    job = None  # read before the model is, so that what is wrong is said at once
+    job = None
+    # The input is read before the model is loaded, so that its errors appear at once.
     if values.input is not None:
-        job = _Job.open(Path(values.input), Path(values.output), system, encoder, sampling, origin.spec)
-        job.check_settings(_settings(values, fingerprint(origin, step), step, encoder, sampling, stop_ids, dtype))
-        if job.num_kept:
-            print(f"{job.output} has {job.num_kept} of {len(job.records)} answers already: they are kept.")
-        if job.num_kept == len(job.records):
+        job = _Job.open(Path(values.input), Path(values.output), system, encoder, sampling, source.spec)
+        job.check_settings(_settings(values, fingerprint(source, step), step, encoder, sampling, stop_ids, dtype))
+        if job.num_answered:
+            print(f"{job.output} has {job.num_answered} of {len(job.records)} answers already; the others follow.")
+        if job.num_answered == len(job.records):
             return
     elif values.prompt is not None:
-        check_fits(encoder.prompt_ids(_asked(system, values.prompt)), sampling, origin.spec, "--prompt")
+        check_fits(encoder.prompt_ids(_with_question(system, values.prompt)), sampling, source.spec, "--prompt")
 
     # ------------------------------------------------------------------------------------ model
     compile_cache.enable(cache_folder(""))
-    mesh = make_mesh(1, -1, 1)
-    decoder = make_decoder(origin.spec, mesh.shape["tensor"])
-    shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-    params = cast_params(load_params(origin, decoder, shardings, step=step), dtype)
-    speaker = ChatModel(Sampler(decoder, dtype), params, encoder, stop_ids, tuple(values.stop))
+    loaded = build.load_for_inference(source, step=step, dtype=dtype)
+    model = ChatModel(Sampler(loaded.decoder, dtype), loaded.params, encoder, stop_ids, tuple(values.stop))
 
     # ------------------------------------------------------------------------------------ answers
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(loaded.mesh):
         if job is not None:
-            _answer_file(job, speaker, sampling, values.batch_size)
+            _answer_file(job, model, sampling, values.batch_size)
         elif values.prompt is not None:
-            say(speaker, _asked(system, values.prompt), sampling)
+            print_answer(model, _with_question(system, values.prompt), sampling)
         else:
-            _chat(speaker, system, sampling)
+            _chat(model, system, sampling)
 
 
-def _sampling(values: command.Values, generation: GenerationDefaults, max_new_tokens: int) -> Sampling:
-    """As the flags say, else as the model's folder does, else greedy."""
-    temperature, top_p, top_k = (
-        getattr(generation, name) if values[name].value is None else values[name].value for name in DRAWN
-    )
-    return Sampling(max_new_tokens, temperature or 0.0, 1.0 if top_p is None else top_p, top_k or 0, values.seed)
+def _remarks(values: command.Values, defaults: GenerationDefaults, folder: Path) -> list[str]:
+    """Returns what the model's generation_config.json changes, or would change, without a flag of the user's."""
+    applied = [
+        f"{n}={getattr(defaults, n)}" for n in SAMPLING_FLAGS if values[n].value is None and getattr(defaults, n)
+    ]
+    temperature = values.temperature if values.temperature is not None else defaults.temperature
+    remarks = []
+    if temperature and applied:
+        remarks.append(f"{folder / FILE} has {', '.join(applied)}: answers are drawn so, unless flags say otherwise")
+    if defaults.ignored_fields:
+        ignored = ", ".join(defaults.ignored_fields)
+        remarks.append(f"warning: {folder / FILE} has {ignored}, which transformers applies and mice_jax ignores")
+    return remarks
 
 
-def _remarks(values: command.Values, generation: GenerationDefaults, folder: Path) -> list[str]:
-    """What the user did not say and may not expect of the model's own generation_config.json."""
-    taken = [f"{n}={getattr(generation, n)}" for n in DRAWN if values[n].value is None and getattr(generation, n)]
-    drawn = values.temperature if values.temperature is not None else generation.temperature
-    said = []
-    if drawn and taken:
-        said.append(f"{folder / FILE} has {', '.join(taken)}: answers are drawn so, unless flags say otherwise")
-    if generation.ignored_fields:
-        wishes = ", ".join(generation.ignored_fields)
-        said.append(f"warning: {folder / FILE} has {wishes}, which is not done here; transformers would do it")
-    return said
-
-
-def _asked(system: list[Message], prompt: str) -> list[Message]:
+def _with_question(system: list[Message], prompt: str) -> list[Message]:
     return [*system, {"role": "user", "content": prompt}]
 
 
 # ---------------------------------------------------------------------------------------- one at a time
-def say(speaker: ChatModel, messages: list[Message], sampling: Sampling) -> str:
-    """Prints the answer as it comes, and returns it."""
-    prompt = speaker.prompt(messages, None, sampling, "the conversation")
-    spoken = speaker.speak(prompt, sampling, lambda piece: print(piece, end="", flush=True))
+def print_answer(model: ChatModel, messages: list[Message], sampling: Sampling) -> str:
+    """Prints the answer while it is generated, and returns it."""
+    prompt = model.prompt(messages, None, sampling, "the conversation")
+    completion = model.stream(prompt, sampling, lambda piece: print(piece, end="", flush=True))
     print()
-    if not spoken.stopped:
+    if not completion.stopped:
         print(f"(cut at max_new_tokens={sampling.max_new_tokens})", file=sys.stderr)
-    return spoken.text
+    return completion.text
 
 
-def _chat(speaker: ChatModel, system: list[Message], sampling: Sampling) -> None:
-    print("A chat: /reset begins anew, /exit ends it.")
+def _chat(model: ChatModel, system: list[Message], sampling: Sampling) -> None:
+    print("A chat: /reset starts over, /exit ends it.")
     messages = list(system)
     while True:
         try:
-            said = input("> ").strip()
+            line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if said == "/exit":
+        if line == "/exit":
             return
-        if said == "/reset":
+        if line == "/reset":
             messages = list(system)
-        elif said:
-            asked = _asked(messages, said)
+        elif line:
+            asked = _with_question(messages, line)
             try:
-                messages = [*asked, {"role": "assistant", "content": say(speaker, asked, sampling)}]
-            except UserError as e:  # too long by now, or more than the template takes: what was said before stands
-                print(f"{e} /reset begins anew.", file=sys.stderr)
+                messages = [*asked, {"role": "assistant", "content": print_answer(model, asked, sampling)}]
+            except (
+                UserError
+            ) as e:  # The conversation is too long, or the template does not accept it; it stays as it was.
+                print(f"{e} /reset starts over.", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------- a file
@@ -176,7 +170,7 @@ def _settings(
     stop_ids: list[int],
     dtype: Any,
 ) -> dict[str, Any]:
-    """All that answers depend on besides their questions, and the model's place, which may change."""
+    """Returns everything that answers depend on besides the questions, and the model's path, which may change."""
     return {
         "model": values.model,
         "weights": weights[:16],
@@ -192,26 +186,26 @@ def _settings(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """Lines to answer, and the file that answers are added to."""
+    """Questions of a file, and the file that answers are appended to."""
 
     records: list[dict[str, Any]]
     prompts: list[list[int]]
     output: Path
-    num_kept: int  # answers that are there
+    num_answered: int  # Answers that an earlier command wrote.
 
     @classmethod
     def open(
         cls,
-        source: Path,
+        questions: Path,
         output: Path,
         system: list[Message],
         encoder: ChatEncoder,
         sampling: Sampling,
         spec: ModelSpec,
     ) -> "_Job":
-        """Reads both files, checks every line, and cuts an output's last line where it is not whole."""
+        """Reads both files, checks every line, and removes an incomplete last line of the output."""
         records, prompts = [], []
-        for where, record in _records(source):
+        for where, record in _records(questions):
             try:
                 prompt = encoder.prompt_ids(_messages(record, system), record.get("tools"))
             except UserError as e:
@@ -220,22 +214,22 @@ class _Job:
             records.append(record)
             prompts.append(prompt)
         if not records:
-            raise UserError(f"--input={source} holds no line.")
-        return cls(records, prompts, output, _kept(source, output, records))
+            raise UserError(f"--input={questions} has no line.")
+        return cls(records, prompts, output, _num_answered(questions, output, records))
 
     def check_settings(self, settings: dict[str, Any]) -> None:
-        """UserError where the answers that are there were made in another way; else notes how, beside them."""
+        """Writes how answers are made to OUTPUT.settings.json; raises UserError if earlier ones were made otherwise."""
         file = self.output.with_name(f"{self.output.name}.settings.json")
-        if self.num_kept:
+        if self.num_answered:
             try:
-                there: Any = json.loads(file.read_text())
-                changed = [f"{k} {there[k]!r} (now {v!r})" for k, v in settings.items() if there[k] != v]
+                earlier: Any = json.loads(file.read_text())
+                changed = [f"{k} {earlier[k]!r} (now {v!r})" for k, v in settings.items() if earlier[k] != v]
             except (OSError, ValueError, LookupError, TypeError):
                 raise UserError(
-                    f"{file}, which says how the answers in --output={self.output} were made, is missing or no such "
-                    "file. Put it back, give another --output, or remove the answers."
+                    f"{file}, which says how the answers in --output={self.output} were made, is missing or damaged. "
+                    "Restore it, give another --output, or remove the answers."
                 ) from None
-            if any(settings[k] != there[k] for k in settings.keys() - {"model"}):
+            if any(settings[k] != earlier[k] for k in settings.keys() - {"model"}):
                 raise UserError(
                     f"--output={self.output} was written with {', '.join(changed)}. Ask as before, give another "
                     "--output, or remove the file."
@@ -243,22 +237,22 @@ class _Job:
         write_atomically(file, json.dumps(settings, indent=2) + "\n")
 
 
-def _answer_file(job: _Job, speaker: ChatModel, sampling: Sampling, batch_size: int) -> None:
-    records, prompts = job.records[job.num_kept :], job.prompts[job.num_kept :]
-    numbers = range(job.num_kept, len(job.records))
-    answers = speaker.answers(prompts, sampling, numbers, batch_size=batch_size)
+def _answer_file(job: _Job, model: ChatModel, sampling: Sampling, batch_size: int) -> None:
+    records, prompts = job.records[job.num_answered :], job.prompts[job.num_answered :]
+    numbers = range(job.num_answered, len(job.records))
+    answers = model.answers(prompts, sampling, numbers, batch_size=batch_size)
     with job.output.open("a", encoding="utf-8") as f, Display(Console(stderr=True)) as display:
-        told = display.watch("answering")
+        report = display.watch("answering")
         for done, (record, answer) in enumerate(zip(records, answers, strict=True), 1):
             line = record | {"response": answer.text, "stopped": answer.stopped}
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
             f.flush()
-            told(done / len(records), done)
+            report(done / len(records), done)
     print(f"answered {len(records)} lines in {job.output}")
 
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's object and its place."""
+    """Yields the file and line number of each line, and its object."""
     for number, line in enumerate(_read(file).split(b"\n"), 1):
         if line.strip():
             where = f"{file} line {number}"
@@ -266,11 +260,11 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 record = json.loads(line)
                 json.dumps(record, ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                raise UserError(f"{where} holds half of a character (a lone surrogate).") from None
+                raise UserError(f"{where} has half of a character (a lone surrogate).") from None
             except (ValueError, RecursionError) as e:
                 raise UserError(f"{where} is not JSON: {e}.") from None
             if not isinstance(record, dict):
-                raise UserError(f"{where} is no object; it must be one with `messages` or `prompt`.")
+                raise UserError(f"{where} is not an object; it must be one with `messages` or `prompt`.")
             yield where, record
 
 
@@ -282,20 +276,20 @@ def _read(file: Path) -> bytes:
 
 
 def _messages(record: dict[str, Any], system: list[Message]) -> list[Message]:
-    """The conversation to go on with; UserError says what is wrong with it."""
+    """Returns the conversation of a record; raises UserError if it is not valid."""
     if ("messages" in record) == ("prompt" in record):
         raise UserError("it must have either `messages` or `prompt`.")
     if "prompt" in record:
         if not isinstance(record["prompt"], str):
             raise UserError("`prompt` must be a string.")
-        return _asked(system, record["prompt"])
+        return _with_question(system, record["prompt"])
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
         raise UserError("`messages` must be a list of at least one message.")
     messages = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
     last = messages[-1]["role"]
     if last not in ("user", "tool"):
-        raise UserError(f"the last message is of role {last!r}; only a user's or a tool's is answered.")
+        raise UserError(f"the last message is of role {last!r}; it must be that of a user or a tool.")
     return messages if messages[0]["role"] == "system" else [*system, *messages]
 
 
@@ -312,20 +306,26 @@ def _message(message: Any, at: str) -> Message:
     return message | {"content": content}
 
 
-def _kept(source: Path, output: Path, records: list[dict[str, Any]]) -> int:
-    """How many answers an output holds, its cut last line removed; UserError where they are not to these records."""
+def _num_answered(questions: Path, output: Path, records: list[dict[str, Any]]) -> int:
+    """Removes an output's incomplete last line and returns its number of answers.
+
+    Raises:
+      UserError: The output has answers to other records, or cannot be written.
+    """
     if not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no folder {output.parent}.")
-    if output.exists() and output.samefile(source):
+    if output.exists() and output.samefile(questions):
         raise UserError(f"--output={output} is --input itself; give another file.")
     content = _read(output) if output.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
     lines = whole.split(b"\n")[:-1]
     if len(lines) > len(records):
-        raise UserError(f"--output={output} has {len(lines)} lines, --input={source} {len(records)}: {_MEND}")
+        raise UserError(f"--output={output} has {len(lines)} lines, --input={questions} {len(records)}: {_OTHER_INPUT}")
     for number, (line, record) in enumerate(zip(lines, records, strict=False), 1):
         if not _answers(line, record):
-            raise UserError(f"--output={output} line {number} is no answer to prompt {number} of {source}: {_MEND}")
+            raise UserError(
+                f"--output={output} line {number} is not an answer to prompt {number} of {questions}: {_OTHER_INPUT}"
+            )
     try:
         with output.open("ab") as f:
             f.truncate(len(whole))
@@ -334,7 +334,7 @@ def _kept(source: Path, output: Path, records: list[dict[str, Any]]) -> int:
     return len(lines)
 
 
-_MEND = "it was written from another input. Give another --output, or remove the file."
+_OTHER_INPUT = "it was written from another input. Give another --output, or remove the file."
 
 
 def _answers(line: bytes, record: dict[str, Any]) -> bool:
@@ -342,13 +342,13 @@ def _answers(line: bytes, record: dict[str, Any]) -> bool:
         found = json.loads(line)
     except ValueError:
         return False
-    if not isinstance(found, dict) or not found.keys() >= set(ADDED):
+    if not isinstance(found, dict) or not found.keys() >= set(ADDED_FIELDS):
         return False
     return _asks(found) == _asks(record)
 
 
 def _asks(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in record.items() if k not in ADDED}
+    return {k: v for k, v in record.items() if k not in ADDED_FIELDS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

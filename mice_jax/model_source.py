@@ -1,7 +1,7 @@
-"""What a model starts from: a Hugging Face folder, a config.json alone, or another run.
+"""Where a model's parameters come from: a Hugging Face folder, a config.json alone, or another run.
 
-A run's workdir keeps its own `model/` (config.json, tokenizer, chat template), so that it can be exported,
-asked and started from without what it was started from.
+A run's workdir has its own `model/` folder (config.json, tokenizer, chat template), so that it can be exported,
+evaluated and fine-tuned further without the model that it was started from.
 """
 
 import dataclasses
@@ -24,7 +24,6 @@ from mice_jax.inference.generation_config import GenerationDefaults, read_genera
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
-from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import param_shardings
 from mice_jax.storage import manifest
 from mice_jax.storage.cache import cache_folder
@@ -36,26 +35,44 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A place that parameters come from, read as far as its config.json."""
+    """Where a model's parameters come from. Only its config.json has been read.
 
-    kind: str  # hf | random | run
-    folder: Path  # holds config.json and, by default, the tokenizer
-    workdir: RunPath | None  # of a run
-    step: int | None  # of one of its checkpoints, where that was named
-    config: dict[str, Any]  # config.json
+    Attributes:
+      kind: "hf" (a Hugging Face folder), "run" (the workdir of a run) or "random" (fresh weights from a config.json).
+      folder: The folder with config.json and, by default, the tokenizer.
+      workdir: The run's workdir; None unless kind is "run".
+      step: The step of a checkpoint that was named in the path, as in `workdir/checkpoints/400`; else None.
+      config: The content of config.json.
+      spec: The architecture that config.json describes.
+    """
+
+    kind: str
+    folder: Path
+    workdir: RunPath | None
+    step: int | None
+    config: dict[str, Any]
     spec: ModelSpec
 
     @property
     def architecture(self) -> str:
+        """The name of transformers' class, such as "LlamaForCausalLM"."""
         return self.config["architectures"][0]
 
     def stored_dtype(self) -> str:
-        """The dtype in which the weights that it goes back to are stored; float32 for a fresh model."""
+        """The dtype of the stored weights that training started from; float32 for random weights."""
         return hf.stored_dtype(self.folder) if self.kind == "hf" else self.config.get("dtype", "float32")
 
 
 def resolve_source(init_from: str) -> ModelSource:
-    """Reads what `init_from` names; UserError where it is none of the three."""
+    """Reads the config.json of the model that `init_from` names.
+
+    Args:
+      init_from: A Hugging Face folder, a run's workdir or one of its `checkpoints/<step>`, or `random:` followed by a
+        config.json or its folder.
+
+    Raises:
+      UserError: `init_from` is not one of these, or its config.json cannot be used.
+    """
     if init_from.startswith(RANDOM):
         file = Path(init_from.removeprefix(RANDOM))
         file = file / "config.json" if file.is_dir() else file
@@ -66,59 +83,77 @@ def resolve_source(init_from: str) -> ModelSource:
         folder, step = folder.parent.parent, int(folder.name)
     if not folder.is_dir():
         raise UserError(
-            f"{init_from} is no folder: a model is given as a Hugging Face folder, a run's workdir (or one of its "
-            "checkpoints/<step>), or random:path/to/config.json."
+            f"{init_from} does not exist or is not a folder. Give a Hugging Face folder, a run's workdir (or one of "
+            "its checkpoints/<step>), or random:path/to/config.json."
         )
     if (folder / "checkpoints").is_dir():
         file = (folder if isinstance(folder, Path) else download_small_files(folder)) / "model" / "config.json"
         config = hf.read_config(file)
         return ModelSource("run", file.parent, folder, step, config, hf.spec_from_config(config, file))
     if not isinstance(folder, Path):
-        raise UserError(f"{init_from} is no run's folder; a Hugging Face folder has to lie on disk: copy it here.")
+        raise UserError(
+            f"{init_from} is not a run's workdir. A Hugging Face folder must be on a local disk: copy it here."
+        )
     config = hf.read_config(folder / "config.json")
     return ModelSource("hf", folder, None, None, config, hf.spec_from_config(config, folder / "config.json"))
 
 
-def resolve_model(model: str, step: int | None) -> ModelSource:
-    """What --model and --step name, which must have weights; UserError where they do not."""
+def resolve_model(model: str, step: int | None = None) -> ModelSource:
+    """Reads the config.json of a trained model, whose weights can be loaded.
+
+    Args:
+      model: A Hugging Face folder, a run's workdir, or one of its `checkpoints/<step>`.
+      step: A checkpoint of the run; None takes the one in the path, or else the newest.
+
+    Raises:
+      UserError: There is no such model, it has no weights, or `step` is given for a Hugging Face folder.
+    """
     if model.startswith(RANDOM):
-        raise UserError(f"--model={model}: random weights have nothing to say. Give a folder with weights.")
-    try:
-        source = resolve_source(model)
-    except UserError as e:
-        raise UserError(f"--model: {e}") from None
+        raise UserError(f"The model {model} has random weights. Give a folder with trained weights.")
+    source = resolve_source(model)
     if step is not None and source.kind != "run":
-        raise UserError(f"--step={step} is for a run's folder; --model={model} is a Hugging Face folder.")
+        raise UserError(f"step={step} is for a run's workdir, and {model} is a Hugging Face folder. Leave it out.")
     return source
 
 
-def compute_dtype(name: str) -> Any:
-    """What --compute_dtype says, in which this process then multiplies; auto is float32 on a CPU, else bfloat16."""
+def compute_dtype(name: str, platform: str | None = None) -> Any:
+    """Returns the dtype that a name stands for.
+
+    Args:
+      name: "float32", "bfloat16", or "auto", which is float32 on a CPU and bfloat16 elsewhere.
+      platform: The devices' platform; by default that of JAX's default backend.
+
+    Raises:
+      UserError: The name is not one of these.
+    """
     if name not in DTYPES:
-        raise UserError(f"--compute_dtype={name} is not one of {', '.join(DTYPES)}.")
+        raise UserError(f"compute_dtype={name} is not one of {', '.join(DTYPES)}.")
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    set_float32_matmul_precision(name, jax.default_backend())
+        name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def stop_ids(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer of a model that a run trained: the token that ends a turn, and what its config.json has."""
+    """Returns the ids that end an answer of a trained model: the end of a turn, and config.json's eos_token_id."""
     turn = ChatEncoder(tokenizer).stop_ids() if tokenizer.chat_template else []
     return list(dict.fromkeys([*turn, *stop_ids_in(config)]))
 
 
 def generation_config_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> GenerationDefaults:
-    """How an source's model is to answer: as its folder says, or as the export of a run would say."""
+    """Returns the model's own generation defaults; those of a run are what its export would have."""
     if source.kind == "run":
         return GenerationDefaults(tuple(stop_ids(source.config, tokenizer)))
     return read_generation_config(source.folder, source.config)
 
 
 def resolve_step(source: ModelSource, asked: int | None) -> int | None:
-    """The checkpoint of a run that is asked for, or else that its path names, or the newest; None of a folder of HF's.
+    """Returns the step of the checkpoint to load: `asked`, else the one in the path, else the newest.
 
-    Raises UserError where it is not there.
+    Returns:
+      The step, or None for a Hugging Face folder.
+
+    Raises:
+      UserError: The run has no such checkpoint.
     """
     if source.workdir is None:
         return None
@@ -129,7 +164,7 @@ def resolve_step(source: ModelSource, asked: int | None) -> int | None:
 
 
 def fingerprint(source: ModelSource, step: int | None) -> str:
-    """Of a model's weights, config and tokenizer, by their content; `step` is a run's."""
+    """Returns a hash of the content of a model's weights (at `step` of a run), config and tokenizer."""
     own = [p for p in sorted(source.folder.iterdir()) if p.is_file()]
     digests = file_digests(own, cache_folder(""))
     files: dict[str, Any] = {p.name: d.hex() for p, d in zip(own, digests, strict=True)}
@@ -139,10 +174,17 @@ def fingerprint(source: ModelSource, step: int | None) -> str:
 
 
 def with_vocabulary(source: ModelSource, ids: dict[str, int], added: Collection[str]) -> ModelSpec:
-    """The source's spec with an embedding row for each of a tokenizer's ids.
+    """Returns the source's spec with an embedding row for each of a tokenizer's ids.
 
-    Rows beyond the ids, which many models have, stay. Rows that are lacking are added where it is added tokens that
-    lack them; a tokenizer whose own vocabulary is larger than the model's belongs to another model: UserError.
+    The model's rows beyond the largest id, which many models have, stay.
+
+    Args:
+      source: The model.
+      ids: The tokenizer's ids by token.
+      added: The tokens that were added to the tokenizer's own vocabulary. Missing rows are added for these only.
+
+    Raises:
+      UserError: The tokenizer's own vocabulary is larger than the model's, so it belongs to another model.
     """
     rows = source.spec.vocab_size
     own = max((i for token, i in ids.items() if token not in added), default=-1)
@@ -155,7 +197,7 @@ def with_vocabulary(source: ModelSource, ids: dict[str, int], added: Collection[
 
 
 def check_vocabulary(source: ModelSource, ids: dict[str, int]) -> None:
-    """UserError where a tokenizer has an id for which the source has no embedding."""
+    """Raises UserError if a tokenizer has an id for which the model has no embedding."""
     token = max(ids, key=lambda token: ids[token])
     if ids[token] >= source.spec.vocab_size:
         raise UserError(
@@ -168,9 +210,21 @@ def check_vocabulary(source: ModelSource, ids: dict[str, int]) -> None:
 def load_params(
     source: ModelSource, decoder: Decoder, shardings: Params, *, seed: int = 0, step: int | None = None
 ) -> Params:
-    """The source's parameters in float32, laid out as asked; `step` picks among a run's checkpoints.
+    """Loads the source's parameters in float32.
 
-    Where the decoder has embedding rows that the source lacks, each is the mean of those there are.
+    Args:
+      source: The model.
+      decoder: The decoder of the source's spec, or of that spec with more embedding rows. Each added row is the mean of
+        the stored rows.
+      shardings: The sharding of each parameter.
+      seed: The seed of random weights.
+      step: The checkpoint of a run; None takes the one in the path, or else the newest.
+
+    Returns:
+      The parameters, in the decoder's structure.
+
+    Raises:
+      UserError: The stored weights are missing, damaged or of other shapes.
     """
     if source.kind == "random":
         return jax.jit(decoder.init, out_shardings=shardings)(jax.random.key(seed))
@@ -185,7 +239,7 @@ def load_params(
 
 
 def _grown(stored: Decoder, decoder: Decoder, params: Params) -> Params:
-    """Parameters of one decoder as those of another that has more embedding rows."""
+    """Appends embedding rows to the parameters of `stored`, so that they fit `decoder`."""
     known, wanted = stored.spec.vocab_size, decoder.spec.vocab_size
 
     def grow(p: jax.Array, axes: tuple[str, ...], abstract: jax.ShapeDtypeStruct) -> jax.Array:

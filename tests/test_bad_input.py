@@ -375,7 +375,7 @@ def test_bad_exports_are_errors(trained: Path, capsys: pytest.CaptureFixture[str
     assert "--step" in refused(run_export(work, out, "--step=last"), capsys)
     write_jsonl(folder / "file", [])
     for there in (folder / "file", folder / "init"):
-        assert f"--output={there} is there already" in refused(run_export(work, there), capsys)
+        assert f"--output={there} already exists" in refused(run_export(work, there), capsys)
     assert (folder / "init" / "config.json").exists()
     assert not list(folder.glob(".*partial"))
 

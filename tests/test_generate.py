@@ -20,7 +20,7 @@ from mice_jax import step
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.generate import main, say
+from mice_jax.generate import main, print_answer
 from mice_jax.inference.chat import ChatModel
 from mice_jax.inference.sampler import Sampling
 
@@ -150,14 +150,14 @@ def test_answers_are_drawn_as_the_folder_says_unless_flags_say_otherwise(
 
     text, told = answer({"repetition_penalty": 1.3, "num_beams": 1, "min_p": None})
     assert text == greedy and told == (
-        f"warning: {own}/generation_config.json has repetition_penalty=1.3, which is not done here; transformers would "
-        "do it\n"
+        f"warning: {own}/generation_config.json has repetition_penalty=1.3, which transformers applies and "
+        "mice_jax ignores\n"
     )
     for wrong, words in (
         ({"top_p": 2}, "has top_p=2; it must be above 0 and at most 1"),
         ({"top_k": "many"}, "has top_k='many'; it must be a whole number"),
         ({"eos_token_id": "end"}, "has eos_token_id='end'; it must be a token id"),
-        ([], "is no JSON object"),
+        ([], "is not a JSON object"),
     ):
         (own / "generation_config.json").write_text(json.dumps(wrong))
         assert f"{own}/generation_config.json {words}" in said(capsys, own, "--prompt=mice")
@@ -234,7 +234,9 @@ def test_a_character_of_many_tokens_is_printed_once_all_of_it_is_there(
 
     encoder = ChatEncoder(tokenizer, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")
     sampler: Any = Script()
-    assert say(ChatModel(sampler, {}, encoder, []), [{"role": "user", "content": "é"}], Sampling(100)) == answer
+    assert (
+        print_answer(ChatModel(sampler, {}, encoder, []), [{"role": "user", "content": "é"}], Sampling(100)) == answer
+    )
     assert "".join(printed) + capsys.readouterr().out == answer + "\n"
     assert {"é", "🤖"} <= {p.strip() for p in printed}
     assert not any("\ufffd" in p or "<0x" in p for p in printed)
@@ -286,7 +288,7 @@ def test_what_may_be_the_beginning_of_an_end_is_shown_once_it_is_none() -> None:
     def shown(*stops: str) -> tuple[list[str], bool]:
         pieces: list[str] = []
         sampler: Any = Script()
-        spoken = ChatModel(sampler, {}, ChatEncoder(tokenizer), [], stops).speak([1], Sampling(4), pieces.append)
+        spoken = ChatModel(sampler, {}, ChatEncoder(tokenizer), [], stops).stream([1], Sampling(4), pieces.append)
         assert "".join(pieces) == spoken.text
         return pieces, spoken.stopped
 
@@ -304,7 +306,7 @@ def test_a_chat_remembers_until_it_is_reset(
     out = capsys.readouterr().out
     first = expected(model, CONVERSATIONS[3])
     both = [*CONVERSATIONS[3], {"role": "assistant", "content": first}, {"role": "user", "content": "red"}]
-    assert out == f"A chat: /reset begins anew, /exit ends it.\n> {first}\n> {expected(model, both)}\n> > > {first}\n> "
+    assert out == f"A chat: /reset starts over, /exit ends it.\n> {first}\n> {expected(model, both)}\n> > > {first}\n> "
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert run(folder) == 0
 
@@ -326,14 +328,14 @@ def test_flags_that_do_not_go_together_are_refused(
 ) -> None:
     assert main(["--prompt=a"]) == 2
     assert "--model is missing" in capsys.readouterr().err
-    assert f"{tmp_path}/none is no folder" in said(capsys, tmp_path / "none", "--prompt=a")
+    assert f"{tmp_path}/none does not exist or is not a folder" in said(capsys, tmp_path / "none", "--prompt=a")
     assert "random weights" in said(capsys, Path(f"random:{write_init(tmp_path)}"), "--prompt=a")
-    assert "is for a run's folder" in said(capsys, folder, "--prompt=a", "--step=3")
+    assert "is for a run's workdir" in said(capsys, folder, "--prompt=a", "--step=3")
     assert "--prompt and --input are both given" in said(capsys, folder, "--prompt=a", "--input=b")
     assert "--input and --output go together" in said(capsys, folder, "--input=b")
     assert "--input and --output go together" in said(capsys, folder, "--prompt=a", "--output=b")
     assert "temperature=-1.0 must be" in said(capsys, folder, "--prompt=a", "--temperature=-1")
-    assert "--compute_dtype=half is not one of" in said(capsys, folder, "--prompt=a", "--compute_dtype=half")
+    assert "compute_dtype=half is not one of" in said(capsys, folder, "--prompt=a", "--compute_dtype=half")
     assert "--stop is empty" in said(capsys, folder, "--prompt=a", "--stop=")
     assert "--batch_size=0" in said(capsys, folder, "--prompt=a", "--batch_size=0")
 
@@ -342,7 +344,7 @@ def test_flags_that_do_not_go_together_are_refused(
     ("line", "words"),
     [
         ('{"prompt": ', "is not JSON"),
-        ("[1]", "is no object"),
+        ("[1]", "is not an object"),
         ('{"prompt": "\\ud83d"}', "lone surrogate"),
         ("{}", "either `messages` or `prompt`"),
         ('{"prompt": "a", "messages": []}', "either `messages` or `prompt`"),
@@ -381,10 +383,10 @@ def test_an_output_of_other_prompts_is_left_alone(
     done = {"response": "r", "stopped": True}
     write_jsonl(answers, [QUESTIONS[0] | done, QUESTIONS[2] | done])
     before = answers.read_bytes()
-    assert f"{answers} line 2 is no answer to prompt 2" in said(capsys, folder, *flags)
+    assert f"{answers} line 2 is not an answer to prompt 2" in said(capsys, folder, *flags)
     assert answers.read_bytes() == before
     write_jsonl(answers, [QUESTIONS[0]])
-    assert f"{answers} line 1 is no answer" in said(capsys, folder, *flags)
+    assert f"{answers} line 1 is not an answer" in said(capsys, folder, *flags)
     write_jsonl(answers, [q | done for q in [*QUESTIONS, QUESTIONS[0]]])
     assert "has 6 lines" in said(capsys, folder, *flags)
     assert "is --input itself" in said(capsys, folder, f"--input={questions}", f"--output={questions}")

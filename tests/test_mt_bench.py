@@ -18,8 +18,6 @@ import pytest
 from helpers.models import llama, load, mesh_of
 from helpers.runs import make_tokenizer, run_verb, write_jsonl
 from mice_jax import evaluate, generate
-from mice_jax.cli import command
-from mice_jax.cli.flags import define_mt_bench
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.errors import UserError
 from mice_jax.evals import mt_bench
@@ -156,7 +154,7 @@ def score_in(prompt: str) -> float:
 
 
 # ---------------------------------------------------------------------------------------- scores
-def test_means_are_those_of_turns_and_categories_and_prompts_are_filled_as_the_files_say(
+def test_means_by_turn_and_category_and_prompts_follow_the_files(
     server: Server, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     server.reply = lambda prompt, nth: says(f"Hm [7]. Rating: [[{score_in(prompt):g}]]")
@@ -225,7 +223,7 @@ def test_a_judge_that_is_busy_slow_or_broken_for_a_while_is_asked_again(
             assert times[1] - times[0] >= 1
 
 
-def test_judgements_that_fail_are_counted_by_reason_and_a_second_run_pays_for_them_alone(
+def test_failed_judgements_are_counted_and_asked_again_by_the_next_run(
     server: Server, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     def reply(prompt: str, nth: int) -> Reply:
@@ -286,32 +284,16 @@ def test_a_run_that_was_cut_short_goes_on_and_ends_with_the_same_file(
 
 
 # ---------------------------------------------------------------------------------------- a judge that refuses
-def flags_of(files: tuple[Path, Path], *arguments: str) -> tuple[Callable[..., None], list[str]]:
-    """A verb with these flags alone, and its arguments."""
-
-    def define(values: command.Values, argv: list[str]) -> None:
-        define_mt_bench(values)
-
-    return define, [f"--questions={files[0].parent}", f"--judge_prompts={files[1]}", *arguments]
-
-
-def test_a_judge_that_refuses_ends_with_2_before_anything_is_answered(
-    server: Server, files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_refusing_judge_is_an_error_before_anything_is_answered(server: Server, files: tuple[Path, Path]) -> None:
     def said(url: str) -> str:
-        define, argv = flags_of(files, f"--judge_url={url}", "--judge_model=j", "--judge_key_env=MICE_JUDGE_KEY")
-        assert (
-            command.run(
-                "", define, lambda values: mt_bench.settings_of(values, generation=GenerationDefaults()) and None, argv
-            )
-            == 2
-        )
-        return capsys.readouterr().err
+        judge = make_judge(url, "j", "MICE_JUDGE_KEY")
+        with pytest.raises(UserError) as e:
+            mt_bench.load_settings(judge, str(files[0].parent), str(files[1]), defaults=GenerationDefaults())
+        return str(e.value)
 
     server.reply = lambda prompt, nth: Reply(f"Incorrect API key provided: {KEY}.".encode(), 401)
     error = said(server.url)
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert "refuses: status 401, 'Incorrect API key provided: ***.'" in error
+    assert "\n" not in error and "refuses: status 401, 'Incorrect API key provided: ***.'" in error
     assert len(server.asked) == 1
     server.reply = lambda prompt, nth: Reply(b"no such model", 400)
     assert "status 400, 'no such model'. Nothing was generated yet" in said(server.url)
@@ -320,7 +302,7 @@ def test_a_judge_that_refuses_ends_with_2_before_anything_is_answered(
     assert "no answer: NewConnectionError" in said(closed.url)
 
 
-def test_a_judge_that_refuses_half_way_ends_the_run_and_what_is_judged_is_kept(
+def test_judge_that_refuses_half_way_ends_the_run_and_keeps_scores(
     server: Server, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     server.reply = lambda prompt, nth: says("[[5]]") if "cheese" in prompt else Reply(b"out of money", 403)
@@ -349,7 +331,7 @@ def test_a_judge_that_thinks_before_it_speaks_is_there_all_the_same(
             how.judge.check()
 
 
-def test_an_endpoint_that_takes_only_the_newer_name_of_the_longest_answer_is_asked_with_that(
+def test_endpoint_that_takes_only_max_completion_tokens_gets_it(
     server: Server, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     says_no = Reply(b"Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", 400)
@@ -464,20 +446,20 @@ def test_a_score_is_the_first_in_double_brackets() -> None:
 
 
 # ---------------------------------------------------------------------------------------- with a model
-def test_a_model_answers_both_turns_and_where_it_has_no_room_that_is_counted(
+def test_model_answers_both_turns_and_missing_room_is_counted(
     server: Server, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     llama(tmp_path / "m", vocab_size=300, initializer_range=0.3, max_position_embeddings=104)
     decoder, params = load(tmp_path / "m", mesh_of(1, 1, 1))
     encoder = ChatEncoder(make_tokenizer())
-    speaker = ChatModel(Sampler(decoder, jnp.float32), params, encoder, encoder.stop_ids())
+    model = ChatModel(Sampler(decoder, jnp.float32), params, encoder, encoder.stop_ids())
     how = Settings(server.judge(), read_questions(files[0]), read_prompts(files[1]), 1, max_new_tokens=16)
     sizes = {}
 
     def answerer(conversations: Sequence[list[Message]], *rest: Any) -> Iterator[Completion | None]:
         for messages in conversations:
             sizes[messages[0]["content"], len(messages)] = len(encoder.prompt_ids(messages))
-        return speaker.converse(conversations, *rest, batch_size=2)
+        return model.chat_batch(conversations, *rest, batch_size=2)
 
     found = run(how, answerer, "m", tmp_path / "k.jsonl")
     too_long = [key for key, size in sizes.items() if size + 16 > 104]
@@ -487,7 +469,7 @@ def test_a_model_answers_both_turns_and_where_it_has_no_room_that_is_counted(
     lines = [json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines()]
     first = next(a["answer"] for a in lines if a.get("question_id") == 2 and a.get("turn") == 1 and "answer" in a)
     messages = [{"role": "user", "content": "Two mice and two?"}]
-    alone = speaker.speak(encoder.prompt_ids(messages), Sampling(16), lambda piece: None)
+    alone = model.stream(encoder.prompt_ids(messages), Sampling(16), lambda piece: None)
     assert first == alone.text != ""
 
 
@@ -498,7 +480,7 @@ ENDED = """{% for m in messages %}<|im_start|>{{ m.role }}
 
 
 @pytest.mark.slow
-def test_the_command_grades_a_folder_s_answers_and_writes_them_as_the_harness_would(
+def test_evaluate_grades_answers_and_writes_the_harness_format(
     server: Server,
     files: tuple[Path, Path],
     tmp_path: Path,
@@ -521,7 +503,8 @@ def test_the_command_grades_a_folder_s_answers_and_writes_them_as_the_harness_wo
     assert ended == whole.partition(end)[0]
 
     output = tmp_path / "scores.json"
-    _, argv = flags_of(files, f"--judge_url={server.url}", "--judge_model=j", "--judge_key_env=MICE_JUDGE_KEY")
+    argv = [f"--questions={files[0].parent}", f"--judge_prompts={files[1]}"]
+    argv += [f"--judge_url={server.url}", "--judge_model=j", "--judge_key_env=MICE_JUDGE_KEY"]
     argv += [f"--model={tmp_path / 'm'}", "--tasks=mt_bench", "--system_instruction=Be."]
     assert run_verb(evaluate.main, [*argv, f"--output={output}"]) == 0
     found = json.loads(output.read_text())

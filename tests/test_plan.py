@@ -310,7 +310,7 @@ def test_a_model_that_is_not_here_is_the_shape_of_its_name_beside_the_config(
     said = run_plan(file, capsys, "--config.model.init_from=models/small", topology="h200:8")
     assert said["params_bytes"] == 4 * PARAMS // DEVICES
     assert any("models/small is not here" in a for a in said["assumptions"])
-    assert "models/other is no folder" in refusal(
+    assert "models/other does not exist or is not a folder" in refusal(
         file, capsys, "--topology=h200:8", "--config.model.init_from=models/other"
     )
 

@@ -20,10 +20,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TextIO
 
-from absl import flags
-
 from mice_jax.errors import UserError
-from mice_jax.evals.judge import Judge, Unusable, make_judge, score_of
+from mice_jax.evals.judge import Judge, Unusable, score_of
 from mice_jax.inference.chat import Completion, Message
 from mice_jax.inference.generation_config import GenerationDefaults
 from mice_jax.inference.sampler import Sampling
@@ -86,25 +84,37 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------- what is asked
-def settings_of(
-    values: flags.FlagValues, *, limit: float | None = None, system: str | None = None, generation: GenerationDefaults
+def load_settings(
+    judge: Judge,
+    questions_file: str | None,
+    prompts_file: str | None,
+    *,
+    repeats: int = 1,
+    limit: float | None = None,
+    system: str | None = None,
+    defaults: GenerationDefaults,
 ) -> Settings:
-    """What flags ask for, with files read and the judge tried: what is wrong is said before anything is computed.
+    """Reads the questions and prompts and asks the judge a test question, so that errors appear before any computation.
 
     Args:
-      limit: of the questions only so many, or below 1 that fraction.
-      generation: the model's; draws are made as transformers makes them, with which FastChat answers.
+      judge: The judge.
+      questions_file: question.jsonl or its folder; None takes that of an installed fastchat.
+      prompts_file: judge_prompts.jsonl or its folder; None takes that of an installed fastchat.
+      repeats: How often all questions are answered and judged.
+      limit: Takes only this many questions, or below 1 this fraction of them.
+      system: The system message of each conversation.
+      defaults: The model's own top_p and top_k, which transformers, and so FastChat, applies to draws.
+
+    Raises:
+      UserError: A file is missing or not valid, or the judge cannot be used.
     """
-    if values.repeats < 1:
-        raise UserError(f"--repeats={values.repeats} must be at least 1.")
-    judge = make_judge(values.judge_url, values.judge_model, values.judge_key_env)
-    questions = read_questions(_file("questions", values.questions, "mt_bench/question.jsonl"))
-    prompts = read_prompts(_file("judge_prompts", values.judge_prompts, "judge_prompts.jsonl"))
+    questions = read_questions(_file("questions", questions_file, "mt_bench/question.jsonl"))
+    prompts = read_prompts(_file("judge_prompts", prompts_file, "judge_prompts.jsonl"))
     judge.check()
     if limit is not None:
         questions = questions[: math.ceil(limit * len(questions)) if limit < 1 else int(limit)]
-    top_p, top_k = generation.sampling_defaults()
-    return Settings(judge, questions, prompts, values.repeats, system=system, top_p=top_p, top_k=top_k)
+    top_p, top_k = defaults.sampling_defaults()
+    return Settings(judge, questions, prompts, repeats, system=system, top_p=top_p, top_k=top_k)
 
 
 def read_questions(file: Path) -> tuple[Question, ...]:

@@ -64,7 +64,7 @@ class ChatModel:
             end = self._end(text)
             yield Completion(text[:end], answer.stopped or end is not None)
 
-    def converse(
+    def chat_batch(
         self, conversations: Sequence[list[Message]], sampling: Sampling, numbers: Sequence[int], *, batch_size: int
     ) -> Iterator[Completion | None]:
         """As `answers` to conversations; None where the model's positions leave no room for one."""
@@ -76,7 +76,7 @@ class ChatModel:
         for fit in fits:
             yield next(answers) if fit else None
 
-    def speak(self, prompt: Sequence[int], sampling: Sampling, show: Callable[[str], None]) -> Completion:
+    def stream(self, prompt: Sequence[int], sampling: Sampling, show: Callable[[str], None]) -> Completion:
         """One answer, shown piece by piece as it comes; an interrupt ends it early."""
         ids: list[int] = []
         text, shown, end = "", 0, None
@@ -86,7 +86,7 @@ class ChatModel:
                 text = self._text(ids)
                 if (end := self._end(text)) is not None:
                     break
-                certain = shown if text.endswith(PARTIAL) else len(text) - self._begun(text)
+                certain = shown if text.endswith(PARTIAL) else len(text) - self._partial_stop_length(text)
                 if certain > shown:
                     show(text[shown:certain])
                     shown = certain
@@ -104,7 +104,7 @@ class ChatModel:
         """Where the first of the texts that end an answer begins."""
         return min((at for stop in self.stop_texts if (at := text.find(stop)) >= 0), default=None)
 
-    def _begun(self, text: str) -> int:
+    def _partial_stop_length(self, text: str) -> int:
         """How many of the last characters may be the beginning of such a text."""
         longest = max(map(len, self.stop_texts), default=1) - 1
         sizes = range(min(longest, len(text)), 0, -1)

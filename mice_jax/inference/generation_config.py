@@ -1,8 +1,8 @@
-"""What a folder's generation_config.json says of its model's answers, and what of it is followed here.
+"""The defaults that a model's generation_config.json sets for its answers, and which of its fields are ignored here.
 
-transformers applies the file to all that it generates: what a call does not say is as the file says, greedy answers
-included (a repetition_penalty changes those too). Here the same defaults hold; what is asked for besides is not done,
-and told.
+transformers applies this file to everything that it generates: what a call does not set is as the file says, also for
+greedy answers (a repetition_penalty changes those too). The same defaults hold here. Fields that mice_jax does not
+implement are reported.
 """
 
 import dataclasses
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mice_jax.errors import UserError
+from mice_jax.inference.sampler import Sampling
 
 FILE = "generation_config.json"
-TOP_K = 50  # transformers' own where tokens are drawn and neither a call nor the file says
-# What transformers can do besides, and the value at which it does nothing; None does nothing of them all.
+TOP_K = 50  # The default of transformers for draws, if neither the call nor the file has a top_k.
+# Options of transformers that mice_jax does not implement, each with the value at which it has no effect. None has no
+# effect for any of them.
 NO_OP_VALUES: dict[str, Any] = {
     "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
     "max_new_tokens": None, "max_time": None, "stop_strings": None, "bad_words_ids": None, "sequence_bias": None,
@@ -27,60 +29,105 @@ NO_OP_VALUES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationDefaults:
-    """How a model is to answer; None where it does not say."""
+    """How a model answers by default.
+
+    Attributes:
+      stop_ids: The token ids that end an answer.
+      temperature: The temperature if answers are drawn by default, else None.
+      top_p: The default of top_p; None if the file has none.
+      top_k: The default of top_k; None if the file has none.
+      ignored_fields: `field=value` of each field that would change answers and is not implemented.
+    """
 
     stop_ids: tuple[int, ...] = ()
-    temperature: float | None = None  # where answers are drawn
+    temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    ignored_fields: tuple[str, ...] = ()  # `field=value`, each that would change an answer
+    ignored_fields: tuple[str, ...] = ()
 
     def sampling_defaults(self) -> tuple[float, int]:
-        """top_p and top_k of a draw, transformers' own where the folder does not say."""
+        """Returns top_p and top_k of a draw, with the defaults of transformers if the file has none."""
         return 1.0 if self.top_p is None else self.top_p, TOP_K if self.top_k is None else self.top_k
+
+    def sampling(
+        self,
+        max_new_tokens: int,
+        *,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> Sampling:
+        """Returns how to choose tokens: as the arguments say, else as the model's folder says, else greedily.
+
+        Args:
+          max_new_tokens: The longest answer, in tokens.
+          temperature: 0 takes the likeliest token each time; None takes the model's default.
+          top_p: The probability that the tokens to draw from hold together; None takes the model's default.
+          top_k: The number of likeliest tokens to draw from, 0 = all; None takes the model's default.
+          seed: The seed of the draws.
+
+        Raises:
+          UserError: A value is out of range.
+        """
+        temperature = self.temperature if temperature is None else temperature
+        top_p = self.top_p if top_p is None else top_p
+        top_k = self.top_k if top_k is None else top_k
+        return Sampling(max_new_tokens, temperature or 0.0, 1.0 if top_p is None else top_p, top_k or 0, seed)
 
 
 def read_generation_config(folder: Path, config: dict[str, Any]) -> GenerationDefaults:
-    """What a folder's file says, or where it has none its config.json; UserError names the field that is wrong."""
+    """Reads the defaults of a model's folder.
+
+    Args:
+      folder: The folder, which may have a generation_config.json.
+      config: The content of its config.json, whose eos_token_id is used if there is no generation_config.json.
+
+    Raises:
+      UserError: The file is not valid; the message names the field.
+    """
     file = folder / FILE
     if not file.exists():
         return GenerationDefaults(tuple(stop_ids_in(config)))
     try:
-        said: Any = json.loads(file.read_text())
+        fields: Any = json.loads(file.read_text())
     except ValueError as e:
-        raise UserError(f"{file} is no JSON: {e}. Mend it, or take it away.") from None
-    if not isinstance(said, dict):
-        raise UserError(f"{file} is no JSON object. Mend it, or take it away.")
-    stops = stop_ids_in(said)
+        raise UserError(f"{file} is not valid JSON: {e}. Fix or remove it.") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"{file} is not a JSON object. Fix or remove it.")
+    stops = stop_ids_in(fields)
     if not all(type(i) is int for i in stops):
-        raise UserError(f"{file} has eos_token_id={said['eos_token_id']!r}; it must be a token id or a list of them.")
-    temperature, top_p, top_k = (_number(file, said, name) for name in ("temperature", "top_p", "top_k"))
-    if not said.get("do_sample"):  # then transformers draws nothing, whatever else is there
+        raise UserError(f"{file} has eos_token_id={fields['eos_token_id']!r}; it must be a token id or a list of them.")
+    temperature, top_p, top_k = (_number(file, fields, name) for name in ("temperature", "top_p", "top_k"))
+    if not fields.get("do_sample"):  # Then transformers draws nothing, whatever the other fields say.
         temperature = None
     elif temperature is None:
         temperature = 1.0
-    return GenerationDefaults(
-        tuple(stops), temperature, top_p, None if top_k is None else int(top_k), ignored_fields_in(said)
-    )
+    top_k = None if top_k is None else int(top_k)
+    return GenerationDefaults(tuple(stops), temperature, top_p, top_k, ignored_fields_in(fields))
 
 
 def stop_ids_in(config: dict[str, Any]) -> list[Any]:
-    """What ends a text by a config.json, or a generation_config.json."""
+    """Returns the eos_token_id of a config.json or a generation_config.json as a list."""
     own = config.get("eos_token_id")
-    return own if isinstance(own, list) else [own] if own is not None else []
+    if own is None:
+        return []
+    return own if isinstance(own, list) else [own]
 
 
-def ignored_fields_in(said: dict[str, Any]) -> tuple[str, ...]:
-    """`field=value` of each wish that is not followed here and changes answers."""
-    return tuple(f"{k}={said[k]!r}" for k in NO_OP_VALUES if said.get(k) is not None and said[k] != NO_OP_VALUES[k])
+def ignored_fields_in(fields: dict[str, Any]) -> tuple[str, ...]:
+    """Returns `field=value` of each field that is not implemented here and would change answers."""
+    return tuple(
+        f"{k}={fields[k]!r}" for k in NO_OP_VALUES if fields.get(k) is not None and fields[k] != NO_OP_VALUES[k]
+    )
 
 
-def _number(file: Path, said: dict[str, Any], name: str) -> float | None:
-    value = said.get(name)
-    least, most = {"temperature": (0, 1e9), "top_p": (1e-9, 1), "top_k": (0, 2**31)}[name]
+def _number(file: Path, fields: dict[str, Any], name: str) -> float | None:
+    value = fields.get(name)
+    low, high = {"temperature": (0, 1e9), "top_p": (1e-9, 1), "top_k": (0, 2**31)}[name]
     if value is None:
         return None
-    if type(value) not in (int, float) or not least <= value <= most or (name == "top_k" and value % 1):
+    if type(value) not in (int, float) or not low <= value <= high or (name == "top_k" and value % 1):
         kind = {"temperature": "a number from 0 up", "top_p": "above 0 and at most 1", "top_k": "a whole number"}[name]
-        raise UserError(f"{file} has {name}={value!r}; it must be {kind}. Mend it, or take it away.")
+        raise UserError(f"{file} has {name}={value!r}; it must be {kind}. Fix or remove it.")
     return value

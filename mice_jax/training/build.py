@@ -3,6 +3,7 @@
 `train` runs what is made here and `plan` compiles it, so that what is planned is what is run.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,14 @@ from jax.sharding import AbstractMesh, Mesh
 
 from mice_jax.config import Config
 from mice_jax.errors import UserError
+from mice_jax.inference.sampler import cast_params
+from mice_jax.model_source import ModelSource, load_params
 from mice_jax.models import hf
 from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Compute, Decoder
+from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.optim import Schedule, make_optimizer, make_phase_schedule
-from mice_jax.sharding import num_shards
+from mice_jax.sharding import make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_state, make_step
 from mice_jax.training import memory_model
 from mice_jax.training.phases import Stretch
@@ -140,3 +143,39 @@ def step_functions(
 ) -> StepFunctions:
     made, trained = optimizer(config, decoder, architecture)
     return make_step(decoder, made, schedule, mesh, compute, trained, config.optim.accumulate_dtype)
+
+
+# ---------------------------------------------------------------------------------------- inference
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A trained model on a mesh.
+
+    Attributes:
+      decoder: The model's functions.
+      params: Its parameters, sharded over the mesh.
+      mesh: The devices.
+    """
+
+    decoder: Decoder
+    params: Params
+    mesh: Mesh
+
+
+def load_for_inference(
+    source: ModelSource, mesh: Mesh | None = None, *, step: int | None = None, dtype: Any = None
+) -> LoadedModel:
+    """Loads a trained model to evaluate it, generate with it or export it.
+
+    Args:
+      source: The model, from `model_source.resolve_source` or `resolve_model`.
+      mesh: The devices; by default all of them, with the parameters split over the `fsdp` axis.
+      step: The checkpoint of a run; None takes the one in the path, or else the newest.
+      dtype: The dtype to cast the parameters to, except norms, which stay in float32; None keeps all in float32.
+
+    Raises:
+      UserError: The weights are missing, damaged or of other shapes.
+    """
+    mesh = make_mesh(1, -1, 1) if mesh is None else mesh
+    decoder = make_decoder(source.spec, mesh.shape["tensor"])
+    params = load_params(source, decoder, param_shardings(decoder.abstract, decoder.axes, mesh), step=step)
+    return LoadedModel(decoder, params if dtype is None else cast_params(params, dtype), mesh)
