@@ -1,7 +1,7 @@
-"""A judge behind any OpenAI-compatible chat endpoint: asked with retries, and never trusted to answer well.
+"""A judge behind an OpenAI-compatible chat endpoint, asked with retries; its answers may be anything.
 
-Waiting and asking again (on 429 with Retry-After, on 5xx, when nothing comes in time) is urllib3's. The key comes from
-an environment variable; whatever an endpoint says is cleared of it before it is shown or kept.
+urllib3 waits and retries on 429 (with Retry-After), on 5xx and on timeouts. The key comes from an environment variable,
+and is removed from everything that an endpoint sends before that is shown or written.
 """
 
 import dataclasses
@@ -16,38 +16,52 @@ from urllib3.util import parse_url
 from mice_jax.errors import UserError, one_line
 
 RETRIED = (408, 429, 500, 502, 503, 504)
-REFUSED = (401, 403, 404)  # a key, a model or an address that is wrong: no other question fares better
-SCORE = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")  # what MT-Bench's prompts ask for
-LEAST, MOST = 1, 10
-LIMITS = ("max_tokens", "max_completion_tokens")  # names of the longest answer; newer endpoints take the second alone
-SHOWN = 200  # characters of an endpoint's word that an error quotes
+# With these the key, the model or the address is wrong, so that other questions would fail too.
+FATAL_STATUS = (401, 403, 404)
+SCORE = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")  # MT-Bench's prompts ask for this form.
+MIN_SCORE, MAX_SCORE = 1, 10
+LIMITS = ("max_tokens", "max_completion_tokens")  # Names of the longest answer; newer endpoints take only the second.
+MAX_QUOTED_CHARS = 200  # An error quotes at most this much of an endpoint's response.
 
 
 class Unusable(Exception):
-    """Why an endpoint's answer, or its want of one, is no judgement."""
+    """The endpoint gave no usable judgement; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """An endpoint, a model of it, and how patiently it is asked."""
+    """A model of an endpoint, and how often and how long it is asked.
 
-    url: str  # up to what comes before /chat/completions
+    Attributes:
+      url: The address, without /chat/completions.
+      model: The model's name at the endpoint.
+      key: The key; "" sends none.
+      timeout_s: Seconds to wait for an answer.
+      retries: The maximum number of retries of a question.
+      backoff_s: Seconds before the first retry, doubled with each further one up to a minute.
+      max_tokens: The longest answer, in tokens.
+      parallel: The number of questions that are asked at once.
+    """
+
+    url: str
     model: str
     key: str = dataclasses.field(default="", repr=False)
     timeout_s: float = 120.0
     retries: int = 6
-    backoff_s: float = 1.0  # doubled with each retry, up to a minute
+    backoff_s: float = 1.0
     max_tokens: int = 2048
-    parallel: int = 8  # questions that are asked at once
+    parallel: int = 8
     _pool: urllib3.PoolManager = dataclasses.field(init=False, repr=False, compare=False)
-    _limit: list[str] = dataclasses.field(init=False, repr=False, compare=False)  # the one that the endpoint takes
+    _limit: list[str] = dataclasses.field(
+        init=False, repr=False, compare=False
+    )  # The name in LIMITS that the endpoint takes.
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_pool", urllib3.PoolManager(maxsize=self.parallel))
         object.__setattr__(self, "_limit", [LIMITS[0]])
 
     def check(self) -> None:
-        """One short question, asked as judgements are; UserError where the endpoint cannot be reached or refuses."""
+        """Asks one short question; raises UserError if the endpoint cannot be reached or does not accept it."""
         try:
             retries = urllib3.Retry(min(self.retries, 2), connect=0, **self._patience())
             self._ask([{"role": "user", "content": "Say yes."}], retries)
@@ -55,18 +69,30 @@ class Judge:
             raise UserError(f"--judge_url={self.url}: {e}. Nothing was generated yet.") from None
 
     def ask(self, system: str, prompt: str) -> str:
-        """What the judge says; Unusable where it says nothing, UserError where it refuses whatever is asked."""
-        said = [{"role": "system", "content": system}] if system else []
+        """Asks the judge a question.
+
+        Args:
+          system: The system message; "" sends none.
+          prompt: The question.
+
+        Returns:
+          The judge's answer.
+
+        Raises:
+          Unusable: There is no answer to this question.
+          UserError: The endpoint would not accept any question.
+        """
+        system_messages = [{"role": "system", "content": system}] if system else []
         retries = urllib3.Retry(self.retries, **self._patience())
-        content = self._ask([*said, {"role": "user", "content": prompt}], retries).get("content")
-        if not isinstance(content, str):  # one that thinks may have come to no word
+        content = self._ask([*system_messages, {"role": "user", "content": prompt}], retries).get("content")
+        if not isinstance(content, str):  # A reasoning model may end before its answer.
             raise Unusable("a chat completion without a text")
         return content
 
     def _patience(self) -> dict[str, Any]:
         return {
             "redirect": False,
-            "allowed_methods": None,  # all: a question asked twice costs money, and changes nothing
+            "allowed_methods": None,  # All methods are retried: a repeated question costs money, but changes nothing.
             "status_forcelist": RETRIED,
             "backoff_factor": self.backoff_s,
             "backoff_max": 60,
@@ -76,14 +102,14 @@ class Judge:
         }
 
     def _ask(self, messages: list[dict[str, str]], retries: urllib3.Retry) -> dict[str, Any]:
-        """The message that is answered."""
+        """Sends messages and returns the message of the answer."""
         limit = self._limit[0]
         answer = self._post(messages, limit, retries)
         if answer.status == 400 and limit == LIMITS[0] and any(name.encode() in answer.data for name in LIMITS):
             other = self._post(messages, LIMITS[1], retries)
-            if other.status != 400:  # else it minds something else
+            if other.status != 400:  # Otherwise the error has another cause.
                 self._limit[0], answer = LIMITS[1], other
-        if answer.status in REFUSED:
+        if answer.status in FATAL_STATUS:
             raise UserError(f"--judge_url={self.url} refuses: {self._status(answer)}")
         if answer.status != 200:
             raise Unusable(self._status(answer))
@@ -109,14 +135,24 @@ class Judge:
 
     def _status(self, answer: Any) -> str:
         text = " ".join(answer.data.decode("utf-8", "replace").split())
-        return self._cleared(f"status {answer.status}, {text[:SHOWN]!r}")
+        return self._cleared(f"status {answer.status}, {text[:MAX_QUOTED_CHARS]!r}")
 
     def _cleared(self, text: str) -> str:
         return text.replace(self.key, "***") if self.key else text
 
 
 def make_judge(url: str | None, model: str | None, key_env: str, **patience: Any) -> Judge:
-    """The judge that flags describe, with the key from an environment variable."""
+    """Makes a judge, with the key from an environment variable.
+
+    Args:
+      url: The endpoint's address, without /chat/completions.
+      model: The model's name at the endpoint.
+      key_env: The name of the environment variable with the key; an unset one stands for no key.
+      **patience: Further fields of `Judge`.
+
+    Raises:
+      UserError: The address, the model or the key is missing or not valid.
+    """
     if not url or not model:
         raise UserError("a judge is needed: give --judge_url=https://host/v1 and --judge_model=NAME.")
     parsed = parse_url(url)
@@ -131,13 +167,13 @@ def make_judge(url: str | None, model: str | None, key_env: str, **patience: Any
 
 
 def score_of(said: str) -> float:
-    """The first `[[n]]`; Unusable where there is none, or one that is no score."""
+    """Returns the first `[[n]]` of a judgement; raises Unusable if there is none, or it is out of range."""
     found = SCORE.search(said)
     if not found:
         raise Unusable("no [[score]] in what the judge said")
     score = float(found[1])
-    if not LEAST <= score <= MOST:
-        raise Unusable(f"a score that is not from {LEAST} to {MOST}")
+    if not MIN_SCORE <= score <= MAX_SCORE:
+        raise Unusable(f"a score that is not from {MIN_SCORE} to {MAX_SCORE}")
     return score
 
 
