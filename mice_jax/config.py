@@ -223,6 +223,8 @@ class Log(_Strict):
 
     every_steps: int = 1
     """Print and send to trackers one step in this many."""
+    noise_every: int = 8
+    """Compute one step in this many as two microbatches where it has one, to estimate the gradient noise; 0 = never."""
     trackers: list[str] = field(default_factory=list)
     """Trackers besides TensorBoard, whose events are always written: wandb, mlflow."""
     project: str = "mice_jax"

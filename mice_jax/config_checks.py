@@ -54,6 +54,7 @@ BOUNDS = {
     "stop.margin": (0, math.inf),
     "stop.steps": (0, math.inf),
     "log.every_steps": (1, math.inf),
+    "log.noise_every": (0, math.inf),
     "eval.every_samples": (0, math.inf),
     "eval.num_fewshot": (-1, math.inf),
     "eval.limit": (0, math.inf),

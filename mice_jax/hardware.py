@@ -121,6 +121,12 @@ def peak_flops(device: Any) -> float | None:
     return chip.peak_flops if chip else None
 
 
+def peak_flops_of_all_devices() -> float | None:
+    """FLOP/s of all devices of the run together; None where the table lacks them."""
+    peak = peak_flops(jax.local_devices()[0])
+    return peak * jax.device_count() if peak else None
+
+
 def measure_matmul_flops(n: int = 1024) -> float:
     """Measures the FLOP/s of a float32 product of two [n n] matrices on the first local device."""
     x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])

@@ -31,7 +31,6 @@ from rich.table import Table
 
 from mice_jax.cli.flags import define_plan
 from mice_jax.config import Config
-from mice_jax.data import statistics
 from mice_jax.data.readers import open_source
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
@@ -141,9 +140,9 @@ def _spec(config: Config, origin: ModelSource, tokenized: bool, assumed: list[st
 def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str]) -> Workload:
     """From the data, where they are here and few; else by --mean_length and the config's steps, or assumed."""
     if tokenized and _few_data(config):
-        data, mixture, steps = cost.open_data(config)
-        samples = sum(e.samples for e in mixture.epochs(steps)) / steps
-        return Workload(mean_length or statistics.mean_length(data.report), samples, steps)
+        data = cost.open_data(config)
+        samples = sum(e.samples for e in data.mixture.epochs(data.total_steps)) / data.total_steps
+        return Workload(mean_length or data.mean_length, samples, data.total_steps)
     if not mean_length:
         mean_length = min(MEAN_LENGTH, config.data.max_length)
         assumed.append(f"samples have {mean_length} tokens on average (--mean_length)")

@@ -30,13 +30,12 @@ from mice_jax.cli.progress_display import Display
 from mice_jax.config import Config
 from mice_jax.data import statistics
 from mice_jax.data.chat import ChatEncoder
-from mice_jax.data.dataset import Dataset, build_dataset
+from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import microbatch_shapes
-from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from mice_jax.model_source import resolve_source
+from mice_jax.training import build
 
 WIDTH = 160  # of tables in a file or a pipe
 
@@ -49,16 +48,13 @@ def prepare(values: command.Values) -> None:
     if values.ids and not values.inspect:
         raise UserError("--ids shows the samples of --inspect=N token by token: give that too.")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    origin_folder = config.data.tokenizer or str(resolve_source(config.model.init_from).folder)
-    remarks: list[str] = []
-    tokenizer = load_tokenizer(origin_folder, config.data.chat_template, remarks)
-    encoder = ChatEncoder(tokenizer, train_on=config.data.train_on)
+    inputs = build.inputs(config)
+    encoder = build.encoder(config, inputs.tokenizer)
     with Display(console) as display:
-        for remark in remarks:
+        for remark in inputs.remarks:
             display.say(remark)
-        data = build_dataset(config.data, encoder, display.say, display.watch)
-    steps, total_steps = _steps(config, data)
-    whole = statistics.with_steps(data.report, steps, total_steps)
+        data = build.data(config, encoder, display.say, display.watch)
+    whole = statistics.with_steps(data.dataset.report, _steps(config, data), data.total_steps)
     console.print(statistics.summary_table(whole))
     if values.report:
         _print_report(whole, console)
@@ -67,17 +63,14 @@ def prepare(values: command.Values) -> None:
     if output:
         output.write_text(json.dumps(whole, indent=1) + "\n")
     if values.inspect:
-        _inspect(config, data, encoder, values.inspect, values.ids, console)
+        _inspect(config, data.dataset, encoder, values.inspect, values.ids, console)
 
 
-def _steps(config: Config, data: Dataset) -> tuple[StepSource, int]:
-    """The run's steps and how many it takes, for the devices and rows that the config names (one where it does not)."""
-    o, mesh = config.optim, config.mesh
-    mixture = Mixture(data.phases, batch_size=o.batch_size, seed=config.seed, drop_remainder=config.data.drop_remainder)
-    shards = max(1, mesh.data) * max(1, mesh.fsdp)
+def _steps(config: Config, data: build.RunData) -> StepSource:
+    """The run's steps, packed for the devices and rows that the config names; for one where it leaves them open."""
+    shards = max(1, config.mesh.data) * max(1, config.mesh.fsdp)
     shapes = microbatch_shapes(config.data.max_length, config.train.rows_per_device or 1)
-    steps = StepSource(data.corpus, mixture, shapes, shards, tuple(range(shards)), o.loss_reduction, config.seed)
-    return steps, min(len(mixture), o.max_steps or len(mixture))
+    return build.step_source(config, data, shapes, shards, tuple(range(shards)))
 
 
 def _print_report(whole: dict[str, Any], console: Console) -> None:

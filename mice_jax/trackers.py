@@ -8,9 +8,12 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+
+from mice_jax.config import Config, to_dict
 from mice_jax.errors import UserError
-from mice_jax.metrics import TensorBoardWriter, Writer, numbers
-from mice_jax.storage.workdir import Workdir
+from mice_jax.metrics import JsonlWriter, TensorBoardWriter, TerminalWriter, Writer, numbers
+from mice_jax.storage.workdir import METRICS, Workdir
 
 IDS = "tracking.json"
 
@@ -23,6 +26,24 @@ def check_trackers(names: Sequence[str]) -> None:
                 f"log.trackers has {name!r}, but the package {name} is not installed: pip install "
                 "'mice_jax[tracking]', or leave it out."
             )
+
+
+def make_writers(config: Config, workdir: Workdir, console: Console, first_step: int, total_steps: int) -> list[Writer]:
+    """The writers of a run's records: metrics.jsonl, the trackers that the config names, and the terminal.
+
+    Args:
+      config: the run's config.
+      workdir: its folder.
+      console: the terminal.
+      first_step: the number of steps that are done.
+      total_steps: the number of the last step.
+    """
+    log = config.log
+    return [
+        JsonlWriter(workdir.local / METRICS),
+        *make_trackers(log.trackers, workdir, project=log.project, every_steps=log.every_steps, config=to_dict(config)),
+        TerminalWriter(console, first_step, total_steps, log.every_steps),
+    ]
 
 
 def make_trackers(

@@ -155,10 +155,10 @@ def test_noise_scale_is_a_ratio_of_averages() -> None:
     progress = Progress()
     assert progress.noise_scale() is None
     for _ in range(3):
-        progress = progress.after(batch, 7**0.5, False, 2.0)
+        progress = progress.advance(batch, 7**0.5, False, 2.0)
     assert progress.noise_scale() == pytest.approx(20.0)
-    assert progress.after(batch, 1.0, False).noise_scale() == progress.noise_scale(), "a step without an estimate"
-    assert Progress().after(batch, 1.0, False, -2.0).noise_scale() is None, "noise alone"
+    assert progress.advance(batch, 1.0, False).noise_scale() == progress.noise_scale(), "a step without an estimate"
+    assert Progress().advance(batch, 1.0, False, -2.0).noise_scale() is None, "noise alone"
 
 
 # ---------------------------------------------------------------------------------------- in the step

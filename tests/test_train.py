@@ -40,14 +40,11 @@ from mice_jax import sharding as sharding_module
 from mice_jax import train as train_module
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.step import Jitted
-from mice_jax.training import build
+from mice_jax.training import build, start_state
+from mice_jax.training.record import STEP_METRICS
 
 SAMPLES, EPOCHS, BATCH = 36, 4, 8  # five steps an epoch, the last of four samples
-KEYS = {
-    "step", "phase", "epoch", "samples", "tokens", "loss_tokens", "loss", "grad_norm", "param_norm", "update_norm",
-    "learning_rate", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s", "grad_sq_corrected",
-    "noise_scale",
-}  # fmt: skip
+KEYS = {"step", "phase", *STEP_METRICS}
 HELD_OUT = make_chats(12, seed=5)
 
 
@@ -344,12 +341,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(
 def test_a_first_step_that_is_not_finite_leaves_the_weights_as_they_were(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = train_module.load_params
+    load = start_state.load_params
 
     def broken(*args: Any, **keys: Any) -> Any:
         return jax.tree.map(lambda x: x * np.float32(np.inf), load(*args, **keys))
 
-    monkeypatch.setattr(train_module, "load_params", broken)
+    monkeypatch.setattr(start_state, "load_params", broken)
     assert run_train(config, tmp_path / "run") == 3
     assert "step 1 is not finite" in capsys.readouterr().err
     summary = read_json(tmp_path / "run", "summary.json")

@@ -22,6 +22,7 @@ from helpers.runs import (
 )
 from mice_jax import train as train_module
 from mice_jax.training.progress import Progress
+from mice_jax.training.record import STEP_METRICS
 
 SAME = {"rel": 1e-5}  # the same arithmetic on rows dealt in another order
 
@@ -198,7 +199,7 @@ def test_checkpoints_are_chosen_by_any_number_of_metrics_jsonl(metric: str, tmp_
 
 def test_every_number_of_a_line_can_be_chosen_by(restarted: Path) -> None:
     found = {k for line in read_metrics(restarted) for k, v in line.items() if not isinstance(v, str)}
-    assert {k for k in found if not k.startswith("eval/")} - {"step"} == set(train_module.MEASURED)
+    assert {k for k in found if not k.startswith("eval/")} - {"step"} == set(STEP_METRICS)
 
 
 def test_a_phase_whose_seed_no_checkpoint_has_a_number_for_is_an_error_in_words(
@@ -261,7 +262,7 @@ def test_a_spike_is_skipped_counted_and_leaves_no_trace_but_its_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = two_phases(tmp_path / "run", "")
-    monkeypatch.setattr(Progress, "spike", lambda self, times: 0.0 if self.samples == 16 else float("inf"))
+    monkeypatch.setattr(Progress, "spike_threshold", lambda self, factor: 0.0 if self.samples == 16 else float("inf"))
     assert run_train(config, tmp_path / "run" / "run", "--config.train.skip_spikes=5") == 0
     lines = read_metrics(tmp_path / "run" / "run")
     assert [line["skipped_steps"] for line in lines] == [0, 0, *[1] * 7]
@@ -273,7 +274,7 @@ def test_a_spike_is_skipped_counted_and_leaves_no_trace_but_its_samples(
 
 def test_without_the_setting_no_step_is_skipped_and_no_line_speaks_of_it(restarted: Path) -> None:
     assert not any("skipped_steps" in line for line in read_metrics(restarted))
-    assert train_module.Progress().spike(0.0) == float("inf")
+    assert Progress().spike_threshold(0.0) == float("inf")
 
 
 # ---------------------------------------------------------------------------------------- optimizers

@@ -5,12 +5,9 @@ import dataclasses
 import numpy as np
 
 from mice_jax.config import Config
-from mice_jax.data.chat import ChatEncoder
-from mice_jax.data.dataset import Dataset, build_dataset
-from mice_jax.data.mixture import Mixture
-from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.hardware import CHIPS, train_flops
 from mice_jax.model_source import resolve_source
+from mice_jax.training import build
 
 SAMPLED_STEPS = 64  # steps, evenly over the run, that stand for all of them
 ASSUMED_MFU = 0.4
@@ -31,24 +28,23 @@ class Cost:
         return self.flops / (ASSUMED_MFU * CHIPS["h100"].peak_flops) / 3600
 
 
-def open_data(config: Config) -> tuple[Dataset, Mixture, int]:
-    """A run's data, and its steps and their number.
-
-    Builds the token stores where there are none yet: they are those that the run will use.
-    """
-    origin = resolve_source(config.model.init_from)
-    tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
-    data = build_dataset(config.data, ChatEncoder(tokenizer, train_on=config.data.train_on))
-    o = config.optim
-    mixture = Mixture(data.phases, batch_size=o.batch_size, seed=config.seed, drop_remainder=config.data.drop_remainder)
-    return data, mixture, min(len(mixture), o.max_steps or len(mixture))
+def open_data(config: Config) -> build.RunData:
+    """A run's data; builds the token stores that do not exist yet, which the run will use."""
+    inputs = build.inputs(config)
+    return build.data(config, build.encoder(config, inputs.tokenizer))
 
 
 def run_cost(config: Config) -> Cost:
-    data, mixture, steps = open_data(config)
-    looked = np.unique(np.linspace(0, steps - 1, min(steps, SAMPLED_STEPS)).astype(int))
-    lengths = [data.corpus.lengths[mixture.step(int(i)).samples] for i in looked]
-    share = steps / len(lengths)
+    """The steps, samples, tokens and model FLOPs of a run, extrapolated from steps spread evenly over it."""
+    data = open_data(config)
+    looked = np.unique(np.linspace(0, data.total_steps - 1, min(data.total_steps, SAMPLED_STEPS)).astype(int))
+    lengths = [data.dataset.corpus.lengths[data.mixture.step(int(i)).samples] for i in looked]
+    share = data.total_steps / len(lengths)
     spec = resolve_source(config.model.init_from).spec
     flops = sum(train_flops(spec, n) for n in lengths)
-    return Cost(steps, share * sum(map(len, lengths)), share * sum(float(n.sum()) for n in lengths), share * flops)
+    return Cost(
+        steps=data.total_steps,
+        samples=share * sum(map(len, lengths)),
+        tokens=share * sum(float(n.sum()) for n in lengths),
+        flops=share * flops,
+    )

@@ -89,8 +89,8 @@ class RunPlan:
         c = self.config
         mesh = make_mesh(*layout.sizes, devices=self.topology.devices)
         # When phases begin is in the program as numbers, which change nothing in its size.
-        stretches = phases.stretches(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
-        schedule = build.schedule(c, stretches, c.optim.max_steps or len(stretches))
+        spans = phases.phase_spans(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
+        schedule = build.schedule(c, spans, c.optim.max_steps or len(spans))
         compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat)
         decoder = make_decoder(self.spec, layout.sizes[2])
         fns = build.step_functions(c, decoder, self._architecture, mesh, compute, schedule)

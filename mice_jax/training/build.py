@@ -1,32 +1,194 @@
-"""What a config comes to on a mesh: what "auto" and 0 stand for there, its schedule and the functions of its step.
+"""From a config to what a run is made of: its inputs, data, model and step functions.
 
-`train` runs what is made here and `plan` compiles it, so that what is planned is what is run.
+Every command that needs one of these builds it here, so `plan` plans what `train` runs. Each part of the config is
+opened in one function only.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import datetime
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
+from transformers import PreTrainedTokenizerBase
 
 from mice_jax.config import Config
+from mice_jax.data import statistics
+from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.dataset import Dataset, build_dataset
+from mice_jax.data.loader import StepSource
+from mice_jax.data.mixture import Mixture
+from mice_jax.data.packing import Shape, microbatch_shapes
+from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.inference.sampler import cast_params
-from mice_jax.model_source import ModelSource, load_params
+from mice_jax.model_source import ModelSource, load_params, resolve_source, with_vocabulary
 from mice_jax.models import hf
 from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.optim import Schedule, make_optimizer, make_phase_schedule
-from mice_jax.sharding import make_mesh, num_shards, param_shardings
+from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_state, make_step
 from mice_jax.training import memory_model
-from mice_jax.training.phases import Stretch
+from mice_jax.training.phases import PhaseSpan, phase_spans
+
+
+# ---------------------------------------------------------------------------------------- inputs
+class Inputs(NamedTuple):
+    """What a run starts from, read as far as config.json and tokenizer."""
+
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    remarks: list[str]  # what the user should know of the tokenizer
+
+    def spec(self) -> ModelSpec:
+        """The model, with an embedding row for each token of the tokenizer; UserError where the two do not match."""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        return with_vocabulary(self.source, self.tokenizer.get_vocab(), added)
+
+
+def inputs(config: Config) -> Inputs:
+    """Reads what `model.init_from` and `data.tokenizer` name; UserError where they cannot be read."""
+    source = resolve_source(config.model.init_from)
+    remarks: list[str] = []
+    tokenizer = load_tokenizer(config.data.tokenizer or str(source.folder), config.data.chat_template, remarks)
+    return Inputs(source, tokenizer, remarks)
+
+
+def encoder(config: Config, tokenizer: PreTrainedTokenizerBase, today: datetime.date | None = None) -> ChatEncoder:
+    """The encoder of the run's chats; `today` is the date that a chat template may write."""
+    return ChatEncoder(tokenizer, train_on=config.data.train_on, today=today)
+
+
+# ---------------------------------------------------------------------------------------- data
+class RunData(NamedTuple):
+    """A run's data and the steps that they make."""
+
+    dataset: Dataset
+    mixture: Mixture
+    total_steps: int
+    spans: list[PhaseSpan]
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a sample, on average."""
+        return statistics.mean_length(self.dataset.report)
+
+
+def data(
+    config: Config,
+    encoder: ChatEncoder,
+    log: Callable[[str], None] = lambda text: None,
+    watch: Callable[[str], Callable[[float, int], None]] = lambda what: lambda done, samples: None,
+) -> RunData:
+    """Opens the token stores of a run, or builds them, and plans which samples each of its steps holds.
+
+    Args:
+      config: the run's config.
+      encoder: the encoder of its chats.
+      log: is called with a sentence about anything that the user should know.
+      watch: makes, for the path of a source, a callback that is told how much of it is tokenised.
+
+    Raises:
+      UserError: where the data cannot be read, or leave a phase without a sample.
+    """
+    dataset = build_dataset(config.data, encoder, log, watch)
+    mixture = Mixture(
+        dataset.phases,
+        batch_size=config.optim.batch_size,
+        seed=config.seed,
+        drop_remainder=config.data.drop_remainder,
+    )
+    total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
+    return RunData(dataset, mixture, total_steps, phase_spans(config.data.phases, mixture.phase_ends(), total_steps))
+
+
+def step_source(
+    config: Config, data: RunData, shapes: tuple[Shape, ...], num_shards: int, shards: tuple[int, ...]
+) -> StepSource:
+    """The steps of a run, packed into microbatches.
+
+    Args:
+      config: the run's config.
+      data: its data.
+      shapes: the shapes that a microbatch may have on one shard, largest first.
+      num_shards: the number of shards that a microbatch's rows are split into.
+      shards: those of them that this process fills.
+    """
+    return StepSource(
+        data.dataset.corpus,
+        data.mixture,
+        shapes,
+        num_shards,
+        shards,
+        config.optim.loss_reduction,
+        config.seed,
+        split_every=config.log.noise_every,
+    )
+
+
+def held_out_packer(
+    config: Config, data: RunData, shapes: tuple[Shape, ...], mesh: Mesh
+) -> Callable[[Mixture], StepSource]:
+    """Packs passes over held-out samples, of which each token weighs the same."""
+    corpus, shards = data.dataset.corpus, (num_shards(mesh), local_shards(mesh))
+    return lambda mixture: StepSource(corpus, mixture, shapes, *shards, "token", config.seed)
+
+
+# ---------------------------------------------------------------------------------------- model
+class Model(NamedTuple):
+    """The model of a run and how it is computed on its mesh."""
+
+    decoder: Decoder
+    compute: Compute
+    shapes: tuple[Shape, ...]  # that a microbatch may have on one device, largest first
+    memory_inputs: memory_model.MemoryInputs
+    memory: int  # bytes of one device that a program may use
+
+    @property
+    def rows(self) -> int:
+        """Rows of the largest microbatch on one device."""
+        return self.shapes[0].rows
+
+
+def model(
+    config: Config,
+    source: ModelSource,
+    spec: ModelSpec,
+    mesh: Mesh,
+    attention: str,
+    mean_length: float,
+    recorded: dict[str, Any],
+) -> Model:
+    """Chooses how a run's model is computed on a mesh.
+
+    Args:
+      config: the run's config.
+      source: what the run starts from.
+      spec: its model, with the vocabulary of its tokenizer.
+      mesh: the mesh of its devices.
+      attention: the attention backend, as `attention` chose it.
+      mean_length: tokens of a sample, on average.
+      recorded: what the run chose when it last ran on such a mesh.
+    """
+    platform = mesh.devices.flat[0].platform
+    decoder = make_decoder(spec, mesh.shape["tensor"])
+    dtype = compute_dtype(config, platform)
+    needs = memory_inputs(config, decoder, source.architecture, mesh, dtype, attention)
+    memory = memory_model.device_memory_bytes(jax.local_devices()[0])  # Another process's device does not tell.
+    rows, remat = rows_and_remat(
+        config, needs, mean_length=mean_length, memory=memory, platform=platform, recorded=recorded
+    )
+    compute = Compute(jnp.dtype(dtype), attention, remat)
+    return Model(decoder, compute, microbatch_shapes(config.data.max_length, rows), needs, memory)
 
 
 def compute_dtype(config: Config, platform: str) -> str:
+    """The dtype of the run's activations; "auto" is float32 on a CPU and bfloat16 elsewhere."""
     if config.model.compute_dtype != "auto":
         return config.model.compute_dtype
     return "float32" if platform == "cpu" else "bfloat16"
@@ -58,6 +220,12 @@ def attention(
             "resolved.attention), and a run goes on as it began: use the versions that it began with, or another "
             "--workdir."
         ) from None
+
+
+def attention_on_mesh(config: Config, spec: ModelSpec, mesh: Mesh, recorded: dict[str, Any]) -> str:
+    """The attention backend of a run on the devices of a mesh; see `attention`."""
+    device = mesh.devices.flat[0]
+    return attention(config, spec, device.platform, getattr(device, "compute_capability", None), recorded)
 
 
 def optimizer(config: Config, decoder: Decoder, architecture: str) -> tuple[optax.GradientTransformation, Any]:
@@ -124,11 +292,11 @@ def max_useful_rows(config: Config, inputs: memory_model.MemoryInputs, mean_leng
     return memory_model.max_useful_rows(inputs, platform, wanted)
 
 
-def schedule(config: Config, stretches: Sequence[Stretch], horizon: int) -> Schedule:
+def schedule(config: Config, spans: Sequence[PhaseSpan], horizon: int) -> Schedule:
     """The learning rate over a run whose phases have these steps; a whole schedule takes `horizon` of them."""
     o = config.optim
     return make_phase_schedule(
-        [(s.first, s.phase.learning_rate or o.learning_rate, s.phase.schedule == "restart") for s in stretches],
+        [(s.first, s.phase.learning_rate or o.learning_rate, s.phase.schedule == "restart") for s in spans],
         horizon=horizon,
         kind=o.schedule,
         warmup_steps=o.warmup_steps,

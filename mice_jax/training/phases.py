@@ -1,4 +1,4 @@
-"""The phases of a run as stretches of its steps: where each begins, what seeds it, how its learning rate goes."""
+"""The phases of a run as spans of its steps."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from mice_jax.config import Phase
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
-    """The steps of one phase, numbered from 0 over the run: `first` to `end`, which is the next one's first."""
+class PhaseSpan:
+    """The steps of one phase, numbered from 0 over the run: `first` up to, but without, `end`."""
 
     phase: Phase
     first: int
@@ -16,22 +16,33 @@ class Stretch:
 
     @property
     def saved_steps(self) -> range:
-        """The names of its steps' checkpoints: a state is named by the steps that led to it."""
+        """The names of this phase's checkpoints: a checkpoint is named by the number of steps that led to it."""
         return range(self.first + 1, self.end + 1)
 
 
-def stretches(phases: Sequence[Phase], ends: Sequence[int], total_steps: int) -> list[Stretch]:
-    """Those phases that have steps among the run's `total_steps`, in order; `ends` as Mixture.phase_ends gives them."""
+def phase_spans(phases: Sequence[Phase], ends: Sequence[int], total_steps: int) -> list[PhaseSpan]:
+    """Returns the spans of those phases that have steps among the run's first `total_steps`.
+
+    Args:
+      phases: the phases of the config, in order.
+      ends: the step at which each of them ends, as `Mixture.phase_ends` returns them.
+      total_steps: the number of steps of the run, which may end it within a phase.
+    """
     firsts = [0, *ends]
-    whole = [Stretch(p, first, min(end, total_steps)) for p, first, end in zip(phases, firsts, ends, strict=False)]
-    return [s for s in whole if s.first < s.end]
+    spans = [PhaseSpan(p, first, min(end, total_steps)) for p, first, end in zip(phases, firsts, ends, strict=False)]
+    return [span for span in spans if span.first < span.end]
 
 
-def at(stretches: Sequence[Stretch], step: int) -> int:
-    """The number of the stretch that holds a step."""
-    return next(i for i, s in enumerate(stretches) if s.first <= step < s.end)
+def span_index(spans: Sequence[PhaseSpan], step: int) -> int:
+    """Returns the index of the span that holds a step (numbered from 0)."""
+    return next(i for i, span in enumerate(spans) if span.first <= step < span.end)
 
 
-def seeds_by_best(stretches: Sequence[Stretch], number: int) -> bool:
-    """Whether the best of this stretch's checkpoints, not its end, is where the next one starts."""
-    return number + 1 < len(stretches) and stretches[number + 1].phase.seed_from == "best"
+def next_starts_from_best(spans: Sequence[PhaseSpan], index: int) -> bool:
+    """Whether the next phase starts from the best checkpoint of this span rather than from its end."""
+    return index + 1 < len(spans) and spans[index + 1].phase.seed_from == "best"
+
+
+def warm_start_ranges(spans: Sequence[PhaseSpan]) -> list[range]:
+    """The checkpoints among which the start of a later phase is selected, one range for each such phase."""
+    return [span.saved_steps for i, span in enumerate(spans) if next_starts_from_best(spans, i)]

@@ -1,8 +1,9 @@
 """Ahead-of-time compilation of every microbatch shape that a run will need, before its first step."""
 
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -11,6 +12,7 @@ from mice_jax.data.loader import StepSource, empty_rows
 from mice_jax.data.packing import Shape
 from mice_jax.sharding import batch_sharding, num_shards
 from mice_jax.step import Batch, StepFunctions
+from mice_jax.training.phases import PhaseSpan
 
 MAX_PLANNED_SAMPLES = 2_000_000  # samples whose steps are planned before the first, about two seconds
 
@@ -29,6 +31,45 @@ def shapes_to_compile(steps: StepSource, start: int, stop: int) -> list[Shape]:
         shapes |= {m.shape for m in plan}
         samples += sum(len(row) for m in plan for row in m.rows)
     return sorted(shapes, key=steps.shapes.index)
+
+
+class Compiled(NamedTuple):
+    """What was compiled before the first step."""
+
+    shapes: int
+    seconds: float
+
+    def sentence(self, cache: Path) -> str:
+        """Reports it; `cache` is the folder of compiled programs."""
+        return f"{self.shapes} microbatch shapes compiled, or found in {cache}, in {self.seconds:.0f} s"
+
+
+def compile_run(
+    fns: StepFunctions,
+    steps: StepSource,
+    start: int,
+    total_steps: int,
+    held_out: Iterable[StepSource],
+    spans: Sequence[PhaseSpan],
+    mesh: Mesh,
+) -> Compiled:
+    """Compiles all that the steps of a run still need; nothing where the run is complete.
+
+    Args:
+      fns: the run's step functions.
+      steps: its steps.
+      start: the number of steps that are done.
+      total_steps: the number of its last step.
+      held_out: one pass over each set of held-out samples.
+      spans: its phases.
+      mesh: its mesh.
+    """
+    shapes = shapes_to_compile(steps, start, total_steps)
+    if not shapes:
+        return Compiled(0, 0.0)
+    evaluated = {shape for source in held_out for shape in shapes_to_compile(source, 0, len(source))}
+    resets = any(span.phase.optimizer == "reset" for span in spans if span.first >= max(start, 1))
+    return Compiled(len(shapes), compile_step_functions(fns, shapes, evaluated, mesh, resets=resets))
 
 
 def compile_step_functions(

@@ -1,4 +1,4 @@
-"""How far a run is, and what is due: saves, evaluations, the end of its time."""
+"""The counters of a run, the threshold of a gradient spike, and deadlines."""
 
 import dataclasses
 import math
@@ -7,76 +7,100 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-NORMS_KEPT = 64  # of the latest steps: what a spike is compared with
-NORMS_NEEDED = 8  # before any step is called one
-NOISE_SHARE = 0.1  # of the latest step in the running means that the noise scale is made of
+NORMS_KEPT = 64  # The number of latest gradient norms that a spike is compared with.
+MIN_NORMS = 8  # No step is called a spike before there are this many norms.
+NOISE_EMA_WEIGHT = 0.1  # The weight of the newest step in the running means of the noise-scale estimate.
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a checkpoint carries beside the arrays; the counters are cumulative over the run."""
+    """What a checkpoint holds besides the arrays; the counters are cumulative over the run."""
 
     samples: int = 0
     tokens: int = 0
     loss_tokens: int = 0
-    skipped: int = 0  # steps whose update was not made, by train.skip_spikes
+    skipped: int = 0  # steps whose update was skipped because of train.skip_spikes
     norms: tuple[float, ...] = ()  # gradient norms of the latest steps
-    # Running means of the true gradient's squared norm, and of one sample's variance: estimates that only an average
-    # of many makes good, and of which a ratio is only right once they are averaged.
+    # Running means of the true gradient's squared norm and of one sample's variance. Each estimate is noisy and may
+    # be negative, so both are averaged first and their ratio is taken last.
     grad_sq: float = 0.0
     sample_variance: float = 0.0
 
-    def after(
-        self, batch: Mapping[str, Any], grad_norm: float, skipped: bool, corrected: float = math.nan
+    def advance(
+        self, batch: Mapping[str, Any], grad_norm: float, skipped: bool, grad_sq_unbiased: float = math.nan
     ) -> "Progress":
-        """One step later; `corrected` is the estimate of the true gradient's squared norm, NaN where there is none."""
+        """Returns the progress after one more step.
+
+        Args:
+          batch: the step's counts, as the loader gives them.
+          grad_norm: the norm of the step's mean gradient.
+          skipped: whether the update was skipped.
+          grad_sq_unbiased: an unbiased estimate of the true gradient's squared norm; NaN where there is none.
+        """
         grad_sq, variance = self.grad_sq, self.sample_variance
-        if math.isfinite(corrected):
-            own = batch["samples"] * (grad_norm**2 - corrected)
-            share = NOISE_SHARE if grad_sq or variance else 1.0
-            grad_sq, variance = grad_sq + share * (corrected - grad_sq), variance + share * (own - variance)
+        if math.isfinite(grad_sq_unbiased):
+            own_variance = batch["samples"] * (grad_norm**2 - grad_sq_unbiased)
+            weight = NOISE_EMA_WEIGHT if grad_sq or variance else 1.0
+            grad_sq += weight * (grad_sq_unbiased - grad_sq)
+            variance += weight * (own_variance - variance)
         return Progress(
-            self.samples + batch["samples"],
-            self.tokens + batch["tokens"],
-            self.loss_tokens + batch["loss_tokens"],
-            self.skipped + skipped,
-            (*self.norms, grad_norm)[-NORMS_KEPT:],
-            grad_sq,
-            variance,
+            samples=self.samples + batch["samples"],
+            tokens=self.tokens + batch["tokens"],
+            loss_tokens=self.loss_tokens + batch["loss_tokens"],
+            skipped=self.skipped + skipped,
+            norms=(*self.norms, grad_norm)[-NORMS_KEPT:],
+            grad_sq=grad_sq,
+            sample_variance=variance,
         )
 
     def counters(self) -> dict[str, int]:
-        """What every line of metrics.jsonl has."""
+        """The counters that every line of metrics.jsonl has."""
         return {"samples": self.samples, "tokens": self.tokens, "loss_tokens": self.loss_tokens}
 
     def noise_scale(self) -> float | None:
-        """The batch, in samples, whose noise is as large as the true gradient; None while that cannot be told."""
+        """The batch size, in samples, whose noise equals the true gradient; None where it cannot be estimated."""
         return self.sample_variance / self.grad_sq if self.grad_sq > 0 and self.sample_variance >= 0 else None
 
-    def spike(self, times: float) -> float:
-        """The gradient norm above which a step is a spike: so many times the median of the latest; inf at first.
+    def spike_threshold(self, factor: float) -> float:
+        """The gradient norm above which a step is a spike: `factor` times the median of the latest norms.
 
-        Spikes are among the latest too: where the norm stays high, it is soon no spike any more.
+        Spikes count among the latest norms too, so a norm that stays high soon stops being a spike. Infinite where
+        `factor` is 0 or there are too few norms.
         """
-        if not times or len(self.norms) < NORMS_NEEDED:
+        if not factor or len(self.norms) < MIN_NORMS:
             return math.inf
-        return times * statistics.median(self.norms)
+        return factor * statistics.median(self.norms)
 
 
-def crosses(before: int, after: int, every: int) -> bool:
-    """Whether a step is the first at or past a multiple of `every` samples; 0 = never."""
+def crosses_multiple(before: int, after: int, every: int) -> bool:
+    """Whether a counter passed a multiple of `every` between `before` and `after`; never where `every` is 0."""
     return bool(every) and after // every > before // every
 
 
-class Alarm:
-    """Rings when so many minutes have gone by since it was set; never for 0."""
+class Deadline:
+    """A number of minutes from when it is made or restarted; 0 minutes never pass."""
 
     def __init__(self, minutes: float):
         self._minutes = minutes
-        self.set()
+        self.restart()
 
-    def set(self) -> None:
-        self._set_at = time.monotonic()
+    def restart(self) -> None:
+        """Counts from now."""
+        self._start = time.monotonic()
 
-    def rings(self) -> bool:
-        return bool(self._minutes) and time.monotonic() - self._set_at >= 60 * self._minutes
+    def passed(self) -> bool:
+        """Whether the minutes have passed."""
+        return bool(self._minutes) and time.monotonic() - self._start >= 60 * self._minutes
+
+
+class Lap:
+    """The wall-clock time between two calls."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since this was made."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds

@@ -1,6 +1,7 @@
-"""What a run says before its first step: one table of what will be done, and what the user may come to regret."""
+"""What a run prints: the table before its first step, warnings, and its last words."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,46 +14,50 @@ from mice_jax.config import Config
 from mice_jax.data import statistics
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
-from mice_jax.data.mixture import Mixture
 from mice_jax.model_source import ModelSource
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Compute, Decoder
+from mice_jax.models.transformer import Decoder
 from mice_jax.sharding import replicated_dims
+from mice_jax.storage.paths import RunPath
 from mice_jax.training import memory_model
-from mice_jax.training.phases import Stretch
+from mice_jax.training.build import Model, RunData
+from mice_jax.training.lifecycle import Run
+from mice_jax.training.phases import PhaseSpan
 
-LOOKED_AT = 16  # first steps, of which the microbatches and tokens of a step are the mean
+SAMPLED_STEPS = 16  # The table shows the mean over this many first steps.
 
 
-def table(
-    config: Config,
-    origin: ModelSource,
-    data: Dataset,
-    steps: StepSource,
-    stretches: list[Stretch],
-    start: int,
-    compute: Compute,
-    load: memory_model.MemoryInputs,
-    memory: int,
-) -> Table:
-    """Model, mesh, data, step, memory, schedule, run: what a person wants to know before it is done."""
+# ---------------------------------------------------------------------------------------- before the first step
+def table(config: Config, source: ModelSource, data: RunData, steps: StepSource, start: int, model: Model) -> Table:
+    """The table that a run starts with: model, mesh, data, step, memory, optimizer and phases.
+
+    Args:
+      config: the run's config.
+      source: what the run starts from.
+      data: its data.
+      steps: its steps, packed.
+      start: the number of steps that are done already.
+      model: its model and how it is computed.
+    """
     made = Table(show_header=False, box=box.SIMPLE, padding=(0, 1))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
-    total_steps, mesh = stretches[-1].end, load.mesh
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(load.decoder.abstract))
+    mesh, compute = model.memory_inputs.mesh, model.compute
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(model.decoder.abstract))
+    memory = memory_model.estimate_memory(model.memory_inputs, model.rows, compute.remat)
     lines = {
-        "model": f"{origin.architecture}, {num_params:,} parameters, from {config.model.init_from}",
+        "model": f"{source.architecture}, {num_params:,} parameters, from {config.model.init_from}",
         "mesh": ", ".join(f"{k} {v}" for k, v in mesh.shape.items()) + f" on {jax.devices()[0].device_kind}",
-        "data": _data(data),
-        "step": _step(config, steps, total_steps),
+        "data": _data(data.dataset),
+        "step": _step(config, steps, data.total_steps),
         "compute": f"{jnp.dtype(compute.dtype).name}, {compute.attention} attention, remat {compute.remat}",
-        "memory": _memory(memory_model.estimate_memory(load, steps.shapes[0].rows, compute.remat), memory),
+        "memory": _memory(memory, model.memory),
         "optimizer": _optimizer(config),
-        "run": f"{total_steps:,} steps" + (f", resumed after step {start:,}" if start else ""),
+        "run": f"{data.total_steps:,} steps" + (f", resumed after step {start:,}" if start else ""),
     }
-    lines |= {f"phase {i}": _phase(config, s, i) for i, s in enumerate(stretches, 1) if len(stretches) > 1}
+    if len(data.spans) > 1:
+        lines |= {f"phase {i}": _phase(config, span, i) for i, span in enumerate(data.spans, 1)}
     for name, line in lines.items():
         made.add_row(name, escape(line))
     return made
@@ -64,15 +69,14 @@ def _data(data: Dataset) -> str:
     loss_tokens = sum(s["loss_tokens"] * s["weight"] for s in sources)
     held_out = sum(len(h.ids) for h in data.validation)
     kept = sum(s["kept"] for s in sources)
-    return (
-        f"{kept:,} samples, {tokens:,.0f} tokens, {loss_tokens / max(1, tokens):.0%} of them trained on"
-        + f", {held_out:,} samples held out" * bool(held_out)
+    return f"{kept:,} samples, {tokens:,.0f} tokens, {loss_tokens / max(1, tokens):.0%} of them trained on" + (
+        f", {held_out:,} samples held out" if held_out else ""
     )
 
 
 def _step(config: Config, steps: StepSource, total_steps: int) -> str:
-    """What the first steps are like on average."""
-    first = range(min(total_steps, LOOKED_AT))
+    """What the first steps hold, on average."""
+    first = range(min(total_steps, SAMPLED_STEPS))
     samples = [steps.mixture.step(i).samples for i in first]
     tokens = sum(int(steps.corpus.lengths[s].sum()) for s in samples) / len(first)
     microbatches = sum(len(steps.plan(i)) for i in first) / len(first)
@@ -98,48 +102,62 @@ def _size(count: float) -> str:
 
 def _optimizer(config: Config) -> str:
     o = config.optim
-    warmup = f", warm-up {o.warmup_steps} steps" if o.warmup_steps else f", warm-up ratio {o.warmup_ratio:g}"
-    said = f"{o.name}, {o.schedule} learning rate {o.learning_rate:g}"
-    said += warmup if o.warmup_steps or o.warmup_ratio else ", no warm-up"
-    said += f", clipped at {o.grad_clip:g}" if o.grad_clip else ", not clipped"
-    said += f", {o.moments_dtype} moments" * (o.moments_dtype != "float32")
-    said += f", gradients summed in {o.accumulate_dtype}" * (o.accumulate_dtype != "float32")
-    return said + f", frozen: {', '.join(o.frozen)}" * bool(o.frozen)
+    parts = [f"{o.name}, {o.schedule} learning rate {o.learning_rate:g}"]
+    if o.warmup_steps:
+        parts.append(f"warm-up {o.warmup_steps} steps")
+    else:
+        parts.append(f"warm-up ratio {o.warmup_ratio:g}" if o.warmup_ratio else "no warm-up")
+    parts.append(f"clipped at {o.grad_clip:g}" if o.grad_clip else "not clipped")
+    if o.moments_dtype != "float32":
+        parts.append(f"{o.moments_dtype} moments")
+    if o.accumulate_dtype != "float32":
+        parts.append(f"gradients summed in {o.accumulate_dtype}")
+    if o.frozen:
+        parts.append(f"frozen: {', '.join(o.frozen)}")
+    return ", ".join(parts)
 
 
-def _phase(config: Config, stretch: Stretch, number: int) -> str:
-    p, o = stretch.phase, config.optim
-    said = (
-        f"{p.name}: steps {stretch.first + 1:,} to {stretch.end:,}, {p.batch_size or o.batch_size:,} samples a step, "
+def _phase(config: Config, span: PhaseSpan, number: int) -> str:
+    p, o = span.phase, config.optim
+    line = (
+        f"{p.name}: steps {span.first + 1:,} to {span.end:,}, {p.batch_size or o.batch_size:,} samples a step, "
         f"learning rate {p.learning_rate or o.learning_rate:g}"
     )
     if number == 1:
-        return said
+        return line
     before = f"the best checkpoint before it by {config.checkpoint.best_metric}"
-    seed = before if p.seed_from == "best" else "the end of the phase before"
+    start = before if p.seed_from == "best" else "the end of the phase before"
     optimizer = "the optimizer's state reset" if p.optimizer == "reset" else "the optimizer's state carried on"
     schedule = "the schedule restarted" if p.schedule == "restart" else "the schedule going on"
-    return f"{said}; from {seed}, {optimizer}, {schedule}"
+    return f"{line}; from {start}, {optimizer}, {schedule}"
 
 
 # ---------------------------------------------------------------------------------------- warnings
-def warnings(
-    config: Config, origin: ModelSource, decoder: Decoder, data: Dataset, mixture: Mixture, mesh: Mesh
-) -> list[str]:
-    """What is not as a user may take it to be."""
+def warnings(config: Config, source: ModelSource, decoder: Decoder, data: RunData, mesh: Mesh) -> list[str]:
+    """What may differ from what the user expects.
+
+    Args:
+      config: the run's config.
+      source: what the run starts from.
+      decoder: its model.
+      data: its data.
+      mesh: its mesh.
+    """
     return [
-        *statistics.data_warnings(data.report),
-        *_of_steps(config, data, mixture),
-        *_of_model(config, origin, decoder.spec),
-        *_of_mesh(decoder, mesh),
+        *statistics.data_warnings(data.dataset.report),
+        *_step_warnings(config, data),
+        *_model_warnings(config, source, decoder.spec),
+        *_mesh_warnings(decoder, mesh),
     ]
 
 
-def _of_steps(config: Config, data: Dataset, mixture: Mixture) -> Iterator[str]:
-    if crowded := mixture.crowded_phases():
+def _step_warnings(config: Config, data: RunData) -> Iterator[str]:
+    mixture = data.mixture
+    crowded = mixture.crowded_phases()
+    if crowded:
         left = "data.drop_remainder=True leaves no step" if config.data.drop_remainder else "each step is a whole epoch"
         yield f"a batch is larger than an epoch, so {left}, in {', '.join(crowded)}"
-    if config.data.validation_fraction and not data.validation:
+    if config.data.validation_fraction and not data.dataset.validation:
         yield f"data.validation_fraction={config.data.validation_fraction} holds out no sample of these few"
     if mixture.samples_left_out:
         yield f"{mixture.samples_left_out:,} samples left out by data.drop_remainder"
@@ -147,30 +165,61 @@ def _of_steps(config: Config, data: Dataset, mixture: Mixture) -> Iterator[str]:
         yield f"optim.max_steps={config.optim.max_steps} is beyond the {len(mixture)} steps that the phases have"
 
 
-def _of_model(config: Config, origin: ModelSource, spec: ModelSpec) -> Iterator[str]:
-    for key, chance in hf.dropouts(origin.config).items():
+def _model_warnings(config: Config, source: ModelSource, spec: ModelSpec) -> Iterator[str]:
+    for key, chance in hf.dropouts(source.config).items():
         yield f"{key}={chance} in the model's config.json is not applied: training goes without dropout"
-    if config.data.max_length > origin.spec.max_positions:
+    if config.data.max_length > source.spec.max_positions:
         yield (
             f"data.max_length={config.data.max_length} is beyond the max_position_embeddings="
-            f"{origin.spec.max_positions} that the model was made for"
+            f"{source.spec.max_positions} that the model was made for"
         )
-    rows = origin.spec.vocab_size
+    rows = source.spec.vocab_size
     if spec.vocab_size != rows:
-        made = "drawn like the rest" if origin.kind == "random" else f"each the mean of the {rows:,} there are"
+        made = "drawn like the rest" if source.kind == "random" else f"each the mean of the {rows:,} there are"
         yield (
             f"the tokenizer has added tokens beyond the model's {rows:,} embedding rows: {spec.vocab_size - rows:,} "
             f"rows are added, {made}; the export has {spec.vocab_size:,}"
         )
 
 
-def _of_mesh(decoder: Decoder, mesh: Mesh) -> Iterator[str]:
+def _mesh_warnings(decoder: Decoder, mesh: Mesh) -> Iterator[str]:
     """What the mesh does not divide, and what is done about it."""
     tensor, heads = mesh.shape["tensor"], decoder.spec.num_heads
     for dim in replicated_dims(decoder.abstract, decoder.axes, mesh):
-        yield f"held whole on every device, since the mesh does not divide it: {dim}"
+        yield f"replicated on every device, since the mesh does not divide it: {dim}"
     if heads % tensor:
         yield (
             f"attention works on {-(-heads // tensor) * tensor} heads, of which {heads} are the model's: "
             f"mesh.tensor={tensor} does not divide them"
         )
+
+
+# ---------------------------------------------------------------------------------------- the end
+def not_finite(step: int, measured: dict[str, Any], checkpoints: RunPath, saved_step: int) -> str:
+    """Why a run stops whose loss or gradient norm is not finite.
+
+    Args:
+      step: the step that has no update.
+      measured: its loss and gradient norm.
+      checkpoints: the folder of the run's checkpoints.
+      saved_step: the newest step that is saved; 0 = none.
+    """
+    good = "There is no checkpoint yet"
+    if saved_step:
+        good = f"The last good checkpoint is {checkpoints / str(saved_step)}"
+    return (
+        f"the loss ({measured['loss']}) or the gradient norm ({measured['grad_norm']}) of step {step} is not finite; "
+        f"the update was not made. {good}."
+    )
+
+
+def ending(run: Run) -> str:
+    """The last lines of a run that is complete."""
+    record, path = run.record, run.workdir.path
+    if not record:
+        return f"the run in {path} was complete already, at step {run.start}"
+    held_out = f", held-out loss {record['eval/loss']:.4f}" if "eval/loss" in record else ""
+    return (
+        f"done: step {record['step']}, {record['samples']:,} samples, loss {record['loss']:.4f}{held_out}\n"
+        f"next: mice export --workdir={path} --output=HF_DIR"
+    )

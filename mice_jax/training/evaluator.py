@@ -1,0 +1,71 @@
+"""Evaluation of the model in memory, between two steps of its run: held-out loss, then benchmarks."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from mice_jax.data.dataset import HeldOut
+from mice_jax.data.loader import StepSource
+from mice_jax.data.mixture import Mixture
+from mice_jax.models.transformer import Params
+from mice_jax.runtime import distributed
+from mice_jax.step import StepFunctions
+from mice_jax.training import held_out
+from mice_jax.training.cadence import Due
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found."""
+
+    metrics: dict[str, float | None]  # by the names that metrics.jsonl has
+    failure: Exception | None  # of a benchmark: the step is saved before it is raised
+
+
+class Evaluator:
+    """Measures what is due of the held-out loss and the benchmarks."""
+
+    def __init__(
+        self,
+        fns: StepFunctions,
+        mesh: Mesh,
+        held_out_data: Sequence[HeldOut],
+        pack: Callable[[Mixture], StepSource],
+        by_phase: bool,
+        score_benchmarks: Callable[[Params], Iterable[dict[str, float | None]]],
+    ):
+        """Stores what evaluations need.
+
+        Args:
+          fns: the run's step functions.
+          mesh: the mesh that they are compiled for.
+          held_out_data: the samples that are held out of each source.
+          pack: packs the steps of a mixture into rows for this mesh.
+          by_phase: whether to measure the held-out loss of each phase too.
+          score_benchmarks: yields the scores of one benchmark after the other.
+        """
+        self._fns, self._mesh, self._held_out, self._pack = fns, mesh, held_out_data, pack
+        self._by_phase, self._score_benchmarks = by_phase, score_benchmarks
+
+    def __call__(self, params: Params, due: Due) -> Evaluation:
+        """Measures what is due.
+
+        Args:
+          params: the parameters after a step.
+          due: what is due after that step.
+        """
+        metrics: dict[str, Any] = {}
+        if due.held_out and self._held_out:
+            loss = functools.partial(self._fns.evaluate, params)
+            metrics |= held_out.evaluate(loss, self._held_out, self._pack, self._mesh, self._by_phase)
+        failure = None
+        if due.benchmarks:
+            try:
+                for scores in self._score_benchmarks(params):
+                    metrics |= scores
+            except Exception as error:  # A task's own code may raise anything; a lost process is no task's fault.
+                if distributed.is_lost_peer_error(error):
+                    raise
+                failure = error
+        return Evaluation(metrics, failure)

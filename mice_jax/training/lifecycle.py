@@ -1,0 +1,156 @@
+"""The ways in which a run can end, in one place.
+
+`lifecycle` is the context of a whole run, from its lock to its last file. However the run ends, it closes the metric
+writers, writes summary.json, closes the checkpoints and gives the lock back, in this order, and turns what happened
+into the error whose exit code the command returns.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from mice_jax.checkpoint import Checkpoints
+from mice_jax.errors import AgreedError, Preempted, StoppedByRule, StoreError, one_line
+from mice_jax.metrics import Writer
+from mice_jax.runtime import distributed, watchdog
+from mice_jax.runtime.signals import PreemptionHandler
+from mice_jax.step import TrainState
+from mice_jax.storage.paths import RunPath
+from mice_jax.storage.provenance import environment
+from mice_jax.storage.workdir import Workdir
+from mice_jax.training.progress import Progress
+
+STATUS = {StoppedByRule: "stopped", Preempted: "preempted"}  # Any other error is a failure.
+
+
+class Run:
+    """A run in progress: its folder, and what summary.json will say of it."""
+
+    def __init__(self, workdir: RunPath):
+        self.workdir = Workdir(workdir)
+        self.preemption = PreemptionHandler()
+        self.progress = Progress()
+        self.record: dict[str, Any] = {}  # the latest line of metrics.jsonl
+        self.start = 0  # steps that were done before this process started
+        self.saved_step = 0  # the newest step that was saved, or is being saved
+        self._checkpoints: Checkpoints | None = None
+        self._writers: list[Writer] = []
+
+    def begin(self, start: int, progress: Progress, checkpoints: Checkpoints, writers: list[Writer]) -> None:
+        """Marks the start of training. From here on the run leaves a summary, and a signal lets it save first."""
+        self.start = self.saved_step = start
+        self.progress, self._checkpoints, self._writers = progress, checkpoints, writers
+        self.preemption.enable_saving()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Hands a step's record to every writer."""
+        self.record = record
+        for writer in self._writers:
+            writer.write(record)
+
+    def save(self, state: TrainState, score: float | None = None) -> None:
+        """Saves a state unless its step is saved already; the lines of metrics.jsonl are stored before it.
+
+        Args:
+          state: the state after a step.
+          score: the step's value of checkpoint.best_metric; None where it may not be selected.
+        """
+        step = int(state.step)
+        if step == self.saved_step:
+            return
+        assert self._checkpoints is not None, "training has begun"
+        with distributed.raise_on_all_processes():
+            self.workdir.sync()
+        self._checkpoints.save(state, dataclasses.asdict(self.progress), score)
+        self.saved_step = step
+
+    def check_lock(self) -> None:
+        """Raises UserError in every process where the folder is locked by another run by now."""
+        with distributed.raise_on_all_processes():
+            self.workdir.check_lock()
+
+    def _finish(self, status: str, reason: str) -> None:
+        while self._writers:
+            self._writers.pop().close()
+        if distributed.is_main_process():
+            self.workdir.log_event(status, int(self.record.get("step", self.start)))
+            self._write_summary(status, reason)
+
+    def _write_summary(self, status: str, reason: str) -> None:
+        last_metrics = self.record or (self.workdir.read_json("summary.json") or {}).get("last_metrics", {})
+        summary = {
+            "status": status,
+            "reason": reason,
+            "step": self.saved_step,
+            "samples": self.progress.samples,
+            "last_metrics": last_metrics,
+        }
+        self.workdir.write_json("summary.json", summary | environment())
+
+    def _fail(self, error: BaseException) -> BaseException:
+        """Writes the summary of a run that ends with an error; returns the error that the command reports."""
+        if distributed.is_lost_peer_error(error):  # Closing the checkpoints would wait for the lost process forever.
+            if distributed.is_main_process():
+                self._write_summary("failed", watchdog.LOST)
+            self.workdir.close()
+            os._exit(watchdog.report_lost_peer(self.workdir.path, one_line(error)))
+        assert self._checkpoints is not None, "training has begun"
+        if isinstance(error, StoreError) and (newest := self._checkpoints.last_committed_step()) is not None:
+            checkpoint = self._checkpoints.folder / str(newest)
+            error = Preempted(f"{error} Run the same command to continue from {checkpoint}, which is complete.")
+        self._finish(STATUS.get(type(error), "failed"), str(error) or type(error).__name__)
+        return error
+
+
+@contextlib.contextmanager
+def lifecycle(workdir: RunPath) -> Iterator[Run]:
+    """The context of a run, from before its lock is taken until it is given back.
+
+    A process of several that fails alone ends at once, with its error printed: the others then notice that it is gone,
+    where they would wait in the next collective otherwise.
+
+    Args:
+      workdir: the run's folder, which is not locked yet.
+
+    Yields:
+      The run, whose `workdir` is to be locked and whose `begin` is to be called before the first step.
+
+    Raises:
+      Preempted: instead of a StoreError, where there is a checkpoint to continue from.
+    """
+    run = Run(workdir)
+    try:
+        with run.workdir, _summary(run):
+            yield run
+    except (AgreedError, StoppedByRule, Preempted):  # Every process of the run raises it.
+        raise
+    except BaseException as error:
+        if watchdog.is_child():
+            if distributed.is_lost_peer_error(error):
+                os._exit(watchdog.report_lost_peer(workdir, one_line(error)))
+            distributed.exit_immediately(error)
+        raise
+    finally:
+        run.preemption.restore_handlers()
+
+
+@contextlib.contextmanager
+def _summary(run: Run) -> Iterator[None]:
+    """Writes summary.json and closes the checkpoints, once training has begun."""
+    try:
+        yield
+        run._finish("completed", "")
+        with distributed.raise_on_all_processes():
+            run.workdir.sync()
+    except BaseException as error:
+        if run._checkpoints is None:
+            raise
+        reported = run._fail(error)
+        if reported is error:
+            raise
+        raise reported from error
+    finally:
+        if run._checkpoints is not None:
+            run._checkpoints.close()

@@ -1,0 +1,81 @@
+"""The metrics of a step: their names, and the object that metrics.jsonl holds for it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mice_jax.config import Config, nearest
+from mice_jax.errors import UserError
+from mice_jax.hardware import train_flops
+from mice_jax.models.spec import ModelSpec
+from mice_jax.training.progress import Progress
+
+# The numbers of every line of metrics.jsonl; some are null where they cannot be measured.
+STEP_METRICS = (
+    "loss", "grad_norm", "param_norm", "update_norm", "grad_sq_corrected", "noise_scale", "learning_rate", "epoch",
+    "samples", "tokens", "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s",
+)  # fmt: skip
+SKIPPED_STEPS = "skipped_steps"  # only where train.skip_spikes is set
+
+
+class Throughput(NamedTuple):
+    """What turns the time of a step into rates."""
+
+    spec: ModelSpec
+    peak_flops: float | None  # FLOP/s of all devices together; None where it is not known
+
+
+def make_record(
+    step: int,
+    phase: str,
+    batch: dict[str, Any],
+    measured: dict[str, Any],
+    progress: Progress,
+    seconds: float,
+    throughput: Throughput,
+    *,
+    skips_spikes: bool,
+) -> dict[str, Any]:
+    """Returns the line of a step, before any evaluation adds to it.
+
+    Args:
+      step: the number of updates done, from 1.
+      phase: the name of the step's phase.
+      batch: the step's counts, as the loader gives them.
+      measured: the numbers that the step computed (`step.apply_sums`), as Python numbers.
+      progress: the counters after the step.
+      seconds: wall-clock time from the end of the step before to the end of this one.
+      throughput: the model and the devices' peak, for the rates.
+      skips_spikes: whether train.skip_spikes is set.
+    """
+    unbiased = measured["grad_sq_corrected"]
+    record = {"step": step, "phase": phase, "epoch": batch["epoch"]} | progress.counters()
+    record |= {name: value for name, value in measured.items() if name not in ("finite", "skipped")}
+    record["grad_sq_corrected"] = unbiased if math.isfinite(unbiased) else None
+    record["noise_scale"] = progress.noise_scale()
+    record["num_microbatches"] = len(batch["microbatches"])
+    record["slot_efficiency"] = batch["tokens"] / batch["slots"]
+    record["tokens_per_s"] = batch["tokens"] / seconds
+    flops, peak = train_flops(throughput.spec, batch["lengths"]), throughput.peak_flops
+    record["mfu"] = flops / (seconds * peak) if peak else None
+    record["step_time_s"] = seconds
+    if skips_spikes:
+        record[SKIPPED_STEPS] = progress.skipped
+    return record
+
+
+def metric_names(config: Config, evaluated: Sequence[str]) -> list[str]:
+    """The names of all numbers that the lines of a run may have; `evaluated` are those of its evaluations."""
+    return [*STEP_METRICS, *([SKIPPED_STEPS] if config.train.skip_spikes else []), *evaluated]
+
+
+def check_best_metric(config: Config, evaluated: Sequence[str], holds_out: bool) -> None:
+    """Raises UserError where checkpoints are selected by a metric that no line of the run will have."""
+    name, known = config.checkpoint.best_metric, metric_names(config, evaluated)
+    if name in known:
+        return
+    hint = "" if holds_out else " Held-out losses are measured where data is held out (data.validation)."
+    raise UserError(
+        f"checkpoint.best_metric={name!r} selects among checkpoints, but no line of metrics.jsonl will have it"
+        f"{nearest(name, known)}{hint}"
+    )

@@ -1,0 +1,94 @@
+"""What a run writes into its workdir before its first step, and what a resumed run reads back from there."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from mice_jax.config import Config, differences, to_dict
+from mice_jax.errors import UserError
+from mice_jax.model_source import ModelSource
+from mice_jax.models.spec import ModelSpec
+from mice_jax.models.transformer import Compute
+from mice_jax.storage.workdir import Workdir
+
+CONFIG = "config.json"
+ADDED = ("resolved", "provenance")  # keys of config.json that are not fields of the config
+
+
+def first_day(workdir: Workdir) -> datetime.date | None:
+    """The day on which a run began, for chat templates that write the date; None for a run that begins now."""
+    day = _resolved(workdir).get("today")
+    return datetime.date.fromisoformat(day) if day else None
+
+
+def recorded_choices(workdir: Workdir, mesh: Mesh) -> dict[str, Any]:
+    """What the run chose for "auto" when it last ran on this mesh of such devices; empty where it did not."""
+    resolved = _resolved(workdir)
+    return resolved if mesh_and_device(mesh).items() <= resolved.items() else {}
+
+
+def mesh_and_device(mesh: Mesh) -> dict[str, Any]:
+    """The mesh and the kind of its devices, as config.json records them."""
+    return {"mesh": dict(mesh.shape), "device": mesh.devices.flat[0].device_kind}
+
+
+def choices(mesh: Mesh, compute: Compute, rows: int, today: datetime.date) -> dict[str, Any]:
+    """What "auto" and 0 stand for in this run, as config.json records it.
+
+    Args:
+      mesh: the mesh of the run.
+      compute: the dtype, attention backend and rematerialisation.
+      rows: rows of a microbatch on one device.
+      today: the date that chat templates write.
+    """
+    return mesh_and_device(mesh) | {
+        "compute_dtype": jnp.dtype(compute.dtype).name,
+        "rows_per_device": rows,
+        "remat": compute.remat,
+        "attention": compute.attention,
+        "today": str(today),
+    }
+
+
+def check_same_config(workdir: Workdir, config: Config) -> None:
+    """Raises UserError where the workdir holds a run of another config, apart from fields that a resume may change."""
+    old = workdir.read_json(CONFIG)
+    if old is None:
+        return
+    changed = differences({k: v for k, v in old.items() if k not in ADDED}, to_dict(config))
+    if changed:
+        raise UserError(
+            f"--workdir={workdir.path} was made with another config, which differs in {'; '.join(changed)} (there -> "
+            "here). Run it with the config that made it, or give another --workdir."
+        )
+
+
+def write_config(workdir: Workdir, config: Config, resolved: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Writes config.json: the config, what "auto" chose, and what produced the run."""
+    workdir.write_json(CONFIG, to_dict(config) | {"resolved": resolved, "provenance": provenance})
+
+
+def write_model_folder(folder: Path, source: ModelSource, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes config.json, tokenizer and chat template, from which the run can be exported; once per run.
+
+    Args:
+      folder: the run's `model` folder.
+      source: what the run starts from.
+      spec: its model, with the vocabulary of the tokenizer.
+      tokenizer: the run's tokenizer, with its chat template.
+    """
+    if (folder / CONFIG).exists():
+        return
+    folder.mkdir(exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    dtype = source.stored_dtype()
+    stored = source.config | {"dtype": dtype, "torch_dtype": dtype, "vocab_size": spec.vocab_size}
+    Workdir(folder).write_json(CONFIG, stored)  # Written last: its presence means that the folder is complete.
+
+
+def _resolved(workdir: Workdir) -> dict[str, Any]:
+    return (workdir.read_json(CONFIG) or {}).get("resolved", {})

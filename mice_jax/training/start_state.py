@@ -1,0 +1,92 @@
+"""The state that a run, or one of its phases, starts with."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+
+from mice_jax.checkpoint import Checkpoints
+from mice_jax.errors import UserError
+from mice_jax.model_source import ModelSource, load_params
+from mice_jax.models.transformer import Decoder
+from mice_jax.sharding import param_shardings
+from mice_jax.step import StepFunctions, TrainState
+from mice_jax.training.phases import PhaseSpan
+from mice_jax.training.progress import Progress
+
+
+def restore_or_start(
+    checkpoints: Checkpoints,
+    source: ModelSource,
+    decoder: Decoder,
+    fns: StepFunctions,
+    seed: int,
+    log: Callable[[str], None],
+) -> tuple[int, TrainState, Progress]:
+    """Restores the newest intact checkpoint of the run, or starts from what `model.init_from` names.
+
+    Args:
+      checkpoints: the run's checkpoints.
+      source: where the parameters come from where there is no checkpoint.
+      decoder: the model.
+      fns: the run's step functions, with the shapes and shardings of its state.
+      seed: of random parameters.
+      log: is called with a sentence about each damaged checkpoint.
+
+    Returns:
+      The number of steps done, the state after them, and the counters.
+
+    Raises:
+      UserError: where there are only damaged checkpoints.
+    """
+    restored = checkpoints.restore_newest(fns.abstract_state, log)
+    if restored is not None:
+        step, state, progress = restored
+        return step, state, Progress(**progress)
+    shardings = param_shardings(decoder.abstract, decoder.axes, decoder_mesh(fns))
+    return 0, fns.from_params(load_params(source, decoder, shardings, seed=seed)), Progress()
+
+
+def decoder_mesh(fns: StepFunctions) -> jax.sharding.Mesh:
+    """The mesh that a run's step functions are compiled for."""
+    return jax.tree.leaves(fns.abstract_state.params)[0].sharding.mesh
+
+
+def enter_phase(
+    spans: Sequence[PhaseSpan],
+    index: int,
+    state: TrainState,
+    fns: StepFunctions,
+    checkpoints: Checkpoints,
+    log: Callable[[str], None],
+) -> TrainState:
+    """Returns the state with which a phase after the first begins; the step count continues, and so the schedule.
+
+    Args:
+      spans: the phases of the run.
+      index: the phase that begins.
+      state: the state at the end of the phase before.
+      fns: the run's step functions.
+      checkpoints: the run's checkpoints.
+      log: is called with a sentence about where the phase starts from.
+
+    Raises:
+      UserError: where the phase starts from the best checkpoint and none has a score.
+    """
+    phase, before = spans[index].phase, spans[index - 1]
+    if phase.seed_from == "best":
+        best = checkpoints.best_step(before.saved_steps)
+        if best is None:  # The last step is saved with its metrics, but a metric may be null there.
+            raise UserError(
+                f"the phase {phase.name!r} starts from the best checkpoint of {before.phase.name!r}, but "
+                "checkpoint.best_metric is null at each of them. Choose another metric, in another --workdir."
+            )
+        log(f"the phase {phase.name!r} starts from step {best}, the best of {before.phase.name!r}")
+        if best != before.end:
+            jax.tree.map(lambda x: x.delete(), (state.params, state.opt_state))  # Two states may not fit in memory.
+            best_state, _ = checkpoints.restore(best, fns.abstract_state)
+            state = TrainState(state.step, best_state.params, best_state.opt_state)
+    if phase.optimizer == "reset":
+        jax.tree.map(lambda x: x.delete(), state.opt_state)  # Two optimizer states may not fit in memory.
+        fresh = fns.from_params(state.params)
+        state = TrainState(state.step, fresh.params, fresh.opt_state)
+    return state
