@@ -1,4 +1,4 @@
-"""A run whose workdir is in a bucket: one writer at a time, whole lines only, and the same run as on disk."""
+"""Workdirs in a bucket: the lock, uploads of small files, and runs that equal those on disk."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ def store() -> Iterator[bucket.Bucket]:
     with bucket.serve() as served, pytest.MonkeyPatch.context() as patch:
         for name, value in bucket.environment(served).items():
             patch.setenv(name, value)
-        patch.setitem(fsspec.config.conf["gs"], "token", "anon")  # beside what places.py has set
+        patch.setitem(fsspec.config.conf["gs"], "token", "anon")  # in addition to what paths.py has set
         yield served
         fsspec.get_filesystem_class("gs").clear_instance_cache()
 
@@ -58,7 +58,7 @@ def text_of(store: bucket.Bucket, place: str, file: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------- one writer
-def test_a_second_writer_is_refused_as_soon_as_the_first_is_seen_to_live(
+def test_a_second_writer_is_an_error_once_the_first_shows_a_heartbeat(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock, "BEAT_S", 0.2)
@@ -74,7 +74,7 @@ def test_a_second_writer_is_refused_as_soon_as_the_first_is_seen_to_live(
         second.lock()
 
 
-def test_the_lock_of_a_dead_writer_of_this_machine_is_taken_at_once(store: bucket.Bucket, name: str) -> None:
+def test_the_lock_of_a_dead_process_of_this_machine_is_taken_at_once(store: bucket.Bucket, name: str) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
     holder = lock._here() | {"process": process.pid, "id": "x"}
@@ -87,7 +87,7 @@ def test_the_lock_of_a_dead_writer_of_this_machine_is_taken_at_once(store: bucke
 
 
 @pytest.mark.parametrize("key", ["numbers", "boot", "machine", "host"])
-def test_a_process_that_is_not_of_this_namespace_and_boot_is_not_taken_for_dead(key: str) -> None:
+def test_a_process_of_another_boot_or_namespace_is_not_assumed_dead(key: str) -> None:
     """In another container its number is another process's here, or nobody's."""
     process = subprocess.Popen(["true"])
     process.wait()
@@ -98,7 +98,7 @@ def test_a_process_that_is_not_of_this_namespace_and_boot_is_not_taken_for_dead(
     assert not lock._was_here(gone)
 
 
-def test_a_lock_that_changes_hands_before_it_is_removed_stays(store: bucket.Bucket, name: str) -> None:
+def test_a_lock_that_another_process_took_meanwhile_is_not_removed(store: bucket.Bucket, name: str) -> None:
     """Between the look at a dead holder and the removal another process has taken the lock, and lives."""
     process = subprocess.Popen(["true"])
     process.wait()
@@ -117,10 +117,10 @@ def test_a_lock_that_changes_hands_before_it_is_removed_stays(store: bucket.Buck
     assert store.objects[key].content == other
 
 
-def test_the_lock_of_a_silent_writer_elsewhere_is_taken_after_a_while(
+def test_a_lock_without_heartbeats_from_elsewhere_is_taken_after_a_while(
     store: bucket.Bucket, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "DEAD_S", 1.5)
+    monkeypatch.setattr(lock, "DEAD_S", 0.5)
     monkeypatch.setattr(lock, "LOOK_S", 0.1)
     holder = {"process": 1, "host": "elsewhere", "machine": 1, "id": "x"}
     store.put(json.dumps(holder).encode(), {"name": key_of(name, "lock")})
@@ -128,11 +128,11 @@ def test_the_lock_of_a_silent_writer_elsewhere_is_taken_after_a_while(
     began = time.monotonic()
     with Workdir(parse_path(name)) as run:
         run.lock(said.append)
-    assert time.monotonic() - began > 1.5
+    assert time.monotonic() - began > 0.5
     assert "held by process 1 on elsewhere; watching" in said[0] and "is taken" in said[1]
 
 
-def test_a_writer_whose_lock_was_taken_writes_no_more(
+def test_a_writer_whose_lock_was_taken_writes_nothing_more(
     store: bucket.Bucket, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Seen at the next write, not at the next sign of life, which is seconds away."""
@@ -149,7 +149,7 @@ def test_a_writer_whose_lock_was_taken_writes_no_more(
 
 
 # ---------------------------------------------------------------------------------------- files
-def test_what_is_written_is_there_once_published_and_the_next_writer_has_it(store: bucket.Bucket, name: str) -> None:
+def test_synced_files_are_in_the_bucket_and_read_by_the_next_writer(store: bucket.Bucket, name: str) -> None:
     with Workdir(parse_path(name)) as run:
         run.lock()
         run.write_json("config.json", {"seed": 1})
@@ -171,7 +171,7 @@ def test_what_is_written_is_there_once_published_and_the_next_writer_has_it(stor
     assert key_of(name, "lock") not in store.objects
 
 
-def test_a_store_that_cannot_be_read_is_no_empty_folder(store: bucket.Bucket, name: str) -> None:
+def test_a_store_that_cannot_be_read_is_an_error_not_an_empty_folder(store: bucket.Bucket, name: str) -> None:
     """A run that was taken for a new one would be written over."""
     store.put(b"{}", {"name": key_of(name, "config.json")})
     place = parse_path(name)
@@ -185,7 +185,7 @@ def test_a_store_that_cannot_be_read_is_no_empty_folder(store: bucket.Bucket, na
     assert Workdir(place).read_json("config.json") == {}  # the control
 
 
-def test_of_a_file_that_has_grown_only_what_is_new_is_sent_and_of_a_tracker_s_folder_nothing(
+def test_only_the_new_part_of_a_grown_file_is_uploaded(
     store: bucket.Bucket, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paths, "MIN_APPEND_BYTES", 100)
@@ -215,9 +215,7 @@ def test_of_a_file_that_has_grown_only_what_is_new_is_sent_and_of_a_tracker_s_fo
     assert not any(key.startswith((key_of(name, "wandb"), key_of(name, ".more"))) for key in store.objects)
 
 
-def test_what_is_published_by_the_clock_keeps_nobody_waiting_and_comes_once_the_store_is_back(
-    store: bucket.Bucket, name: str
-) -> None:
+def test_a_sync_by_the_clock_runs_in_the_background_and_is_retried(store: bucket.Bucket, name: str) -> None:
     with Workdir(parse_path(name)) as run:
         run.lock()
         run.write_json("mine.json", 1)
@@ -242,7 +240,7 @@ def refusing(store: bucket.Bucket, requests: int = 10**9) -> Iterator[None]:
         store.refusing = 0
 
 
-def test_a_listing_is_never_kept(store: bucket.Bucket, name: str) -> None:
+def test_directory_listings_are_not_cached(store: bucket.Bucket, name: str) -> None:
     """What one process lists, another has changed: etils' file system keeps listings unless it is told otherwise."""
     place = epath.Path(name)
     store.put(b"", {"name": key_of(name, "checkpoints/1/commit_success.txt")})
@@ -253,7 +251,7 @@ def test_a_listing_is_never_kept(store: bucket.Bucket, name: str) -> None:
     assert not (place / "checkpoints" / "1").exists()
 
 
-def test_other_stores_are_refused() -> None:
+def test_a_workdir_in_another_kind_of_store_is_an_error() -> None:
     with pytest.raises(UserError, match="a s3:// store: a run's folder can be on disk or in a gs:// bucket"):
         parse_path("s3://bucket/run")
 
@@ -262,6 +260,14 @@ def test_other_stores_are_refused() -> None:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return setting(tmp_path_factory.mktemp("in"), "c.checkpoint.every_samples = 16\nc.checkpoint.keep_last = 2")
+
+
+@pytest.fixture(scope="module")
+def run_on_disk(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir, on disk, of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("disk")
+    assert run_train(config, folder) == 0
+    return folder
 
 
 def downloaded(store: bucket.Bucket, place: str, folder: Path) -> Path:
@@ -273,11 +279,10 @@ def steps_of(run: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_run_in_a_bucket_that_is_killed_goes_on_and_ends_as_one_on_disk(
-    config: Path, store: bucket.Bucket, name: str, tmp_path: Path
+def test_a_killed_run_in_a_bucket_resumes_and_equals_the_run_on_disk(
+    config: Path, store: bucket.Bucket, name: str, run_on_disk: Path, tmp_path: Path
 ) -> None:
     """Its newest checkpoint is damaged besides: it is set aside, and the run goes on from the one before."""
-    assert run_train(config, tmp_path / "disk") == 0
     process = start_train(config, name, **bucket.environment(store))  # type: ignore[arg-type]
     try:
         while key_of(name, "checkpoints/4/manifest.json") not in store.objects:
@@ -294,15 +299,15 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on_and_ends_as_one_on_disk(
     assert process.returncode == 0, said
     assert "the checkpoint of step 4 is damaged" in said and "resumed after step 2" in said, said
     run = downloaded(store, name, tmp_path / "run")
-    assert timeless(read_metrics(run)) == timeless(read_metrics(tmp_path / "disk"))
+    assert timeless(read_metrics(run)) == timeless(read_metrics(run_on_disk))
     assert (run / "checkpoints" / "damaged" / "4" / "manifest.json").exists()
-    assert steps_of(run) == steps_of(tmp_path / "disk") == [4, 5]  # keep_last=2
+    assert steps_of(run) == steps_of(run_on_disk) == [4, 5]  # keep_last=2
     assert list((run / "tensorboard").iterdir()) and not (run / "lock").exists()
-    left, right = arrays(run, 5), arrays(tmp_path / "disk", 5)
+    left, right = arrays(run, 5), arrays(run_on_disk, 5)
     assert all(left[k].tobytes() == right[k].tobytes() for k in right) and left.keys() == right.keys()
     # Read from the bucket it is the model that it is on disk.
     assert run_export(parse_path(name), tmp_path / "there") == 0  # type: ignore[arg-type]
-    assert run_export(tmp_path / "disk", tmp_path / "here") == 0
+    assert run_export(run_on_disk, tmp_path / "here") == 0
     files = [folder / "model.safetensors" for folder in (tmp_path / "there", tmp_path / "here")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -325,13 +330,14 @@ def at_line(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-def test_a_store_that_is_down_at_a_save_is_waited_for_and_then_left_with_75(
+def test_an_outage_at_a_save_is_retried_and_then_ends_the_run_with_75(
     config: Path,
     store: bucket.Bucket,
     name: str,
     at_line: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    run_on_disk: Path,
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(workdir, "WAIT_S", 4.0)
@@ -358,15 +364,13 @@ def test_a_store_that_is_down_at_a_save_is_waited_for_and_then_left_with_75(
     at_line(4, lambda: setattr(store, "refusing", 2))  # a short one: the run goes on by itself
     assert run_train(config, place) == 0
     assert "resumed after step 2" in capsys.readouterr().out
-    at_line(0, go_down)  # no more
-    assert run_train(config, tmp_path / "disk") == 0
     run = downloaded(store, name, tmp_path / "run")
-    assert timeless(read_metrics(run)) == timeless(read_metrics(tmp_path / "disk"))
+    assert timeless(read_metrics(run)) == timeless(read_metrics(run_on_disk))
     assert steps_of(run) == [4, 5] and not (run / "lock").exists()
 
 
 @pytest.mark.slow
-def test_a_run_that_has_lost_its_folder_deletes_and_seals_nothing_there(
+def test_a_run_that_has_lost_its_lock_deletes_and_commits_nothing(
     config: Path, store: bucket.Bucket, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is taken while a save goes on, after which an older checkpoint would be deleted."""

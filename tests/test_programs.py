@@ -1,4 +1,4 @@
-"""Compiled programs: kept on disk from run to run, harmless where damaged; and what XLA is asked for."""
+"""The cache of compiled programs, XLA flags and huge pages."""
 
 import os
 import subprocess
@@ -20,8 +20,8 @@ X = np.arange(12, dtype=np.float32).reshape(3, 4)
 
 
 @pytest.fixture
-def no_folder() -> Iterator[None]:
-    """As a process begins: jax has been given no folder for programs."""
+def no_cache_folder() -> Iterator[None]:
+    """Resets JAX to the state of a new process, which has no cache folder."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
@@ -33,8 +33,8 @@ def no_folder() -> Iterator[None]:
 
 
 @pytest.fixture
-def compile_anew() -> Iterator[Callable[[], tuple[np.ndarray, int, int]]]:
-    """Compiles and runs one function as a new process would; its result, and what was found on disk and what not."""
+def compile_again() -> Iterator[Callable[[], tuple[np.ndarray, int, int]]]:
+    """Compiles and runs one function as a new process would; returns its result, cache hits and cache misses."""
     seen: Counter[str] = Counter()
 
     def count(event: str, **_: object) -> None:
@@ -51,45 +51,45 @@ def compile_anew() -> Iterator[Callable[[], tuple[np.ndarray, int, int]]]:
     jax.monitoring.unregister_event_listener(count)
 
 
-def test_a_program_is_found_by_a_later_process_of_the_same_kind_of_machine(
-    no_folder: None, compile_anew: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_program_is_cached_for_processes_on_the_same_kind_of_machine(
+    no_cache_folder: None, compile_again: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = compile_cache.enable(tmp_path)
     assert kept.is_relative_to(tmp_path / "programs")
-    first, hits, misses = compile_anew()
+    first, hits, misses = compile_again()
     assert (hits, misses) == (0, 1) and any(kept.iterdir())
-    again, hits, misses = compile_anew()
+    again, hits, misses = compile_again()
     assert (hits, misses) == (1, 0) and again.tobytes() == first.tobytes()
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.setattr(compile_cache, "_machine", lambda: "another")
     assert compile_cache.enable(tmp_path) != kept
-    assert compile_anew()[1:] == (0, 1)
+    assert compile_again()[1:] == (0, 1)
 
 
-def test_a_folder_that_the_user_gave_to_jax_stays(no_folder: None, tmp_path: Path) -> None:
+def test_a_cache_folder_given_to_jax_by_the_user_is_kept(no_cache_folder: None, tmp_path: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
     assert compile_cache.enable(tmp_path) == tmp_path / "own"
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
 
 
 @pytest.mark.parametrize("damage", ["cut short", "emptied", "a byte changed"])
-def test_a_damaged_program_is_compiled_anew_with_a_warning(
-    damage: str, no_folder: None, compile_anew: Callable, tmp_path: Path
+def test_a_damaged_cache_entry_is_compiled_again_with_a_warning(
+    damage: str, no_cache_folder: None, compile_again: Callable, tmp_path: Path
 ) -> None:
     kept = compile_cache.enable(tmp_path)
-    expected, *_ = compile_anew()
+    expected, *_ = compile_again()
     [entry] = [file for file in kept.iterdir() if file.name.endswith("-cache")]
     whole = entry.read_bytes()
     middle = len(whole) // 2
     changed = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
     entry.write_bytes({"cut short": whole[:middle], "emptied": b"", "a byte changed": changed}[damage])
     with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
-        out, hits, _ = compile_anew()
+        out, hits, _ = compile_again()
     assert hits == 0 and out.tobytes() == expected.tobytes()
 
 
 # ---------------------------------------------------------------------------------------- flags
-def test_flags_are_added_once_and_never_over_the_user_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xla_flags_are_added_once_and_never_replace_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=here --xla_gpu_deterministic_ops=false")
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     for _ in range(2):
@@ -100,7 +100,7 @@ def test_flags_are_added_once_and_never_over_the_user_s_own(monkeypatch: pytest.
     assert "LIBTPU_INIT_ARGS" not in os.environ
 
 
-def test_reruns_that_are_to_be_bit_equal_ask_for_one_flag_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_runs_set_one_more_xla_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "")
     xla_flags.set_flags(deterministic=False)
     assert os.environ["XLA_FLAGS"].split() == list(xla_flags.FLAGS["gpu"][1])
@@ -109,7 +109,7 @@ def test_reruns_that_are_to_be_bit_equal_ask_for_one_flag_more(monkeypatch: pyte
 
 
 @pytest.mark.slow  # two processes that import jax
-def test_xla_knows_every_flag_of_the_table() -> None:
+def test_xla_accepts_every_flag_of_the_table() -> None:
     def ends(flags: str) -> int:
         command = [sys.executable, "-c", "import jax; jax.devices()"]
         return subprocess.run(command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode
@@ -132,7 +132,7 @@ print(sum(int(x.split()[1]) for x in open("/proc/self/smaps") if x.startswith("A
 
 
 def starts_of(environment: dict[str, str]) -> tuple[list[str], int]:
-    """What a command that takes huge pages says at each of its starts, and its KiB of them in the end."""
+    """What the program prints at each of its starts, and how many KiB of huge pages it has at the end."""
     done = subprocess.run(
         [sys.executable, "-c", PAGES, "--flag=a b"], env=environment, capture_output=True, text=True, check=True
     )
@@ -141,24 +141,24 @@ def starts_of(environment: dict[str, str]) -> tuple[list[str], int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's own settings")
-def test_a_command_starts_anew_once_for_huge_pages_as_itself() -> None:
+def test_a_command_executes_itself_again_once_for_huge_pages() -> None:
     plain = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     (first, second), _ = starts_of(plain)
     number, set_before, arguments = first.split(maxsplit=2)
     assert set_before == "None" and "--flag=a b" in arguments
     assert second == f"{number} {xla_flags.HUGE_PAGES_ENV['GLIBC_TUNABLES']} {arguments}"
     [only], _ = starts_of(plain | {"GLIBC_TUNABLES": "glibc.malloc.check=0"})
-    assert only.split()[1] == "glibc.malloc.check=0", "the user's own is kept, and nothing starts anew"
+    assert only.split()[1] == "glibc.malloc.check=0", "the user's setting is kept, and the program starts once"
 
 
-SYSTEM_S = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # of three words, the one in brackets holds
+THP_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")  # the word in brackets is in force
 
 
 @pytest.mark.skipif(
-    not SYSTEM_S.exists() or "[never]" in SYSTEM_S.read_text(), reason="this system has no huge pages to give"
+    not THP_SETTING.exists() or "[never]" in THP_SETTING.read_text(), reason="this system has no huge pages"
 )
-def test_large_blocks_lie_in_huge_pages_once_they_are_asked_for() -> None:
+def test_large_blocks_are_allocated_in_huge_pages() -> None:
     none = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}
     assert starts_of(os.environ | xla_flags.HUGE_PAGES_ENV)[1] > 48 * 1024
-    if "[madvise]" in SYSTEM_S.read_text():  # else it gives them unasked
+    if "[madvise]" in THP_SETTING.read_text():  # with [always], every process gets them
         assert starts_of(none)[1] < 8 * 1024

@@ -1,4 +1,4 @@
-"""One writer at a time, files whole or not at all, metrics cut to where a checkpoint stands."""
+"""The lock of a workdir, its atomic writes, and metrics.jsonl truncated on resume."""
 
 import json
 import os
@@ -15,6 +15,8 @@ from mice_jax.errors import UserError
 from mice_jax.storage.provenance import environment
 from mice_jax.storage.workdir import Workdir
 
+pytestmark = pytest.mark.smoke
+
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -27,8 +29,8 @@ time.sleep(600)
 
 
 @pytest.fixture
-def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another live process that has the workdir."""
+def lock_holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another live process that holds the lock of the workdir."""
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
@@ -36,8 +38,7 @@ def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def take(path: Path) -> None:
-    """Locks a workdir for a moment."""
+def lock_and_release(path: Path) -> None:
     with Workdir(path) as run:
         run.lock()
 
@@ -49,33 +50,33 @@ def write_lines(workdir: Path, steps: list[int], end: str = "") -> Path:
 
 
 # ---------------------------------------------------------------------------------------- the lock
-def test_a_live_writer_keeps_others_out_and_is_named(tmp_path: Path, held: subprocess.Popen[str]) -> None:
+def test_a_lock_of_a_live_process_is_an_error_that_names_it(tmp_path: Path, lock_holder: subprocess.Popen[str]) -> None:
     with pytest.raises(UserError, match=f"--workdir={tmp_path} is being written by another live process") as raised:
         Workdir(tmp_path).lock()
-    assert f"process {held.pid} on" in str(raised.value)
+    assert f"process {lock_holder.pid} on" in str(raised.value)
 
 
-def test_the_lock_of_a_killed_writer_is_no_obstacle(tmp_path: Path, held: subprocess.Popen[str]) -> None:
-    held.send_signal(signal.SIGKILL)
-    held.wait()
-    assert str(held.pid) in (tmp_path / "lock").read_text()
-    take(tmp_path)
+def test_the_lock_of_a_killed_process_is_taken(tmp_path: Path, lock_holder: subprocess.Popen[str]) -> None:
+    lock_holder.send_signal(signal.SIGKILL)
+    lock_holder.wait()
+    assert str(lock_holder.pid) in (tmp_path / "lock").read_text()
+    lock_and_release(tmp_path)
     assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 @pytest.mark.parametrize("text", ["", "process 1 on elsewhere\n", "process 99999999 on here\n"])
-def test_a_lock_file_that_nobody_holds_is_no_obstacle(tmp_path: Path, text: str) -> None:
+def test_a_lock_file_that_nobody_holds_is_taken(tmp_path: Path, text: str) -> None:
     (tmp_path / "lock").write_text(text)
-    take(tmp_path)
+    lock_and_release(tmp_path)
     assert f"process {os.getpid()} on" in (tmp_path / "lock").read_text()
 
 
-def test_a_workdir_is_made_with_its_parents(tmp_path: Path) -> None:
-    take(tmp_path / "a" / "b")
+def test_a_workdir_is_created_with_its_parents(tmp_path: Path) -> None:
+    lock_and_release(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b" / "lock").exists()
 
 
-def test_a_workdir_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_workdir_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match=f"--workdir={path} cannot be written"):
@@ -83,7 +84,7 @@ def test_a_workdir_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- files
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_json_file_is_written_atomically(tmp_path: Path) -> None:
     run = Workdir(tmp_path)
     run.write_json("summary.json", {"step": 1})
     with pytest.raises(TypeError):
@@ -96,7 +97,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- metrics
-def test_metrics_are_cut_to_the_steps_of_the_checkpoint(tmp_path: Path) -> None:
+def test_metrics_are_truncated_to_the_step_of_the_checkpoint(tmp_path: Path) -> None:
     file = write_lines(tmp_path, [1, 2, 3, 4, 5])
     before = file.read_text().splitlines()
     Workdir(tmp_path).truncate_metrics(3)
@@ -107,19 +108,19 @@ def test_metrics_are_cut_to_the_steps_of_the_checkpoint(tmp_path: Path) -> None:
     assert file.read_text() == ""
 
 
-def test_half_a_line_past_the_checkpoint_is_cut_too(tmp_path: Path) -> None:
+def test_half_a_line_after_the_checkpoint_is_removed(tmp_path: Path) -> None:
     file = write_lines(tmp_path, [1, 2], end='{"step": 3, "lo')
     Workdir(tmp_path).truncate_metrics(2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
     assert file.read_text().endswith("\n")
 
 
-def test_no_metrics_are_needed_to_start(tmp_path: Path) -> None:
+def test_a_new_run_needs_no_metrics(tmp_path: Path) -> None:
     Workdir(tmp_path).truncate_metrics(0)
 
 
 @pytest.mark.parametrize("steps", [[], [1], [1, 3, 4], [2, 3, 4], [1, 1, 2, 3]])
-def test_metrics_that_the_checkpoint_does_not_continue_are_refused(tmp_path: Path, steps: list[int]) -> None:
+def test_metrics_without_all_steps_up_to_the_checkpoint_are_an_error(tmp_path: Path, steps: list[int]) -> None:
     file = write_lines(tmp_path, steps)
     before = file.read_text()
     with pytest.raises(UserError, match=r"metrics.jsonl does not hold the steps 1 to 3"):

@@ -127,7 +127,7 @@ def raise_on_all_processes() -> Iterator[None]:
 def _raise_remote_errors(told: list[str], kind: type[UserError] = AgreedError) -> None:
     for process, text in enumerate(told):
         if text:
-            raise kind(f"process {process} refused: {text}")
+            raise kind(f"process {process} failed: {text}")
 
 
 def _allgather_text(text: str) -> list[str]:
