@@ -348,7 +348,7 @@ def test_right_arguments_reach_the_command(config_file: Path, monkeypatch: pytes
 
 def test_one_of_several_processes_leaves_errors_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_train(monkeypatch, "--config=absent.py", "--num_processes=2") == (0, True)
-    for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", watchdog.CHILD):
+    for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", watchdog.PARENT_PIPE):
         with monkeypatch.context() as patch:
             patch.setenv(variable, "2")
             assert run_train(patch, "--config=absent.py") == (0, True), variable

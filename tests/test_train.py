@@ -462,7 +462,7 @@ def test_a_second_sigint_leaves_at_once_also_amid_a_save_with_the_last_checkpoin
     environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     command = [sys.executable, "-c", LEAVING, f"--config={config}", f"--workdir={run}", every]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith("left at once, without saving"), done
+    assert done.returncode == 130 and done.stderr.splitlines()[-1].startswith("stopped at once, without saving"), done
     steps = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
     assert steps and steps[-1] < 7  # nothing was saved for it
     assert len(read_metrics(run)) == 7

@@ -1,4 +1,4 @@
-"""The processes of a run: joining them, knowing the lead, agreeing."""
+"""Several processes of one run: joining them, agreeing on flags and errors, and leaving together."""
 
 import contextlib
 import hashlib
@@ -15,19 +15,28 @@ from jax.experimental import multihost_utils
 
 from mice_jax.errors import AgreedError, StoreError, UserError
 
-# Without a word from a peer for so long it is lost, and JAX ends the others: well within two minutes.
+# JAX ends the other processes once it has not heard from one for this long, which must be well within two minutes.
 HEARTBEAT_S = int(os.environ.get("MICE_JAX_HEARTBEAT_S", "60"))
-JOIN_S = 100  # for all processes to come together
-MEET_S = 3600  # for those that are alive to come to the same place: they may compile for long
-# What the errors say of which a lost peer is the cause, in lower case.
-LOST_PEER = ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service", "barrier timed out")
-MAX_MESSAGE_BYTES = 2000  # of a refusal, that the other processes are told
+JOIN_TIMEOUT_S = 100
+BARRIER_TIMEOUT_S = 3600  # a process may compile for long before it arrives
+# Lower-case words of the errors that a lost peer causes.
+LOST_PEER_WORDS = ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service", "barrier timed out")
+MAX_MESSAGE_BYTES = 2000  # of an error message that is sent to the other processes
 
 
 def is_multi_process(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> bool:
-    """Whether the flags, or a cluster's environment, make this one of several processes.
+    """Whether the flags or the environment of a cluster make this process one of several.
 
-    Raises UserError where some of the flags are given and others are not.
+    Args:
+        coordinator_address: host:port of process 0, or None.
+        num_processes: number of processes of the run, or None.
+        process_id: number of this process, or None.
+
+    Returns:
+        True if the run has more than one process.
+
+    Raises:
+        UserError: if only some of the three are given.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{k}" for k, v in given.items() if v is None]
@@ -37,13 +46,19 @@ def is_multi_process(coordinator_address: str | None, num_processes: int | None,
 
 
 def initialize(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None, refusal: str = ""
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None, startup_error: str = ""
 ) -> None:
-    """Joins the run's processes, before anything else touches a device.
+    """Joins the processes of the run; must run before anything else touches a device.
 
-    With none of the three given JAX looks for a cluster by itself (TPU pod, Slurm, MPI), and one process alone
-    is what remains where it finds none. A process that joins with a `refusal` only tells it to the others: they raise
-    it as an AgreedError.
+    Args:
+        coordinator_address: host:port of process 0. If none of the three is given, JAX detects a cluster by itself
+            (TPU pod, Slurm, MPI); without one, the run has a single process.
+        num_processes: number of processes of the run.
+        process_id: number of this process.
+        startup_error: an error of this process, which joins only to send it to the others. They raise it.
+
+    Raises:
+        AgreedError: if another process joined with a `startup_error`.
     """
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -52,18 +67,18 @@ def initialize(
             coordinator_address,
             num_processes,
             process_id,
-            initialization_timeout=JOIN_S,
+            initialization_timeout=JOIN_TIMEOUT_S,
             heartbeat_timeout_seconds=HEARTBEAT_S,
         )
     elif _in_cluster():
-        jax.distributed.initialize(initialization_timeout=JOIN_S, heartbeat_timeout_seconds=HEARTBEAT_S)
-    told = _allgather_text(refusal)
-    if not refusal:
-        _raise_remote_errors(told)
+        jax.distributed.initialize(initialization_timeout=JOIN_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_S)
+    errors = _allgather_text(startup_error)
+    if not startup_error:
+        _raise_remote_errors(errors)
 
 
 def _in_cluster() -> bool:
-    """Whether an environment variable says that this is one of several processes."""
+    """Whether an environment variable makes this process one of several."""
     for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
         if int(os.environ.get(name, "1")) > 1:
             return True
@@ -71,30 +86,35 @@ def _in_cluster() -> bool:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this is the process that writes files."""
     return jax.process_index() == 0
 
 
 def is_true_on_any_process(flag: bool) -> bool:
-    """Whether the flag is set anywhere; every process must call it."""
+    """Whether the flag is set on any process; every process must call this."""
     return any_across_processes(flag)[0]
 
 
 def any_across_processes(*flags: bool) -> list[bool]:
-    """For each flag, whether it is set anywhere; every process must call it."""
+    """For each flag, whether it is set on any process; every process must call this."""
     return np.any(_allgather(np.array(flags)), axis=0).tolist()
 
 
-def barrier(where: str) -> None:
-    """Waits for all processes, by the coordination service: what else they wait in may give up on a late one.
+def barrier(name: str) -> None:
+    """Waits in the coordination service until every process has arrived at the barrier of this name.
 
-    Gloo does after 30 s, when processes first compute together, and one that finds fewer programs kept compiles longer.
+    The first collective of Gloo gives up on a late process after 30 s, and a process that finds fewer programs in the
+    compilation cache arrives later than that.
     """
-    ocp.multihost.get_barrier_sync_fn()(key=f"mice_jax_{where}", timeout_ms=MEET_S * 1000)
+    ocp.multihost.get_barrier_sync_fn()(key=f"mice_jax_{name}", timeout_ms=BARRIER_TIMEOUT_S * 1000)
 
 
 def assert_same_on_all_processes(what: str, fingerprint: str) -> None:
-    """AgreedError where not all of them have the same fingerprint; every process must call it."""
+    """Compares a fingerprint across processes; every process must call this.
+
+    Raises:
+        AgreedError: on every process, if the fingerprints differ; `what` names them in the message.
+    """
     digests = _allgather(np.frombuffer(hashlib.sha256(fingerprint.encode()).digest(), np.uint8))
     others = [i for i, d in enumerate(digests) if not np.array_equal(d, digests[0])]
     if others:
@@ -106,32 +126,35 @@ def assert_same_on_all_processes(what: str, fingerprint: str) -> None:
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """What one process refuses inside, all of them refuse, with its words: so none is left waiting for another.
+    """Raises a UserError of any process on all processes, so that none of them hangs in a later collective.
 
-    Every process must enter and leave it, and nothing inside may wait for another process. A store that fails one of
-    them is a StoreError in all of them.
+    Every process must enter and leave the block, and nothing inside may wait for another process.
+
+    Raises:
+        StoreError: if that is what one of the processes raised.
+        AgreedError: if it was any other UserError.
     """
-    refusal = None
+    error = None
     try:
         yield
     except UserError as e:
-        refusal = e
-    told = _allgather_text("" if refusal is None else str(refusal))
-    if any(told):
-        kind = StoreError if is_true_on_any_process(isinstance(refusal, StoreError)) else AgreedError
-        if refusal:
-            raise kind(str(refusal)) from refusal
-        _raise_remote_errors(told, kind)
+        error = e
+    errors = _allgather_text("" if error is None else str(error))
+    if any(errors):
+        kind = StoreError if is_true_on_any_process(isinstance(error, StoreError)) else AgreedError
+        if error:
+            raise kind(str(error)) from error
+        _raise_remote_errors(errors, kind)
 
 
-def _raise_remote_errors(told: list[str], kind: type[UserError] = AgreedError) -> None:
-    for process, text in enumerate(told):
+def _raise_remote_errors(errors: list[str], kind: type[UserError] = AgreedError) -> None:
+    for process, text in enumerate(errors):
         if text:
             raise kind(f"process {process} failed: {text}")
 
 
 def _allgather_text(text: str) -> list[str]:
-    """What each process says; every process must call it."""
+    """The text of each process; every process must call this."""
     padded = np.zeros(MAX_MESSAGE_BYTES, np.uint8)
     raw = text.encode()[:MAX_MESSAGE_BYTES]
     padded[: len(raw)] = np.frombuffer(raw, np.uint8)
@@ -139,25 +162,25 @@ def _allgather_text(text: str) -> list[str]:
 
 
 def _allgather(array: np.ndarray) -> np.ndarray:
-    """The array of each process, stacked; every process must call it."""
+    """The arrays of all processes, stacked; every process must call this."""
     if jax.process_count() == 1:
         return array[None]
     return np.asarray(multihost_utils.process_allgather(array))
 
 
 def check_devices(expected: int | None) -> None:
-    """UserError where the run has not the devices that its launcher counted on, in all processes together."""
+    """Raises UserError if the run has another number of devices, over all processes, than `expected`."""
     found = jax.devices()
     if expected is not None and len(found) != expected:
         raise UserError(
             f"--expect_devices={expected}, but the run has {len(found)} {found[0].platform} devices in "
             f"{jax.process_count()} process(es): a device or a process is missing, or jax was installed without "
-            "support for this hardware. Mend the machine or its installation, or give the number that is meant."
+            "support for this hardware. Fix the installation or pass the intended number."
         )
 
 
 def exit_immediately(error: BaseException) -> NoReturn:
-    """Ends this process of several at once, with its word: the others notice, where they would wait for a farewell."""
+    """Prints the error and ends this process without the usual shutdown, which would wait for the other processes."""
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
     else:
@@ -168,8 +191,8 @@ def exit_immediately(error: BaseException) -> NoReturn:
 
 
 def is_lost_peer_error(error: BaseException) -> bool:
-    """Whether an exception is what a collective, or the coordination service, makes of a process that is gone."""
+    """Whether a collective or the coordination service raised this error because another process is gone."""
     if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
         return False
-    said = str(error).lower()
-    return any(word in said for word in LOST_PEER)
+    text = str(error).lower()
+    return any(word in text for word in LOST_PEER_WORDS)

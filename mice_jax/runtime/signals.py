@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run saves its state and stops after the step in progress."""
+"""SIGTERM, SIGINT and SIGUSR1: a run saves its state and stops after the step in progress."""
 
 import multiprocessing
 import os
@@ -14,41 +14,46 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class PreemptionHandler:
-    """Whether SIGTERM, SIGINT or SIGUSR1 asked this process to save and leave; a second SIGINT ends it at once.
+    """Records a signal that asks this process to save and stop; a second SIGINT ends it at once.
 
-    Until `start` is called there is nothing to save: one process alone leaves then and there, and one of several, whose
-    others would miss it, in its first step. Of several JAX takes SIGTERM as they join, and tells it as a notice that
-    the machine is to be taken away (Checkpoints.preempted_before), until `start` takes it back.
+    Until `enable_saving` is called there is nothing to save: a single process exits on the signal, and one of several
+    stops in its first step, since the others would otherwise miss it. While several processes join, JAX replaces the
+    handler of SIGTERM and reports that signal as a preemption notice (see Checkpoints.preempted_before);
+    `enable_saving` installs this handler again.
+
+    Attributes:
+        signal: name of the signal that arrived, or None.
     """
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        self._started = False
-        self._before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
+        self._can_save = False
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
 
     def enable_saving(self) -> None:
-        self._started = True
+        """Declares that the run has begun: from now on a signal stops it after the step in progress."""
+        self._can_save = True
         if self.signal is None:
             for number in STOP_SIGNALS:
-                signal.signal(number, self._ask)
+                signal.signal(number, self._handle)
 
     def restore_handlers(self) -> None:
-        """Gives the signals back to whoever had them."""
-        for number, handler in self._before.items():
+        """Installs the handlers that were in place before this one."""
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
-        if not self._started and not jax.distributed.is_initialized():
-            said = f"preempted: {self.signal} before the first step: nothing is lost, run the same command to go on."
-            _exit_at_once(Preempted.exit_code, said)
-        said = "left at once, without saving: run the same command to go on from the last checkpoint"
-        signal.signal(signal.SIGINT, lambda number, frame: _exit_at_once(128 + number, said))
+        if not self._can_save and not jax.distributed.is_initialized():
+            message = f"preempted: {self.signal} before the first step. Nothing is lost; run the same command again."
+            _exit_at_once(Preempted.exit_code, message)
+        message = "stopped at once, without saving: run the same command to resume from the last checkpoint"
+        signal.signal(signal.SIGINT, lambda number, frame: _exit_at_once(128 + number, message))
 
 
-def _exit_at_once(code: int, said: str) -> NoReturn:
-    """Ends this process, as a kill would, amid a save too: what is not whole of it the next run removes."""
+def _exit_at_once(code: int, message: str) -> NoReturn:
+    """Ends this process as a kill would, even during a save; the next run removes the incomplete checkpoint."""
     for child in multiprocessing.active_children():
         child.kill()
-    os.write(2, f"{said}\n".encode())
+    os.write(2, f"{message}\n".encode())
     os._exit(code)

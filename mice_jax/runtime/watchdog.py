@@ -1,9 +1,8 @@
-"""A parent for each process of a run of several: it says in words why its child ended, and passes signals on.
+"""A parent process for each process of a multi-process run, which reports how its child ended and forwards signals.
 
-Where a peer is lost JAX's coordination service aborts the survivors from C++, with a signal and a log of its own; no
-Python in them has a say. So the command that the user started becomes a parent that starts itself again as its child
-and waits. It touches no device. A child whose parent is gone ends at once, so killing the command that the user sees
-ends the run.
+If a peer is lost, JAX's coordination service aborts the surviving processes from C++, and no Python code in them can
+report it. The command that the user started therefore becomes a parent, which touches no device, starts itself again
+as its child and waits. A child ends as soon as its parent is gone, so killing the visible command ends the run.
 """
 
 import json
@@ -20,31 +19,42 @@ import orbax.checkpoint as ocp
 from mice_jax.runtime import xla_flags
 from mice_jax.storage.paths import RunPath
 
-CHILD = "MICE_JAX_PARENT_PIPE"  # in a child's environment: the end of a pipe that closes with its parent
+PARENT_PIPE = "MICE_JAX_PARENT_PIPE"  # variable of a child: the read end of a pipe that closes when its parent ends
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOST = "another process of this run has ended, or could not be reached"
 
 
 def is_child() -> bool:
-    return CHILD in os.environ
+    """Whether a parent of this module started this process."""
+    return PARENT_PIPE in os.environ
 
 
 def start_child(
     module: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None, output: IO | None = None
 ) -> tuple[subprocess.Popen, int]:
-    """Starts `python -m module` under this process; also returns the end of the pipe that it lives by."""
-    reading, writing = os.pipe()
-    os.set_inheritable(reading, True)
+    """Starts `python -m module` as a child of this process.
+
+    Args:
+        module: name of the module to run.
+        arguments: its command-line arguments.
+        environment: variables in addition to those of this process.
+        output: file for its stdout and stderr; None = those of this process.
+
+    Returns:
+        The child, and the write end of a pipe; closing it terminates the child.
+    """
+    read_end, write_end = os.pipe()
+    os.set_inheritable(read_end, True)
     child = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
-        env={**xla_flags.HUGE_PAGES_ENV, **os.environ, **(environment or {}), CHILD: str(reading)},
+        env={**xla_flags.HUGE_PAGES_ENV, **os.environ, **(environment or {}), PARENT_PIPE: str(read_end)},
         stdout=output,
         stderr=output,
-        pass_fds=[reading],
-        start_new_session=True,  # a terminal's Ctrl-C reaches it once, through here
+        pass_fds=[read_end],
+        start_new_session=True,  # the Ctrl-C of a terminal reaches it once, through this process
     )
-    os.close(reading)
-    return child, writing
+    os.close(read_end)
+    return child, write_end
 
 
 def run_child(
@@ -54,58 +64,70 @@ def run_child(
     environment: Mapping[str, str] | None = None,
     output: IO | None = None,
 ) -> int:
-    """Runs `python -m module` under this process, and returns what the command's exit code is to be.
+    """Runs `python -m module` as a child of this process and waits for it.
 
-    `environment` is set beside this process's own; `output` is a file for what it says, None = where this one says it.
+    Args:
+        module: name of the module to run.
+        arguments: its command-line arguments.
+        workdir: workdir of the run, for the report on a child that a signal ended.
+        environment: variables in addition to those of this process.
+        output: file for its stdout and stderr; None = those of this process.
+
+    Returns:
+        The exit code that this command should have.
     """
-    child, writing = start_child(module, arguments, environment, output)
+    child, write_end = start_child(module, arguments, environment, output)
     before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in FORWARDED}
     try:
         code = child.wait()
     finally:
-        os.close(writing)
+        os.close(write_end)
         for number, handler in before.items():
             signal.signal(number, handler)
     return code if code >= 0 else _report_signal(-code, workdir)
 
 
 def exit_with_parent() -> None:
-    """Ends this process as soon as its parent has ended."""
-    pipe = int(os.environ[CHILD])
+    """Starts a thread that kills this process as soon as its parent has ended."""
+    pipe = int(os.environ[PARENT_PIPE])
 
     def wait() -> None:
-        os.read(pipe, 1)  # nothing is ever written: it returns when the other end closes
+        os.read(pipe, 1)  # nothing is ever written: this returns when the other end closes
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def broadcast_startup_error(place: tuple[str | None, int | None, int | None], refusal: str) -> None:
-    """Tells the other processes, which wait for this one to join them, that it will not, and why.
+def broadcast_startup_error(address: tuple[str | None, int | None, int | None], error: str) -> None:
+    """Sends an error of this process, which will not join the run, to the other processes, which wait for it.
 
-    In a process of its own: JAX aborts one that waits in vain, which must not change the exit code of this one.
+    It runs in a process of its own: JAX aborts a process whose peers do not come, which must not change the exit code
+    of this one. `address` holds the coordinator's address, the number of processes and the number of this process.
     """
     imports = "import json, sys; from mice_jax.runtime import distributed"
     program = f"{imports}; distributed.initialize(*json.loads(sys.argv[1]))"
-    command = [sys.executable, "-c", program, json.dumps([*place, refusal])]
+    command = [sys.executable, "-c", program, json.dumps([*address, error])]
     subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _report_signal(number: int, workdir: RunPath) -> int:
-    """Says which signal ended the child, and what it means."""
+    """Prints which signal ended the child and what that means; returns the exit code of this command."""
     if number == signal.SIGABRT:
         return report_lost_peer(workdir)
     name = signal.Signals(number).name
-    mend = " The system kills what takes too much memory." if number == signal.SIGKILL else ""
-    print(f"error: the training process was ended by {name}.{mend} {_how_to_resume(workdir)}", file=sys.stderr)
+    hint = " The system kills processes that use too much memory." if number == signal.SIGKILL else ""
+    print(f"error: the training process was ended by {name}.{hint} {_how_to_resume(workdir)}", file=sys.stderr)
     return 128 + number
 
 
-def report_lost_peer(workdir: RunPath, by: str = "") -> int:
-    """Says that a peer was lost, and by what it was noticed; 75 where there is a checkpoint to go on from, else 1."""
+def report_lost_peer(workdir: RunPath, cause: str = "") -> int:
+    """Prints that a peer was lost, and the error by which that was noticed; returns the exit code of this command.
+
+    The code is 75 if there is a checkpoint to resume from, else 1.
+    """
     resumable = _newest_checkpoint(workdir) is not None
     word = "preempted" if resumable else "error"
-    noticed = f" ({by})" if by else ""
+    noticed = f" ({cause})" if cause else ""
     print(f"{word}: {LOST}, so this one ended too{noticed}. {_how_to_resume(workdir)}", file=sys.stderr, flush=True)
     return 75 if resumable else 1
 
@@ -113,8 +135,8 @@ def report_lost_peer(workdir: RunPath, by: str = "") -> int:
 def _how_to_resume(workdir: RunPath) -> str:
     newest = _newest_checkpoint(workdir)
     if newest is None:
-        return "There is no checkpoint yet: run the same command in every process to start anew."
-    return f"The last checkpoint is {newest}; run the same command in every process to go on from it."
+        return "There is no checkpoint yet: run the same command in every process to start again."
+    return f"The last checkpoint is {newest}; run the same command in every process to resume from it."
 
 
 def _newest_checkpoint(workdir: RunPath) -> RunPath | None:

@@ -1,44 +1,45 @@
-"""What XLA and the system's allocator are asked for before they start: a table of flags by backend, and huge pages.
+"""Settings that must be in the environment before XLA or glibc read them: XLA flags by backend, and huge pages.
 
-Nothing here imports jax: a device's flags are read when it is first touched.
+This module does not import jax, since a backend reads its flags when a device is first touched.
 """
 
 import os
 import sys
 
-# By backend: the variable that it reads, and what is put there beside what the user has; a flag that the user sets is
-# the user's. An unknown flag ends the process, so each has to be known to every jax that we run on.
+# For each backend, the environment variable that it reads and the flags that we add. A flag that the user has set is
+# not replaced. Every supported version of JAX must know the flags, because XLA aborts on an unknown one.
 FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
-    # Tried, and no faster: BUILD_NOTES.md.
+    # No flag that was tried made CPUs faster: BUILD_NOTES.md.
     "cpu": ("XLA_FLAGS", ()),
-    # Collectives run beside what does not wait for them, as JAX's page on GPU performance advises.
+    # Collectives overlap with compute that does not wait for them, as JAX's page on GPU performance advises.
     "gpu": ("XLA_FLAGS", ("--xla_gpu_enable_latency_hiding_scheduler=true",)),
     # libtpu overlaps collectives by itself.
     "tpu": ("LIBTPU_INIT_ARGS", ()),
 }
-# Of glibc: memory comes in pages of 2 MiB. XLA takes a program's memory anew at each run: in pages of 4 KiB, 7 to
-# 28 % of a CPU's step (BUILD_NOTES.md).
+# glibc's malloc then uses pages of 2 MiB. XLA allocates the memory of a program again at each run, and pages of 4 KiB
+# cost 7 to 28 % of a step on CPUs (BUILD_NOTES.md).
 HUGE_PAGES_ENV = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-DETERMINISTIC = {"gpu": ("--xla_gpu_deterministic_ops=true",)}  # CPU and TPU repeat themselves anyway
+DETERMINISTIC = {"gpu": ("--xla_gpu_deterministic_ops=true",)}  # CPU and TPU programs are deterministic without a flag
 
 
 def set_flags(deterministic: bool) -> None:
-    """Sets the table's flags, and those of bit-equal reruns where asked; before anything touches a device."""
+    """Adds the flags of the table to the environment, and those of deterministic runs if asked for."""
     for backend, (variable, flags) in FLAGS.items():
-        mine = os.environ.get(variable, "").split()
-        names = {flag.partition("=")[0] for flag in mine}
-        wanted = (*flags, *(DETERMINISTIC.get(backend, ()) if deterministic else ()))
+        present = os.environ.get(variable, "").split()
+        names = {flag.partition("=")[0] for flag in present}
+        wanted = flags + (DETERMINISTIC.get(backend, ()) if deterministic else ())
         added = [flag for flag in wanted if flag.partition("=")[0] not in names]
         if added:
-            os.environ[variable] = " ".join([*mine, *added])
+            os.environ[variable] = " ".join([*present, *added])
 
 
 def reexec_with_huge_pages() -> None:
-    """Starts this process's command anew, with the same process id, where glibc was not told of huge pages.
+    """Executes this command again, in the same process, with the setting that makes malloc use huge pages (Linux).
 
-    It reads its settings once, before any Python. What the user has set is kept, and nothing starts anew.
+    glibc reads the setting once, before any Python runs. Nothing happens if the user has set GLIBC_TUNABLES. Imports
+    made before the call are paid for twice, so commands call this before they import jax.
     """
-    name = next(iter(HUGE_PAGES_ENV))
-    if sys.platform == "linux" and name not in os.environ:
+    (variable,) = HUGE_PAGES_ENV
+    if sys.platform == "linux" and variable not in os.environ:
         os.environ |= HUGE_PAGES_ENV
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
