@@ -61,9 +61,9 @@ def text_of(store: bucket.Bucket, place: str, file: str) -> str:
 def test_a_second_writer_is_an_error_once_the_first_shows_a_heartbeat(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "BEAT_S", 0.2)
-    monkeypatch.setattr(lock, "LOOK_S", 0.1)
-    monkeypatch.setattr(lock, "_was_here", lambda holder: False)  # as if on two machines
+    monkeypatch.setattr(lock, "HEARTBEAT_S", 0.2)
+    monkeypatch.setattr(lock, "POLL_S", 0.1)
+    monkeypatch.setattr(lock, "_ran_here_and_ended", lambda holder: False)  # as if on two machines
     with Workdir(parse_path(name)) as first:
         first.lock()
         began = time.monotonic()
@@ -77,7 +77,7 @@ def test_a_second_writer_is_an_error_once_the_first_shows_a_heartbeat(
 def test_the_lock_of_a_dead_process_of_this_machine_is_taken_at_once(store: bucket.Bucket, name: str) -> None:
     process = subprocess.Popen(["true"])
     process.wait()
-    holder = lock._here() | {"process": process.pid, "id": "x"}
+    holder = lock._this_process() | {"process": process.pid, "id": "x"}
     store.put(json.dumps(holder).encode(), {"name": key_of(name, "lock")})
     said: list[str] = []
     began = time.monotonic()
@@ -91,11 +91,11 @@ def test_a_process_of_another_boot_or_namespace_is_not_assumed_dead(key: str) ->
     """In another container its number is another process's here, or nobody's."""
     process = subprocess.Popen(["true"])
     process.wait()
-    gone = lock._here() | {"process": process.pid}
-    assert lock._was_here(gone)
-    assert not lock._was_here(gone | {key: "other"})
+    gone = lock._this_process() | {"process": process.pid}
+    assert lock._ran_here_and_ended(gone)
+    assert not lock._ran_here_and_ended(gone | {key: "other"})
     del gone[key]  # written by something that does not tell
-    assert not lock._was_here(gone)
+    assert not lock._ran_here_and_ended(gone)
 
 
 def test_a_lock_that_another_process_took_meanwhile_is_not_removed(store: bucket.Bucket, name: str) -> None:
@@ -103,11 +103,11 @@ def test_a_lock_that_another_process_took_meanwhile_is_not_removed(store: bucket
     process = subprocess.Popen(["true"])
     process.wait()
     key = key_of(name, "lock")
-    store.put(json.dumps(lock._here() | {"process": process.pid, "id": "dead"}).encode(), {"name": key})
-    other = json.dumps(lock._here() | {"process": 1, "id": "other"}).encode()
+    store.put(json.dumps(lock._this_process() | {"process": process.pid, "id": "dead"}).encode(), {"name": key})
+    other = json.dumps(lock._this_process() | {"process": 1, "id": "other"}).encode()
 
     def overtake(text: str) -> None:
-        if "is taken" in text:
+        if "taking over" in text:
             store.put(other, {"name": key})
         else:
             raise UserError("it watches the other")
@@ -120,8 +120,8 @@ def test_a_lock_that_another_process_took_meanwhile_is_not_removed(store: bucket
 def test_a_lock_without_heartbeats_from_elsewhere_is_taken_after_a_while(
     store: bucket.Bucket, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "DEAD_S", 0.5)
-    monkeypatch.setattr(lock, "LOOK_S", 0.1)
+    monkeypatch.setattr(lock, "DEAD_AFTER_S", 0.5)
+    monkeypatch.setattr(lock, "POLL_S", 0.1)
     holder = {"process": 1, "host": "elsewhere", "machine": 1, "id": "x"}
     store.put(json.dumps(holder).encode(), {"name": key_of(name, "lock")})
     said: list[str] = []
@@ -129,7 +129,7 @@ def test_a_lock_without_heartbeats_from_elsewhere_is_taken_after_a_while(
     with Workdir(parse_path(name)) as run:
         run.lock(said.append)
     assert time.monotonic() - began > 0.5
-    assert "held by process 1 on elsewhere; watching" in said[0] and "is taken" in said[1]
+    assert "held by process 1 on elsewhere; watching it" in said[0] and "taking over" in said[1]
 
 
 def test_a_writer_whose_lock_was_taken_writes_nothing_more(
@@ -252,7 +252,7 @@ def test_directory_listings_are_not_cached(store: bucket.Bucket, name: str) -> N
 
 
 def test_a_workdir_in_another_kind_of_store_is_an_error() -> None:
-    with pytest.raises(UserError, match="a s3:// store: a run's folder can be on disk or in a gs:// bucket"):
+    with pytest.raises(UserError, match="a s3:// store, but a workdir can be on disk or in a gs:// bucket"):
         parse_path("s3://bucket/run")
 
 
@@ -340,7 +340,7 @@ def test_an_outage_at_a_save_is_retried_and_then_ends_the_run_with_75(
     run_on_disk: Path,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(workdir, "WAIT_S", 4.0)
+    monkeypatch.setattr(workdir, "OUTAGE_S", 4.0)
     save, managers = ocp.CheckpointManager.save, []
     monkeypatch.setattr(
         ocp.CheckpointManager, "save", lambda self, *a, **k: managers.append(self) or save(self, *a, **k)

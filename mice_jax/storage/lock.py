@@ -1,4 +1,4 @@
-"""Who writes a run's folder: one process at a time, and a dead one is never in the way."""
+"""The lock of a workdir: one process writes at a time, and the lock of a dead process is taken over."""
 
 import contextlib
 import fcntl
@@ -17,26 +17,37 @@ from etils import epath
 from mice_jax.errors import StoreError, UserError, one_line
 from mice_jax.storage.paths import RunPath, filesystem
 
-BEAT_S = 10.0  # how often the holder of a bucket's lock writes it anew
-DEAD_S = 60.0  # a lock that is not written anew for so long has no holder
-LOOK_S = 1.0
-LEAVE_S = 5.0  # how long a holder that leaves waits for a sign of life under way, to a store that may be down
+HEARTBEAT_S = 10.0  # how often the holder of a bucket's lock writes its heartbeat object
+DEAD_AFTER_S = 60.0  # a holder without a heartbeat for this long is dead
+POLL_S = 1.0
+RELEASE_TIMEOUT_S = 5.0  # how long `release` waits for a heartbeat that is being written, as the store may be down
 
 
-def acquire(place: RunPath, say: Callable[[str], None]) -> "FolderLock | BucketLock":
-    """The lock of a run's folder; UserError where a live process has it, or where it cannot be written."""
-    return FolderLock(place) if isinstance(place, Path) else BucketLock(place, say)
+def acquire(path: RunPath, log: Callable[[str], None]) -> "FolderLock | BucketLock":
+    """Locks a workdir for this process.
+
+    Args:
+        path: the workdir.
+        log: receives what a user who waits for the lock of a bucket should know.
+
+    Returns:
+        The lock, which the caller releases.
+
+    Raises:
+        UserError: if a live process holds the lock, or the workdir cannot be written.
+    """
+    return FolderLock(path) if isinstance(path, Path) else BucketLock(path, log)
 
 
-def _held(place: RunPath, writer: str) -> UserError:
+def _locked_error(path: RunPath, holder: str) -> UserError:
     return UserError(
-        f"--workdir={place} is being written by another live process ({writer}). Wait for it, end it, or give another "
+        f"--workdir={path} is being written by another live process ({holder}). Wait for it, end it, or give another "
         "--workdir."
     )
 
 
 class FolderLock:
-    """A file lock: the system gives it back with the process."""
+    """A lock on a file, which the system releases when the process ends."""
 
     def __init__(self, folder: Path):
         try:
@@ -48,39 +59,40 @@ class FolderLock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            writer = file.read().strip()
+            holder = file.read().strip()
             file.close()
-            raise _held(folder, writer) from None
+            raise _locked_error(folder, holder) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         self._file: TextIO = file
 
     def check(self) -> None:
-        """Nobody else can have taken it."""
+        """Does nothing: no other process can take a lock on a file."""
 
     def release(self) -> None:
+        """Releases the lock."""
         self._file.close()
 
 
 class BucketLock:
-    """An object that names its holder, and one that its holder writes anew every BEAT_S.
+    """An object that names its holder, and a heartbeat object that the holder rewrites every HEARTBEAT_S.
 
-    The store sees to it that of two that create the first only one succeeds; nobody writes over it, and it is removed
-    only as the generation that was looked at, so one that was taken for dead finds the other's name there and leaves.
-    It may be taken once the second has not changed for DEAD_S: only that counts, so the machines' clocks do not matter.
-    A holder whose process was here and is gone is known to be dead at once.
+    The store lets only one of two processes create the lock. Nobody overwrites it, and it is removed only if it still
+    has the generation that was looked at; a holder that was wrongly assumed dead finds the other's name there and
+    stops. The lock may be taken over once the heartbeat has not changed for DEAD_AFTER_S, so the clocks of the
+    machines do not matter. If the holder was a process of this machine, its death is known at once.
     """
 
-    def __init__(self, folder: epath.Path, say: Callable[[str], None]):
+    def __init__(self, folder: epath.Path, log: Callable[[str], None]):
         self._folder, self._id, self._beats = folder, uuid.uuid4().hex, 0
         self._fs, root = filesystem(folder)
         self._object = f"{root}/lock"
         self._done = threading.Event()
         try:
             while not self._create():
-                self._bury(say)
-            self._beat()
+                self._break_stale_lock(log)
+            self._heartbeat()
         except UserError:
             raise
         except Exception as e:
@@ -89,45 +101,48 @@ class BucketLock:
         self._thread.start()
 
     def check(self) -> None:
-        """UserError where another process has taken the lock, as it may where this one was not heard of for long.
+        """Asks the store who holds the lock, since this process may have been suspended between two heartbeats.
 
-        The store is asked each time, since between two signs of life this process may have stood still.
+        Raises:
+            UserError: if another process has taken the lock over.
+            StoreError: if the store cannot be read.
         """
         try:
-            _, holder = self._look()
+            _, holder = self._read_lock()
         except Exception as e:
             raise StoreError(f"--workdir={self._folder} cannot be read: {one_line(e)}.") from e
         if holder.get("id") != self._id:
             raise UserError(
-                f"--workdir={self._folder} has been taken by another process ({_name(holder)}), since nothing was "
-                f"heard of this one for {DEAD_S:.0f} s. It leaves the run to that one."
+                f"--workdir={self._folder} has been taken by another process ({_describe(holder)}), because this one "
+                f"had sent no heartbeat for {DEAD_AFTER_S:.0f} s. This process stops; the run belongs to that one."
             )
 
     def release(self) -> None:
+        """Stops the heartbeat and removes the lock, if this process still holds it."""
         self._done.set()
-        self._thread.join(LEAVE_S)
-        generation, holder = self._look()
+        self._thread.join(RELEASE_TIMEOUT_S)
+        generation, holder = self._read_lock()
         if holder.get("id") == self._id:
             self._remove_lock(generation)
-        self._remove(self._sign(self._id))
+        self._remove(self._heartbeat_object(self._id))
 
-    def _sign(self, holder: object) -> str:
-        """The object by which a holder shows that it is alive."""
+    def _heartbeat_object(self, holder: object) -> str:
+        """The name of the heartbeat object of a holder."""
         return f"{self._object}.{holder}"
 
     def _create(self) -> bool:
         try:
-            self._fs.pipe_file(self._object, json.dumps(_here() | {"id": self._id}).encode(), mode="create")
+            self._fs.pipe_file(self._object, json.dumps(_this_process() | {"id": self._id}).encode(), mode="create")
         except FileExistsError:
             return False
         return True
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         self._beats += 1
-        self._fs.pipe_file(self._sign(self._id), str(self._beats).encode())
+        self._fs.pipe_file(self._heartbeat_object(self._id), str(self._beats).encode())
 
     def _read(self, name: str) -> bytes:
-        """An object's content, nothing where there is none."""
+        """The content of an object; empty if there is none."""
         try:
             return self._fs.cat_file(name)
         except FileNotFoundError:
@@ -138,68 +153,71 @@ class BucketLock:
             self._fs.rm_file(name)
 
     def _remove_lock(self, generation: str) -> None:
-        """Removes the lock if it is still that generation: the store compares, so that nothing comes in between."""
+        """Removes the lock if it still has that generation, which the store compares atomically."""
         bucket, key, _ = self._fs.split_path(self._object)
-        with contextlib.suppress(FileNotFoundError, FileExistsError):  # gone, or another's by now
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # removed, or taken by another process
             self._fs.call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation)
 
-    def _look(self) -> tuple[str, dict[str, object]]:
-        """The generation of the lock, which no two have in common, and its holder; nothing where there is none."""
+    def _read_lock(self) -> tuple[str, dict[str, object]]:
+        """The generation of the lock, unique to each, and its holder; empty if there is no lock."""
         try:
             generation = self._fs.info(self._object).get("generation", "")
         except FileNotFoundError:
             return "", {}
         try:
             return generation, dict(json.loads(self._read(self._object) or b"{}"))
-        except (ValueError, TypeError):  # written by something else: only its silence counts
+        except (ValueError, TypeError):  # not written by this package: only a missing heartbeat counts
             return generation, {}
 
-    def _bury(self, say: Callable[[str], None]) -> None:
-        """Returns once the objects of a dead holder are removed, or gone; UserError as soon as it is known to live."""
-        generation, holder = self._look()
-        if not generation:  # given back just now
+    def _break_stale_lock(self, log: Callable[[str], None]) -> None:
+        """Removes the lock of a dead holder, or returns because the lock is gone; raises UserError if the holder lives.
+
+        A holder on another machine is watched for DEAD_AFTER_S.
+        """
+        generation, holder = self._read_lock()
+        if not generation:  # released in the meantime
             return
-        writer = _name(holder)
-        sign = self._sign(holder.get("id"))
-        if not _was_here(holder):
-            say(f"the lock of {self._folder} is held by {writer}; watching for {DEAD_S:.0f} s whether it is alive")
-            last, until = self._read(sign), time.monotonic() + DEAD_S
-            while time.monotonic() < until:
-                self._done.wait(LOOK_S)
-                if self._look()[0] != generation:  # given back, or taken by another
+        name = _describe(holder)
+        heartbeat = self._heartbeat_object(holder.get("id"))
+        if not _ran_here_and_ended(holder):
+            log(f"the lock of {self._folder} is held by {name}; watching it for {DEAD_AFTER_S:.0f} s for a heartbeat")
+            first, deadline = self._read(heartbeat), time.monotonic() + DEAD_AFTER_S
+            while time.monotonic() < deadline:
+                self._done.wait(POLL_S)
+                if self._read_lock()[0] != generation:  # released, or taken by another process
                     return
-                if self._read(sign) != last:
-                    raise _held(self._folder, writer)
-        say(f"the lock of {writer}, which has ended without giving it back, is taken")
+                if self._read(heartbeat) != first:
+                    raise _locked_error(self._folder, name)
+        log(f"taking over the lock of {name}, which ended without releasing it")
         self._remove_lock(generation)
-        self._remove(sign)
+        self._remove(heartbeat)
 
     def _keep_alive(self) -> None:
-        while not self._done.wait(BEAT_S):
+        while not self._done.wait(HEARTBEAT_S):
             try:
-                if self._look()[1].get("id") != self._id:  # it is another's, and no sign of this one is to be seen
+                if self._read_lock()[1].get("id") != self._id:  # another process has taken it: no more heartbeats
                     return
-                self._beat()
-            except Exception:  # the store cannot be reached: the next beat tries again
+                self._heartbeat()
+            except Exception:  # the store cannot be reached; the next heartbeat tries again
                 continue
 
 
-def _name(holder: dict[str, object]) -> str:
+def _describe(holder: dict[str, object]) -> str:
     return f"process {holder.get('process', '?')} on {holder.get('host', '?')}"
 
 
-def _here() -> dict[str, object]:
-    """This process, and what tells others of its number from it: a container has numbers of its own."""
+def _this_process() -> dict[str, object]:
+    """This process, with the boot and the namespace in which its number is valid: a container has its own numbers."""
     here = {"process": os.getpid(), "host": socket.gethostname(), "machine": uuid.getnode()}
-    with contextlib.suppress(OSError):  # not Linux: then no holder is known to be of here
+    with contextlib.suppress(OSError):  # not Linux: no holder is then recognised as one of this machine
         here["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         here["numbers"] = os.readlink("/proc/self/ns/pid")
     return here
 
 
-def _was_here(holder: dict[str, object]) -> bool:
-    """Whether a holder was a process of this machine, since it was started, and of this namespace, and is no more."""
-    here, number = _here(), holder.get("process")
+def _ran_here_and_ended(holder: dict[str, object]) -> bool:
+    """Whether a holder was a process of this boot and namespace and is not running any more."""
+    here, number = _this_process(), holder.get("process")
     if "numbers" not in here or any(holder.get(key) != here[key] for key in here.keys() - {"process"}):
         return False
     return isinstance(number, int) and (number == os.getpid() or not Path(f"/proc/{number}").exists())

@@ -1,6 +1,6 @@
-"""A run's folder by its name: a folder of this machine, or one of a bucket (gs://), which knows whole objects only.
+"""Paths of workdirs: a directory of this machine or a prefix of a bucket (gs://), which stores whole objects only.
 
-A path in a bucket is etils.epath's, as orbax's are. Its small files are worked on in a copy here: see Workdir.
+A path in a bucket is an etils epath, as in orbax. Workdir works on a local copy of the small files of such a run.
 """
 
 import atexit
@@ -17,38 +17,44 @@ from etils import epath
 from mice_jax.errors import StoreError, UserError, one_line
 
 RunPath = Path | epath.Path
-# Other processes write there too: a listing that is kept, as etils' own file system would, is soon wrong.
+# Other processes write to the bucket too, so a cached listing, as etils' own file system keeps, is soon wrong.
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
-NOT_MIRRORED = ("checkpoints", "tensorboard")  # what of a run's folders is not fetched
-MIN_APPEND_BYTES = 1 << 20  # bytes of an object from which on only what was added to it is sent
+NOT_MIRRORED = ("checkpoints", "tensorboard")  # directories of a run that are not downloaded
+MIN_APPEND_BYTES = 1 << 20  # of an object, for only its new bytes to be uploaded
 
 
 def parse_path(name: str) -> RunPath:
-    """The place that a name stands for; UserError where it is a bucket that cannot be reached, or another kind."""
-    scheme, sign, _ = name.partition("://")
-    if not sign:
+    """The path that `name` denotes, after checking that a bucket can be reached.
+
+    Raises:
+        UserError: if it is in another kind of store, or gcsfs is not installed.
+        StoreError: if the bucket cannot be reached.
+    """
+    scheme, separator, _ = name.partition("://")
+    if not separator:
         return Path(name)
     if scheme != "gs":
         raise UserError(
-            f"{name} is in a {scheme}:// store: a run's folder can be on disk or in a gs:// bucket. Give one of these, "
-            "or mount the store."
+            f"{name} is in a {scheme}:// store, but a workdir can be on disk or in a gs:// bucket only. Give one of "
+            "these, or mount the store."
         )
-    place = epath.Path(name)
+    path = epath.Path(name)
     try:
-        list_folder(*filesystem(place))
+        list_folder(*filesystem(path))
     except ImportError as e:
         raise UserError(f"{name} needs the package gcsfs: pip install 'mice_jax[gcs]' ({one_line(e)}).") from e
-    except Exception as e:  # each store, and each way to its keys, raises its own
+    except Exception as e:  # each store, and each kind of credentials, has exceptions of its own
         raise StoreError(f"{name} cannot be reached: {one_line(e)}.") from e
-    return place
+    return path
 
 
-def is_remote(place: RunPath) -> bool:
-    return not isinstance(place, Path)
+def is_remote(path: RunPath) -> bool:
+    """Whether the path is in a bucket."""
+    return not isinstance(path, Path)
 
 
 def write_atomically(file: RunPath, text: str) -> None:
-    """Writes a file whole or not at all, as a bucket does by itself."""
+    """Writes a file so that readers see all of it or none of it, as a bucket does by itself."""
     if isinstance(file, Path):
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(text)
@@ -58,7 +64,7 @@ def write_atomically(file: RunPath, text: str) -> None:
 
 
 def move(folder: RunPath, to: RunPath) -> None:
-    """Gives a folder another name; in a bucket object by object, so a move that is cut short leaves some in each."""
+    """Renames a folder. A bucket moves object by object, so an interrupted move leaves some objects in each place."""
     if isinstance(folder, Path):
         to.parent.mkdir(exist_ok=True)
         folder.rename(to)
@@ -68,7 +74,11 @@ def move(folder: RunPath, to: RunPath) -> None:
 
 
 def list_objects(folder: RunPath) -> dict[str, tuple[int, str]]:
-    """For each object of a bucket's folder, by its name in there, its size and the store's own checksum of it."""
+    """The size and the store's checksum of each object below a folder of a bucket, by its relative name.
+
+    Raises:
+        StoreError: if the folder cannot be listed.
+    """
     fs, root = filesystem(folder)
     try:
         found = fs.find(root, detail=True)
@@ -81,49 +91,60 @@ def list_objects(folder: RunPath) -> dict[str, tuple[int, str]]:
     }
 
 
-def download_small_files(place: RunPath) -> Path:
-    """A new folder here with a run's small files; it goes with the process."""
+def download_small_files(path: RunPath) -> Path:
+    """Copies a run's small files into a temporary directory, which is deleted when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="mice_jax_run_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copy_small_files(place, folder)
+    copy_small_files(path, folder)
     return folder
 
 
-def copy_small_files(place: RunPath, folder: Path) -> None:
-    """Copies a run's small files from a bucket into a folder; StoreError where it cannot be read."""
-    fs, root = filesystem(place)
+def copy_small_files(path: RunPath, folder: Path) -> None:
+    """Copies a run's small files from a bucket into a local folder.
+
+    Raises:
+        StoreError: if the bucket cannot be read.
+    """
+    fs, root = filesystem(path)
     try:
-        for name in sorted(_small(fs, root)):
+        for name in sorted(_small_objects(fs, root)):
             file = folder / os.path.relpath(name, root)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(fs.cat_file(name))
     except Exception as e:
-        raise StoreError(f"{place} cannot be read: {one_line(e)}.") from e
+        raise StoreError(f"{path} cannot be read: {one_line(e)}.") from e
 
 
 def list_folder(fs: Any, root: str) -> list[dict[str, Any]]:
-    """What a bucket's folder holds. None is no folder; a store that is down raises, where `exists` would say no."""
+    """The entries of a folder of a bucket; empty if it does not exist. Unlike `exists`, this raises on an outage."""
     try:
         return fs.ls(root, detail=True)
     except FileNotFoundError:
         return []
 
 
-def upload(place: RunPath, file: str, content: bytes, there: int) -> None:
-    """Writes an object of a folder, of which the first `there` bytes are there already, 0 where they are not.
+def upload(path: RunPath, file: str, content: bytes, present_bytes: int) -> None:
+    """Writes an object of a folder of a bucket.
 
-    Where that is much, only what is new is sent, and the store puts it behind the rest. It does so to the generation
-    that was looked at alone, so a request that is sent twice adds nothing twice.
+    A large object that has only grown is not sent again: its new bytes become an object of their own, which the store
+    composes with the old one. The store does so only for the generation that was looked at, so that a repeated request
+    appends nothing twice.
+
+    Args:
+        path: the folder.
+        file: name of the object below it.
+        content: all of its bytes.
+        present_bytes: how many of the first bytes the object in the store is known to have; 0 = write all of it.
     """
-    fs, root = filesystem(place)
+    fs, root = filesystem(path)
     name = f"{root}/{file}"
-    known = fs.info(name) if there >= MIN_APPEND_BYTES else {}
-    if not known or int(known["size"]) != there:
+    known = fs.info(name) if present_bytes >= MIN_APPEND_BYTES else {}
+    if not known or int(known["size"]) != present_bytes:
         fs.pipe_file(name, content)
         return
     bucket, key, _ = fs.split_path(name)
     more = fs.split_path(f"{root}/.more")[1]
-    fs.pipe_file(f"{root}/.more", content[there:])
+    fs.pipe_file(f"{root}/.more", content[present_bytes:])
     parts = {
         "sourceObjects": [{"name": key}, {"name": more}],
         "destination": {"contentType": "application/octet-stream"},
@@ -132,20 +153,20 @@ def upload(place: RunPath, file: str, content: bytes, there: int) -> None:
     fs.rm_file(f"{root}/.more")
 
 
-def _small(fs: Any, root: str) -> list[str]:
-    """The objects of a folder and of those below that are not among NOT_SMALL, which may hold thousands."""
+def _small_objects(fs: Any, root: str) -> list[str]:
+    """The objects below a folder except for those in NOT_MIRRORED, which may hold thousands."""
     names: list[str] = []
     for entry in list_folder(fs, root):
         name = entry["name"].rstrip("/")
         if entry["type"] == "file":
             names.append(name)
         elif name != root and os.path.basename(name) not in NOT_MIRRORED:
-            names += _small(fs, name)
+            names += _small_objects(fs, name)
     return names
 
 
-def filesystem(place: RunPath) -> tuple[Any, str]:
-    """fsspec's file system of a bucket's path, which remembers no listing, and the path in it."""
-    fs, path = fsspec.core.url_to_fs(str(place))
+def filesystem(path: RunPath) -> tuple[Any, str]:
+    """The fsspec file system of a path in a bucket, with an empty listing cache, and the path inside it."""
+    fs, root = fsspec.core.url_to_fs(str(path))
     fs.invalidate_cache()
-    return fs, path.rstrip("/")
+    return fs, root.rstrip("/")

@@ -12,7 +12,7 @@ from mice_jax import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Versions, command and git commit, for summary.json."""
+    """Versions of packages, command line and git commit, as summary.json records them."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "pyarrow")
     versions = {"python": platform.python_version(), "mice_jax": __version__}
     return {
@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
 
 
 def code_state() -> dict[str, Any]:
-    """The commit that the code is of, and what differs from it."""
+    """The git commit of the code and the tracked files that differ from it."""
     return {
         "git_commit": _commit(),
         "git_changed_files": (_git("status", "--porcelain", "--untracked-files=no") or "").splitlines(),
@@ -31,7 +31,7 @@ def code_state() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit, also where a launcher has shipped the files without their history, and says it."""
+    """The git commit; a launcher that ships the files without their history sets it in the environment."""
     return os.environ.get("MICE_JAX_COMMIT") or _git("rev-parse", "HEAD")
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mice_jax import config
+from mice_jax.storage import jsonl
 from mice_jax.storage.workdir import METRICS
 from mice_jax.training import stop_rules
 
-MAX_TAIL_BYTES = 1 << 16  # enough of the end of metrics.jsonl for two records
 TRIAL_VARIABLE = "MICE_JAX_TRIAL"  # environment variable that holds a trial's `Trial` as JSON
 
 
@@ -39,22 +39,13 @@ class Trial:
 
 # ---------------------------------------------------------------------------------------- records on disk
 def read_records(folder: Path) -> list[stop_rules.Record]:
-    """Returns the complete lines of a run's metrics.jsonl; none where the file does not exist."""
-    file = folder / METRICS
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+    """The complete lines of a run's metrics.jsonl; empty if there is no such file."""
+    return jsonl.read(folder / METRICS)
 
 
 def last_record(folder: Path) -> stop_rules.Record:
-    """Returns the last complete line of a run's metrics.jsonl; an empty record where there is none."""
-    file = folder / METRICS
-    if not file.exists():
-        return {}
-    with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - MAX_TAIL_BYTES))
-        lines = opened.read().split(b"\n")[:-1]
-    return json.loads(lines[-1]) if lines else {}
+    """The last complete line of a run's metrics.jsonl; empty if there is none."""
+    return jsonl.read_last(folder / METRICS)
 
 
 # ---------------------------------------------------------------------------------------- rules as JSON
