@@ -86,28 +86,46 @@ def cpu_chip(count: int, peak_flops: float, memory: int) -> Chip:
     return Chip(("cpu",), peak_flops / count, memory / count, rate, rate, platform="cpu")
 
 
-def train_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
-    """Counts the model FLOPs of forward and backward over samples, without recomputation.
+def matmul_flops(spec: ModelSpec) -> int:
+    """FLOPs a token of the forward matmuls with weights: two for each weight.
 
-    Each weight of a matrix product costs 2 FLOPs per token forward and 4 backward. The embedding look-up costs nothing;
-    the output projection costs its product, whether tied or not. Causal attention over a sample of n tokens has n^2/2
-    pairs of tokens. Each pair costs head_dim multiply-adds for the score and as many for the value, in every head. A
-    window of w leaves wn - w^2/2 of the pairs.
-
-    Args:
-      spec: the model.
-      lengths: the number of tokens of each sample, [samples].
-
-    Returns:
-      FLOPs of all samples together.
+    The embedding look-up costs nothing; the output projection costs its matmul whether or not it is tied.
     """
     s = spec
     attention = 2 * s.d_model * s.head_dim * (s.num_heads + s.num_kv_heads)
-    weights = s.num_layers * (attention + 3 * s.d_model * s.d_ff) + s.vocab_size * s.d_model
+    return 2 * (s.num_layers * (attention + 3 * s.d_model * s.d_ff) + s.vocab_size * s.d_model)
+
+
+def attention_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
+    """FLOPs of the forward attention over samples of these lengths.
+
+    Causal attention over n tokens has n^2/2 pairs, each with head_dim multiply-adds for the score and as many for the
+    value, in every head; a window of w leaves wn - w^2/2 of them.
+
+    Args:
+        spec: the model.
+        lengths: tokens of each sample, int or float [samples].
+
+    Returns:
+        FLOPs of all layers and samples together.
+    """
     n = lengths.astype(np.float64)
-    visible = [np.minimum(n, window or np.inf) for window in s.windows]
-    pairs = s.num_heads * s.head_dim * sum(float((w * n - w * w / 2).sum()) for w in visible)
-    return 3 * (2 * weights * float(n.sum()) + 4 * pairs)
+    seen = [np.minimum(n, window or np.inf) for window in spec.windows]
+    return 4 * spec.num_heads * spec.head_dim * sum(float((w * n - w * w / 2).sum()) for w in seen)
+
+
+def train_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
+    """Model FLOPs of forward and backward, which costs twice as much, over samples; recomputation is not counted.
+
+    Args:
+        spec: the model.
+        lengths: tokens of each sample, int or float [samples].
+
+    Returns:
+        FLOPs of all samples together.
+    """
+    tokens = float(lengths.astype(np.float64).sum())
+    return 3 * (matmul_flops(spec) * tokens + attention_flops(spec, lengths))
 
 
 def peak_flops(device: Any) -> float | None:

@@ -203,7 +203,7 @@ def test_a_run_that_does_not_fit_is_reported_with_its_numbers(
         (100, 10, 170, 7, "compiled: one more does not fit"),  # exactly full
         (100, 10, 105, 0, "compiled: one more does not fit"),
         (200, 10, 150, 0, "compiled: whatever the rows are, the rest does not fit"),
-        (1, 0, 150, 1024, "compiled: no more are tried"),
+        (1, 0, 10**12, 1024, "compiled: no more are tried"),
     ],
 )
 def test_the_most_rows_are_those_of_which_one_more_does_not_fit(
@@ -222,7 +222,7 @@ def test_the_most_rows_are_those_of_which_one_more_does_not_fit(
 
 
 def test_after_the_deadline_rows_are_estimated_from_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = 10**9
+    memory = 10**8
     run = run_plan_of(memory, deadline=-math.inf)
     monkeypatch.setattr(run, "compile", lambda *_: pytest.fail("it compiles"))
     estimated = run.estimate(run.layout).total

@@ -1,7 +1,6 @@
-"""How long a step takes, by arithmetic: the products, the links and the memory of a device, each at an assumed share.
+"""Analytical estimate of the duration of a step: matmuls, links and memory, each at an assumed share of its peak.
 
-An estimate for comparing meshes and for an order of cost, not a measurement. `assumed` has what is assumed, in the
-words that `plan` prints.
+It compares meshes and gives the order of a cost; it is not a measurement. `describe_assumptions` lists what is assumed.
 """
 
 import dataclasses
@@ -10,24 +9,23 @@ import math
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from mice_jax.hardware import GPUS_PER_HOST, NETWORK_RATE, Chip, train_flops
+from mice_jax.hardware import GPUS_PER_HOST, NETWORK_RATE, Chip, attention_flops, matmul_flops, train_flops
 from mice_jax.models.attention import BACKENDS
 from mice_jax.sharding import num_shards
 from mice_jax.training import memory_model
 
-MATMUL_EFFICIENCY = 0.6  # of a device's peak, in matrix products
-LINK_EFFICIENCY = 0.7  # of the rate at which it can send
-MEMORY_EFFICIENCY = 0.7  # of the rate at which it reads and writes
-ROW_FILL = 0.95  # of the slots that hold a token
-OVERLAP = 0.8  # of the shorter of computing and sending goes on beside the longer
-UPDATE_BYTES_PER_PARAM = (
-    36  # that an update reads and writes a parameter: gradient, parameter, two moments, zeroed sums
-)
+MATMUL_EFFICIENCY = 0.6  # share of the peak FLOP/s of a device that matmuls reach
+LINK_EFFICIENCY = 0.7  # share of the link rate that collectives reach
+MEMORY_EFFICIENCY = 0.7  # share of the memory rate that the update reaches
+ROW_FILL = 0.95  # share of slots that hold a token
+OVERLAP = 0.8  # share of the shorter of compute and communication that overlaps with the longer
+UPDATE_BYTES_PER_PARAM = 36  # read and written by an update: gradient, parameter, two moments, zeroed sums
+MIN_ROWS = 1 / 8  # of the smallest microbatch shape, in rows of one device
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Of one step."""
+    """Estimated duration of one step and its parts."""
 
     seconds: float
     compute_s: float
@@ -41,58 +39,83 @@ class StepTime:
 def estimate_step_time(
     inputs: memory_model.MemoryInputs, chip: Chip, rows: int, remat: str, samples: float, mean_length: float
 ) -> StepTime:
-    """Of a step of so many samples of so many tokens, with so many rows a microbatch on each device."""
-    spec, mesh = inputs.decoder.spec, inputs.mesh
-    shards, tensor = num_shards(mesh), mesh.shape["tensor"]
+    """Estimates the duration of a step.
+
+    Args:
+        inputs: model, mesh, dtype and attention of the run.
+        chip: the device.
+        rows: rows of a microbatch on one device.
+        remat: rematerialisation policy.
+        samples: samples of a step.
+        mean_length: mean number of tokens of a sample.
+
+    Returns:
+        Seconds of the step, their parts, and the model FLOPs utilisation.
+    """
     tokens = samples * mean_length
-    share = max(
-        tokens / ROW_FILL / shards / inputs.max_length, 1 / 8
-    )  # rows of one device; the least microbatch is 1/8 row
-    microbatches = math.ceil(share / rows)
+    device_rows = max(tokens / ROW_FILL / num_shards(inputs.mesh) / inputs.max_length, MIN_ROWS)
+    microbatches = math.ceil(device_rows / rows)
+    slots = device_rows * inputs.max_length
+    weights = memory_model.bytes_per_device(inputs.state.params) / 4  # parameters of one device
 
-    # ---- Compute: products of all slots; attention over whole rows where the backend goes over them.
-    by_row = inputs.attention in ("splash", "reference")
-    length = inputs.max_length if by_row else mean_length
-    slots = share * inputs.max_length
-    products = train_flops(spec, np.array([1.0])) * slots
-    attention = (train_flops(spec, np.array([length])) / length - train_flops(spec, np.array([1.0]))) * slots
-    dots = 0.0 if BACKENDS[inputs.attention].saved_by_dots else attention / 3
-    again = {"none": 0.0, "dots": dots, "full": (products + attention) / 3}[remat]
-    compute_s = (products + attention + again) / tensor / (MATMUL_EFFICIENCY * chip.peak_flops)
-
-    # ---- Network: each microbatch gathers the weights twice and scatters their gradients; tensor joins activations.
-    weights = memory_model.bytes_per_device(inputs.state.params) / 4  # of this device
-    fsdp, item = mesh.shape["fsdp"], inputs.dtype.itemsize
-    sent = {
-        "fsdp": microbatches * weights * (fsdp - 1) * (2 * item + 4),
-        "data": microbatches * weights * 4 * 2 * (1 - 1 / mesh.shape["data"]),
-        "tensor": 8 * spec.num_layers * slots * spec.d_model * item * (1 - 1 / tensor),
-    }
-    network_s = sum(count / (LINK_EFFICIENCY * _link_rate(chip, mesh, axis)) for axis, count in sent.items())
-
+    compute_s = _device_flops(inputs, remat, slots, mean_length) / (MATMUL_EFFICIENCY * chip.peak_flops)
+    network_s = sum(
+        count / (LINK_EFFICIENCY * _link_rate(chip, inputs.mesh, axis))
+        for axis, count in _sent_bytes(inputs, slots, microbatches, weights).items()
+    )
     update_s = weights * UPDATE_BYTES_PER_PARAM / (MEMORY_EFFICIENCY * chip.memory_rate)
     longer, shorter = max(compute_s, network_s), min(compute_s, network_s)
     seconds = longer + (1 - OVERLAP) * shorter + update_s
-    model = train_flops(spec, np.array([mean_length])) * samples
-    mfu = model / (seconds * mesh.size * chip.peak_flops)
+    model_flops = train_flops(inputs.decoder.spec, np.array([mean_length])) * samples
+    mfu = model_flops / (seconds * inputs.mesh.size * chip.peak_flops)
     return StepTime(seconds, compute_s, network_s, update_s, microbatches, tokens, mfu)
 
 
-def _link_rate(chip: Chip, mesh: Mesh | AbstractMesh, axis: str) -> float:
-    """Bytes/s that one device can send along an axis of the mesh, whose last axis has neighbours beside each other.
+def _device_flops(inputs: memory_model.MemoryInputs, remat: str, slots: float, mean_length: float) -> float:
+    """FLOPs of one device for forward, backward and recomputation over so many slots of its rows."""
+    spec = inputs.decoder.spec
+    whole_rows = inputs.attention in ("splash", "reference")  # these compute over whole rows, not over samples
+    length = inputs.max_length if whole_rows else mean_length
+    matmul = 3 * matmul_flops(spec) * slots
+    attention = 3 * attention_flops(spec, np.array([length])) / length * slots
+    recomputed = 0.0
+    if remat == "full":
+        recomputed = (matmul + attention) / 3
+    elif remat == "dots" and not BACKENDS[inputs.attention].saved_by_dots:
+        recomputed = attention / 3
+    return (matmul + attention + recomputed) / inputs.mesh.shape["tensor"]
 
-    Between GPUs' hosts those of a group that share a host send through the links of all of them together, as NCCL's
-    rings do, and no faster than within it.
+
+def _sent_bytes(inputs: memory_model.MemoryInputs, slots: float, microbatches: int, weights: float) -> dict[str, float]:
+    """Bytes that one device sends along each axis of the mesh in a step.
+
+    Each microbatch gathers the weights twice over fsdp and scatters their gradients; data adds the gradients up; tensor
+    joins the activations.
+    """
+    spec, mesh, itemsize = inputs.decoder.spec, inputs.mesh, inputs.dtype.itemsize
+    return {
+        "fsdp": microbatches * weights * (mesh.shape["fsdp"] - 1) * (2 * itemsize + 4),
+        "data": microbatches * weights * 4 * 2 * (1 - 1 / mesh.shape["data"]),
+        "tensor": 8 * spec.num_layers * slots * spec.d_model * itemsize * (1 - 1 / mesh.shape["tensor"]),
+    }
+
+
+def _link_rate(chip: Chip, mesh: Mesh | AbstractMesh, axis: str) -> float:
+    """Bytes/s that one device can send along an axis of the mesh; devices along the last axis are neighbours.
+
+    GPUs of a group that share a host send to other hosts through the links of all of them, as NCCL's rings do, but not
+    faster than within the host.
     """
     names = list(mesh.shape)
-    apart = math.prod(mesh.shape[name] for name in names[names.index(axis) + 1 :])  # from one of a group to the next
-    if chip.platform != "gpu" or apart * mesh.shape[axis] <= GPUS_PER_HOST:
+    stride = math.prod(mesh.shape[name] for name in names[names.index(axis) + 1 :])  # between devices of a group
+    if chip.platform != "gpu" or stride * mesh.shape[axis] <= GPUS_PER_HOST:
         return chip.link_rate
-    return min(chip.link_rate, max(1, GPUS_PER_HOST // apart) * NETWORK_RATE)
+    return min(chip.link_rate, max(1, GPUS_PER_HOST // stride) * NETWORK_RATE)
 
 
 def describe_assumptions(chip: Chip) -> str:
-    peak = "the peak that was measured here just now" if chip.platform == "cpu" else "the peak"
+    """The assumptions of an estimate, as `plan` prints them."""
+    peak = "the peak measured on this machine" if chip.platform == "cpu" else "the peak"
     return (
         f"matrix products run at {MATMUL_EFFICIENCY:.0%} of {peak}, links and memory at {LINK_EFFICIENCY:.0%} and "
         f"{MEMORY_EFFICIENCY:.0%} of theirs, {OVERLAP:.0%} of communication is hidden behind compute, rows are "

@@ -1,9 +1,9 @@
-"""What a run needs of a device's memory, by arithmetic: by it `train` chooses rows and rematerialisation.
+"""Analytical model of the peak device memory of a step, used to choose rows_per_device and remat.
 
-Parameters, moments, sums and a microbatch's gradients are exact, from their shapes and shardings. What else exists at
-the peak of a backward pass is counted in arrays of the layer's widths. How many of each are alive at once is the
-compiler's doing; the counts below are those that bring the sum nearest to what XLA says for TPUs when it compiles the
-whole step (tests/test_aot.py holds them to it). `plan` compiles, and shows both.
+Parameters, moments, sums and the gradients of a microbatch are exact, from their shapes and shardings. Everything else
+that is alive at the peak of the backward pass is counted in arrays of the layer's widths. How many of those are alive
+at once is up to the compiler: the counts below bring the total closest to what XLA reports for TPUs when it compiles
+the whole step, and tests/test_aot.py bounds the error. `mice plan` compiles, and shows both numbers.
 """
 
 import bisect
@@ -17,169 +17,211 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from mice_jax.hardware import find_chip
-from mice_jax.loss import tokens_per_chunk
+from mice_jax.loss import logit_tokens
 from mice_jax.models.attention import BACKENDS
 from mice_jax.models.transformer import Decoder
 from mice_jax.step import TrainState
 
-REMAT_POLICIES = ("none", "dots", "full")  # of rematerialisation, from the fastest to the leanest
-MAX_CPU_SLOTS = 4096  # of a microbatch on one CPU device: more is no faster there
+REMAT_POLICIES = ("none", "dots", "full")  # from the fastest to the one that needs the least memory
+MAX_CPU_SLOTS = 4096  # of a microbatch on one CPU device; larger ones are not faster
 MAX_ROWS = 64  # of a microbatch on one device of any other kind
-TPU_LANES = 128  # of a TPU: the last dim of its arrays is padded to as many
-USABLE_FRACTION = 0.9  # of a device's memory, by an estimate: it may be off by so much
+TPU_LANES = 128  # the last dim of an array on a TPU is padded to a multiple of this
+USABLE_FRACTION = 0.9  # of a device's memory, which leaves room for the error of the estimate
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryInputs:
-    """What a run lays on one device, whatever its rows and rematerialisation are."""
+    """Inputs of the memory model that do not depend on rows or remat."""
 
     decoder: Decoder
     state: TrainState  # shapes with shardings
     mesh: Mesh | AbstractMesh
     dtype: Any  # of the forward and backward pass
-    attention: str
-    sums_dtype: Any
+    attention: str  # name of the backend
+    sums_dtype: Any  # of the accumulated gradients
     max_length: int  # slots of a row
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one device at the peak of a step, by what they are for."""
+    """Bytes of one device at the peak of a step, by purpose."""
 
     params: int
     optimizer: int
-    sums: int  # of the step's gradients
+    sums: int  # accumulated gradients of the step
     gradients: int  # of one microbatch
-    cast: int  # the parameters in the compute dtype: XLA casts them all before the first layer
-    activations: int  # kept for the backward pass
-    working: int  # of one layer, or of the loss: the larger
+    cast: int  # the parameters in the compute dtype; XLA casts all of them before the first layer
+    activations: int  # saved for the backward pass
+    working: int  # of one layer or of the loss, whichever is larger
 
     @property
     def resident(self) -> int:
-        """What is there all through a run."""
+        """Bytes that are allocated all through a run."""
         return self.params + self.optimizer + self.sums
 
     @property
     def total(self) -> int:
+        """Bytes at the peak."""
         return self.resident + self.gradients + self.cast + self.activations + self.working
 
 
 def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstimate:
-    """Of a step whose largest microbatch has so many rows on each device."""
+    """Estimates the peak memory of a step on one device.
+
+    Args:
+        inputs: what does not depend on rows or remat.
+        rows: rows of the largest microbatch on one device.
+        remat: rematerialisation policy, one of REMAT_POLICIES.
+
+    Returns:
+        The estimate, in bytes of one device.
+    """
     params, itemsize = bytes_per_device(inputs.state.params), inputs.dtype.itemsize
-    slots, own = rows * inputs.max_length, rows * _row_bytes(inputs)
+    slots, attention_bytes = rows * inputs.max_length, rows * _attention_bytes_per_row(inputs)
+    saved_by_layer = slots * _saved_per_slot(inputs, remat) * itemsize
+    if remat == "none":
+        saved_by_layer += attention_bytes
+    layer_bytes = (slots * _working_per_slot(inputs) + _gathered_weights(inputs)) * itemsize + attention_bytes
     return MemoryEstimate(
         params=params,
         optimizer=bytes_per_device(inputs.state.opt_state),
         sums=params * inputs.sums_dtype.itemsize // 4,
         gradients=params,
         cast=params * itemsize // 4 if itemsize < 4 else 0,
-        activations=(slots * _saved_per_slot(inputs, remat) * itemsize + own * (remat == "none"))
-        * inputs.decoder.spec.num_layers,
-        working=max(
-            (slots * _working_per_slot(inputs) + _gathered_weights(inputs)) * itemsize + own,
-            _lm_head_bytes(inputs, rows),
-        ),
+        activations=saved_by_layer * inputs.decoder.spec.num_layers,
+        working=max(layer_bytes, _lm_head_bytes(inputs, rows)),
     )
 
 
 def choose_rows_and_remat(
     inputs: MemoryInputs, memory: float, *, rows: int, policies: Sequence[str], most: int
 ) -> tuple[int, str]:
-    """Rows of a microbatch on one device, where they are not given (0), and one of the remat policies.
+    """Chooses the rows of a microbatch on one device and the remat policy.
 
-    Those are tried in turn, until one leaves room for the rows that are given, or for one. `memory` is the device's,
-    in bytes; no more than `most` rows are taken.
+    Args:
+        inputs: what does not depend on rows or remat.
+        memory: bytes that a program may use of one device.
+        rows: rows that the config asks for; 0 = as many as fit.
+        policies: remat policies in the order in which they are tried. The first that leaves room for `rows`, or for one
+            row, is taken; if none does, the last.
+        most: largest number of rows to choose.
+
+    Returns:
+        Rows and remat policy.
     """
-    for policy in policies:
+    for policy in policies[:-1]:
         fitting = max_fitting_rows(inputs, memory, policy, max(most, rows))
-        if fitting >= max(1, rows) or policy == policies[-1]:
-            return rows or max(1, fitting), policy
-    raise AssertionError("the last policy is always taken")
+        if fitting >= max(1, rows):
+            return rows or fitting, policy
+    return rows or max(1, max_fitting_rows(inputs, memory, policies[-1], most)), policies[-1]
 
 
 def remat_policies_fastest_first(platform: str) -> tuple[str, ...]:
-    """The policies worth trying: to keep what `none` keeps takes a CPU longer than to compute it again."""
+    """The remat policies worth trying on a platform: on CPUs, loading what `none` saves is slower than recomputing."""
     return tuple(p for p in REMAT_POLICIES if platform != "cpu" or p != "none")
 
 
 def max_fitting_rows(inputs: MemoryInputs, memory: float, remat: str, most: int) -> int:
-    """The most rows of which an estimate fits; 0 where none does."""
-    return bisect.bisect(
-        range(1, most + 1), USABLE_FRACTION * memory, key=lambda rows: estimate_memory(inputs, rows, remat).total
-    )
+    """The largest number of rows whose estimate fits.
+
+    Args:
+        inputs: what does not depend on rows or remat.
+        memory: bytes that a program may use of one device.
+        remat: rematerialisation policy.
+        most: largest number of rows to return.
+
+    Returns:
+        Rows of a microbatch on one device; 0 if not even one row fits.
+    """
+
+    def needed(rows: int) -> int:
+        return estimate_memory(inputs, rows, remat).total
+
+    return bisect.bisect(range(1, most + 1), USABLE_FRACTION * memory, key=needed)
 
 
 def max_useful_rows(inputs: MemoryInputs, platform: str, wanted: float) -> int:
-    """Rows that attention can count, beyond which a microbatch is no faster, or a step (of `wanted`) has no more."""
+    """The number of rows of one device beyond which a microbatch is not faster or cannot be indexed by attention.
+
+    Args:
+        inputs: what does not depend on rows or remat.
+        platform: cpu, gpu or tpu.
+        wanted: rows of one device that a whole step has on average.
+
+    Returns:
+        Rows, at least one.
+    """
     most = max(1, MAX_CPU_SLOTS // inputs.max_length) if platform == "cpu" else MAX_ROWS
-    countable = BACKENDS[inputs.attention].max_entries / (inputs.max_length * _widths(inputs)[1])
-    return max(1, int(min(most, round(wanted), countable)))
+    _, query_width, _, _ = _widths(inputs)
+    indexable = BACKENDS[inputs.attention].max_entries / (inputs.max_length * query_width)
+    return max(1, int(min(most, round(wanted), indexable)))
 
 
 def device_memory_bytes(device: Any) -> int:
-    """Bytes that a program may use of a device; a CPU device has its share of the machine."""
+    """Bytes that a program may use of a device; the devices of a CPU share the memory of the machine."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
-    if chip := find_chip(device):
+    chip = find_chip(device)
+    if chip:
         return int(chip.memory)
     return host_memory_bytes() // max(1, jax.local_device_count())
 
 
 def host_memory_bytes() -> int:
+    """Physical memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def bytes_per_device(tree: Any) -> int:
-    """What of a tree of shapes with shardings lies on one device."""
+    """Bytes that one device stores of a pytree of arrays, or of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-# ---------------------------------------------------------------------------------------- what is alive at once
+# ---------------------------------------------------------------------------------------- what is alive at the peak
 def _widths(inputs: MemoryInputs) -> tuple[int, int, int, int]:
-    """d_model, and the columns of queries, of keys and of the MLP that one device has."""
+    """d_model, and the columns of queries, of keys and of the MLP on one device."""
     s, tensor = inputs.decoder.spec, inputs.mesh.shape["tensor"]
     head = -(-s.head_dim // TPU_LANES) * TPU_LANES if inputs.attention == "splash" else s.head_dim
     return s.d_model, s.num_heads * head // tensor, s.num_kv_heads * head // tensor, s.d_ff // tensor
 
 
 def _saved_per_slot(inputs: MemoryInputs, remat: str) -> int:
-    """Entries a slot that a layer keeps for the backward pass."""
+    """Array entries a slot that one layer saves for the backward pass."""
     d, q, k, f = _widths(inputs)
-    result = q if BACKENDS[inputs.attention].saved_by_dots else 0
-    windows = len(set(inputs.decoder.spec.windows))  # a branch each: a switch keeps more for several
-    return {
-        "full": d,  # what went in
-        "dots": 2 * d + q + 2 * k + 2 * f + result,  # and what products with weights gave, but the last one
-        "none": 10 * d + 3 * q + 3 * k + 6 * f + (windows - 1) * (q + k),
-    }[remat]
+    attention_output = q if BACKENDS[inputs.attention].saved_by_dots else 0
+    windows = len(set(inputs.decoder.spec.windows))  # each is a branch of a switch, which saves more for several
+    if remat == "full":  # the input of the layer
+        return d
+    if remat == "dots":  # in addition the results of all matmuls with weights but the last
+        return 2 * d + q + 2 * k + 2 * f + attention_output
+    return 10 * d + 3 * q + 3 * k + 6 * f + (windows - 1) * (q + k)
 
 
 def _working_per_slot(inputs: MemoryInputs) -> int:
-    """Entries a slot of the layer whose backward pass is under way."""
+    """Array entries a slot of the layer whose backward pass is running."""
     d, q, k, f = _widths(inputs)
     entries = 4 * d + 2 * q + 2 * k + 5 * f
-    if inputs.attention == "reference":  # masks and scores of a row's slots with each other
+    if inputs.attention == "reference":  # masks and scores between all slots of a row
         entries += 4 * inputs.max_length * inputs.decoder.spec.num_heads // inputs.mesh.shape["tensor"]
     return entries
 
 
-def _row_bytes(inputs: MemoryInputs) -> int:
-    """Of one row in one layer, what its attention takes beside entries of the layer's widths."""
+def _attention_bytes_per_row(inputs: MemoryInputs) -> int:
+    """Bytes that the attention backend needs for a row in one layer, besides arrays of the layer's widths."""
     heads = -(-inputs.decoder.spec.num_heads // inputs.mesh.shape["tensor"])
     return BACKENDS[inputs.attention].row_bytes(inputs.max_length, heads)
 
 
 def _gathered_weights(inputs: MemoryInputs) -> int:
-    """Entries of the weights that are whole on a device for the time of their use: a layer's and the next one's."""
-    whole = sum(x.size for x in jax.tree.leaves(inputs.decoder.abstract["layers"]))
-    return 2 * whole // inputs.decoder.spec.num_layers // inputs.mesh.shape["tensor"]
+    """Entries of the weights that a device has gathered while it uses them: those of a layer and of the next one."""
+    total = sum(x.size for x in jax.tree.leaves(inputs.decoder.abstract["layers"]))
+    return 2 * total // inputs.decoder.spec.num_layers // inputs.mesh.shape["tensor"]
 
 
 def _lm_head_bytes(inputs: MemoryInputs, rows: int) -> int:
-    """Bytes of the output projection, whole, and of its gradient in float32, and of a chunk's logits, three of them."""
+    """Bytes of the gathered output projection, of its float32 gradient and of three arrays of a chunk's logits."""
     vocab = inputs.decoder.vocab_rows // inputs.mesh.shape["tensor"]
-    tokens = max(rows, tokens_per_chunk(inputs.decoder.vocab_rows))
+    tokens = max(rows, logit_tokens(inputs.decoder.vocab_rows))
     return vocab * (inputs.decoder.spec.d_model * (inputs.dtype.itemsize + 4) + 3 * 4 * tokens)
