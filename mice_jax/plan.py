@@ -30,6 +30,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mice_jax.cli.flags import define_plan
+from mice_jax.cli.format import format_bytes, format_count, format_duration
 from mice_jax.config import Config
 from mice_jax.data.readers import open_source
 from mice_jax.data.tokenizer import load_tokenizer
@@ -265,7 +266,8 @@ def _print(said: dict[str, Any]) -> None:
         table.add_row(name, escape(line))
     console.print(table)
     for s in said["suggestions"]:
-        what = f"{s['for']}: {_size(s['bytes_per_device'])} ({s['known_by']}), a step in about {s['step_time_s']:.3g} s"
+        memory = f"{format_bytes(s['bytes_per_device'])} ({s['known_by']})"
+        what = f"{s['for']}: {memory}, a step in about {s['step_time_s']:.3g} s"
         console.print(escape(f"{what}: {'as planned' if s['is_planned'] else s['flags']}"), soft_wrap=True)
     for assumption in said["assumptions"]:
         console.print(escape(f"assumed: {assumption}"), soft_wrap=True)
@@ -274,25 +276,27 @@ def _print(said: dict[str, Any]) -> None:
 def _lines(said: dict[str, Any]) -> dict[str, str]:
     planned, estimate = said["planned"], said["estimate"]
     mesh = ", ".join(f"{k} {v}" for k, v in planned["mesh"].items())
-    rows = f"{_rows(planned['rows_per_device'])} a device, remat {planned['remat']}"
+    rows = f"{format_count(planned['rows_per_device'], 'row')} a device, remat {planned['remat']}"
     passing = estimate["total"] - said["params_bytes"] - said["optimizer_bytes"] - said["sums_bytes"]
     verdict = "fits" if said["fits"] else "does not fit"
     how = f"compiled in {said['compile_s']:.0f} s" if said["compiled"] else "an estimate: nothing was compiled"
     functions = [
-        f"{n} {_size(f['total'])}" + " (out of memory)" * f["out_of_memory"] for n, f in said["functions"].items()
+        f"{n} {format_bytes(f['total'])}" + " (out of memory)" * f["out_of_memory"]
+        for n, f in said["functions"].items()
     ]
     lines = {
         "model": f"{said['model']}, {planned['compute_dtype']}, {planned['attention']} attention",
         "mesh": f"{mesh} on {said['devices']} x {said['device_kind']}; {rows}",
         "replicated": ", ".join(said["replicated"]) + " on every device" * bool(said["replicated"]),
-        "parameters": _size(said["params_bytes"]),
-        "optimizer": _size(said["optimizer_bytes"]),
-        "gradient sums": _size(said["sums_bytes"]),
-        "activations": f"{_size(said['temp_bytes'])}, with all else that comes and goes in {said['peak_function']}; by "
-        f"arithmetic {_size(passing)}",
-        "peak": f"{_size(said['bytes_per_device'])} of {_size(said['hbm_bytes'])} a device: {verdict} ({how})",
+        "parameters": format_bytes(said["params_bytes"]),
+        "optimizer": format_bytes(said["optimizer_bytes"]),
+        "gradient sums": format_bytes(said["sums_bytes"]),
+        "activations": f"{format_bytes(said['temp_bytes'])}, with all other temporary memory of "
+        f"{said['peak_function']}; estimated {format_bytes(passing)}",
+        "peak": f"{format_bytes(said['bytes_per_device'])} of {format_bytes(said['hbm_bytes'])} a device: "
+        f"{verdict} ({how})",
         "by function": ", ".join(functions),
-        "most rows": f"{_rows(said['rows_per_device'])} a device ({said['rows_known_by']})",
+        "most rows": f"{format_count(said['rows_per_device'], 'row')} a device ({said['rows_known_by']})",
         "a step": f"about {said['step_time_s']:.3g} s in {said['num_microbatches']} microbatches, "
         f"{said['tokens_per_s']:,.0f} tokens/s, {said['mfu']:.0%} of the peak: an estimate",
     }
@@ -300,25 +304,9 @@ def _lines(said: dict[str, Any]) -> dict[str, str]:
         what = "devices" if said["device_kind"] == "cpu" else "chips"
         cost = f", {said['cost']:,.0f} at the price given" if said["cost"] else ""
         lines["the run"] = (
-            f"{said['steps']:,.0f} steps, about {_duration(said['days'])} on {said['chips']:g} {what}{cost}"
+            f"{said['steps']:,.0f} steps, about {format_duration(said['days'])} on {said['chips']:g} {what}{cost}"
         )
     return {name: line for name, line in lines.items() if line}
-
-
-def _rows(count: int) -> str:
-    return f"{count} row" + "s" * (count != 1)
-
-
-def _duration(days: float) -> str:
-    """In the largest unit of which there is one at least."""
-    units = {"day": 86400, "hour": 3600, "minute": 60, "second": 1}
-    unit = next((name for name, seconds in units.items() if days * 86400 >= seconds), "second")
-    count = f"{days * 86400 / units[unit]:.3g}"
-    return f"{count} {unit}" + "s" * (count != "1")
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

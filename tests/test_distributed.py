@@ -31,7 +31,7 @@ def raise_on(process, error):
         if process in (rank, "both"):
             raise error
 
-distributed.initialize(*command.place_of(sys.argv[1:]))
+distributed.initialize(*command.processes_of(sys.argv[1:]))
 rank = 1 - distributed.is_main_process()
 print(json.dumps({
     "same": outcome(lambda: distributed.assert_same_on_all_processes("data", "a")),

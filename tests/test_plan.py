@@ -14,6 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from helpers.models import spec_of
 from helpers.runs import read_json, read_metrics, run_train, run_verb, setting
 from mice_jax import plan
+from mice_jax.cli.format import format_duration
 from mice_jax.config import Config
 from mice_jax.errors import UserError
 from mice_jax.hardware import CHIPS, Chip, find_chip
@@ -268,8 +269,8 @@ def test_the_flags_of_a_suggestion_give_the_memory_that_it_states(
         ("cpu:2x2", "as in cpu:8"),
         ("h100:8x2", "as in h100:8"),
         ("v5p:2x2x2x2", "did you mean '2x2x2'"),
-        ("v5e:3x3", "is no slice of TPU v5e"),
-        ("v5p:8", "is no slice of TPU v5p"),
+        ("v5e:3x3", "is not a slice of TPU v5e"),
+        ("v5p:8", "is not a slice of TPU v5p"),
     ],
 )
 def test_an_unknown_topology_is_an_error_with_the_nearest_one(
@@ -519,7 +520,7 @@ def test_dims_that_the_mesh_does_not_divide_are_listed(config: Path, capsys: pyt
     [(12.345, "12.3 days"), (1.0, "1 day"), (0.5, "12 hours"), (1 / 96, "15 minutes"), (5e-5, "4.32 seconds")],
 )
 def test_a_duration_is_printed_in_a_readable_unit(days: float, said: str) -> None:
-    assert plan._duration(days) == said
+    assert format_duration(days) == said
 
 
 # ---------------------------------------------------------------------------------------- what attention needs

@@ -1,4 +1,4 @@
-"""The functions of a step compiled for devices that need not be here, and what XLA says they take of one device.
+"""Compiles the functions of a step for devices that this machine need not have, and reads their memory from XLA.
 
 A topology is `cpu:N`, a TPU slice (`v5p:2x2x2`, compiled by libtpu, which needs no TPU for that), or NVIDIA GPUs
 (`h100:8`, compiled where JAX's CUDA plugin and a description of the device are there).
@@ -33,14 +33,20 @@ from mice_jax.step import Jitted, StepFunctions
 from mice_jax.training.memory_model import bytes_per_device, host_memory_bytes
 from mice_jax.training.precompile import abstract_batch
 
-FUNCTIONS = ("accumulate", "apply", "evaluate", "zero_sums", "start")  # of a step, and of what comes before and beside
-MAX_CONCURRENT_COMPILES = 2  # functions that are compiled at a time
-# Slices that TPUs come in, for examples; libtpu knows them all.
+FUNCTIONS = (
+    "accumulate",
+    "apply",
+    "evaluate",
+    "zero_sums",
+    "start",
+)  # those of a step, of an evaluation and of a start
+MAX_CONCURRENT_COMPILES = 2
+# Common TPU slices, to suggest in error messages; libtpu knows all of them.
 SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SLICES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SLICES = {"v4": SLICES_3D, "v5e": SLICES_2D, "v5p": SLICES_3D, "v6e": SLICES_2D, "tpu7x": SLICES_3D}
 EXAMPLES = ("cpu:8", "v4:2x2x2", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")
-# libtpu takes a lock on the machine's TPU chips, and asks Google Cloud what they are: there is none to lock or to ask.
+# Keep libtpu from locking TPU chips and from asking Google Cloud about them, since this machine has none.
 WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -63,28 +69,40 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledMemory:
-    """What one device holds while a function of the step runs, in bytes."""
+    """Bytes that one device has allocated while a function of the step runs."""
 
     function: str
-    arguments: int  # its own, and what stays beside them
+    arguments: int  # its arguments and what else the run keeps allocated
     temporary: int
-    out_of_memory: bool = False  # by the compiler, which gave what the function would need
+    out_of_memory: bool = False  # the compiler failed, and reported what the function would need
 
     @property
     def total(self) -> int:
+        """Bytes at the peak of the function."""
         return self.arguments + self.temporary
 
 
 # ---------------------------------------------------------------------------------------- devices
 def find_topology(topology: str, device_file: str = "") -> Topology:
-    """The devices of a topology; UserError where it is none, or its compiler is not installed."""
+    """The devices of a topology.
+
+    Args:
+        topology: as the user gave it: cpu:8, v5p:2x2x2, h100:8.
+        device_file: description of an NVIDIA GPU to compile for; "" = the plan is an estimate.
+
+    Returns:
+        The topology, with devices to compile for where there is a compiler.
+
+    Raises:
+        UserError: if there is no such topology, or its compiler is not installed.
+    """
     family, _, shape = topology.lower().partition(":")
     family = {"7x": "tpu7x", "v7x": "tpu7x"}.get(family, family)
     kinds = ["cpu", *CHIPS]
     if family not in kinds:
         raise UserError(
-            f"--topology={topology}: {family!r} is no kind of device that is known{nearest(family, kinds)} "
-            f"Each has its form: {', '.join(EXAMPLES)}."
+            f"--topology={topology}: {family!r} is not a known kind of device{nearest(family, kinds)} "
+            f"Examples: {', '.join(EXAMPLES)}."
         )
     if family in SLICES:
         return _tpus(topology, family, shape)
@@ -112,7 +130,7 @@ def _tpus(topology: str, family: str, shape: str) -> Topology:
     except Exception as e:  # what of JAX's it is depends on whether libtpu is missing, too old, or refuses the name
         if "INVALID_ARGUMENT" in str(e):
             raise UserError(
-                f"--topology={topology} is no slice of TPU {family}{nearest(shape, SLICES[family])} "
+                f"--topology={topology} is not a slice of TPU {family}{nearest(shape, SLICES[family])} "
                 f"What libtpu says: {one_line(e)}."
             ) from None
         raise UserError(

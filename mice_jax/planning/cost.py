@@ -1,4 +1,4 @@
-"""What a run would cost, from its config and its data, before any of it is run."""
+"""The cost of a run, computed from its config and data before it starts."""
 
 import dataclasses
 
@@ -9,22 +9,25 @@ from mice_jax.hardware import CHIPS, train_flops
 from mice_jax.model_source import resolve_source
 from mice_jax.training import build
 
-SAMPLED_STEPS = 64  # steps, evenly over the run, that stand for all of them
-ASSUMED_MFU = 0.4
+SAMPLED_STEPS = 64  # spread evenly over the run; the cost is extrapolated from them
+ASSUMED_MFU = 0.4  # model FLOPs utilisation, for hours of an H100
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
+    """Steps, samples, tokens and FLOPs of one run or of several."""
+
     steps: float = 0.0
     samples: float = 0.0
     tokens: float = 0.0
-    flops: float = 0.0  # of the model, recomputation not counted
+    flops: float = 0.0  # of the model, without recomputation
 
     def __add__(self, other: "Cost") -> "Cost":
         mine, its = dataclasses.astuple(self), dataclasses.astuple(other)
         return Cost(*(a + b for a, b in zip(mine, its, strict=True)))
 
     def h100_hours(self) -> float:
+        """Hours of one H100 at ASSUMED_MFU."""
         return self.flops / (ASSUMED_MFU * CHIPS["h100"].peak_flops) / 3600
 
 

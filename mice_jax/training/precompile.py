@@ -14,11 +14,11 @@ from mice_jax.sharding import batch_sharding, num_shards
 from mice_jax.step import Batch, StepFunctions
 from mice_jax.training.phases import PhaseSpan
 
-MAX_PLANNED_SAMPLES = 2_000_000  # samples whose steps are planned before the first, about two seconds
+MAX_PLANNED_SAMPLES = 2_000_000  # planning the steps of this many takes about two seconds
 
 
 def shapes_to_compile(steps: StepSource, start: int, stop: int) -> list[Shape]:
-    """The microbatch shapes of steps number `start` up to `stop`, largest first.
+    """The microbatch shapes of the steps from `start` to `stop`, exclusive, largest first.
 
     Only the steps of the first MAX_PLANNED_SAMPLES samples are planned. A later step may still need another shape.
     """
@@ -75,10 +75,17 @@ def compile_run(
 def compile_step_functions(
     fns: StepFunctions, trained: Iterable[Shape], evaluated: Iterable[Shape], mesh: Mesh, *, resets: bool
 ) -> float:
-    """Compiles what steps and evaluations run on microbatches of these shapes; returns the seconds it took.
+    """Compiles the functions of steps and evaluations, so that no later step waits for a compilation; runs nothing.
 
-    Where a phase still to come `resets` the optimizer, what makes its state anew as well. So no step later in the run
-    waits for a compilation. Nothing is run.
+    Args:
+        fns: the functions of a step.
+        trained: microbatch shapes of the steps.
+        evaluated: microbatch shapes of the held-out loss.
+        mesh: mesh of the run.
+        resets: whether a later phase resets the optimizer, which takes one more function.
+
+    Returns:
+        The seconds that it took.
     """
     began = time.perf_counter()
     state, sums = fns.abstract_state, fns.abstract_sums
@@ -93,7 +100,7 @@ def compile_step_functions(
 
 
 def abstract_batch(mesh: Mesh, rows: int, slots: int) -> Batch:
-    """A microbatch as shapes with shardings."""
+    """The shapes and shardings of a microbatch with `rows` rows of `slots` slots on each device."""
     sharding, total = batch_sharding(mesh), rows * num_shards(mesh)
     one = empty_rows(1, slots)
     made: Any = {n: jax.ShapeDtypeStruct((total, slots), a.dtype, sharding=sharding) for n, a in one.items()}

@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from mice_jax.cli.format import format_bytes
 from mice_jax.config import Config
 from mice_jax.data import statistics
 from mice_jax.data.dataset import Dataset
@@ -91,13 +92,9 @@ def _step(config: Config, steps: StepSource, total_steps: int) -> str:
 def _memory(needed: memory_model.MemoryEstimate, there: int) -> str:
     state = needed.resident + needed.gradients
     return (
-        f"about {_size(needed.total)} a device ({_size(state)} parameters, moments and gradients, "
-        f"{_size(needed.total - state)} activations) of {_size(there)}: an estimate; mice plan has more"
+        f"about {format_bytes(needed.total)} a device ({format_bytes(state)} parameters, moments and gradients, "
+        f"{format_bytes(needed.total - state)} activations) of {format_bytes(there)}: an estimate; mice plan has more"
     )
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _optimizer(config: Config) -> str:
