@@ -17,7 +17,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from mice_jax.hardware import find_chip
-from mice_jax.loss import logit_tokens
+from mice_jax.loss import tokens_per_chunk
 from mice_jax.models.attention import BACKENDS
 from mice_jax.models.transformer import Decoder
 from mice_jax.step import TrainState
@@ -223,5 +223,5 @@ def _gathered_weights(inputs: MemoryInputs) -> int:
 def _lm_head_bytes(inputs: MemoryInputs, rows: int) -> int:
     """Bytes of the gathered output projection, of its float32 gradient and of three arrays of a chunk's logits."""
     vocab = inputs.decoder.vocab_rows // inputs.mesh.shape["tensor"]
-    tokens = max(rows, logit_tokens(inputs.decoder.vocab_rows))
+    tokens = max(rows, tokens_per_chunk(inputs.decoder.vocab_rows))
     return vocab * (inputs.decoder.spec.d_model * (inputs.dtype.itemsize + 4) + 3 * 4 * tokens)
