@@ -46,13 +46,14 @@ from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import replicated_dims
 from mice_jax.training import memory_model
 
-READ_BYTES = 16 * 2**20  # of data: more is not read for a plan
-MEAN_LENGTH = 512  # tokens a sample, where nothing is known
+READ_BYTES = 16 * 2**20  # a plan reads the run's data only if they are at most this large
+MEAN_LENGTH = 512  # assumed tokens of a sample, if neither the data nor --mean_length give it
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-WIDTH = 160  # of tables in a file or a pipe
+WIDTH = 160  # columns of a table if the output is not a terminal
 
 
 def plan(values: command.Values) -> None:
+    """Plans the run of a config on a topology and prints the plan."""
     config = command.config_of(values)
     topology = command.required(values, "topology")
     deadline = time.monotonic() + 60 * values.compile_minutes
@@ -60,7 +61,7 @@ def plan(values: command.Values) -> None:
     _start_jax(topology)
     target = ahead_of_time.find_topology(topology, values.device_file)
 
-    # ---- What is planned --------------------------------------------------------------------------------------
+    # ---- Inputs of the plan -----------------------------------------------------------------------------------
     assumed: list[str] = []
     config_file = Path(values["config"].config_filename)  # type: ignore[attr-defined]  # ml_collections' own kind
     origin = _origin(config, config_file, assumed)
@@ -73,7 +74,7 @@ def plan(values: command.Values) -> None:
     )  # fmt: skip
     set_float32_matmul_precision(run.dtype, target.chip.platform)
 
-    # ---- What it comes to -------------------------------------------------------------------------------------
+    # ---- Results ----------------------------------------------------------------------------------------------
     began = time.perf_counter()
     needs = run.compile(run.layout)
     compile_s = time.perf_counter() - began
@@ -101,9 +102,9 @@ def plan(values: command.Values) -> None:
 
 
 def _start_jax(topology: str) -> None:
-    """Asks JAX for CPU devices alone, as many as the topology has: what is compiled for is not taken, or not here."""
+    """Makes JAX use CPU devices only, as many as a cpu:N topology has, so that a plan never occupies an accelerator."""
     family, _, count = topology.partition(":")
-    with contextlib.suppress(RuntimeError):  # JAX has started, in a process that did more than this
+    with contextlib.suppress(RuntimeError):  # raised if this process has already initialized JAX
         jax.config.update("jax_platforms", "cpu")
         if family == "cpu" and count.isdigit() and int(count):
             jax.config.update("jax_num_cpu_devices", int(count))
@@ -112,15 +113,15 @@ def _start_jax(topology: str) -> None:
 # ---------------------------------------------------------------------------------------- what is planned
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a run has to get through, as far as it is known."""
+    """The amount of data that a run processes."""
 
-    mean_length: float  # tokens a sample
-    samples: float  # a step, on average: phases may have batch sizes of their own
-    steps: int | None
+    mean_length: float  # mean tokens of a sample
+    samples: float  # mean samples of a step; phases may have batch sizes of their own
+    steps: int | None  # None if the number of steps is not known
 
 
 def _origin(config: Config, config_file: Path, assumed: list[str]) -> ModelSource:
-    """What `init_from` names; where that is not here, the shape of its name that lies beside the config."""
+    """Returns the model that `init_from` names or, if it does not exist here, its shape from the config's folder."""
     init_from = config.model.init_from
     shape = config_file.parent / "shapes" / Path(init_from).name / "config.json"
     if init_from.startswith(RANDOM) or "://" in init_from or Path(init_from).exists() or not shape.is_file():
@@ -130,7 +131,7 @@ def _origin(config: Config, config_file: Path, assumed: list[str]) -> ModelSourc
 
 
 def _spec(config: Config, origin: ModelSource, tokenized: bool, assumed: list[str]) -> ModelSpec:
-    """With the vocabulary that `train` gives it, where the tokenizer is here."""
+    """Returns the model's shape, with the vocabulary that `mice train` gives it if the tokenizer is available."""
     if not tokenized:
         assumed.append("there is no tokenizer here: it adds no token to the model's vocabulary")
         return origin.spec
@@ -139,7 +140,7 @@ def _spec(config: Config, origin: ModelSource, tokenized: bool, assumed: list[st
 
 
 def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str]) -> Workload:
-    """From the data, where they are here and few; else by --mean_length and the config's steps, or assumed."""
+    """Returns the workload: from the data if they are local and small, else from the flags, the config or defaults."""
     if tokenized and _few_data(config):
         data = cost.open_data(config)
         samples = sum(e.samples for e in data.mixture.epochs(data.total_steps)) / data.total_steps
@@ -159,19 +160,19 @@ def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str
 
 
 def _few_data(config: Config) -> bool:
-    """Whether all of a run's sources lie on disk and are read in seconds."""
+    """Whether all of a run's sources are on disk and small enough to be read in seconds."""
     sources = [s for p in config.data.phases for s in (*p.sources, *p.validation)] + config.data.validation
     if any("://" in s.path or s.path.startswith(("tfds:", "hf:")) for s in sources):
         return False
     try:
         return sum(open_source(s.path).size for s in sources) <= READ_BYTES
-    except UserError:  # they are not there yet
+    except UserError:  # a source does not exist yet
         return False
 
 
-# ---------------------------------------------------------------------------------------- what it comes to
+# ---------------------------------------------------------------------------------------- results
 def _memory(run: RunPlan, needs: list[CompiledMemory]) -> dict[str, Any]:
-    """Of one device: the peak over the functions of the step, and what it is made of."""
+    """Returns the memory of one device: the peak over the functions of the step, and its parts."""
     estimate, memory = run.estimate(run.layout), int(run.topology.chip.memory)
     made_of = {
         "hbm_bytes": memory,
@@ -207,13 +208,13 @@ def _layout(run: RunPlan, layout: Layout) -> dict[str, Any]:
 
 
 def _replicated(run: RunPlan) -> list[str]:
-    """Dims of parameters that the planned mesh does not divide."""
+    """Returns the dims of parameters that the planned mesh does not divide."""
     load = run.memory_inputs(run.layout.sizes)
     return replicated_dims(load.decoder.abstract, load.decoder.axes, load.mesh)
 
 
 def _time(run: RunPlan, work: Workload, price: float, assumed: list[str]) -> dict[str, Any]:
-    """Of a step, and of the whole run."""
+    """Returns the duration of a step, and the duration and cost of the whole run."""
     made, chip = run.step_time_of(run.layout), run.topology.chip
     assumed.append(step_time.describe_assumptions(chip))
     if chip.platform == "gpu":
@@ -256,7 +257,7 @@ def _suggestions(run: RunPlan, needs: list[CompiledMemory]) -> list[dict[str, An
     ]
 
 
-# ---------------------------------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------------------------------- printing
 def _print(said: dict[str, Any]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     table = Table(show_header=False, box=box.SIMPLE, padding=(0, 1))
@@ -310,6 +311,7 @@ def _lines(said: dict[str, Any]) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
     return command.run(__doc__, define_plan, plan, sys.argv[1:] if argv is None else argv)
 
 

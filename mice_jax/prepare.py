@@ -37,10 +37,11 @@ from mice_jax.data.packing import microbatch_shapes
 from mice_jax.errors import UserError
 from mice_jax.training import build
 
-WIDTH = 160  # of tables in a file or a pipe
+WIDTH = 160  # columns of a table if the output is not a terminal
 
 
 def prepare(values: command.Values) -> None:
+    """Builds the token stores of a config and prints the reports that the flags ask for."""
     config = command.config_of(values)
     output = Path(values.output) if values.output else None
     if output and not output.absolute().parent.is_dir():
@@ -67,7 +68,7 @@ def prepare(values: command.Values) -> None:
 
 
 def _steps(config: Config, data: build.RunData) -> StepSource:
-    """The run's steps, packed for the devices and rows that the config names; for one where it leaves them open."""
+    """Returns the run's steps, packed for the config's shards and rows; a size that it leaves open is 1."""
     shards = max(1, config.mesh.data) * max(1, config.mesh.fsdp)
     shapes = microbatch_shapes(config.data.max_length, config.train.rows_per_device or 1)
     return build.step_source(config, data, shapes, shards, tuple(range(shards)))
@@ -87,7 +88,7 @@ def _print_report(whole: dict[str, Any], console: Console) -> None:
 
 
 def _epoch_table(whole: dict[str, Any]) -> Table:
-    """What each epoch draws; equal ones in a row are one line."""
+    """Returns a table of what each epoch draws from each source; consecutive equal epochs share a line."""
     table = Table("phase", "epochs", "steps", "samples", "of each source")
     for phase in whole["phases"]:
         first = 0
@@ -102,7 +103,7 @@ def _epoch_table(whole: dict[str, Any]) -> Table:
 
 
 def _inspect(config: Config, data: Dataset, encoder: ChatEncoder, count: int, ids: bool, console: Console) -> None:
-    """The first samples of each phase's first step, in the order of the run."""
+    """Prints the first `count` samples of each phase's first step, in the order of the run."""
     for number, phase in enumerate(data.phases):
         mixture = Mixture(data.phases[: number + 1], batch_size=config.optim.batch_size, seed=config.seed)
         first = next(i for i in range(len(mixture)) if mixture.step(i).phase == number)
@@ -118,6 +119,7 @@ def _inspect(config: Config, data: Dataset, encoder: ChatEncoder, count: int, id
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
     return command.run(__doc__, define_prepare, prepare, sys.argv[1:] if argv is None else argv)
 
 

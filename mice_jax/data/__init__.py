@@ -1,0 +1,1 @@
+"""Data of a run: readers, tokenization, token stores, mixtures, packing and loading."""

@@ -1,0 +1,1 @@
+"""Models: families, layers, attention backends and the Hugging Face bridge."""

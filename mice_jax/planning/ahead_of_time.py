@@ -1,7 +1,7 @@
 """Compiles the functions of a step for devices that this machine need not have, and reads their memory from XLA.
 
-A topology is `cpu:N`, a TPU slice (`v5p:2x2x2`, compiled by libtpu, which needs no TPU for that), or NVIDIA GPUs
-(`h100:8`, compiled where JAX's CUDA plugin and a description of the device are there).
+A topology is `cpu:N`, a TPU slice (`v5p:2x2x2`, compiled by libtpu, which works without a TPU), or NVIDIA GPUs
+(`h100:8`, compiled if JAX's CUDA plugin is installed and a description of the device is given).
 """
 
 import contextlib
@@ -39,14 +39,14 @@ FUNCTIONS = (
     "evaluate",
     "zero_sums",
     "start",
-)  # those of a step, of an evaluation and of a start
+)  # the jitted functions of a run: steps, evaluation on held-out samples, and initialization
 MAX_CONCURRENT_COMPILES = 2
 # Common TPU slices, to suggest in error messages; libtpu knows all of them.
 SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SLICES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SLICES = {"v4": SLICES_3D, "v5e": SLICES_2D, "v5p": SLICES_3D, "v6e": SLICES_2D, "tpu7x": SLICES_3D}
 EXAMPLES = ("cpu:8", "v4:2x2x2", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")
-# Keep libtpu from locking TPU chips and from asking Google Cloud about them, since this machine has none.
+# These keep libtpu from locking TPU chips and from querying Google Cloud's metadata, since this machine has no TPU.
 WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -64,7 +64,7 @@ class Topology:
     topology: str
     chip: Chip
     count: int
-    devices: list[Any] | None  # to compile for; None where there is no compiler for them
+    devices: list[Any] | None  # devices to compile for; None if no compiler for them is available
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,9 @@ class CompiledMemory:
     """Bytes that one device has allocated while a function of the step runs."""
 
     function: str
-    arguments: int  # its arguments and what else the run keeps allocated
+    arguments: int  # bytes of the function's arguments and of the run's other live arrays
     temporary: int
-    out_of_memory: bool = False  # the compiler failed, and reported what the function would need
+    out_of_memory: bool = False  # True if compilation failed and the compiler reported the required memory
 
     @property
     def total(self) -> int:
@@ -84,17 +84,17 @@ class CompiledMemory:
 
 # ---------------------------------------------------------------------------------------- devices
 def find_topology(topology: str, device_file: str = "") -> Topology:
-    """The devices of a topology.
+    """Returns the devices of a topology.
 
     Args:
-        topology: as the user gave it: cpu:8, v5p:2x2x2, h100:8.
-        device_file: description of an NVIDIA GPU to compile for; "" = the plan is an estimate.
+        topology: name of the topology as the user gave it: cpu:8, v5p:2x2x2, h100:8.
+        device_file: file that describes an NVIDIA GPU to compile for; "" means that the plan is an estimate.
 
     Returns:
-        The topology, with devices to compile for where there is a compiler.
+        The topology, with devices to compile for if a compiler is available.
 
     Raises:
-        UserError: if there is no such topology, or its compiler is not installed.
+        UserError: if the topology does not exist, or its compiler is not installed.
     """
     family, _, shape = topology.lower().partition(":")
     family = {"7x": "tpu7x", "v7x": "tpu7x"}.get(family, family)
@@ -122,12 +122,12 @@ def _tpus(topology: str, family: str, shape: str) -> Topology:
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
     if family == "v4":
-        options["chip_config_name"] = "megacore"  # a chip is one device, as it is when one runs
+        options["chip_config_name"] = "megacore"  # JAX sees each v4 chip as one device
     if set(shape.split("x")) == {"1"}:
-        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu before 0.0.52 takes a host to have four
+        options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu before 0.0.52 assumes four chips per host
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{family}:{shape}", **options)
-    except Exception as e:  # what of JAX's it is depends on whether libtpu is missing, too old, or refuses the name
+    except Exception as e:  # the type differs between a missing libtpu, one that is too old, and an unknown name
         if "INVALID_ARGUMENT" in str(e):
             raise UserError(
                 f"--topology={topology} is not a slice of TPU {family}{nearest(shape, SLICES[family])} "
@@ -166,14 +166,25 @@ def _gpus(topology: str, family: str, count: int, device_file: str) -> Topology:
     return Topology(topology, chip, count, devices)
 
 
-# ---------------------------------------------------------------------------------------- needs
+# ---------------------------------------------------------------------------------------- compiled memory
 def compile_memory(
     fns: StepFunctions, mesh: Mesh, chip: Chip, rows: int, slots: int, names: Sequence[str]
 ) -> list[CompiledMemory]:
-    """Compiles functions of a step for a mesh of such chips and a microbatch of `rows` by `slots` on each device.
+    """Compiles functions of a step for a mesh and returns the memory that each of them needs on one device.
 
-    Beside a function's own arguments stays what the run holds meanwhile: the moments while a microbatch's gradients
-    are taken, the sums while held-out samples are measured or a phase starts with fresh moments.
+    The memory includes the arrays that are live during a call without being arguments of the function. For example,
+    the optimizer's moments stay allocated while `accumulate` computes gradients.
+
+    Args:
+        fns: the jitted functions of the run.
+        mesh: mesh of devices to compile for.
+        chip: kind of these devices.
+        rows: rows of a microbatch on one device.
+        slots: slots of a row.
+        names: functions to compile, of FUNCTIONS.
+
+    Returns:
+        The memory of each function, in the order of `names`.
     """
     state, sums, batch = fns.abstract_state, fns.abstract_sums, abstract_batch(mesh, rows, slots)
     functions = {
@@ -190,7 +201,7 @@ def compile_memory(
 
 
 def _compile_function(name: str, function: Jitted, arguments: tuple, held: Any) -> CompiledMemory:
-    """`held` is what lies beside the arguments."""
+    """Compiles one function; `held` are the arrays that are live during a call without being arguments."""
     beside = bytes_per_device(held)
     try:
         memory = function.compile(*arguments).memory_analysis()
@@ -201,14 +212,14 @@ def _compile_function(name: str, function: Jitted, arguments: tuple, held: Any) 
         wanted = int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
         own = bytes_per_device([a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)])
         return CompiledMemory(name, own + beside, max(0, wanted - own), out_of_memory=True)
-    made = memory.output_size_in_bytes - memory.alias_size_in_bytes  # what is not written over an argument
+    made = memory.output_size_in_bytes - memory.alias_size_in_bytes  # outputs that do not reuse a donated argument
     temporary = memory.temp_size_in_bytes + made + memory.generated_code_size_in_bytes
     return CompiledMemory(name, memory.argument_size_in_bytes + beside, temporary)
 
 
 @contextlib.contextmanager
 def assume_compute_capability(capability: str) -> Iterator[None]:
-    """While the context lasts, JAX takes the GPU to have this compute capability; it would ask a device otherwise."""
+    """Makes JAX assume this compute capability within the context, instead of querying a GPU for it."""
 
     def version(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split("."))

@@ -20,25 +20,25 @@ class Cost:
     steps: float = 0.0
     samples: float = 0.0
     tokens: float = 0.0
-    flops: float = 0.0  # of the model, without recomputation
+    flops: float = 0.0  # FLOPs of the model, without recomputation
 
     def __add__(self, other: "Cost") -> "Cost":
         mine, its = dataclasses.astuple(self), dataclasses.astuple(other)
         return Cost(*(a + b for a, b in zip(mine, its, strict=True)))
 
     def h100_hours(self) -> float:
-        """Hours of one H100 at ASSUMED_MFU."""
+        """Returns the hours that one H100 takes at ASSUMED_MFU."""
         return self.flops / (ASSUMED_MFU * CHIPS["h100"].peak_flops) / 3600
 
 
 def open_data(config: Config) -> build.RunData:
-    """A run's data; builds the token stores that do not exist yet, which the run will use."""
+    """Opens a run's data; builds the token stores that do not exist yet, which the run will use."""
     inputs = build.inputs(config)
     return build.data(config, build.encoder(config, inputs.tokenizer))
 
 
 def run_cost(config: Config) -> Cost:
-    """The steps, samples, tokens and model FLOPs of a run, extrapolated from steps spread evenly over it."""
+    """Computes the steps, samples, tokens and model FLOPs of a run from a sample of its steps, spread evenly."""
     data = open_data(config)
     looked = np.unique(np.linspace(0, data.total_steps - 1, min(data.total_steps, SAMPLED_STEPS)).astype(int))
     lengths = [data.dataset.corpus.lengths[data.mixture.step(int(i)).samples] for i in looked]

@@ -1,6 +1,6 @@
-"""A run on devices that need not be here: what it needs as it is, its largest rows, and meshes that may suit better.
+"""Plans a run for devices that this machine need not have: its memory, its largest microbatch, and better meshes.
 
-The arithmetic of fit.py and pace.py proposes, the compiler says how it is, as long as there is time for it.
+The memory model and the step time estimate propose layouts; the compiler checks them until the deadline has passed.
 """
 
 import dataclasses
@@ -19,30 +19,43 @@ from mice_jax.planning.ahead_of_time import CompiledMemory, Topology
 from mice_jax.sharding import abstract_mesh, make_mesh, mesh_sizes
 from mice_jax.training import build, memory_model, phases
 
-MAX_ROWS = 1024  # of one device that are tried
-TENSOR_AXIS_SIZES = (1, 2, 4, 8)  # as links within a host, or next to each other, bear it
+MAX_ROWS = 1024  # largest number of rows of one device that is tried
+TENSOR_AXIS_SIZES = (1, 2, 4, 8)  # tensor parallelism needs the fast links within a host or between neighbours
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh, a policy of rematerialisation, and rows of a microbatch on each device."""
+    """A mesh, a rematerialisation policy, and the rows of a microbatch on each device."""
 
-    sizes: tuple[int, ...]  # data, fsdp, tensor
+    sizes: tuple[int, ...]  # sizes of the mesh axes data, fsdp and tensor
     remat: str
     rows: int
 
     def flags(self) -> str:
-        """What makes a config so."""
+        """Returns the flags that set this layout in a config."""
         data, fsdp, tensor = self.sizes
         mesh = f"--config.mesh.data={data} --config.mesh.fsdp={fsdp} --config.mesh.tensor={tensor}"
         return f"{mesh} --config.model.remat={self.remat} --config.train.rows_per_device={self.rows}"
 
     def with_rows(self, rows: int) -> "Layout":
+        """Returns this layout with another number of rows."""
         return dataclasses.replace(self, rows=rows)
 
 
 class RunPlan:
-    """A config's run on a target; no compilation but that of the run as it is begins after `deadline`."""
+    """The run of a config on the devices of a topology.
+
+    Attributes:
+        config: config of the run.
+        spec: shape of the model, with the vocabulary of the tokenizer.
+        topology: devices of the run.
+        samples: mean number of samples of a step.
+        mean_length: mean number of tokens of a sample.
+        dtype: compute dtype.
+        attention: attention backend.
+        layout: mesh, rematerialisation and rows that `mice train` would choose.
+        memory_inputs: returns the inputs of the memory model for the sizes of a mesh; results are cached.
+    """
 
     def __init__(
         self,
@@ -55,8 +68,19 @@ class RunPlan:
         mean_length: float,
         deadline: float,
     ):
+        """Chooses the layout of the run as `mice train` does.
+
+        Args:
+            config: config of the run.
+            spec: shape of the model, with the vocabulary of the tokenizer.
+            architecture: Hugging Face architecture of the model.
+            topology: devices of the run.
+            samples: mean number of samples of a step.
+            mean_length: mean number of tokens of a sample.
+            deadline: value of time.monotonic() after which only the run's own layout is compiled.
+        """
         self.config, self.spec, self.topology = config, spec, topology
-        self.samples, self.mean_length = samples, mean_length  # of a step, and tokens of each, on average
+        self.samples, self.mean_length = samples, mean_length
         self._architecture, self._deadline = architecture, deadline
         self.memory_inputs = functools.cache(self._memory_inputs)
         chip = topology.chip
@@ -66,7 +90,7 @@ class RunPlan:
         rows, remat = build.rows_and_remat(
             config, self.memory_inputs(sizes), mean_length=mean_length, memory=chip.memory, platform=chip.platform
         )
-        self.layout = Layout(sizes, remat, rows)  # as `train` would have it
+        self.layout = Layout(sizes, remat, rows)
 
     def _memory_inputs(self, sizes: tuple[int, ...]) -> memory_model.MemoryInputs:
         decoder = make_decoder(self.spec, sizes[2])
@@ -74,21 +98,31 @@ class RunPlan:
         return build.memory_inputs(self.config, decoder, self._architecture, mesh, self.dtype, self.attention)
 
     def estimate(self, layout: Layout) -> memory_model.MemoryEstimate:
+        """Estimates the memory of a layout without compiling it."""
         return memory_model.estimate_memory(self.memory_inputs(layout.sizes), layout.rows, layout.remat)
 
     def step_time_of(self, layout: Layout) -> step_time.StepTime:
+        """Estimates the duration of a step with a layout."""
         memory_inputs = self.memory_inputs(layout.sizes)
         return step_time.estimate_step_time(
             memory_inputs, self.topology.chip, layout.rows, layout.remat, self.samples, self.mean_length
         )
 
     def compile(self, layout: Layout, only: Sequence[str] = ()) -> list[CompiledMemory]:
-        """What the functions of the step need, of all or of some; nothing where there is no compiler."""
+        """Compiles functions of the step with a layout.
+
+        Args:
+            layout: mesh, rematerialisation and rows to compile.
+            only: names of the functions to compile; empty means all that the run calls.
+
+        Returns:
+            The memory of each function; empty if no compiler for the devices is available.
+        """
         if self.topology.devices is None:
             return []
         c = self.config
         mesh = make_mesh(*layout.sizes, devices=self.topology.devices)
-        # When phases begin is in the program as numbers, which change nothing in its size.
+        # The steps at which phases begin are constants of the program and do not affect its memory.
         spans = phases.phase_spans(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
         schedule = build.schedule(c, spans, c.optim.max_steps or len(spans))
         compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat)
@@ -100,13 +134,20 @@ class RunPlan:
 
     # ---------------------------------------------------------------------------------------- rows
     def largest_rows(self, needs: list[CompiledMemory]) -> tuple[int, str]:
-        """The most rows that fit, and how that is known; `needs` are those of the layout as it is."""
+        """Finds the largest number of rows that fits on a device.
+
+        Args:
+            needs: memory of the functions of the run's own layout; empty if they were not compiled.
+
+        Returns:
+            The number of rows, and a phrase that says how it was determined.
+        """
         layout, memory = self.layout, self.topology.chip.memory
         if not needs:
             rows = memory_model.max_fitting_rows(self.memory_inputs(layout.sizes), memory, layout.remat, MAX_ROWS)
             return rows, f"estimated, to {memory_model.USABLE_FRACTION:.0%} of the memory"
         fixed = max(n.total for n in needs if n.function != "accumulate")
-        known = {layout.rows: next(n.total for n in needs if n.function == "accumulate")}  # by rows
+        known = {layout.rows: next(n.total for n in needs if n.function == "accumulate")}  # rows -> compiled bytes
         if fixed > memory:
             return 0, "compiled: whatever the rows are, the rest does not fit"
 
@@ -119,7 +160,7 @@ class RunPlan:
             if failing - fitting == 1:
                 more = "no more are tried" if fitting == MAX_ROWS else "one more does not fit"
                 return fitting, f"compiled: {more}"
-            # By the arithmetic, less what it is off by where it was last seen to be off.
+            # The estimate is corrected by its error at the nearest number of rows that was compiled.
             nearest = min(known, key=lambda rows: min(abs(rows - fitting), abs(rows - failing)))
             off = estimated(nearest) - known[nearest]
             between = range(fitting + 1, failing)
@@ -131,9 +172,13 @@ class RunPlan:
 
     # ---------------------------------------------------------------------------------------- meshes
     def suggestions(self, needs: list[CompiledMemory]) -> Iterator[tuple[str, Layout, int, str]]:
-        """The layouts of the least memory and, of those that fit, of the most speed: with bytes, and whence.
+        """Yields the layout with the least memory and, if any layout fits, the fastest that does.
 
-        `needs` are those of the layout as it is.
+        Args:
+            needs: memory of the functions of the run's own layout; empty if they were not compiled.
+
+        Yields:
+            The name of the suggestion, its layout, its bytes on one device, and "compiled" or "estimated".
         """
         memory, policies = (
             self.topology.chip.memory,
@@ -153,7 +198,7 @@ class RunPlan:
                 yield name, layout, self.estimate(layout).total, "estimated"
 
     def _meshes(self) -> Iterator[tuple[int, ...]]:
-        """All whose tensor axis divides the key heads, so that none is repeated."""
+        """Yields every mesh whose tensor axis divides the number of key heads, so that no head is replicated."""
         for tensor in TENSOR_AXIS_SIZES:
             if self.topology.count % tensor or self.spec.num_kv_heads % tensor:
                 continue
@@ -161,7 +206,7 @@ class RunPlan:
             yield from ((left // fsdp, fsdp, tensor) for fsdp in range(1, left + 1) if left % fsdp == 0)
 
     def _fitted(self, sizes: tuple[int, ...], remat: str) -> Layout:
-        """With the rows that `train` would take there."""
+        """Returns the layout with the rows that `mice train` would choose for it."""
         memory_inputs, chip = self.memory_inputs(sizes), self.topology.chip
         most = build.max_useful_rows(self.config, memory_inputs, self.mean_length, chip.platform)
         return Layout(sizes, remat, max(1, memory_model.max_fitting_rows(memory_inputs, chip.memory, remat, most)))

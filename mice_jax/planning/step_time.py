@@ -72,9 +72,9 @@ def estimate_step_time(
 
 
 def _device_flops(inputs: memory_model.MemoryInputs, remat: str, slots: float, mean_length: float) -> float:
-    """FLOPs of one device for forward, backward and recomputation over so many slots of its rows."""
+    """Returns the FLOPs of one device for forward, backward and recomputation over `slots` slots of its rows."""
     spec = inputs.decoder.spec
-    whole_rows = inputs.attention in ("splash", "reference")  # these compute over whole rows, not over samples
+    whole_rows = inputs.attention in ("splash", "reference")  # these backends compute scores over whole rows
     length = inputs.max_length if whole_rows else mean_length
     matmul = 3 * matmul_flops(spec) * slots
     attention = 3 * attention_flops(spec, np.array([length])) / length * slots
@@ -87,10 +87,10 @@ def _device_flops(inputs: memory_model.MemoryInputs, remat: str, slots: float, m
 
 
 def _sent_bytes(inputs: memory_model.MemoryInputs, slots: float, microbatches: int, weights: float) -> dict[str, float]:
-    """Bytes that one device sends along each axis of the mesh in a step.
+    """Returns the bytes that one device sends along each axis of the mesh in a step.
 
-    Each microbatch gathers the weights twice over fsdp and scatters their gradients; data adds the gradients up; tensor
-    joins the activations.
+    Along fsdp, each microbatch all-gathers the weights twice and reduce-scatters their gradients. Along data, the
+    gradients are all-reduced. Along tensor, the activations are all-reduced.
     """
     spec, mesh, itemsize = inputs.decoder.spec, inputs.mesh, inputs.dtype.itemsize
     return {
@@ -101,7 +101,7 @@ def _sent_bytes(inputs: memory_model.MemoryInputs, slots: float, microbatches: i
 
 
 def _link_rate(chip: Chip, mesh: Mesh | AbstractMesh, axis: str) -> float:
-    """Bytes/s that one device can send along an axis of the mesh; devices along the last axis are neighbours.
+    """Returns the bytes/s that one device can send along an axis of the mesh; the last axis connects neighbours.
 
     GPUs of a group that share a host send to other hosts through the links of all of them, as NCCL's rings do, but not
     faster than within the host.
@@ -114,7 +114,7 @@ def _link_rate(chip: Chip, mesh: Mesh | AbstractMesh, axis: str) -> float:
 
 
 def describe_assumptions(chip: Chip) -> str:
-    """The assumptions of an estimate, as `plan` prints them."""
+    """Returns the assumptions of an estimate, as `mice plan` prints them."""
     peak = "the peak measured on this machine" if chip.platform == "cpu" else "the peak"
     return (
         f"matrix products run at {MATMUL_EFFICIENCY:.0%} of {peak}, links and memory at {LINK_EFFICIENCY:.0%} and "

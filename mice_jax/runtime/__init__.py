@@ -1,0 +1,1 @@
+"""Setup of the process: devices, several processes, signals, flags and the compilation cache."""

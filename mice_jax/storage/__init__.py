@@ -1,0 +1,1 @@
+"""Files of a run: paths, locks, workdirs, retention and provenance."""
