@@ -15,7 +15,7 @@ mt_bench is not a task of the harness: a judge grades the answers, which are wri
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("evaluate")  # --help and wrong flags need none of the imports below, which take seconds
+    command.before_imports("evaluate")  # --help and flag errors need no import from below.
 
 # isort: split
 import dataclasses
@@ -69,7 +69,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(values: command.Values) -> None:
-    """Scores the model that the flags name on their tasks, and writes the results."""
+    """Scores the model on the tasks that the flags name, and writes the results.
+
+    Args:
+      values: The values of the command's flags.
+
+    Raises:
+      UserError: A flag is not valid, a task cannot be loaded or scored, or the model cannot be loaded.
+    """
     # ------------------------------------------------------------------------------------ input
     xla_flags.set_flags(deterministic=False)
     compile_cache.enable(cache_folder(""))
@@ -137,6 +144,7 @@ class _Job:
 
 
 def _read_flags(values: command.Values) -> _Job:
+    """Reads the model's config, the tokenizer and the tasks that the flags name, and checks all of them."""
     distributed.check_devices(values.expect_devices)
     settings = _settings(values)
     output = _output(values)
@@ -158,7 +166,7 @@ def _read_flags(values: command.Values) -> _Job:
     judged = _mt_bench_settings(values, defaults)
     encoder = ChatEncoder(tokenizer) if judged or settings.apply_chat_template else None
     if judged and judged.system and encoder:
-        # Rendered once, because a chat template may not accept a system message.
+        # A chat template may not accept a system message, so the error is raised before any computation.
         encoder.prompt_ids([{"role": "system", "content": judged.system}, {"role": "user", "content": ""}])
     return _Job(
         model=model,
@@ -353,6 +361,7 @@ def _plain(value: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------- printed results
 def _bars(display: Display) -> Callable[[str, int, int], None]:
+    """Returns a callback that shows a progress bar for each kind of work."""
     bars: dict[str, Any] = {}
 
     def watch(what: str, done: int, total: int) -> None:
@@ -423,6 +432,7 @@ def _best(name: str, lines: list[dict[str, Any]], higher: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; `argv` is by default that of the process."""
     return command.run(__doc__, define_evaluate, evaluate, sys.argv[1:] if argv is None else argv)
 
 

@@ -9,7 +9,7 @@ The dtype is that of the weights the run started from, unless --dtype says float
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("export")  # --help and wrong flags need none of the imports below, which take seconds
+    command.before_imports("export")  # --help and flag errors need no import from below.
 
 # isort: split
 import json
@@ -32,6 +32,14 @@ DTYPES = ("float32", "bfloat16")
 
 
 def export(values: command.Values) -> None:
+    """Writes the model of the run in --workdir to the folder --output.
+
+    Args:
+      values: The values of the command's flags.
+
+    Raises:
+      UserError: A flag is not valid, the output exists, or the checkpoint cannot be read.
+    """
     workdir, output = command.workdir_of(values), Path(command.required(values, "output"))
     if not (workdir / "model" / "config.json").exists():
         raise UserError(f"--workdir={workdir} is not a run's workdir: it has no model/config.json.")
@@ -66,6 +74,7 @@ def _generation_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; `argv` is by default that of the process."""
     return command.run(__doc__, define_export, export, sys.argv[1:] if argv is None else argv)
 
 

@@ -12,7 +12,7 @@ exists is continued after its last complete line, by the same model and settings
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("generate")  # --help and wrong flags need none of the imports below, which take seconds
+    command.before_imports("generate")  # --help and flag errors need no import from below.
 
 # isort: split
 import dataclasses
@@ -48,11 +48,19 @@ from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import write_atomically
 from mice_jax.training import build
 
-SAMPLING_FLAGS = ("temperature", "top_p", "top_k")  # generation_config.json has defaults of these flags
-ADDED_FIELDS = ("response", "stopped")  # a line of the output has these in addition to the fields of the input
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k")  # generation_config.json may have defaults for these.
+ADDED_FIELDS = ("response", "stopped")  # An output line has these and the input's fields.
 
 
 def generate(values: command.Values) -> None:
+    """Answers a prompt, a file of prompts, or the user in a chat, depending on the flags.
+
+    Args:
+      values: The values of the command's flags.
+
+    Raises:
+      UserError: A flag or the input is not valid, or the model cannot be loaded.
+    """
     # ------------------------------------------------------------------------------------ input
     xla_flags.set_flags(deterministic=False)
     source = resolve_model(command.required(values, "model"), values.step)
@@ -108,7 +116,7 @@ def generate(values: command.Values) -> None:
 
 
 def _remarks(values: command.Values, defaults: GenerationDefaults, folder: Path) -> list[str]:
-    """Returns what the model's generation_config.json changes, or would change, without a flag of the user's."""
+    """Returns sentences about the fields of the model's generation_config.json that apply, or that are ignored."""
     applied = [
         f"{n}={getattr(defaults, n)}" for n in SAMPLING_FLAGS if values[n].value is None and getattr(defaults, n)
     ]
@@ -128,7 +136,19 @@ def _with_question(system: list[Message], prompt: str) -> list[Message]:
 
 # ---------------------------------------------------------------------------------------- one at a time
 def print_answer(model: ChatModel, messages: list[Message], sampling: Sampling) -> str:
-    """Prints the answer while it is generated, and returns it."""
+    """Prints the answer to a conversation while it is generated.
+
+    Args:
+      model: The model that answers.
+      messages: The conversation so far; the last message is the user's.
+      sampling: How tokens are chosen.
+
+    Returns:
+      The text of the answer.
+
+    Raises:
+      UserError: The conversation is too long, or the chat template does not accept it.
+    """
     prompt = model.prompt(messages, None, sampling, "the conversation")
     completion = model.stream(prompt, sampling, lambda piece: print(piece, end="", flush=True))
     print()
@@ -154,9 +174,8 @@ def _chat(model: ChatModel, system: list[Message], sampling: Sampling) -> None:
             asked = _with_question(messages, line)
             try:
                 messages = [*asked, {"role": "assistant", "content": print_answer(model, asked, sampling)}]
-            except (
-                UserError
-            ) as e:  # The conversation is too long, or the template does not accept it; it stays as it was.
+            except UserError as e:
+                # The conversation is too long, or the chat template does not accept it, so it stays as it was.
                 print(f"{e} /reset starts over.", file=sys.stderr)
 
 
@@ -170,7 +189,10 @@ def _settings(
     stop_ids: list[int],
     dtype: Any,
 ) -> dict[str, Any]:
-    """Returns everything that answers depend on besides the questions, and the model's path, which may change."""
+    """Returns everything besides the questions that answers depend on.
+
+    The model's path is included for messages only: it may change between two commands.
+    """
     return {
         "model": values.model,
         "weights": weights[:16],
@@ -186,12 +208,19 @@ def _settings(
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """Questions of a file, and the file that answers are appended to."""
+    """The questions of a file, and the file that answers are appended to.
+
+    Attributes:
+      records: The objects of the input's lines.
+      prompts: The token ids of each question.
+      output: The file of answers.
+      num_answered: The number of answers that an earlier command wrote.
+    """
 
     records: list[dict[str, Any]]
     prompts: list[list[int]]
     output: Path
-    num_answered: int  # Answers that an earlier command wrote.
+    num_answered: int
 
     @classmethod
     def open(
@@ -203,7 +232,19 @@ class _Job:
         sampling: Sampling,
         spec: ModelSpec,
     ) -> "_Job":
-        """Reads both files, checks every line, and removes an incomplete last line of the output."""
+        """Reads both files, checks every line, and removes an incomplete last line of the output.
+
+        Args:
+          questions: The file of questions.
+          output: The file of answers, which may have some already.
+          system: The system message of each conversation that has none, as a list of at most one message.
+          encoder: Renders and tokenises conversations.
+          sampling: How the questions are answered.
+          spec: The model's architecture.
+
+        Raises:
+          UserError: A line is not valid, a prompt is too long, or the output has answers to another input.
+        """
         records, prompts = [], []
         for where, record in _records(questions):
             try:
@@ -218,7 +259,7 @@ class _Job:
         return cls(records, prompts, output, _num_answered(questions, output, records))
 
     def check_settings(self, settings: dict[str, Any]) -> None:
-        """Writes how answers are made to OUTPUT.settings.json; raises UserError if earlier ones were made otherwise."""
+        """Writes the settings to OUTPUT.settings.json; raises UserError if earlier answers had other settings."""
         file = self.output.with_name(f"{self.output.name}.settings.json")
         if self.num_answered:
             try:
@@ -238,6 +279,7 @@ class _Job:
 
 
 def _answer_file(job: _Job, model: ChatModel, sampling: Sampling, batch_size: int) -> None:
+    """Answers the questions that have no answer yet, and appends each answer to the output at once."""
     records, prompts = job.records[job.num_answered :], job.prompts[job.num_answered :]
     numbers = range(job.num_answered, len(job.records))
     answers = model.answers(prompts, sampling, numbers, batch_size=batch_size)
@@ -338,6 +380,7 @@ _OTHER_INPUT = "it was written from another input. Give another --output, or rem
 
 
 def _answers(line: bytes, record: dict[str, Any]) -> bool:
+    """Returns whether a line of the output is an answer to a record of the input."""
     try:
         found = json.loads(line)
     except ValueError:
@@ -348,10 +391,12 @@ def _answers(line: bytes, record: dict[str, Any]) -> bool:
 
 
 def _asks(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a record without those that an answer adds."""
     return {k: v for k, v in record.items() if k not in ADDED_FIELDS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code; `argv` is by default that of the process."""
     return command.run(__doc__, define_generate, generate, sys.argv[1:] if argv is None else argv)
 
 

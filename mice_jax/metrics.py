@@ -1,4 +1,7 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, the terminal; and its share of the machine's peak."""
+"""Writers of a run's step records: metrics.jsonl, TensorBoard and the terminal.
+
+A record is a JSON object with the metrics of one step; `training.record` describes its fields.
+"""
 
 import json
 from pathlib import Path
@@ -9,52 +12,76 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class Writer(Protocol):
-    def write(self, record: dict[str, Any]) -> None: ...
+    """A destination of step records."""
 
-    def close(self) -> None: ...
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes the record of one step."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is still buffered and releases resources."""
+        ...
 
 
 class JsonlWriter:
-    """One object a step; a line is handed to the system whole, so a killed process leaves no half of one."""
+    """Appends one JSON object per step to a file.
+
+    Each line is flushed as soon as it is written, so a killed process does not lose the steps that it has finished.
+    """
 
     def __init__(self, file: Path):
         self._file: TextIO = file.open("a")
 
     def write(self, record: dict[str, Any]) -> None:
+        """Appends the record as one line and flushes it."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
 def numbers(record: dict[str, Any]) -> dict[str, float]:
-    """What of a record is a number."""
+    """Returns the fields of a record whose values are numbers, without booleans."""
     return {k: v for k, v in record.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
 class TensorBoardWriter:
-    """Every number of a record, by samples seen."""
+    """Writes the numbers of every `every_steps`-th record to TensorBoard, with the samples seen as the x-axis."""
 
     def __init__(self, folder: Path, every_steps: int):
-        from tensorboardX import SummaryWriter  # slow to import
+        from tensorboardX import SummaryWriter  # The import is slow.
 
         self._writer, self._every = SummaryWriter(str(folder)), every_steps
 
     def write(self, record: dict[str, Any]) -> None:
+        """Writes the record's numbers if its step is a multiple of `every_steps`."""
         if record["step"] % self._every:
             return
         for name, value in numbers(record).items():
             self._writer.add_scalar(name, value, record["samples"])
 
     def close(self) -> None:
+        """Flushes and closes the event file."""
         self._writer.close()
 
 
 class TerminalWriter:
-    """A bar on a terminal, a line every so many steps elsewhere: loss, gradient norm, tokens/s, time left."""
+    """Prints loss, gradient norm, tokens/s and time left.
+
+    On a terminal this is a progress bar. Elsewhere it is a line for every `every_steps`-th step.
+    """
 
     def __init__(self, console: Console, first_step: int, total_steps: int, every_steps: int):
+        """Starts the progress bar if the console is a terminal.
+
+        Args:
+          console: The console to print to.
+          first_step: The number of steps that were done before this process started.
+          total_steps: The number of the run's last step.
+          every_steps: The number of steps between two updates.
+        """
         self._console, self._total, self._every = console, total_steps, every_steps
         self._seconds, self._done = 0.0, 0
         self._bar: Progress | None = None
@@ -69,8 +96,9 @@ class TerminalWriter:
             self._bar.start()
 
     def write(self, record: dict[str, Any]) -> None:
+        """Updates the progress bar, or prints a line, if the step is a multiple of `every_steps` or the last one."""
         self._done += 1
-        if self._done > 1:  # the first step compiles
+        if self._done > 1:  # The first step includes compilation, so it is not part of the mean step time.
             self._seconds += record["step_time_s"]
         step = record["step"]
         if step % self._every and step != self._total:
@@ -86,5 +114,6 @@ class TerminalWriter:
         self._console.print(f"step {step}/{self._total}  {numbers}{left}{held_out}")
 
     def close(self) -> None:
+        """Stops the progress bar."""
         if self._bar:
             self._bar.stop()

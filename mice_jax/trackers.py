@@ -1,6 +1,6 @@
-"""Where a run's numbers are shown beside metrics.jsonl: TensorBoard, Weights & Biases, MLflow.
+"""Experiment trackers: TensorBoard, Weights & Biases and MLflow show the numbers of metrics.jsonl.
 
-A tracker's own id for the run is kept in the workdir, so that a resumed run goes on in the same place.
+The id that a tracker gives to a run is stored in the workdir, so that a resumed run continues the same tracker run.
 """
 
 import importlib
@@ -19,7 +19,7 @@ IDS = "tracking.json"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """UserError where a tracker's package is not installed."""
+    """Raises UserError if the package of a tracker is not installed."""
     for name in names:
         if name != "tensorboard" and importlib.util.find_spec(name) is None:
             raise UserError(
@@ -29,14 +29,17 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def make_writers(config: Config, workdir: Workdir, console: Console, first_step: int, total_steps: int) -> list[Writer]:
-    """The writers of a run's records: metrics.jsonl, the trackers that the config names, and the terminal.
+    """Makes the writers of a run's records: metrics.jsonl, the trackers that the config names, and the terminal.
 
     Args:
-      config: the run's config.
-      workdir: its folder.
-      console: the terminal.
-      first_step: the number of steps that are done.
-      total_steps: the number of the last step.
+      config: The run's config.
+      workdir: The run's workdir.
+      console: The console to print to.
+      first_step: The number of steps that were done before this process started.
+      total_steps: The number of the run's last step.
+
+    Returns:
+      The writers, each of which must be closed.
     """
     log = config.log
     return [
@@ -49,16 +52,35 @@ def make_writers(config: Config, workdir: Workdir, console: Console, first_step:
 def make_trackers(
     names: Sequence[str], run: Workdir, *, project: str, every_steps: int, config: dict[str, Any]
 ) -> list[Writer]:
-    """TensorBoard's writer, and one for each other name; `config` is shown with the run."""
+    """Makes the trackers of a run. TensorBoard is always among them.
+
+    Args:
+      names: The trackers by name: "tensorboard", "wandb" or "mlflow".
+      run: The run's workdir.
+      project: The project (Weights & Biases) or experiment (MLflow) that the run belongs to.
+      every_steps: The number of steps between two records that are sent to a tracker.
+      config: The run's config, which the trackers show.
+
+    Returns:
+      The writers, with TensorBoard's first.
+    """
     others = [name for name in dict.fromkeys(names) if name != "tensorboard"]
     made = [{"wandb": WandbWriter, "mlflow": MlflowWriter}[name](run, project, every_steps, config) for name in others]
     return [TensorBoardWriter(run.local / "tensorboard", every_steps), *made]
 
 
 class WandbWriter:
-    """Weights & Biases; the key comes from its own environment variable or login."""
+    """Sends records to Weights & Biases, which takes the API key from its own environment variable or login."""
 
     def __init__(self, run: Workdir, project: str, every_steps: int, config: dict[str, Any]):
+        """Starts a Weights & Biases run, or resumes the one whose id is in the workdir.
+
+        Args:
+          run: The run's workdir.
+          project: The project that the run belongs to.
+          every_steps: The number of steps between two records that are sent.
+          config: The run's config.
+        """
         wandb: Any = importlib.import_module("wandb")
         self._every = every_steps
         known = _known(run, "wandb")
@@ -68,17 +90,27 @@ class WandbWriter:
         _keep(run, "wandb", self._run.id)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Sends the record's numbers if its step is a multiple of `every_steps`."""
         if record["step"] % self._every == 0:
             self._run.log(numbers(record), step=record["step"])
 
     def close(self) -> None:
+        """Ends the Weights & Biases run."""
         self._run.finish()
 
 
 class MlflowWriter:
-    """MLflow, at the server or folder that its own environment variable names."""
+    """Sends records to MLflow, at the server or folder that its own environment variable names."""
 
     def __init__(self, run: Workdir, project: str, every_steps: int, config: dict[str, Any]):
+        """Starts an MLflow run, or resumes the one whose id is in the workdir.
+
+        Args:
+          run: The run's workdir.
+          project: The experiment that the run belongs to.
+          every_steps: The number of steps between two records that are sent.
+          config: The run's config, which a new MLflow run stores as config.json.
+        """
         mlflow: Any = importlib.import_module("mlflow")
         self._mlflow, self._every = mlflow, every_steps
         mlflow.set_experiment(project)
@@ -89,16 +121,20 @@ class MlflowWriter:
         _keep(run, "mlflow", started.info.run_id)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Sends the record's numbers if its step is a multiple of `every_steps`."""
         if record["step"] % self._every == 0:
             self._mlflow.log_metrics(numbers(record), step=record["step"])
 
     def close(self) -> None:
+        """Ends the MLflow run."""
         self._mlflow.end_run()
 
 
 def _known(run: Workdir, name: str) -> str | None:
+    """Returns the id that a tracker gave to this run, or None if it has none yet."""
     return (run.read_json(IDS) or {}).get(name)
 
 
 def _keep(run: Workdir, name: str, number: str) -> None:
+    """Stores the id that a tracker gave to this run."""
     run.write_json(IDS, (run.read_json(IDS) or {}) | {name: number})
