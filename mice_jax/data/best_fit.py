@@ -1,7 +1,6 @@
-"""Best fit and the deal, for a block of steps: the planner's loops over samples and rows, compiled by numba.
+"""Best-fit packing of samples and random dealing of rows for a block of steps, compiled by numba.
 
-They are apart from `packing`, which imports them with its first plan: numba takes a while to import, and many who know
-what a plan is never make one.
+This module is separate from `packing`, which imports it with its first plan, because numba is slow to import.
 """
 
 import functools
@@ -12,12 +11,21 @@ import numba
 import numpy as np
 from numba import njit
 
-# What a row is found by, its room beside its number, is below this in most runs: then half as wide, twice as fast.
+# A row's key holds its free slots and its number; keys below this limit use uint32, which is twice as fast as uint64.
 NARROW = 2**31
 
 
 def pack(ranked: np.ndarray, seeds: np.ndarray, *numbers: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Packs and deals each step, as `_pack` says."""
+    """Packs the samples of each step into rows and deals the rows to microbatches.
+
+    Args:
+      ranked: int64 [steps, samples], length << 32 | number of samples behind it in its step, ascending.
+      seeds: uint64 [steps], seeds of the random dealing.
+      *numbers: the `numbers` of a `packing._Layouts`.
+
+    Returns:
+      The samples, bounds and choices that `_pack` returns.
+    """
     main_rows, main_slots, *_, row_slots, _ = numbers
     most_rows = ranked.shape[1] + main_rows + row_slots.shape[1]
     word = np.uint32 if main_slots << most_rows.bit_length() < NARROW else np.uint64
@@ -28,31 +36,40 @@ def pack(ranked: np.ndarray, seeds: np.ndarray, *numbers: Any) -> tuple[np.ndarr
 
 @functools.cache
 def _compiled(types: tuple[Any, ...]) -> Any:
-    """`_pack` for arguments of these types: as numba has kept it on disk, else compiled, and kept if it can be.
+    """Returns `_pack` compiled for arguments of these types, from numba's cache on disk if possible.
 
-    What is kept may be damaged, and a pickle of numba's then raises anything; the disk may be full or read-only. Then
-    this process compiles for itself, in two seconds, and says so.
+    The cache may be damaged, in which case numba may raise any error, and the disk may be full or read-only. Then this
+    process compiles without the cache, which takes two seconds, and prints a remark.
     """
     try:
         loops = njit(cache=True)(_pack)
         loops.compile(types)
     except Exception as e:
         loops = njit(_pack)
-        loops.compile(types)  # raises again what is no matter of the disk
+        loops.compile(types)  # raises the error again if it was not caused by the disk
         print(f"the planner is compiled anew, since numba cannot keep or read it: {e!r}", file=sys.stderr, flush=True)
     return loops
 
 
 def _pack(ranked, seeds, limits, main_rows, main_slots, least_charge, tail_slots, tail_rows, row_slots, same_until):
-    """Packs and deals each step; the arguments from `main_rows` on are a `packing._Layouts.numbers`.
+    """Packs the samples of each step into rows and deals the rows to microbatches.
 
     Args:
-      ranked: [steps, samples] length << 32 | samples behind it in its step, ascending.
-      seeds: [steps] that rows are dealt by.
-      limits: half and all of the largest number of the type that rows are found by.
+      ranked: int64 [steps, samples], length << 32 | number of samples behind it in its step, ascending.
+      seeds: uint64 [steps], seeds of the random dealing.
+      limits: [2], half of the largest value of the keys' dtype, and that value; the dtype is that of the keys.
+      main_rows: rows of a largest microbatch, over all shards.
+      main_slots: slots of its rows.
+      least_charge: the smallest number of slots that a sample is charged.
+      tail_slots: [tails], slots of each tail.
+      tail_rows: [tails], rows of each tail.
+      row_slots: [tails, rows], slots of each row of a tail.
+      same_until: [tails, rows], for each row of a tail, the end of the rows of its shape.
 
-    Returns samples [steps, samples], row by row; bounds, where in its step each row begins and the last one ends, of
-    all steps in one line; and [steps, 3] the number of largest microbatches, which tail, and where in the line.
+    Returns:
+      samples: int32 [steps, samples], the samples of each step, row by row.
+      bounds: int32 [n], for each step, where each row begins in its samples and where the last one ends.
+      chosen: int32 [steps, 3], the number of largest microbatches, the tail, and where the step begins in `bounds`.
     """
     num_steps, count = ranked.shape
     samples = np.empty((num_steps, count), np.int32)
@@ -70,7 +87,7 @@ def _pack(ranked, seeds, limits, main_rows, main_slots, least_charge, tail_slots
             charges[i] = charge
             total += charge
             halves += 2 * charge > main_slots
-        # A layout that cannot hold even the tokens, or gives no row to each sample above half of one, is not tried.
+        # A layout must hold all tokens and have a row for each sample that is longer than half a row.
         mains, tail = total // (main_rows * main_slots), 0
         while True:
             first_tail = mains * main_rows
@@ -96,11 +113,11 @@ def _pack(ranked, seeds, limits, main_rows, main_slots, least_charge, tail_slots
 
 @njit
 def _best_fit(charges, slots, keys, limits, row_of):
-    """Best-fit-decreasing: the row of each sample, into `row_of`; False where one does not fit.
+    """Packs by best-fit-decreasing; writes the row of each sample into `row_of`, and returns False if one does not fit.
 
-    A row's key is its room << bits | row, and no more than half of what its type holds. Below what a sample needs,
-    key - need wraps around to more than that, so that one pass for the least of the differences finds the tightest row
-    that fits, and its next key.
+    A row's key is its free slots << bits | row, and at most half of the largest value of its unsigned dtype. If a row
+    has fewer free slots than a sample needs, key - need wraps around to more than that half. The minimum of the
+    differences is therefore the tightest row that fits, and its next key.
     """
     rows, word = len(slots), keys.dtype.type
     bits = 0
@@ -121,10 +138,7 @@ def _best_fit(charges, slots, keys, limits, row_of):
 
 @njit
 def _deal(place, start, end, seed):
-    """A random place, from `start` up to `end`, for each row from `start` up to `end`.
-
-    The random numbers are SplitMix64's, a stream of its own for each start.
-    """
+    """Permutes the places of the rows from `start` up to `end` at random, with numbers from SplitMix64."""
     for row in range(start, end):
         place[row] = row
     for row in range(start, end):
@@ -138,11 +152,11 @@ def _deal(place, start, end, seed):
 
 @njit
 def _write(ranked, row_of, place, samples, bounds):
-    """Each place's samples, longest first, into `samples`; where places begin and the last one ends, into `bounds`."""
+    """Writes the samples of each place into `samples`, longest first, and the bounds of the places into `bounds`."""
     count, rows = len(row_of), len(bounds) - 1
     for row in range(rows + 1):
         bounds[row] = 0
-    # First bounds[p + 1] is made to say where place p begins; as its samples come in, it moves to where p ends.
+    # At first, bounds[p + 1] is where place p begins; writing the samples of p moves it to where p ends.
     for i in range(count):
         if place[row_of[i]] + 2 <= rows:
             bounds[place[row_of[i]] + 2] += 1

@@ -1,11 +1,12 @@
-"""Byte-level BPE, which most models have: ids and spans of a text, at a multiple of the speed of asking the library.
+"""Fast ids and spans for byte-level BPE, the kind of tokenizer that most models have.
 
-Spans: the tokens spell the text byte by byte, so that adding up their bytes says where each lies.
+Spans: the tokens spell the text byte by byte, so the cumulative sum of their bytes gives the span of each token.
 
-Ids: byte-level BPE cuts a text at its added tokens and then, by a pattern, into words, and what becomes of a word
-depends on nothing around it. Chats repeat their words, so a table of those seen so far answers nearly all of them. The
-pattern is written for another engine than Python's. The two agree on printable ASCII, and only texts of that are taken
-here; whether they do for this very pattern is tried out on a probe, and each text's words must add up to it.
+Ids: byte-level BPE splits a text at its added tokens and then, by a pattern, into words. The ids of a word do not
+depend on the words around it, and chats repeat their words, so that a table of the words seen so far holds nearly all
+of them. The pattern is written for another regex engine than Python's. The two agree on printable ASCII, so only ASCII
+texts use the table. A probe checks that they agree on the tokenizer's pattern, and the words of each text must have the
+length of the text.
 """
 
 import functools
@@ -17,8 +18,8 @@ import numpy as np
 import regex
 from tokenizers import Tokenizer, pre_tokenizers
 
-MAX_WORDS = 500_000  # in the table, about 100 MB; texts in which a word is new go the library's way then
-# How the library's ByteLevel cuts where it is told to cut by itself.
+MAX_WORDS = 500_000  # words in the table, about 100 MB; once it is full, the library encodes texts with new words
+# The pattern that the library's ByteLevel uses if `use_regex` is set.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PROBE = (
     " It's  what WE'LL see:\n\n\t12,345.678 x_y-z \r\n  'quoted' (a+b)**2 == \"c\";\n   end...   \n"
@@ -30,7 +31,7 @@ _is_plain = regex.compile(r"[\t\n\r\x20-\x7e]*").fullmatch
 
 # ---------------------------------------------------------------------------------------- ids
 class WordTable:
-    """Made by `word_table`."""
+    """A table of words and their ids, which grows with the texts that it encodes; `word_table` makes one."""
 
     def __init__(self, backend: Tokenizer, added: dict[str, int], pattern: str) -> None:
         self._parts = backend, added, pattern
@@ -43,24 +44,24 @@ class WordTable:
         self._find: Callable[[str], list[str]] = regex.compile(pattern).findall
 
     def __reduce__(self) -> Any:
-        """Another process begins a table of its own."""
+        """Pickles the table without its words, so that another process starts with an empty table."""
         return WordTable, self._parts
 
     def ids(self, text: str) -> np.ndarray | None:
-        """Ids of a text without special tokens around it, int32 [n]; None where it is not for this table."""
+        """Returns the ids of a text without special tokens around it, int32 [n]; None if the table cannot encode it."""
         if not _is_plain(text):
             return None
         parts = self._cut(text) if self._cut else [text]
         found: list[tuple[int, ...]] = []
         for k, part in enumerate(parts):
-            if k % 2:  # an added token, by the way that `split` works
+            if k % 2:  # `split` returns the separators, which are the added tokens, at odd indices
                 found.append(self._added[part])
                 continue
             words = self._find(part)
-            if sum(map(len, words)) != len(part):  # a pattern may leave something out, which the library then keeps
+            if sum(map(len, words)) != len(part):  # the library keeps characters that the pattern does not match
                 return None
             try:
-                found += list(map(self._ids.__getitem__, words))  # a list first: all of them or none
+                found += list(map(self._ids.__getitem__, words))  # the list adds either all ids or, on KeyError, none
             except KeyError:
                 if len(self._ids) >= MAX_WORDS:
                     return None
@@ -68,7 +69,7 @@ class WordTable:
         return np.fromiter(itertools.chain.from_iterable(found), np.int32)
 
     def words(self, text: str) -> list[str]:
-        """What a text without added tokens is cut into, as the library writes it."""
+        """Returns the words of a text without added tokens, in the library's byte letters."""
         return [word.translate(self._byte) for word in self._find(text)]
 
     def _learned(self, word: str) -> tuple[int, ...]:
@@ -80,7 +81,12 @@ class WordTable:
 
 
 def word_table(backend: Tokenizer, state: dict[str, Any]) -> WordTable | None:
-    """A table for a byte-level BPE tokenizer, whose `to_str()` the state is; None where its way is not this one."""
+    """Returns a table for a byte-level BPE tokenizer, or None if the tokenizer splits texts in another way.
+
+    Args:
+      backend: the tokenizer.
+      state: the parsed `backend.to_str()`.
+    """
     pattern = _pattern(state["pre_tokenizer"])
     added = state["added_tokens"]
     if pattern is None or backend.encode_special_tokens or any(t["single_word"] or t["normalized"] for t in added):
@@ -94,7 +100,7 @@ def word_table(backend: Tokenizer, state: dict[str, Any]) -> WordTable | None:
 
 
 def _pattern(cutter: dict[str, Any]) -> str | None:
-    """What a text is cut into words by."""
+    """Returns the regex that splits a text into words, or None if the pre-tokenizer is of another form."""
     match cutter:
         case {"type": "ByteLevel", "use_regex": True}:
             return GPT2
@@ -111,16 +117,19 @@ def _pattern(cutter: dict[str, Any]) -> str | None:
 
 @functools.cache
 def _letters() -> dict[int, str]:
-    """The letter by which byte-level tokenizers write each byte of plain text."""
+    """Returns the letter that byte-level tokenizers write for each byte of plain ASCII text."""
     cutter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return {byte: cutter.pre_tokenize_str(chr(byte))[0][0] for byte in [9, 10, 13, *range(0x20, 0x7F)]}
 
 
 # ---------------------------------------------------------------------------------------- spans
 def bytes_of_tokens(state: dict[str, Any]) -> np.ndarray | None:
-    """How many bytes of a text in NFC each id stands for, where tokens spell it byte by byte; else None.
+    """Returns the number of bytes of NFC text that each id stands for, int64 [vocabulary], or None if undefined.
 
-    That is so for byte-level BPE that has all bytes and takes nothing out of a text before it is cut.
+    It is defined for byte-level BPE that has all bytes and removes nothing from a text before splitting it.
+
+    Args:
+      state: the parsed `to_str()` of the tokenizer.
     """
     model, cutters = state["model"], state["pre_tokenizer"] or {}
     cutters = cutters.get("pretokenizers", [cutters])
@@ -136,7 +145,7 @@ def bytes_of_tokens(state: dict[str, Any]) -> np.ndarray | None:
     )
     if not is_plain:
         return None
-    spelled = {i: len(token) for token, i in model["vocab"].items()}  # a character of it stands for a byte
+    spelled = {i: len(token) for token, i in model["vocab"].items()}  # each character of a token stands for a byte
     spelled |= {t["id"]: len(t["content"].encode()) for t in state["added_tokens"]}
     num_bytes = np.zeros(max(spelled) + 1, np.int64)
     num_bytes[list(spelled)] = list(spelled.values())
@@ -144,13 +153,21 @@ def bytes_of_tokens(state: dict[str, Any]) -> np.ndarray | None:
 
 
 def spans_by_bytes(text: str, num_bytes: np.ndarray) -> np.ndarray:
-    """Spans [n, 2] in characters of tokens of so many bytes; a token of a part of a character has all of it."""
+    """Computes the spans of tokens from their numbers of bytes.
+
+    Args:
+      text: the text, in NFC.
+      num_bytes: int64 [n], bytes of each token.
+
+    Returns:
+      int64 [n, 2], spans in characters; the span of a token that is part of a character covers the whole character.
+    """
     ends = np.cumsum(num_bytes)
     data = text.encode()
     assert len(data) == (ends[-1] if len(ends) else 0), "tokens of a byte-level tokenizer do not spell their text"
     starts = ends - num_bytes
     if len(data) != len(text):
-        is_first = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # of a character's bytes
+        is_first = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80  # True for the first byte of each character
         character = np.cumsum(is_first) - 1
         starts, ends = character[starts], character[ends - 1] + 1
     return np.stack([starts, ends], axis=1)

@@ -1,10 +1,9 @@
-"""Loads a folder's tokenizer, says of a text's tokens where in the text they lie, and makes text of tokens.
+"""Loads a tokenizer from a folder, maps each token of a text to its characters, and decodes ids.
 
-Fast tokenizers (`tokenizer.json`, and most `tokenizer.model`, which transformers converts) know that by themselves.
-The slow ones, which run in Python or in sentencepiece, give ids alone. Of those a text is cut at its added tokens as
-transformers cuts it, and each piece is laid beside its tokens by sentencepiece's own account or, where the tokens
-spell it byte by byte, by their lengths. Nothing is guessed: the tokens of all pieces must be those that the
-tokenizer gives for the whole text, else it is refused.
+Fast tokenizers (`tokenizer.json`, and most `tokenizer.model`, which transformers converts) return offsets. Slow ones,
+which run in Python or in sentencepiece, return only ids. For these, a text is split at its added tokens as
+transformers splits it, and each part is aligned with its tokens by sentencepiece's offsets or, if the tokens spell the
+part byte by byte, by their lengths. It is an error if the tokens of the parts differ from those of the whole text.
 """
 
 import copy
@@ -29,30 +28,37 @@ from mice_jax.data.byte_level import bytes_of_tokens, spans_by_bytes, word_table
 from mice_jax.errors import UserError, one_line
 
 Span = tuple[int, int]  # characters, the end excluded
-Located = tuple[np.ndarray, np.ndarray]  # ids, int32 [n], and their spans, int64 [n, 2]
+Located = tuple[np.ndarray, np.ndarray]  # ids, int32 [n], and the spans of their tokens, int64 [n, 2]
 
 MODEL = "tokenizer.model"
 PROBE = "How to compete with elephants, in 3 steps"
-# Of what a tokenizer is made with: where it lies, and what chats are rendered by, which has its own place.
+# Arguments of a tokenizer that do not affect its ids: paths, and the chat template, which has a key of its own.
 _NOT_IDS = ("name_or_path", "vocab_file", "tokenizer_file", "chat_template", "tokenizer_class", "backend")
 
 
 # ---------------------------------------------------------------------------------------- loading
 def load_tokenizer(path: str, chat_template: str = "", said: list[str] | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder, with another chat template where one is given.
+    """Loads the tokenizer of a local folder, and replaces its chat template if another is given.
 
     Args:
-      chat_template: the name of one of `templates.TOKENS`, or a .jinja file; "" leaves the tokenizer's own.
-      said: gets a sentence about whatever that changes besides the template, for the user to read.
+      path: the folder.
+      chat_template: the name of one of `templates.TOKENS`, or a .jinja file; "" keeps the tokenizer's own.
+      said: a list to which a remark for the user is appended if the template adds special tokens.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      UserError: if the folder or the template cannot be loaded.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"the tokenizer {path!r} is not a folder; nothing is downloaded, give a local one.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as e:  # it raises of all kinds, as the files' own content decides
+    except Exception as e:  # the type of the error depends on the content of the files
         raise _unloadable(folder, _bad_model(folder, one_line(e))) from e
-    # Without a file, some classes make a vocabulary of their special tokens and say nothing.
+    # If the vocabulary file is missing, some classes silently make a vocabulary of only their special tokens.
     if tokenizer.get_vocab().keys() <= {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}:
         raise _unloadable(folder, f"{type(tokenizer).__name__} finds no vocabulary there but special tokens")
     _compare_conversion(folder, tokenizer)
@@ -75,11 +81,11 @@ def _unloadable(folder: Path, reason: str) -> UserError:
 
 
 def _bad_model(folder: Path, reason: str) -> str:
-    """Why transformers raises, better than it says: a tokenizer.model that it fails with it takes for a tiktoken's."""
+    """Returns why loading failed, since transformers blames tiktoken for any tokenizer.model that it cannot read."""
     file = folder / MODEL
     if not file.is_file() or (folder / "tokenizer.json").exists():
         return reason
-    import sentencepiece  # here alone, as it takes a while
+    import sentencepiece  # imported here because it is slow and rarely needed
 
     content = file.read_bytes()
     if not content:
@@ -100,10 +106,10 @@ def _bad_model(folder: Path, reason: str) -> str:
 
 
 def _compare_conversion(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Says so where transformers converts a tokenizer.model to what gives other tokens than it does itself.
+    """Warns if transformers' conversion of a tokenizer.model gives other tokens than sentencepiece does.
 
-    It takes each for the kind that its class stands for, BPE or unigram, and not every class puts a space before a
-    text. Its ids are used all the same: they are what others get who load the folder.
+    The conversion takes the kind of model, BPE or unigram, from the tokenizer's class, and not every class puts a
+    space before a text. The converted ids are used anyway, since everyone who loads the folder gets them.
     """
     file = folder / MODEL
     if not tokenizer.is_fast or not file.is_file() or (folder / "tokenizer.json").exists():
@@ -112,7 +118,7 @@ def _compare_conversion(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
 
     try:
         own = sentencepiece.SentencePieceProcessor(model_proto=file.read_bytes()).encode(PROBE, out_type=str)
-    except (RuntimeError, ValueError):  # of another kind, which transformers could read
+    except (RuntimeError, ValueError):  # the file is not a sentencepiece model, but transformers could read it
         return
     converted = tokenizer.convert_ids_to_tokens(tokenizer.encode(PROBE, add_special_tokens=False))
     if converted != own:
@@ -136,7 +142,7 @@ def _read_template(path: str) -> str:
     except (OSError, ValueError) as e:
         raise UserError(f"data.chat_template={path!r} cannot be read: {one_line(e)}.") from e
     try:
-        render_jinja_template(conversations=[], chat_template=text)  # compiles, renders nothing
+        render_jinja_template(conversations=[], chat_template=text)  # compiles the template without rendering it
     except jinja2.TemplateSyntaxError as e:
         raise UserError(f"the chat template {path} line {e.lineno} does not parse: {e.message}.") from e
     return text
@@ -144,9 +150,17 @@ def _read_template(path: str) -> str:
 
 # ---------------------------------------------------------------------------------------- text
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """The text of ids, as transformers has it or, where it would write out bytes as `<0xC3>`, as sentencepiece has it.
+    """Decodes ids with transformers or, if its tokenizer would write bytes as `<0xC3>`, with sentencepiece.
 
-    The second leaves out one space at the start, as fast tokenizers do.
+    Text that sentencepiece decodes loses one space at its start, as it does with fast tokenizers.
+
+    Args:
+      tokenizer: the tokenizer.
+      ids: the ids to decode.
+      skip_special_tokens: whether to leave special tokens out of the text.
+
+    Returns:
+      The text.
     """
     slow: Any = tokenizer
     sp = getattr(slow, "sp_model", None)
@@ -156,10 +170,10 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_speci
     added, special = slow.added_tokens_decoder, set(slow.all_special_ids)
     runs: list[str] = []
     for whole, run in itertools.groupby(ids, lambda i: i in added or i in special):
-        if whole:  # marked as special in either of two places
+        if whole:  # a tokenizer marks special tokens in `all_special_ids` or in `added_tokens_decoder`
             shown = [i for i in run if not skip_special_tokens or not (i in special or added[i].special)]
             runs += slow.convert_ids_to_tokens(shown)
-        else:  # what a model has beyond the tokenizer's ids spells nothing
+        else:  # the model's vocabulary may be padded with ids that the tokenizer does not have
             runs.append(sp.decode(slow.convert_ids_to_tokens([i for i in run if i < slow.vocab_size])))
     text = "".join(runs)
     return text if sp.decode(["▁"]) == "" else text.removeprefix(" ")
@@ -167,30 +181,31 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_speci
 
 # ---------------------------------------------------------------------------------------- ids
 class Locator(Protocol):
-    """Texts to ids, and where each id's token lies in the text; picklable, for worker processes."""
+    """Converts texts to ids and to the spans of their tokens; instances can be pickled for worker processes."""
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of whole documents, with the special tokens that the tokenizer puts around one."""
+        """Returns the ids of documents, with the special tokens that the tokenizer puts around a document."""
         ...
 
     def ids(self, text: str) -> list[int]:
-        """Ids of a rendered chat: no special token is added to it."""
+        """Returns the ids of a rendered chat, to which no special tokens are added."""
         ...
 
     def located(self, texts: Sequence[str]) -> list[Located]:
-        """Ids of rendered chats, and the characters of each token.
+        """Returns the ids of rendered chats, and the span of characters of each token.
 
-        A token that has no character of its own (a space put before a text, all but the last byte of a character)
-        is an empty span where it belongs: it goes with the character that follows.
+        A token without a character of its own (a space put before a text, or a byte of a character other than
+        its last) has an empty span and belongs to the character that follows.
         """
         ...
 
     def state(self) -> str:
-        """Changes when ids may."""
+        """Returns a string that differs if the ids may differ."""
         ...
 
 
 def locator(tokenizer: PreTrainedTokenizerBase) -> Locator:
+    """Returns the locator of a tokenizer; raises UserError if the kind of tokenizer is not supported."""
     if tokenizer.is_fast:
         return _Fast(tokenizer)
     if isinstance(tokenizer, PreTrainedTokenizer):
@@ -202,11 +217,11 @@ def locator(tokenizer: PreTrainedTokenizerBase) -> Locator:
 
 
 class _Fast:
-    """A tokenizer of the tokenizers library, which tells offsets."""
+    """A tokenizer of the tokenizers library, which returns offsets."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._documents = _backend(tokenizer)
-        # A post-processor may trim offsets: a token of spaces would then lie nowhere.
+        # A post-processor may trim offsets, and a token of only spaces would then have an empty span.
         self._chats = _backend(tokenizer)
         self._chats.post_processor = None  # type: ignore[assignment]
         probe = " a  b\n\n c "
@@ -224,10 +239,10 @@ class _Fast:
 
     def located(self, texts: Sequence[str]) -> list[Located]:
         num_bytes = self._num_bytes
-        # The one normalizer of byte-level tokenizers, which leaves most texts as they are.
+        # Byte counts hold for NFC text only, because NFC is the one normalizer that byte-level tokenizers use.
         if num_bytes is None or not all(unicodedata.is_normalized("NFC", t) for t in texts):
             return [_arrays(e.ids, e.offsets) for e in self._chats.encode_batch(texts, add_special_tokens=False)]
-        # To add up bytes is faster than to have the library keep offsets, and a table of words than to ask it.
+        # Adding up byte counts is faster than the library's offsets, and the word table is faster than its encoding.
         ids = [self._words.ids(t) if self._words else None for t in texts]
         rest = [t for t, found in zip(texts, ids, strict=True) if found is None]
         encoded = iter(self._chats.encode_batch_fast(rest, add_special_tokens=False))
@@ -244,7 +259,7 @@ def _arrays(ids: Sequence[int], spans: Sequence[Span]) -> Located:
 
 
 def _backend(tokenizer: Any) -> Tokenizer:
-    """A copy of our own: calls of `tokenizer` switch truncation and padding of theirs."""
+    """Returns a copy of the backend, because calls of `tokenizer` change its truncation and padding."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
@@ -252,16 +267,16 @@ def _backend(tokenizer: Any) -> Tokenizer:
     return backend
 
 
-# ---------------------------------------------------------------------------------------- slow ones
+# ---------------------------------------------------------------------------------------- slow tokenizers
 class _Unaligned(Exception):
-    """Why the tokens of a text could not be laid beside it."""
+    """The tokens of a text could not be aligned with it; the message says why."""
 
 
 class _Slow:
-    """A tokenizer that runs in Python or in sentencepiece, and gives ids alone."""
+    """A tokenizer that runs in Python or in sentencepiece and returns only ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizer) -> None:
-        self._tokenizer: Any = tokenizer  # much of what is asked here, only some classes have
+        self._tokenizer: Any = tokenizer  # only some classes have the attributes that are used below
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._tokenizer.encode(t, verbose=False) for t in texts]
@@ -275,7 +290,7 @@ class _Slow:
     def state(self) -> str:
         made_with = {k: str(v) for k, v in self._tokenizer.init_kwargs.items() if k not in _NOT_IDS}
         added = {i: repr(t) for i, t in self._tokenizer.added_tokens_decoder.items()}
-        # How such a tokenizer works is written in its class, hence the version.
+        # The behaviour of a slow tokenizer is code of its class, which may differ between versions of transformers.
         parts = [type(self._tokenizer).__name__, transformers.__version__, made_with, added]
         if sp := self._sp_model:
             parts.append(hashlib.sha256(sp.serialized_model_proto()).hexdigest())
@@ -306,7 +321,7 @@ class _Slow:
         return ids, offsets
 
     def _parts(self, text: str) -> Iterator[tuple[Span, bool]]:
-        """The text cut at added tokens, as `PreTrainedTokenizer.tokenize` does it; whether each is such a token."""
+        """Yields spans of parts, split as by `PreTrainedTokenizer.tokenize`, and whether each is an added token."""
         if self._tokenizer.split_special_tokens:
             yield (0, len(text)), False
             return
@@ -314,7 +329,7 @@ class _Slow:
         edges = [0, *itertools.accumulate(map(len, parts))]
         starts, ends = edges[:-1], edges[1:]
         added = {t.content: t for t in self._tokenizer.added_tokens_decoder.values()}
-        for i, part in enumerate(parts):  # some take the spaces beside them
+        for i, part in enumerate(parts):  # some added tokens absorb the spaces around them
             if part in added and added[part].rstrip and i + 1 < len(parts):
                 starts[i + 1] += len(parts[i + 1]) - len(parts[i + 1].lstrip())
             if part in added and added[part].lstrip and i:
@@ -325,7 +340,7 @@ class _Slow:
                 yield (start, end), part in whole
 
     def _aligned(self, part: str) -> tuple[list[str], list[Span]]:
-        """Tokens of a text without added tokens, and their spans in it."""
+        """Returns the tokens of a text without added tokens, and their spans in it."""
         tokens = self._tokenizer._tokenize(part)
         spans = (self._by_sentencepiece if self._sp_model else _by_spelling)(part, tokens)
         if spans is None:
@@ -333,10 +348,10 @@ class _Slow:
         return tokens, spans
 
     def _by_sentencepiece(self, part: str, tokens: list[str]) -> list[Span] | None:
-        """Spans by sentencepiece's own account, which holds where it gives these very tokens.
+        """Returns spans from sentencepiece's offsets, or None if sentencepiece does not give exactly these tokens.
 
-        A class may prepare the text first, and may put the unknown token before it, to keep sentencepiece from
-        changing spaces at its start.
+        Some tokenizer classes preprocess the text first, and some put the unknown token before it to keep
+        sentencepiece from changing spaces at its start, so each combination is tried.
         """
         prepare = getattr(self._tokenizer, "preprocess_text", None)
         readings = [_clusters(part, str), _clusters(part, prepare) if prepare else None]
@@ -354,10 +369,10 @@ class _Slow:
 
 
 def _clusters(text: str, prepare: Callable[[str], str]) -> tuple[str, list[Span]] | None:
-    """The text as prepared, and where each of its characters comes from; None where that cannot be told.
+    """Returns the prepared text and the span of `text` that each of its characters comes from, or None if unknown.
 
-    What the prepared text is made of are clusters, the shortest parts that it treats each for itself: a letter with
-    the accents that it joins to it, and else single characters.
+    The text is split into clusters, the shortest parts that `prepare` treats independently. A cluster is mostly a
+    single character; a letter and its combining accents are one cluster.
     """
     if prepare(text) == text:
         return text, [*((i, i + 1) for i in range(len(text))), (len(text), len(text))]
@@ -379,7 +394,7 @@ def _clusters(text: str, prepare: Callable[[str], str]) -> tuple[str, list[Span]
 
 
 def _by_spelling(part: str, tokens: list[str]) -> list[Span] | None:
-    """Spans of tokens that are characters of the text, or one for each of its bytes; None where they are neither."""
+    """Returns spans if the tokens spell the text in characters, or in one character for each byte; else None."""
     content = part.encode("utf-8", "surrogatepass")
     letter = [i for i, c in enumerate(part) for _ in c.encode("utf-8", "surrogatepass")]  # the character of each byte
     for encoding in ("utf-8", "latin-1"):
