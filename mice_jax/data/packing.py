@@ -1,9 +1,9 @@
 """Plans which samples share a row and which rows share a microbatch, from lengths alone.
 
-The samples of a step are packed into rows best-fit-decreasing, and the rows are dealt to microbatches whose shapes come
-from one short fixed list, so that nothing recompiles and short tails waste little. A plan is a pure function of its
-arguments, so every host computes the same one. The loops over samples are compiled (`best_fit`), and steps are planned
-in blocks, since Python's work for each step would otherwise take most of the time.
+The samples of a step are packed into rows by best-fit-decreasing, and the rows are dealt to microbatches. The shapes of
+microbatches come from a short fixed list, so that no step recompiles and short tails waste few slots. A plan is a pure
+function of its arguments, so every host computes the same plan. The loops over samples are compiled (`best_fit`), and
+steps are planned in blocks, because Python's overhead for each step would otherwise dominate.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import numpy as np
 
 from mice_jax.packing_limits import max_segments
 
-MAX_SHAPES = 6  # each one costs a compilation
-MAX_TAIL_MICROBATCHES = 4  # microbatches of a step that are smaller than the largest
-MICROBATCH_COST_DIVISOR = 64  # one more microbatch must save this part of a largest one's slots
+MAX_SHAPES = 6  # each shape costs a compilation
+MAX_TAIL_MICROBATCHES = 4  # microbatches of a step that are smaller than the largest shape
+MICROBATCH_COST_DIVISOR = 64  # another microbatch must save 1/64 of the slots of a largest one
 SLOT_MULTIPLE = 128  # kernels and vector units work on whole tiles
 
 
@@ -39,7 +39,7 @@ class Microbatch(NamedTuple):
     """`rows[i]` lists the samples of row i, as indices into the step; an empty row is padding."""
 
     shape: Shape
-    rows: Sequence[list[int]]  # shape.rows * num_shards of them
+    rows: Sequence[list[int]]  # its length is shape.rows * num_shards
 
 
 def microbatch_shapes(max_length: int, rows_per_shard: int) -> tuple[Shape, ...]:
@@ -66,7 +66,7 @@ def microbatch_shapes(max_length: int, rows_per_shard: int) -> tuple[Shape, ...]
 
 
 class Rows(Sequence[list[int]]):
-    """The samples of each row of a microbatch; the list of a row is made when it is accessed."""
+    """The samples of each row of a microbatch; the list of a row is created when it is accessed."""
 
     __slots__ = ("_bounds", "_samples")
 
@@ -139,9 +139,10 @@ def pack_steps(lengths: np.ndarray, shapes: tuple[Shape, ...], num_shards: int, 
 class _Layouts(NamedTuple):
     """The microbatches that a step may have: any number of largest ones, then one of the tails.
 
-    `mains` and `tails` hold shapes with their rows over all shards. `numbers` describes the same to compiled code: the
-    rows of a largest microbatch, the slots of its rows, the smallest charge of a sample; the slots and the rows of each
-    tail; for each row of a tail, its slots and the end of the rows of its shape.
+    Attributes:
+      mains: the largest shape, with its rows over all shards.
+      tails: for each tail, its shapes with their rows over all shards.
+      numbers: the same for compiled code, the arguments of `best_fit._pack` from `main_rows` on.
     """
 
     mains: list[tuple[Shape, int]]
@@ -162,7 +163,7 @@ def _layouts(shapes: tuple[Shape, ...], num_shards: int) -> _Layouts:
             end = start + len(list(same)) * shape.rows * num_shards
             row_slots[t, start:end], same_until[t, start:end] = shape.slots, end
             start = end
-    # A sample is charged at least this many slots, so that no row holds more than its limit of samples.
+    # A sample is charged at least this number of slots, so that no row exceeds its limit of samples.
     charge = -(-main.slots // main.max_segments)
     numbers = (main.rows * num_shards, main.slots, charge, slots, rows, row_slots, same_until)
     return _Layouts([(main, main.rows * num_shards)], tails, numbers)
@@ -170,7 +171,7 @@ def _layouts(shapes: tuple[Shape, ...], num_shards: int) -> _Layouts:
 
 @functools.cache
 def _tails(shapes: tuple[Shape, ...]) -> list[tuple[Shape, ...]]:
-    """The combinations of smaller shapes that cost less than one largest microbatch, in order of slots."""
+    """Returns the combinations of smaller shapes that cost less than one largest microbatch, in order of slots."""
     main, *smaller = shapes
     area = main.rows * main.slots
 
@@ -180,8 +181,8 @@ def _tails(shapes: tuple[Shape, ...]) -> list[tuple[Shape, ...]]:
     tails = itertools.chain.from_iterable(
         itertools.combinations_with_replacement(smaller, n) for n in range(MAX_TAIL_MICROBATCHES + 1)
     )
-    # One tail for each number of slots is enough: where it does not fit, others of the same size seldom do. The sort
-    # is stable, so that of equal costs the tail of larger shapes comes first.
+    # One tail for each number of slots is enough, because others of the same size seldom fit if it does not.
+    # The sort is stable, so that among equal costs the tail of larger shapes comes first.
     cheapest: dict[int, tuple[Shape, ...]] = {}
     for tail in sorted(tails, key=cost):
         cheapest.setdefault(sum(s.rows * s.slots for s in tail), tail)
@@ -191,5 +192,5 @@ def _tails(shapes: tuple[Shape, ...]) -> list[tuple[Shape, ...]]:
 
 
 def slot_efficiency(total_tokens: int, plan: Sequence[Microbatch]) -> float:
-    """The ratio of tokens to computed slots, including those of padding rows."""
+    """Returns the ratio of tokens to computed slots, including the slots of padding rows."""
     return total_tokens / sum(len(m.rows) * m.shape.slots for m in plan)

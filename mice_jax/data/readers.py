@@ -1,7 +1,7 @@
 """Reads raw records from files (local or in an object store), TFDS, and Hugging Face datasets.
 
-A source opens to a reader, which knows what its content depends on (for the key of the token store) and yields blocks
-of a few hundred records. Blocks hold unparsed records where possible, so that they are cheap to send to a process.
+A reader computes a digest of its source, which is part of the key of the token store, and yields blocks of a few
+hundred records. Blocks hold unparsed records where possible, so that they are cheap to send to another process.
 """
 
 import abc
@@ -28,11 +28,11 @@ from mice_jax.errors import UserError, one_line
 
 BLOCK_RECORDS = 512
 BLOCK_BYTES = 2 * 2**20  # of decompressed text
-PARQUET_BUFFER = 2**20  # bytes that are read of a column at once, instead of a whole row group
+PARQUET_BUFFER = 2**20  # bytes of a column that are read at once, instead of a whole row group
 MAX_CACHED_DIGESTS = 10_000
 MAX_LINE = 256 * 2**20  # bytes; a file with a longer line is not a file of lines
 
-Raw = tuple[int, Any]  # the number of a record in its place, from 1 on, and its line as bytes or the parsed record
+Raw = tuple[int, Any]  # the number of a record in its place, counted from 1, and its line as bytes or parsed
 
 
 # ---------------------------------------------------------------------------------------- blocks
@@ -42,7 +42,7 @@ class Block(abc.ABC):
 
     place: int  # index in the reader's places
     first: int  # number of the first record
-    done: int  # the part of the reader's size that has been read after this block
+    done: int  # how much of the reader's size has been read after this block
 
     @abc.abstractmethod
     def records(self) -> Iterator[Raw]:
@@ -51,9 +51,12 @@ class Block(abc.ABC):
 
 @dataclass(frozen=True)
 class Lines(Block):
+    """Lines of a file, as bytes."""
+
     lines: list[bytes]
 
     def records(self) -> Iterator[Raw]:
+        """Yields the lines that are not blank, with their numbers."""
         for number, line in enumerate(self.lines, self.first):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             line = line.strip()
@@ -63,17 +66,23 @@ class Lines(Block):
 
 @dataclass(frozen=True)
 class Items(Block):
+    """Items of a JSON list, parsed."""
+
     items: list[Any]
 
     def records(self) -> Iterator[Raw]:
+        """Yields the items with their numbers."""
         return enumerate(self.items, self.first)
 
 
 @dataclass(frozen=True)
 class Table(Block):
+    """Rows of a table."""
+
     rows: pa.RecordBatch
 
     def records(self) -> Iterator[Raw]:
+        """Yields the rows as dicts without nulls, with their numbers."""
         return enumerate(map(_sparse, self.rows.to_pylist()), self.first)
 
 
@@ -82,27 +91,28 @@ class Examples(Block):
     """Examples of a TFDS data source; a worker process reads them itself."""
 
     source: Sequence[Any]
-    stop: int
+    stop: int  # number of the first record after this block
 
     def records(self) -> Iterator[Raw]:
+        """Reads the examples and yields them with their numbers."""
         for number in range(self.first, self.stop):
             yield number, _plain(self.source[number - 1])
 
 
 def _sparse(value: Any) -> Any:
-    """Removes nulls, since a table's struct gives every message the keys that any message has."""
+    """Removes nulls, because the struct of a table gives every message the keys that any message has."""
     if isinstance(value, dict):
         return {k: _sparse(v) for k, v in value.items() if v is not None}
     return [_sparse(v) for v in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:
-    """Turns a TFDS example, whose texts are bytes and whose lists are arrays, into the types of JSON."""
+    """Converts a TFDS example, whose texts are bytes and whose lists are arrays, to the types of JSON."""
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, bytes):
         return value.decode(errors="surrogateescape")  # `sources` raises for text that is not UTF-8
-    if hasattr(value, "tolist"):  # arrays, and numbers of numpy
+    if hasattr(value, "tolist"):  # True for numpy's arrays and scalars
         value = value.tolist()
     return [_plain(v) for v in value] if isinstance(value, list) else value
 
@@ -115,7 +125,7 @@ class Reader(Protocol):
     size: int  # the `done` of the last block
 
     def digest(self, cache_dir: Path) -> bytes:
-        """A key that changes with the records; hashes of files are cached in `cache_dir`."""
+        """Returns a key that changes with the records; hashes of files are cached in `cache_dir`."""
         ...
 
     def blocks(self) -> Iterator[Block]:
@@ -124,7 +134,7 @@ class Reader(Protocol):
 
 
 def open_source(path: str) -> Reader:
-    """Opens what a `Source.path` names; raises a UserError where it cannot be read."""
+    """Opens the source that a `Source.path` names; raises UserError if it cannot be read."""
     if path.startswith("tfds:"):
         return TFDSReader(path)
     return HFReader(path) if path.startswith("hf:") else FileReader(files_of(path))
@@ -141,12 +151,14 @@ class FileReader:
         self.size = sum(self._sizes)
 
     def digest(self, cache_dir: Path) -> bytes:
+        """Returns the digests of local files and the versions of remote ones."""
         local = [f for f in self._files if not is_remote(f)]
         known = dict(zip(local, file_digests([Path(f) for f in local], cache_dir), strict=True))
         # The version that an object store reports (mostly an ETag) is used, since hashing would download the object.
         return b"".join(known[f] if f in known else _remote_key(f) for f in self._files)
 
     def blocks(self) -> Iterator[Block]:
+        """Yields the records of all files, in order."""
         before = 0
         for place, (file, (_, read), size) in enumerate(zip(self._files, self._kinds, self._sizes, strict=True)):
             with _store_errors(file):
@@ -161,21 +173,23 @@ class HFReader:
     def __init__(self, path: str):
         name, *config, self._split = _parts(path, "hf:name:split", at_least=2)
         try:
-            import datasets  # an extra
+            import datasets  # an optional dependency
         except ImportError:
             raise UserError(f"{path} needs the datasets library: pip install 'mice_jax[hf]'.") from None
         try:
-            # The data set must be mapped from files, since its digest is theirs; a setting may keep it in memory.
+            # The digest needs the files that the data set is mapped from, and a user's setting may keep it in memory.
             self._data: Any = datasets.load_dataset(name, *config, split=self._split, keep_in_memory=False)
         except Exception as e:  # a data set's own code may raise anything
             raise UserError(f"{path} cannot be loaded: {one_line(e)}.") from e
         self.places, self.size = [f"{path} row"], len(self._data)
 
     def digest(self, cache_dir: Path) -> bytes:
+        """Returns the split and the digests of the files that the data set is mapped from."""
         files = [Path(f["filename"]) for f in self._data.cache_files]
         return b"".join([self._split.encode(), *file_digests(files, cache_dir)])
 
     def blocks(self) -> Iterator[Block]:
+        """Yields all rows."""
         at = 0
         for table in self._data.with_format("arrow").iter(batch_size=BLOCK_RECORDS):
             for rows in table.combine_chunks().to_batches():
@@ -189,7 +203,7 @@ class TFDSReader:
     def __init__(self, path: str):
         name, self._split = _parts(path, "tfds:name[/config]:split", at_least=2, at_most=2)
         try:
-            import tensorflow_datasets as tfds  # optional, and slow to import
+            import tensorflow_datasets as tfds  # an optional dependency that is slow to import
         except ImportError:
             raise UserError(f"{path} needs TensorFlow Datasets: pip install 'mice_jax[tfds]'.") from None
 
@@ -201,7 +215,7 @@ class TFDSReader:
             self._data = builder.as_data_source(split=self._split)
             self._files = [Path(f) for f in builder.info.splits[self._split].filepaths]
         except Exception as e:  # a builder's own code may raise anything
-            known = str(e).partition("\nAvailable datasets:")[0]  # without the list of a thousand names
+            known = str(e).partition("\nAvailable datasets:")[0]  # the list that follows has a thousand names
             raise UserError(
                 f"{path} cannot be opened: {known if known != str(e) else one_line(e)}. It is read without TensorFlow, "
                 "from array_record files: prepare it with file_format='array_record', in $TFDS_DATA_DIR or in a folder "
@@ -210,9 +224,11 @@ class TFDSReader:
         self.places, self.size = [f"{path} example"], len(self._data)
 
     def digest(self, cache_dir: Path) -> bytes:
+        """Returns the split and the digests of its files."""
         return b"".join([self._split.encode(), *file_digests(self._files, cache_dir)])
 
     def blocks(self) -> Iterator[Block]:
+        """Yields all examples, which are read by whoever calls `Block.records`."""
         for start in range(0, self.size, BLOCK_RECORDS):
             stop = min(start + BLOCK_RECORDS, self.size)
             yield Examples(0, start + 1, stop, self._data, stop + 1)
@@ -232,7 +248,7 @@ def is_remote(path: str) -> bool:
 
 
 def files_of(path: str) -> list[str]:
-    """The sorted files that `path` names: a file, a folder or a glob, local or in an object store."""
+    """Returns the sorted files that `path` names: a file, a folder or a glob, local or in an object store."""
     found = _remote_files(path) if is_remote(path) else _local_files(path)
     if not found:
         raise UserError(
@@ -246,7 +262,7 @@ def _local_files(path: str) -> list[str]:
     there = Path(os.path.expanduser(path))
     if there.is_dir():
         return [str(p) for p in there.iterdir() if p.is_file() and p.name.endswith(tuple(READERS))]
-    if there.is_file():  # also a name with glob characters in it
+    if there.is_file():  # checked before the glob, since a file's name may contain glob characters
         return [str(there)]
     return [p for p in glob.glob(str(there), recursive=True) if os.path.isfile(p)]
 
@@ -264,7 +280,7 @@ def _remote_files(path: str) -> list[str]:
 
 
 def _remote_key(file: str) -> bytes:
-    """A key that changes with an object: the version that its store reports (mostly an ETag), else a hash."""
+    """Returns a key that changes with an object: the version that its store reports (mostly an ETag), or a hash."""
     with _store_errors(file):
         fs, there = fsspec.core.url_to_fs(file)
         known = [str(fs.ukey(there))]
@@ -302,15 +318,15 @@ def _store_errors(path: str) -> Iterator[None]:
 def _open(file: str) -> BinaryIO:
     if not is_remote(file):
         return open(file, "rb")
-    return io.BufferedReader(fsspec.open(file, "rb").open())  # type: ignore[arg-type]  # its readline takes a limit
+    return io.BufferedReader(fsspec.open(file, "rb").open())  # type: ignore[arg-type]  # readline must accept a limit
 
 
-# What a kind of file yields: the class of a block, the number of its first record, its content, bytes read so far.
+# A reader of a kind of file yields the class of a block, the number of its first record, its content, and bytes read.
 _Yielded = tuple[Callable[..., Block], int, Any, int]
 
 
 def _lines(file: str) -> Iterator[_Yielded]:
-    """Lines as bytes, so that one bad byte costs one line and has a line number."""
+    """Yields lines as bytes, so that text that is not UTF-8 affects a single line, whose number is known."""
     number = 0
     lines: list[bytes] = []
     held = 0
@@ -334,7 +350,7 @@ def _lines(file: str) -> Iterator[_Yielded]:
 
 
 def _list(file: str) -> Iterator[_Yielded]:
-    """The items of one list, decoded while it is read, so that memory holds a block or an item."""
+    """Yields the items of one list, decoded while it is read, so that only a block is in memory."""
     number = 0
     items: list[Any] = []
     held = 0
@@ -357,12 +373,13 @@ def _list(file: str) -> Iterator[_Yielded]:
 
 
 def _rows(file: str) -> Iterator[_Yielded]:
+    """Yields the rows of a Parquet file."""
     number = 0
     try:
         with _open(file) as f, pq.ParquetFile(f, pre_buffer=False, buffer_size=PARQUET_BUFFER) as table:
             size, total = _size(file), table.metadata.num_rows
             for rows in table.iter_batches(batch_size=BLOCK_RECORDS):
-                rows.validate(full=True)  # raises, among others, for text that is not UTF-8
+                rows.validate(full=True)  # raises, for example, for text that is not UTF-8
                 yield Table, number + 1, rows, size * (number + rows.num_rows) // total
                 number += rows.num_rows
     except (OSError, ValueError, pa.ArrowException) as e:
@@ -390,8 +407,8 @@ def _kind_of(file: str) -> tuple[str, Callable[[str], Iterator[_Yielded]]]:
 def file_digests(files: Sequence[Path], cache_dir: Path) -> list[bytes]:
     """Hashes files.
 
-    A digest is cached by the file's path, size and time of change, unless the file changed in the last seconds: it may
-    change again within one tick of its clock.
+    A digest is cached by the file's path, size and time of change. A file that changed in the last seconds is not
+    cached, since it may change again within one tick of the file system's clock.
 
     Args:
       files: local files.
@@ -403,7 +420,7 @@ def file_digests(files: Sequence[Path], cache_dir: Path) -> list[bytes]:
     memo = cache_dir / "digests.json"
     try:
         known: dict[str, str] = json.loads(memo.read_text())
-    except (OSError, ValueError):  # there is none yet, or another process is replacing it
+    except (OSError, ValueError):  # the cache does not exist yet, or another process is replacing it
         known = {}
     digests = []
     for file in files:

@@ -1,7 +1,7 @@
 """Describes a run's data: the numbers of data_report.json, warnings of likely mistakes, and tables of both.
 
-All of it is computed from the columns of the stores (lengths, trained counts, hashes, flags), which is fast for a
-million samples.
+Everything is computed from the columns of the stores (lengths, trained counts, hashes, flags), which is fast even for
+a million samples.
 """
 
 import operator
@@ -20,9 +20,9 @@ if TYPE_CHECKING:  # importing the loader imports grain, which takes a while
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 BARS = "▁▂▃▄▅▆▇█"
-MIN_TRAINED_FRACTION = 0.01  # of the tokens; below it, there is a warning
-MIN_DROPPED_FRACTION = 0.01  # of the samples; above it, the warning gives the percentage too
-NUM_LONGEST = 3  # samples named in the report
+MIN_TRAINED_FRACTION = 0.01  # a smaller fraction of trained tokens gives a warning
+MIN_DROPPED_FRACTION = 0.01  # above this fraction of dropped samples, the warning includes the percentage
+NUM_LONGEST = 3  # longest samples that the report lists for each source
 NUM_PACKED_STEPS = 16  # steps whose slot efficiency is measured
 
 Entry = dict[str, Any]  # the numbers of one source
@@ -30,7 +30,14 @@ Entry = dict[str, Any]  # the numbers of one source
 
 # ---------------------------------------------------------------------------------------- numbers
 def length_numbers(lengths: np.ndarray) -> Entry:
-    """Percentiles of lengths (in tokens), and a histogram of about a dozen bins with round ratios."""
+    """Computes percentiles and a histogram of about a dozen bins.
+
+    Args:
+      lengths: int [n], tokens of each sample.
+
+    Returns:
+      `length_percentiles`, tokens by percentile, and `length_histogram`, samples by the upper bound of their bin.
+    """
     if not len(lengths):
         return {"length_percentiles": {}, "length_histogram": {}}
     values = np.percentile(lengths, PERCENTILES)
@@ -38,12 +45,12 @@ def length_numbers(lengths: np.ndarray) -> Entry:
     counts = np.bincount(np.searchsorted(bounds, lengths), minlength=len(bounds))
     return {
         "length_percentiles": {str(p): int(v) for p, v in zip(PERCENTILES, values, strict=True)},
-        "length_histogram": {str(b): int(n) for b, n in zip(bounds, counts, strict=True)},  # up to b tokens
+        "length_histogram": {str(b): int(n) for b, n in zip(bounds, counts, strict=True)},
     }
 
 
 def _bounds(shortest: int, longest: int) -> np.ndarray:
-    """Powers of two, with one or three bounds between them where they are few; the last is at least `longest`."""
+    """Returns powers of two, with one or three bounds between them if they are few; the last is >= `longest`."""
     low, high = int(np.log2(shortest)), int(np.ceil(np.log2(longest)))
     steps = 4 if high - low <= 3 else 2 if high - low <= 6 else 1
     exponents = np.arange(low * steps, high * steps + 1) / steps
@@ -52,7 +59,7 @@ def _bounds(shortest: int, longest: int) -> np.ndarray:
 
 
 def longest(lengths: np.ndarray, ids: np.ndarray, where: Callable[[int], str]) -> list[Entry]:
-    """The longest samples.
+    """Finds the longest samples.
 
     Args:
       lengths: int [n], in tokens.
@@ -85,13 +92,13 @@ def flag_numbers(flags: np.ndarray, ids: np.ndarray, where: Callable[[int], str]
 
 
 def mean_length(report: Entry) -> float:
-    """The mean tokens of the samples that are kept."""
+    """Returns the mean number of tokens of the samples that are kept."""
     sources = report["sources"].values()
     return sum(s["tokens"] for s in sources) / sum(s["kept"] for s in sources)
 
 
 def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
-    """Completes data_report.json with what the steps draw from each source.
+    """Completes data_report.json with the samples that the steps draw from each source.
 
     Args:
       report: the part that does not depend on steps.
@@ -116,15 +123,22 @@ def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
         "steps": total_steps,
         "samples_left_out_by_drop_remainder": mixture.samples_left_out,
         "packing_efficiency_of_first_steps": slot_efficiency(tokens, packed),
-        "packing_efficiency_by_source": packing_by_source(source, epochs),  # of the first steps of each phase
+        "packing_efficiency_by_source": packing_by_source(source, epochs),
         "packed_for": {"shards": source.num_shards, "rows_per_shard": source.shapes[0].rows},
     }
 
 
 def packing_by_source(source: "StepSource", epochs: Sequence["Epoch"]) -> dict[str, float]:
-    """The slot efficiency of each source in the first steps of each phase; `epochs` are those of the whole run.
+    """Computes the slot efficiency of each source in the first steps of each phase.
 
-    The padding of a row is divided among its samples in proportion to their tokens. Rows of padding are not counted.
+    The padding of a row is divided among its samples in proportion to their tokens. Padding rows are not counted.
+
+    Args:
+      source: the steps.
+      epochs: the epochs of the whole run.
+
+    Returns:
+      The ratio of tokens to slots by source.
     """
     tokens: dict[str, int] = defaultdict(int)
     slots: dict[str, float] = defaultdict(float)
@@ -146,7 +160,7 @@ def packing_by_source(source: "StepSource", epochs: Sequence["Epoch"]) -> dict[s
 
 
 def _first_steps(epochs: Sequence["Epoch"], phase: int) -> range:
-    """A phase's first steps; its epochs follow each other."""
+    """Returns the first steps of a phase, whose epochs are consecutive."""
     before, own = (sum(e.steps for e in epochs if belongs(e.phase, phase)) for belongs in (operator.lt, operator.eq))
     return range(before, before + min(own, NUM_PACKED_STEPS))
 
@@ -162,7 +176,7 @@ FLAG_MESSAGES = {
 
 
 def data_warnings(report: Entry) -> list[str]:
-    """One sentence for each likely mistake in the data, with the source, the numbers and the fix."""
+    """Returns one sentence for each likely mistake in the data, with the source, the numbers and the fix."""
     found: list[str] = []
     for kind in ("sources", "validation"):
         for name, entry in report[kind].items():
@@ -209,9 +223,9 @@ def _warnings_of(entry: Entry) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------- to look at
+# ---------------------------------------------------------------------------------------- tables
 def spark(histogram: dict[str, int]) -> str:
-    """A histogram in one line: `23 ▂▅█▇▃▁ 4,096`."""
+    """Draws a histogram in one line: `23 ▂▅█▇▃▁ 4,096`."""
     if not histogram:
         return "-"
     most = max(histogram.values())
@@ -220,7 +234,7 @@ def spark(histogram: dict[str, int]) -> str:
 
 
 def summary_table(report: Entry) -> Table:
-    """One row for each source: how many samples are read, kept, left out (and why), and trained on."""
+    """Returns a table with one row for each source: samples read, kept and left out (and why), and tokens trained."""
     table = _table(["source"], ["read", "kept", "left out", "truncated", "tokens", "trained", "median", "longest"])
     for name, s in _entries(report):
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in (s["dropped"] | s["set_aside"]).items()) or "0"
@@ -232,7 +246,7 @@ def summary_table(report: Entry) -> Table:
 
 
 def length_table(report: Entry) -> Table:
-    """One row for each source: the lengths of its samples, the number of copies, and the efficiency of packing."""
+    """Returns a table with one row for each source: its samples' lengths, duplicates and packing efficiency."""
     middle = [str(p) for p in PERCENTILES if 0 < p < 100]
     columns = ["shortest", *(f"{p} %" for p in middle), "longest", "duplicates", "packed"]
     table = _table(["source", "format", "tokens a sample"], columns)
@@ -245,7 +259,7 @@ def length_table(report: Entry) -> Table:
 
 
 def longest_lines(report: Entry) -> list[str]:
-    """One line for each of the longest samples of each source."""
+    """Returns one line for each of the longest samples of each source."""
     return [f"{name}: {e['tokens']:,} tokens at {e['where']}" for name, s in _entries(report) for e in s["longest"]]
 
 

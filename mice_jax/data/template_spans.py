@@ -13,11 +13,11 @@ is rendered twice (newlines are left out here):
 1. In the skeleton, the assistant's turn starts at its sentinel. It ends after `<|im_end|>`, the added token that
    follows the sentinel.
 2. Putting "Hi" and "Fine" back into the skeleton must give the text, character by character. This proves that the
-   template does not look into the contents, so positions in the skeleton can be moved to the text.
+   rendering does not depend on the contents, so that positions in the skeleton can be mapped to the text.
 3. The trained span of the text is "Fine<|im_end|>".
 
-Where a template does look into a content and so fits no skeleton, sentinels are tried in fewer messages, and a turn
-without a sentinel is what rendering one more message adds to the text. If none of this finds a turn, it is an error.
+If the rendering depends on a content, and so fits no skeleton, sentinels are tried in fewer messages. A turn without a
+sentinel is the text that rendering one more message adds. It is an error if no turn is found this way either.
 """
 
 import enum
@@ -32,7 +32,7 @@ from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError
 from mice_jax.data.sources import REASONING
 from mice_jax.data.tokenizer import Span
 
-MAX_SKELETONS = 4096  # in the cache for conversations of the same form
+MAX_SKELETONS = 4096  # skeletons in the cache, one for each form of conversation
 # The shortest conversation that shows how a template ends an answer.
 PROBE_MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Fine"}]
 
@@ -60,11 +60,12 @@ class Slot(NamedTuple):
 
     @property
     def sentinel(self) -> str:
+        """The text that stands for this part in a skeleton."""
         return f"MiceSlot{2 * self.message + self.kind:06d}End"
 
 
 class _FoundSlot(NamedTuple):
-    start: int  # of the sentinel in the skeleton's text
+    start: int  # where the sentinel starts in the skeleton's text
     slot: Slot
 
 
@@ -85,7 +86,7 @@ class _Rendered:
 class _Skeleton:
     text: str
     slots: list[_FoundSlot]
-    turns: list[Span]  # in `text`, one for each message that is trained
+    turns: list[Span]  # spans of `text`, one for each message that is trained
 
 
 class TemplateSpans:
@@ -106,7 +107,7 @@ class TemplateSpans:
 
     # ------------------------------------------------------------------------------------ tags
     def from_tags(self, messages: list[Message], text: str, tagged: list[Span], wanted: list[int]) -> list[Span]:
-        """The spans of the template's own tags, each with the token that ends its turn.
+        """Returns the spans that the template's tags enclose, each with the token that ends its turn.
 
         Args:
           messages: the conversation.
@@ -118,8 +119,8 @@ class TemplateSpans:
           Spans of `text` in characters.
 
         Raises:
-          TemplateError: the tags do not enclose the wanted messages.
-          NoTurnEndError: nothing follows the last one.
+          TemplateError: if the tags do not enclose the wanted messages.
+          NoTurnEndError: if the template writes nothing after the last assistant message.
         """
         assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         answers = [_answer_text(messages[i]) for i in wanted]
@@ -144,7 +145,7 @@ class TemplateSpans:
         return [(s, self._with_turn_end(text, s, e)) for s, e in tagged]
 
     def _with_turn_end(self, text: str, start: int, end: int) -> int:
-        """The end of a tagged span, moved past the token that ends the turn where the tags stop short of it."""
+        """Returns the end of a tagged span, including the token that ends the turn even if the tags exclude it."""
         if self._turn_end and text.startswith(self._turn_end, end):
             return end + len(self._turn_end)
         if end == len(text) and not re.search(rf"(?:{self._added_tokens})\s*\Z|\s\Z", text[start:end]):
@@ -153,7 +154,7 @@ class TemplateSpans:
 
     # ------------------------------------------------------------------------------------ skeletons
     def derive(self, messages: list[Message], tools: list[Message] | None, text: str, wanted: list[int]) -> list[Span]:
-        """The spans of the wanted messages, from a template that does not tag them.
+        """Derives the spans of the wanted messages from a template without tags.
 
         Args:
           messages: the conversation.
@@ -165,11 +166,11 @@ class TemplateSpans:
           Spans of `text` in characters.
 
         Raises:
-          TemplateError: no way of deriving them works; it says why the first one does not.
-          NoTurnEndError: nothing follows a turn.
+          TemplateError: if they cannot be derived; the message says why the first attempt failed.
+          NoTurnEndError: if the template writes nothing after a turn.
         """
         first_error: TemplateError | None = None
-        # Most templates look at no content, some at the user's, and few at the assistant's.
+        # Most renderings depend on no content, some on the user's, and few on the assistant's.
         for with_sentinels in (range(len(messages)), wanted, ()):
             try:
                 return self._derive_with(with_sentinels, messages, tools, text, wanted)
@@ -213,7 +214,7 @@ class TemplateSpans:
         return self._skeletons[key]
 
     def _turn(self, rendered: _Rendered, i: int, has_sentinel: bool) -> Span:
-        """The trained span of message i in a text with sentinels."""
+        """Returns the trained span of message i in a text with sentinels."""
         name, text = rendered.name(i), rendered.text
         starts = [start for start, slot in rendered.slots if slot == (i, Kind.CONTENT)]
         has_calls = bool(rendered.messages[i].get("tool_calls"))
@@ -223,7 +224,7 @@ class TemplateSpans:
             raise TemplateError(f"it leaves out the content of {name}, which is to be trained on")
         if not has_sentinel or has_calls:
             return self._turn_by_growth(rendered, i)
-        # Reasoning is trained too, so the turn then starts where the model takes over.
+        # Reasoning is trained too, so a turn with reasoning starts where the generation prompt ends.
         has_reasoning = any(slot == (i, Kind.REASONING) for _, slot in rendered.slots)
         start = self._turn_start(rendered, i) if has_reasoning else starts[0]
         end = starts[0] + _SENTINEL_WIDTH
@@ -231,7 +232,7 @@ class TemplateSpans:
         return start, end + self._end_length(tail, text[end:], rendered.messages[i]["role"], name)
 
     def _turn_by_growth(self, rendered: _Rendered, i: int) -> Span:
-        """The trained span of message i, found by what rendering that message adds to the text."""
+        """Returns the trained span of message i, from the text that rendering this message adds."""
         name, text, message = rendered.name(i), rendered.text, rendered.messages[i]
         start = self._turn_start(rendered, i)
         after = self._template.render(rendered.messages[: i + 1], rendered.tools)
@@ -253,9 +254,9 @@ class TemplateSpans:
         return start if has_reasoning else start + at, end + length
 
     def _turn_start(self, rendered: _Rendered, i: int) -> int:
-        """Where the model takes over in turn i: the length of the prompt for it."""
+        """Returns where the model starts to generate turn i, which is the length of the prompt for it."""
         prompt = self._template.render(rendered.messages[:i], rendered.tools, add_generation_prompt=True)
-        # A header that is only white space stands before contents alone, and not before calls.
+        # A header of only white space precedes contents but not tool calls.
         if self._header.strip() or rendered.text.startswith(prompt + self._header):
             prompt += self._header
         if rendered.messages[i]["role"] != "assistant" or not rendered.text.startswith(prompt):
@@ -263,7 +264,7 @@ class TemplateSpans:
         return len(prompt)
 
     def _tail(self, rendered: _Rendered, i: int) -> str:
-        """What follows content i in a conversation that ends there."""
+        """Returns the text that follows content i in a conversation that ends with message i."""
         after = self._template.render(rendered.messages[: i + 1], rendered.tools)
         at = after.rfind(Slot(i, Kind.CONTENT).sentinel)
         if at < 0:
@@ -272,15 +273,15 @@ class TemplateSpans:
 
     # ------------------------------------------------------------------------------------ ends of turns
     def _end_length(self, tail: str, text: str, role: str, name: str) -> int:
-        """Characters of the token that ends a turn.
+        """Returns the number of characters of the token that ends a turn.
 
-        A template without added tokens ends a turn by the first character of its tail.
+        A template without added tokens ends a turn with the first character of its tail.
 
         Args:
-          tail: what follows the content in a conversation that ends there, so that it holds no header.
-          text: what follows the content in this conversation.
-          role: of the message.
-          name: of the message, for the error.
+          tail: text that follows the content in a conversation that ends there, and so contains no header.
+          text: text that follows the content in this conversation.
+          role: role of the message.
+          name: name of the message, for the error.
         """
         token = re.compile(rf"\s*(?:{self._added_tokens})").match(tail)
         end = token[0] if token else tail[:1]
@@ -289,7 +290,7 @@ class TemplateSpans:
         return len(end) if text.startswith(end) else 0
 
     def _calls_end(self, body: str, is_prefix: bool, name: str) -> int:
-        """Where a turn with tool calls ends: after the first of the tokens that close its text."""
+        """Returns where a turn with tool calls ends, which is after the first of the tokens that close its text."""
         if not is_prefix:
             at = body.find(self._turn_end) if self._turn_end else -1
             if at < 0:
@@ -317,7 +318,7 @@ class TemplateSpans:
 
     @functools.cached_property
     def _probe(self) -> tuple[str, str]:
-        """What ends an assistant's turn, and the header that the generation prompt leaves out."""
+        """The text that ends an assistant's turn, and the header that the generation prompt leaves out."""
         user, slot = PROBE_MESSAGES[0], Slot(1, Kind.CONTENT)
         try:
             text = self._template.render([user, {"role": "assistant", "content": slot.sentinel}], None)
@@ -326,7 +327,7 @@ class TemplateSpans:
             end = tail[: self._end_length(tail, tail, "user", "")]
             without_prompt = self._template.render([user], None)
             with_prompt = self._template.render([user], None, add_generation_prompt=True)
-        except (TemplateError, ValueError):  # the template does not render so short a conversation
+        except (TemplateError, ValueError):  # the template does not render such a short conversation
             return "", ""
         lacks_prompt = without_prompt == with_prompt and text.startswith(without_prompt)
         header = text[len(without_prompt) : at] if lacks_prompt else ""
@@ -340,7 +341,7 @@ def _slot_of(number: int) -> Slot:
 
 
 def _replace_by_sentinels(messages: list[Message], chosen: Iterable[int]) -> tuple[list[Message], dict[Slot, str]]:
-    """The messages with sentinels for the texts of the chosen ones, and those texts by slot."""
+    """Returns the messages with sentinels in place of the texts of the chosen ones, and these texts by slot."""
     blank = [dict(m) for m in messages]
     values: dict[Slot, str] = {}
     for i in chosen:
@@ -354,7 +355,7 @@ def _replace_by_sentinels(messages: list[Message], chosen: Iterable[int]) -> tup
         if reasoning is not None:
             values[reasoning_slot] = reasoning
             message.update({k: reasoning_slot.sentinel for k in REASONING if message.get(k) == reasoning})
-        elif inline and inline[4]:  # some templates split such a content, so both parts get a slot
+        elif inline and inline[4]:  # some templates split a content at </think>, so each part gets a slot
             head, values[reasoning_slot], middle, values[content_slot] = inline.groups()
             message["content"] = head + reasoning_slot.sentinel + middle + content_slot.sentinel
             continue
@@ -365,9 +366,9 @@ def _replace_by_sentinels(messages: list[Message], chosen: Iterable[int]) -> tup
 
 
 def _fit(skeleton: _Skeleton, values: dict[Slot, str], text: str) -> list[int] | None:
-    """How many characters each slot has in `text`, or None where the filled skeleton is not that text.
+    """Returns the number of characters of each slot in `text`, or None if the filled skeleton is not that text.
 
-    A template may strip what it puts in, for some roles and not for others, so each value is tried stripped too.
+    A template may strip the contents of some roles and not of others, so each value is tried stripped too.
     """
     edges = [0, *(start + _SENTINEL_WIDTH for start, _ in skeleton.slots)]
     starts = [*(start for start, _ in skeleton.slots), len(skeleton.text)]
@@ -375,7 +376,7 @@ def _fit(skeleton: _Skeleton, values: dict[Slot, str], text: str) -> list[int] |
     if not text.startswith(literals[0]):
         return None
     seen = set()
-    # A depth-first search without recursion; each entry has the next slot, a position, and a linked list of lengths.
+    # This is a depth-first search; an entry holds the next slot, a position, and a linked list of lengths.
     stack: list[tuple[int, int, Any]] = [(0, len(literals[0]), None)]
     while stack:
         k, at, path = stack.pop()
@@ -390,7 +391,7 @@ def _fit(skeleton: _Skeleton, values: dict[Slot, str], text: str) -> list[int] |
         if (k, at) in seen:
             continue
         seen.add((k, at))
-        for value in reversed(_stripped(values[skeleton.slots[k].slot])):  # the unchanged value is tried first
+        for value in reversed(_stripped(values[skeleton.slots[k].slot])):  # the stack pops the unchanged value first
             end = at + len(value)
             if text.startswith(value, at) and text.startswith(literals[k + 1], end):
                 stack.append((k + 1, end + len(literals[k + 1]), (len(value), path)))
@@ -398,7 +399,7 @@ def _fit(skeleton: _Skeleton, values: dict[Slot, str], text: str) -> list[int] |
 
 
 def _stripped(text: str) -> list[str]:
-    """The text, and what templates make of it by stripping."""
+    """Returns the text and the forms in which templates strip it."""
     if text == text.strip():
         return [text]
     lines = (text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
@@ -406,11 +407,11 @@ def _stripped(text: str) -> list[str]:
 
 
 def _moved(position: int, skeleton: _Skeleton, lengths: list[int]) -> int:
-    """A position of the skeleton's text, in the real one."""
+    """Maps a position in the skeleton's text to the real text."""
     slots = zip(skeleton.slots, lengths, strict=True)
     return position + sum(n - _SENTINEL_WIDTH for (start, _), n in slots if start + _SENTINEL_WIDTH <= position)
 
 
 def _answer_text(message: Message) -> str:
-    """The part of a message's content that every template keeps."""
+    """Returns the part of a message's content that every template keeps."""
     return (message.get("content") or "").rpartition("</think>")[2].strip()
