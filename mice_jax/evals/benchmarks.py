@@ -1,7 +1,7 @@
-"""Benchmarks by the names that lm-evaluation-harness gives them: found, loaded, and scored with a model in memory.
+"""Loads benchmarks of lm-evaluation-harness by name and scores them with a model in memory.
 
-A benchmark is whatever one name stands for: a task, a group or a tag of the harness, or a task of a folder of one's
-own. Each is scored by itself, so that its results can be kept and found again by its fingerprint.
+A benchmark is what one name stands for: a task, a group or a tag of the harness, or a task from a folder of the user.
+Each benchmark is scored by itself, so that its results can be cached by its fingerprint.
 """
 
 import dataclasses
@@ -31,31 +31,45 @@ from mice_jax.errors import UserError, one_line
 from mice_jax.inference.generation_config import FILE, GenerationDefaults
 from mice_jax.models.transformer import Params
 
-if TYPE_CHECKING:  # what of the package reads this file alone runs without the harness
+if TYPE_CHECKING:  # Modules that import this one must run without lm-eval, which is an optional dependency.
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
 
     from mice_jax.evals.harness import MiceLM
 
-# Examples in a prompt that a name means to its users, where the harness's own file says none.
+# The usual number of few-shot examples of benchmarks whose task files in the harness do not set one.
 SHOTS = {"mmlu": 5}
-BOOTSTRAP = 100_000  # draws that a standard error is made of, where it has no formula; the harness's own default
-LEAST = (0, 4, 13)  # of the harness's versions: what is used of its inside came with this one
-SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}  # the harness's own
+# The number of bootstrap samples for standard errors that have no formula. It is the harness's default.
+BOOTSTRAP = 100_000
+# The oldest version of the harness that has the internals that are used here.
+LEAST = (0, 4, 13)
+# The harness's default seeds.
+SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}
+# The harness's name for the absence of a filter of answers.
 NO_FILTER = "none"
-RULES = 2  # how tasks are asked and scored here; with another number, what was scored before is scored anew
+# The version of the way tasks are asked and scored here. A new number invalidates all cached results.
+RULES = 2
 
-Results = dict[str, Any]  # of the harness, as it would write them
+Results = dict[str, Any]  # Results in the harness's own format.
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How tasks are asked: what a score depends on besides the model and the task."""
+    """How tasks are asked. A score depends on these settings besides the model and the task.
 
-    num_fewshot: int | None = None  # None = as the task says
-    limit: float | None = None  # so many documents of each task, or below 1 that fraction; None = all
+    Attributes:
+      num_fewshot: The number of few-shot examples in a prompt; None takes the task's own number.
+      limit: The number of documents of each task, or below 1 a fraction of them; None takes all.
+      apply_chat_template: Whether prompts are rendered with the chat template.
+      fewshot_as_multiturn: Whether few-shot examples are separate turns of the conversation.
+      system_instruction: The system message; None sends none.
+      log_samples: Whether the results contain every prompt and answer.
+    """
+
+    num_fewshot: int | None = None
+    limit: float | None = None
     apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False  # examples as turns of the conversation
+    fewshot_as_multiturn: bool = False
     system_instruction: str | None = None
     log_samples: bool = False
 
@@ -73,17 +87,29 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
+    """A benchmark with its documents.
+
+    Attributes:
+      name: The name that the user gave.
+      tasks: All tasks that the name stands for, by name.
+      groups: All groups that the name stands for, by name.
+      fingerprint: A hash of the task files, the documents and the settings.
+    """
+
     name: str
-    tasks: "dict[str, Task]"  # every one that it comes down to
+    tasks: "dict[str, Task]"
     groups: "dict[str, Group]"
-    fingerprint: str  # of its files, its documents and the settings
+    fingerprint: str
 
     def writes(self) -> bool:
-        """Whether any of its tasks has the model write answers."""
+        """Returns whether the model generates answers in any of the tasks."""
         return any(task.OUTPUT_TYPE == "generate_until" for task in self.tasks.values())
 
     def metrics(self) -> dict[str, bool]:
-        """What `scores` may find in its results, and whether higher is better; true where the harness does not say."""
+        """Returns whether higher is better for each metric that `scores` may find in the results.
+
+        It is true for a metric for which the harness does not specify it.
+        """
         found = {}
         for task in self.tasks.values():
             better = task.higher_is_better() or {}
@@ -106,15 +132,26 @@ def load_benchmarks(
     generation: GenerationDefaults,
     positions: int,
 ) -> list[Benchmark]:
-    """The benchmarks of these names, with their documents; UserError where one cannot be had, or asked of the model.
+    """Loads benchmarks with their documents.
 
     Args:
-      generation, positions: the model's.
+      names: The names of the benchmarks.
+      include_path: A folder with the YAML files of further tasks; "" adds none.
+      settings: How the tasks are asked.
+      tokenizer: The model's tokenizer.
+      generation: The model's generation defaults.
+      positions: The number of the model's positions.
+
+    Returns:
+      The benchmarks, in the order of the names.
+
+    Raises:
+      UserError: A benchmark cannot be loaded, or the model cannot be asked one of its tasks.
     """
     if not names:
         return []
     _check_harness()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its remarks on its own task files are not the user's
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # Its warnings concern its own task files.
     if settings.apply_chat_template and not tokenizer.chat_template:
         raise UserError(
             "apply_chat_template is set, but the tokenizer has no chat template. Give one (chat_template), or leave it "
@@ -136,12 +173,25 @@ def load_benchmarks(
 
 
 def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_iters: int = BOOTSTRAP) -> Results:
-    """The harness's results of a benchmark, as its own `simple_evaluate` makes them."""
+    """Scores a benchmark in the same way as the harness's `simple_evaluate`.
+
+    Args:
+      lm: The model, with its parameters set.
+      benchmark: The benchmark.
+      settings: How the tasks are asked.
+      bootstrap_iters: The number of bootstrap samples for standard errors without a formula; 0 computes none of these.
+
+    Returns:
+      The results in the harness's format, with added fields for the warnings.
+
+    Raises:
+      UserError: The code of a task raises an error.
+    """
     from lm_eval.evaluator import evaluate
     from lm_eval.loggers.utils import add_tokenizer_info
 
     began = time.time()
-    os.environ["DISABLE_MULTIPROC"] = "1"  # a process that is forked while JAX's threads run may hang
+    os.environ["DISABLE_MULTIPROC"] = "1"  # A process that is forked from a JAX process may hang.
     _seed()
     for task in benchmark.tasks.values():
         task.set_fewshot_seed(SEEDS["fewshot_seed"])
@@ -150,14 +200,14 @@ def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_i
         results: Any = evaluate(
             lm,
             {"tasks": benchmark.tasks, "groups": benchmark.groups},
-            limit=settings.limit,  # type: ignore[arg-type]  # a fraction is taken too
+            limit=settings.limit,  # type: ignore[arg-type]  # The harness also accepts a fraction.
             bootstrap_iters=bootstrap_iters,
             log_samples=settings.log_samples,
             system_instruction=settings.system_instruction,
             apply_chat_template=settings.apply_chat_template,
             fewshot_as_multiturn=settings.fewshot_as_multiturn,
         )
-    except Exception as e:  # a task's own code may raise anything; what is ours is raised on
+    except Exception as e:  # A task's own code may raise anything. Errors of this package are raised again.
         said = _why_not_scored(e, benchmark)
         if said is None:
             raise
@@ -179,9 +229,9 @@ def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_i
         "fewshot_as_multiturn": settings.fewshot_as_multiturn,
         "chat_template": lm.chat_template(True) if settings.apply_chat_template else None,
         "total_evaluation_time_seconds": str(time.time() - began),
-        # Ours: how many requests were longer than the model's positions, and lost how many of their first tokens.
+        # These three fields are not the harness's. Requests longer than the model's positions lose their first tokens.
         "shortened": {benchmark.name: {"requests": len(lm.cut), "tokens": sum(lm.cut)}},
-        "without_system": {benchmark.name: lm.without_system},  # prompts whose template takes no system message
+        "without_system": {benchmark.name: lm.without_system},
         "not_followed": {benchmark.name: list(lm.generation.ignored_fields) if benchmark.writes() else []},
     }
     add_tokenizer_info(results, lm)
@@ -189,7 +239,10 @@ def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_i
 
 
 def _why_not_scored(error: Exception, benchmark: Benchmark) -> str | None:
-    """What to say of an error out of the harness, with the task that made it; None where it is this package's own."""
+    """Returns the message of an error that the harness raised, with the task that caused it.
+
+    It is None for an error in the code of this package.
+    """
     name, ours = benchmark.name, False
     for frame, _ in traceback.walk_tb(error.__traceback__):
         ours |= frame.f_globals.get("__name__", "").startswith("mice_jax.") and frame.f_code is not score.__code__
@@ -205,7 +258,7 @@ def _why_not_scored(error: Exception, benchmark: Benchmark) -> str | None:
 
 
 def merged(results: Sequence[Results]) -> Results:
-    """The results of several benchmarks as those of one evaluation."""
+    """Merges the results of several benchmarks into those of one evaluation."""
     whole: Results = {}
     for one in results:
         for key, value in one.items():
@@ -216,9 +269,9 @@ def merged(results: Sequence[Results]) -> Results:
 
 
 def scores(results: Results) -> dict[str, float | None]:
-    """Each metric by `task/metric`, or `task/metric,filter` where the harness filtered the answers first.
+    """Returns each metric by `task/metric`, or by `task/metric,filter` if the harness filtered the answers.
 
-    None stands for what is no finite number, a perplexity beyond all bounds for one.
+    A value that is not finite, such as an infinite perplexity, is None.
     """
     found: dict[str, float | None] = {}
     for task, values in results["results"].items():
@@ -230,7 +283,7 @@ def scores(results: Results) -> dict[str, float | None]:
 
 
 def higher_is_better(results: Results) -> dict[str, bool]:
-    """For each of `scores`; true where the harness does not say."""
+    """Returns whether higher is better for each of `scores`; true if the harness does not specify it."""
     kinds = results["higher_is_better"]
     found = {}
     for name in scores(results):
@@ -240,12 +293,17 @@ def higher_is_better(results: Results) -> dict[str, bool]:
 
 
 def directions(higher: Mapping[str, bool]) -> dict[str, str]:
-    """As a run's folder keeps them."""
+    """Returns the direction of each metric, "max" or "min", as a run's workdir stores them."""
     return {name: "max" if high else "min" for name, high in higher.items()}
 
 
 def warnings(results: Results, positions: int) -> list[str]:
-    """What was not asked as the tasks have it."""
+    """Returns warnings about prompts that differ from what the tasks specify.
+
+    Args:
+      results: The results of one or more benchmarks.
+      positions: The number of the model's positions.
+    """
     said = []
     for name, cut in results["shortened"].items():
         if cut["requests"]:
@@ -266,7 +324,7 @@ def warnings(results: Results, positions: int) -> list[str]:
 
 
 def stderr_key(metric: str) -> str:
-    """The harness's key of the standard error of a metric of `scores`."""
+    """Returns the harness's key for the standard error of a metric of `scores`."""
     name, _, by = metric.partition(",")
     return f"{name}_stderr,{by or NO_FILTER}"
 
@@ -276,10 +334,16 @@ def _name(task: str, metric: str, by: str) -> str:
 
 
 class BenchmarkEvaluator:
-    """The benchmarks of a run, for the model as it is in memory."""
+    """Scores the benchmarks of a run with the model that is in memory."""
 
     def __init__(self, asked: Sequence[Benchmark], settings: Settings, *model: Any):
-        """`model` is what a MiceLM is made of."""
+        """Makes the harness's model.
+
+        Args:
+          asked: The benchmarks.
+          settings: How their tasks are asked.
+          *model: The arguments of `MiceLM`.
+        """
         self._asked, self._settings, self._lm = asked, settings, None
         self._told: set[str] = set()
         if asked:
@@ -288,7 +352,12 @@ class BenchmarkEvaluator:
             self._lm = MiceLM(*model)
 
     def measure(self, params: Params, say: Callable[[str], None]) -> Iterator[dict[str, float | None]]:
-        """`eval/<task>/<metric>` of each benchmark, one after the other; what is to be said of them is said once."""
+        """Yields the scores of one benchmark after the other, by `eval/<task>/<metric>`.
+
+        Args:
+          params: The parameters to score.
+          say: Called with each warning, once in the lifetime of this object.
+        """
         if self._lm is None:
             return
         self._lm.params = params
@@ -301,12 +370,12 @@ class BenchmarkEvaluator:
                         say(f"warning: {warning}")
                         self._told.add(warning)
         finally:
-            self._lm.params = None  # the next step gives their memory away
+            self._lm.params = None  # The next step of training donates these arrays.
 
 
 # ---------------------------------------------------------------------------------------- finding and loading
 def _check_harness() -> None:
-    """UserError where lm-eval is missing or too old."""
+    """Raises UserError if lm-eval is not installed or is too old."""
     mend = "pip install 'mice_jax[eval]'"
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"benchmarks need the package lm-eval: {mend}.")
@@ -316,7 +385,10 @@ def _check_harness() -> None:
 
 
 def _manager(names: Sequence[str], include_path: str) -> Any:
-    """The harness's index of tasks: of the folder's alone where that is enough, since reading its own takes seconds."""
+    """Returns the harness's index of tasks.
+
+    It has only the user's folder if that has all names, because reading the harness's own tasks takes seconds.
+    """
     from lm_eval.tasks import TaskManager
 
     if include_path:
@@ -327,7 +399,7 @@ def _manager(names: Sequence[str], include_path: str) -> Any:
 
 
 def _is_whole(name: Any, index: dict[str, Any]) -> bool:
-    """Whether an index holds a name with all that it stands for."""
+    """Returns whether an index has a name and all tasks that the name stands for."""
     if not isinstance(name, str) or name not in index:
         return False
     members = (index[name].cfg or {}).get("task")
@@ -335,6 +407,7 @@ def _is_whole(name: Any, index: dict[str, Any]) -> bool:
 
 
 def _unknown(name: str, manager: Any, include_path: str) -> str:
+    """Returns the error message for a name that is not in the index of tasks."""
     close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
     near = f"; the nearest are {', '.join(close)}" if close else ""
     said = f"there is no task {name!r}{near}."
@@ -347,14 +420,14 @@ def _unknown(name: str, manager: Any, include_path: str) -> str:
 
 
 def _load(name: str, manager: Any, include_path: str, settings: Settings) -> Benchmark:
-    _seed()  # tasks may shuffle as they load: GPQA does its options
+    _seed()  # Some tasks draw random numbers when they load: GPQA shuffles its options.
     try:
         loaded = manager.load([name])
         tasks, groups = loaded["tasks"], loaded["groups"]
         for task in tasks.values():
             _set_shots(task, settings.num_fewshot, SHOTS.get(name, 0))
         fingerprint = _fingerprint(name, tasks, include_path, settings)
-    except Exception as e:  # whatever a task's files, its data and what fetches it raise
+    except Exception as e:  # The files of a task, its data and their download may raise anything.
         raise UserError(f"the task {name!r} cannot be loaded: {_reason(e)}") from e
     if not tasks:
         raise UserError(f"the group {name!r} has no task.")
@@ -362,7 +435,7 @@ def _load(name: str, manager: Any, include_path: str, settings: Settings) -> Ben
 
 
 def _check_task(task: "Task", generation: GenerationDefaults, positions: int) -> None:
-    """UserError where a task wants what there is not, before anything is computed for it."""
+    """Raises UserError if a task needs a feature that is missing here, before anything is computed for it."""
     from mice_jax.evals.harness import parse_generation_kwargs
 
     if getattr(task, "UNSAFE_CODE", False):
@@ -382,7 +455,10 @@ def _check_task(task: "Task", generation: GenerationDefaults, positions: int) ->
 
 
 def _counts_sentences(task: "Task") -> bool:
-    """Whether a task is scored by code, as IFEval's, that names nltk's data and goes on where it cannot fetch it."""
+    """Returns whether the scoring code of a task uses nltk's data punkt_tab.
+
+    Such code, IFEval's for one, continues silently if it cannot download the data.
+    """
     scores_by = task.get_config("process_results")
     if not inspect.isfunction(scores_by):
         return False
@@ -401,7 +477,7 @@ def _has_punkt() -> bool:
 
 
 def _check_apart(asked: Sequence[Benchmark]) -> None:
-    """UserError where two benchmarks ask one task in two ways: results are kept by the task's name."""
+    """Raises UserError if two benchmarks ask one task in two ways, because results are stored by the task's name."""
     for a, b in itertools.combinations(asked, 2):
         for name in sorted(a.tasks.keys() & b.tasks.keys()):
             if _text(a.tasks[name].dump_config()) != _text(b.tasks[name].dump_config()):
@@ -418,7 +494,13 @@ def _seed() -> None:
 
 
 def _set_shots(task: "Task", asked: int | None, usual: int) -> None:
-    """As the harness does: what is asked for stands, but where a task has no examples on purpose."""
+    """Sets a task's number of few-shot examples as the harness does.
+
+    Args:
+      task: The task, which is changed.
+      asked: The user's number, which a task that is zero-shot by its own config ignores; None keeps the task's number.
+      usual: The number for a task that has none of its own.
+    """
     own = task.get_config("num_fewshot")
     if asked is not None and own != 0:
         task.set_config(key="num_fewshot", value=asked)
@@ -427,7 +509,7 @@ def _set_shots(task: "Task", asked: int | None, usual: int) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Why loading failed, with the mend where a package is missing."""
+    """Returns why loading failed, and how to install the package that is missing, if any."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ImportError):
         cause = cause.__cause__ or cause.__context__
@@ -438,7 +520,7 @@ def _reason(error: Exception) -> str:
 
 
 def _package_of(module: str) -> str:
-    """What to install for a module: the harness's own extra, where it has one of that name, or that begins with it."""
+    """Returns the package to install for a module: an extra of the harness if one has it, else the module's name."""
     extras: dict[str, str] = {}
     for requirement in requires("lm_eval") or []:
         if found := re.match(r"([\w.-]+).*;\s*extra == [\"']([\w-]+)[\"']", requirement):
@@ -450,7 +532,7 @@ def _package_of(module: str) -> str:
 
 
 def _fingerprint(name: str, tasks: "dict[str, Task]", include_path: str, settings: Settings) -> str:
-    """Of all that a benchmark's results depend on but the model: code, files, documents, settings."""
+    """Returns a hash of all that a benchmark's results depend on except the model: code, files, documents, settings."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -475,6 +557,7 @@ def _text(value: Any) -> str:
 
 
 def _described(value: Any) -> str:
+    """Converts values that JSON does not have to strings: a function to its source code."""
     if not isinstance(value, Callable):
         return str(value)
     try:

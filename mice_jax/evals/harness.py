@@ -1,9 +1,9 @@
-"""A decoder in memory as a model of lm-evaluation-harness: its requests become ids, which are scored and answered here.
+"""Makes a decoder in memory available to lm-evaluation-harness as one of its models.
 
-Texts become ids as the harness's own `hf` model makes them: a context and its continuation are encoded together and
-cut where the context alone ends, a text that brings its own first token gets no second one, and what is longer than
-the model's positions loses its first tokens, which is counted. Every process of a run makes the same calls and gets
-all results, so to the harness they are one.
+Texts are tokenised as in the harness's own `hf` model. A context and its continuation are encoded together and split
+where the context alone ends. A text that starts with the bos token does not get a second one. A text longer than the
+model's positions loses its first tokens, and these losses are counted. Every process of a run makes the same calls and
+gets all results.
 """
 
 import json
@@ -27,15 +27,21 @@ from mice_jax.inference.generation_config import NO_OP_VALUES, GenerationDefault
 from mice_jax.inference.sampler import Sampler, Sampling
 from mice_jax.models.transformer import Decoder, Params
 
-MAX_GEN_TOKS = 256  # of a task that does not say; the harness's own default
-SHOWN = 60  # characters of a text that an error quotes
+MAX_GEN_TOKS = 256  # The longest answer, in tokens, of a task that does not set it. It is the harness's default.
+SHOWN = 60  # An error quotes at most this many characters of a text.
 KNOWN_KWARGS = ("do_sample", "temperature", "top_p", "top_k")
 
-Tokens = tuple[Any, list[int], list[int]]  # whatever it came from, and the ids of context and continuation
+Tokens = tuple[Any, list[int], list[int]]  # The texts of a request, and the ids of its context and continuation.
 
 
 class MiceLM(TemplateLM):
-    """What the harness asks; `params` are set before it asks, and may be others each time."""
+    """A model of the harness.
+
+    Attributes:
+      params: The parameters to evaluate, which the caller sets before each evaluation.
+      cut: The number of tokens that each request longer than the model's positions has lost.
+      without_system: The number of conversations whose system message the chat template does not accept.
+    """
 
     def __init__(
         self,
@@ -48,17 +54,23 @@ class MiceLM(TemplateLM):
         batch_size: int = 16,
         watch: Callable[[str, int, int], None] = lambda what, done, total: None,
     ):
-        """Args:
-        generation: how the model is to answer, where a task does not say.
-        batch_size: of answers that are written at once.
-        watch: told what is done, of how many requests, of all of them.
+        """Makes the functions that score and generate; they are compiled when they are first called.
+
+        Args:
+          decoder: The model's functions.
+          mesh: The devices.
+          dtype: The dtype to compute in.
+          tokenizer: The model's tokenizer.
+          generation: The model's generation defaults, for what a task does not set.
+          batch_size: The number of answers that are generated at once.
+          watch: Called with the kind of work, the number of requests that are done, and the number of all.
         """
         super().__init__()
         self.tokenizer: Any = tokenizer
         self.batch_size = batch_size
         self.params: Params | None = None
-        self.cut: list[int] = []  # by how many tokens each request that was too long was shortened
-        self.without_system = 0  # conversations whose system message the chat template does not take
+        self.cut: list[int] = []
+        self.without_system = 0
         self._max_length, self._mesh, self._watch = decoder.spec.max_positions, mesh, watch
         self._scorer, self._sampler = Scorer(decoder, mesh, dtype), Sampler(decoder, dtype)
         self.generation = generation
@@ -68,11 +80,12 @@ class MiceLM(TemplateLM):
     # ---- What the harness asks about the model ------------------------------------------------------------------
     @property
     def eot_token_id(self) -> int:
+        """The id of the token that ends a text."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context is scored after."""
+        """The id of the token that stands before a text without a context; raises UserError if there is none."""
         found = [i for i in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id) if i is not None]
         if not found:
             raise UserError("the tokenizer has neither a bos_token nor an eos_token; benchmarks need one of them.")
@@ -80,17 +93,33 @@ class MiceLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
+        """The number of the model's positions."""
         return self._max_length
 
     @property
     def max_gen_toks(self) -> int:
+        """The longest answer, in tokens, of a task that does not set it."""
         return MAX_GEN_TOKS
 
     @property
     def tokenizer_name(self) -> str:
+        """The tokenizer's name, as the harness uses it in names of files."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Renders a conversation, without its system message if the chat template does not accept one.
+
+        Args:
+          chat_history: The messages, each with role and content.
+          add_generation_prompt: Whether the model's turn begins at the end; otherwise the last message stays open.
+
+        Returns:
+          The text of the conversation.
+
+        Raises:
+          UserError: The chat template does not accept the messages.
+        """
+
         def render(messages: list[dict[str, str]]) -> str:
             return self.tokenizer.apply_chat_template(
                 messages,
@@ -101,7 +130,7 @@ class MiceLM(TemplateLM):
 
         try:
             return render(chat_history)
-        except jinja2.exceptions.TemplateError as e:  # many templates take no system message
+        except jinja2.exceptions.TemplateError as e:  # Many templates accept no system message.
             without = [m for m in chat_history if m["role"] != "system"]
             if len(without) == len(chat_history):
                 raise UserError(f"the chat template refuses a task's messages: {e}.") from None
@@ -109,6 +138,13 @@ class MiceLM(TemplateLM):
             return render(without)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Returns the token ids of a text, without special tokens if the text already starts with one.
+
+        Args:
+          string: The text.
+          add_special_tokens: Whether the tokenizer adds its special tokens; None leaves it to the text.
+          **kwargs: Further arguments of the harness, which are ignored.
+        """
         if add_special_tokens is None and string.startswith(self._begins):
             add_special_tokens = False
         return self._encode(string, add_special_tokens)
@@ -119,6 +155,18 @@ class MiceLM(TemplateLM):
 
     # ---- Scores -------------------------------------------------------------------------------------------------
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Scores continuations after their contexts.
+
+        Args:
+          requests: The harness's requests, each with a context and a continuation.
+          disable_tqdm: Ignored, because `watch` reports progress.
+
+        Returns:
+          For each request, the log-probability of its continuation, and whether every token is the likeliest.
+
+        Raises:
+          UserError: A continuation is empty or too long.
+        """
         for request in requests:
             context, continuation = _pair(request)
             if not continuation:
@@ -126,6 +174,15 @@ class MiceLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Scores whole texts, in windows if they are longer than the model's positions.
+
+        Args:
+          requests: The harness's requests, each with a text.
+          disable_tqdm: Ignored, because `watch` reports progress.
+
+        Returns:
+          The log-probability of each text.
+        """
         windows: list[Tokens] = []
         owners: list[int] = []
         for i, request in enumerate(requests):
@@ -143,7 +200,7 @@ class MiceLM(TemplateLM):
         return self._scorer.score(self.params, made, lambda done: self._watch("scoring requests", done, len(requests)))
 
     def _request(self, texts: Any, context: list[int], continuation: list[int]) -> Request:
-        """What is scored of a context and its continuation: at most so many of their last tokens as fit."""
+        """Makes the request to score, with as many of the last tokens as the model has positions for."""
         if not context or not continuation:
             which = "context" if not context else "continuation"
             raise UserError(f"the {which} of a request is no token: {_end(texts[0])} followed by {texts[1]!r}.")
@@ -157,12 +214,22 @@ class MiceLM(TemplateLM):
         return Request(whole[:-1], whole[len(whole) - len(continuation) :])
 
     def _shortened(self, ids: list[int], most: int) -> list[int]:
+        """Returns the last `most` ids, and counts how many are lost."""
         if len(ids) > most:
             self.cut.append(len(ids) - most)
         return ids[-most:]
 
     # ---- Answers ------------------------------------------------------------------------------------------------
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Generates answers. Requests with the same generation arguments are batched together.
+
+        Args:
+          requests: The harness's requests, each with a context and generation arguments.
+          disable_tqdm: Ignored, because `watch` reports progress.
+
+        Returns:
+          The text of each answer, up to the first string or token that ends it.
+        """
         answers = [""] * len(requests)
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
@@ -177,7 +244,7 @@ class MiceLM(TemplateLM):
         return answers
 
     def _answers(self, contexts: Sequence[str], kwargs: dict[str, Any]) -> Any:
-        """Each context's answer, up to whatever ends it."""
+        """Yields the answer to each context, up to the first string or token that ends it."""
         sampling, until = parse_generation_kwargs(kwargs, self.generation, self.max_length)
         eos = None if self.eot_token_id is None else self._text([self.eot_token_id], False)
         until = handle_stop_sequences(until, eos)
@@ -201,7 +268,10 @@ class MiceLM(TemplateLM):
                 yield postprocess_generated_text(self._text(answer.ids, True), until, None)
 
     def _special_id(self, text: str) -> int | None:
-        """The id of a text that is one special token: it leaves no text by which it could be found."""
+        """Returns the id of a stop string that is one special token, else None.
+
+        Such a token is not part of the decoded text, so that the string cannot be found there.
+        """
         i = self.tokenizer.added_tokens_encoder.get(text)
         return i if i is not None and self._text([i], True) == "" else None
 
@@ -210,7 +280,7 @@ class MiceLM(TemplateLM):
 
 
 def _pair(request: Instance) -> tuple[Any, Any]:
-    """A request's text, and what is to follow it or how it is to be answered."""
+    """Returns the context of a request, and its continuation or generation arguments."""
     first, second = request.arguments
     return first, second
 
@@ -218,10 +288,21 @@ def _pair(request: Instance) -> tuple[Any, Any]:
 def parse_generation_kwargs(
     kwargs: dict[str, Any], generation: GenerationDefaults, positions: int
 ) -> tuple[Sampling, list[str]]:
-    """How a task wants its answers, and what ends them; UserError where it wants what there is not.
+    """Reads the generation arguments of a task as the harness's `hf` model does.
 
-    As in the harness's `hf` model, whose temperature is the task's alone, and whose top_k and top_p are the task's,
-    else those of generation_config.json, else transformers' own.
+    The temperature is always the task's. top_k and top_p are the task's, else those of generation_config.json, else
+    the defaults of transformers.
+
+    Args:
+      kwargs: The task's generation_kwargs.
+      generation: The model's generation defaults.
+      positions: The number of the model's positions.
+
+    Returns:
+      How tokens are chosen, and the strings that end an answer.
+
+    Raises:
+      UserError: An argument is not supported, or the answers leave no room for a prompt.
     """
     how: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, MAX_GEN_TOKS))
     until, longest = how.pop("until"), how.pop("max_gen_toks")
@@ -248,4 +329,5 @@ def parse_generation_kwargs(
 
 
 def _end(text: str) -> str:
+    """Returns the end of a text, quoted for an error message."""
     return repr(text if len(text) <= SHOWN else "..." + text[-SHOWN:])

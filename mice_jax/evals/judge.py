@@ -1,7 +1,7 @@
-"""A judge behind an OpenAI-compatible chat endpoint, asked with retries; its answers may be anything.
+"""Asks a judge behind an OpenAI-compatible chat endpoint, with retries, and reads the score in its answer.
 
 urllib3 waits and retries on 429 (with Retry-After), on 5xx and on timeouts. The key comes from an environment variable,
-and is removed from everything that an endpoint sends before that is shown or written.
+and is removed from error messages of the endpoint before they are shown.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from urllib3.util import parse_url
 from mice_jax.errors import UserError, one_line
 
 RETRIED = (408, 429, 500, 502, 503, 504)
-# With these the key, the model or the address is wrong, so that other questions would fail too.
+# These statuses mean that the key, the model or the address is wrong, so that other questions would fail too.
 FATAL_STATUS = (401, 403, 404)
 SCORE = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")  # MT-Bench's prompts ask for this form.
 MIN_SCORE, MAX_SCORE = 1, 10
@@ -52,9 +52,8 @@ class Judge:
     max_tokens: int = 2048
     parallel: int = 8
     _pool: urllib3.PoolManager = dataclasses.field(init=False, repr=False, compare=False)
-    _limit: list[str] = dataclasses.field(
-        init=False, repr=False, compare=False
-    )  # The name in LIMITS that the endpoint takes.
+    # The one name in LIMITS that the endpoint accepts, in a list because the class is frozen.
+    _limit: list[str] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_pool", urllib3.PoolManager(maxsize=self.parallel))
@@ -90,6 +89,7 @@ class Judge:
         return content
 
     def _patience(self) -> dict[str, Any]:
+        """Returns the arguments of `urllib3.Retry` apart from the number of retries."""
         return {
             "redirect": False,
             "allowed_methods": None,  # All methods are retried: a repeated question costs money, but changes nothing.
@@ -116,6 +116,7 @@ class Judge:
         return _message(answer.data)
 
     def _post(self, messages: list[dict[str, str]], limit: str, retries: urllib3.Retry) -> Any:
+        """Sends one request; raises Unusable if there is no response."""
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -134,10 +135,12 @@ class Judge:
             raise Unusable(self._cleared(f"no answer: {type(cause).__name__}, {one_line(cause)}")) from None
 
     def _status(self, answer: Any) -> str:
+        """Returns the status and the beginning of a response, for an error message."""
         text = " ".join(answer.data.decode("utf-8", "replace").split())
         return self._cleared(f"status {answer.status}, {text[:MAX_QUOTED_CHARS]!r}")
 
     def _cleared(self, text: str) -> str:
+        """Returns a text with the key replaced by ***."""
         return text.replace(self.key, "***") if self.key else text
 
 
@@ -149,6 +152,9 @@ def make_judge(url: str | None, model: str | None, key_env: str, **patience: Any
       model: The model's name at the endpoint.
       key_env: The name of the environment variable with the key; an unset one stands for no key.
       **patience: Further fields of `Judge`.
+
+    Returns:
+      The judge, which was not asked anything yet.
 
     Raises:
       UserError: The address, the model or the key is missing or not valid.
@@ -178,6 +184,7 @@ def score_of(said: str) -> float:
 
 
 def _message(data: bytes) -> dict[str, Any]:
+    """Returns the message in a response; raises Unusable if there is none."""
     try:
         message = json.loads(data)["choices"][0]["message"]
     except (ValueError, LookupError, TypeError):

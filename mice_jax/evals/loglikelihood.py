@@ -20,7 +20,7 @@ from mice_jax.models.spec import LongScaling, ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.sharding import constrain, local_shards, num_shards, put_rows
 
-# B rows, T slots, M scored tokens, C of them at a time, D d_model, V vocabulary
+# Shapes: B rows, T slots, M scored tokens of a row, C scored tokens of a chunk, D d_model, V vocabulary.
 
 # The maximum number of slots of a batch on one device. Larger batches are not faster.
 CPU_SLOTS, DEVICE_SLOTS = 4096, 16384
@@ -117,9 +117,9 @@ class Scorer:
 
 
 def _rope_groups(requests: Sequence[Request], spec: ModelSpec) -> list[int] | None:
-    """Returns the group of each request: with LongRoPE, texts on both sides of its limit have other rotations.
+    """Returns the group of each request, or None for a single group. Only texts of one group may share a tree.
 
-    Only texts of one group may share a tree. None stands for a single group.
+    With LongRoPE, texts longer than its limit have other rotations than shorter ones.
     """
     if not rope.needs_lengths(spec.ropes):
         return None
@@ -130,7 +130,7 @@ def _rope_groups(requests: Sequence[Request], spec: ModelSpec) -> list[int] | No
 def _score(
     decoder: Decoder, dtype: Any, params: Params, rows: dict[str, jax.Array], *, attention: str, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-probability of each target [B M], and whether no token is likelier."""
+    """Returns the log-probability of each target [B M], and whether no token is likelier [B M]."""
     model = decoder.bind(cast_params(params, dtype))
     forest = Trees(rows["segment_ids"], rows["positions"], rows["number"], rows["reach"])
     hidden = model.hidden_of_trees(rows["tokens"], rows["lengths"], forest, Compute(dtype, attention, "none"))
@@ -140,7 +140,7 @@ def _score(
         hidden, targets = scored  # [B C D], [B C]
         logits = model.logits(hidden)
         column = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-        # A comparison instead of a gather: a gather along a sharded vocabulary would collect the logits on one device.
+        # A gather along a sharded vocabulary would collect the logits on one device, so this compares instead.
         at_target = jnp.sum(jnp.where(column == targets[..., None], logits, 0), axis=-1)
         return at_target - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
 

@@ -1,10 +1,10 @@
 """MT-Bench: two-turn answers, each turn graded by a judge from 1 to 10.
 
-As in FastChat's `llm_judge`: the temperature goes by the category, a turn is judged by itself (the second with the
-first in sight), and maths, reasoning and coding are judged beside a reference answer. The questions, the judge's
-prompts and the references are files in FastChat's formats; none comes with this package. What is answered and judged
-is kept in a file line by line, so that a second run pays only for what is missing. A judgement that fails is counted
-by its reason and left out of the means; the next run asks for it again.
+This follows FastChat's `llm_judge`. The temperature depends on the category, each turn is judged by itself (the second
+with the first in the prompt), and maths, reasoning and coding are judged with a reference answer. The questions, the
+judge's prompts and the references are files in FastChat's formats, which are not part of this package. Answers and
+judgements are written to a file line by line, so that a second run pays only for those that are missing. Judgements
+that fail are counted by reason and left out of the means, and the next run asks for them again.
 """
 
 import dataclasses
@@ -26,27 +26,36 @@ from mice_jax.inference.chat import Completion, Message
 from mice_jax.inference.generation_config import GenerationDefaults
 from mice_jax.inference.sampler import Sampling
 
-NAME = "mt_bench"  # among the tasks of `evaluate`
+NAME = "mt_bench"  # The name by which `mice evaluate` knows this benchmark.
 TURNS = (1, 2)
-MAX_NEW_TOKENS = 1024  # of a turn
+MAX_NEW_TOKENS = 1024  # The longest answer of a turn, in tokens.
 TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
     "humanities": 0.1,
 }  # fmt: skip
-REFERENCED = ("math", "reasoning", "coding")  # judged beside a reference answer
-# The judge's prompts by whether there is a reference, one for each turn.
+REFERENCED = ("math", "reasoning", "coding")  # Answers in these categories are judged with a reference answer.
+# The names of the judge's prompts for each turn, by whether there is a reference answer.
 PROMPTS = {False: ("single-v1", "single-v1-multi-turn"), True: ("single-math-v1", "single-math-v1-multi-turn")}
-PACKAGE = "fastchat"  # where it is installed from a checkout; its wheels have no data
+PACKAGE = "fastchat"  # It has the data only if it is installed from a checkout; its wheels do not.
 
-# Answers conversations in their order, None where the model has no room for an answer. A prompt's number is what its
-# draws depend on besides the seed.
+# A function that answers conversations in order and yields None where the model has no positions left for an answer.
+# The draws of an answer depend on the seed and on the number that is given with the conversation.
 Answerer = Callable[[Sequence[list[Message]], Sampling, Sequence[int]], Iterator[Completion | None]]
-Watch = Callable[[str, int, int], None]  # told what is done, of how many, of all
-Key = tuple[int, int, int]  # repeat, question id, turn
+Watch = Callable[[str, int, int], None]  # It is called with the kind of work, the number that is done, and the total.
+Key = tuple[int, int, int]  # The repeat, question id and turn of an answer or judgement.
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
+    """A question of two turns.
+
+    Attributes:
+      id: The question's number in its file.
+      category: The category, one of TEMPERATURES.
+      turns: The user's messages.
+      reference: The reference answer of each turn; None if the category has none.
+    """
+
     id: int
     category: str
     turns: tuple[str, str]
@@ -55,7 +64,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One of the judge's, with places for questions and answers."""
+    """A prompt of the judge: a system message, and a template with placeholders for questions and answers."""
 
     system: str
     template: str
@@ -63,19 +72,30 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is asked, and who judges it."""
+    """What is asked, and who judges the answers.
+
+    Attributes:
+      judge: The judge.
+      questions: The questions.
+      prompts: The judge's prompts by name.
+      repeats: The number of times that all questions are answered and judged.
+      max_new_tokens: The longest answer of a turn, in tokens.
+      system: The system message of each conversation; None sends none.
+      top_p: The model's top_p, for categories whose temperature is above 0.
+      top_k: The model's top_k, for categories whose temperature is above 0.
+    """
 
     judge: Judge
     questions: tuple[Question, ...]
     prompts: dict[str, Prompt]
     repeats: int
     max_new_tokens: int = MAX_NEW_TOKENS
-    system: str | None = None  # what each conversation begins with
-    top_p: float = 1.0  # where answers are drawn, as their category has it
+    system: str | None = None
+    top_p: float = 1.0
     top_k: int = 0
 
     def describe(self, model: str) -> dict[str, Any]:
-        """What answers and judgements depend on; `model` tells one from another."""
+        """Returns everything that answers and judgements depend on; `model` identifies the model."""
         content = [[dataclasses.asdict(q) for q in self.questions], {k: vars(p) for k, p in self.prompts.items()}]
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         judge = {"judge_url": self.judge.url, "judge_model": self.judge.model}
@@ -101,9 +121,12 @@ def load_settings(
       questions_file: question.jsonl or its folder; None takes that of an installed fastchat.
       prompts_file: judge_prompts.jsonl or its folder; None takes that of an installed fastchat.
       repeats: How often all questions are answered and judged.
-      limit: Takes only this many questions, or below 1 this fraction of them.
+      limit: The number of questions to ask, or below 1 a fraction of them; None asks all.
       system: The system message of each conversation.
-      defaults: The model's own top_p and top_k, which transformers, and so FastChat, applies to draws.
+      defaults: The model's generation defaults, of which FastChat, through transformers, applies top_p and top_k.
+
+    Returns:
+      The settings.
 
     Raises:
       UserError: A file is missing or not valid, or the judge cannot be used.
@@ -118,7 +141,17 @@ def load_settings(
 
 
 def read_questions(file: Path) -> tuple[Question, ...]:
-    """The questions of a file, with references from themselves or from `reference_answer/*.jsonl` beside it."""
+    """Reads questions, with references from the same file or from `reference_answer/*.jsonl` in its folder.
+
+    Args:
+      file: A question.jsonl in FastChat's format.
+
+    Returns:
+      The questions in the order of the file.
+
+    Raises:
+      UserError: The file cannot be read, or a line is not valid.
+    """
     answers: dict[int, Any] = {}
     for other in sorted(file.parent.glob("reference_answer/*.jsonl")):
         for where, record in _records(other):
@@ -152,7 +185,17 @@ def read_questions(file: Path) -> tuple[Question, ...]:
 
 
 def read_prompts(file: Path) -> dict[str, Prompt]:
-    """The judge's prompts that are needed, tried out with every place that they may have."""
+    """Reads the judge's prompts that are needed, and checks that all their placeholders can be filled.
+
+    Args:
+      file: A judge_prompts.jsonl in FastChat's format.
+
+    Returns:
+      The prompts by name.
+
+    Raises:
+      UserError: The file cannot be read, a prompt is missing, or it has an unknown placeholder.
+    """
     found = {}
     for where, record in _records(file):
         name, system, template = (record.get(k) for k in ("name", "system_prompt", "prompt_template"))
@@ -174,7 +217,17 @@ def read_prompts(file: Path) -> dict[str, Prompt]:
 
 
 def judge_prompt(prompts: dict[str, Prompt], question: Question, answers: Sequence[str], turn: int) -> tuple[str, str]:
-    """What the judge is told and asked about one turn."""
+    """Fills in the judge's prompt for one turn.
+
+    Args:
+      prompts: The judge's prompts by name.
+      question: The question.
+      answers: The model's answers to the turns so far.
+      turn: The turn to judge, 1 or 2.
+
+    Returns:
+      The system message and the user's message.
+    """
     prompt = prompts[PROMPTS[question.reference is not None][turn - 1]]
     places: dict[str, str] = {"question": question.turns[0], "answer": answers[0]} if turn == 1 else {}
     for t in TURNS:
@@ -186,6 +239,7 @@ def judge_prompt(prompts: dict[str, Prompt], question: Question, answers: Sequen
 
 
 def _file(flag: str, given: str | None, inside: str) -> Path:
+    """Returns the file that a flag names, else that of an installed FastChat; raises UserError if there is none."""
     if given is not None:
         file = Path(given) / Path(inside).name if Path(given).is_dir() else Path(given)
         if not file.is_file():
@@ -199,8 +253,9 @@ def _file(flag: str, given: str | None, inside: str) -> Path:
 
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the file and line number of each line, and its object."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # a text may hold other ends of lines
+        lines = file.read_text(encoding="utf-8").split("\n")  # A string may contain other line separators.
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{file} cannot be read: {e}.") from None
     for number, line in enumerate(lines, 1):
@@ -220,10 +275,23 @@ def _two_texts(value: Any) -> bool:
 
 # ---------------------------------------------------------------------------------------- answers and judgements
 class Kept:
-    """The file of answers and judgements: a line each, written as soon as it is there."""
+    """The file of answers and judgements. Each is written as one line as soon as it is available.
+
+    Attributes:
+      answers: The answers so far.
+      scores: The judge's scores so far.
+    """
 
     def __init__(self, file: Path, described: dict[str, Any]):
-        """Reads what is there, and cuts a last line that is not whole; UserError where it is of something else."""
+        """Opens or creates the file and removes an incomplete last line.
+
+        Args:
+          file: The file.
+          described: What answers and judgements depend on (`Settings.describe`).
+
+        Raises:
+          UserError: The file cannot be written, is damaged, or was written with other settings.
+        """
         self.answers: dict[Key, Completion] = {}
         self.scores: dict[Key, float] = {}
         content = file.read_bytes() if file.exists() else b""
@@ -239,14 +307,23 @@ class Kept:
             self._write({"settings": described})
 
     def add_answer(self, key: Key, answer: Completion) -> None:
+        """Stores and writes an answer."""
         self.answers[key] = answer
         self._write(_named(key) | {"answer": answer.text, "stopped": answer.stopped})
 
     def add_score(self, key: Key, score: float, said: str) -> None:
+        """Stores and writes a score.
+
+        Args:
+          key: The answer that is judged.
+          score: The score.
+          said: The full text of the judgement.
+        """
         self.scores[key] = score
         self._write(_named(key) | {"score": score, "judgement": said})
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
     def _read(self, where: str, number: int, line: bytes, described: dict[str, Any]) -> None:
@@ -279,7 +356,21 @@ def _named(key: Key) -> dict[str, int]:
 def run(
     settings: Settings, answerer: Answerer, model: str, file: Path, watch: Watch = lambda what, done, total: None
 ) -> dict[str, Any]:
-    """Answers and judges whatever `file` does not hold yet; returns the means, and all that is missing from them."""
+    """Generates and judges the answers that are not in the file yet.
+
+    Args:
+      settings: The questions and the judge.
+      answerer: Generates answers to conversations.
+      model: Identifies the model, so that a file of another model is an error.
+      file: The file of answers and judgements.
+      watch: Called with the kind of work, the number that is done, and the total.
+
+    Returns:
+      The mean scores, and the numbers of judgements, failures and missing answers.
+
+    Raises:
+      UserError: The file has answers of another model or other settings, or the judge cannot be used.
+    """
     kept = Kept(file, settings.describe(model))
     try:
         unanswered = _answer(settings, answerer, kept, watch)
@@ -290,7 +381,7 @@ def run(
 
 
 def _answer(settings: Settings, answerer: Answerer, kept: Kept, watch: Watch) -> set[Key]:
-    """Writes the answers that are missing; returns those for which the model has no room."""
+    """Generates the missing answers; returns the keys of those for which the model has too few positions."""
     unanswered: set[Key] = set()
     total = len(settings.questions) * len(TURNS) * settings.repeats
     for repeat in range(settings.repeats):
@@ -316,6 +407,7 @@ def _answer(settings: Settings, answerer: Answerer, kept: Kept, watch: Watch) ->
 
 
 def _conversation(settings: Settings, question: Question, turn: int, first: Completion | None) -> list[Message]:
+    """Returns the messages up to a turn; `first` is the answer to the first turn, which the second one needs."""
     asked: list[Message] = [] if settings.system is None else [{"role": "system", "content": settings.system}]
     asked.append({"role": "user", "content": question.turns[0]})
     if turn == 2:
@@ -325,7 +417,7 @@ def _conversation(settings: Settings, question: Question, turn: int, first: Comp
 
 
 def _judge(settings: Settings, kept: Kept, watch: Watch) -> Counter[str]:
-    """Asks for the judgements that are missing, several at once; returns how many failed, by reason."""
+    """Asks for the missing judgements, several at once; returns the number of failures by reason."""
     by_id = {q.id: q for q in settings.questions}
     missing = [key for key in _keys(settings) if key in kept.answers and key not in kept.scores]
     failed: Counter[str] = Counter()
@@ -336,7 +428,7 @@ def _judge(settings: Settings, kept: Kept, watch: Watch) -> Counter[str]:
         answers = [kept.answers[repeat, number, t].text for t in TURNS if t <= turn]
         said = settings.judge.ask(*judge_prompt(settings.prompts, by_id[number], answers, turn))
         score = score_of(said)
-        with writing:  # here, so that nothing that was paid for is lost when the run is ended
+        with writing:  # The thread itself writes the judgement, so that an interrupted run loses none of them.
             kept.add_score(key, score, said)
 
     pool = ThreadPoolExecutor(settings.judge.parallel)
@@ -348,16 +440,17 @@ def _judge(settings: Settings, kept: Kept, watch: Watch) -> Counter[str]:
                 failed[str(e)] += 1
             watch("judging", done, len(missing))
     finally:
-        pool.shutdown(cancel_futures=True)  # those under way are waited for, those that wait are not asked
+        pool.shutdown(cancel_futures=True)  # This waits for requests in progress and drops the others.
     return failed
 
 
 def _keys(settings: Settings) -> list[Key]:
+    """Returns the keys of all answers."""
     return [(r, q.id, t) for r in range(settings.repeats) for q in settings.questions for t in TURNS]
 
 
 def _summary(settings: Settings, kept: Kept, unanswered: set[Key], failed: Counter[str]) -> dict[str, Any]:
-    """Means over what was judged; None where nothing was."""
+    """Returns the means over all judgements; a mean over none is None."""
     category = {q.id: q.category for q in settings.questions}
     judged = {key: kept.scores[key] for key in _keys(settings) if key in kept.scores}
 
@@ -372,7 +465,7 @@ def _summary(settings: Settings, kept: Kept, unanswered: set[Key], failed: Count
         **{f"turn_{t}": mean(lambda key, t=t: key[2] == t) for t in TURNS},
         "by_category": {c: mean(lambda key, c=c: category[key[1]] == c) for c in sorted(set(category.values()))},
         "repeats": repeats,
-        "spread": statistics.stdev(known) if len(known) > 1 else None,  # of the repeats' means
+        "spread": statistics.stdev(known) if len(known) > 1 else None,
         "judgements": len(judged),
         "failed": sum(failed.values()),
         "failed_by_reason": dict(failed.most_common()),
@@ -383,7 +476,7 @@ def _summary(settings: Settings, kept: Kept, unanswered: set[Key], failed: Count
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The result in a few lines, with all that is missing from it."""
+    """Returns the result of `run` as a few lines of text, with the numbers of failures and missing answers."""
 
     def shown(score: float | None) -> str:
         return "none" if score is None else f"{score:.2f}"

@@ -1,9 +1,9 @@
-"""Prefix trees: texts that begin alike share the computation of their common tokens.
+"""Packs texts into prefix trees, in which texts with a common beginning share its computation.
 
-Texts are sorted, so that each follows those that it has most in common with. A tree is a run of texts that each share
-enough tokens with the text before. The first text is the trunk; each of the others branches off from the trunk, or from
-a branch, where the texts part. The options of a question so cost its prompt once, and questions that begin with the
-same examples cost these once.
+Texts are sorted, so that each follows the text with which it has the longest prefix in common. A tree is a sequence of
+texts that each share enough tokens with the text before. The first text is the trunk; each of the others branches off
+from the trunk, or from a branch, at its first different token. The prompt of a question is therefore computed once for
+all of its options, and few-shot examples once for all questions that begin with them.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 from mice_jax.packing_limits import max_segments
 
-# B rows, T slots (those of trunks, then those of branches), M scored tokens
+# Shapes: B rows, T slots of a row (first those of trunks, then those of branches), M scored tokens of a row.
 
 # A text joins a tree as a branch if it shares at least 1/4 of its tokens with the text before.
 MIN_SHARED_DIVISOR = 4
@@ -44,7 +44,13 @@ class Request(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The shape of a row: its slots of trunks and of branches, and its scored tokens."""
+    """The shape of a row.
+
+    Attributes:
+      trunks: The number of slots for trunks.
+      branches: The number of slots for branches.
+      scored: The number of scored tokens.
+    """
 
     trunks: int
     branches: int
@@ -53,13 +59,13 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
-    """Texts that begin alike. Its nodes are tokens, numbered in depth-first order.
+    """A tree of N nodes, which are tokens in depth-first order, for texts with a common beginning.
 
     Attributes:
-      tokens: The token of each node.
-      positions: The position of each node in its text.
-      subtree_end: For each node, one more than the largest number of its descendants.
-      trunk: The number of nodes at the beginning that are one path.
+      tokens: The token of each node, int32 [N].
+      positions: The position of each node in its text, int32 [N].
+      subtree_end: For each node, one more than the largest index of its descendants, int32 [N].
+      trunk: The number of nodes of the trunk, which come first.
       length: The length of the longest text.
       scored: For each text, the request's index and the nodes that its targets follow.
     """
@@ -73,10 +79,12 @@ class Tree:
 
     @property
     def branches(self) -> int:
+        """The number of nodes outside the trunk."""
         return len(self.tokens) - self.trunk
 
     @property
     def num_scored(self) -> int:
+        """The number of tokens to score."""
         return sum(len(nodes) for _, nodes in self.scored)
 
 
@@ -117,7 +125,7 @@ def _tree(requests: Sequence[Request], texts: list[int], shared: list[int]) -> T
     sizes = [len(requests[i].ids) - s for i, s in zip(texts, shared, strict=True)]
     size = sum(sizes)
     tokens, positions, subtree_end = np.empty(size, np.int32), np.empty(size, np.int32), np.full(size, size, np.int32)
-    path = np.empty(0, np.int32)  # the nodes of the text before
+    path = np.empty(0, np.int32)  # These are the nodes of the text before.
     scored, end = [], 0
     for i, common, more in zip(texts, shared, sizes, strict=True):
         new = np.arange(end, end + more, dtype=np.int32)
@@ -131,7 +139,10 @@ def _tree(requests: Sequence[Request], texts: list[int], shared: list[int]) -> T
 
 # ---------------------------------------------------------------------------------------- rows
 def pack(trees: Sequence[Tree]) -> tuple[Shape, list[list[Tree]]]:
-    """Packs trees into rows of one shape: of a few candidate shapes, the one that costs least to compute.
+    """Packs trees into rows of one shape, the cheapest to compute among a few candidates.
+
+    Args:
+      trees: The trees.
 
     Returns:
       The shape, and the trees of each row.
@@ -174,7 +185,7 @@ def _filled(trees: Sequence[Tree], slots: int) -> tuple[Shape, list[list[Tree]]]
 
 
 def rounded_up(slots: int) -> int:
-    """Rounds up to 128, 256, 384, 512, 768, 1024, 1536, ...: with few shapes, few functions are compiled."""
+    """Rounds up to 128, 256, 384, 512, 768, 1024, 1536, ..., so that few shapes have to be compiled."""
     tiles = max(1, -(-slots // TILE))
     whole = 1 << (tiles - 1).bit_length()
     return TILE * (whole * 3 // 4 if whole >= 4 and tiles <= whole * 3 // 4 else whole)
@@ -191,9 +202,9 @@ def arrays(
       requests: The texts that the trees were built of.
 
     Returns:
-      int32 arrays by name. tokens, positions, lengths, number and reach are [B T]: number is the node of a slot (-1 =
-      empty), and reach is where the node's subtree ends. segment_ids is [B P] for P trunk slots; slots and targets of
-      scored tokens are [B M]. Also, for each row, the index of the request of each scored token.
+      A tuple of the int32 arrays by name and, for each row, the index of the request of each scored token. The arrays
+      tokens, positions, lengths, number and reach are [B T]: number is the node of a slot (-1 if it is empty), and
+      reach is the end of the node's subtree. segment_ids is [B P] for P trunk slots. slots and targets are [B M].
     """
     b, t = len(rows), shape.trunks + shape.branches
     made = {name: np.zeros((b, t), np.int32) for name in ("tokens", "positions", "reach", "lengths")}

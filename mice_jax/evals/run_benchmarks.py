@@ -14,22 +14,22 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params
 from mice_jax.storage.workdir import DIRECTIONS, Workdir
 
-Scores = dict[str, float | None]  # by the names that metrics.jsonl has
+Scores = dict[str, float | None]  # Scores by the names that metrics.jsonl has.
 
 
 class RunBenchmarks:
-    """The benchmarks of a run, loaded with their documents before any weights are."""
+    """The benchmarks of a run. They are loaded with their documents before the weights."""
 
     def __init__(self, config: Eval, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec):
         """Loads the benchmarks.
 
         Args:
-          config: the part of the run's config that names them.
-          tokenizer: the run's tokenizer.
-          spec: the run's model.
+          config: The part of the run's config that names the benchmarks.
+          tokenizer: The run's tokenizer.
+          spec: The run's model.
 
         Raises:
-          UserError: where one of them cannot be loaded, or cannot be asked of this model.
+          UserError: A benchmark cannot be loaded, or the model cannot be asked one of its tasks.
         """
         self._tokenizer = tokenizer
         self._settings = benchmarks.Settings(
@@ -44,15 +44,15 @@ class RunBenchmarks:
         )
 
     def fingerprint(self) -> str:
-        """A fingerprint of all that the scores depend on apart from the model."""
+        """Returns a hash of all that the scores depend on apart from the model."""
         return " ".join(benchmark.fingerprint for benchmark in self._benchmarks)
 
     def metric_names(self) -> list[str]:
-        """The names of the scores in metrics.jsonl."""
+        """Returns the names of the scores in metrics.jsonl."""
         return [f"eval/{name}" for name in self._higher_is_better()]
 
     def write_directions(self, workdir: Workdir) -> None:
-        """Adds to the workdir's file of directions whether a higher or a lower value of each score is better."""
+        """Adds the direction of each score, "max" or "min", to the workdir's file of directions."""
         higher = self._higher_is_better()
         if higher:
             known = workdir.read_json(DIRECTIONS) or {}
@@ -64,13 +64,14 @@ class RunBenchmarks:
         """Returns a function that scores parameters, one benchmark after the other.
 
         Args:
-          source: what the run starts from; its config.json says what ends an answer.
-          decoder: the model.
-          mesh: the mesh on which its parameters are placed.
-          dtype: the dtype of activations.
-          log: is called with each warning once.
+          source: The model that the run starts from, whose config.json has the tokens that end an answer.
+          decoder: The model.
+          mesh: The mesh on which its parameters are placed.
+          dtype: The dtype of activations.
+          log: Called once with each warning.
         """
-        generation = GenerationDefaults(tuple(stop_ids(source.config, self._tokenizer)))  # as the export will have it
+        # The exported model will have the same generation defaults.
+        generation = GenerationDefaults(tuple(stop_ids(source.config, self._tokenizer)))
         evaluator = benchmarks.BenchmarkEvaluator(
             self._benchmarks, self._settings, decoder, mesh, dtype, self._tokenizer, generation
         )
