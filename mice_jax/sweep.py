@@ -129,7 +129,7 @@ def _call_get_sweep(file: Path, arg: str) -> object:
 
 
 def _dry_run(sweep: Sweep) -> None:
-    """Prints the trials, their steps and cost; the trials of a search are costed at its base, for lack of values."""
+    """Prints the trials, their steps and cost; a search has no values yet, so its trials have the cost of the base."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else DRY_RUN_WIDTH)
     trials = fixed_params(sweep)
     table = Table("trial", *sweep.axes, "seed", "steps", "samples", "tokens", "FLOPs")

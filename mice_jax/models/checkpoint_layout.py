@@ -15,7 +15,7 @@ class Part:
 
     path: str  # dotted path of our parameter
     layer: int | None  # index along the first dim of a stacked parameter
-    shape: tuple[int, ...]  # of our parameter, without the dim of layers and without padding of the vocabulary
+    shape: tuple[int, ...]  # the parameter's shape without the dim of layers and without padding of the vocabulary
     start: int  # first row in the tensor
     rows: int  # number of rows in the tensor
 
@@ -30,7 +30,7 @@ class HFTensor:
 
 
 def checkpoint_tensors(decoder: Decoder, family: ModuleType) -> list[HFTensor]:
-    """All tensors of a checkpoint of this decoder: those outside layers first, then layer by layer."""
+    """Returns all tensors of a checkpoint of this decoder: those outside layers first, then layer by layer."""
     real = decoder.spec.vocab_size
     leaves = {dotted_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(decoder.abstract)}
     axes = {
@@ -60,7 +60,7 @@ def checkpoint_tensors(decoder: Decoder, family: ModuleType) -> list[HFTensor]:
 
 
 def _flat_shape(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
-    """The shape of one layer of a parameter in a checkpoint, where heads and head_dim are one dim."""
+    """Returns the shape of one layer of a parameter in a checkpoint, where heads and head_dim are one dim."""
     flat: list[int] = []
     for n, axis in zip(shape, axes, strict=True):
         if axis == "head_dim" and len(shape) > 1:
@@ -71,5 +71,5 @@ def _flat_shape(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...
 
 
 def dotted_path(path: tuple) -> str:
-    """The path of a leaf in a tree of parameters, such as "layers.attention.q"."""
+    """Returns the path of a leaf in a tree of parameters, such as "layers.attention.q"."""
     return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -33,7 +33,7 @@ from mice_jax.models.transformer import Decoder, Params
 SHARD_BYTES = 2**30  # limit of the size of one exported file
 WRITERS = 4  # number of files written at a time
 PIECE_BYTES = 4 * 2**20  # bytes read or written at a time; larger pieces leave the CPU's caches and are slower
-# Suffixes of buffers in old checkpoints, which follow from the config.
+# Suffixes of buffers in old checkpoints; they are ignored because the config determines them.
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
@@ -86,7 +86,7 @@ def spec_from_config(config: dict[str, Any], file: Path) -> ModelSpec:
 
 
 def dropouts(config: dict[str, Any]) -> dict[str, float]:
-    """The dropout probabilities of a config.json that are not 0; training does not use dropout."""
+    """Returns the dropout probabilities of a config.json that are not 0; training does not use dropout."""
     return {key: config[key] for key in DROPOUTS if config.get(key)}
 
 
@@ -109,7 +109,7 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
     files = _tensor_files(folder)
     _check_headers(folder, files, wanted, decoder.spec.tie_embeddings)
     stored = {file: map_tensors(file) for file in set(files.values())}
-    ours: dict[str, list[np.ndarray]] = {}  # by parameter, its layers as views of the files
+    ours: dict[str, list[np.ndarray]] = {}  # parameter -> its layers, as views of the files
     for tensor in wanted:
         for part in tensor.parts:
             rows = stored[files[tensor.name]][tensor.name][part.start : part.start + part.rows]
@@ -334,8 +334,8 @@ def _on_host(leaf: jax.Array, bounds: list[tuple[int, int]]) -> np.ndarray:
 
 
 def _block(x: jax.Array, starts: list[int], sizes: list[int]) -> np.ndarray:
-    """x[starts : starts + sizes] on the host, for an array on one device."""
-    if next(iter(x.devices())).platform == "cpu":  # it is in the host's memory, so a view does
+    """Returns x[starts : starts + sizes] on the host, for an array on one device."""
+    if next(iter(x.devices())).platform == "cpu":  # a CPU array is in the host's memory, so a view is enough
         return np.asarray(x)[tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))]
     return np.asarray(jax.lax.dynamic_slice(x, starts, sizes))
 

@@ -41,13 +41,14 @@ def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: f
 
 
 class RMSNorm(nnx.Module):
-    """RMS norm over all dims of `shape` together; the factor is the stored scale plus the spec's `norm_offset`."""
+    """RMS norm over all dims of `shape` together; its factor is the stored scale plus the spec's `norm_offset`."""
 
     def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], spec: ModelSpec, rngs: nnx.Rngs):
         self.scale = _param(rngs, shape, axes, 0 if spec.norm_offset else None)
         self.eps, self.offset = spec.norm_eps, spec.norm_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x, whose last dims are `shape`, in float32; returns the same shape and dtype."""
         scale = self.scale[...] + self.offset
         wide = x.astype(jnp.float32)
         dims = tuple(range(-scale.ndim, 0))
@@ -79,7 +80,7 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm((k, h), ("kv_heads", "head_dim"), spec, rngs)
 
     def project(self, x: jax.Array, tables: rope.RopeTables) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B T D] -> rotated queries [B T N H], rotated keys and values [B T K H]."""
+        """Projects [B T D] to rotated queries [B T N H], rotated keys [B T K H] and values [B T K H]."""
         q = matmul(x, gather_split_heads(self.q[...], "heads", "head_dim", "embed"))
         k = matmul(x, self.k[...])
         v = matmul(x, self.v[...])
@@ -92,7 +93,7 @@ class Attention(nnx.Module):
         return rope.apply_rope(q, tables), rope.apply_rope(k, tables), v
 
     def output(self, attended: jax.Array) -> jax.Array:
-        """[B T N H] -> [B T D]."""
+        """Projects the result of attention, [B T N H], to [B T D]."""
         y = matmul(attended, gather_split_heads(self.o[...], "embed", "heads", "head_dim"), in_dims=2)
         return y + self.o_bias[...].astype(y.dtype) if self.out_bias else y
 
@@ -112,6 +113,7 @@ class MLP(nnx.Module):
             self.down_bias = _param(rngs, (d,), ("embed",), 0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Computes the MLP: [B T D] -> [B T D]."""
         gate, up = matmul(x, self.gate[...]), matmul(x, self.up[...])
         if self.bias:
             gate, up = gate + self.gate_bias[...].astype(x.dtype), up + self.up_bias[...].astype(x.dtype)
@@ -134,7 +136,16 @@ class Block(nnx.Module):
         self.mlp = MLP(spec, rngs)
 
     def __call__(self, x: jax.Array, tables: rope.RopeTables, attention_fn: AttentionFn) -> tuple[jax.Array, Any]:
-        """[B T D] -> [B T D], and the second result of `attention_fn`."""
+        """Computes the layer.
+
+        Args:
+          x: [B T D].
+          tables: cosines and sines of the rotary positions.
+          attention_fn: the attention of this layer.
+
+        Returns:
+          [B T D], and the second result of `attention_fn`.
+        """
         with jax.named_scope("attention"):
             q, k, v = self.attention.project(self.attention_norm(x) if self.pre else x, tables)
             attended, cache = attention_fn(q, k, v)
@@ -157,12 +168,12 @@ class Embed(nnx.Module):
 
 
 class Head(nnx.Module):
-    """The output projection, where it is not the embedding."""
+    """The output projection of a model that does not tie it to the embedding."""
 
     def __init__(self, rows: int, spec: ModelSpec, rngs: nnx.Rngs):
         self.weight = _param(rngs, (rows, spec.d_model), ("vocab", "embed"), spec.init_std)
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:
-    """x * factor for x of any shape, in its own dtype; x itself if the factor is 1."""
+    """Returns x * factor for x of any shape, in its own dtype; x itself if the factor is 1."""
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)

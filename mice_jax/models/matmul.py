@@ -8,7 +8,7 @@ import jax
 
 # B rows, T slots, S = B * T slots of all rows, I inputs, O outputs
 
-MAX_DECODE_SLOTS = 64  # with more slots than a decoding step has, both forms take the same time on a CPU
+MAX_DECODE_SLOTS = 64  # with more slots, both forms of the product take the same time on a CPU
 
 
 def matmul(x: jax.Array, weight: jax.Array, in_dims: int = 1, out_dtype: Any = None) -> jax.Array:
@@ -36,12 +36,12 @@ def matmul(x: jax.Array, weight: jax.Array, in_dims: int = 1, out_dtype: Any = N
 
 
 def _matmul(out_dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-    """[S I] and [O I] -> [S O]."""
+    """Multiplies [S I] by the transpose of [O I]; returns [S O]."""
     return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
 
 
 def _transposed_matmul(out_dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-    """The same with the weight as the left operand, so that XLA does not repack it for a few slots.
+    """Computes `_matmul` with the weight as the left operand, so that XLA does not repack it for a few slots.
 
     The barrier keeps XLA from swapping the operands again.
     """

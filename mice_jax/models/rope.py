@@ -28,7 +28,7 @@ class Frequencies(NamedTuple):
 
 
 def frequencies(rope: Rope) -> Frequencies:
-    """The frequencies of a RoPE, by its kind of scaling."""
+    """Computes the frequencies of a RoPE by its kind of scaling."""
     exponents = np.arange(0, rope.dims, 2, dtype=np.float32) / np.float32(rope.dims)
     # The power is computed in float64, since XLA's float32 pow is not exact to the last place.
     periods = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
@@ -50,7 +50,7 @@ def frequencies(rope: Rope) -> Frequencies:
 
 def _llama3(base: np.ndarray, s: Llama3Scaling) -> np.ndarray:
     wavelengths = np.float32(2 * math.pi) / base
-    rotations = np.float32(s.original_positions) / wavelengths  # over the original length, by each frequency
+    rotations = np.float32(s.original_positions) / wavelengths  # rotations of each frequency over the original length
     blend = (rotations - np.float32(s.low_freq_factor)) / np.float32(s.high_freq_factor - s.low_freq_factor)
     slow = base / np.float32(s.factor)
     blended = (1 - blend) * base / np.float32(s.factor) + blend * base
@@ -60,7 +60,7 @@ def _llama3(base: np.ndarray, s: Llama3Scaling) -> np.ndarray:
 
 def _yarn(periods: np.ndarray, rope: Rope, s: YarnScaling) -> np.ndarray:
     def dim_of(rotations: float) -> float:
-        """The dim whose frequency makes `rotations` full rotations over the original length."""
+        """Returns the dim whose frequency makes `rotations` full rotations over the original length."""
         return rope.dims * math.log(s.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dim_of(s.beta_fast), dim_of(s.beta_slow)
@@ -84,7 +84,7 @@ def rope_tables(rope: Rope | None, dims: int, positions: jax.Array, lengths: jax
 
     Args:
       rope: the kind of RoPE; None gives the identity rotation.
-      dims: the number of dims that are rotated, where `rope` is None.
+      dims: the number of dims that are rotated if `rope` is None.
       positions: [B T] int32.
       lengths: the length of the sample to which each slot belongs, int32, broadcastable to [B T]; may be None unless
         `needs_lengths`.
@@ -116,7 +116,7 @@ def apply_rope(x: jax.Array, tables: RopeTables) -> jax.Array:
 
 
 def sample_lengths(segment_ids: jax.Array) -> jax.Array:
-    """Segments [B T] -> the number of slots of the segment of each slot, [B T] int32."""
+    """Computes the number of slots of each slot's segment, [B T] int32, from segment ids [B T]."""
     t = segment_ids.shape[1]
     slots = jnp.arange(t, dtype=jnp.int32)
     edge = segment_ids[:, 1:] != segment_ids[:, :-1]

@@ -68,16 +68,16 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_positions: int  # the longest sample for which the weights were made
+    max_positions: int  # the length of the longest sample that the weights were trained for
     ropes: tuple[Rope | None, ...]  # per layer; None = without positions
     windows: tuple[int | None, ...]  # per layer: the number of tokens that a query sees, itself included; None = all
     attention_scale: float
     attention_softcap: float | None  # s -> cap * tanh(s / cap), on attention scores
-    qk_norm: str  # none | head: over each head by itself | all: over all heads together
+    qk_norm: str  # "none", "head" for a norm of each head, or "all" for a norm over all heads
     pre_norm: bool  # norms of the inputs of attention and MLP
     post_norm: bool  # norms of their outputs, before these are added to the residual stream
     norm_eps: float
-    norm_offset: float  # added to each norm's stored scale
+    norm_offset: float  # is added to each norm's stored scale
     activation: str  # a key of transformer.ACTIVATIONS
     qkv_bias: bool
     out_bias: bool

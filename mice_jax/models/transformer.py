@@ -131,7 +131,7 @@ class Transformer(nnx.Module):
     ) -> jax.Array:
         tables = self._rope_tables(positions, lengths)
         stacked_tables = jax.tree.map(lambda *x: jnp.stack(x), *tables.values()) if len(tables) > 1 else None
-        # One branch per window: it is part of a kernel's mask, so it has to be known when the kernel is compiled.
+        # There is one branch per window, because a kernel's mask, which includes the window, is fixed at compile time.
         branches = [attend_within(self._scoring(window)) for window in _distinct(self.spec.windows)]
         graph, layers = nnx.split(self.layers)
 
@@ -189,7 +189,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x), new_cache
 
     def _cached_attention(self, cache: LayerCache, positions: jax.Array, mask: jax.Array) -> AttentionFn:
-        """Attention that first writes a layer's new keys and values into its cache."""
+        """Returns attention that first writes a layer's new keys and values into its cache."""
         rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
 
         def attention_fn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
@@ -200,13 +200,13 @@ class Transformer(nnx.Module):
         return attention_fn
 
     def output_weight(self) -> jax.Array:
-        """The weight [V D] of the output projection: the embedding where the two are tied."""
+        """Returns the weight [V D] of the output projection, which is the embedding if the two are tied."""
         return (self.embed.table if self.spec.tie_embeddings else self.head.weight)[...]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [B T D] -> float32 logits [B T vocab_size]."""
+        """Computes float32 logits [B T vocab_size] from hidden states [B T D]."""
         logits = matmul(hidden, self.output_weight(), out_dtype=jnp.float32)
-        # The padding is cut from the logits and not from the weight, which would copy the weight.
+        # The padding is removed from the logits, because removing it from the weight would copy the weight.
         logits = logits[..., : self.spec.vocab_size]
         return softcapped(logits * self.spec.logit_scale, self.spec.logit_softcap)
 
@@ -226,7 +226,7 @@ class Transformer(nnx.Module):
         )
 
     def _rope_tables(self, positions: jax.Array, lengths: jax.Array | None) -> dict[rope.Rope | None, rope.RopeTables]:
-        """Cosines and sines of each distinct RoPE of the layers."""
+        """Computes the cosines and sines of each distinct RoPE of the layers."""
         kinds = _distinct(self.spec.ropes)
         dims = next((kind.dims for kind in kinds if kind), 2)
         return {kind: rope.rope_tables(kind, dims, positions, lengths) for kind in kinds}
@@ -244,7 +244,7 @@ class Decoder:
     _state: Any
 
     def init(self, key: jax.Array) -> Params:
-        """Random parameters, the same on every mesh; the padding of the vocabulary is zero."""
+        """Draws random parameters, the same on every mesh; the padding of the vocabulary is zero."""
         module = Transformer(self.spec, self.spec.vocab_size, nnx.Rngs(key))
         params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
@@ -263,7 +263,7 @@ class Decoder:
         return [layer(i) for i in range(self.spec.num_layers)]
 
     def bind(self, params: Params) -> Transformer:
-        """The module with these parameters, for use inside a traced function."""
+        """Returns the module with these parameters, for use inside a traced function."""
         state = jax.tree.map(lambda x: x, self._state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self._graph, state)
@@ -291,7 +291,7 @@ VOCAB_MULTIPLE = 128
 
 @functools.cache
 def make_decoder(spec: ModelSpec, tensor: int = 1) -> Decoder:
-    """The decoder of a spec, with a vocabulary padded so that a tensor axis of size `tensor` divides it."""
+    """Returns the decoder of a spec, with a vocabulary padded so that a tensor axis of size `tensor` divides it."""
     multiple = math.lcm(VOCAB_MULTIPLE, tensor)
     rows = -(-spec.vocab_size // multiple) * multiple
     module = nnx.eval_shape(lambda: Transformer(spec, rows, nnx.Rngs(0)))

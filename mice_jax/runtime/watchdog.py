@@ -92,7 +92,7 @@ def exit_with_parent() -> None:
     pipe = int(os.environ[PARENT_PIPE])
 
     def wait() -> None:
-        os.read(pipe, 1)  # nothing is ever written: this returns when the other end closes
+        os.read(pipe, 1)  # returns when the other end closes, because nothing is ever written
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -101,8 +101,12 @@ def exit_with_parent() -> None:
 def broadcast_startup_error(address: tuple[str | None, int | None, int | None], error: str) -> None:
     """Sends an error of this process, which will not join the run, to the other processes, which wait for it.
 
-    It runs in a process of its own: JAX aborts a process whose peers do not come, which must not change the exit code
-    of this one. `address` holds the coordinator's address, the number of processes and the number of this process.
+    A separate process sends it, because JAX aborts a process whose peers do not join, and that must not change the
+    exit code of this one.
+
+    Args:
+        address: the coordinator's address, the number of processes, and the number of this process.
+        error: message of the error.
     """
     imports = "import json, sys; from mice_jax.runtime import distributed"
     program = f"{imports}; distributed.initialize(*json.loads(sys.argv[1]))"

@@ -9,15 +9,15 @@ import sys
 # For each backend, the environment variable that it reads and the flags that we add. A flag that the user has set is
 # not replaced. Every supported version of JAX must know the flags, because XLA aborts on an unknown one.
 FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
-    # No flag that was tried made CPUs faster: BUILD_NOTES.md.
+    # None of the flags that were tried made CPUs faster (BUILD_NOTES.md).
     "cpu": ("XLA_FLAGS", ()),
     # Collectives overlap with compute that does not wait for them, as JAX's page on GPU performance advises.
     "gpu": ("XLA_FLAGS", ("--xla_gpu_enable_latency_hiding_scheduler=true",)),
     # libtpu overlaps collectives by itself.
     "tpu": ("LIBTPU_INIT_ARGS", ()),
 }
-# glibc's malloc then uses pages of 2 MiB. XLA allocates the memory of a program again at each run, and pages of 4 KiB
-# cost 7 to 28 % of a step on CPUs (BUILD_NOTES.md).
+# With this setting, glibc's malloc uses pages of 2 MiB. XLA allocates the memory of a program again at each run, and
+# pages of 4 KiB cost 7 to 28 % of a step on CPUs (BUILD_NOTES.md).
 HUGE_PAGES_ENV = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 DETERMINISTIC = {"gpu": ("--xla_gpu_deterministic_ops=true",)}  # CPU and TPU programs are deterministic without a flag
 

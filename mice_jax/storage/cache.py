@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def cache_folder(given: str) -> Path:
-    """The given directory; else $MICE_JAX_CACHE; else mice_jax in the user's cache directory."""
+    """Returns the given directory, else $MICE_JAX_CACHE, else mice_jax in the user's cache directory."""
     if given:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # stays "~/..." for a user without a home

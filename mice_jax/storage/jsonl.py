@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-MAX_LINE_BYTES = 1 << 15  # of the last two lines, when only the last one is read
+MAX_LINE_BYTES = 1 << 15  # `read_last` assumes that lines are at most this long
 
 
 def append(file: Path, record: dict[str, Any]) -> None:
@@ -14,14 +14,14 @@ def append(file: Path, record: dict[str, Any]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The objects of all complete lines; empty if the file does not exist."""
+    """Returns the objects of all complete lines; empty if the file does not exist."""
     if not file.exists():
         return []
     return [json.loads(line) for line in complete_lines(file.read_bytes()).splitlines()]
 
 
 def read_last(file: Path) -> dict[str, Any]:
-    """The object of the last complete line; empty if there is none."""
+    """Returns the object of the last complete line; empty if there is none."""
     if not file.exists():
         return {}
     with file.open("rb") as opened:
@@ -31,5 +31,5 @@ def read_last(file: Path) -> dict[str, Any]:
 
 
 def complete_lines(content: bytes) -> bytes:
-    """The content up to and including its last newline."""
+    """Returns the content up to and including its last newline."""
     return content[: content.rfind(b"\n") + 1]

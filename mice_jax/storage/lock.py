@@ -142,7 +142,7 @@ class BucketLock:
         self._fs.pipe_file(self._heartbeat_object(self._id), str(self._beats).encode())
 
     def _read(self, name: str) -> bytes:
-        """The content of an object; empty if there is none."""
+        """Returns the content of an object; empty if the object does not exist."""
         try:
             return self._fs.cat_file(name)
         except FileNotFoundError:
@@ -159,14 +159,14 @@ class BucketLock:
             self._fs.call("DELETE", "b/{}/o/{}", bucket, key, ifGenerationMatch=generation)
 
     def _read_lock(self) -> tuple[str, dict[str, object]]:
-        """The generation of the lock, unique to each, and its holder; empty if there is no lock."""
+        """Returns the lock's generation, which is unique to it, and its holder; both are empty if there is no lock."""
         try:
             generation = self._fs.info(self._object).get("generation", "")
         except FileNotFoundError:
             return "", {}
         try:
             return generation, dict(json.loads(self._read(self._object) or b"{}"))
-        except (ValueError, TypeError):  # not written by this package: only a missing heartbeat counts
+        except (ValueError, TypeError):  # not written by this package, so its holder has no heartbeat object
             return generation, {}
 
     def _break_stale_lock(self, log: Callable[[str], None]) -> None:
@@ -207,9 +207,9 @@ def _describe(holder: dict[str, object]) -> str:
 
 
 def _this_process() -> dict[str, object]:
-    """This process, with the boot and the namespace in which its number is valid: a container has its own numbers."""
+    """Returns this process and the boot and PID namespace in which its number is valid; containers have their own."""
     here = {"process": os.getpid(), "host": socket.gethostname(), "machine": uuid.getnode()}
-    with contextlib.suppress(OSError):  # not Linux: no holder is then recognised as one of this machine
+    with contextlib.suppress(OSError):  # outside Linux, no holder is recognised as a process of this machine
         here["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         here["numbers"] = os.readlink("/proc/self/ns/pid")
     return here

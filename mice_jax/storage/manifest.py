@@ -19,9 +19,13 @@ def write_manifest(folder: RunPath) -> None:
 
 
 def verify(folder: RunPath) -> str | None:
-    """How a checkpoint's files differ from its manifest; None where they agree, or where it has no manifest.
+    """Compares a checkpoint's files with its manifest.
 
-    A process that is killed after a save and before its manifest leaves none; then only reading shows damage.
+    A process that is killed between a save and its manifest leaves a checkpoint without a manifest. Damage to it is
+    only found when it is read.
+
+    Returns:
+        A description of the first difference, or None if the files agree or there is no manifest.
     """
     file = folder / MANIFEST
     if not file.exists():
@@ -43,13 +47,13 @@ def verify(folder: RunPath) -> str | None:
 
 
 def fingerprint(folder: RunPath) -> dict[str, list[Any]]:
-    """A checkpoint's files with their sizes and checksums, which no other checkpoint has."""
+    """Returns a checkpoint's files with their sizes and checksums, which identify it."""
     file = folder / MANIFEST
     return json.loads(file.read_text())["files"] if file.exists() else _digests(folder)
 
 
 def _digests(folder: RunPath) -> dict[str, list[Any]]:
-    """Size and CRC-32 of each file, by its path in the folder; in a bucket, size and the store's own checksum."""
+    """Returns the size and CRC-32 of each file by its path in the folder; in a bucket, the store's own checksum."""
     if not isinstance(folder, Path):
         return {name: list(known) for name, known in list_objects(folder).items() if name != MANIFEST}
     not_data = (MANIFEST, f".{MANIFEST}.partial")

@@ -17,14 +17,14 @@ from etils import epath
 from mice_jax.errors import StoreError, UserError, one_line
 
 RunPath = Path | epath.Path
-# Other processes write to the bucket too, so a cached listing, as etils' own file system keeps, is soon wrong.
+# Other processes write to the bucket too, so a cached listing, which etils' file system would use, is soon stale.
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 NOT_MIRRORED = ("checkpoints", "tensorboard")  # directories of a run that are not downloaded
-MIN_APPEND_BYTES = 1 << 20  # of an object, for only its new bytes to be uploaded
+MIN_APPEND_BYTES = 1 << 20  # only the new bytes are uploaded if an object is at least this large
 
 
 def parse_path(name: str) -> RunPath:
-    """The path that `name` denotes, after checking that a bucket can be reached.
+    """Returns the path that `name` denotes, after checking that a bucket can be reached.
 
     Raises:
         UserError: if it is in another kind of store, or gcsfs is not installed.
@@ -74,7 +74,7 @@ def move(folder: RunPath, to: RunPath) -> None:
 
 
 def list_objects(folder: RunPath) -> dict[str, tuple[int, str]]:
-    """The size and the store's checksum of each object below a folder of a bucket, by its relative name.
+    """Returns the size and the store's checksum of each object below a folder of a bucket, by its relative name.
 
     Raises:
         StoreError: if the folder cannot be listed.
@@ -116,7 +116,7 @@ def copy_small_files(path: RunPath, folder: Path) -> None:
 
 
 def list_folder(fs: Any, root: str) -> list[dict[str, Any]]:
-    """The entries of a folder of a bucket; empty if it does not exist. Unlike `exists`, this raises on an outage."""
+    """Returns the entries of a folder of a bucket, empty if it does not exist; unlike `exists`, raises on an outage."""
     try:
         return fs.ls(root, detail=True)
     except FileNotFoundError:
@@ -126,15 +126,15 @@ def list_folder(fs: Any, root: str) -> list[dict[str, Any]]:
 def upload(path: RunPath, file: str, content: bytes, present_bytes: int) -> None:
     """Writes an object of a folder of a bucket.
 
-    A large object that has only grown is not sent again: its new bytes become an object of their own, which the store
-    composes with the old one. The store does so only for the generation that was looked at, so that a repeated request
-    appends nothing twice.
+    A large object that has only grown is not sent again. Its new bytes become an object of their own, which the store
+    composes with the old one. The store composes only the generation that was read, so that a repeated request does
+    not append the bytes twice.
 
     Args:
         path: the folder.
         file: name of the object below it.
-        content: all of its bytes.
-        present_bytes: how many of the first bytes the object in the store is known to have; 0 = write all of it.
+        content: all bytes of the object.
+        present_bytes: number of leading bytes that the object in the store is known to have; 0 writes all of it.
     """
     fs, root = filesystem(path)
     name = f"{root}/{file}"
@@ -154,7 +154,7 @@ def upload(path: RunPath, file: str, content: bytes, present_bytes: int) -> None
 
 
 def _small_objects(fs: Any, root: str) -> list[str]:
-    """The objects below a folder except for those in NOT_MIRRORED, which may hold thousands."""
+    """Returns the objects below a folder except for those in NOT_MIRRORED, which may hold thousands."""
     names: list[str] = []
     for entry in list_folder(fs, root):
         name = entry["name"].rstrip("/")
@@ -166,7 +166,7 @@ def _small_objects(fs: Any, root: str) -> list[str]:
 
 
 def filesystem(path: RunPath) -> tuple[Any, str]:
-    """The fsspec file system of a path in a bucket, with an empty listing cache, and the path inside it."""
+    """Returns the fsspec file system of a path in a bucket, with an empty listing cache, and the path inside it."""
     fs, root = fsspec.core.url_to_fs(str(path))
     fs.invalidate_cache()
     return fs, root.rstrip("/")

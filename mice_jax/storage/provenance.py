@@ -12,7 +12,7 @@ from mice_jax import __version__
 
 
 def environment() -> dict[str, Any]:
-    """Versions of packages, command line and git commit, as summary.json records them."""
+    """Returns the versions of packages, the command line and the git commit, as summary.json records them."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "pyarrow")
     versions = {"python": platform.python_version(), "mice_jax": __version__}
     return {
@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
 
 
 def code_state() -> dict[str, Any]:
-    """The git commit of the code and the tracked files that differ from it."""
+    """Returns the git commit of the code and the tracked files that differ from it."""
     return {
         "git_commit": _commit(),
         "git_changed_files": (_git("status", "--porcelain", "--untracked-files=no") or "").splitlines(),
@@ -31,7 +31,7 @@ def code_state() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The git commit; a launcher that ships the files without their history sets it in the environment."""
+    """Returns the git commit, which a launcher that ships files without their history sets in the environment."""
     return os.environ.get("MICE_JAX_COMMIT") or _git("rev-parse", "HEAD")
 
 

@@ -15,14 +15,14 @@ def checkpoints_to_keep(
     mode: str,
     also: Collection[int] = (),
 ) -> set[int]:
-    """The steps to keep: the union of what each rule keeps, or all steps if no rule is set.
+    """Returns the steps to keep, which is the union of what each rule keeps, or all steps if no rule is set.
 
     Args:
       saved: samples and score of each saved step.
       keep_last: number of newest steps to keep; with any rule set, the newest step is always kept.
       keep_best: number of steps with the best scores to keep.
       keep_every: keep each step that is the first at or past a multiple of this many samples.
-      mode: "min" or "max", whether a lower or a higher score is better.
+      mode: "min" if a lower score is better, "max" if a higher score is.
       also: steps to keep in any case.
 
     Returns:
@@ -42,7 +42,7 @@ def checkpoints_to_keep(
 
 
 def rank_by_score(saved: SavedSteps, mode: str) -> list[int]:
-    """The steps that have a finite score, the best first; of equal scores the earlier step first."""
+    """Returns the steps that have a finite score, the best first; among equal scores, the earlier step comes first."""
     scores = {step: s["score"] for step, s in saved.items() if math.isfinite(s.get("score", math.nan))}
     sign = 1 if mode == "min" else -1
     return sorted(scores, key=lambda step: (sign * scores[step], step))

@@ -68,7 +68,7 @@ class Workdir:
         """
         self._lock = lock.acquire(self.path, log)
         if self.local != self.path:
-            # The previous writer may have changed files since they were downloaded: nothing older goes back.
+            # The previous writer may have changed files since they were downloaded, and must not be overwritten.
             self._mark_all_uploaded()
             copy_small_files(self.path, self.local)
             self._mark_all_uploaded()

@@ -27,17 +27,17 @@ from mice_jax.sharding import BATCH_AXES
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Scoring], jax.Array]
 Version = tuple[int, ...]
 
-MAX_ROW_BYTES = 2 * 2**30  # what a backend may need for one row in one layer besides what all backends need
+MAX_ROW_BYTES = 2 * 2**30  # limit of a backend's `row_bytes`
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionRequirements:
-    """What a run needs of an attention backend. The devices need not be present."""
+    """The properties of a run that an attention backend must support; the devices need not be present."""
 
     spec: ModelSpec
     platform: str  # cpu, gpu or tpu
-    compute_capability: str | None  # of an NVIDIA GPU, such as "9.0"; None for any other device
-    dtype: str  # of queries, keys and values
+    compute_capability: str | None  # capability of an NVIDIA GPU, such as "9.0"; None for any other device
+    dtype: str  # dtype of queries, keys and values
     max_length: int  # slots of the longest row
     deterministic: bool  # train.deterministic
 
@@ -48,21 +48,21 @@ class Backend:
 
     kernel: Kernel
     platform: str | None = None  # cpu, gpu or tpu; None for any
-    min_capability: Version | None = None  # of an NVIDIA GPU; None for any device
+    min_capability: Version | None = None  # smallest capability of an NVIDIA GPU; None for any device
     below_capability: Version = (99, 0)  # the first capability that is not supported
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     supports_softcap: bool = True
     max_head_dim: float = math.inf
-    # Another limit of head_dim, from a capability on.
+    # From this capability on, this limit replaces `max_head_dim`.
     max_head_dim_from: tuple[Version, float] = ((99, 0), math.inf)
-    max_entries: float = math.inf  # of the queries of one device
-    # Bytes for a row of (slots, heads) in one layer, besides what all backends need.
+    max_entries: float = math.inf  # largest number of entries of one device's queries
+    # Given slots and heads, the bytes for one row in one layer in addition to those that all backends need.
     row_bytes: Callable[[int, int], int] = lambda slots, heads: 0
     saved_by_dots: bool = True  # whether remat "dots" saves the result; otherwise attention is computed twice
     deterministic: bool = True  # whether gradients are bit-equal from run to run
 
     def unsupported(self, run: AttentionRequirements) -> list[str]:
-        """What this backend does not support, each as a clause of an error message with the run's value."""
+        """Lists what this backend does not support, each as a clause of an error message with the run's value."""
         problems = []
         version = _version(run.compute_capability)
         if self.platform not in (None, run.platform):
@@ -96,11 +96,11 @@ class Backend:
         return problems
 
 
-# In the order in which "auto" tries them.
+# The backends are in the order in which "auto" tries them.
 BACKENDS: dict[str, Backend] = {
-    # The best on a TPU for any run.
+    # Splash is the fastest backend on a TPU for any run.
     "splash": Backend(splash, platform="tpu"),
-    # NVIDIA's kernels, for Hopper and the Blackwell of data centres. On consumer Blackwell (12.0) old versions of
+    # These are NVIDIA's kernels for Hopper and data-centre Blackwell. On consumer Blackwell (12.0) old versions of
     # cuDNN cannot train packed rows. On neither Blackwell does the backward pass support heads as wide as on Hopper.
     # An XLA flag makes its gradients bit-equal from run to run, but packed rows can then take memory with the square
     # of all slots together.
@@ -118,11 +118,11 @@ BACKENDS: dict[str, Backend] = {
         saved_by_dots=False,
         deterministic=False,
     ),
-    # For older GPUs and for what cuDNN does not support.
+    # Pallas is for older GPUs and for runs that cuDNN does not support.
     "pallas": Backend(pallas, platform="gpu", min_capability=(8, 0), max_head_dim=256),
     # Memory is linear in T; key blocks outside a query block's segments and window are skipped.
     "blockwise": Backend(blockwise),
-    # One [T, T] mask per row: for short rows, and as the reference of tests.
+    # The reference makes a [T, T] mask per row; it is for short rows and for tests.
     "reference": Backend(reference, saved_by_dots=False),
 }
 
@@ -138,7 +138,7 @@ def choose_backend(name: str, run: AttentionRequirements) -> str:
       A key of `BACKENDS`.
 
     Raises:
-      UserError: the named backend is unknown or does not support the run; names what it lacks and the alternatives.
+      UserError: if the named backend is unknown or does not support the run; the message names the alternatives.
     """
     if name != "auto" and name not in BACKENDS:
         known = ", ".join(BACKENDS)
@@ -181,7 +181,7 @@ def attend(
     num_heads, tensor = q.shape[2], mesh.shape["tensor"]
     if k.shape[2] % tensor:
         k, v = (jnp.repeat(x, num_heads // x.shape[2], axis=2) for x in (k, v))
-    if num_heads % tensor:  # k and v have num_heads heads by now
+    if num_heads % tensor:  # k and v have num_heads heads at this point
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -num_heads % tensor), (0, 0))) for x in (q, k, v))
     heads, rows = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
     local = jax.shard_map(
@@ -194,7 +194,7 @@ def attend(
 
 
 def _version(capability: str | None) -> Version:
-    """A capability "9.0" -> (9, 0); () if it is not that of an NVIDIA GPU."""
+    """Parses a capability, "9.0" -> (9, 0); returns () for a device that is not an NVIDIA GPU."""
     parts = (capability or "").split(".")
     return tuple(int(p) for p in parts) if all(p.isdecimal() for p in parts) else ()
 

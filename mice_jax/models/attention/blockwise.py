@@ -1,9 +1,9 @@
-"""Attention block by block in plain JAX, for any device: memory is linear in T, and the cost follows the segments.
+"""Attention block by block in plain JAX, for any device: memory is linear in T, and cost depends on the segments.
 
 The softmax is accumulated over key blocks and recomputed in the backward pass (FlashAttention, arXiv 2205.14135).
-A query block visits the key blocks from the start of its first segment, or of its window, up to itself. So packed
-short samples cost what they cost alone, and a long sample costs its window. Rows are computed one after another, since
-each has other blocks to visit.
+A query block visits the key blocks from the start of its first segment, or of its window, up to itself. Packed short
+samples therefore cost the same as alone, and the cost of a long sample is bounded by its window. Rows are computed one
+after another, because each visits different blocks.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax import lax
 from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.attention.segments import first_visible_key, mark_saveable, pad_to_multiple
 
-BLOCK = 64  # slots of a query or key block; on CPU twice as fast as 128 for short samples
+BLOCK = 64  # slots of a query or key block; on a CPU, blocks of 64 are twice as fast as 128 for short samples
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 # T slots, N query heads, K key heads, G = N/K, H head_dim; J blocks of C slots, X = G*C query rows of one block
@@ -43,7 +43,7 @@ def blockwise(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, 
 
 
 def _row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, size: int, scoring: Scoring) -> jax.Array:
-    """One row: [T N H], [T K H], [T] -> [T N H]."""
+    """Computes one row: [T N H], [T K H], [T] -> [T N H]."""
     t, n, h = q.shape
     kv_heads = k.shape[1]
     blocks, group = t // size, n // kv_heads
@@ -67,7 +67,7 @@ def _attend_blocks(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array
 
 
 def _first_blocks(segments: jax.Array, window: int | None) -> jax.Array:
-    """[J C] -> [J]: the first key block that each query block visits; J for a query block of padding."""
+    """Computes the first key block that each query block visits, [J C] -> [J]; J for a query block of padding."""
     blocks, size = segments.shape
     first = first_visible_key(segments.reshape(-1), window)[::size] // size  # the first query reaches farthest back
     return jnp.where(segments.max(axis=1) > 0, first, blocks)
@@ -77,7 +77,7 @@ def _scores(
     q_block: jax.Array, k_block: jax.Array, q_seg: jax.Array, k_seg: jax.Array, i: jax.Array, j: jax.Array,
     scoring: Scoring,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """[K X H] and [K C H] -> float32 scores [K X C], LOWEST where masked, and the mask [1 X C]."""
+    """Computes float32 scores [K X C], LOWEST where masked, and the mask [1 X C] from [K X H] and [K C H]."""
     size = k_seg.size
     slots = jnp.arange(size, dtype=jnp.int32)
     mask = scoring.position_mask(i * size + slots, j * size + slots)

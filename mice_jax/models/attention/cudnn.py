@@ -40,7 +40,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scor
       [B T N H].
 
     Raises:
-      UserError: cuDNN is missing or too old, or the queries have more entries than it can count.
+      UserError: if cuDNN is missing or too old, or the queries have more entries than it can count.
     """
     assert scoring.softcap is None
     b, t, n, h = q.shape
@@ -79,7 +79,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scor
 
 
 def softmax_bytes(slots: int, heads: int) -> int:
-    """The bytes of the softmax sums of one row in one layer: float32 per head and slot, times the samples of a row."""
+    """Returns the bytes of the softmax sums of one row in one layer: a float32 per head, slot and sample of a row."""
     return 4 * max_segments(slots) * heads * slots
 
 

@@ -1,8 +1,8 @@
 """Attention on GPUs: the algorithm of blockwise.py as Pallas kernels, compiled by Triton.
 
 The softmax is accumulated over key blocks and recomputed in the backward pass (FlashAttention-2, arXiv 2307.08691). A
-query block visits the key blocks that it sees, and a key block visits the query blocks that see it. So the cost grows
-with the squared lengths of the samples, and no sum depends on an order that changes from run to run.
+query block visits the key blocks that it sees, and a key block visits the query blocks that see it. The cost therefore
+grows with the squared lengths of the samples, and no sum depends on an order that changes from run to run.
 """
 
 import functools
@@ -18,7 +18,7 @@ from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.attention.segments import first_visible_key, last_visible_query, mark_saveable, pad_to_multiple
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
-MIN_HEAD_DIM = 16  # Triton multiplies matrices whose dims are powers of two from here on
+MIN_HEAD_DIM = 16  # Triton multiplies only matrices whose dims are powers of two of at least 16
 
 # B rows, T slots, N query heads, K key heads, G = N/K, H head_dim
 # X slots of the block that a program keeps; Q and S slots of queries and keys, one of them kept, the other visited
@@ -76,7 +76,7 @@ def pallas(
 
 
 def _blocks(dims: int, dtype: Any) -> Blocks:
-    """Block sizes that fit the registers and shared memory of every GPU from capability 8.0 on.
+    """Returns block sizes that fit the registers and shared memory of every GPU from capability 8.0 on.
 
     Capabilities 8.6, 8.9 and 12.0 have the least shared memory, 99 KiB per block; compiled for them, the kernels take
     at most 73 KiB.
@@ -90,7 +90,7 @@ def _blocks(dims: int, dtype: Any) -> Blocks:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, call: _Call) -> jax.Array:
-    """[B T K G H] queries over [B T K H] keys and values -> [B T K G H]."""
+    """Computes attention of queries [B T K G H] over keys and values [B T K H]; returns [B T K G H]."""
     return _forward(q, k, v, segments, call)[0]
 
 
@@ -100,7 +100,7 @@ def _scores(
     q: jax.Array, k: jax.Array, q_slots: jax.Array, k_slots: jax.Array, q_seg: jax.Array, k_seg: jax.Array,
     scoring: Scoring,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """Queries [Q H] and keys [S H] -> float32 scores [Q S], LOWEST where masked, and the mask."""
+    """Computes float32 scores [Q S], LOWEST where masked, and the mask from queries [Q H] and keys [S H]."""
     mask = scoring.position_mask(q_slots, k_slots) & (q_seg[:, None] == k_seg[None, :]) & (q_seg > 0)[:, None]
     return jnp.where(mask, scoring.scores(_dot(q, k.T)), LOWEST), mask
 
@@ -190,7 +190,7 @@ def _score_gradients(
     scores: jax.Array, mask: jax.Array, d_weights: jax.Array, log_total: jax.Array, row_dots: jax.Array,
     scoring: Scoring,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-    """The weights [Q S] again, and the gradients of the products that they came from."""
+    """Recomputes the weights [Q S], and computes the gradients of the products that they came from."""
     weights = jnp.where(mask, jnp.exp(scores - log_total[:, None]), 0.0)
     # Masked scores are set to 0, because LOWEST squared is infinite, and 0 times infinity is NaN.
     score_grad = scoring.score_grad(jnp.where(mask, scores, 0.0))
@@ -198,18 +198,18 @@ def _score_gradients(
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product of bfloat16 or float32, summed in float32: unless told, Triton rounds float32 to 10 bits (TF32)."""
+    """Multiplies bfloat16 or float32 matrices with float32 sums; by default Triton rounds float32 to 10 bits (TF32)."""
     return triton.dot(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _end(slots: Any, size: int) -> Any:
-    """The number of blocks that hold so many slots."""
+    """Returns the number of blocks of `size` slots that hold `slots` slots."""
     return lax.div(slots + (size - 1), size)
 
 
-# ---------------------------------------------------------------------------------------- their calls
+# ---------------------------------------------------------------------------------------- calls of the kernels
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, call: _Call) -> tuple[jax.Array, jax.Array]:
-    """The output, and the log of each query's softmax denominator [B K G T]."""
+    """Computes the output, and the log of each query's softmax denominator [B K G T]."""
     keep, visit = call.blocks[:2]
     specs = _Specs(q.shape, keep)
     return pl.pallas_call(
@@ -291,18 +291,18 @@ def _sums_of(q: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _params(num_warps: int) -> triton.CompilerParams:
-    """Parameters with which at most 100 bytes of registers per thread are spilled on capabilities 8.0 to 12.0."""
+    """Returns parameters with which at most 100 bytes of registers per thread spill on capabilities 8.0 to 12.0."""
     return triton.CompilerParams(num_warps=num_warps, num_stages=2)
 
 
 def _first(segments: jax.Array, scoring: Scoring, keep: int, visit: int) -> jax.Array:
-    """[B T] -> [B T/X]: the first key block that each query block sees; past the last block for one of padding."""
+    """Computes the first key block that each query block sees, [B T] -> [B T/X]; past the last one for padding."""
     first = first_visible_key(segments, scoring.window)[:, ::keep] // visit
     return jnp.where(_real(segments, keep), first, segments.shape[1])
 
 
 def _ends(segments: jax.Array, scoring: Scoring, keep: int, visit: int) -> jax.Array:
-    """[B T] -> [B T/X]: one past the last query block that sees each key block; 0 for one of padding."""
+    """Computes one past the last query block that sees each key block, [B T] -> [B T/X]; 0 for padding."""
     end = last_visible_query(segments, scoring.window)[:, keep - 1 :: keep] // visit + 1
     return jnp.where(_real(segments, keep), end, 0)
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 class Scoring:
     """How the product of a query with a key becomes a score, and which keys are visible besides causality and segments.
 
-    Windows count slots of the row: between two tokens of one segment these differ as the positions do.
+    Windows count slots of the row, whose differences equal those of positions between two tokens of one segment.
     """
 
     scale: float
     window: int | None  # a query at slot t sees the keys of slots t-window+1 .. t; None for all up to t
-    softcap: float | None  # score -> softcap * tanh(score / softcap), before the mask; None for no bound
+    softcap: float | None  # score -> softcap * tanh(score / softcap), before the mask; None for no soft cap
 
     def __post_init__(self) -> None:
         assert self.window is None or self.window >= 1, "a query sees itself"
@@ -26,15 +26,23 @@ class Scoring:
         return softcapped(products * self.scale, self.softcap)
 
     def score_grad(self, scores: jax.Array) -> jax.Array | float:
-        """The derivatives of scores of any shape with respect to the products that gave them."""
+        """Computes the derivatives of scores of any shape with respect to the products that gave them."""
         return self.scale if self.softcap is None else self.scale * (1 - jnp.square(scores / self.softcap))
 
     def position_mask(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """Slots [T] of queries and [S] of keys -> [T S] bool: the keys visible under causality and the window."""
+        """Returns the keys visible under causality and the window.
+
+        Args:
+          queries: [T] int32, slots of queries.
+          keys: [S] int32, slots of keys.
+
+        Returns:
+          [T S] bool.
+        """
         distance = queries[:, None] - keys[None, :]
         return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
 
 
 def softcapped(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap) for x of any shape; x itself if `cap` is None."""
+    """Returns cap * tanh(x / cap) for x of any shape; x itself if `cap` is None."""
     return x if cap is None else cap * jnp.tanh(x / cap)

@@ -1,4 +1,4 @@
-"""What the backends share about segments: padding to whole blocks, bounds of visibility, zeros at padding."""
+"""Helpers of the backends for segments: padding to whole blocks, bounds of visibility, and zeros at padding."""
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ def pad_to_multiple(multiple: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def zero_padding(segment_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Sets arrays [B T N H] and their gradients to zero at padding, where kernels of others may leave anything."""
+    """Sets arrays [B T N H] and their gradients to zero at padding, where external kernels may leave any value."""
     real = (segment_ids > 0)[:, :, None, None]
     return tuple(jnp.where(real, x, jnp.zeros((), x.dtype)) for x in arrays)
 
 
 def mark_saveable(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Names what the backward pass needs from the forward pass, so that a policy can save it from recomputation."""
+    """Names the residuals of the forward pass, so that a rematerialisation policy can save them."""
     return tuple(checkpoint_name(x, SAVED_NAME) for x in arrays)
 
 
@@ -33,7 +33,7 @@ def first_visible_key(segments: jax.Array, window: int | None) -> jax.Array:
     """Computes the first slot that each slot attends to: the start of its segment, or of its window.
 
     Args:
-      segments: [... T] int32; slots of segment 0 next to each other count as one segment.
+      segments: [... T] int32; adjacent slots of segment 0 count as one segment.
       window: the number of slots that a query sees, itself included; None for all.
 
     Returns:
@@ -54,5 +54,5 @@ def last_visible_query(segments: jax.Array, window: int | None) -> jax.Array:
 
 
 def _differs(segments: jax.Array, neighbours: jax.Array, at: int) -> jax.Array:
-    """Whether the neighbour of each slot is in another segment; true at the end `at` of the row."""
+    """Whether the neighbour of each slot is in another segment; True at index `at`, an end of the row."""
     return (segments != neighbours).at[..., at].set(True)

@@ -1,7 +1,7 @@
-"""Attention on TPUs: JAX's splash kernels, which skip what causality and the window mask.
+"""Attention on TPUs: JAX's splash kernels, which skip blocks that causality or the window masks completely.
 
-The kernels' list of blocks is made when they are compiled, so segments are masked inside the remaining blocks: the
-cost grows with the length of the row, not with the lengths of its samples.
+The kernels' list of blocks is made when they are compiled, so segments are masked inside the remaining blocks. The
+cost therefore grows with the length of the row, not with the lengths of its samples.
 """
 
 import math
@@ -48,7 +48,7 @@ def splash(
 
 
 def _kernel(slots: int, heads: int, scoring: Scoring, interpret: bool) -> Callable[..., Any]:
-    """The kernel for one row: queries [N T H], keys and values [K T H], segments [T] -> [N T H]."""
+    """Makes the kernel for one row: queries [N T H], keys and values [K T H], segments [T] -> [N T H]."""
     block = math.gcd(slots, BLOCK)
     if scoring.window is None:
         mask = jax_splash.CausalMask((slots, slots))

@@ -22,11 +22,11 @@ MAX_QUERIES = 128  # queries of branches whose scores exist at a time
 class Trees(NamedTuple):
     """The place of each slot of a row in its tree.
 
-    Slots are numbered in depth-first order, trunk first. The slots that descend from a slot, itself included, are
-    those with numbers from its own up to, and without, its `reach`. Padding has segment 0, number -1 and reach 0.
+    Slots are numbered in depth-first order, trunk first. The slots that descend from a slot, including itself, have
+    numbers from its own up to its `reach`, exclusive. Padding has segment 0, number -1 and reach 0.
     """
 
-    segment_ids: jax.Array  # [B P] int32, of the trunks
+    segment_ids: jax.Array  # [B P] int32, segments of the trunks
     positions: jax.Array  # [B T] int32
     number: jax.Array  # [B T] int32
     reach: jax.Array  # [B T] int32

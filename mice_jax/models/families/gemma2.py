@@ -12,6 +12,7 @@ NAMES = [*names.PROJECTIONS, *names.PRE_AND_POST_NORMS]
 
 
 def spec_from_hf(c: ConfigReader) -> ModelSpec:
+    """Makes the spec of a Gemma 2 model from its config.json."""
     spec = gemma_spec(c)
     return dataclasses.replace(
         spec,
@@ -22,9 +23,9 @@ def spec_from_hf(c: ConfigReader) -> ModelSpec:
 
 
 def gemma_spec(c: ConfigReader, **defaults: Any) -> ModelSpec:
-    """What Gemma 2 and 3 have in common; `defaults` are arguments of `llama_like_spec`."""
+    """Makes the part of a spec that Gemma 2 and 3 have in common; `defaults` are arguments of `llama_like_spec`."""
     c.only(use_bidirectional_attention=False)
-    c.get("hidden_act")  # an older key without effect
+    c.get("hidden_act")  # an older key that has no effect
     activation = {"activation_key": "hidden_activation", "activation": "gelu_pytorch_tanh"}
     spec, bias = llama_like_spec(c, tied=True, head_dim=256, **activation, **defaults), c.flag("attention_bias", False)
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Gemma 3, text: norms on queries and keys, and in layers with a window other rotary positions than in the rest."""
+"""Gemma 3, text: norms on queries and keys, and different rotary positions in layers with a window."""
 
 import dataclasses
 
@@ -12,6 +12,7 @@ __all__ = ["ARCHITECTURE", "NAMES", "spec_from_hf"]
 
 
 def spec_from_hf(c: ConfigReader) -> ModelSpec:
+    """Makes the spec of a Gemma 3 model from its config.json."""
     c.only(attn_logit_softcapping=None)
     spec = gemma_spec(c, theta=1_000_000.0, layer_type="full_attention")
     every = c.integer("sliding_window_pattern", 6)

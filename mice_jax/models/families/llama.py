@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1 and 3.2; Granite 7B, Granite 3B Code (biases) and SmolLM2 are of this architecture too."""
+"""Llama 2, 3, 3.1 and 3.2; Granite 7B, Granite 3B Code (with biases) and SmolLM2 have this architecture too."""
 
 import dataclasses
 
@@ -11,6 +11,7 @@ NAMES = names.PRE_NORM
 
 
 def spec_from_hf(c: ConfigReader) -> ModelSpec:
+    """Makes the spec of a Llama model from its config.json."""
     c.only(rope_interleaved=False)  # a key of SmolLM2
     attention_bias = c.flag("attention_bias", False)
     return dataclasses.replace(

@@ -11,6 +11,7 @@ NAMES = names.PRE_NORM
 
 
 def spec_from_hf(c: ConfigReader) -> ModelSpec:
+    """Makes the spec of a Mistral model from its config.json."""
     spec = llama_like_spec(c)
     window = c.window("sliding_window", 4096)  # null in later models
     return dataclasses.replace(spec, windows=(window,) * spec.num_layers)

@@ -11,6 +11,7 @@ NAMES = [*names.PROJECTIONS, *names.POST_NORMS]
 
 
 def spec_from_hf(c: ConfigReader) -> ModelSpec:
+    """Makes the spec of an OLMo 2 model from its config.json."""
     bias = c.flag("attention_bias", False)
     return dataclasses.replace(
         llama_like_spec(c, norm_eps=1e-5), pre_norm=False, post_norm=True, qk_norm="all", qkv_bias=bias, out_bias=bias

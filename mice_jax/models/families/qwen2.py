@@ -11,6 +11,7 @@ NAMES = names.PRE_NORM
 
 
 def spec_from_hf(c: ConfigReader) -> ModelSpec:
+    """Makes the spec of a Qwen2 model from its config.json."""
     c.only(use_mrope=False)
     spec = llama_like_spec(c)
     return dataclasses.replace(spec, qkv_bias=True, windows=c.late_windows(spec.num_layers))

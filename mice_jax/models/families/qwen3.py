@@ -11,6 +11,7 @@ NAMES = names.PRE_NORM
 
 
 def spec_from_hf(c: ConfigReader) -> ModelSpec:
+    """Makes the spec of a Qwen3 model from its config.json."""
     spec, bias = llama_like_spec(c, head_dim=128), c.flag("attention_bias", False)
     windows = c.late_windows(spec.num_layers)
     return dataclasses.replace(spec, qk_norm="head", qkv_bias=bias, out_bias=bias, windows=windows)

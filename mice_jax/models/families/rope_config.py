@@ -21,7 +21,7 @@ class Keys(Protocol):
     """A config.json as a dict or a ConfigReader."""
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key."""
+        """Returns the value of a key."""
 
 
 def read_rope(c: Keys, head_dim: int, default_theta: float, layer_type: str = "", partial: bool = False) -> Rope:
@@ -181,7 +181,7 @@ def _number(left: dict[str, Any], key: str, default: float | None = None) -> flo
 def _whole(left: dict[str, Any], key: str, default: int) -> int:
     value = left.pop(key, None)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 2:  # its logarithm is a divisor
+    if not isinstance(value, int) or isinstance(value, bool) or value < 2:  # the logarithm of the value is a divisor
         raise ValueError(f"{key}={value!r} among its RoPE parameters; it must be a whole number from 2 up")
     return value
 
@@ -192,7 +192,7 @@ def is_positive(value: Any) -> TypeGuard[int | float]:
 
 
 def _kind(name: Any) -> Any:
-    return "longrope" if name == "su" else name  # its first name
+    return "longrope" if name == "su" else name  # "su" is the former name of longrope
 
 
 def with_both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:
@@ -224,11 +224,11 @@ def _with_old_spelling(config: dict[str, Any], parameters: dict[str, Any]) -> di
         spelled["rope_local_base_freq"] = parameters["sliding_attention"].get("rope_theta")
     scaling = {k: v for k, v in full.items() if k not in ("type", *TOP_LEVEL_KEYS[:2]) and v is not None}
     kind = scaling.get("rope_type", full.get("type", "default"))
-    if kind == "longrope":  # for it transformers 4 requires exactly three keys
+    if kind == "longrope":  # transformers 4 requires exactly three keys for longrope
         original = scaling.pop("original_max_position_embeddings", None)
         spelled |= {"original_max_position_embeddings": original} if original else {}
         if original and scaling.get("factor") == config["max_position_embeddings"] / original:
-            del scaling["factor"]  # the default
+            del scaling["factor"]  # the factor equals its default
         scaling = {"type": scaling.pop("rope_type")} | scaling
     spelled |= {key: full[key] for key in TOP_LEVEL_KEYS[:2] if full.get(key) is not None}
     return config | spelled | {"rope_scaling": scaling if kind != "default" else None}

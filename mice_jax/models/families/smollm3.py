@@ -11,6 +11,7 @@ NAMES = names.PRE_NORM
 
 
 def spec_from_hf(c: ConfigReader) -> ModelSpec:
+    """Makes the spec of a SmolLM3 model from its config.json."""
     spec, bias = llama_like_spec(c, theta=2_000_000.0, tied=True), c.flag("attention_bias", False)
     every = c.integer("no_rope_layer_interval", 4)
     has_rope = c.get("no_rope_layers", [int((i + 1) % every != 0) for i in range(spec.num_layers)])  # 1 = RoPE
