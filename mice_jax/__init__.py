@@ -14,11 +14,17 @@ __version__ = "0.1.0"
 _LAZY = {"Model": "mice_jax.api", "load_model": "mice_jax.api"}
 
 
+# Each of these is the module of a command and, since it is callable, a function of the Python API too.
+_CALLABLE = ("prepare", "train")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _CALLABLE:
+        return importlib.import_module(f"mice_jax.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_CALLABLE})

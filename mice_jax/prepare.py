@@ -49,13 +49,8 @@ def prepare(values: command.Values) -> None:
     if values.ids and not values.inspect:
         raise UserError("--ids shows the samples of --inspect=N token by token: give that too.")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-    inputs = build.inputs(config)
-    encoder = build.encoder(config, inputs.tokenizer)
-    with Display(console) as display:
-        for remark in inputs.remarks:
-            display.say(remark)
-        data = build.data(config, encoder, display.say, display.watch)
-    whole = statistics.with_steps(data.dataset.report, _steps(config, data), data.total_steps)
+    data, encoder = _open_data(config, console)
+    whole = _report(config, data)
     console.print(statistics.summary_table(whole))
     if values.report:
         _print_report(whole, console)
@@ -65,6 +60,20 @@ def prepare(values: command.Values) -> None:
         output.write_text(json.dumps(whole, indent=1) + "\n")
     if values.inspect:
         _inspect(config, data.dataset, encoder, values.inspect, values.ids, console)
+
+
+def _open_data(config: Config, console: Console) -> tuple[build.RunData, ChatEncoder]:
+    inputs = build.inputs(config)
+    encoder = build.encoder(config, inputs.tokenizer)
+    with Display(console) as display:
+        for remark in inputs.remarks:
+            display.say(remark)
+        return build.data(config, encoder, display.say, display.watch), encoder
+
+
+def _report(config: Config, data: build.RunData) -> dict[str, Any]:
+    """What data_report.json holds."""
+    return statistics.with_steps(data.dataset.report, _steps(config, data), data.total_steps)
 
 
 def _steps(config: Config, data: build.RunData) -> StepSource:
@@ -116,6 +125,27 @@ def _inspect(config: Config, data: Dataset, encoder: ChatEncoder, count: int, id
                 print(encoder.show_ids(tokens, trained, color=console.is_terminal))
             else:
                 print(encoder.show(tokens, trained, color=console.is_terminal))
+
+
+def prepare_in_python(config: Config, quiet: bool = False) -> dict[str, Any]:
+    """Builds the token stores of a run; `mice_jax.prepare` is this function.
+
+    Args:
+      config: the config of the run.
+      quiet: whether to show no progress.
+
+    Returns:
+      What data_report.json holds: samples read, kept and dropped, and why, with token counts by source.
+
+    Raises:
+      UserError: where the config is wrong or the data cannot be read.
+    """
+    config.validate()
+    data, _ = _open_data(config, Console(highlight=False, quiet=quiet))
+    return _report(config, data)
+
+
+command.make_module_callable(__name__, prepare_in_python)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

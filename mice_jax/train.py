@@ -288,14 +288,7 @@ def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
     return run.workdir.read_json("summary.json")
 
 
-class _CallableModule(types.ModuleType):
-    """This module, which is also the function `mice_jax.train` of the Python API."""
-
-    def __call__(self, config: Config, workdir: str) -> dict[str, Any]:
-        return train_in_python(config, workdir)
-
-
-sys.modules[__name__].__class__ = _CallableModule
+command.make_module_callable(__name__, train_in_python)
 
 
 def _report_to_other_processes(arguments: Sequence[str], error: Exception) -> None:

@@ -10,8 +10,9 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 import mice_jax
 from helpers.models import llama
-from helpers.runs import make_tokenizer
+from helpers.runs import make_chats, make_tokenizer, read_json, write_init, write_jsonl
 from mice_jax.api import Model
+from mice_jax.config import Config, ConfigError, Phase, Source
 from mice_jax.errors import UserError
 
 NUM = 8  # tokens of an answer
@@ -112,3 +113,26 @@ def test_wrong_input_raises_the_user_error(model: Model, folder: Path, tmp_path:
 def test_import_of_the_package_does_not_import_jax() -> None:
     code = "import sys, mice_jax; assert 'jax' not in sys.modules; assert 'load_model' in dir(mice_jax)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_train_and_prepare_are_functions_of_a_config(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "chats.jsonl", make_chats(16))
+    config = Config()
+    config.model.init_from = f"random:{write_init(tmp_path / 'init')}"
+    config.data.max_length = 128
+    config.data.cache_dir = str(tmp_path / "stores")
+    config.data.phases = [Phase(name="one", sources=[Source(path=str(data))])]
+    config.optim.batch_size, config.train.rows_per_device = 8, 1
+    report = mice_jax.prepare(config, quiet=True)
+    assert (sum(s["kept"] for s in report["sources"].values()), report["steps"]) == (16, 2)
+    workdir = tmp_path / "run"
+    summary = mice_jax.train(config, str(workdir))
+    assert summary == read_json(workdir, "summary.json")
+    assert (summary["status"], summary["step"], summary["samples"]) == ("completed", 2, 16)
+    assert mice_jax.train(config, str(workdir))["step"] == 2, "a complete run is resumed and does nothing"
+    config.optim.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"optim\.learning_rate"):
+        mice_jax.train(config, str(workdir))
+    config.optim.batch_size = 0
+    with pytest.raises(ConfigError, match=r"optim\.batch_size=0"):
+        mice_jax.prepare(config)

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import select
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -199,3 +200,20 @@ def processes_of(argv: Sequence[str]) -> tuple[str | None, int | None, int | Non
     define_processes(values)
     values(["mice", *argv], known_only=True)
     return values.coordinator_address, values.num_processes, values.process_id
+
+
+# ---------------------------------------------------------------------------------------- commands from Python
+def make_module_callable(module: str, function: Callable[..., Any]) -> None:
+    """Makes a command's module callable, so that `mice_jax.train` is both the module and a function.
+
+    Args:
+      module: the name of the command's module.
+      function: what a call of the module calls.
+    """
+
+    class CallableModule(types.ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return function(*args, **kwargs)
+
+    CallableModule.__doc__ = function.__doc__
+    sys.modules[module].__class__ = CallableModule
