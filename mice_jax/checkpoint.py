@@ -1,9 +1,10 @@
 """Checkpoints with Orbax: saving in the background, retention, and quarantine of damaged checkpoints.
 
-`workdir/checkpoints/<step>` holds params, opt_state and progress (the counters that metrics.jsonl goes on from, and the
-samples and score of each saved step). Orbax gives a step's folder its name once it is committed, and removes what a
+`workdir/checkpoints/<step>` holds params, opt_state and progress (the run's counters at that step, and the samples and
+score of each saved step). Orbax gives a step's folder its name once it is committed, and removes what a
 killed save leaves. A committed checkpoint then gets a manifest (storage/manifest.py). A checkpoint that differs from
-its manifest, or that cannot be read, is moved to `checkpoints/damaged/` and never deleted.
+its manifest, or that cannot be read, is moved to `checkpoints/damaged/` and never deleted. The exception is a bucket: a
+checkpoint there that agrees with its manifest and cannot be read ends the command with a StoreError.
 """
 
 import contextlib
@@ -31,14 +32,14 @@ from mice_jax.storage.retention import checkpoints_to_keep, rank_by_score
 VOCABULARY_PARAMS = ("embed", "head")  # parameters with a vocabulary dim, which may be padded
 # In a bucket, Orbax removes every folder without this object, as the remains of a save that was cut short.
 COMMITTED = "commit_success.txt"
-# How the errors of a full disk read, in lower case; 28 and 27 are ENOSPC and EFBIG.
+# Parts of the messages of a full disk or an exceeded quota, in lower case; 28 and 27 are ENOSPC and EFBIG.
 NO_SPACE_ERRORS = ("no space", "quota", "file too large", "os_error_code='28'", "os_error_code='27'")
 MAX_ERROR_CHARS = 300
 
 
 # ---------------------------------------------------------------------------------------- reading
 class CheckpointReader:
-    """Read-only access to a run's checkpoints, also while the run goes on."""
+    """Read-only access to a run's checkpoints; safe while the run is still writing."""
 
     def __init__(self, workdir: RunPath):
         self.folder = _checkpoint_folder(workdir)
@@ -56,7 +57,7 @@ class CheckpointReader:
             "opt_state": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
-        with _explain_write_failures(self.folder):
+        with _explain_store_errors(self.folder):
             return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
@@ -87,6 +88,7 @@ class CheckpointReader:
         """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`, and its progress."""
         self._check_shapes(step, abstract.params)
         items = {
+            # strict=False pads or cuts a vocabulary to the padding of this mesh; _check_shapes excludes anything else.
             "params": ocp.args.StandardRestore(abstract.params, strict=False),
             "opt_state": ocp.args.StandardRestore(abstract.opt_state, strict=False),
             "progress": ocp.args.JsonRestore(),
@@ -96,7 +98,7 @@ class CheckpointReader:
         return TrainState(count, restored["params"], restored["opt_state"]), restored["progress"]
 
     def _check_shapes(self, step: int, abstract: Params) -> None:
-        """Raises UserError where a shape differs by more than the padding of a vocabulary.
+        """Raises UserError if shapes differ; parameters with a vocabulary may differ in one dim, by its padding.
 
         Orbax silently pads and cuts arrays to the shapes that are asked for (`strict=False`). That is right only for
         the vocabulary, which is padded with zeros to a multiple of the tensor axis.
@@ -121,7 +123,7 @@ class CheckpointReader:
             print(f"warning: {self.folder}: {one_line(e)[:MAX_ERROR_CHARS]}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------------------------------- a run's own
+# ---------------------------------------------------------------------------------------- writing
 class Checkpoints(CheckpointReader):
     """The checkpoints of a run that is training. Every process of the run must make the same calls."""
 
@@ -140,7 +142,7 @@ class Checkpoints(CheckpointReader):
           policy: which checkpoints are kept; default all.
           warm_start_ranges: for each later phase that starts from the best state of the phase before, that phase's
             steps. The best step of each range is kept.
-          check_ownership: raises, in every process, where the folder belongs to another run by now. It is called before
+          check_ownership: raises, in every process, if another run has taken over the folder. It is called before
             anything is written or deleted.
         """
         self.folder = _checkpoint_folder(workdir)
@@ -175,7 +177,7 @@ class Checkpoints(CheckpointReader):
             "progress": ocp.args.JsonSave(progress | {"saved": {str(s): v for s, v in self._saved.items()}}),
         }
         self._check_ownership()
-        with self._raise_on_all_processes():
+        with self._write_on_all_processes():
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._pending_manifest = step
 
@@ -183,20 +185,21 @@ class Checkpoints(CheckpointReader):
         """Blocks until the pending save is committed, its manifest written and expired checkpoints deleted."""
         step = self._pending_manifest
         self._pending_manifest = None
-        with self._raise_on_all_processes():
+        with self._write_on_all_processes():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         if step is None or step not in self.steps():  # a failed save leaves no step
             return
         self._last_committed = step
         self._check_ownership()
-        with self._raise_on_all_processes():
+        with self._write_on_all_processes():
             if distributed.is_main_process():
                 write_manifest(self.folder / str(step))
-        with self._raise_on_all_processes():
+        with self._write_on_all_processes():
             self._delete_expired()
 
     def _delete_expired(self) -> None:
+        # A step that the progress does not know is never deleted.
         present = {step: self._saved[step] for step in self.steps() if step in self._saved}
         starts = [self.best_step(steps) for steps in self._warm_start_ranges]
         kept = checkpoints_to_keep(
@@ -225,11 +228,11 @@ class Checkpoints(CheckpointReader):
         return self._last_committed
 
     @contextlib.contextmanager
-    def _raise_on_all_processes(self) -> Iterator[None]:
-        """Raises in every process if the block fails in one of them."""
+    def _write_on_all_processes(self) -> Iterator[None]:
+        """Like `distributed.raise_on_all_processes`, but explains failures, and re-raises at once for a lost process."""
         failure = None
         try:
-            with _explain_write_failures(self.folder):
+            with _explain_store_errors(self.folder):
                 yield
         except jax.errors.JaxRuntimeError:  # a process is lost: the others would wait for it below
             raise
@@ -242,8 +245,8 @@ class Checkpoints(CheckpointReader):
     def preempted_before(self, start: int) -> bool:
         """Whether a preemption notice came before the first step; called once.
 
-        The coordination service names the step after the latest one that any process has asked about. If no process
-        has asked yet that is step 1, which a resumed run never reaches: so step 1 is asked about too.
+        JAX stops all processes at the step after the highest one that any of them has asked about. A notice that comes
+        before any question stops them at step 1, which a resumed run never asks about: so step 1 is asked about first.
         """
         before_any_step = self._manager.reached_preemption(1)
         return self._manager.reached_preemption(start) or before_any_step
@@ -284,7 +287,7 @@ class Checkpoints(CheckpointReader):
             quarantine = self._quarantine(step)
             log(f"the checkpoint of step {step} is damaged ({damage}); it was moved to {quarantine}")
             steps = self.steps()
-        self._check_nothing_is_left()
+        self._raise_if_checkpoints_exist()
         return None
 
     def _verify(self, step: int) -> str | None:
@@ -319,17 +322,19 @@ class Checkpoints(CheckpointReader):
         folder = self.folder / "damaged"
         names = [str(step), *(f"{step}-{i}" for i in range(2, 1000))]
         target = next(folder / name for name in names if not (folder / name).exists())
-        distributed.is_true_on_any_process(False)  # every process has chosen the name before the main process uses it
+        # This collective is a barrier: every process has chosen the name before the main process uses it.
+        distributed.is_true_on_any_process(False)
         if distributed.is_main_process():
             if is_remote(folder):
-                write_atomically(folder / COMMITTED, "")
+                write_atomically(folder / COMMITTED, "")  # Otherwise Orbax would remove damaged/; see COMMITTED.
             move(self.folder / str(step), target)
-        distributed.is_true_on_any_process(False)  # no process lists the folder before it is moved
+        # So is this: no process lists the folder before the checkpoint is moved.
+        distributed.is_true_on_any_process(False)
         self._manager = self._open(read_only=False)
         return target
 
-    def _check_nothing_is_left(self) -> None:
-        """Raises where the folder has checkpoints though none could be restored."""
+    def _raise_if_checkpoints_exist(self) -> None:
+        """Raises if the folder has checkpoints, although Orbax lists none and none could be restored."""
         if is_remote(self.folder) and any(
             re.fullmatch(f"[0-9]+/{COMMITTED}", name) for name in list_objects(self.folder)
         ):
@@ -351,7 +356,7 @@ def _checkpoint_folder(workdir: RunPath) -> RunPath:
 
 
 @contextlib.contextmanager
-def _explain_write_failures(folder: RunPath) -> Iterator[None]:
+def _explain_store_errors(folder: RunPath) -> Iterator[None]:
     """Turns the errors of a full disk, or of a store that is down, into errors for the user."""
     try:
         yield
@@ -360,7 +365,7 @@ def _explain_write_failures(folder: RunPath) -> Iterator[None]:
     except Exception as e:
         text = one_line(e)
         if is_remote(folder):
-            raise StoreError(f"{folder} could not be written: {text[:MAX_ERROR_CHARS]}.") from e
+            raise StoreError(f"{folder} could not be opened or written: {text[:MAX_ERROR_CHARS]}.") from e
         if not any(error in text.lower() for error in NO_SPACE_ERRORS):
             raise
         stats = os.statvfs(folder.parent)  # the folder itself may not exist yet

@@ -20,13 +20,11 @@ from mice_jax.loss import cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.sharding import BATCH_AXES, constrain, param_shardings
 
-# B rows of a microbatch, T slots
-
-# The estimate of the squared gradient norm uses products of different microbatches. Where their share of all products
-# is below this, the step has one microbatch in effect, and the estimate would be rounding errors.
+# `unbiased_grad_sq` divides by the share of products between different microbatches. Below this share, almost all weight
+# lies in one microbatch, and the result would be rounding error.
 MIN_CROSS_SHARE = 1e-3
 
-Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weights: each [B T]
+Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weights: each [B T], B rows of T slots
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +58,7 @@ class Jitted:
             return self.jitted(*args)
 
     def compile(self, *args: Any) -> Any:
-        """Compiles for arguments of these shapes, without running; a later call with them does not compile again."""
+        """Compiles for arguments of these shapes, without running; a later call finds the program in JAX's cache."""
         with jax.set_mesh(self._mesh):
             return self.jitted.lower(*args).compile()
 
@@ -72,7 +70,7 @@ class StepFunctions(NamedTuple):
     from_params: Jitted  # (params) -> TrainState; donates params
     zero_sums: Jitted  # () -> Sums
     accumulate: Jitted  # (params, sums, batch) -> Sums; donates sums
-    apply: Jitted  # (state, sums, max_grad_norm=inf) -> TrainState, zeroed Sums, metrics; donates state and sums
+    apply: Jitted  # (state, sums, skip_norm_above=inf) -> TrainState, zeroed Sums, metrics; donates state and sums
     evaluate: Jitted  # (params, batch) -> loss_sum, weight_sum
     abstract_state: TrainState  # arrays are jax.ShapeDtypeStruct with a sharding, here and below
     abstract_sums: Sums
@@ -88,7 +86,7 @@ def batch_loss(
       params: its parameters.
       batch: one microbatch.
       compute: dtype, attention backend and rematerialisation.
-      chunk_size: tokens of one device whose logits exist at a time; None chooses by the vocabulary.
+      chunk_size: tokens per device whose logits are materialised at once; None picks it from the vocabulary size.
 
     Returns:
       loss_sum and weight_sum, float32 scalars.
@@ -167,9 +165,9 @@ def make_step(
         return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
 
     def apply(
-        state: TrainState, sums: Sums, max_grad_norm: float = math.inf
+        state: TrainState, sums: Sums, skip_norm_above: float = math.inf
     ) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
-        state, metrics = apply_sums(state, sums, optimizer, schedule, max_grad_norm, trained)
+        state, metrics = apply_sums(state, sums, optimizer, schedule, skip_norm_above, trained)
         # The sums start the next step at zero, in the memory that they already have.
         return state, jax.tree.map(jnp.zeros_like, sums), metrics
 
@@ -190,41 +188,41 @@ def apply_sums(
     sums: Sums,
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
-    max_grad_norm: jax.typing.ArrayLike = jnp.inf,
+    skip_norm_above: jax.typing.ArrayLike = jnp.inf,
     trained: Any = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one update from the sums of a step.
 
     A loss or gradient norm that is not finite leaves the whole state unchanged, with the metric `finite` false. A
-    finite gradient norm above `max_grad_norm` counts the step but makes no update, with the metric `skipped` true.
+    finite gradient norm above `skip_norm_above` counts the step but makes no update, with the metric `skipped` true.
 
     Args:
       state: the state before the step.
       sums: the sums over all microbatches of the step.
-      optimizer: gives the direction of an update, which is multiplied by minus the learning rate.
+      optimizer: an optax transformation without the learning rate, which `schedule` supplies.
       schedule: maps the number of updates done to the learning rate.
-      max_grad_norm: the norm, before clipping, above which the update is skipped.
+      skip_norm_above: a step whose gradient norm, before clipping, is above this makes no update.
       trained: a tree like the parameters', of bool arrays that broadcast to them; None if all are trained. Other
         parameters do not change, and their gradients do not count in the norm.
 
     Returns:
       The state after the step, and the metrics of the step as scalars.
     """
-    # The only division of a loss or gradient by its weights.
+    # The only division of a loss or gradient by its weights. A step without weights gives NaN, which is not finite.
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, sums.grads)
     grads = _zero_frozen(grads, trained)
     loss = sums.loss_sum / sums.weight_sum
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    skipped = finite & (grad_norm > max_grad_norm)
+    skipped = finite & (grad_norm > skip_norm_above)
 
     learning_rate = schedule(state.step)
     directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updates = _zero_frozen(jax.tree.map(lambda d: -learning_rate * d, directions), trained)
     params = optax.apply_updates(state.params, updates)
 
-    # The state after the step is chosen entry by entry, since a jitted function has no branches on values.
+    # The update is computed in any case; `where` selects the new or the old value of each array.
     updated = finite & ~skipped
     step = jnp.where(finite, state.step + 1, state.step)
     params, opt_state = jax.tree.map(
@@ -244,9 +242,9 @@ def apply_sums(
 
 
 def unbiased_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
-    """Estimates the squared norm of the true gradient G without bias, from the microbatches of one step.
+    """Estimates the squared norm of the true gradient G without bias, for the gradient noise scale.
 
-    The squared norm of the step's own gradient g is too large: its expectation is |G|^2 plus the variance of g. Let
+    The noise scale is that of McCandlish et al. (2018). The squared norm of the step's own gradient g is too large: its expectation is |G|^2 plus the variance of g. Let
     microbatch i have the gradient sum s_i and the weight w_i, where s_i has the mean w_i G, any variance, and is
     independent of the others. Then s_i . s_j has the mean w_i w_j |G|^2 for i != j. Summed over all such pairs, with
     W = sum w_i and g = sum s_i / W,

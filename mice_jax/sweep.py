@@ -53,7 +53,7 @@ DRY_RUN_WIDTH = 160  # columns of the table where the output is not a terminal
 def begin(values: command.Values) -> int | None:
     """Runs a sweep, or works on one as a worker of it; returns the exit code."""
     if watchdog.is_child():
-        watchdog.exit_with_parent()
+        watchdog.exit_when_parent_exits()
     process = _process_of_worker(values)
     sweep = load_sweep(command.required(values, "config"))
     storage = values.storage or os.environ.get(STORAGE_VARIABLE, "")

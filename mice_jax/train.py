@@ -3,8 +3,8 @@
   mice train --config=configs/demo.py --workdir=runs/demo
   mice train --config=configs/demo.py --config.optim.learning_rate=1e-3 --workdir=runs/demo_1e-3
 
-The same command again resumes the run. It leaves in the workdir: config.json, data_report.json, metrics.jsonl (a
-line a step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and summary.json.
+The same command again resumes the run. It leaves in the workdir: config.json, data_report.json, metrics.jsonl (one
+line per step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and summary.json.
 """
 
 from mice_jax.cli import command
@@ -41,7 +41,7 @@ from mice_jax.storage.paths import parse_path
 from mice_jax.storage.provenance import code_state
 from mice_jax.storage.workdir import SYNC_EVERY_S
 from mice_jax.training import build, held_out, phases, precompile, run_files, summary
-from mice_jax.training.cadence import Cadence, ends_that_seed_a_phase, selects_checkpoints
+from mice_jax.training.cadence import Cadence, last_steps_before_warm_start, uses_best_checkpoint
 from mice_jax.training.evaluator import Evaluator
 from mice_jax.training.lifecycle import Run, lifecycle
 from mice_jax.training.progress import Deadline, Lap
@@ -62,7 +62,7 @@ class Launch(NamedTuple):
 
 
 def train(config: Config, run: Run, launch: Launch) -> None:
-    """Trains a model as a config says, from its start or from the newest checkpoint of the run.
+    """Trains the model of a config, from what it starts from or from the newest checkpoint in the workdir.
 
     Every process of the run calls it with the same config.
 
@@ -71,20 +71,21 @@ def train(config: Config, run: Run, launch: Launch) -> None:
       run: the run in its `lifecycle`, which handles whatever is raised here.
       launch: how this process was started.
     """
-    time_limit = Deadline(config.train.max_minutes)
+    time_limit = Deadline(config.train.max_minutes)  # The clock starts here: set-up and compilation count.
     workdir = run.workdir
 
     # ---- Processes and devices ----------------------------------------------------------------------------------
-    # XLA reads its flags when a device is first touched, so they are set before the processes join.
+    # XLA reads its flags once, when its backend starts, so they are set before anything touches a device.
     xla_flags.set_flags(config.train.deterministic)
-    programs = compile_cache.enable(cache_folder(config.data.cache_dir))
+    cache = compile_cache.enable(cache_folder(config.data.cache_dir))
     distributed.initialize(launch.coordinator_address, launch.num_processes, launch.process_id)
     is_main = distributed.is_main_process()
     console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
     log = Display(console).say
 
     # ---- Inputs -------------------------------------------------------------------------------------------------
-    # Whatever the user may have to fix is checked here, before data are read and weights are loaded.
+    # What can be checked without the data and the weights is checked here, so that a mistake costs seconds. The lock
+    # comes last: a run with a mistake in its inputs does not take it.
     distributed.assert_same_on_all_processes("config", identity(config))
     with distributed.raise_on_all_processes():
         distributed.check_devices(launch.expect_devices)
@@ -107,10 +108,11 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             display.say(remark)
         data = build.data(config, encoder, display.say, display.watch)
         by_phase = len(config.data.phases) > 1
-        evaluated = [*benchmarks.metric_names(), *held_out.metric_names(data.dataset.validation, by_phase)]
-        selects = selects_checkpoints(config, data.spans)
-        if selects:
-            check_best_metric(config, evaluated, bool(data.dataset.validation))
+        eval_names = [*benchmarks.metric_names(), *held_out.metric_names(data.dataset.validation, by_phase)]
+        # Checkpoints have scores only where the best of them is kept, or a phase starts from it.
+        uses_best = uses_best_checkpoint(config, data.spans)
+        if uses_best:
+            check_best_metric(config, eval_names, bool(data.dataset.validation))
     distributed.assert_same_on_all_processes("data", data.dataset.fingerprint)
     distributed.assert_same_on_all_processes("tasks", benchmarks.fingerprint())
 
@@ -123,7 +125,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     pack = build.held_out_packer(config, data, model.shapes, mesh)
 
     # ---- Optimizer and step functions ---------------------------------------------------------------------------
-    schedule = build.schedule(config, data.spans, config.optim.max_steps or len(data.mixture))
+    # The schedule spans max_steps or the whole mixture, also where the data or a stop rule end the run earlier.
+    schedule = build.schedule(config, data.spans, horizon=config.optim.max_steps or len(data.mixture))
     fns = build.step_functions(config, model.decoder, source.architecture, mesh, model.compute, schedule)
     evaluator = Evaluator(
         fns,
@@ -169,13 +172,13 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         fns, steps, start, data.total_steps, held_out.sources(data.dataset.validation, pack), data.spans, mesh
     )
     if compiled.shapes:
-        console.print(f"[dim]{compiled.sentence(programs)}[/dim]")
+        console.print(f"[dim]{compiled.sentence(cache)}[/dim]")
     distributed.barrier("compiled")
 
     # ---- Train --------------------------------------------------------------------------------------------------
     monitor = StopMonitor(workdir.local, config.stop, spec.vocab_size, data.total_steps) if is_main else None
     writers = trackers.make_writers(config, workdir, console, start, data.total_steps) if is_main else []
-    run.begin(start, progress, checkpoints, writers)
+    run.begin(start, progress, checkpoints, writers)  # From here on run.progress, run.log and run.save may be used.
     stop_signals = StopSignals(
         run.preemption,
         checkpoints,
@@ -186,12 +189,12 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         stop_rules=monitor.reason_to_stop if monitor else None,
     )
     cadence = Cadence(
-        data.total_steps,
-        config.checkpoint.every_samples,
-        config.eval.every_samples,
-        ends_that_seed_a_phase(data.spans),
-        selects,
-        selects and config.checkpoint.best_metric in benchmarks.metric_names(),
+        total_steps=data.total_steps,
+        save_every=config.checkpoint.every_samples,
+        eval_every=config.eval.every_samples,
+        always_saved=last_steps_before_warm_start(data.spans),
+        selects=uses_best,
+        selects_by_benchmark=uses_best and config.checkpoint.best_metric in benchmarks.metric_names(),
     )
     throughput = Throughput(spec, hardware.peak_flops_of_all_devices())
     timer = Lap()
@@ -201,7 +204,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     for step in range(start + 1, data.total_steps + 1):
         # The first step of a later phase may need another state.
         index = phases.span_index(data.spans, step - 1)
-        if step - 1 == data.spans[index].first > 0:
+        span = data.spans[index]
+        if index > 0 and step - 1 == span.first:
             state = enter_phase(data.spans, index, state, fns, checkpoints, console.print)
 
         # The update is queued on the devices; the next batch is sent to them while they work.
@@ -209,34 +213,38 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         for microbatch in batch["microbatches"]:
             sums = fns.accumulate(state.params, sums, microbatch)
         state, sums, on_device = fns.apply(state, sums, run.progress.spike_threshold(config.train.skip_spikes))
-        done = batch
+        this_batch = batch
         batch = next(batches, None)
 
-        # A loss that is not finite ends the run before anything of the step is recorded.
+        # A loss or gradient norm that is not finite ends the run before anything of the step is recorded.
         measured = {name: value.item() for name, value in jax.device_get(on_device).items()}
         if not measured["finite"]:
             run.save(state)  # It is the state before the step.
             checkpoints.wait()
             raise StoppedByRule(summary.not_finite(step, measured, checkpoints.folder, run.saved_step))
         before = run.progress
-        run.progress = before.advance(done, measured["grad_norm"], measured["skipped"], measured["grad_sq_corrected"])
+        run.progress = before.advance(
+            this_batch, measured["grad_norm"], measured["skipped"], measured["grad_sq_corrected"]
+        )
         if measured["skipped"]:
             console.print(f"step {step} is skipped: its gradient norm {measured['grad_norm']:.3g} is a spike")
 
-        # Evaluations add to the step's record; it is written before its checkpoint, which then never lacks its line.
+        # The record, with any evaluation, is written before the checkpoint of its step, so no checkpoint lacks its line.
         record = make_record(
-            step, data.spans[index].phase.name, done, measured, run.progress, timer.lap(), throughput,
+            step, span.phase.name, this_batch, measured, run.progress, timer.lap(), throughput,
             skips_spikes=bool(config.train.skip_spikes),
         )  # fmt: skip
         due = cadence.due(step, before.samples, run.progress.samples)
         evaluation = evaluator(state.params, due)
-        run.log(record | evaluation.metrics)
+        record |= evaluation.metrics
+        run.log(record)
         workdir.sync(after_s=SYNC_EVERY_S)
 
-        # A run that stops saves first, also where it stops because a benchmark failed.
-        poll = stop_signals.poll(step, run.record, evaluation.failure)
+        # Every process takes part in the poll. A run that stops saves first, also if a benchmark failed. Only regular
+        # checkpoints compete for the best score: an extra one depends on the clock or on a signal.
+        poll = stop_signals.poll(step, record, evaluation.failure)
         if due.checkpoint or poll.save or poll.stop:
-            run.save(state, run.record.get(config.checkpoint.best_metric) if due.checkpoint else None)
+            run.save(state, record.get(config.checkpoint.best_metric) if due.checkpoint else None)
             stop_signals.saved()
         if poll.stop:
             checkpoints.wait()
@@ -250,7 +258,7 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
     config = command.config_of(values)
     workdir = command.workdir_of(values)
     if watchdog.is_child():
-        watchdog.exit_with_parent()
+        watchdog.exit_when_parent_exits()
     elif distributed.is_multi_process(values.coordinator_address, values.num_processes, values.process_id):
         return watchdog.run_child("mice_jax.train", arguments, workdir)
     launch = Launch(
@@ -278,9 +286,9 @@ def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
       What summary.json holds.
 
     Raises:
-      UserError: where the config, the data or the workdir cannot be used.
-      StoppedByRule: where a stop rule ended the run.
-      Preempted: where a signal ended the run with its state saved.
+      UserError: if the config, the data or the workdir cannot be used.
+      StoppedByRule: if a stop rule ended the run.
+      Preempted: if a signal ended the run with its state saved.
     """
     config.validate()
     with lifecycle(parse_path(str(workdir))) as run:
@@ -293,12 +301,12 @@ command.make_module_callable(__name__, train_in_python)
 
 def _report_to_other_processes(arguments: Sequence[str], error: Exception) -> None:
     """Sends an error to the other processes of the run, which wait for this one to join them."""
-    if watchdog.is_child():  # It has joined them, and raised the error with them.
+    if watchdog.is_child():  # A child has joined the others already, and they raised this error too.
         return
     try:
         processes = command.processes_of(arguments)
         others = distributed.is_multi_process(*processes)
-    except (UserError, flags.Error):  # The flags do not tell where the others are.
+    except (UserError, flags.Error):  # Without valid flags the other processes cannot be found.
         return
     if others:
         watchdog.broadcast_startup_error(processes, str(error))

@@ -3,7 +3,7 @@
 import pytest
 
 from mice_jax.config import Config, Phase
-from mice_jax.training.cadence import Cadence, Due, ends_that_seed_a_phase, selects_checkpoints
+from mice_jax.training.cadence import Cadence, Due, last_steps_before_warm_start, uses_best_checkpoint
 from mice_jax.training.phases import phase_spans
 
 pytestmark = pytest.mark.smoke
@@ -46,16 +46,16 @@ def test_a_checkpoint_that_may_be_selected_needs_its_metric() -> None:
 def test_the_end_of_a_phase_is_saved_where_the_next_starts_from_the_best() -> None:
     phases = [Phase(name="a"), Phase(name="b", seed_from="best"), Phase(name="c")]
     spans = phase_spans(phases, [3, 6, 10], 10)
-    assert ends_that_seed_a_phase(spans) == {3}
-    cadence = Cadence(10, 0, 0, ends_that_seed_a_phase(spans), selects=True)
+    assert last_steps_before_warm_start(spans) == {3}
+    cadence = Cadence(10, 0, 0, last_steps_before_warm_start(spans), selects=True)
     assert cadence.due(3, 16, 24) == SAVE_WITH_LOSS and cadence.due(6, 40, 48) == NOTHING
 
 
 def test_checkpoints_are_selected_by_keep_best_or_by_a_later_phase() -> None:
     config = Config()
     plain, seeded = [Phase(name="a"), Phase(name="b")], [Phase(name="a"), Phase(name="b", seed_from="best")]
-    assert not selects_checkpoints(config, phase_spans(plain, [1, 2], 2))
-    assert selects_checkpoints(config, phase_spans(seeded, [1, 2], 2))
-    assert not selects_checkpoints(config, phase_spans(seeded, [1, 2], 1)), "a phase without steps"
+    assert not uses_best_checkpoint(config, phase_spans(plain, [1, 2], 2))
+    assert uses_best_checkpoint(config, phase_spans(seeded, [1, 2], 2))
+    assert not uses_best_checkpoint(config, phase_spans(seeded, [1, 2], 1)), "a phase without steps"
     config.checkpoint.keep_best = 1
-    assert selects_checkpoints(config, phase_spans(plain, [1, 2], 2))
+    assert uses_best_checkpoint(config, phase_spans(plain, [1, 2], 2))

@@ -1,8 +1,8 @@
-"""Turns samples into token ids and a mask of the tokens that are trained.
+"""Turns samples into token ids and a loss mask.
 
 The ids are those of the tokenizer's chat template over the whole conversation, rendered once. The mask is derived in
-characters (`template_spans`) and carried over to tokens by their offsets: a token that overlaps a trained span by one
-character is trained.
+characters (`template_spans`) and mapped to tokens by their character offsets: a token that overlaps a trained span by at
+least one character gets loss.
 """
 
 import datetime
@@ -25,13 +25,14 @@ from mice_jax.data.tokenizer import Span, decode, locator
 from mice_jax.errors import UserError
 
 RULES_VERSION = 2  # increased whenever ids or masks change, so that token stores are built again
-TRAIN_ON = ("all", "last")  # the assistant's messages to train on, where neither a message nor its sample says
+# Which assistant messages get loss, unless the message (`train`) or the sample (`unmask`) says otherwise.
+TRAIN_ON = ("all", "last")
 
 
 class SampleFlag(enum.IntFlag):
     """What is unusual about a sample, and may be a mistake in the data or the template."""
 
-    SPECIAL_IN_CONTENT = 1  # a message spells a special token, which is encoded as that token
+    SPECIAL_IN_CONTENT = 1  # a message contains the text of a special token, and is encoded as that token
     DOUBLE_BOS = 2  # the ids begin with two bos tokens
     STARTS_WITH_ASSISTANT = 4  # the first message after the system's is the assistant's
 
@@ -77,15 +78,18 @@ class ChatEncoder:
         self._template = ChatTemplate(tokenizer, chat_template, self.today)
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         special = [s for s in tokenizer.all_special_tokens if s.strip()]
-        self._spans = TemplateSpans(self._template, _any_of(added + special), _any_of(special))
+        self._spans = TemplateSpans(self._template, _longest_match(added + special), _longest_match(special))
         flagged = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
         # With split_special_tokens, a spelt token is encoded as ordinary text.
         is_split = getattr(tokenizer, "split_special_tokens", False)
-        self._spelt_special = None if is_split else _finder(special + flagged)
+        self._spelt_special = None if is_split else _compile_search(special + flagged)
         self._bos: Any = tokenizer.bos_token_id
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """Encodes samples; the ids equal those of `apply_chat_template(messages, tools)`.
+        """Encodes samples.
+
+        The ids of a chat equal those of `apply_chat_template(messages, tools)`. A document, whose only message has the
+        role "pretraining", is encoded as its text followed by eos.
 
         Args:
           samples: conversations and documents.
@@ -102,7 +106,7 @@ class ChatEncoder:
         for i, ids in zip(documents, self._locator.documents(texts), strict=True):
             encoded[i] = self._encode_document(samples[i], ids)
         chats = [i for i, e in enumerate(encoded) if e is None]
-        rendered = [self._render_with_spans(samples[i]) for i in chats]
+        rendered = [self._render_and_find_spans(samples[i]) for i in chats]
         tokens = self._locator.located([text for text, _ in rendered])
         for i, (ids, offsets), (_, spans) in zip(chats, tokens, rendered, strict=True):
             encoded[i] = Encoded(ids, _mask(offsets, spans), self._flags(samples[i], ids[:2].tolist()))
@@ -111,13 +115,13 @@ class ChatEncoder:
     def prompt_ids(self, messages: list[Message], tools: list[Message] | None = None) -> list[int]:
         """The ids after which the model writes the assistant's next turn."""
         try:
-            text = self._template.render(_without_own_keys(messages), tools, add_generation_prompt=True)
+            text = self._template.render(_as_template_sees(messages), tools, add_generation_prompt=True)
         except TemplateError as e:
             raise UserError(f"the prompt {json.dumps(messages)[:200]}: {e}.") from e
         return self._locator.ids(text)
 
     def stop_ids(self) -> list[int]:
-        """The tokens that end an assistant's turn in this template."""
+        """The token that ends an assistant's turn in this template, as a list: the last one with loss in a made-up chat."""
         sample = Sample(PROBE_MESSAGES, None, False, "a conversation made up to find what ends a turn")
         (probe,) = self.encode([sample])
         return [int(probe.ids[probe.trained.nonzero()[0][-1]])]
@@ -172,7 +176,9 @@ class ChatEncoder:
         """What the user should know of the template before it is used."""
         if not self.depends_on_date:
             return []
-        return [f"the chat template writes the date; this run uses {self.today} throughout, other days give other ids"]
+        return [
+            f"the chat template writes the date; this run uses {self.today} throughout. A run started on another day gets other ids"
+        ]
 
     def fingerprint(self) -> str:
         """A hash of all that ids, masks and flags depend on: tokenizer, special tokens, template, date, our rules."""
@@ -206,9 +212,9 @@ class ChatEncoder:
             flags |= SampleFlag.STARTS_WITH_ASSISTANT
         return flags.value
 
-    def _render_with_spans(self, sample: Sample) -> tuple[str, list[Span]]:
+    def _render_and_find_spans(self, sample: Sample) -> tuple[str, list[Span]]:
         """The conversation's text, and the spans of it that are trained."""
-        messages, tools = _without_own_keys(sample.messages), sample.tools
+        messages, tools = _as_template_sees(sample.messages), sample.tools
         wanted = self._messages_to_train(sample)
         try:
             # The tags of a template enclose the assistant's messages only.
@@ -247,7 +253,7 @@ class ChatEncoder:
         return [i for i, m in enumerate(sample.messages) if m.get("train", i in default)]
 
 
-# ---------------------------------------------------------------------------------------- parts
+# ---------------------------------------------------------------------------------------- helpers
 def _never_stops(sample: Sample, e: NoTurnEndError) -> UserError:
     return UserError(
         f"{sample.where}: {e}, so a model trained on it would never stop. Let the "
@@ -266,7 +272,9 @@ def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
       uint8 [n].
     """
     starts, ends = offsets.T
-    ends = np.maximum(ends, starts + 1)  # an added prefix space has no width; it belongs to what follows
+    ends = np.maximum(
+        ends, starts + 1
+    )  # a token without width (an added prefix space) counts as one character, so it follows what comes next
     trained = np.zeros(len(starts), np.uint8)
     for start, end in spans:
         trained |= (starts < end) & (ends > start)
@@ -283,19 +291,19 @@ def _texts(messages: list[Message]) -> Iterator[str]:
             yield json.dumps(m["tool_calls"], ensure_ascii=False)
 
 
-def _without_own_keys(messages: list[Message]) -> list[Message]:
+def _as_template_sees(messages: list[Message]) -> list[Message]:
     """The messages as a template sees them: without nulls, as in transformers, and without our key `train`."""
     return [{k: v for k, v in m.items() if v is not None and k != "train"} for m in messages]
 
 
-def _any_of(strings: Iterable[str]) -> str:
-    """A regular expression that matches the longest of the strings, and nothing where there is none."""
+def _longest_match(strings: Iterable[str]) -> str:
+    """A pattern that matches the longest of the strings at a position; with no strings it matches nothing."""
     longest_first = sorted(set(strings), key=lambda s: (-len(s), s))
     return "|".join(map(re.escape, longest_first)) or "(?!)"
 
 
-def _finder(strings: Iterable[str]) -> re.Pattern[str]:
-    """A regular expression that finds any of the strings.
+def _compile_search(strings: Iterable[str]) -> re.Pattern[str]:
+    """A compiled pattern that finds any of the strings fast.
 
     They are grouped by their first two characters, since some tokenizers have a thousand special tokens.
     """

@@ -87,7 +87,7 @@ def run_child(
     return code if code >= 0 else _report_signal(-code, workdir)
 
 
-def exit_with_parent() -> None:
+def exit_when_parent_exits() -> None:
     """Starts a thread that kills this process as soon as its parent has ended."""
     pipe = int(os.environ[PARENT_PIPE])
 

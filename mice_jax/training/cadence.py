@@ -53,11 +53,11 @@ class Cadence:
         )
 
 
-def ends_that_seed_a_phase(spans: Sequence[PhaseSpan]) -> frozenset[int]:
+def last_steps_before_warm_start(spans: Sequence[PhaseSpan]) -> frozenset[int]:
     """The last steps of the phases whose best checkpoint, not whose end, the next phase starts from."""
     return frozenset(span.end for i, span in enumerate(spans) if next_starts_from_best(spans, i))
 
 
-def selects_checkpoints(config: Config, spans: Sequence[PhaseSpan]) -> bool:
+def uses_best_checkpoint(config: Config, spans: Sequence[PhaseSpan]) -> bool:
     """Whether checkpoints are selected by a metric: the best are kept, or a phase starts from the best."""
     return bool(config.checkpoint.keep_best) or any(span.phase.seed_from == "best" for span in spans)
