@@ -229,7 +229,7 @@ class Checkpoints(CheckpointReader):
 
     @contextlib.contextmanager
     def _write_on_all_processes(self) -> Iterator[None]:
-        """Like `distributed.raise_on_all_processes`, but explains failures, and re-raises at once for a lost process."""
+        """Like `distributed.raise_on_all_processes`, but explains failures, and re-raises at once if a peer is lost."""
         failure = None
         try:
             with _explain_store_errors(self.folder):

@@ -20,8 +20,8 @@ from mice_jax.loss import cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.sharding import BATCH_AXES, constrain, param_shardings
 
-# `unbiased_grad_sq` divides by the share of products between different microbatches. Below this share, almost all weight
-# lies in one microbatch, and the result would be rounding error.
+# `unbiased_grad_sq` divides by the share of products between different microbatches. Below this share, almost all
+# weight lies in one microbatch, and the result would be rounding error.
 MIN_CROSS_SHARE = 1e-3
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weights: each [B T], B rows of T slots
@@ -244,10 +244,10 @@ def apply_sums(
 def unbiased_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
     """Estimates the squared norm of the true gradient G without bias, for the gradient noise scale.
 
-    The noise scale is that of McCandlish et al. (2018). The squared norm of the step's own gradient g is too large: its expectation is |G|^2 plus the variance of g. Let
-    microbatch i have the gradient sum s_i and the weight w_i, where s_i has the mean w_i G, any variance, and is
-    independent of the others. Then s_i . s_j has the mean w_i w_j |G|^2 for i != j. Summed over all such pairs, with
-    W = sum w_i and g = sum s_i / W,
+    The noise scale is that of McCandlish et al. (2018). The squared norm of the step's own gradient g is too large: its
+    expectation is |G|^2 plus the variance of g. Let microbatch i have the gradient sum s_i and the weight w_i, where
+    s_i has the mean w_i G, any variance, and is independent of the others. Then s_i . s_j has the mean w_i w_j |G|^2
+    for i != j. Summed over all such pairs, with W = sum w_i and g = sum s_i / W,
 
       |G|^2 ~ (|sum s_i|^2 - sum |s_i|^2) / (W^2 - sum w_i^2) = (|g|^2 - q) / (1 - r)
 

@@ -229,7 +229,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         if measured["skipped"]:
             console.print(f"step {step} is skipped: its gradient norm {measured['grad_norm']:.3g} is a spike")
 
-        # The record, with any evaluation, is written before the checkpoint of its step, so no checkpoint lacks its line.
+        # The record, with any evaluation, is written before the step's checkpoint, so no checkpoint lacks its line.
         record = make_record(
             step, span.phase.name, this_batch, measured, run.progress, timer.lap(), throughput,
             skips_spikes=bool(config.train.skip_spikes),

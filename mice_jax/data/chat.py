@@ -1,8 +1,8 @@
 """Turns samples into token ids and a loss mask.
 
 The ids are those of the tokenizer's chat template over the whole conversation, rendered once. The mask is derived in
-characters (`template_spans`) and mapped to tokens by their character offsets: a token that overlaps a trained span by at
-least one character gets loss.
+characters (`template_spans`) and mapped to tokens by their character offsets: a token that overlaps a trained span by
+at least one character gets loss.
 """
 
 import datetime
@@ -121,7 +121,7 @@ class ChatEncoder:
         return self._locator.ids(text)
 
     def stop_ids(self) -> list[int]:
-        """The token that ends an assistant's turn in this template, as a list: the last one with loss in a made-up chat."""
+        """The token that ends an assistant's turn, as a list of one: the last token with loss in a made-up chat."""
         sample = Sample(PROBE_MESSAGES, None, False, "a conversation made up to find what ends a turn")
         (probe,) = self.encode([sample])
         return [int(probe.ids[probe.trained.nonzero()[0][-1]])]
