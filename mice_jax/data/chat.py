@@ -177,8 +177,8 @@ class ChatEncoder:
         if not self.depends_on_date:
             return []
         return [
-            f"the chat template writes the date; this run uses {self.today} throughout. A run that starts on another day "
-            "gets other ids"
+            f"the chat template writes the date; this run uses {self.today} throughout. A run that starts on "
+            "another day gets other ids"
         ]
 
     def fingerprint(self) -> str:
