@@ -1,28 +1,28 @@
-"""Attention alone, forward and backward, over packed rows: ours against torch's, and how its time grows with samples.
+"""Measures attention alone, forward and backward, over packed rows, against torch's, and its growth with samples.
 
     python bench/attention.py                                    # on this machine's GPU, else its CPU: some minutes
     python bench/attention.py --rows=4 --heads=32 --kv-heads=8 --head-dim=128 --rounds=20
 
-It needs torch, the peer. Every side gets the same arrays, in bfloat16 on a GPU and float32 on a CPU, on the device
-beforehand, and gives the output and the gradients of queries, keys and values. The sides take turns, and what each one
-gives is first held against plain attention.
+It needs torch, the peer. Every side gets the same arrays, in bfloat16 on a GPU and float32 on a CPU, which are on the
+device beforehand, and returns the output and the gradients of queries, keys and values. The sides take turns, and the
+results of each are first compared with the reference backend.
 
   packed  rows of samples whose lengths are log-normal, as chats are
-          ours         every backend that can honour such a run here, as `attend` calls it; the plain one on a CPU only
+          ours         every backend that supports such a run here, as `attend` calls it; `reference` on a CPU only
           flex         torch's flex attention, compiled, with the block mask of the packed samples. The mask is made
-                       beforehand: a model makes it once a batch, for all layers. On a CPU it has no backward pass, so
-                       the forward pass is measured by itself too
+                       beforehand, because a model makes it once per batch for all layers. On a CPU it has no backward
+                       pass, so the forward pass is also measured alone
           sdpa         on a CPU: torch's scaled_dot_product_attention with a [T, T] mask
           cudnn whole  on a GPU: cuDNN's causal attention over rows that are one sample each, which needs no packing
-  growth  rows of 64-token samples against rows of one sample, ours alone. The squares of the lengths say 1 / 64 of the
-          time; that blocks of 64 slots are computed whole makes 1 / 33 of it; and to that comes what does not depend
-          on the lengths
+  growth  rows of 64-token samples against rows of one sample, ours alone. By the squares of the lengths, the former
+          would take 1 / 64 of the time. Since blocks of 64 slots are computed completely, the bound is 1 / 33, plus
+          the time that does not depend on lengths
 
 Targets, on an H100 or H200: `auto` at least 1.2 times as fast as flex, and at most 1.15 times the time of cuDNN whole.
 """
 
 # pyright: reportMissingImports=false
-# The peer is in the bench extra, which lint does without.
+# The peer is in the bench extra, which lint does not install.
 
 import argparse
 import functools
@@ -36,13 +36,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads would spin while the others work
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch wants memory of the same device
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory of the same device
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-os.environ.setdefault("JAX_PLATFORMS", DEVICE)  # before jax looks for others
+os.environ.setdefault("JAX_PLATFORMS", DEVICE)  # must be set before jax is imported
 
 import jax
 import jax.numpy as jnp
@@ -57,14 +57,14 @@ from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.score_function import Scoring
 from mice_jax.packing_limits import max_segments
 
-Run = Callable[[], Any]  # one forward and backward pass, waited for
+Run = Callable[[], Any]  # runs one forward and backward pass and waits for it
 # bfloat16 rounds weights, outputs and their gradients by 2^-9 each; float32 by 6e-8, over sums of up to 4,096 terms.
 CLOSE = {"bfloat16": 0.03, "float32": 1e-4}
-MEAN_LOG, SPREAD_LOG = 6.0, 0.9  # of lengths: a median of 400 tokens
+MEAN_LOG, SPREAD_LOG = 6.0, 0.9  # log-normal distribution of lengths, with a median of 400 tokens
 
 
 def lengths_of(slots: int, rng: np.random.Generator) -> list[int]:
-    """Of a row's samples, until one does not fit."""
+    """Draws the lengths of a row's samples until one does not fit."""
     lengths: list[int] = []
     while len(lengths) < max_segments(slots):
         length = int(np.clip(rng.lognormal(MEAN_LOG, SPREAD_LOG), 16, slots))
@@ -75,6 +75,7 @@ def lengths_of(slots: int, rng: np.random.Generator) -> list[int]:
 
 
 def segments_of(rows: list[list[int]], slots: int) -> np.ndarray:
+    """Returns the segment ids, int32 [B T], of rows of samples with these lengths."""
     segments = np.zeros((len(rows), slots), np.int32)
     for row, lengths in zip(segments, rows, strict=True):
         ids = np.repeat(np.arange(1, len(lengths) + 1), lengths)
@@ -93,16 +94,19 @@ class Arrays:
         self.segments = segments_of(rows, args.slots)
 
     def in_jax(self) -> list[jax.Array]:
+        """Returns the arrays [B T N H] on JAX's device."""
         return [jnp.asarray(x, self.dtype) for x in self.arrays]
 
     def in_torch(self) -> list[torch.Tensor]:
-        """Heads first, as torch wants them."""
+        """Returns the arrays [B N T H] on torch's device."""
         moved = [torch.tensor(x).to(DEVICE, getattr(torch, self.dtype)).transpose(1, 2) for x in self.arrays]
         return [x.contiguous().requires_grad_(i < 3) for i, x in enumerate(moved)]
 
 
 # ---------------------------------------------------------------------------------------- the sides
 def in_jax(f: Callable[..., jax.Array], arrays: Arrays, backward: bool) -> Run:
+    """Makes a run of an attention function in JAX; without `backward`, only its forward pass."""
+
     @jax.jit
     def run(q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
         if not backward:
@@ -115,12 +119,13 @@ def in_jax(f: Callable[..., jax.Array], arrays: Arrays, backward: bool) -> Run:
 
 
 def ours(arrays: Arrays, backward: bool, backend: str) -> Run:
+    """Makes a run of one of our backends."""
     scoring = Scoring(arrays.scale, None, None)
     return in_jax(lambda q, k, v, s: attend(q, k, v, s, scoring, backend=backend), arrays, backward)
 
 
 def row_by_row(scale: float, *inputs: jax.Array) -> jax.Array:
-    """Plain attention with one row's scores in memory at a time."""
+    """Computes reference attention with one row's scores in memory at a time."""
     scoring = Scoring(scale, None, None)
 
     def of_row(row: tuple[jax.Array, ...]) -> jax.Array:
@@ -131,6 +136,8 @@ def row_by_row(scale: float, *inputs: jax.Array) -> jax.Array:
 
 
 def cudnn_whole(arrays: Arrays, backward: bool) -> Run:
+    """Makes a run of cuDNN's causal attention over rows of one sample."""
+
     def whole(q: jax.Array, k: jax.Array, v: jax.Array, _: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(q, k, v, scale=arrays.scale, is_causal=True, implementation="cudnn")
 
@@ -138,6 +145,7 @@ def cudnn_whole(arrays: Arrays, backward: bool) -> Run:
 
 
 def in_torch(f: Callable[..., torch.Tensor], arrays: Arrays, backward: bool) -> Run:
+    """Makes a run of an attention function in torch; without `backward`, only its forward pass."""
     q, k, v, d_out = (x if backward else x.detach() for x in arrays.in_torch())
 
     def run() -> Any:
@@ -151,6 +159,7 @@ def in_torch(f: Callable[..., torch.Tensor], arrays: Arrays, backward: bool) -> 
 
 
 def flex(arrays: Arrays, backward: bool) -> Run:
+    """Makes a run of torch's flex attention."""
     ids = torch.tensor(arrays.segments, device=DEVICE)
 
     def sees(b: Any, _: Any, q: Any, k: Any) -> Any:
@@ -163,18 +172,19 @@ def flex(arrays: Arrays, backward: bool) -> Run:
 
 
 def sdpa(arrays: Arrays, backward: bool) -> Run:
+    """Makes a run of torch's scaled_dot_product_attention with a mask."""
     ids = torch.tensor(arrays.segments, device=DEVICE)
     mask = (ids[:, None, :, None] == ids[:, None, None, :]).tril()
 
     def attention(*x: torch.Tensor) -> torch.Tensor:
         out = scaled_dot_product_attention(*x, attn_mask=mask, scale=arrays.scale, enable_gqa=True)
-        return out * (ids > 0)[:, None, :, None]  # padding attended to itself
+        return out * (ids > 0)[:, None, :, None]  # the mask lets padding attend to itself
 
     return in_torch(attention, arrays, backward)
 
 
 def able(args: argparse.Namespace) -> list[str]:
-    """The backends but the plain one that can honour such a run here, what `auto` takes first."""
+    """Returns the backends that support such a run here, without `reference`; the choice of "auto" comes first."""
     names = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 128}
     heads = {"num_attention_heads": args.heads, "num_key_value_heads": args.kv_heads, "head_dim": args.head_dim}
     rest = {"hidden_size": args.heads * args.head_dim, "intermediate_size": 128, "num_hidden_layers": 1}
@@ -203,7 +213,7 @@ def able(args: argparse.Namespace) -> list[str]:
 
 # ---------------------------------------------------------------------------------------- measuring
 def check_close(name: str, made: Any, expected: Any, dtype: str) -> None:
-    """Against plain attention: the largest difference over the largest entry, of the output and each gradient."""
+    """Exits if the output or a gradient differs from the expected one by too large a part of its largest entry."""
     for x, e in zip(made, expected, strict=True):
         x, e = (np.asarray(y.detach().float().cpu() if isinstance(y, torch.Tensor) else y, np.float32) for y in (x, e))
         gap = np.abs(x - e).max() / np.abs(e).max()
@@ -212,7 +222,7 @@ def check_close(name: str, made: Any, expected: Any, dtype: str) -> None:
 
 
 def times(sides: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds a pass; the sides take turns, each turn's first pass unmeasured."""
+    """Measures the milliseconds of a pass; the sides take turns, and the first pass of each turn is not measured."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds):
         for name in list(sides)[:: 1 if i % 2 == 0 else -1]:
@@ -224,10 +234,11 @@ def times(sides: dict[str, Run], rounds: int) -> dict[str, list[float]]:
 
 
 def packed(args: argparse.Namespace, backends: list[str], backward: bool) -> dict[str, list[float]]:
+    """Measures all sides on packed rows; returns the milliseconds of each."""
     rng = np.random.default_rng(1)
     arrays = Arrays(args, [lengths_of(args.slots, rng) for _ in range(args.rows)])
     sides = {f"ours {name}": ours(arrays, backward, name) for name in backends}
-    if DEVICE == "cuda" or not backward:  # torch refuses it on a CPU
+    if DEVICE == "cuda" or not backward:  # flex attention has no backward pass on a CPU
         sides["flex"] = flex(arrays, backward)
     if DEVICE == "cpu":
         sides |= {"ours reference": ours(arrays, backward, "reference"), "sdpa": sdpa(arrays, backward)}
@@ -242,6 +253,7 @@ def packed(args: argparse.Namespace, backends: list[str], backward: bool) -> dic
 
 
 def growth(args: argparse.Namespace, backends: list[str]) -> dict[str, list[float]]:
+    """Measures our backends on rows of short samples and on rows of one sample; returns the milliseconds of each."""
     kinds = {"64-token samples": [64] * (args.slots // 64), "one sample": [args.slots]}
     print(f"\nforward and backward: {args.rows} rows of {args.slots}, of short samples and of one long one")
     sides = {}
@@ -252,7 +264,7 @@ def growth(args: argparse.Namespace, backends: list[str]) -> dict[str, list[floa
 
 
 def print_times(found: dict[str, list[float]], over: dict[str, str]) -> None:
-    """Medians, and ratios of pairs: of each side to the one it is held against."""
+    """Prints the median of each side, and the ratios of pairs to the side that `over` names."""
     for name, ms in found.items():
         ratio = ""
         if name in over:
@@ -262,6 +274,7 @@ def print_times(found: dict[str, list[float]], over: dict[str, str]) -> None:
 
 
 def main() -> int:
+    """Runs the benchmark; returns the exit code."""
     on_gpu = DEVICE == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8 if on_gpu else 1)

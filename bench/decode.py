@@ -1,24 +1,24 @@
-"""Answers on a CPU: tokens a second, this project against transformers' `generate`, paired in one run.
+"""Measures generation on a CPU in tokens per second, against transformers' `generate`, paired in one run.
 
     python bench/decode.py                         # 10m, 3 rounds: some minutes
     python bench/decode.py --size=60m --rounds=5
 
 Both sides hold the same Llama with the same random weights in float32, in one process, and take turns, round after
 round. They answer the same prompts, greedily, 16 at once, and their answers are compared token by token. transformers
-gets left-padded batches of prompts of like lengths, its own cache and its default attention (SDPA). torch's threads
-wait passively (OMP_WAIT_POLICY; yours counts where you set one). What is compiled is compiled before the first round.
+gets left-padded batches of prompts of similar lengths, its own cache and its default attention (SDPA). torch's threads
+wait passively, unless you set OMP_WAIT_POLICY. All programs are compiled before the first round.
 
-  even    16 prompts, --new tokens each: the whole call, and what of it is decoding (without the time to first tokens)
-  ragged  64 prompts whose answers end at their own time, as answers do: each has ids among which one in --ends ends
-          it. transformers goes on with a batch until its longest answer ends; here the next prompt takes the row.
+  even    16 prompts, --new tokens each: the whole call, and its decoding alone (without the time to first tokens)
+  ragged  64 prompts whose answers end at different lengths: one in --ends ids ends an answer. transformers continues
+          a batch until its longest answer ends; here the next prompt takes the free row.
 
-tokens/s count the tokens of answers. The CPU's seconds, all threads counted, are printed beside the wall clock's: on a
-machine that others use, they and the ratios say more. ratio is ours over theirs, by pair: median (least, most).
+tokens/s count the tokens of answers. CPU seconds of all threads are printed next to wall-clock seconds. On a shared
+machine, CPU seconds and ratios are more reliable. ratio is ours over theirs, by pair: median (least, most).
 Target: 2.
 """
 
 # pyright: reportMissingImports=false
-# The peer is in the bench extra, which lint does without.
+# The peer is in the bench extra, which lint does not install.
 
 import argparse
 import json
@@ -52,7 +52,7 @@ VOCAB = 8192
 SIZES = {"1m": (128, 384, 4, 4, 2), "10m": (256, 1024, 10, 4, 2), "60m": (512, 1792, 16, 8, 4)}
 
 Answers = list[list[int]]
-Side = Callable[[list[list[int]], int, list[int]], Answers]  # of prompts, with so many tokens, up to these ids
+Side = Callable[[list[list[int]], int, list[int]], Answers]  # takes prompts, a number of tokens, and ids that end
 
 
 def main() -> int:
@@ -65,7 +65,7 @@ def main() -> int:
     ends = rng.choice(VOCAB, VOCAB // args.ends, replace=False).tolist()
     works = {"first": (even, 1, []), "even": (even, args.new, []), "ragged": (ragged, args.new, ends)}
     rounds: list[dict[str, Any]] = []
-    for number in range(-1, args.rounds):  # the first compiles, and is not counted
+    for number in range(-1, args.rounds):  # the first round compiles and is not counted
         taken: dict[str, Any] = {}
         for name, work in works.items():
             taken[name] = [measured(side, work) for side in (ours, theirs)]
@@ -131,7 +131,7 @@ def measured(side: Side, work: tuple[list[list[int]], int, list[int]]) -> dict[s
 
 # ------------------------------------------------------------------------------------------------ figures
 def speeds(taken: dict[str, Any], clock: str) -> dict[str, list[float]]:
-    """Tokens a second of either side, by what was done."""
+    """Computes the tokens per second of each side for each kind of work."""
 
     def tokens(name: str, side: int) -> int:
         return sum(map(len, taken[name][side]["answers"]))
@@ -159,5 +159,5 @@ def report(args: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    xla_flags.reexec_with_huge_pages()  # as `mice` does; here for both sides
+    xla_flags.reexec_with_huge_pages()  # `mice` does so too; here both sides get huge pages
     sys.exit(main())

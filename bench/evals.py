@@ -3,22 +3,21 @@
     python bench/evals.py                        # 4 rounds, about ten minutes on two idle cores
     python bench/evals.py --documents=24 --rounds=2
 
-It needs torch and accelerate, the peer's backend, and makes its model (a Llama of 7 M parameters, random) and its
-questions on the spot. Both sides get the same requests as the harness makes them, texts, and give log-likelihoods
-back: tokenizing is in the time on both sides, reading the model and compiling (which the first, unmeasured time does)
-are not.
+It needs torch and accelerate, the peer's backend, and creates its model (a random Llama of 7 M parameters) and its
+questions itself. Both sides get the same texts, as the harness makes them, and return log-likelihoods. The time
+includes tokenizing on both sides, but not loading the model or compiling, which the first, unmeasured call does.
 
-  context  a context of its own for each question, 400 tokens, and four options of 4 to 12 tokens
-  shots    five examples of 80 tokens that all questions share, a question of 60 tokens, and the letters A to D: the
-           harness then computes one row for the four, as its logits cache does for options of one token
+  context  each question has its own context of 400 tokens and four options of 4 to 12 tokens
+  shots    all questions share five examples of 80 tokens; a question of 60 tokens and the letters A to D follow. The
+           harness then computes one row for the four options, since its logits cache covers options of one token
 
-The peer's batch size is the fastest of 1, 2, 4, 8, 16 and 32, tried on a third of the requests, in every round anew.
-The log-likelihoods of both sides must agree to 1e-3. Target: 4x on `context`. On a busy machine, where the clock
-tells who was let run, the ratio of the CPU time is the steadier one.
+The peer's batch size is the fastest of 1, 2, 4, 8, 16 and 32, tried on a third of the requests in every round.
+The log-likelihoods of both sides must agree to 1e-3. Target: 4x on `context`. On a busy machine, the ratio of CPU
+times is steadier than that of wall-clock times.
 """
 
 # pyright: reportMissingImports=false
-# The peer is in the bench extra, which lint does without.
+# The peer is in the bench extra, which lint does not install.
 
 import argparse
 import json
@@ -32,7 +31,7 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's threads spin while the other side works
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads would spin while the other side works
 
 import jax.numpy as jnp
 import torch
@@ -54,7 +53,7 @@ VOCAB = 8000
 
 
 def write_model(folder: Path) -> None:
-    """A random Llama, and a tokenizer whose tokens are words: w17 for one."""
+    """Writes a random Llama, and a tokenizer whose tokens are words such as w17."""
     words = {f"w{i}": i for i in range(VOCAB - 6)} | {c: VOCAB - 6 + i for i, c in enumerate([*"ABCD", "?", "<eos>"])}
     backend = Tokenizer(models.WordLevel(words, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -68,6 +67,7 @@ def write_model(folder: Path) -> None:
 
 
 def make_requests(part: str, documents: int) -> list[Instance]:
+    """Makes the requests of a part, four for each document."""
     rng = random.Random(0)
 
     def words(n: int) -> str:
@@ -85,6 +85,7 @@ def make_requests(part: str, documents: int) -> list[Instance]:
 
 
 def our_model(folder: Path) -> MiceLM:
+    """Loads the model of our side."""
     loaded = build.load_for_inference(resolve_source(str(folder)))
     lm = MiceLM(loaded.decoder, loaded.mesh, jnp.float32, load_tokenizer(str(folder)), GenerationDefaults())
     lm.params = loaded.params
@@ -92,13 +93,14 @@ def our_model(folder: Path) -> MiceLM:
 
 
 def timed(lm: Any, requests: list[Instance]) -> tuple[float, float, list[float]]:
-    """Seconds by the clock, seconds of all cores, and the log-likelihoods."""
+    """Scores requests; returns wall-clock seconds, CPU seconds, and the log-likelihoods."""
     began, busy = time.perf_counter(), time.process_time()
     found = lm.loglikelihood(requests, disable_tqdm=True)
     return time.perf_counter() - began, time.process_time() - busy, [logprob for logprob, _ in found]
 
 
 def best_batch_size(peer: Any, requests: list[Instance]) -> int:
+    """Returns the peer's fastest batch size."""
     some = requests[: max(4, len(requests) // 3)]
     seconds = {}
     for size in BATCH_SIZES:
@@ -108,6 +110,7 @@ def best_batch_size(peer: Any, requests: list[Instance]) -> int:
 
 
 def compare(part: str, ours: MiceLM, peer: Any, documents: int, rounds: int) -> dict[str, Any]:
+    """Measures both sides on a part; returns its figures."""
     requests = make_requests(part, documents)
     first = timed(ours, requests)[0]
     ratios, busy_ratios, speeds, sizes = [], [], [], []
@@ -141,6 +144,7 @@ def compare(part: str, ours: MiceLM, peer: Any, documents: int, rounds: int) -> 
 
 
 def main() -> None:
+    """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=4)
@@ -149,7 +153,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         ours = our_model(Path(folder))
-        make_peer: Any = HFLM  # its decorator hides what it takes
+        make_peer: Any = HFLM  # its decorator hides its parameters from the type checker
         peer = make_peer(folder, device="cpu", dtype="float32", batch_size=1)
         results = [compare(part, ours, peer, args.documents, args.rounds) for part in args.parts.split(",")]
     for r in results:
@@ -159,5 +163,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    xla_flags.reexec_with_huge_pages()  # as `mice` does; here for both sides
+    xla_flags.reexec_with_huge_pages()  # `mice` does so too; here both sides get huge pages
     main()

@@ -1,13 +1,13 @@
-"""Kills a run again and again, at random instants and amid saves, and compares what comes out with an undisturbed one.
+"""Kills a run many times, at random instants and during saves, and compares its results with an undisturbed run.
 
     python bench/faults.py                                   # 50 kills, 20 of a pair of processes, 20 SIGTERMs
     python bench/faults.py --kills=4 --pair_kills=2 --terms=2
 
-A tiny model that saves at every fifth step, on 8 CPU devices: 8 of one process, or 4 of each of two. Half of the kills
-wait for a moment at which a checkpoint is half written; the others come at a random instant, from the first second of
-the process on. When a run is complete its metrics.jsonl (but for the clock's fields) and every array of its last
-checkpoint have to equal, bit for bit, those of a run of as many processes that was left alone; then the next run is
-begun. Prints a table and ends with 1 at any difference. It takes about 20 minutes, most of it in starting processes.
+A tiny model saves at every fifth step, on 8 CPU devices: 8 of one process, or 4 of each of two. Half of the kills
+wait until a checkpoint is half written; the others come at a random instant, from the first second of the process on.
+When a run is complete, its metrics.jsonl (except for times) and every array of its last checkpoint must be bit-equal
+to those of an undisturbed run with the same number of processes; then the next run starts. The benchmark prints a
+table, and exits with 1 at any difference. It takes about 20 minutes, most of it to start processes.
 """
 
 import argparse
@@ -29,15 +29,16 @@ from mice_jax.storage.workdir import EVENTS
 
 STEPS = 200
 FLAGS = ["--config.checkpoint.every_samples=40", "--config.checkpoint.keep_last=2"]
-START_S = 6.0  # about what a process takes to its first step
-PATIENCE_S = 120.0  # for processes to end after a fault
-JOINING_S = 180.0  # for one whose peer was killed before they had joined: it waits 100 s from when it is ready itself
-WHOLE_S = 600.0  # for a run to be completed
+START_S = 6.0  # approximate time from the start of a process to its first step
+PATIENCE_S = 120.0  # limit for processes to end after a fault
+JOINING_S = 180.0  # limit if a process was killed before its peer joined, since the peer waits 100 s for it
+WHOLE_S = 600.0  # limit for a run to complete
 
 Processes = list[subprocess.Popen[bytes]]
 
 
 def start(config: Path, run: Path, count: int, log: Path) -> Processes:
+    """Starts the `count` processes of a run."""
     environment = os.environ | ENVIRONMENT | {"JAX_NUM_CPU_DEVICES": str(8 // count)}
     started = []
     for place in place_flags(count):
@@ -49,13 +50,13 @@ def start(config: Path, run: Path, count: int, log: Path) -> Processes:
 
 
 def begun(run: Path) -> int:
-    """Lines of a run's events: a start adds one once its processes have joined."""
+    """Returns the number of a run's events; a start adds one once its processes have joined."""
     file = run / EVENTS
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
 def leave(processes: Processes, within_s: float) -> list[int]:
-    """The exit code of each, once all have ended."""
+    """Waits until all processes have ended; returns their exit codes."""
     until = time.monotonic() + within_s
     try:
         return [p.wait(max(1.0, until - time.monotonic())) for p in processes]
@@ -65,7 +66,7 @@ def leave(processes: Processes, within_s: float) -> list[int]:
 
 
 class Campaign:
-    """Faults of one kind on runs of so many processes."""
+    """Faults of one kind on runs with a fixed number of processes."""
 
     def __init__(self, config: Path, folder: Path, count: int, rng: random.Random):
         self._config, self._folder, self._count, self._rng = config, folder, count, rng
@@ -77,7 +78,7 @@ class Campaign:
         self._run = folder / f"run_{count}_0"
 
     def hit(self, number: signal.Signals, amid_save: bool) -> None:
-        """One fault; where the run is complete before it comes, the run is compared and the fault tried on the next."""
+        """Injects one fault; a run that completes before it is compared, and the next run gets the fault."""
         while True:
             before = begun(self._run)
             processes = start(self._config, self._run, self._count, self._log)
@@ -100,7 +101,7 @@ class Campaign:
             assert self._count == 1 or any(code in (1, 75) for code in codes), codes
 
     def _wait(self, processes: Processes, amid_save: bool) -> bool:
-        """Until the moment has come; False where the run is over before it."""
+        """Waits until the moment of the fault; returns False if the run ends before it."""
         lines = lines_of(self._run)
         further = lines + self._rng.randint(1, 12)
         until = time.monotonic() + self._rng.uniform(0.5, 1.5 * START_S)
@@ -113,6 +114,7 @@ class Campaign:
         return False
 
     def end(self) -> None:
+        """Completes and compares the last run."""
         self._finish(leave(start(self._config, self._run, self._count, self._log), WHOLE_S))
 
     def _finish(self, codes: list[int]) -> None:
@@ -125,6 +127,7 @@ class Campaign:
 
 
 def main() -> None:
+    """Runs the benchmark."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--kills", type=int, default=50, help="SIGKILLs of a run of one process (50)")
     flags.add_argument("--pair_kills", type=int, default=20, help="SIGKILLs of one of two processes (20)")

@@ -1,31 +1,29 @@
-"""Hugging Face folders in and out: time and memory against transformers' from_pretrained and save_pretrained.
+"""Measures import and export of Hugging Face folders against transformers' from_pretrained and save_pretrained.
 
     python bench/hf_bridge.py                  # a Llama of 1.2 B parameters in float32, 3 rounds: about 5 minutes
     python bench/hf_bridge.py --layers=4 --rounds=5 --dtype=bfloat16
 
-It needs torch, the peer's backend, and free disk for three copies of the checkpoint (15 GB), which it makes on the
-spot from random weights and removes at its end.
+It needs torch, the peer's backend, and disk space for three copies of the checkpoint (15 GB), which it creates from
+random weights and removes at the end.
 
 Each side of a round is a process of its own, and the sides take turns. Both hold the parameters in float32 on the CPU,
-as training does, and answer the same 16 tokens.
+as training does, and compute the logits of the same 16 tokens.
 
-  import   from before the folder is opened to the first logits, libraries imported beforehand. transformers maps the
-           file and reads it when the forward pass does, so that nothing less can be compared. Ours has the compiling
-           of that forward pass in it.
-  export   the same parameters to a new folder, in float32
-  RssAnon  the most that /proc/self/status showed between the start of the import (the export) and its end, less what
-           was there before, over the bytes of the parameters that the process keeps. It is the memory that nothing
-           else can use; mapped files are not in it. The import's is taken before the forward pass. The limit of 1
-           is the parameters themselves.
+  import   from before the folder is opened to the first logits, with libraries imported beforehand. The forward pass
+           is included because transformers maps the file and reads it only then. Our time includes compiling.
+  export   writes the same parameters to a new folder, in float32
+  RssAnon  the growth of anonymous memory (/proc/self/status) from the start of the import or export to its peak, over
+           the bytes of the parameters that the process keeps. Mapped files do not count. The import's peak is taken
+           before the forward pass. A value of 1 is the parameters themselves.
 
-Targets: import at most 2x, export at most 1x transformers' time, RssAnon of the import at most 1.15. The two logits
+Targets: import at most 2x and export at most 1x transformers' time; RssAnon of the import at most 1.15. The two logits
 must agree to 1e-4 of their largest. The page cache holds the checkpoint on both sides (it was just written, and is
-read once unmeasured). On a virtual machine, memory that it has not used for a while comes at a tenth of the usual
-speed. So both sides touch 6 GiB before the import, and of two exports the second is measured.
+read once unmeasured). On a virtual machine, memory that has not been used for a while is about ten times slower to
+allocate. Both sides therefore touch 6 GiB before the import, and the second of two exports is measured.
 """
 
 # pyright: reportMissingImports=false
-# The peer is in the bench extra, which lint does without.
+# The peer is in the bench extra, which lint does not install.
 
 import argparse
 import json
@@ -51,7 +49,7 @@ SIDES = ("mice_jax", "transformers")
 
 
 def config_of(layers: int) -> dict[str, Any]:
-    """Llama 3.2 1B, but for the number of layers."""
+    """Returns the config.json of Llama 3.2 1B with another number of layers."""
     sizes = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 8192}
     rest = {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True, "hidden_act": "silu"}
@@ -61,6 +59,7 @@ def config_of(layers: int) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------- memory
 def anonymous_bytes() -> int:
+    """Returns the anonymous memory of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -69,7 +68,7 @@ def anonymous_bytes() -> int:
 
 @contextmanager
 def peak_of(found: dict[str, Any], name: str) -> Iterator[None]:
-    """Writes the seconds of the block, and by how much anonymous memory rose at most, to `found`."""
+    """Writes the seconds of the block and the peak growth of anonymous memory to `found`."""
     before, most, stop = anonymous_bytes(), [0], threading.Event()
 
     def watch() -> None:
@@ -87,7 +86,7 @@ def peak_of(found: dict[str, Any], name: str) -> Iterator[None]:
 
 
 def touch_memory(size: int) -> None:
-    """Takes so much memory and gives it back, so that what is measured next does not wait for the host's."""
+    """Allocates and frees memory, so that the next measurement does not wait for memory of the host."""
     fresh = np.empty(size, np.uint8)
     fresh[::4096] = 1
 
@@ -103,6 +102,7 @@ def twice(found: dict[str, Any], output: Path, export: Callable[[Path], Any]) ->
 
 # ---------------------------------------------------------------------------------------- the sides
 def ours(folder: Path, output: Path) -> dict[str, Any]:
+    """Measures our side in this process."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.path.insert(0, str(ROOT))
     import jax
@@ -114,7 +114,7 @@ def ours(folder: Path, output: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     mesh = make_mesh(1, -1, 1)
-    jax.block_until_ready(jnp.zeros(1))  # the runtime is up, as torch is once imported
+    jax.block_until_ready(jnp.zeros(1))  # starts JAX's runtime, because importing torch starts torch's
     touch_memory(TOUCHED)
     start = time.perf_counter()
     with peak_of(found, "load"):
@@ -141,6 +141,7 @@ def ours(folder: Path, output: Path) -> dict[str, Any]:
 
 
 def theirs(folder: Path, output: Path) -> dict[str, Any]:
+    """Measures transformers in this process."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.llama import modeling_llama  # noqa: F401  imported on the first use otherwise
@@ -163,6 +164,7 @@ TASKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"mice_jax": ours, "t
 
 
 def make_checkpoint(folder: Path, layers: int, dtype: str) -> None:
+    """Writes a checkpoint of random weights."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     sys.path.insert(0, str(ROOT))
     import jax
@@ -177,6 +179,7 @@ def make_checkpoint(folder: Path, layers: int, dtype: str) -> None:
 
 # ---------------------------------------------------------------------------------------- rounds
 def in_process(task: str, folder: Path, *more: str) -> str:
+    """Runs a task in a process of its own; returns its output."""
     command = [sys.executable, __file__, f"--task={task}", f"--folder={folder}", *more]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -185,6 +188,7 @@ def in_process(task: str, folder: Path, *more: str) -> str:
 
 
 def measure(side: str, folder: Path) -> dict[str, Any]:
+    """Measures a side in a process of its own."""
     output = folder.with_name(f"out_{side}")
     output.mkdir()
     try:
@@ -194,12 +198,14 @@ def measure(side: str, folder: Path) -> dict[str, Any]:
 
 
 def check_same(a: list[float], b: list[float]) -> None:
+    """Raises RuntimeError if the logits of the two sides differ."""
     worst = max(abs(x - y) for x, y in zip(a, b, strict=True)) / max(map(abs, b))
     if worst > 1e-4:
         raise RuntimeError(f"the two sides' logits differ by {worst:.1e} of their largest: it is not the same model.")
 
 
 def main() -> int:
+    """Runs the benchmark or one of its tasks; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
@@ -220,7 +226,7 @@ def main() -> int:
         folder.mkdir()
         in_process("make", folder, f"--layers={args.layers}", f"--dtype={args.dtype}")
         rounds = []
-        measure(SIDES[0], folder)  # unmeasured: the files into the page cache, the compiled code of both sides
+        measure(SIDES[0], folder)  # fills the page cache with the files and the code of both sides
         measure(SIDES[1], folder)
         for i in range(args.rounds):
             turn = SIDES if i % 2 == 0 else SIDES[::-1]
@@ -233,6 +239,7 @@ def main() -> int:
 
 
 def line_of(found: dict[str, dict[str, Any]]) -> str:
+    """Formats the figures of a round."""
     parts = []
     for side, f in found.items():
         load, export = (f[f"{k}_bytes"] / f["kept_bytes"] for k in ("load", "export"))
@@ -244,6 +251,7 @@ def line_of(found: dict[str, dict[str, Any]]) -> str:
 
 
 def report(rounds: list[dict[str, dict[str, Any]]], args: argparse.Namespace) -> None:
+    """Prints the table of all rounds and the line of JSON."""
     kept = rounds[0]["mice_jax"]["kept_bytes"]
     print(f"\n{kept / 2**30:.2f} GiB of parameters, checkpoint in {args.dtype}, {len(rounds)} rounds")
     figures: dict[str, Any] = {"kept_bytes": kept, "dtype": args.dtype, "rounds": len(rounds)}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a verb on one host with its GPUs, on several hosts over ssh, or in processes on this host's CPU. See --help.
+# Runs a command on one host with its GPUs, on several hosts over ssh, or in processes on this host's CPU. See --help.
 set -u
 
 usage() {
@@ -44,8 +44,8 @@ while (($#)); do
   shift
 done
 
-# ---- What runs where: for each process its host ("" is this one), its environment, and the devices of all ----
-run_on() { # HOST COMMAND...: here, or over ssh
+# ---- Processes: the host of each ("" is this one), its environment, and the number of devices of the run ----
+run_on() { # HOST COMMAND...: runs the command here or over ssh
   local host=$1; shift
   if [[ -z $host ]]; then "$@"; else ssh -o BatchMode=yes "$host" "$(printf '%q ' "$@")"; fi
 }
@@ -89,7 +89,7 @@ pids=() codes=() mark="/tmp/mice_jax.$$.$RANDOM"
 start() { # NUMBER
   local i=$1 host=${host_of[$1]} line
   local command=(env)
-  # shellcheck disable=SC2206  # NAME=VALUE words without blanks
+  # shellcheck disable=SC2206  # the NAME=VALUE words contain no blanks
   command+=(${environment_of[$i]})
   command+=("$python" -m "mice_jax.$verb")
   [[ $verb == train ]] && command+=("--expect_devices=$devices")
@@ -103,7 +103,7 @@ start() { # NUMBER
   fi
 }
 given=("$@")
-set -m # each in a process group of its own: what the terminal sends reaches it once, through this script
+set -m # each process has its own process group, so that a signal of the terminal reaches it only through this script
 for ((i = 0; i < count; i++)); do
   if ((i == 0)); then start 0 </dev/null & else start "$i" </dev/null >"$logs/$i.log" 2>&1 & fi
   pids[i]=$! codes[i]=""
@@ -112,12 +112,12 @@ done
 set +m
 
 # ---- Watch ----------------------------------------------------------------------------------------------------
-tell() { # SIGNAL: to every process that still runs
+tell() { # SIGNAL: sends the signal to every process that still runs
   local i
   for ((i = 0; i < count; i++)); do
     [[ -n ${codes[i]} ]] && continue
     if [[ -n ${host_of[i]} ]]; then
-      # shellcheck disable=SC2029  # the file's name is made here
+      # shellcheck disable=SC2029  # the name of the file is known here
       ssh -o BatchMode=yes "${host_of[i]}" "kill -$1 \$(cat $mark.$i)" 2>/dev/null
       [[ $1 == KILL ]] && kill -KILL "${pids[i]}" 2>/dev/null
     else
@@ -145,8 +145,8 @@ while ((running)); do
     echo "gpu.sh: process $i ended with $first" >&2
     ((i)) && tail -n 5 "$logs/$i.log" >&2
   done
-  # The others notice by themselves, say so and tell by 75 whether the run can go on: within a minute (the heartbeat),
-  # which is time to save, too. Whoever does not is ended.
+  # The other processes notice the loss within a minute (the heartbeat), save if they can, and exit with 75 if the run
+  # can be resumed. A process that does not end by itself is ended.
   [[ -z $first ]] && continue
   ((told == 0 && SECONDS - first_at >= 80)) && { told=1; tell TERM; }
   ((told == 1 && SECONDS - first_at >= 100)) && { told=2; tell KILL; }

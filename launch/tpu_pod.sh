@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs training on every worker of a Cloud TPU VM, which it creates where there is none. See --help.
+# Runs training on every worker of a Cloud TPU VM, and creates the VM if it does not exist. See --help.
 set -u
 
 usage() {
@@ -66,20 +66,20 @@ create() {
 }
 packed=""
 trap 'delete; [[ -z $packed ]] || rm -r "$packed"' EXIT
-# shellcheck disable=SC2064  # the signal is known now
+# shellcheck disable=SC2064  # the trap must use the current value of `signal`
 for signal in TERM INT USR1; do
   trap "vm ssh --worker=all '--command=kill -$signal \$(cat mice_jax.pid)'" "$signal"
 done
 
 packed=$(mktemp -d "${TMPDIR:-/tmp}/mice_jax.XXXXXX")
 tar=$packed/mice_jax.tar
-# The checkout as it lies here, with what is not committed; what git ignores, and what was deleted, is not of it.
+# The archive holds the checkout as it is on this disk, including uncommitted files but not ignored or deleted ones.
 if ! { git ls-files -z --cached --others --exclude-standard --deduplicate >"$packed/files" &&
   tar --create --file="$tar" --null --files-from="$packed/files" --ignore-failed-read; } 2>"$packed/said"; then
   fail "the checkout cannot be packed: run this in its root. $(cat "$packed/said")"
 fi
 commit=$(git rev-parse HEAD)$(git diff --quiet HEAD || echo " and changes")
-# shellcheck disable=SC2016  # expanded on the workers
+# shellcheck disable=SC2016  # the workers expand it
 id='$(curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)'
 for ((attempt = 0; attempt <= retries; attempt++)); do
   if [[ -z $(state) ]]; then
