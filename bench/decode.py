@@ -48,7 +48,7 @@ from mice_jax.sharding import make_mesh, param_shardings
 
 BATCH = 16
 VOCAB = 8192
-# hidden, MLP, layers, query heads, key heads
+# Each size has d_model, d_ff, layers, query heads and key heads.
 SIZES = {"1m": (128, 384, 4, 4, 2), "10m": (256, 1024, 10, 4, 2), "60m": (512, 1792, 16, 8, 4)}
 
 Answers = list[list[int]]
@@ -56,6 +56,7 @@ Side = Callable[[list[list[int]], int, list[int]], Answers]  # takes prompts, a 
 
 
 def main() -> int:
+    """Runs the benchmark; returns the exit code."""
     args = parse_args()
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -78,6 +79,7 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="10m")
     parser.add_argument("--rounds", type=int, default=3)
@@ -88,6 +90,7 @@ def parse_args() -> argparse.Namespace:
 
 # ------------------------------------------------------------------------------------------------ the sides
 def sides(args: argparse.Namespace, folder: Path) -> tuple[Side, Side]:
+    """Makes the two sides, transformers' first, with the same weights."""
     d, f, layers, heads, kv_heads = SIZES[args.size]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -124,6 +127,7 @@ def sides(args: argparse.Namespace, folder: Path) -> tuple[Side, Side]:
 
 
 def measured(side: Side, work: tuple[list[list[int]], int, list[int]]) -> dict[str, Any]:
+    """Runs a side; returns wall-clock seconds, CPU seconds and its answers."""
     wall, cpu = time.perf_counter(), time.process_time()
     answers = side(*work)
     return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "answers": answers}
@@ -145,6 +149,7 @@ def speeds(taken: dict[str, Any], clock: str) -> dict[str, list[float]]:
 
 
 def report(args: argparse.Namespace, rounds: list[dict[str, Any]]) -> None:
+    """Prints the table and the line of JSON."""
     line: dict[str, Any] = {"bench": "decode", "size": args.size, "rounds": args.rounds, "new": args.new}
     print(f"{'':<24}{'ours':>10}{'theirs':>10}   ratio")
     for clock in ("wall", "cpu"):

@@ -1,38 +1,39 @@
-"""The training step alone, on packed rows: against transformers and torch, how it grows, and what its start costs.
+"""Measures the training step on packed rows: against transformers and torch, its growth, and the cost of its start.
 
     python bench/step.py                                  # 10m on this machine's GPU, else its CPU: some minutes
     python bench/step.py --size=60m --parts=peers
     python bench/step.py --size=llama-3b --rows=2 --remat=dots --rounds=5
 
 Parts:
-  peers    ours against transformers' model in a hand-written loop, on the same rows of samples whose lengths are
-           log-normal, as chats are, half of each sample trained, from the same weights: sdpa with a mask of the packed
-           samples, and on a GPU flex attention with a block mask, torch.compile on both, and Liger's kernels where they
-           are installed. The loops are what a competent user would write: logits for trained tokens only, gradients
-           accumulated over the microbatches of a step, clipping, fused AdamW. Each run has a process of its own; the
-           sides take turns, and a pair is one round. The losses of the first step must agree
-  growth   seconds and temporary memory of a step by its rows (1x to 64x), by devices that a CPU is split into (1 to 8,
-           which shows what splitting costs: the cores stay the same), and memory by vocabulary (32k to 256k, a model of
-           one layer), beside the size of all tokens' logits, which never exist at once
-  start    of the first microbatch: tracing, lowering, compiling, and the first step over XLA's part of it
+  peers    ours against transformers' model in a hand-written loop, with the same weights and the same rows of samples.
+           Lengths are log-normal, as those of chats are, and half of each sample is trained. The peers are sdpa with a
+           mask of the packed samples and, on a GPU, flex attention with a block mask, torch.compile on both, and
+           Liger's kernels if they are installed. The loops are what a competent user would write: logits for trained
+           tokens only, gradients accumulated over the microbatches of a step, clipping, fused AdamW. Each run has a
+           process of its own; the sides take turns, and a pair is one round. The losses of the first step must agree
+  growth   seconds and temporary memory of a step by its rows (1x to 64x) and by the devices that a CPU is split into
+           (1 to 8, on the same cores, which shows the cost of splitting). Memory by vocabulary (32k to 256k, a model of
+           one layer), next to the size of all tokens' logits, which never exist at once
+  start    times to trace, lower and compile the first microbatch, and the ratio of the first step to XLA's part
 
-tokens/s are real tokens (padding is none), whole steps. share is of the device's peak: model FLOPs of real tokens,
-with attention by the samples' own lengths (`metrics.train_flops`), over the time, over a large float32 matrix product's
-rate on a CPU (ours, for both sides) or the data sheet's on a GPU. peak is VmHWM on a CPU, device memory on a GPU. CPU
-seconds are user and system time of the whole process: on a machine that others use, they say more than the clock.
+tokens/s count real tokens (no padding) over whole steps. share is the fraction of the device's peak: model FLOPs of
+real tokens, with attention by the samples' own lengths (`hardware.train_flops`), over the time and the peak rate. The
+peak is the rate of a large float32 matrix product on a CPU (ours, for both sides), or the data sheet's on a GPU. peak
+is VmHWM on a CPU and device memory on a GPU. CPU seconds are user and system time of the whole process; on a shared
+machine, they are more reliable than wall-clock time.
 
-Our side starts in huge pages, as `mice` does, and the peers as a script does. `--devices=2` is `JAX_NUM_CPU_DEVICES=2`
-for our side: rows are then split between two devices of the one machine, whose loops run beside each other.
+Our side starts with huge pages, as `mice` does, and the peers start as a script does. `--devices=2` is
+`JAX_NUM_CPU_DEVICES=2` for our side: the rows are split between two devices of the machine, which run concurrently.
 
-Weights and moments are float32 and products bfloat16 on a GPU, by autocast on torch's side; mistral-7b has bfloat16
-moments on both sides, for which torch's AdamW wants bfloat16 weights too, and bfloat16 sums on ours. `--remat=full` is
-gradient checkpointing on torch's side too; `dots`, which keeps all that is dear to compute, has no like there.
+On a GPU, weights and moments are float32 and products bfloat16, by autocast on torch's side. mistral-7b has bfloat16
+moments on both sides, for which torch's AdamW needs bfloat16 weights too, and bfloat16 sums on ours. `--remat=full` is
+gradient checkpointing on torch's side too; `dots`, which saves the results of matrix products, has no equivalent there.
 
 Targets: 1.5 times sdpa on a CPU, 1.3 times the fastest peer on an H200 and 55 % of its peak at llama-3b.
 """
 
 # pyright: reportMissingImports=false
-# The peer is in the bench extra, which lint does without.
+# The peer is in the bench extra, which lint does not install.
 
 import argparse
 import importlib.util
@@ -57,7 +58,7 @@ import numpy as np
 
 from mice_jax.runtime import xla_flags
 
-# hidden, MLP, layers, query heads, key heads, head dim, vocabulary, tied
+# Each size has d_model, d_ff, layers, query heads, key heads, head_dim, vocabulary, and whether embeddings are tied.
 SIZES = {
     "tiny": (64, 128, 2, 4, 2, 16, 512, True),
     "10m": (256, 1024, 10, 4, 2, 64, 4096, True),
@@ -65,17 +66,20 @@ SIZES = {
     "llama-3b": (3072, 8192, 28, 24, 8, 128, 128256, True),
     "mistral-7b": (4096, 14336, 32, 32, 8, 128, 32768, False),
 }
-PURE_BFLOAT16 = ("mistral-7b",)  # moments, and on torch's side weights
-MEAN_LOG, SPREAD_LOG = 5.5, 0.9  # of lengths: a median of 245 tokens
+PURE_BFLOAT16 = ("mistral-7b",)  # these sizes have bfloat16 moments and, on torch's side, bfloat16 weights
+MEAN_LOG, SPREAD_LOG = 5.5, 0.9  # log-normal distribution of lengths, with a median of 245 tokens
 RATE, CLIP = 1e-4, 1.0
 ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
-LOSS_TOLERANCE = {"cpu": 1e-4, "gpu": 2e-2}  # of the first step: float32, and bfloat16 products
-WARM_UP = 1  # steps
+LOSS_TOLERANCE = {
+    "cpu": 1e-4,
+    "gpu": 2e-2,
+}  # of the first step's loss; products are float32 on a CPU, bfloat16 on a GPU
+WARM_UP = 1  # number of unmeasured steps
 
 
 # ------------------------------------------------------------------------------------------------ what both sides get
 def make_rows(rows: int, slots: int, vocab: int, seed: int) -> dict[str, np.ndarray]:
-    """Packed rows [B T]; the last half of each sample is trained."""
+    """Makes packed rows [B T]; the last half of each sample is trained."""
     from mice_jax.data.loader import empty_rows, put_sample
 
     rng = np.random.default_rng(seed)
@@ -93,10 +97,12 @@ def make_rows(rows: int, slots: int, vocab: int, seed: int) -> dict[str, np.ndar
 
 
 def lengths_of(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns the lengths, int [n], of all samples of packed rows."""
     return np.concatenate([np.bincount(row[row > 0])[1:] for row in arrays["segment_ids"]])
 
 
 def config_of(size: str, slots: int, vocab: int = 0, layers: int = 0) -> dict[str, Any]:
+    """Returns the config.json of a size, with another vocabulary or number of layers if given."""
     hidden, mlp, depth, heads, kv_heads, head_dim, vocabulary, tied = SIZES[size]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -164,7 +170,7 @@ class Ours:
         self.sums = self.fns.zero_sums()
 
     def step(self, microbatches: list[dict[str, np.ndarray]]) -> float:
-        """The loss, waited for."""
+        """Runs a step and waits for its loss, which is returned."""
         from mice_jax.sharding import put_rows
 
         for rows in microbatches:
@@ -173,12 +179,14 @@ class Ours:
         return float(measured["loss"])
 
     def accumulate_program(self, rows: dict[str, np.ndarray]) -> Any:
+        """Compiles the accumulation of a microbatch."""
         from mice_jax.sharding import put_rows
 
         return self.fns.accumulate.compile(self.state.params, self.sums, put_rows(rows, self.mesh))
 
 
 def run_ours(args: argparse.Namespace, steps: list[list[dict[str, np.ndarray]]]) -> dict[str, Any]:
+    """Measures our side in this process."""
     import jax
 
     from mice_jax import hardware
@@ -202,6 +210,7 @@ def run_ours(args: argparse.Namespace, steps: list[list[dict[str, np.ndarray]]])
 
 # ----------------------------------------------------------------------------------------------------------- the peer
 def run_torch(args: argparse.Namespace, steps: list[list[dict[str, np.ndarray]]]) -> dict[str, Any]:
+    """Measures a peer in this process."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask
     from transformers import AutoModelForCausalLM
@@ -227,7 +236,7 @@ def run_torch(args: argparse.Namespace, steps: list[list[dict[str, np.ndarray]]]
 
     def mask_of(ids: torch.Tensor) -> Any:
         if attention == "sdpa":
-            seen = (ids[:, None, :, None] == ids[:, None, None, :]).tril()  # padding sees padding: no row of nothing
+            seen = (ids[:, None, :, None] == ids[:, None, None, :]).tril()  # padding sees padding, so no row is empty
             return torch.zeros(seen.shape, device=device).masked_fill(~seen, torch.finfo(torch.float32).min)
 
         def sees(b: Any, _: Any, q: Any, k: Any) -> Any:
@@ -264,7 +273,7 @@ def run_torch(args: argparse.Namespace, steps: list[list[dict[str, np.ndarray]]]
 
 
 def write_model(args: argparse.Namespace) -> None:
-    """Random weights as a Hugging Face folder, from which both sides start."""
+    """Writes random weights as a Hugging Face folder, from which both sides start."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -281,6 +290,7 @@ def write_model(args: argparse.Namespace) -> None:
 def timed(
     step: Callable[[list[dict[str, np.ndarray]]], float], steps: list[list[dict[str, np.ndarray]]]
 ) -> dict[str, Any]:
+    """Runs the steps; returns the loss, wall-clock and CPU seconds of each, and the peak memory of the process."""
     losses, seconds, cpu_seconds = [], [], []
     for microbatches in steps:
         began, used = time.perf_counter(), time.process_time()
@@ -292,6 +302,7 @@ def timed(
 
 
 def steps_of(args: argparse.Namespace) -> list[list[dict[str, np.ndarray]]]:
+    """Makes the microbatches of all steps."""
     vocab = SIZES[args.size][6]
     return [
         [make_rows(args.rows, args.slots, vocab, 1000 * i + j) for j in range(args.microbatches)]
@@ -300,7 +311,7 @@ def steps_of(args: argparse.Namespace) -> list[list[dict[str, np.ndarray]]]:
 
 
 def spawn(args: argparse.Namespace, side: str) -> dict[str, Any]:
-    """One side's run in a process of its own."""
+    """Measures one side in a process of its own."""
     out = Path(args.folder) / "result.json"
     out.unlink(missing_ok=True)
     names = ("size", "rows", "slots", "steps", "microbatches", "remat", "devices", "folder")
@@ -308,7 +319,7 @@ def spawn(args: argparse.Namespace, side: str) -> dict[str, Any]:
     command += [f"--{name}={getattr(args, name)}" for name in names]
     environment = (
         xla_flags.HUGE_PAGES_ENV if side == "ours" else {}
-    ) | os.environ  # as `mice` starts, and as a script does
+    ) | os.environ  # `mice` starts with huge pages, a peer's script does not
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode or not out.exists():
         print(f"{side} failed:\n{done.stderr[-3000:]}", file=sys.stderr)
@@ -317,6 +328,7 @@ def spawn(args: argparse.Namespace, side: str) -> dict[str, Any]:
 
 
 def peers(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures all sides and prints their table."""
     if importlib.util.find_spec("torch") is None:
         sys.exit("error: torch is not installed, which this measures against: pip install -e '.[bench]'")
     import torch
@@ -338,7 +350,7 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
     tolerance = LOSS_TOLERANCE["gpu" if on_gpu else "cpu"]
     agree = all(abs(x - first["ours"]) <= tolerance * first["ours"] for x in first.values())
     ours = rounds[0]["ours"]
-    peak = max(r["ours"]["peak_flops"] for r in rounds)  # the least disturbed
+    peak = max(r["ours"]["peak_flops"] for r in rounds)  # the measurement that other processes disturbed least
     print(f"\n{args.size} on {ours['device']}: {tokens:,} tokens in {args.steps} steps, {trained / tokens:.0%} trained")
     print(f"{'':<8}{'tokens/s':>10}{'share':>8}{'CPU s':>8}{'peak':>12}   ours / theirs: speed, CPU seconds, memory")
     summary: dict[str, Any] = {}
@@ -368,11 +380,13 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def median_of(ratios: list[float]) -> str:
+    """Formats the median, the least and the most of ratios."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
 
 
 # ------------------------------------------------------------------------------------------------- growth and the start
 def growth(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures how a step grows with rows, devices and vocabulary."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
@@ -415,7 +429,7 @@ def growth(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def start(args: argparse.Namespace) -> dict[str, Any]:
-    """The first step of a process with nothing kept: from its functions being made to its loss."""
+    """Measures the first step of a process without a compilation cache."""
     import jax
 
     took: dict[str, float] = {}
@@ -444,6 +458,7 @@ def start(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Runs the benchmark or one of its sides; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="10m")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=["peers", "growth", "start"])

@@ -1,10 +1,10 @@
-"""Training speed and memory on a CPU: this project against TRL's SFTTrainer, paired in one run.
+"""Measures training speed and memory on a CPU against TRL's SFTTrainer, paired in one run.
 
 Both sides train the same Llama from the same weights on the same chats, with the same template, trained tokens, maximum
-length, AdamW, float32 and number of samples a step. The chats are the demo's (demo/make_data.py), which are short, or
-with `--lengths=long` as many of them on end as make lengths like those of real chats: log-normal, a median of 245
-tokens, up to 4,096. Each run has a process of its own; the
-sides take turns, round after round, so that a machine's slow minutes strike both. A pair is one round.
+length, AdamW, float32 and number of samples per step. The chats are the demo's (demo/make_data.py), which are short.
+With `--lengths=long`, several of them are joined, so that lengths are like those of real chats: log-normal, with a
+median of 245 tokens, up to 4,096. Each run has a process of its own. The sides take turns, round after round, so that
+slow minutes of the machine affect both. A pair is one round.
 
     python bench/train_cpu.py                       # 10m, 3 rounds of 16 steps of 64 samples: about 20 minutes
     python bench/train_cpu.py --size=1m --rounds=5
@@ -14,28 +14,28 @@ sides take turns, round after round, so that a machine's slow minutes strike bot
 
 It needs the peer: pip install -e '.[bench]' -c constraints/py311.txt
 
-TRL runs padded, as without FlashAttention its packing lets documents see each other, and with what a competent user
-would choose on a CPU: no gradient checkpointing, no bf16, the fused optimizer, and the per-device batch that is
-fastest among a few (tried first, unmeasured). torch's threads wait passively (OMP_WAIT_POLICY; yours counts where you
-set one): spinning, they hold each other up on a machine that others use. It is measured with three samplers, its
-`train_sampling_strategy`:
-  random           its default: microbatches are samples in the order they are drawn in
-  group_by_length  alike lengths beside each other: steps are no longer random samples of the data
-  batch_rebalance  sorted within a step: each step holds the same samples, with little padding
-Our side starts in huge pages, as `mice` does, and TRL as a script does.
-The order of the data is arranged so that step i holds the same samples on both sides (but for group_by_length).
+TRL runs with padding, because without FlashAttention its packing lets documents attend to each other. It has the
+settings that a competent user would choose on a CPU: no gradient checkpointing, no bf16, the fused optimizer, and the
+fastest of a few per-device batches (tried first, unmeasured). torch's threads wait passively, unless you set
+OMP_WAIT_POLICY, because spinning threads delay each other on a shared machine. TRL is measured with three samplers
+(`train_sampling_strategy`):
+  random           its default: microbatches hold samples in the order in which they are drawn
+  group_by_length  similar lengths are grouped, so that steps are no longer random samples of the data
+  batch_rebalance  samples are sorted within a step, which holds the same samples with little padding
+Our side starts with huge pages, as `mice` does, and TRL starts as a script does.
+The order of the data is arranged so that step i holds the same samples on both sides (except for group_by_length).
 
-The figures: tokens/s are real tokens (padding is none) over the wall clock of whole steps, data and update included,
-on both sides from the end of one step to the end of the next. Left out on all sides are the first WARM_UP steps and
-those in which this project compiled a shape (it says how many, and the seconds that compiling took). "real" is the
-share of computed slots that held a token. peak is VmHWM of the whole process (with a checkpoint saved at its end),
-growth what of it came after the imports, since the runtimes differ. ratio is ours over theirs, by pair: median
-(least, most). On a machine that others use too, read the ratios only.
-The losses of the first step must agree to 1e-3: same weights, same samples, same trained tokens.
+tokens/s count real tokens (no padding) over the wall-clock time of whole steps, including data and update, from the end
+of one step to the end of the next. The first WARM_UP steps, and those in which this project compiled a shape, are left
+out on all sides (their number and the compile seconds are printed). "real" is the fraction of computed slots that hold
+a token. peak is VmHWM of the whole process (with a checkpoint saved at its end), and growth is its part after the
+imports, since the runtimes differ. ratio is ours over theirs, by pair: median (least, most). On a shared machine, only
+the ratios are reliable. The losses of the first step must agree to 1e-3, since weights, samples and trained tokens are
+the same.
 """
 
 # pyright: reportMissingImports=false
-# The peer is in the bench extra, which lint does without.
+# The peer is in the bench extra, which lint does not install.
 
 import argparse
 import importlib.util
@@ -58,16 +58,16 @@ from mice_jax.runtime import xla_flags
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 3
 MAX_LENGTH = {"demo": 1024, "long": 4096}
-MEAN_LOG, SPREAD_LOG = 5.5, 0.9  # of long chats' tokens
+MEAN_LOG, SPREAD_LOG = 5.5, 0.9  # log-normal distribution of the lengths of long chats, in tokens
 LEARNING_RATE = 1e-3
 OURS = "ours"
 SAMPLERS = ("random", "group_by_length", "batch_rebalance")
-PER_DEVICE = (4, 8, 16, 32)  # tried for the peer
-CALIBRATION_STEPS = 3  # of each, the first unmeasured
+PER_DEVICE = (4, 8, 16, 32)  # per-device batches that are tried for the peer
+CALIBRATION_STEPS = 3  # steps of each per-device batch; the first is not measured
 LOSS_TOLERANCE = 1e-3
-# hidden, MLP, layers, query heads, key heads
+# Each size has d_model, d_ff, layers, query heads and key heads.
 SIZES = {"1m": (128, 384, 4, 4, 2), "10m": (256, 1024, 10, 4, 2), "60m": (512, 1792, 16, 8, 4)}
-# The demo's template, with the tags by which both sides know what is trained.
+# The template is the demo's, with the tags that define the trained tokens for both sides.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -76,6 +76,7 @@ TEMPLATE = (
 
 
 def main() -> int:
+    """Runs the benchmark or one of its tasks; returns the exit code."""
     args = parse_args()
     if args.task:
         TASKS[args.task](args)
@@ -100,6 +101,7 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="10m")
     parser.add_argument("--rounds", type=int, default=3)
@@ -122,6 +124,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def calibrated(args: argparse.Namespace, sampler: str) -> int:
+    """Returns the peer's fastest per-device batch with a sampler."""
     tried = spawn(args, "calibrate", sampler)
     print(f"{sampler}, tokens/s by per-device batch: {tried['tokens_per_s']}", file=sys.stderr)
     return tried["fastest"]
@@ -135,10 +138,12 @@ def spawn(args: argparse.Namespace, task: str, sampler: str = "", per_device: in
     command = [sys.executable, str(Path(__file__).resolve()), f"--task={task}", f"--out={out}", f"--sampler={sampler}"]
     command += [f"--{n}={getattr(args, n)}" for n in names] + [f"--per_device={per_device}"]
     quiet = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "HF_HOME": f"{args.folder}/hf", "TQDM_DISABLE": "1"}
-    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # it may ask for more devices than one
+    kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # XLA_FLAGS may set a number of devices
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | kept | quiet | {"PYTHONPATH": str(ROOT)}
     if task == "ours":
-        environment = xla_flags.HUGE_PAGES_ENV | environment  # as `mice` starts; a script of the peer's does not
+        environment = (
+            xla_flags.HUGE_PAGES_ENV | environment
+        )  # `mice` starts with huge pages, a script of the peer does not
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(f"{task} {sampler}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
@@ -149,7 +154,7 @@ def spawn(args: argparse.Namespace, task: str, sampler: str = "", per_device: in
 
 # ------------------------------------------------------------------------------------------------ what both sides get
 def setup(args: argparse.Namespace) -> None:
-    """Leaves `model` (weights, tokenizer, template), ours.jsonl and, in the order our steps take them, trl.jsonl."""
+    """Writes `model` (weights, tokenizer, template), ours.jsonl and, in the order of our steps, trl.jsonl."""
     import numpy as np
 
     from mice_jax.data.mixture import Mixture, PhasePools, Pool
@@ -172,7 +177,7 @@ def setup(args: argparse.Namespace) -> None:
 
 
 def joined(samples: list[str], count: int, tokenizer: Path) -> list[str]:
-    """So many chats, each of the turns of as many samples as come nearest to a length that is drawn."""
+    """Makes `count` chats by joining the turns of samples until the chat is closest to a drawn length."""
     import numpy as np
     from transformers import AutoTokenizer
 
@@ -192,10 +197,12 @@ def joined(samples: list[str], count: int, tokenizer: Path) -> list[str]:
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
+    """Writes lines to a file."""
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def write_model(args: argparse.Namespace, init: Path, out: Path) -> None:
+    """Writes random weights and the tokenizer with the benchmark's template."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -227,7 +234,7 @@ def write_model(args: argparse.Namespace, init: Path, out: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- our side
 def get_config(arg: str = "") -> Config:
-    """Our side's run: `arg` is folder,batch,lengths; every choice of speed is left to "auto"."""
+    """Returns the config of our side; `arg` is folder,batch,lengths, and every setting that affects speed is "auto"."""
     folder, batch, lengths = arg.rsplit(",", 2)
     c = Config()
     c.model.init_from = f"{folder}/model"
@@ -243,13 +250,14 @@ def get_config(arg: str = "") -> Config:
 
 
 def run_ours(args: argparse.Namespace) -> None:
+    """Measures our side in this process."""
     import jax
 
     from mice_jax import train
 
     imported = memory_mib("VmRSS")
     workdir = Path(args.folder) / f"run{args.number}"
-    compiled: list[tuple[int, float]] = []  # the step during which it happened, seconds
+    compiled: list[tuple[int, float]] = []  # the step and the seconds of each compilation
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
@@ -276,12 +284,14 @@ def run_ours(args: argparse.Namespace) -> None:
 
 
 def metrics_of(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the metrics that a run has written so far."""
     path = workdir / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 # ----------------------------------------------------------------------------------------------------------- the peer
 def run_trl(args: argparse.Namespace) -> None:
+    """Measures TRL in this process."""
     import datasets  # noqa: F401
     import torch  # noqa: F401
     import trl  # noqa: F401
@@ -292,7 +302,7 @@ def run_trl(args: argparse.Namespace) -> None:
 
 
 def calibrate(args: argparse.Namespace) -> None:
-    """Tokens/s of each per-device batch, over a few steps; the fastest."""
+    """Measures the tokens/s of each per-device batch over a few steps, and writes the fastest batch."""
     speeds = {}
     for per_device in (n for n in PER_DEVICE if args.batch % n == 0):
         run = train_trl(args, per_device, CALIBRATION_STEPS)
@@ -302,6 +312,7 @@ def calibrate(args: argparse.Namespace) -> None:
 
 
 def train_trl(args: argparse.Namespace, per_device: int, steps: int) -> dict[str, Any]:
+    """Trains with TRL for some steps; returns what was measured."""
     from transformers import AutoTokenizer, LlamaForCausalLM
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -329,8 +340,8 @@ def train_trl(args: argparse.Namespace, per_device: int, steps: int) -> dict[str
         use_cpu=True,
         dataloader_pin_memory=False,
         logging_strategy="no",
-        logging_first_step=True,  # the loss that is compared; the step is warm-up
-        save_strategy="no" if steps < args.steps else "steps",  # one checkpoint at the end, as we do
+        logging_first_step=True,  # the loss of the first step is compared
+        save_strategy="no" if steps < args.steps else "steps",  # saves one checkpoint at the end, as our side does
         save_steps=steps,
         report_to="none",
         disable_tqdm=True,
@@ -359,7 +370,7 @@ def train_trl(args: argparse.Namespace, per_device: int, steps: int) -> dict[str
 
 
 def trl_dataset(args: argparse.Namespace) -> Any:
-    """The chats in the order our steps take them; batch_rebalance shuffles by a seed of its own, which is undone."""
+    """Returns the chats in the order of our steps, and inverts the shuffle that batch_rebalance makes with its seed."""
     import torch
     from datasets import Dataset
 
@@ -372,10 +383,12 @@ def trl_dataset(args: argparse.Namespace) -> Any:
 
 
 def tokens_seen(trainer: Any) -> int:
-    return int(trainer._total_train_tokens)  # counted by the attention mask, as it does for its own log
+    """Returns the tokens that TRL has trained on."""
+    return int(trainer._total_train_tokens)  # TRL counts them by the attention mask for its own log
 
 
 def stamp_steps(on_end: Callable[[], Any]) -> Any:
+    """Returns a callback that calls `on_end` at the end of each step."""
     from transformers import TrainerCallback
 
     class Stamp(TrainerCallback):
@@ -387,37 +400,42 @@ def stamp_steps(on_end: Callable[[], Any]) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 def memory_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (the most so far) of this process."""
+    """Returns VmRSS (current) or VmHWM (peak) of this process in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def peak(imported: float) -> dict[str, float]:
+    """Returns the peak memory of this process, and its growth after the imports, in MiB."""
     most = memory_mib("VmHWM")
     return {"peak_mib": most, "growth_mib": most - imported}
 
 
 def write_result(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Writes the result of a task for the parent process."""
     Path(args.out).write_text(json.dumps(result))
 
 
 def speed(run: dict[str, Any], left_out: set[int]) -> float:
-    """Real tokens/s over the steps that are measured."""
+    """Returns real tokens/s over the steps that are measured."""
     steps = [i for i in range(len(run["seconds"])) if i >= WARM_UP and i + 1 not in left_out]
     assert steps, "every step compiled something: give more --steps"
     return sum(run["tokens"][i] for i in steps) / sum(run["seconds"][i] for i in steps)
 
 
 def speeds_of(round_: dict[str, Any]) -> dict[str, float]:
+    """Returns the tokens/s of each side in a round."""
     left_out = set(round_[OURS]["compiled_in"])
     return {side: speed(run, left_out) for side, run in round_.items()}
 
 
 def one_line(round_: dict[str, Any]) -> str:
+    """Formats the tokens/s of each side in a round."""
     return ", ".join(f"{side} {s:,.0f} tokens/s" for side, s in speeds_of(round_).items())
 
 
 def report(args: argparse.Namespace, per_device: dict[str, int], rounds: list[dict[str, Any]]) -> None:
+    """Prints the table and the line of JSON."""
     speeds = [speeds_of(r) for r in rounds]
     first = {side: run["first_loss"] for side, run in rounds[0].items()}
     summary = {}
@@ -434,7 +452,7 @@ def report(args: argparse.Namespace, per_device: dict[str, int], rounds: list[di
             "first_loss": first[side],
             "per_device": per_device.get(side, 0),
         }
-    same = [s for s in args.samplers if s != "group_by_length"]  # whose first step holds the same samples
+    same = [s for s in args.samplers if s != "group_by_length"]  # their first step holds the same samples as ours
     agree = all(abs(first[s] - first[OURS]) <= LOSS_TOLERANCE for s in same)
     ours = [r[OURS] for r in rounds]
     left_out = [len([s for s in r["compiled_in"] if s > WARM_UP]) for r in ours]
@@ -447,6 +465,7 @@ def report(args: argparse.Namespace, per_device: dict[str, int], rounds: list[di
 
 
 def print_table(summary: dict[str, dict[str, Any]]) -> None:
+    """Prints the table of all sides."""
     print(f"{'':<18}{'tokens/s':>10}{'real':>7}{'peak':>11}{'growth':>11}{'first loss':>12}   ours / theirs")
     for side, s in summary.items():
         name = side if side == OURS else f"trl {side}"
