@@ -54,6 +54,7 @@ class Jitted:
         self.jitted, self._mesh = jax.jit(function, **jit_args), mesh
 
     def __call__(self, *args: Any) -> Any:
+        """Calls the function under the mesh."""
         with jax.set_mesh(self._mesh):
             return self.jitted(*args)
 

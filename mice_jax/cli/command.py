@@ -140,6 +140,7 @@ def early_exit(name: str, argv: Sequence[str]) -> int | None:
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether the arguments contain a help flag."""
     return any(a.startswith("-") and a.lstrip("-") in HELP_FLAGS for a in argv)
 
 

@@ -46,12 +46,14 @@ def _define_model(values: Values) -> None:
 
 # ---------------------------------------------------------------------------------------- one function a command
 def define_train(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice train`."""
     define_config(values, argv)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     define_processes(values)
 
 
 def define_prepare(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice prepare`."""
     define_config(values, argv)
     flags.DEFINE_integer("inspect", 0, "samples of each phase to show", lower_bound=0, flag_values=values)
     flags.DEFINE_bool("ids", False, "show them token by token, with their ids", flag_values=values)
@@ -60,6 +62,7 @@ def define_prepare(values: Values, argv: list[str]) -> None:
 
 
 def define_plan(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice plan`."""
     define_config(values, argv)
     flags.DEFINE_string("topology", None, "cpu:N, v5p:2x2x2, h100:8, ...", flag_values=values)
     flags.DEFINE_bool("json", False, "print one JSON object", flag_values=values)
@@ -72,6 +75,7 @@ def define_plan(values: Values, argv: list[str]) -> None:
 
 
 def define_sweep(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice sweep`."""
     flags.DEFINE_string("config", None, "FILE.py[:arg] that defines get_sweep(arg)", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the sweep", flag_values=values)
     flags.DEFINE_integer("workers", 1, "trials at a time, each on its share of devices", 1, flag_values=values)
@@ -82,11 +86,13 @@ def define_sweep(values: Values, argv: list[str]) -> None:
 
 
 def define_report(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice report`."""
     flags.DEFINE_list("workdir", None, "folder of a run or a sweep, or several runs with commas", flag_values=values)
     flags.DEFINE_string("output", None, "the page, F.html", flag_values=values)
 
 
 def define_evaluate(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice evaluate`."""
     _define_model(values)
     flags.DEFINE_bool("all_checkpoints", False, "score every checkpoint of a run", flag_values=values)
     flags.DEFINE_list("tasks", [], "names of tasks or groups, with commas between", flag_values=values)
@@ -119,6 +125,7 @@ def define_mt_bench(values: Values) -> None:
 
 
 def define_export(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice export`."""
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_string("output", None, "folder to write; it must be absent or empty", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint to export; default the newest", flag_values=values)
@@ -126,6 +133,7 @@ def define_export(values: Values, argv: list[str]) -> None:
 
 
 def define_generate(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice generate`."""
     _define_model(values)
     flags.DEFINE_string("prompt", None, "the user's message; the answer is printed", flag_values=values)
     flags.DEFINE_string("input", None, "questions, F.jsonl", flag_values=values)

@@ -19,6 +19,7 @@ def start() -> None:
 
 
 def main() -> None:
+    """Runs the command that the arguments name, and exits with its code."""
     sys.exit(command.exit_on_closed_pipe(lambda: _run(sys.argv[1:])))
 
 

@@ -30,6 +30,7 @@ class Display:
         self._bars.stop()
 
     def say(self, text: str) -> None:
+        """Prints a remark."""
         self._console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
     def watch(self, what: str, unit: str = "samples") -> ProgressCallback:

@@ -46,6 +46,7 @@ def _text(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
     return command.run(__doc__, define_config, show, sys.argv[1:] if argv is None else argv)
 
 

@@ -282,7 +282,7 @@ def _check_name(name: Any, at: str, names: Collection[str]) -> None:
 
 
 def _check_characters(value: Any, at: str) -> None:
-    """Raises for lone surrogates, which come from JSON escapes (half of "\\ud83d\\ude00") and are not text."""
+    """Raises for lone surrogates, which come from JSON escapes (half of an escaped pair) and are not text."""
     if value is None or isinstance(value, bool):
         return
     try:

@@ -74,6 +74,7 @@ class TokenStore:
 
     @property
     def fingerprint(self) -> str:
+        """The key of the store, which identifies its samples."""
         return self._folder.name
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:

@@ -59,6 +59,7 @@ class ChatModel:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the encoder."""
         return self.encoder.tokenizer
 
     def prompt(self, messages: list[Message], tools: list[Message] | None, sampling: Sampling, where: str) -> list[int]:

@@ -1,7 +1,7 @@
-"""From a config to what a run is made of: its inputs, data, model and step functions.
+"""Builds the parts of a run from its config: inputs, data, model and step functions.
 
-Every command that needs one of these builds it here, so `plan` plans what `train` runs. Each part of the config is
-opened in one function only.
+Every command that needs one of these builds it here, so that `mice plan` plans what `mice train` runs. Each part of
+the config is read in one function only.
 """
 
 import dataclasses
@@ -39,20 +39,30 @@ from mice_jax.training.phases import PhaseSpan, phase_spans
 
 # ---------------------------------------------------------------------------------------- inputs
 class Inputs(NamedTuple):
-    """What a run starts from, read as far as config.json and tokenizer."""
+    """The model and the tokenizer that a run starts from. No weights are loaded yet.
+
+    Attributes:
+      source: The model's config and where its weights are stored.
+      tokenizer: The tokenizer, with the chat template to use.
+      remarks: Sentences about the tokenizer for the user.
+    """
 
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
-    remarks: list[str]  # what the user should know of the tokenizer
+    remarks: list[str]
 
     def spec(self) -> ModelSpec:
-        """The model, with an embedding row for each token of the tokenizer; UserError where the two do not match."""
+        """Returns the model's spec with an embedding row for each token of the tokenizer.
+
+        Raises:
+          UserError: The tokenizer belongs to another model.
+        """
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
         return with_vocabulary(self.source, self.tokenizer.get_vocab(), added)
 
 
 def inputs(config: Config) -> Inputs:
-    """Reads what `model.init_from` and `data.tokenizer` name; UserError where they cannot be read."""
+    """Reads the model and tokenizer that the config names; raises UserError if one of them cannot be read."""
     source = resolve_source(config.model.init_from)
     remarks: list[str] = []
     tokenizer = load_tokenizer(config.data.tokenizer or str(source.folder), config.data.chat_template, remarks)
@@ -60,13 +70,26 @@ def inputs(config: Config) -> Inputs:
 
 
 def encoder(config: Config, tokenizer: PreTrainedTokenizerBase, today: datetime.date | None = None) -> ChatEncoder:
-    """The encoder of the run's chats; `today` is the date that a chat template may write."""
+    """Returns the encoder of the run's chats.
+
+    Args:
+      config: The run's config.
+      tokenizer: The run's tokenizer.
+      today: The date for chat templates that write one; None takes the current date.
+    """
     return ChatEncoder(tokenizer, train_on=config.data.train_on, today=today)
 
 
 # ---------------------------------------------------------------------------------------- data
 class RunData(NamedTuple):
-    """A run's data and the steps that they make."""
+    """A run's data and its division into steps.
+
+    Attributes:
+      dataset: The tokenised samples.
+      mixture: The samples of each step.
+      total_steps: The number of steps of the run.
+      spans: The steps of each phase.
+    """
 
     dataset: Dataset
     mixture: Mixture
@@ -75,7 +98,7 @@ class RunData(NamedTuple):
 
     @property
     def mean_length(self) -> float:
-        """Tokens of a sample, on average."""
+        """The mean number of tokens of a sample."""
         return statistics.mean_length(self.dataset.report)
 
 
@@ -85,16 +108,20 @@ def data(
     log: Callable[[str], None] = lambda text: None,
     watch: Callable[[str], Callable[[float, int], None]] = lambda what: lambda done, samples: None,
 ) -> RunData:
-    """Opens the token stores of a run, or builds them, and plans which samples each of its steps holds.
+    """Opens the token stores of a run, or builds them, and plans which samples each step has.
 
     Args:
-      config: the run's config.
-      encoder: the encoder of its chats.
-      log: is called with a sentence about anything that the user should know.
-      watch: makes, for the path of a source, a callback that is told how much of it is tokenised.
+      config: The run's config.
+      encoder: The encoder of its chats.
+      log: Called with each message for the user.
+      watch: Returns, for the path of a source, a callback that is called with the fraction and the number of samples
+        that are tokenised.
+
+    Returns:
+      The data.
 
     Raises:
-      UserError: where the data cannot be read, or leave a phase without a sample.
+      UserError: The data cannot be read, or a phase has no sample.
     """
     dataset = build_dataset(config.data, encoder, log, watch)
     mixture = Mixture(
@@ -110,14 +137,14 @@ def data(
 def step_source(
     config: Config, data: RunData, shapes: tuple[Shape, ...], num_shards: int, shards: tuple[int, ...]
 ) -> StepSource:
-    """The steps of a run, packed into microbatches.
+    """Returns the steps of a run, packed into microbatches.
 
     Args:
-      config: the run's config.
-      data: its data.
-      shapes: the shapes that a microbatch may have on one shard, largest first.
-      num_shards: the number of shards that a microbatch's rows are split into.
-      shards: those of them that this process fills.
+      config: The run's config.
+      data: The run's data.
+      shapes: The shapes that a microbatch may have on one shard, largest first.
+      num_shards: The number of shards that a microbatch's rows are split into.
+      shards: The indices of the shards of this process.
     """
     return StepSource(
         data.dataset.corpus,
@@ -134,24 +161,39 @@ def step_source(
 def held_out_packer(
     config: Config, data: RunData, shapes: tuple[Shape, ...], mesh: Mesh
 ) -> Callable[[Mixture], StepSource]:
-    """Packs passes over held-out samples, of which each token weighs the same."""
+    """Returns a function that packs held-out samples into microbatches, with the same weight for each token.
+
+    Args:
+      config: The run's config.
+      data: The run's data.
+      shapes: The shapes that a microbatch may have on one shard, largest first.
+      mesh: The run's mesh.
+    """
     corpus, shards = data.dataset.corpus, (num_shards(mesh), local_shards(mesh))
     return lambda mixture: StepSource(corpus, mixture, shapes, *shards, "token", config.seed)
 
 
 # ---------------------------------------------------------------------------------------- model
 class Model(NamedTuple):
-    """The model of a run and how it is computed on its mesh."""
+    """The model of a run and how it is computed on the mesh.
+
+    Attributes:
+      decoder: The model's functions.
+      compute: The dtype, attention backend and remat policy.
+      shapes: The shapes that a microbatch may have on one device, largest first.
+      memory_inputs: The inputs of the memory model.
+      memory: The memory of one device that a program may use, in bytes.
+    """
 
     decoder: Decoder
     compute: Compute
-    shapes: tuple[Shape, ...]  # that a microbatch may have on one device, largest first
+    shapes: tuple[Shape, ...]
     memory_inputs: memory_model.MemoryInputs
-    memory: int  # bytes of one device that a program may use
+    memory: int
 
     @property
     def rows(self) -> int:
-        """Rows of the largest microbatch on one device."""
+        """The number of rows of the largest microbatch on one device."""
         return self.shapes[0].rows
 
 
@@ -167,19 +209,24 @@ def model(
     """Chooses how a run's model is computed on a mesh.
 
     Args:
-      config: the run's config.
-      source: what the run starts from.
-      spec: its model, with the vocabulary of its tokenizer.
-      mesh: the mesh of its devices.
-      attention: the attention backend, as `attention` chose it.
-      mean_length: tokens of a sample, on average.
-      recorded: what the run chose when it last ran on such a mesh.
+      config: The run's config.
+      source: The model that the run starts from.
+      spec: The run's model, with the vocabulary of its tokenizer.
+      mesh: The run's mesh.
+      attention: The attention backend, as `attention_on_mesh` returns it.
+      mean_length: The mean number of tokens of a sample.
+      recorded: The choices of the run's last process on such a mesh; empty if there was none.
+
+    Returns:
+      The model.
     """
     platform = mesh.devices.flat[0].platform
     decoder = make_decoder(spec, mesh.shape["tensor"])
     dtype = compute_dtype(config, platform)
     needs = memory_inputs(config, decoder, source.architecture, mesh, dtype, attention)
-    memory = memory_model.device_memory_bytes(jax.local_devices()[0])  # Another process's device does not tell.
+    memory = memory_model.device_memory_bytes(
+        jax.local_devices()[0]
+    )  # A device of another process has no statistics here.
     rows, remat = rows_and_remat(
         config, needs, mean_length=mean_length, memory=memory, platform=platform, recorded=recorded
     )
@@ -188,7 +235,7 @@ def model(
 
 
 def compute_dtype(config: Config, platform: str) -> str:
-    """The dtype of the run's activations; "auto" is float32 on a CPU and bfloat16 elsewhere."""
+    """Returns the dtype of the run's activations; "auto" is float32 on a CPU and bfloat16 elsewhere."""
     if config.model.compute_dtype != "auto":
         return config.model.compute_dtype
     return "float32" if platform == "cpu" else "bfloat16"
@@ -197,7 +244,18 @@ def compute_dtype(config: Config, platform: str) -> str:
 def attention(
     config: Config, spec: ModelSpec, platform: str, capability: str | None, recorded: dict[str, Any] | None = None
 ) -> str:
-    """The attention backend; for "auto", the one that is `recorded` where there is one."""
+    """Returns the attention backend of a run.
+
+    Args:
+      config: The run's config.
+      spec: The run's model.
+      platform: The platform of the devices: cpu, gpu or tpu.
+      capability: The compute capability of a GPU; None for other devices.
+      recorded: The choices of the run's last process on such devices, which "auto" repeats.
+
+    Raises:
+      UserError: The backend cannot compute this model on these devices.
+    """
     asked = config.model.attention
     taken = (recorded or {}).get("attention", asked) if asked == "auto" else asked
     try:
@@ -223,13 +281,32 @@ def attention(
 
 
 def attention_on_mesh(config: Config, spec: ModelSpec, mesh: Mesh, recorded: dict[str, Any]) -> str:
-    """The attention backend of a run on the devices of a mesh; see `attention`."""
+    """Returns the attention backend of a run on the devices of a mesh.
+
+    Args:
+      config: The run's config.
+      spec: The run's model.
+      mesh: The run's mesh.
+      recorded: The choices of the run's last process on such a mesh, which "auto" repeats.
+
+    Raises:
+      UserError: The backend cannot compute this model on these devices.
+    """
     device = mesh.devices.flat[0]
     return attention(config, spec, device.platform, getattr(device, "compute_capability", None), recorded)
 
 
 def optimizer(config: Config, decoder: Decoder, architecture: str) -> tuple[optax.GradientTransformation, Any]:
-    """The optimizer, and the mask of what is trained (None = all of it)."""
+    """Makes the optimizer of a run.
+
+    Args:
+      config: The run's config.
+      decoder: The model.
+      architecture: The name of transformers' class, by whose parameter names `optim.frozen` is matched.
+
+    Returns:
+      The optimizer, and the mask of the parameters that are trained; None if all of them are.
+    """
     o = config.optim
     trained = hf.trained_mask(decoder, architecture, o.frozen) if o.frozen else None
     made = make_optimizer(
@@ -249,7 +326,16 @@ def optimizer(config: Config, decoder: Decoder, architecture: str) -> tuple[opta
 def memory_inputs(
     config: Config, decoder: Decoder, architecture: str, mesh: Mesh | AbstractMesh, dtype: str, attention: str
 ) -> memory_model.MemoryInputs:
-    """What a run lays on one device, by which rows and remat are chosen."""
+    """Returns the inputs of the memory model, which chooses rows and remat.
+
+    Args:
+      config: The run's config.
+      decoder: The model.
+      architecture: The name of transformers' class.
+      mesh: The run's mesh.
+      dtype: The compute dtype.
+      attention: The attention backend.
+    """
     return memory_model.MemoryInputs(
         decoder,
         make_abstract_state(decoder, optimizer(config, decoder, architecture)[0], mesh),
@@ -270,9 +356,17 @@ def rows_and_remat(
     platform: str,
     recorded: dict[str, Any] | None = None,
 ) -> tuple[int, str]:
-    """Rows of a microbatch on one device and the remat policy: as given, else as recorded, else as they fit.
+    """Returns the rows of a microbatch on one device and the remat policy.
 
-    `memory` is what a program may use of one device, in bytes; `mean_length` is tokens a sample.
+    Each is taken from the config, else from the record of the run's last process, else from the memory model.
+
+    Args:
+      config: The run's config.
+      inputs: The inputs of the memory model.
+      mean_length: The mean number of tokens of a sample.
+      memory: The memory of one device that a program may use, in bytes.
+      platform: The platform of the devices: cpu, gpu or tpu.
+      recorded: The choices of the run's last process on such a mesh.
     """
     recorded, remat = recorded or {}, config.model.remat
     if remat == "auto":
@@ -287,13 +381,26 @@ def rows_and_remat(
 
 
 def max_useful_rows(config: Config, inputs: memory_model.MemoryInputs, mean_length: float, platform: str) -> int:
-    """Rows of one device beyond which a microbatch is no faster, or a step of such samples has no more."""
+    """Returns the number of rows of one device beyond which a microbatch is not faster or is never filled.
+
+    Args:
+      config: The run's config.
+      inputs: The inputs of the memory model.
+      mean_length: The mean number of tokens of a sample.
+      platform: The platform of the devices: cpu, gpu or tpu.
+    """
     wanted = mean_length * config.optim.batch_size / (config.data.max_length * num_shards(inputs.mesh))
     return memory_model.max_useful_rows(inputs, platform, wanted)
 
 
 def schedule(config: Config, spans: Sequence[PhaseSpan], horizon: int) -> Schedule:
-    """The learning rate over a run whose phases have these steps; a whole schedule takes `horizon` of them."""
+    """Returns the learning rate schedule of a run.
+
+    Args:
+      config: The run's config.
+      spans: The steps of each phase.
+      horizon: The number of steps that a complete schedule takes.
+    """
     o = config.optim
     return make_phase_schedule(
         [(s.first, s.phase.learning_rate or o.learning_rate, s.phase.schedule == "restart") for s in spans],
@@ -309,6 +416,16 @@ def schedule(config: Config, spans: Sequence[PhaseSpan], horizon: int) -> Schedu
 def step_functions(
     config: Config, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute, schedule: Schedule
 ) -> StepFunctions:
+    """Makes the step functions of a run.
+
+    Args:
+      config: The run's config.
+      decoder: The model.
+      architecture: The name of transformers' class.
+      mesh: The run's mesh.
+      compute: The dtype, attention backend and remat policy.
+      schedule: The learning rate schedule.
+    """
     made, trained = optimizer(config, decoder, architecture)
     return make_step(decoder, made, schedule, mesh, compute, trained, config.optim.accumulate_dtype)
 
@@ -339,6 +456,9 @@ def load_for_inference(
       mesh: The devices; by default all of them, with the parameters split over the `fsdp` axis.
       step: The checkpoint of a run; None takes the one in the path, or else the newest.
       dtype: The dtype to cast the parameters to, except norms, which stay in float32; None keeps all in float32.
+
+    Returns:
+      The model with its parameters.
 
     Raises:
       UserError: The weights are missing, damaged or of other shapes.

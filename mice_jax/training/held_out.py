@@ -1,4 +1,4 @@
-"""Held-out loss: over everything held out, by source, and by phase where there are several."""
+"""Measures the held-out loss: over all held-out samples, by source, and by phase if there are several."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +13,11 @@ from mice_jax.sharding import put_rows
 
 T = TypeVar("T")
 
-TOGETHER = 512  # samples that are packed together
+TOGETHER = 512  # The number of samples that are packed together.
 
 
 def metric_names(held_out: Sequence[HeldOut], by_phase: bool) -> list[str]:
-    """What `evaluate` measures."""
+    """Returns the names of the metrics that `evaluate` returns."""
     if not held_out:
         return []
     sources = dict.fromkeys(f"eval/{h.name}/loss" for h in held_out)
@@ -26,7 +26,7 @@ def metric_names(held_out: Sequence[HeldOut], by_phase: bool) -> list[str]:
 
 
 def sources(held_out: Sequence[HeldOut], source: Callable[[Mixture], StepSource]) -> list[StepSource]:
-    """What is held out, each packed as the steps of one pass over it."""
+    """Returns the steps of one pass over each set of held-out samples."""
     return [source(_once(h)) for h in held_out]
 
 
@@ -37,11 +37,17 @@ def evaluate(
     mesh: jax.sharding.Mesh,
     by_phase: bool,
 ) -> dict[str, float]:
-    """The losses, each one ratio of sums over all its tokens: token-weighted whatever the training's reduction.
+    """Measures the held-out losses. Each is a mean over tokens, whatever loss reduction the training uses.
 
     Args:
-      loss: a microbatch's loss_sum and weight_sum.
-      source: packs the steps of a mixture, for this mesh.
+      loss: Returns the loss_sum and the weight_sum of a microbatch.
+      held_out: The held-out samples of each source.
+      source: Packs the steps of a mixture for this mesh.
+      mesh: The run's mesh.
+      by_phase: Whether to measure the loss of each phase too.
+
+    Returns:
+      The losses by name, see `metric_names`.
     """
     sums: dict[str, tuple[float, float]] = {}
     for h, steps in zip(held_out, sources(held_out, source), strict=True):
@@ -54,10 +60,12 @@ def evaluate(
 
 
 def _once(held_out: HeldOut) -> Mixture:
+    """Returns a mixture that visits each held-out sample once."""
     return Mixture([PhasePools(held_out.name, 1.0, (Pool(held_out.ids),))], batch_size=TOGETHER, seed=0)
 
 
 def _sums(loss: Callable[..., Any], steps: StepSource, mesh: jax.sharding.Mesh) -> tuple[float, float]:
+    """Returns the sums of losses and of weights over all microbatches."""
     loss_sum = weight_sum = 0.0
     microbatches = itertools.chain.from_iterable(steps[i]["microbatches"] for i in range(len(steps)))
     for sums in _one_behind(loss(put_rows(rows, mesh)) for rows in microbatches):
@@ -67,7 +75,7 @@ def _sums(loss: Callable[..., Any], steps: StepSource, mesh: jax.sharding.Mesh) 
 
 
 def _one_behind(queued: Iterator[T]) -> Iterator[T]:
-    """Each one once the next is queued too: rows are packed, and go to the devices, while these work."""
+    """Yields each item after the next one is queued, so that rows are packed while the devices compute."""
     before = next(queued, None)
     for after in queued:
         assert before is not None
