@@ -70,6 +70,9 @@ def resolve_source(init_from: str) -> ModelSource:
       init_from: A Hugging Face folder, a run's workdir or one of its `checkpoints/<step>`, or `random:` followed by a
         config.json or its folder.
 
+    Returns:
+      The source, with the architecture that config.json describes.
+
     Raises:
       UserError: `init_from` is not one of these, or its config.json cannot be used.
     """
@@ -105,6 +108,9 @@ def resolve_model(model: str, step: int | None = None) -> ModelSource:
       model: A Hugging Face folder, a run's workdir, or one of its `checkpoints/<step>`.
       step: A checkpoint of the run; None takes the one in the path, or else the newest.
 
+    Returns:
+      The source. Its `step` is that of the path.
+
     Raises:
       UserError: There is no such model, it has no weights, or `step` is given for a Hugging Face folder.
     """
@@ -123,6 +129,9 @@ def compute_dtype(name: str, platform: str | None = None) -> Any:
       name: "float32", "bfloat16", or "auto", which is float32 on a CPU and bfloat16 elsewhere.
       platform: The devices' platform; by default that of JAX's default backend.
 
+    Returns:
+      The dtype.
+
     Raises:
       UserError: The name is not one of these.
     """
@@ -134,13 +143,13 @@ def compute_dtype(name: str, platform: str | None = None) -> Any:
 
 
 def stop_ids(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the ids that end an answer of a trained model: the end of a turn, and config.json's eos_token_id."""
+    """Returns the ids that end an answer: the chat template's end of a turn, and the eos_token_id of config.json."""
     turn = ChatEncoder(tokenizer).stop_ids() if tokenizer.chat_template else []
     return list(dict.fromkeys([*turn, *stop_ids_in(config)]))
 
 
 def generation_config_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> GenerationDefaults:
-    """Returns the model's own generation defaults; those of a run are what its export would have."""
+    """Returns the model's own generation defaults, which are those of the exported model for a run."""
     if source.kind == "run":
         return GenerationDefaults(tuple(stop_ids(source.config, tokenizer)))
     return read_generation_config(source.folder, source.config)
@@ -148,6 +157,10 @@ def generation_config_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase
 
 def resolve_step(source: ModelSource, asked: int | None) -> int | None:
     """Returns the step of the checkpoint to load: `asked`, else the one in the path, else the newest.
+
+    Args:
+      source: The model.
+      asked: The step that the user asks for, if any.
 
     Returns:
       The step, or None for a Hugging Face folder.
@@ -164,7 +177,7 @@ def resolve_step(source: ModelSource, asked: int | None) -> int | None:
 
 
 def fingerprint(source: ModelSource, step: int | None) -> str:
-    """Returns a hash of the content of a model's weights (at `step` of a run), config and tokenizer."""
+    """Returns a hash of a model's weights (at `step` of a run), config and tokenizer."""
     own = [p for p in sorted(source.folder.iterdir()) if p.is_file()]
     digests = file_digests(own, cache_folder(""))
     files: dict[str, Any] = {p.name: d.hex() for p, d in zip(own, digests, strict=True)}
@@ -176,12 +189,15 @@ def fingerprint(source: ModelSource, step: int | None) -> str:
 def with_vocabulary(source: ModelSource, ids: dict[str, int], added: Collection[str]) -> ModelSpec:
     """Returns the source's spec with an embedding row for each of a tokenizer's ids.
 
-    The model's rows beyond the largest id, which many models have, stay.
+    Many models have more rows than the tokenizer has ids; these rows stay.
 
     Args:
       source: The model.
       ids: The tokenizer's ids by token.
       added: The tokens that were added to the tokenizer's own vocabulary. Missing rows are added for these only.
+
+    Returns:
+      The spec, whose vocabulary may be larger.
 
     Raises:
       UserError: The tokenizer's own vocabulary is larger than the model's, so it belongs to another model.
@@ -254,6 +270,7 @@ def _grown(stored: Decoder, decoder: Decoder, params: Params) -> Params:
 
 
 def _stored_params(source: ModelSource, decoder: Decoder, shardings: Params, step: int | None) -> Params:
+    """Loads the weights of a Hugging Face folder or of a run's checkpoint, whose vocabulary is the decoder's."""
     if source.kind == "hf":
         return hf.load_params(source.folder, decoder, source.architecture, shardings)
     assert source.workdir is not None

@@ -2,10 +2,10 @@
 
 A batch has a fixed number of rows, each with room for a prompt and its answer. Prompts enter rows a few at a time,
 right-padded to one of few widths, so that few functions are compiled. All rows are decoded together, a few tokens at a
-time, and a row whose answer has ended takes the next prompt. What padding or an earlier prompt left in the cache has no
-influence: a row continues at its own position, and each slot is overwritten before a query can attend to it. The draws
-of a row depend on the number of its prompt and on the position alone, so an answer depends on the rest of its batch by
-rounding at most. Call this inside `jax.set_mesh` if the parameters are sharded over a mesh.
+time, and a row whose answer has ended takes the next prompt. Cache entries of padding or of an earlier prompt have
+no influence: a row continues at its own position, and each slot is overwritten before a query can attend to it. The
+draws of a row depend only on the seed, the number of its prompt and the position, so the rest of the batch changes an
+answer by rounding at most. Call this inside `jax.set_mesh` if the parameters are sharded over a mesh.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Cache, Decoder, Params, empty_cache
 from mice_jax.sharding import constrain
 
-# B rows of the batch, R rows that are refilled at once, T prompt slots, C new tokens, D d_model, V vocabulary
+# Shapes: B rows of the batch, R rows that are refilled at once, T prompt slots, C new tokens, D d_model, V vocabulary.
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 MIN_WIDTH = 32
 # Prompts enter the cache in pieces of this many tokens, which bounds the attention scores of a long prompt.
 PREFILL_CHUNK = 256
-# The number of tokens that rows are decoded by in one call, before finished rows are refilled.
+# The number of tokens that one call decodes in each row, before finished rows are refilled.
 DECODE_CHUNK = 16
 # 1/4 of a batch's rows is refilled with new prompts at once.
 REFILL_FRACTION = 4
@@ -43,13 +43,13 @@ SORT_WINDOW = 8
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen: the likeliest at temperature 0, else drawn from those that top_k and top_p leave.
+    """How the next token is chosen: the likeliest at temperature 0, else a draw from those that top_k and top_p keep.
 
     Attributes:
       max_new_tokens: The longest answer, in tokens.
       temperature: Divides the logits of a draw; 0 takes the likeliest token.
-      top_p: Draws from as few of the likeliest tokens as hold this much probability; 1 = all.
-      top_k: Draws from this many of the likeliest tokens; 0 = all.
+      top_p: Draws from the smallest set of likeliest tokens whose probabilities sum to at least this; 1 takes all.
+      top_k: Draws from this number of likeliest tokens; 0 takes all.
       seed: The seed of the draws.
     """
 
@@ -77,11 +77,11 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An answer.
+    """An answer to a prompt.
 
     Attributes:
       ids: The token ids, without the stop id.
-      stopped: Whether a stop id or the caller ended the answer; else it was cut at max_new_tokens.
+      stopped: Whether a stop id or the caller ended the answer; otherwise it was cut at max_new_tokens.
     """
 
     ids: list[int]
@@ -89,7 +89,7 @@ class Answer:
 
 
 class _DecodeParams(NamedTuple):
-    """Parameters in the dtype that is computed in: a list with those of each layer, and the rest."""
+    """Parameters in the compute dtype: a list with those of each layer, and the others."""
 
     rest: Params
     layers: list[Params]
@@ -101,7 +101,7 @@ class _Rows(NamedTuple):
     Attributes:
       token: The last token of each row [B].
       position: The position of that token [B].
-      total: The number of tokens that the row has at most, prompt and answer [B].
+      total: The maximum number of tokens of the row, prompt and answer together [B].
       done: Whether the row's answer has ended [B].
       keys: The random key of each row's prompt [B].
       cache: The keys and values of all layers.
@@ -116,12 +116,19 @@ class _Rows(NamedTuple):
 
 
 class _PrefillBatch(NamedTuple):
-    """Right-padded prompts that enter rows; an unused row has length 0."""
+    """Right-padded prompts that enter rows.
 
-    tokens: jax.Array  # [R T]
-    lengths: jax.Array  # [R]
-    totals: jax.Array  # [R]
-    keys: jax.Array  # [R]
+    Attributes:
+      tokens: The token ids [R T].
+      lengths: The number of tokens of each prompt, 0 for an unused row [R].
+      totals: The maximum number of tokens of each prompt and its answer together [R].
+      keys: The random key of each prompt [R].
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    totals: jax.Array
+    keys: jax.Array
 
 
 class _SamplingParams(NamedTuple):
@@ -136,7 +143,7 @@ def check_fits(prompt: Sequence[int], sampling: Sampling, spec: ModelSpec, where
 
     Args:
       prompt: The prompt's token ids.
-      sampling: How it is answered.
+      sampling: How the prompt is answered.
       spec: The model's architecture.
       where: What the error message calls the prompt.
 
@@ -154,16 +161,19 @@ def check_fits(prompt: Sequence[int], sampling: Sampling, spec: ModelSpec, where
 
 
 def default_max_new_tokens(spec: ModelSpec) -> int:
-    """Returns the length of an answer where none is given: 256 tokens, or half of the model's positions if fewer."""
+    """Returns the default length of an answer: 256 tokens, or half of the model's positions if that is less."""
     return min(DEFAULT_MAX_NEW_TOKENS, spec.max_positions // 2)
 
 
 def cast_params(params: Params, dtype: Any) -> Params:
-    """Casts parameters to the dtype that is computed in, as a forward pass would, but once.
+    """Casts parameters to the compute dtype once, which gives the same values as casting them in each forward pass.
 
     Args:
       params: The parameters.
-      dtype: The dtype; norms stay in float32, in which they are applied.
+      dtype: The compute dtype; the scales of norms stay in float32, in which they are applied.
+
+    Returns:
+      The parameters, in the same structure.
     """
 
     def cast(path: tuple, p: jax.Array) -> jax.Array:
@@ -173,13 +183,14 @@ def cast_params(params: Params, dtype: Any) -> Params:
 
 
 class Sampler:
-    """Generates answers with a decoder. Functions are compiled once for each shape; each call brings the parameters.
+    """Generates answers with a decoder. Functions are compiled once for each shape.
 
-    Each call makes a copy of the parameters, cast and divided by layers, which is freed when the call ends.
+    The parameters may differ between calls. Each call makes a copy of them, cast and split into layers, which is freed
+    when the call ends.
     """
 
     def __init__(self, decoder: Decoder, dtype: Any):
-        """Makes a sampler of a decoder that computes in `dtype`."""
+        """Makes a sampler for a decoder that computes in `dtype`."""
         self.spec = decoder.spec
         static = ("num_ranked", "nucleus")
         self._decode_params = jax.jit(functools.partial(_decode_params, decoder, dtype))
@@ -209,9 +220,12 @@ class Sampler:
           stop_ids: The token ids that end an answer.
           batch_size: The number of prompts that are answered at once.
           numbers: The number of each prompt, on which its draws depend; by default they count from 0. To continue a
-            list of prompts, give the numbers of those that are left.
-          ended: Whether the ids of an answer so far contain what ends it, such as a text. A few more tokens may follow
-            before it is called.
+            list of prompts, give the numbers of the remaining ones.
+          ended: Returns whether an answer ends, for example with a stop string, given its ids so far. It is called
+            every few tokens, so the ids may continue after the end.
+
+        Yields:
+          The answers.
 
         Raises:
           UserError: A prompt is empty or too long.
@@ -243,6 +257,12 @@ class Sampler:
           prompt: The prompt's token ids.
           sampling: How tokens are chosen.
           stop_ids: The token ids that end an answer.
+
+        Yields:
+          The token ids, without the stop id.
+
+        Raises:
+          UserError: The prompt is empty or too long.
         """
         check_fits(prompt, sampling, self.spec, "the prompt")
         stops, one, decode_params = set(stop_ids), np.int32(1), self._decode_params(params)
@@ -262,7 +282,7 @@ class Sampler:
                 rows, new = self._decode_loop(decode_params, np.zeros(1, bool), one, one, *how, rows=rows, **static)
 
     def _static(self, sampling: Sampling) -> dict[str, Any]:
-        """Returns the parts of `Sampling` that functions are compiled for; other changes of it compile nothing."""
+        """Returns the static arguments that follow from `Sampling`. Only a change of these compiles functions again."""
         size = self.spec.vocab_size
         return {
             "num_ranked": min(sampling.top_k or size, size) if sampling.temperature else 1,
@@ -314,10 +334,10 @@ class _Batch:
         return ended
 
     def _fill(self, prompts: Sequence[Sequence[int]], waiting: deque[int], numbers: Sequence[int]) -> dict[int, Answer]:
-        """Fills a part of the batch; returns the answers that ended with their first token."""
+        """Fills free rows with waiting prompts; returns the answers that ended with their first token."""
         free = [row for row, i in enumerate(self._prompt) if i is None][: self._part]
         which = [waiting.popleft() for _ in free[: len(waiting)]]
-        where = np.full(self._part, len(self._prompt), np.int32)  # unused entries have no row
+        where = np.full(self._part, len(self._prompt), np.int32)  # Unused entries are out of bounds.
         where[: len(which)] = free[: len(which)]
         own = np.zeros(self._part, np.int32)
         own[: len(which)] = [numbers[i] for i in which]
@@ -364,7 +384,7 @@ def _entry_order(lengths: list[int], batch_size: int) -> Iterator[int]:
 def _prefill_batch(
     prompts: Sequence[Sequence[int]], rows: int, sampling: Sampling, numbers: np.ndarray
 ) -> _PrefillBatch:
-    """Pads prompts to the right, and to `rows` rows; `numbers` are those that their draws depend on."""
+    """Pads prompts to the right, and to `rows` rows; their draws depend on `numbers` [R]."""
     width = _padded_length(max(map(len, prompts)))
     tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
     for row, prompt in enumerate(prompts):
@@ -378,24 +398,25 @@ def _power_of_two(n: int) -> int:
 
 
 def _padded_length(n: int) -> int:
-    """Rounds up to a power of two, or from 384 on also to 3/4 of one: with few lengths, few functions are compiled."""
+    """Rounds up to a power of two, or from 384 on also to 3/4 of one, so that few functions are compiled."""
     whole = max(MIN_WIDTH, _power_of_two(n))
     return whole * 3 // 4 if whole >= 2 * PREFILL_CHUNK and n <= whole * 3 // 4 else whole
 
 
 def _stop_array(stop_ids: Iterable[int]) -> np.ndarray:
-    """Pads the stop ids with -1, which is not a token, so that another number of them rarely compiles anything."""
+    """Pads the stop ids with -1, which is not a token, so that functions are rarely compiled for another number."""
     stops = sorted(set(stop_ids))
     return np.array(stops + [-1] * (max(8, _power_of_two(len(stops))) - len(stops)), np.int32)
 
 
 def _sampling_params(sampling: Sampling) -> _SamplingParams:
-    # Python floats would be weakly typed, and compile the functions again.
+    # Python floats would be weakly typed, so that the functions would be compiled again.
     return _SamplingParams(np.float32(sampling.temperature), np.float32(sampling.top_p))  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------- on the device
 def _decode_params(decoder: Decoder, dtype: Any, params: Params) -> _DecodeParams:
+    """Casts parameters to the compute dtype and splits them into layers."""
     params = cast_params(params, dtype)
     return _DecodeParams({k: v for k, v in params.items() if k != "layers"}, decoder.unstack(params))
 
@@ -408,7 +429,7 @@ def _empty(decoder: Decoder, dtype: Any, *, rows: int, slots: int) -> _Rows:
 
 
 def _placed(rows: T) -> T:
-    """Constrains the sharding of arrays whose first dim is that of rows; caches are also split by heads."""
+    """Constrains the sharding of arrays whose first dim is rows; caches are also sharded by heads."""
 
     def put(x: jax.Array) -> jax.Array:
         return constrain(x, "batch", "kv_heads", None, None) if x.ndim == 4 else constrain(x, "batch")
@@ -436,7 +457,8 @@ def _enter(
     new = _Rows(token, prefill.lengths, prefill.totals, done, prefill.keys, cache)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[where, *map(slice, new.shape[1:])].set(new, mode="drop")  # a cache may have more slots
+        # The cache of the batch may have more slots than that of the prompts.
+        return old.at[where, *map(slice, new.shape[1:])].set(new, mode="drop")
 
     return _placed(jax.tree.map(put, rows, new)), constrain(token, None)
 
@@ -454,9 +476,10 @@ def _decode_loop(
     num_ranked: int,
     nucleus: bool,
 ) -> tuple[_Rows, jax.Array]:
-    """Decodes all rows but the `free` [B] ones by `steps` tokens, or until `enough` rows are done.
+    """Decodes `steps` tokens in all rows except the `free` [B] ones, but stops when `enough` rows are done.
 
-    Also returns the new tokens [B C], -1 where a row was done before.
+    Returns:
+      The rows, and the new tokens [B C], which are -1 where the row was done before.
     """
     model = decoder.bind(decode_params.rest)
 
@@ -484,7 +507,7 @@ def _decode_loop(
 
 
 def _prefill(decoder: Decoder, decode_params: _DecodeParams, prefill: _PrefillBatch) -> tuple[jax.Array, Cache]:
-    """Returns the hidden state of each prompt's last token [R D], and a cache of T slots with the prompts."""
+    """Returns the hidden state of each prompt's last token [R D], and the cache of the prompts, with T slots."""
     tokens, lengths = prefill.tokens, prefill.lengths
     rows, width = tokens.shape
     size = math.gcd(PREFILL_CHUNK, width)
@@ -524,7 +547,7 @@ def _pick(
     ranked, ids = jax.lax.top_k(logits, num_ranked)
     if nucleus:
         probs = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # It is 0 for the likeliest token, which so always stays.
+        before = jnp.cumsum(probs, axis=-1) - probs  # This is 0 for the likeliest token, so it always stays.
         ranked = jnp.where(before < sampling_params.top_p, ranked, -jnp.inf)
     rank = jax.vmap(jax.random.categorical)(keys, ranked)
     return jnp.take_along_axis(ids, rank[:, None], axis=1)[:, 0].astype(jnp.int32)
