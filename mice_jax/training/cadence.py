@@ -1,4 +1,4 @@
-"""What is due after a step: held-out loss, benchmarks, a checkpoint."""
+"""Decides what is due after a step: the held-out loss, benchmarks or a checkpoint."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,38 +10,52 @@ from mice_jax.training.progress import crosses_multiple
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-    """What has to be done after one step."""
+    """The work that is due after one step.
 
-    held_out: bool  # measure the held-out loss
-    benchmarks: bool  # score the benchmarks
-    checkpoint: bool  # save, with the step's score where checkpoints are selected by one
+    Attributes:
+      held_out: Whether to measure the held-out loss.
+      benchmarks: Whether to score the benchmarks.
+      checkpoint: Whether to save a checkpoint, with the step's score if checkpoints are selected by one.
+    """
+
+    held_out: bool
+    benchmarks: bool
+    checkpoint: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:
-    """The rules by which a run saves and evaluates, all of them functions of the samples seen so far.
+    """The rules by which a run saves and evaluates. They depend only on the samples seen so far.
 
     A checkpoint that is saved by the clock, or because the run was asked to stop, is not due by these rules. It never
     has a score, so a run that was interrupted selects the same checkpoints as one that was not.
+
+    Attributes:
+      total_steps: The number of steps of the run.
+      save_every: The number of samples between two checkpoints; 0 saves at the end only.
+      eval_every: The number of samples between two evaluations; 0 evaluates at the end only.
+      always_saved: The last steps of phases whose best checkpoint the next phase starts from.
+      selects: Whether checkpoints are selected by a metric, so that each of them needs the held-out loss.
+      selects_by_benchmark: Whether that metric is a benchmark's, so that each of them needs the benchmarks too.
     """
 
     total_steps: int
-    save_every: int  # samples; 0 = at the end only
-    eval_every: int  # samples; 0 = at the end only
-    always_saved: frozenset[int] = frozenset()  # ends of phases whose best checkpoint the next phase starts from
-    selects: bool = False  # checkpoints are selected by a metric, so each of them needs the held-out loss
-    selects_by_benchmark: bool = False  # that metric is a benchmark's, so each of them needs the benchmarks too
+    save_every: int
+    eval_every: int
+    always_saved: frozenset[int] = frozenset()
+    selects: bool = False
+    selects_by_benchmark: bool = False
 
     def due(self, step: int, samples_before: int, samples: int) -> Due:
         """Decides what is due after a step.
 
         Args:
-          step: the number of the step that was just done, counted from 1.
-          samples_before: samples that the run had seen before the step.
-          samples: samples that it has seen since.
+          step: The number of the step that was just done, counted from 1.
+          samples_before: The number of samples that the run had seen before the step.
+          samples: The number of samples that it has seen after the step.
 
         Returns:
-          What has to be done before the next step.
+          The work to do before the next step.
         """
         last = step == self.total_steps
         checkpoint = last or step in self.always_saved or crosses_multiple(samples_before, samples, self.save_every)
@@ -54,10 +68,10 @@ class Cadence:
 
 
 def last_steps_before_warm_start(spans: Sequence[PhaseSpan]) -> frozenset[int]:
-    """The last steps of the phases whose best checkpoint, not whose end, the next phase starts from."""
+    """Returns the last steps of the phases whose best checkpoint, instead of their end, starts the next phase."""
     return frozenset(span.end for i, span in enumerate(spans) if next_starts_from_best(spans, i))
 
 
 def uses_best_checkpoint(config: Config, spans: Sequence[PhaseSpan]) -> bool:
-    """Whether checkpoints are selected by a metric: the best are kept, or a phase starts from the best."""
+    """Returns whether checkpoints are selected by a metric: the best are kept, or a phase starts from the best."""
     return bool(config.checkpoint.keep_best) or any(span.phase.seed_from == "best" for span in spans)

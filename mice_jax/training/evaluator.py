@@ -1,4 +1,4 @@
-"""Evaluation of the model in memory, between two steps of its run: held-out loss, then benchmarks."""
+"""Evaluates the model in memory between two steps of its run: first the held-out loss, then benchmarks."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -17,14 +17,19 @@ from mice_jax.training.cadence import Due
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found."""
+    """The result of an evaluation.
 
-    metrics: dict[str, float | None]  # by the names that metrics.jsonl has
-    failure: Exception | None  # of a benchmark: the step is saved before it is raised
+    Attributes:
+      metrics: The values by the names that metrics.jsonl has.
+      failure: The error of a benchmark, if any; the step is saved before it is raised.
+    """
+
+    metrics: dict[str, float | None]
+    failure: Exception | None
 
 
 class Evaluator:
-    """Measures what is due of the held-out loss and the benchmarks."""
+    """Measures the held-out loss and scores the benchmarks when they are due."""
 
     def __init__(
         self,
@@ -35,15 +40,15 @@ class Evaluator:
         by_phase: bool,
         score_benchmarks: Callable[[Params], Iterable[dict[str, float | None]]],
     ):
-        """Stores what evaluations need.
+        """Stores the arguments; nothing is computed yet.
 
         Args:
-          fns: the run's step functions.
-          mesh: the mesh that they are compiled for.
-          held_out_data: the samples that are held out of each source.
-          pack: packs the steps of a mixture into rows for this mesh.
-          by_phase: whether to measure the held-out loss of each phase too.
-          score_benchmarks: yields the scores of one benchmark after the other.
+          fns: The run's step functions.
+          mesh: The mesh that they are compiled for.
+          held_out_data: The held-out samples of each source.
+          pack: Packs the steps of a mixture into rows for this mesh.
+          by_phase: Whether to measure the held-out loss of each phase too.
+          score_benchmarks: Yields the scores of one benchmark after the other.
         """
         self._fns, self._mesh, self._held_out, self._pack = fns, mesh, held_out_data, pack
         self._by_phase, self._score_benchmarks = by_phase, score_benchmarks
@@ -52,8 +57,11 @@ class Evaluator:
         """Measures what is due.
 
         Args:
-          params: the parameters after a step.
-          due: what is due after that step.
+          params: The parameters after a step.
+          due: The evaluations that are due after that step.
+
+        Returns:
+          The metrics, and the error of a benchmark that could not be scored.
         """
         metrics: dict[str, Any] = {}
         if due.held_out and self._held_out:
@@ -64,7 +72,8 @@ class Evaluator:
             try:
                 for scores in self._score_benchmarks(params):
                     metrics |= scores
-            except Exception as error:  # A task's own code may raise anything; a lost process is no task's fault.
+            except Exception as error:  # A task's own code may raise anything.
+                # The loss of another process is not an error of the task.
                 if distributed.is_lost_peer_error(error):
                     raise
                 failure = error

@@ -26,36 +26,52 @@ STATUS = {StoppedByRule: "stopped", Preempted: "preempted"}  # Any other error i
 
 
 class Run:
-    """A run in progress: its folder, and what summary.json will say of it."""
+    """A run in progress: its workdir, and the state that summary.json reports.
+
+    Attributes:
+      workdir: The run's workdir.
+      preemption: The handler of this process's signals.
+      progress: The run's counters.
+      record: The latest line of metrics.jsonl.
+      start: The number of steps that were done before this process started.
+      saved_step: The newest step that was saved, or is being saved.
+    """
 
     def __init__(self, workdir: RunPath):
         self.workdir = Workdir(workdir)
         self.preemption = PreemptionHandler()
         self.progress = Progress()
-        self.record: dict[str, Any] = {}  # the latest line of metrics.jsonl
-        self.start = 0  # steps that were done before this process started
-        self.saved_step = 0  # the newest step that was saved, or is being saved
+        self.record: dict[str, Any] = {}
+        self.start = 0
+        self.saved_step = 0
         self._checkpoints: Checkpoints | None = None
         self._writers: list[Writer] = []
 
     def begin(self, start: int, progress: Progress, checkpoints: Checkpoints, writers: list[Writer]) -> None:
-        """Marks the start of training. From here on the run leaves a summary, and a signal lets it save first."""
+        """Marks the start of training. From now on the run writes a summary, and saves before a signal stops it.
+
+        Args:
+          start: The number of steps that are done.
+          progress: The counters after these steps.
+          checkpoints: The run's checkpoints.
+          writers: The writers of the run's records.
+        """
         self.start = self.saved_step = start
         self.progress, self._checkpoints, self._writers = progress, checkpoints, writers
         self.preemption.enable_saving()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Hands a step's record to every writer."""
+        """Passes a step's record to every writer."""
         self.record = record
         for writer in self._writers:
             writer.write(record)
 
     def save(self, state: TrainState, score: float | None = None) -> None:
-        """Saves a state unless its step is saved already; the lines of metrics.jsonl are stored before it.
+        """Saves a state unless its step is saved already. The lines of metrics.jsonl are stored first.
 
         Args:
-          state: the state after a step.
-          score: the step's value of checkpoint.best_metric; None where it may not be selected.
+          state: The state after a step.
+          score: The step's value of checkpoint.best_metric; None if the checkpoint may not be selected.
         """
         step = int(state.step)
         if step == self.saved_step:
@@ -67,7 +83,7 @@ class Run:
         self.saved_step = step
 
     def check_lock(self) -> None:
-        """Raises UserError in every process where the folder is locked by another run by now."""
+        """Raises UserError in every process if another run has locked the workdir."""
         with distributed.raise_on_all_processes():
             self.workdir.check_lock()
 
@@ -91,7 +107,8 @@ class Run:
 
     def _fail(self, error: BaseException) -> BaseException:
         """Writes the summary of a run that ends with an error; returns the error that the command reports."""
-        if distributed.is_lost_peer_error(error):  # Closing the checkpoints would wait for the lost process forever.
+        # Closing the checkpoints would wait for a lost process forever.
+        if distributed.is_lost_peer_error(error):
             if distributed.is_main_process():
                 self._write_summary("failed", watchdog.LOST)
             self.workdir.close()
@@ -106,25 +123,25 @@ class Run:
 
 @contextlib.contextmanager
 def lifecycle(workdir: RunPath) -> Iterator[Run]:
-    """The context of a run, from before its lock is taken until it is given back.
+    """Provides the context of a run, from before its workdir is locked until the lock is released.
 
-    A process of several that fails alone ends at once, with its error printed: the others then notice that it is gone,
-    where they would wait in the next collective otherwise.
+    If one of several processes fails alone, it prints its error and ends at once. The others then notice that it is
+    gone, instead of waiting for it in the next collective.
 
     Args:
-      workdir: the run's folder, which is not locked yet.
+      workdir: The run's workdir, which is not locked yet.
 
     Yields:
-      The run, whose `workdir` is to be locked and whose `begin` is to be called before the first step.
+      The run. The caller locks its `workdir`, and calls `begin` before the first step.
 
     Raises:
-      Preempted: instead of a StoreError, where there is a checkpoint to continue from.
+      Preempted: The checkpoint store failed, and there is a checkpoint to continue from.
     """
     run = Run(workdir)
     try:
         with run.workdir, _summary(run):
             yield run
-    except (AgreedError, StoppedByRule, Preempted):  # Every process of the run raises it.
+    except (AgreedError, StoppedByRule, Preempted):  # Every process of the run raises these.
         raise
     except BaseException as error:
         if watchdog.is_child():

@@ -1,4 +1,4 @@
-"""The phases of a run as spans of its steps."""
+"""Divides the steps of a run into the spans of its phases."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ def phase_spans(phases: Sequence[Phase], ends: Sequence[int], total_steps: int) 
     """Returns the spans of those phases that have steps among the run's first `total_steps`.
 
     Args:
-      phases: the phases of the config, in order.
-      ends: the step at which each of them ends, as `Mixture.phase_ends` returns them.
-      total_steps: the number of steps of the run, which may end it within a phase.
+      phases: The phases of the config, in order.
+      ends: The step at which each of them ends, as `Mixture.phase_ends` returns them.
+      total_steps: The number of steps of the run, which may end within a phase.
     """
     firsts = [0, *ends]
     spans = [PhaseSpan(p, first, min(end, total_steps)) for p, first, end in zip(phases, firsts, ends, strict=False)]
@@ -34,15 +34,15 @@ def phase_spans(phases: Sequence[Phase], ends: Sequence[int], total_steps: int) 
 
 
 def span_index(spans: Sequence[PhaseSpan], step: int) -> int:
-    """Returns the index of the span that holds a step (numbered from 0)."""
+    """Returns the index of the span that contains a step (numbered from 0)."""
     return next(i for i, span in enumerate(spans) if span.first <= step < span.end)
 
 
 def next_starts_from_best(spans: Sequence[PhaseSpan], index: int) -> bool:
-    """Whether the next phase starts from the best checkpoint of this span rather than from its end."""
+    """Returns whether the next phase starts from the best checkpoint of this span rather than from its end."""
     return index + 1 < len(spans) and spans[index + 1].phase.seed_from == "best"
 
 
 def warm_start_ranges(spans: Sequence[PhaseSpan]) -> list[range]:
-    """The checkpoints among which the start of a later phase is selected, one range for each such phase."""
+    """Returns the steps among whose checkpoints the start of a later phase is selected, one range for each phase."""
     return [span.saved_steps for i, span in enumerate(spans) if next_starts_from_best(spans, i)]

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every microbatch shape that a run will need, before its first step."""
+"""Compiles the step functions for every microbatch shape that a run will need, before its first step."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -14,13 +14,18 @@ from mice_jax.sharding import batch_sharding, num_shards
 from mice_jax.step import Batch, StepFunctions
 from mice_jax.training.phases import PhaseSpan
 
-MAX_PLANNED_SAMPLES = 2_000_000  # planning the steps of this many takes about two seconds
+MAX_PLANNED_SAMPLES = 2_000_000  # Planning the steps of this many takes two seconds.
 
 
 def shapes_to_compile(steps: StepSource, start: int, stop: int) -> list[Shape]:
-    """The microbatch shapes of the steps from `start` to `stop`, exclusive, largest first.
+    """Returns the microbatch shapes of a range of steps, largest first.
 
     Only the steps of the first MAX_PLANNED_SAMPLES samples are planned. A later step may still need another shape.
+
+    Args:
+      steps: The steps of the run.
+      start: The first step, counted from 0.
+      stop: The end of the range, exclusive.
     """
     shapes: set[Shape] = set()
     samples = 0
@@ -34,13 +39,13 @@ def shapes_to_compile(steps: StepSource, start: int, stop: int) -> list[Shape]:
 
 
 class Compiled(NamedTuple):
-    """What was compiled before the first step."""
+    """The number of microbatch shapes that were compiled, and the seconds that it took."""
 
     shapes: int
     seconds: float
 
     def sentence(self, cache: Path) -> str:
-        """Reports it; `cache` is the folder of compiled programs."""
+        """Returns a sentence about the compilation; `cache` is the folder of compiled programs."""
         return f"{self.shapes} microbatch shapes compiled, or found in {cache}, in {self.seconds:.0f} s"
 
 
@@ -53,16 +58,19 @@ def compile_run(
     spans: Sequence[PhaseSpan],
     mesh: Mesh,
 ) -> Compiled:
-    """Compiles all that the steps of a run still need; nothing where the run is complete.
+    """Compiles all functions that the remaining steps of a run need.
 
     Args:
-      fns: the run's step functions.
-      steps: its steps.
-      start: the number of steps that are done.
-      total_steps: the number of its last step.
-      held_out: one pass over each set of held-out samples.
-      spans: its phases.
-      mesh: its mesh.
+      fns: The run's step functions.
+      steps: The run's steps.
+      start: The number of steps that are done.
+      total_steps: The number of the run's last step.
+      held_out: One pass over each set of held-out samples.
+      spans: The run's phases.
+      mesh: The run's mesh.
+
+    Returns:
+      The number of shapes, which is 0 if the run is complete, and the seconds.
     """
     shapes = shapes_to_compile(steps, start, total_steps)
     if not shapes:
@@ -75,17 +83,17 @@ def compile_run(
 def compile_step_functions(
     fns: StepFunctions, trained: Iterable[Shape], evaluated: Iterable[Shape], mesh: Mesh, *, resets: bool
 ) -> float:
-    """Compiles the functions of steps and evaluations, so that no later step waits for a compilation; runs nothing.
+    """Compiles the functions of steps and evaluations without running them, so that no later step has to compile.
 
     Args:
-        fns: the functions of a step.
-        trained: microbatch shapes of the steps.
-        evaluated: microbatch shapes of the held-out loss.
-        mesh: mesh of the run.
-        resets: whether a later phase resets the optimizer, which takes one more function.
+      fns: The run's step functions.
+      trained: The microbatch shapes of the steps.
+      evaluated: The microbatch shapes of the held-out loss.
+      mesh: The run's mesh.
+      resets: Whether a later phase resets the optimizer, which needs another function.
 
     Returns:
-        The seconds that it took.
+      The seconds that it took.
     """
     began = time.perf_counter()
     state, sums = fns.abstract_state, fns.abstract_sums
@@ -100,7 +108,16 @@ def compile_step_functions(
 
 
 def abstract_batch(mesh: Mesh, rows: int, slots: int) -> Batch:
-    """The shapes and shardings of a microbatch with `rows` rows of `slots` slots on each device."""
+    """Returns the shapes and shardings of a microbatch.
+
+    Args:
+      mesh: The run's mesh.
+      rows: The number of rows on each device.
+      slots: The number of slots of a row.
+
+    Returns:
+      ShapeDtypeStructs by name, each with the shape [B T].
+    """
     sharding, total = batch_sharding(mesh), rows * num_shards(mesh)
     one = empty_rows(1, slots)
     made: Any = {n: jax.ShapeDtypeStruct((total, slots), a.dtype, sharding=sharding) for n, a in one.items()}

@@ -1,4 +1,4 @@
-"""The counters of a run, the threshold of a gradient spike, and deadlines."""
+"""Keeps the counters of a run, the threshold of gradient spikes, and deadlines."""
 
 import dataclasses
 import math
@@ -14,15 +14,26 @@ NOISE_EMA_WEIGHT = 0.1  # The weight of the newest step in the running means of 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a checkpoint holds besides the arrays; the counters are cumulative over the run."""
+    """The part of a checkpoint that is not arrays. The counters are cumulative over the run.
+
+    Each estimate of grad_sq and sample_variance is noisy and may be negative, so both are averaged before their ratio
+    is taken.
+
+    Attributes:
+      samples: The number of samples seen.
+      tokens: The number of tokens seen.
+      loss_tokens: The number of tokens with a loss.
+      skipped: The number of steps whose update was skipped because of train.skip_spikes.
+      norms: The gradient norms of the latest steps.
+      grad_sq: The running mean of the true gradient's squared norm.
+      sample_variance: The running mean of the variance of one sample's gradient.
+    """
 
     samples: int = 0
     tokens: int = 0
     loss_tokens: int = 0
-    skipped: int = 0  # steps whose update was skipped because of train.skip_spikes
-    norms: tuple[float, ...] = ()  # gradient norms of the latest steps
-    # Running means of the true gradient's squared norm and of one sample's variance. Each estimate is noisy and may
-    # be negative, so both are averaged first and their ratio is taken last.
+    skipped: int = 0
+    norms: tuple[float, ...] = ()
     grad_sq: float = 0.0
     sample_variance: float = 0.0
 
@@ -32,10 +43,10 @@ class Progress:
         """Returns the progress after one more step.
 
         Args:
-          batch: the step's counts, as the loader gives them.
-          grad_norm: the norm of the step's mean gradient.
-          skipped: whether the update was skipped.
-          grad_sq_unbiased: an unbiased estimate of the true gradient's squared norm; NaN where there is none.
+          batch: The step's counts, as the loader returns them.
+          grad_norm: The norm of the step's mean gradient.
+          skipped: Whether the update was skipped.
+          grad_sq_unbiased: An unbiased estimate of the true gradient's squared norm; NaN if there is none.
         """
         grad_sq, variance = self.grad_sq, self.sample_variance
         if math.isfinite(grad_sq_unbiased):
@@ -54,18 +65,18 @@ class Progress:
         )
 
     def counters(self) -> dict[str, int]:
-        """The counters that every line of metrics.jsonl has."""
+        """Returns the counters that every line of metrics.jsonl has."""
         return {"samples": self.samples, "tokens": self.tokens, "loss_tokens": self.loss_tokens}
 
     def noise_scale(self) -> float | None:
-        """The batch size, in samples, whose noise equals the true gradient; None where it cannot be estimated."""
+        """Returns the batch size, in samples, whose noise equals the true gradient; None if it cannot be estimated."""
         return self.sample_variance / self.grad_sq if self.grad_sq > 0 and self.sample_variance >= 0 else None
 
     def spike_threshold(self, factor: float) -> float:
-        """The gradient norm above which a step is a spike: `factor` times the median of the latest norms.
+        """Returns the gradient norm above which a step is a spike: `factor` times the median of the latest norms.
 
-        Spikes count among the latest norms too, so a norm that stays high soon stops being a spike. Infinite where
-        `factor` is 0 or there are too few norms.
+        Spikes count among the latest norms too, so a norm that stays high soon stops being a spike. The threshold is
+        infinite if `factor` is 0 or there are too few norms.
         """
         if not factor or len(self.norms) < MIN_NORMS:
             return math.inf
@@ -73,34 +84,40 @@ class Progress:
 
 
 def crosses_multiple(before: int, after: int, every: int) -> bool:
-    """Whether a counter passed a multiple of `every` between `before` and `after`; never where `every` is 0."""
+    """Returns whether a counter passed a multiple of `every`.
+
+    Args:
+      before: The counter's value before a step.
+      after: The counter's value after the step.
+      every: The distance of the multiples; 0 means that there are none.
+    """
     return bool(every) and after // every > before // every
 
 
 class Deadline:
-    """A number of minutes from when it is made or restarted; 0 minutes never pass."""
+    """A deadline that passes a number of minutes after it is made or restarted; 0 minutes never pass."""
 
     def __init__(self, minutes: float):
         self._minutes = minutes
         self.restart()
 
     def restart(self) -> None:
-        """Counts from now."""
+        """Restarts the minutes from now."""
         self._start = time.monotonic()
 
     def passed(self) -> bool:
-        """Whether the minutes have passed."""
+        """Returns whether the minutes have passed."""
         return bool(self._minutes) and time.monotonic() - self._start >= 60 * self._minutes
 
 
 class Lap:
-    """The wall-clock time between two calls."""
+    """Measures the wall-clock time between two calls."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last call, or since this was made."""
+        """Returns the seconds since the last call, or since the object was made."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         return seconds

@@ -1,4 +1,4 @@
-"""The metrics of a step: their names, and the object that metrics.jsonl holds for it."""
+"""Makes the record of a step, which is its line of metrics.jsonl, and knows the names of all metrics."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,19 @@ STEP_METRICS = (
     "loss", "grad_norm", "param_norm", "update_norm", "grad_sq_corrected", "noise_scale", "learning_rate", "epoch",
     "samples", "tokens", "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s",
 )  # fmt: skip
-SKIPPED_STEPS = "skipped_steps"  # only where train.skip_spikes is set
+SKIPPED_STEPS = "skipped_steps"  # Records have this only if train.skip_spikes is set.
 
 
 class Throughput(NamedTuple):
-    """What turns the time of a step into rates."""
+    """The numbers that convert the time of a step to rates.
+
+    Attributes:
+      spec: The model's architecture.
+      peak_flops: The peak FLOP/s of all devices together; None if it is not known.
+    """
 
     spec: ModelSpec
-    peak_flops: float | None  # FLOP/s of all devices together; None where it is not known
+    peak_flops: float | None
 
 
 def make_record(
@@ -39,14 +44,14 @@ def make_record(
     """Returns the line of a step, before any evaluation adds to it.
 
     Args:
-      step: the number of updates done, from 1.
-      phase: the name of the step's phase.
-      batch: the step's counts, as the loader gives them.
-      measured: the numbers that the step computed (`step.apply_sums`), as Python numbers.
-      progress: the counters after the step.
-      seconds: wall-clock time from the end of the step before to the end of this one.
-      throughput: the model and the devices' peak, for the rates.
-      skips_spikes: whether train.skip_spikes is set.
+      step: The number of updates done, from 1.
+      phase: The name of the step's phase.
+      batch: The step's counts, as the loader returns them.
+      measured: The numbers that the step computed (`step.apply_sums`), as Python numbers.
+      progress: The counters after the step.
+      seconds: The wall-clock time from the end of the step before to the end of this one.
+      throughput: The model and the peak of the devices, for the rates.
+      skips_spikes: Whether train.skip_spikes is set.
     """
     unbiased = measured["grad_sq_corrected"]
     record = {"step": step, "phase": phase, "epoch": batch["epoch"]} | progress.counters()
@@ -65,12 +70,21 @@ def make_record(
 
 
 def metric_names(config: Config, evaluated: Sequence[str]) -> list[str]:
-    """The names of all numbers that the lines of a run may have; `evaluated` are those of its evaluations."""
+    """Returns the names of all metrics of a run; `evaluated` are those of its evaluations."""
     return [*STEP_METRICS, *([SKIPPED_STEPS] if config.train.skip_spikes else []), *evaluated]
 
 
 def check_best_metric(config: Config, evaluated: Sequence[str], holds_out: bool) -> None:
-    """Raises UserError where checkpoints are selected by a metric that no line of the run will have."""
+    """Checks that the run measures the metric by which its checkpoints are selected.
+
+    Args:
+      config: The run's config.
+      evaluated: The names of the metrics of its evaluations.
+      holds_out: Whether any samples are held out.
+
+    Raises:
+      UserError: No record of the run will have the metric.
+    """
     name, known = config.checkpoint.best_metric, metric_names(config, evaluated)
     if name in known:
         return

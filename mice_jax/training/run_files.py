@@ -1,4 +1,4 @@
-"""What a run writes into its workdir before its first step, and what a resumed run reads back from there."""
+"""Writes the files of a run that exist before its first step, and reads them when the run is resumed."""
 
 import datetime
 from pathlib import Path
@@ -16,34 +16,34 @@ from mice_jax.models.transformer import Compute
 from mice_jax.storage.workdir import Workdir
 
 CONFIG = "config.json"
-ADDED = ("resolved", "provenance")  # keys of config.json that are not fields of the config
+ADDED = ("resolved", "provenance")  # These keys of config.json are not fields of the config.
 
 
 def first_day(workdir: Workdir) -> datetime.date | None:
-    """The day on which a run began, for chat templates that write the date; None for a run that begins now."""
+    """Returns the day on which a run began, for chat templates that write the date; None for a new run."""
     day = _resolved(workdir).get("today")
     return datetime.date.fromisoformat(day) if day else None
 
 
 def recorded_choices(workdir: Workdir, mesh: Mesh) -> dict[str, Any]:
-    """What the run chose for "auto" when it last ran on this mesh of such devices; empty where it did not."""
+    """Returns what "auto" stood for when the run last ran on such a mesh; empty if it never did."""
     resolved = _resolved(workdir)
     return resolved if mesh_and_device(mesh).items() <= resolved.items() else {}
 
 
 def mesh_and_device(mesh: Mesh) -> dict[str, Any]:
-    """The mesh and the kind of its devices, as config.json records them."""
+    """Returns the mesh and the kind of its devices, as config.json records them."""
     return {"mesh": dict(mesh.shape), "device": mesh.devices.flat[0].device_kind}
 
 
 def choices(mesh: Mesh, compute: Compute, rows: int, today: datetime.date) -> dict[str, Any]:
-    """What "auto" and 0 stand for in this run, as config.json records it.
+    """Returns what "auto" and 0 stand for in this run, as config.json records it.
 
     Args:
-      mesh: the mesh of the run.
-      compute: the dtype, attention backend and rematerialisation.
-      rows: rows of a microbatch on one device.
-      today: the date that chat templates write.
+      mesh: The run's mesh.
+      compute: The dtype, attention backend and remat policy.
+      rows: The number of rows of a microbatch on one device.
+      today: The date that chat templates write.
     """
     return mesh_and_device(mesh) | {
         "compute_dtype": jnp.dtype(compute.dtype).name,
@@ -55,7 +55,7 @@ def choices(mesh: Mesh, compute: Compute, rows: int, today: datetime.date) -> di
 
 
 def check_same_config(workdir: Workdir, config: Config) -> None:
-    """Raises UserError where the workdir holds a run of another config, apart from fields that a resume may change."""
+    """Raises UserError if the workdir has a run of another config, apart from fields that a resume may change."""
     old = workdir.read_json(CONFIG)
     if old is None:
         return
@@ -68,18 +68,25 @@ def check_same_config(workdir: Workdir, config: Config) -> None:
 
 
 def write_config(workdir: Workdir, config: Config, resolved: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Writes config.json: the config, what "auto" chose, and what produced the run."""
+    """Writes config.json.
+
+    Args:
+      workdir: The run's workdir.
+      config: The run's config.
+      resolved: The values that "auto" and 0 stand for, from `choices`.
+      provenance: The config's file and the overrides of the command line.
+    """
     workdir.write_json(CONFIG, to_dict(config) | {"resolved": resolved, "provenance": provenance})
 
 
 def write_model_folder(folder: Path, source: ModelSource, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes config.json, tokenizer and chat template, from which the run can be exported; once per run.
+    """Writes config.json, tokenizer and chat template, so that the run can be exported; does nothing if they exist.
 
     Args:
-      folder: the run's `model` folder.
-      source: what the run starts from.
-      spec: its model, with the vocabulary of the tokenizer.
-      tokenizer: the run's tokenizer, with its chat template.
+      folder: The run's `model` folder.
+      source: The model that the run starts from.
+      spec: The run's model, with the vocabulary of the tokenizer.
+      tokenizer: The run's tokenizer, with its chat template.
     """
     if (folder / CONFIG).exists():
         return
@@ -87,7 +94,7 @@ def write_model_folder(folder: Path, source: ModelSource, spec: ModelSpec, token
     tokenizer.save_pretrained(folder)
     dtype = source.stored_dtype()
     stored = source.config | {"dtype": dtype, "torch_dtype": dtype, "vocab_size": spec.vocab_size}
-    Workdir(folder).write_json(CONFIG, stored)  # Written last: its presence means that the folder is complete.
+    Workdir(folder).write_json(CONFIG, stored)  # This is written last: its presence means that the folder is complete.
 
 
 def _resolved(workdir: Workdir) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The state that a run, or one of its phases, starts with."""
+"""Makes the state that a run, or one of its phases, starts with."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,18 +25,18 @@ def restore_or_start(
     """Restores the newest intact checkpoint of the run, or starts from what `model.init_from` names.
 
     Args:
-      checkpoints: the run's checkpoints.
-      source: where the parameters come from where there is no checkpoint.
-      decoder: the model.
-      fns: the run's step functions, with the shapes and shardings of its state.
-      seed: of random parameters.
-      log: is called with a sentence about each damaged checkpoint.
+      checkpoints: The run's checkpoints.
+      source: The model to start from if there is no checkpoint.
+      decoder: The model.
+      fns: The run's step functions, with the shapes and shardings of its state.
+      seed: The seed of random parameters.
+      log: Called with a sentence about each damaged checkpoint.
 
     Returns:
       The number of steps done, the state after them, and the counters.
 
     Raises:
-      UserError: where there are only damaged checkpoints.
+      UserError: All checkpoints are damaged.
     """
     restored = checkpoints.restore_newest(fns.abstract_state, log)
     if restored is not None:
@@ -47,7 +47,7 @@ def restore_or_start(
 
 
 def decoder_mesh(fns: StepFunctions) -> jax.sharding.Mesh:
-    """The mesh that a run's step functions are compiled for."""
+    """Returns the mesh that a run's step functions are compiled for."""
     return jax.tree.leaves(fns.abstract_state.params)[0].sharding.mesh
 
 
@@ -59,18 +59,18 @@ def enter_phase(
     checkpoints: Checkpoints,
     log: Callable[[str], None],
 ) -> TrainState:
-    """Returns the state with which a phase after the first begins; the step count continues, and so the schedule.
+    """Returns the state with which a phase after the first begins. The step count, and so the schedule, continues.
 
     Args:
-      spans: the phases of the run.
-      index: the phase that begins.
-      state: the state at the end of the phase before.
-      fns: the run's step functions.
-      checkpoints: the run's checkpoints.
-      log: is called with a sentence about where the phase starts from.
+      spans: The phases of the run.
+      index: The index of the phase that begins.
+      state: The state at the end of the phase before, whose arrays may be deleted.
+      fns: The run's step functions.
+      checkpoints: The run's checkpoints.
+      log: Called with a sentence about where the phase starts from.
 
     Raises:
-      UserError: where the phase starts from the best checkpoint and none has a score.
+      UserError: The phase starts from the best checkpoint, but none has a score.
     """
     phase, before = spans[index].phase, spans[index - 1]
     if phase.seed_from == "best":
