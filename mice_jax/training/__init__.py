@@ -1,0 +1,1 @@
+"""Training runs: how they are built, started, evaluated, saved, stopped and summarised."""

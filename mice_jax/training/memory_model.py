@@ -22,46 +22,71 @@ from mice_jax.models.attention import BACKENDS
 from mice_jax.models.transformer import Decoder
 from mice_jax.step import TrainState
 
-REMAT_POLICIES = ("none", "dots", "full")  # from the fastest to the one that needs the least memory
-MAX_CPU_SLOTS = 4096  # of a microbatch on one CPU device; larger ones are not faster
-MAX_ROWS = 64  # of a microbatch on one device of any other kind
-TPU_LANES = 128  # the last dim of an array on a TPU is padded to a multiple of this
-USABLE_FRACTION = 0.9  # of a device's memory, which leaves room for the error of the estimate
+# The remat policies, from the fastest to the one that needs the least memory.
+REMAT_POLICIES = ("none", "dots", "full")
+# The maximum number of slots of a microbatch on one CPU device. Larger microbatches are not faster.
+MAX_CPU_SLOTS = 4096
+# The maximum number of rows of a microbatch on one device of any other kind.
+MAX_ROWS = 64
+# The last dim of an array on a TPU is padded to a multiple of this.
+TPU_LANES = 128
+# The fraction of a device's memory that an estimate may fill, which leaves room for the error of the estimate.
+USABLE_FRACTION = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryInputs:
-    """Inputs of the memory model that do not depend on rows or remat."""
+    """Inputs of the memory model that do not depend on rows or remat.
+
+    Attributes:
+      decoder: The model.
+      state: The shapes and shardings of the training state.
+      mesh: The run's mesh.
+      dtype: The dtype of the forward and backward pass.
+      attention: The name of the attention backend.
+      sums_dtype: The dtype of the accumulated gradients.
+      max_length: The number of slots of a row.
+    """
 
     decoder: Decoder
-    state: TrainState  # shapes with shardings
+    state: TrainState
     mesh: Mesh | AbstractMesh
-    dtype: Any  # of the forward and backward pass
-    attention: str  # name of the backend
-    sums_dtype: Any  # of the accumulated gradients
-    max_length: int  # slots of a row
+    dtype: Any
+    attention: str
+    sums_dtype: Any
+    max_length: int
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one device at the peak of a step, by purpose."""
+    """The bytes of one device at the peak of a step, by purpose.
+
+    Attributes:
+      params: The parameters.
+      optimizer: The optimizer's state.
+      sums: The accumulated gradients of the step.
+      gradients: The gradients of one microbatch.
+      cast: The parameters in the compute dtype. XLA casts all of them before the first layer.
+      activations: The activations that are saved for the backward pass.
+      working: The temporary arrays of one layer or of the loss, whichever are larger.
+    """
 
     params: int
     optimizer: int
-    sums: int  # accumulated gradients of the step
-    gradients: int  # of one microbatch
-    cast: int  # the parameters in the compute dtype; XLA casts all of them before the first layer
-    activations: int  # saved for the backward pass
-    working: int  # of one layer or of the loss, whichever is larger
+    sums: int
+    gradients: int
+    cast: int
+    activations: int
+    working: int
 
     @property
     def resident(self) -> int:
-        """Bytes that are allocated all through a run."""
+        """The bytes that are allocated during the whole run."""
         return self.params + self.optimizer + self.sums
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """The bytes at the peak."""
         return self.resident + self.gradients + self.cast + self.activations + self.working
 
 
@@ -69,9 +94,9 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
     """Estimates the peak memory of a step on one device.
 
     Args:
-        inputs: what does not depend on rows or remat.
-        rows: rows of the largest microbatch on one device.
-        remat: rematerialisation policy, one of REMAT_POLICIES.
+        inputs: The inputs that do not depend on rows or remat.
+        rows: The number of rows of the largest microbatch on one device.
+        remat: The rematerialisation policy, one of REMAT_POLICIES.
 
     Returns:
         The estimate, in bytes of one device.
@@ -99,15 +124,15 @@ def choose_rows_and_remat(
     """Chooses the rows of a microbatch on one device and the remat policy.
 
     Args:
-        inputs: what does not depend on rows or remat.
-        memory: bytes that a program may use of one device.
-        rows: rows that the config asks for; 0 = as many as fit.
-        policies: remat policies in the order in which they are tried. The first that leaves room for `rows`, or for one
-            row, is taken; if none does, the last.
-        most: largest number of rows to choose.
+        inputs: The inputs that do not depend on rows or remat.
+        memory: The memory of one device that a program may use, in bytes.
+        rows: The number of rows that the config sets; 0 chooses as many as fit.
+        policies: The remat policies in the order in which they are tried. The first that leaves room for `rows`, or for
+            one row, is chosen; if none does, the last.
+        most: The largest number of rows to choose.
 
     Returns:
-        Rows and remat policy.
+        The number of rows and the remat policy.
     """
     for policy in policies[:-1]:
         fitting = max_fitting_rows(inputs, memory, policy, max(most, rows))
@@ -117,21 +142,21 @@ def choose_rows_and_remat(
 
 
 def remat_policies_fastest_first(platform: str) -> tuple[str, ...]:
-    """The remat policies worth trying on a platform: on CPUs, loading what `none` saves is slower than recomputing."""
+    """Returns the remat policies worth trying. On CPUs, recomputing is faster than loading what `none` saves."""
     return tuple(p for p in REMAT_POLICIES if platform != "cpu" or p != "none")
 
 
 def max_fitting_rows(inputs: MemoryInputs, memory: float, remat: str, most: int) -> int:
-    """The largest number of rows whose estimate fits.
+    """Returns the largest number of rows whose estimate fits.
 
     Args:
-        inputs: what does not depend on rows or remat.
-        memory: bytes that a program may use of one device.
-        remat: rematerialisation policy.
-        most: largest number of rows to return.
+        inputs: The inputs that do not depend on rows or remat.
+        memory: The memory of one device that a program may use, in bytes.
+        remat: The rematerialisation policy.
+        most: The largest number of rows to return.
 
     Returns:
-        Rows of a microbatch on one device; 0 if not even one row fits.
+        The number of rows of a microbatch on one device; 0 if not even one row fits.
     """
 
     def needed(rows: int) -> int:
@@ -141,15 +166,15 @@ def max_fitting_rows(inputs: MemoryInputs, memory: float, remat: str, most: int)
 
 
 def max_useful_rows(inputs: MemoryInputs, platform: str, wanted: float) -> int:
-    """The number of rows of one device beyond which a microbatch is not faster or cannot be indexed by attention.
+    """Returns the number of rows of one device beyond which a microbatch is not faster or attention cannot index it.
 
     Args:
-        inputs: what does not depend on rows or remat.
-        platform: cpu, gpu or tpu.
-        wanted: rows of one device that a whole step has on average.
+        inputs: The inputs that do not depend on rows or remat.
+        platform: The platform of the devices: cpu, gpu or tpu.
+        wanted: The number of rows of one device that a whole step has on average.
 
     Returns:
-        Rows, at least one.
+        The number of rows, at least one.
     """
     most = max(1, MAX_CPU_SLOTS // inputs.max_length) if platform == "cpu" else MAX_ROWS
     _, query_width, _, _ = _widths(inputs)
@@ -158,7 +183,7 @@ def max_useful_rows(inputs: MemoryInputs, platform: str, wanted: float) -> int:
 
 
 def device_memory_bytes(device: Any) -> int:
-    """Bytes that a program may use of a device; the devices of a CPU share the memory of the machine."""
+    """Returns the bytes of a device that a program may use. The devices of a CPU share the memory of the machine."""
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
@@ -169,59 +194,59 @@ def device_memory_bytes(device: Any) -> int:
 
 
 def host_memory_bytes() -> int:
-    """Physical memory of this machine in bytes."""
+    """Returns the physical memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that one device stores of a pytree of arrays, or of shapes with shardings."""
+    """Returns the bytes that one device stores of a pytree of arrays, or of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-# ---------------------------------------------------------------------------------------- what is alive at the peak
+# ---------------------------------------------------------------------------------------- arrays alive at the peak
 def _widths(inputs: MemoryInputs) -> tuple[int, int, int, int]:
-    """d_model, and the columns of queries, of keys and of the MLP on one device."""
+    """Returns d_model, and the widths of the queries, the keys and the MLP on one device."""
     s, tensor = inputs.decoder.spec, inputs.mesh.shape["tensor"]
     head = -(-s.head_dim // TPU_LANES) * TPU_LANES if inputs.attention == "splash" else s.head_dim
     return s.d_model, s.num_heads * head // tensor, s.num_kv_heads * head // tensor, s.d_ff // tensor
 
 
 def _saved_per_slot(inputs: MemoryInputs, remat: str) -> int:
-    """Array entries a slot that one layer saves for the backward pass."""
+    """Returns the number of array entries per slot that one layer saves for the backward pass."""
     d, q, k, f = _widths(inputs)
     attention_output = q if BACKENDS[inputs.attention].saved_by_dots else 0
-    windows = len(set(inputs.decoder.spec.windows))  # each is a branch of a switch, which saves more for several
-    if remat == "full":  # the input of the layer
+    windows = len(set(inputs.decoder.spec.windows))  # Each is a branch of a switch, which saves more for several.
+    if remat == "full":  # Only the input of the layer is saved.
         return d
-    if remat == "dots":  # in addition the results of all matmuls with weights but the last
+    if remat == "dots":  # The results of all matmuls with weights, except the last, are saved too.
         return 2 * d + q + 2 * k + 2 * f + attention_output
     return 10 * d + 3 * q + 3 * k + 6 * f + (windows - 1) * (q + k)
 
 
 def _working_per_slot(inputs: MemoryInputs) -> int:
-    """Array entries a slot of the layer whose backward pass is running."""
+    """Returns the number of array entries per slot of the layer whose backward pass is running."""
     d, q, k, f = _widths(inputs)
     entries = 4 * d + 2 * q + 2 * k + 5 * f
-    if inputs.attention == "reference":  # masks and scores between all slots of a row
+    if inputs.attention == "reference":  # It has masks and scores between all slots of a row.
         entries += 4 * inputs.max_length * inputs.decoder.spec.num_heads // inputs.mesh.shape["tensor"]
     return entries
 
 
 def _attention_bytes_per_row(inputs: MemoryInputs) -> int:
-    """Bytes that the attention backend needs for a row in one layer, besides arrays of the layer's widths."""
+    """Returns the bytes that attention needs for a row in one layer, besides arrays of the layer's widths."""
     heads = -(-inputs.decoder.spec.num_heads // inputs.mesh.shape["tensor"])
     return BACKENDS[inputs.attention].row_bytes(inputs.max_length, heads)
 
 
 def _gathered_weights(inputs: MemoryInputs) -> int:
-    """Entries of the weights that a device has gathered while it uses them: those of a layer and of the next one."""
+    """Returns the number of entries of the weights that a device has gathered, which are those of two layers."""
     total = sum(x.size for x in jax.tree.leaves(inputs.decoder.abstract["layers"]))
     return 2 * total // inputs.decoder.spec.num_layers // inputs.mesh.shape["tensor"]
 
 
 def _lm_head_bytes(inputs: MemoryInputs, rows: int) -> int:
-    """Bytes of the gathered output projection, of its float32 gradient and of three arrays of a chunk's logits."""
+    """Returns the bytes of the gathered output projection, its float32 gradient and three arrays of chunk logits."""
     vocab = inputs.decoder.vocab_rows // inputs.mesh.shape["tensor"]
     tokens = max(rows, tokens_per_chunk(inputs.decoder.vocab_rows))
     return vocab * (inputs.decoder.spec.d_model * (inputs.dtype.itemsize + 4) + 3 * 4 * tokens)

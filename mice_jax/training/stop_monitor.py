@@ -1,4 +1,4 @@
-"""Checks after each step of a run whether a rule stops it: its own rules, and the rule of the sweep it belongs to.
+"""Checks after each step of a run whether a rule stops it. The rules are its own and that of the sweep it belongs to.
 
 A trial gets its place in the sweep through an environment variable and reads its siblings' records from their folders.
 Rules that compare siblings decide at fixed fractions of the run, so a decision depends on files alone and is the same
@@ -17,18 +17,28 @@ from mice_jax.storage import jsonl
 from mice_jax.storage.workdir import METRICS
 from mice_jax.training import stop_rules
 
-TRIAL_VARIABLE = "MICE_JAX_TRIAL"  # environment variable that holds a trial's `Trial` as JSON
+TRIAL_VARIABLE = "MICE_JAX_TRIAL"  # This environment variable has the trial's `Trial` as JSON.
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """The place of a run in its sweep."""
+    """The place of a run in its sweep.
 
-    runs: str  # folder that holds the runs of all trials
+    Attributes:
+      runs: The folder with the runs of all trials.
+      number: The number of the trial.
+      storage: The URL of the study's database.
+      study: The name of the study.
+      rule: The name and the fields of the rule (`rule_fields`); None if the sweep has none.
+      metric: The metric by which trials are compared.
+      mode: "min" or "max".
+    """
+
+    runs: str
     number: int
-    storage: str  # URL of the study's database
-    study: str  # name of the study
-    rule: dict[str, Any] | None  # name and fields of the rule, see `rule_fields`
+    storage: str
+    study: str
+    rule: dict[str, Any] | None
     metric: str
     mode: str
 
@@ -39,12 +49,12 @@ class Trial:
 
 # ---------------------------------------------------------------------------------------- records on disk
 def read_records(folder: Path) -> list[stop_rules.Record]:
-    """The complete lines of a run's metrics.jsonl; empty if there is no such file."""
+    """Returns the complete lines of a run's metrics.jsonl; empty if there is no such file."""
     return jsonl.read(folder / METRICS)
 
 
 def last_record(folder: Path) -> stop_rules.Record:
-    """The last complete line of a run's metrics.jsonl; empty if there is none."""
+    """Returns the last complete line of a run's metrics.jsonl; empty if there is none."""
     return jsonl.read_last(folder / METRICS)
 
 
@@ -63,13 +73,13 @@ def rule_from_fields(fields: dict[str, Any]) -> stop_rules.SiblingRule:
 
 # ---------------------------------------------------------------------------------------- the monitor
 class StopMonitor:
-    """Decides after each step whether a run is to stop, and why.
+    """Decides after each step whether a run stops, and why.
 
     Args:
-        folder: local folder of the run; records of an earlier process are read from its metrics.jsonl.
-        stop: settings of the rules that every run has.
-        vocab_size: number of token ids of the model.
-        total_steps: planned steps of the run.
+        folder: The local folder of the run; records of an earlier process are read from its metrics.jsonl.
+        stop: The settings of the rules that every run has.
+        vocab_size: The number of token ids of the model.
+        total_steps: The number of planned steps of the run.
     """
 
     def __init__(self, folder: Path, stop: config.Stop, vocab_size: int, total_steps: int):

@@ -34,15 +34,15 @@ class ColumnarRecords(Sequence[Record]):
     compared with each other.
 
     Args:
-        columns: float64 arrays [N] by name of the metric; NaN where a record has no such number.
-        phases: the phase of each record; empty where the records name none.
+        columns: The float64 array [N] of each metric by name; NaN where a record has no such number.
+        phases: The phase of each record; empty if the records have none.
     """
 
     def __init__(self, columns: Mapping[str, np.ndarray], phases: Sequence[str] = ()):
         self.columns, self.phases = columns, phases
-        self.records: dict[int, Record] = {}  # by index
-        self.prefixes: dict[int, ColumnarRecords] = {}  # by length
-        self.signals: dict[tuple[str, float], float] = {}  # by name and window
+        self.records: dict[int, Record] = {}  # The key is the index.
+        self.prefixes: dict[int, ColumnarRecords] = {}  # The key is the length.
+        self.signals: dict[tuple[str, float], float] = {}  # The key is the name and the window.
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -93,9 +93,9 @@ def signal(records: Records, name: str, window: float = WINDOW) -> float:
     not averaged: the latest one counts.
 
     Args:
-        records: the records of a run, up to the point of interest.
-        name: one of SIGNALS, or any other number of the records.
-        window: share of the samples so far that counts as recent.
+        records: The records of a run, up to the point of interest.
+        name: One of SIGNALS, or any other number of the records.
+        window: The share of the samples so far that counts as recent.
 
     Returns:
         The signal; NaN where it was never measured.
@@ -158,8 +158,8 @@ class Objective:
         otherwise.
 
         Args:
-            records: the records of the run.
-            siblings: the records of each sibling, up to the same number of samples.
+            records: The records of the run.
+            siblings: The records of each sibling, up to the same number of samples.
 
         Returns:
             The value of the run, and the values of the siblings that have one.
@@ -172,7 +172,7 @@ class Objective:
         return signal(records, "loss"), [loss for loss in losses if not math.isnan(loss)]
 
     def is_best(self, records: Records, siblings: Sequence[Records]) -> bool:
-        """Whether no sibling is better at the same number of samples."""
+        """Returns whether no sibling is better at the same number of samples."""
         own, others = self.comparable_values(records, siblings)
         return all(own <= other for other in others)
 
@@ -184,9 +184,9 @@ class Rule(Protocol):
         """Decides on a run after its latest step.
 
         Args:
-            records: the records of the run so far.
-            siblings: the records of each sibling, up to the same number of samples.
-            objective: what the runs are compared by.
+            records: The records of the run so far.
+            siblings: The records of each sibling, up to the same number of samples.
+            objective: The metric by which the runs are compared.
 
         Returns:
             The reason to stop the run; "" to continue.
@@ -202,7 +202,7 @@ class DivergenceRule:
     of the phase's first START_SAMPLES samples, or of its first step where that step has more samples.
     """
 
-    margin: float = 1.0  # nats
+    margin: float = 1.0  # The unit is nats.
     steps: int = 10
 
     def reason_to_stop(
@@ -239,8 +239,8 @@ class DeadModelRule:
     """
 
     vocab_size: int
-    near: float = 0.05  # largest distance of the loss from ln(vocab_size), as a share of it
-    vanished: float = 1e-3  # largest gradient norm, as a share of the first step's
+    near: float = 0.05  # The largest distance of the loss from ln(vocab_size), as a share of it.
+    vanished: float = 1e-3  # The largest gradient norm, as a share of the first step's.
     steps: int = 10
 
     def reason_to_stop(
@@ -271,8 +271,8 @@ class PaperRule:
 
     fractions: tuple[float, ...] = FRACTIONS
     window: float = WINDOW
-    margin: float = 0.0  # by which both must differ, as a share of their values
-    norm: str = "grad_norm_corrected"  # or grad_norm, which is comparable among runs of one batch size only
+    margin: float = 0.0  # Both must differ by more than this share of their values.
+    norm: str = "grad_norm_corrected"  # The alternative, grad_norm, is comparable among runs of one batch size only.
 
     def reason_to_stop(self, records: Records, siblings: Sequence[Records], objective: Objective) -> str:
         """Returns the reason to stop the run, or "" to continue; see `Rule`."""
@@ -332,15 +332,15 @@ def rules_of_every_run(margin: float, steps: int, vocab_size: int) -> list[Rule]
     """Returns the rules that apply to every run, whether it is part of a sweep or not.
 
     Args:
-        margin: nats above the start of its phase from which a loss counts as diverged.
-        steps: how many steps in a row a condition must hold; 0 turns both rules off.
-        vocab_size: number of token ids of the model.
+        margin: The distance from the start of its phase above which a loss counts as diverged, in nats.
+        steps: The number of steps in a row for which a condition must hold; 0 turns both rules off.
+        vocab_size: The number of token ids of the model.
     """
     return [DivergenceRule(margin, steps), DeadModelRule(vocab_size, steps=steps)] if steps else []
 
 
 def first_reason(rules: Sequence[Rule], records: Records) -> str:
-    """Returns the reason of the first rule that stops a run by its own records; "" where none does."""
+    """Returns the reason of the first rule that stops a run by its own records; "" if none does."""
     reasons = (rule.reason_to_stop(records, (), Objective()) for rule in rules)
     return next(filter(None, reasons), "")
 
@@ -351,10 +351,10 @@ def reason_among_siblings(
     """Compares a run with its siblings at the run's number of samples; the best run so far is never stopped.
 
     Args:
-        rule: the rule of the sweep.
-        records: the records of the run so far.
-        siblings: all records of each sibling; those that have not come as far are left out.
-        objective: what the runs are compared by.
+        rule: The rule of the sweep.
+        records: The records of the run so far.
+        siblings: All records of each sibling; those that have not come as far are left out.
+        objective: The metric by which the runs are compared.
 
     Returns:
         The reason to stop the run; "" to continue.

@@ -1,4 +1,4 @@
-"""Why a run stops before its last step, decided in the same way by all of its processes."""
+"""Decides whether a run stops before its last step. All processes of the run come to the same decision."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +13,23 @@ from mice_jax.training.progress import Deadline
 
 
 class Seen(NamedTuple):
-    """What happened during a step, in this process or, once the processes have agreed, in any of them."""
+    """The events of a step in this process or, after the processes have agreed, in any of them.
 
-    signal: bool = False  # SIGTERM, SIGINT or SIGUSR1
-    preemption: bool = False  # a notice that a machine will be taken away
-    time_limit: bool = False  # train.max_minutes have passed
-    stop_rule: bool = False  # a stop rule applies
+    Attributes:
+      signal: The process received SIGTERM, SIGINT or SIGUSR1.
+      preemption: There is a notice that a machine will be preempted.
+      time_limit: train.max_minutes have passed.
+      stop_rule: A stop rule applies.
+      benchmark_failed: A benchmark could not be scored.
+      save_time: checkpoint.every_minutes have passed.
+    """
+
+    signal: bool = False
+    preemption: bool = False
+    time_limit: bool = False
+    stop_rule: bool = False
     benchmark_failed: bool = False
-    save_time: bool = False  # checkpoint.every_minutes have passed
+    save_time: bool = False
 
 
 class Stop(NamedTuple):
@@ -30,9 +39,14 @@ class Stop(NamedTuple):
 
 
 class Poll(NamedTuple):
-    """What `StopSignals.poll` decides after a step."""
+    """The decisions of `StopSignals.poll` after a step.
 
-    save: bool  # the clock asks for a checkpoint
+    Attributes:
+      save: Whether the clock asks for a checkpoint.
+      stop: The decision to stop; None if the run continues.
+    """
+
+    save: bool
     stop: Stop | None
 
 
@@ -48,17 +62,17 @@ def decide(
 ) -> Stop | None:
     """Decides whether a run stops after a step, and with which error.
 
-    A failed benchmark comes first, since the user has to fix it; then a stop rule; then whatever asked the run to make
-    room, which no longer matters after the last step.
+    A failed benchmark has priority, because the user has to fix it. A stop rule comes second. Signals, preemption and
+    the time limit come last, and do not matter after the last step.
 
     Args:
-      seen: what happened in any process.
-      step: the step that was just done.
-      is_last: whether it is the run's last step.
-      signal_name: the name of the signal that this process received.
-      rule_reason: the reason that the stop rule of this process gave.
-      failure: the error of the benchmark that failed in this process.
-      checkpoint: where the step is saved, for messages.
+      seen: The events in any process.
+      step: The step that was just done.
+      is_last: Whether it is the run's last step.
+      signal_name: The name of the signal that this process received.
+      rule_reason: The reason that the stop rule of this process gave.
+      failure: The error of the benchmark that failed in this process.
+      checkpoint: The checkpoint of the step, for messages.
 
     Returns:
       The stop with its error, or None where the run continues.
@@ -82,7 +96,7 @@ def decide(
 
 
 def _benchmark_error(failure: Exception | None, checkpoint: RunPath | Path | str) -> Exception:
-    """The error of a run one of whose benchmarks could not be scored; a bug of ours keeps its own type."""
+    """Returns the error of a run with a benchmark that could not be scored. A bug in this package keeps its type."""
     if failure and not isinstance(failure, UserError):
         return failure
     return AgreedError(
@@ -109,13 +123,13 @@ class StopSignals:
         """Starts to listen for preemption notices.
 
         Args:
-          preemption: the handler of this process's signals.
-          checkpoints: the run's checkpoints, whose coordination service knows of preemption notices.
-          time_limit: when train.max_minutes have passed.
-          first_step: the number of steps that were done before this process started.
-          total_steps: the number of the run's last step.
-          save_every_minutes: checkpoint.every_minutes; 0 = never.
-          stop_rules: returns the reason to stop after a record, or ""; None in all but the main process.
+          preemption: The handler of this process's signals.
+          checkpoints: The run's checkpoints, whose coordination service knows of preemption notices.
+          time_limit: The deadline of train.max_minutes.
+          first_step: The number of steps that were done before this process started.
+          total_steps: The number of the run's last step.
+          save_every_minutes: The value of checkpoint.every_minutes; 0 never asks for a checkpoint.
+          stop_rules: Returns the reason to stop after a record, or ""; None in all but the main process.
         """
         self._preemption, self._checkpoints, self._time_limit = preemption, checkpoints, time_limit
         self._total_steps, self._stop_rules = total_steps, stop_rules
@@ -126,9 +140,9 @@ class StopSignals:
         """Decides, in agreement with all processes, whether to save or to stop after a step.
 
         Args:
-          step: the step that was just done.
-          record: its metrics.
-          failure: the error of a benchmark that could not be scored after it.
+          step: The step that was just done.
+          record: The metrics of the step.
+          failure: The error of a benchmark that could not be scored after the step.
 
         Returns:
           Whether the clock asks for a checkpoint, and the stop, if any.

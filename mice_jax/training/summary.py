@@ -1,4 +1,4 @@
-"""What a run prints: the table before its first step, warnings, and its last words."""
+"""Makes the text that a run prints: the table before its first step, warnings, and its last lines."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -31,15 +31,15 @@ SAMPLED_STEPS = 16  # The table shows the mean over this many first steps.
 
 # ---------------------------------------------------------------------------------------- before the first step
 def table(config: Config, source: ModelSource, data: RunData, steps: StepSource, start: int, model: Model) -> Table:
-    """The table that a run starts with: model, mesh, data, step, memory, optimizer and phases.
+    """Returns the table that a run starts with: model, mesh, data, step, memory, optimizer and phases.
 
     Args:
-      config: the run's config.
-      source: what the run starts from.
-      data: its data.
-      steps: its steps, packed.
-      start: the number of steps that are done already.
-      model: its model and how it is computed.
+      config: The run's config.
+      source: The model that the run starts from.
+      data: The run's data.
+      steps: The run's steps, packed.
+      start: The number of steps that are done already.
+      model: The run's model and how it is computed.
     """
     made = Table(show_header=False, box=box.SIMPLE, padding=(0, 1))
     made.add_column(style="bold", no_wrap=True)
@@ -76,7 +76,7 @@ def _data(data: Dataset) -> str:
 
 
 def _step(config: Config, steps: StepSource, total_steps: int) -> str:
-    """What the first steps hold, on average."""
+    """Returns a line with the mean size of the first steps."""
     first = range(min(total_steps, SAMPLED_STEPS))
     samples = [steps.mixture.step(i).samples for i in first]
     tokens = sum(int(steps.corpus.lengths[s].sum()) for s in samples) / len(first)
@@ -131,14 +131,14 @@ def _phase(config: Config, span: PhaseSpan, number: int) -> str:
 
 # ---------------------------------------------------------------------------------------- warnings
 def warnings(config: Config, source: ModelSource, decoder: Decoder, data: RunData, mesh: Mesh) -> list[str]:
-    """What may differ from what the user expects.
+    """Returns warnings about a run that may not do what the user expects.
 
     Args:
-      config: the run's config.
-      source: what the run starts from.
-      decoder: its model.
-      data: its data.
-      mesh: its mesh.
+      config: The run's config.
+      source: The model that the run starts from.
+      decoder: The run's model.
+      data: The run's data.
+      mesh: The run's mesh.
     """
     return [
         *statistics.data_warnings(data.dataset.report),
@@ -180,7 +180,7 @@ def _model_warnings(config: Config, source: ModelSource, spec: ModelSpec) -> Ite
 
 
 def _mesh_warnings(decoder: Decoder, mesh: Mesh) -> Iterator[str]:
-    """What the mesh does not divide, and what is done about it."""
+    """Yields warnings about arrays that the mesh does not divide evenly."""
     tensor, heads = mesh.shape["tensor"], decoder.spec.num_heads
     for dim in replicated_dims(decoder.abstract, decoder.axes, mesh):
         yield f"replicated on every device, since the mesh does not divide it: {dim}"
@@ -193,13 +193,13 @@ def _mesh_warnings(decoder: Decoder, mesh: Mesh) -> Iterator[str]:
 
 # ---------------------------------------------------------------------------------------- the end
 def not_finite(step: int, measured: dict[str, Any], checkpoints: RunPath, saved_step: int) -> str:
-    """Why a run stops whose loss or gradient norm is not finite.
+    """Returns the error message of a run whose loss or gradient norm is not finite.
 
     Args:
-      step: the step that has no update.
-      measured: its loss and gradient norm.
-      checkpoints: the folder of the run's checkpoints.
-      saved_step: the newest step that is saved; 0 = none.
+      step: The step whose update was not made.
+      measured: The loss and gradient norm of the step.
+      checkpoints: The folder of the run's checkpoints.
+      saved_step: The newest step that is saved; 0 if there is none.
     """
     good = "There is no checkpoint yet"
     if saved_step:
@@ -211,7 +211,7 @@ def not_finite(step: int, measured: dict[str, Any], checkpoints: RunPath, saved_
 
 
 def ending(run: Run) -> str:
-    """The last lines of a run that is complete."""
+    """Returns the last lines that a complete run prints."""
     record, path = run.record, run.workdir.path
     if not record:
         return f"the run in {path} was complete already, at step {run.start}"
