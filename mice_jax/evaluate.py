@@ -105,7 +105,7 @@ def evaluate(values: command.Values) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """What the flags ask for, read and checked before any weights are loaded.
+    """The settings that the flags name, which are read and checked before any weights are loaded.
 
     Attributes:
       model: The model as the user gave it.
@@ -353,7 +353,7 @@ def _text(results: Results) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Converts what JSON cannot hold as lm-eval does, which need not be installed if only MT-Bench is run."""
+    """Converts values that JSON does not have as lm-eval does, which may be missing if only MT-Bench is run."""
     if isinstance(value, np.generic):
         return value.item()
     return list(value) if isinstance(value, set) else str(value)

@@ -77,7 +77,7 @@ class MiceLM(TemplateLM):
         self._stop_ids = {*generation.stop_ids, *([] if self.eot_token_id is None else [self.eot_token_id])}
         self._begins: str = self.tokenizer.decode(self.prefix_token_id)
 
-    # ---- What the harness asks about the model ------------------------------------------------------------------
+    # ---- Properties of the model that the harness reads --------------------------------------------------------------
     @property
     def eot_token_id(self) -> int:
         """The id of the token that ends a text."""

@@ -103,7 +103,7 @@ class Settings:
         return {"model": model, **judge, "files": digest, **how}
 
 
-# ---------------------------------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------------------------------- questions and prompts
 def load_settings(
     judge: Judge,
     questions_file: str | None,
