@@ -1,51 +1,54 @@
-"""The data path: tokenising, planning, loading and the start of a run, beside peers where there are any.
+"""Measures the data path: tokenising, planning, loading and the start of a run, against peers where they exist.
 
     python bench/data.py                                  # all parts, small: under 5 minutes on 2 cores
     python bench/data.py --parts=tokenise --chats=20000 --rounds=5
     python bench/data.py --parts=planning,scale           # a minute, without jax, datasets or torch
     python bench/data.py --parts=warm --warm=1000000      # needs 10 GB of disk
 
-Peers (a part or a line whose peer is absent is skipped, with a word):
+Peers (a part or a line whose peer is not installed is skipped with a message):
     pip install -e '.[bench]' -c constraints/py311.txt    # datasets, and torch for the next
     pip install --no-deps instructlab-training && pip install numba
 
-What is measured, and what is the same on both sides:
+The parts, and what both sides have in common:
 
-tokenise  A JSONL file of chats to Arrow on disk, by N processes of one tokenizer thread each. The chats are made up:
-          log-normal lengths (mean of log 6.2 tokens, sigma 0.9), one to four exchanges, words of syllables drawn by
-          Zipf's law, a byte-level BPE trained on them. Timed from the file to the finished Arrow files, in a fresh
-          process and an empty cache, imports and loading the tokenizer left out, starting the processes left in (ours
-          come from a fresh server, `datasets` forks). Ids and masks are compared sample by sample before any figure.
-            mice_jax          build_store: ids, mask, and checks, hashes and places of every record besides
+tokenise  A JSONL file of chats becomes Arrow on disk, by N processes of one tokenizer thread each. The chats are
+          synthetic: log-normal lengths (mean of log 6.2 tokens, sigma 0.9), one to four exchanges, words of syllables
+          drawn by Zipf's law, and a byte-level BPE trained on them. The time is from the file to the finished Arrow
+          files, in a fresh process with an empty cache. It excludes imports and loading the tokenizer, and includes
+          starting the processes (ours come from a fresh server, `datasets` forks). Ids and masks are compared sample by
+          sample before any figure.
+            mice_jax          build_store: ids and mask, and also checks, hashes and places of every record
             datasets          load_dataset("json") and map: ids and mask by apply_chat_template with
-                              return_assistant_tokens_mask; one batch a call, compact integer types, no example columns
-            datasets, one by one  the same for a chat at a time, which is how trainers map theirs (TRL does)
+                              return_assistant_tokens_mask; one batch per call, compact integer types, no other columns
+            datasets, one by one  the same for one chat at a time, which is how trainers such as TRL map theirs
             datasets, ids     the same without the mask: the text by apply_chat_template, then the tokenizer called on
-                              the batch. It does less than we do, and is here to show what the mask costs
-planning  Every step of an epoch by StepSource.plan, as the loader calls it, against the packer of
-          instructlab-training (LPT, compiled by numba, warmed up first): 8 devices, steps of 3,840 and 128 samples. `1
-          row` is 4,096 slots a device for both; `own choice` its default of 60,000 tokens a device, and for us as many
-          rows of 4,096 as a step fills, at most as many as that. Speed is CPU time, from nothing planned to lists of
-          samples: of `one device`, for which its packer is called once, as each of its processes does for itself
-          (ours plans all and lists the rows of one), and of `all devices`, for which its packer is called for each.
-          Efficiency is real tokens over computed slots; its minibatches have no padding, but its devices wait for the
-          fullest one, so that a minibatch computes devices x the fullest one's tokens. `fixed` is best-fit-decreasing
-          into rows of 4,096, rounded up to whole microbatches: the limit of a planner of one shape, no speed meant.
-          It sorts a step by length before it cuts it into minibatches; ours are comparable samples of the step.
-scale     All steps of an epoch of a million samples in steps of 3,840: seconds, peak memory of the whole process.
-loader    A consumer that takes 200,000 tokens/s, one host process, 8 devices: the share of its time that it waits, the
-          first step (the start) left out. Then one that does nothing but take steps: the loader's top speed.
-warm      A store that is in the cache, to the arrays of the first step: build_store (the source's fingerprint by its
-          remembered digest), Corpus, Mixture, plan, arrays; in a fresh process, imports and tokenizer left out. The
-          tokens are made up, everything else is written and opened by the real code, from a page cache that is warm.
-          `digest` is what comes on top where the source's digest is not remembered: hashing all its bytes.
+                              the batch. It does less than our side and shows the cost of the mask
+planning  Every step of an epoch is planned by StepSource.plan, as the loader calls it, and by the packer of
+          instructlab-training (LPT, compiled by numba, warmed up first), for 8 devices and steps of 3,840 and 128
+          samples. `1 row` is 4,096 slots per device for both. `own choice` is LPT's default of 60,000 tokens per
+          device, and for us the number of rows of 4,096 that a step fills, up to that limit. Speed is CPU time from
+          the lengths to lists of samples. For `one device` LPT is called once, as each of its processes does (ours
+          plans all devices and lists the rows of one); for `all devices` it is called for each. Efficiency is real
+          tokens over computed slots. LPT's minibatches have no padding, but its devices wait for the fullest one, so a
+          minibatch computes the number of devices times the fullest one's tokens. `fixed` is best-fit-decreasing into
+          rows of 4,096, rounded up to whole microbatches, which is the limit of a planner with one shape; its speed is
+          not measured. LPT sorts a step by length before it cuts it into minibatches; our microbatches are comparable
+          samples of the step.
+scale     Plans all steps of an epoch of a million samples in steps of 3,840: seconds, and peak memory of the process.
+loader    A consumer takes 200,000 tokens/s, with one host process and 8 devices. The figure is the fraction of time
+          that it waits, without the first step (the start). A second consumer only takes steps, which gives the
+          loader's top speed.
+warm      From a store in the cache to the arrays of the first step: build_store (with the source's cached digest),
+          Corpus, Mixture, plan and arrays, in a fresh process, without imports and tokenizer. The tokens are synthetic;
+          everything else is written and opened by the real code, with a warm page cache. `digest` is the additional
+          time to hash the source if its digest is not cached.
 
 Figures are medians of rounds in which the sides take turns; ratios are ours over theirs by round, median (least, most).
-On a machine that others use, look at the ratio of CPU times, where one process does the work.
+On a shared machine, the ratio of CPU times is more reliable for parts that run in one process.
 """
 
 # pyright: reportMissingImports=false
-# The peers are no part of what lint needs.
+# Lint does not install the peers.
 
 import argparse
 import gc
@@ -68,20 +71,20 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LENGTH = 4096
 NUM_DEVICES = 8
-MEAN_LOG, SIGMA = 6.2, 0.9  # of a sample's length in tokens
-MEAN_LENGTH = 723  # of such lengths, clipped to 16..4096
-PEER_BUDGET = 60_000  # tokens a device: the default of the peer's planner
+MEAN_LOG, SIGMA = 6.2, 0.9  # log-normal distribution of a sample's length in tokens
+MEAN_LENGTH = 723  # mean of these lengths, clipped to 16..4096
+PEER_BUDGET = 60_000  # tokens per device, the default of the peer's planner
 VOCABULARY = 32_000
-WORDS = 60_000  # different ones
-# Zipf's law as Mandelbrot mended it: the most frequent word is about one in twenty, as in English.
+WORDS = 60_000  # number of different words
+# This is the Zipf-Mandelbrot law: the most frequent word is about one in twenty, as in English.
 ZIPF = np.cumsum(1 / (np.arange(WORDS) + 3.7) ** 1.05)
 ZIPF /= ZIPF[-1]
-TRAIN_CHATS = 3_000  # that the tokenizer is trained on
+TRAIN_CHATS = 3_000  # number of texts that the tokenizer is trained on
 STEP_SAMPLES = (3840, 128)
-CONSUMED_PER_S = 200_000  # tokens
-LOADER_STEP = 128  # samples
-FAST_EPOCHS = 20  # seconds, then
-# As in many chat models, with the tags from which both sides know what is trained.
+CONSUMED_PER_S = 200_000  # tokens/s of the paced consumer
+LOADER_STEP = 128  # samples of a step
+FAST_EPOCHS = 20  # epochs of the fast consumer
+# The template is that of many chat models, with the tags that define the trained tokens for both sides.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -95,6 +98,7 @@ PEER, PEER_PLAIN, PEER_IDS = "datasets", "datasets, one by one", "datasets, ids"
 
 
 def main() -> int:
+    """Runs the benchmark or one of its tasks; returns the exit code."""
     args = parse_args()
     if args.task:
         TASKS[args.task](args)
@@ -115,6 +119,7 @@ def main() -> int:
 
 
 def parse_args() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS), help=",".join(PARTS))
     parser.add_argument("--rounds", type=int, default=3)
@@ -151,14 +156,15 @@ def spawn(args: argparse.Namespace, task: str, **settings: Any) -> dict[str, Any
     return json.loads(out.read_text())
 
 
-# --------------------------------------------------------------------------------------------------- what is worked on
+# ------------------------------------------------------------------------------------------------------------- inputs
 def draw_lengths(count: int, seed: int) -> np.ndarray:
+    """Draws the lengths of samples, int64 [count]."""
     drawn = np.random.default_rng(seed).lognormal(MEAN_LOG, SIGMA, count)
     return np.clip(np.round(drawn), 16, MAX_LENGTH).astype(np.int64)
 
 
 def make_chats(args: argparse.Namespace) -> None:
-    """Leaves chats.jsonl and `tokenizer`."""
+    """Writes chats.jsonl and `tokenizer`."""
     folder, rng = Path(args.folder), np.random.default_rng(0)
     words = made_words(rng)
     tokenizer = trained_tokenizer([" ".join(draw_words(rng, words, 500)) for _ in range(TRAIN_CHATS)])
@@ -175,7 +181,7 @@ def make_chats(args: argparse.Namespace) -> None:
 
 
 def made_words(rng: np.random.Generator) -> np.ndarray:
-    """Of one to four syllables, the frequent ones short, some with a mark of punctuation or a capital."""
+    """Makes words of one to four syllables, of which the frequent ones are short."""
     onsets = ["", *"bcdfghlmnprstvw", "br", "ch", "cl", "pr", "sh", "st", "th", "tr"]
     ends = [
         v + c for v in ("a", "e", "i", "o", "u", "ea", "ou") for c in ("", "n", "r", "s", "t", "l", "nd", "st", "ng")
@@ -188,8 +194,9 @@ def made_words(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw_words(rng: np.random.Generator, words: np.ndarray, count: int) -> list[str]:
+    """Draws words of a text, some of them with punctuation or a capital."""
     drawn = words[np.searchsorted(ZIPF, rng.random(count))].tolist()
-    for at in np.flatnonzero(rng.random(count) < 0.12).tolist():  # a sentence, a clause, a paragraph ends here
+    for at in np.flatnonzero(rng.random(count) < 0.12).tolist():  # ends of sentences, clauses or paragraphs
         drawn[at] += str(rng.choice([".", ",", ",", ":", ".\n\n", "?", " 1", " (2)"]))
         if at + 1 < count:
             drawn[at + 1] = drawn[at + 1].capitalize()
@@ -197,7 +204,7 @@ def draw_words(rng: np.random.Generator, words: np.ndarray, count: int) -> list[
 
 
 def made_chat(rng: np.random.Generator, words: list[str]) -> list[dict[str, str]]:
-    """Some with a word of the system's; the questions about a third as long as the answers."""
+    """Makes a chat, sometimes with a system message; questions are about a third as long as answers."""
     exchanges = min(int(rng.integers(1, 5)), max(1, len(words) // 40))
     messages = [{"role": "system", "content": "You are a helpful assistant."}] if rng.random() < 0.3 else []
     for part in np.array_split(np.arange(len(words)), exchanges):
@@ -208,6 +215,7 @@ def made_chat(rng: np.random.Generator, words: list[str]) -> list[dict[str, str]
 
 
 def trained_tokenizer(texts: list[str]) -> Any:
+    """Trains a byte-level BPE on texts."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -230,12 +238,14 @@ def trained_tokenizer(texts: list[str]) -> Any:
 
 
 def need_chats(args: argparse.Namespace) -> None:
+    """Makes the chats if they do not exist yet."""
     if not (Path(args.folder) / "chats.jsonl").exists():
         spawn(args, "make_chats")
 
 
 # ------------------------------------------------------------------------------------------------------------ tokenise
 def part_tokenise(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures all sides of `tokenise`."""
     need_chats(args)
     sides = [OURS, PEER, PEER_PLAIN, PEER_IDS] if importlib.util.find_spec("datasets") else [OURS]
     if len(sides) == 1:
@@ -255,6 +265,7 @@ def part_tokenise(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def tokenise_results(workers: int, sides: list[str], rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Computes speeds and ratios from the rounds of `tokenise`."""
     part, results = f"tokenise, {workers} process{'es' * (workers > 1)}", []
     for side in sides:
         runs = [r[side] for r in rounds]
@@ -265,14 +276,14 @@ def tokenise_results(workers: int, sides: list[str], rounds: list[dict[str, Any]
             ratios = [r[side]["seconds"] / r[OURS]["seconds"] for r in rounds]
             target = None if side == PEER_IDS else 1.5
             results.append(ratio_result(part, f"speed, ours / {side}", ratios, target))
-            if workers == 1:  # our workers are not children of the process that is measured
+            if workers == 1:  # CPU time of our workers is unknown, since they are not children of this process
                 ratios = [r[side]["cpu_s"] / r[OURS]["cpu_s"] for r in rounds]
                 results.append(ratio_result(part, f"CPU time, {side} / ours", ratios, None))
     return results
 
 
 def check_agreement(runs: dict[str, Any]) -> None:
-    """Ids, and masks where there are any, of every sample."""
+    """Exits if the ids or the masks of the sides differ in any sample."""
     ids = {r["ids"] for r in runs.values()}
     masks = {r["masks"] for r in runs.values() if r["masks"]}
     if len(ids) > 1 or len(masks) > 1:
@@ -280,6 +291,7 @@ def check_agreement(runs: dict[str, Any]) -> None:
 
 
 def tokenise_ours(args: argparse.Namespace) -> None:
+    """Measures our side of `tokenise` in this process."""
     from mice_jax.data.store import build_store
 
     folder, encoder = Path(args.folder), our_encoder(args)
@@ -299,6 +311,7 @@ def tokenise_ours(args: argparse.Namespace) -> None:
 
 
 def our_encoder(args: argparse.Namespace) -> Any:
+    """Loads the tokenizer of our side."""
     from mice_jax.data.chat import ChatEncoder
     from mice_jax.data.tokenizer import load_tokenizer
 
@@ -306,6 +319,7 @@ def our_encoder(args: argparse.Namespace) -> Any:
 
 
 def tokenise_peer(args: argparse.Namespace) -> None:
+    """Measures a peer of `tokenise` in this process."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -327,7 +341,7 @@ def tokenise_peer(args: argparse.Namespace) -> None:
             batch_size=PEER_BATCH,
             remove_columns=data.column_names,
             features=datasets.Features(columns),
-            num_proc=workers if workers > 1 else None,  # None: in this process
+            num_proc=workers if workers > 1 else None,  # None maps in this process
         )
         seconds, cpu = time.perf_counter() - started, cpu_seconds() - cpu
         arrays = data.with_format("numpy")
@@ -335,10 +349,11 @@ def tokenise_peer(args: argparse.Namespace) -> None:
         write_tokenised(args, seconds, cpu, list(arrays["input_ids"]), masks)
 
 
-PEER_BATCH = 200  # its default of 1,000 is as fast; chats one by one, as trainers map them, take a quarter longer
+PEER_BATCH = 200  # the default of 1,000 is equally fast
 
 
 def ids_and_mask(batch: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Tokenizes chats with the mask of trained tokens."""
     done = tokenizer.apply_chat_template(
         batch["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -346,23 +361,25 @@ def ids_and_mask(batch: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 
 def ids_only(batch: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Tokenizes chats without the mask of trained tokens."""
     texts = tokenizer.apply_chat_template(batch["messages"], tokenize=False)
     return {"input_ids": tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]}
 
 
 def write_tokenised(args: argparse.Namespace, seconds: float, cpu: float, ids: list[Any], masks: list[Any]) -> None:
+    """Writes times, counts and digests of a side of `tokenise`."""
     tokens = sum(map(len, ids))
     digests = {"ids": digest(ids, np.int32), "masks": digest(masks, np.uint8)}
     write_result(args, {"seconds": seconds, "cpu_s": cpu, "samples": len(ids), "tokens": tokens, **digests})
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those it has waited for."""
+    """Returns the CPU seconds of this process and of the children that it has waited for."""
     return sum(os.times()[:4])
 
 
 def digest(arrays: list[Any], dtype: Any) -> str:
-    """Of every sample's length and content."""
+    """Hashes the length and content of every sample."""
     import hashlib
 
     hashed = hashlib.sha256()
@@ -376,6 +393,7 @@ TOKENISERS = {OURS: "tokenise_ours"} | dict.fromkeys((PEER, PEER_PLAIN, PEER_IDS
 
 # ------------------------------------------------------------------------------------------------------------ planning
 def part_planning(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures all planners."""
     lpt = lpt_packer()
     results = []
     for samples in STEP_SAMPLES:
@@ -390,7 +408,7 @@ def part_planning(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def lpt_packer() -> Callable[..., list[list[int]]] | None:
-    """The peer's packer; its file alone, as its package needs torch, deepspeed and more to be imported."""
+    """Imports the peer's packer from its file, since its package imports torch, deepspeed and more."""
     try:
         import numba  # noqa: F401
 
@@ -404,18 +422,19 @@ def lpt_packer() -> Callable[..., list[list[int]]] | None:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.batch_lengths_to_minibatches_lpt([100] * 64, MAX_LENGTH, NUM_DEVICES, 0)  # compiles
+    module.batch_lengths_to_minibatches_lpt([100] * 64, MAX_LENGTH, NUM_DEVICES, 0)  # the first call compiles
     return module.batch_lengths_to_minibatches_lpt
 
 
 class Lengths:
-    """All of a corpus that planning asks for."""
+    """The part of a corpus that planning uses."""
 
     def __init__(self, lengths: np.ndarray):
         self.lengths = lengths
 
 
 def step_source(corpus: Any, count: int, samples: int, rows: int, epochs: float = 1.0) -> Any:
+    """Makes the steps of `count` samples, `samples` per step, in microbatches of `rows` rows per device."""
     from mice_jax.data.loader import StepSource
     from mice_jax.data.mixture import Mixture, PhasePools, Pool
     from mice_jax.data.packing import microbatch_shapes
@@ -435,19 +454,19 @@ def step_source(corpus: Any, count: int, samples: int, rows: int, epochs: float 
 def planned(
     lengths: np.ndarray, rows: int, samples: int, budget: int, lpt: Any, turn: int
 ) -> dict[str, tuple[list[float], float]]:
-    """Samples/s (of one device's lists, of all devices') and slot efficiency of each planner, over whole steps."""
+    """Measures samples/s (lists of one device, and of all devices) and slot efficiency of each planner."""
 
     def fresh() -> Any:
         source = step_source(Lengths(lengths), len(lengths), samples, rows)
-        source.mixture.step(0)  # draws the epoch's order, as both sides' steps are
+        source.mixture.step(0)  # draws the epoch's order, which is not part of the time of either side
         return source
 
-    fresh().plan(0)  # compiles, and fills the cache of layouts
+    fresh().plan(0)  # compiles the planner and fills the cache of layouts
     mixture = fresh().mixture
     numbers = range(len(lengths) // samples)
     steps = [lengths[mixture.step(i).samples] for i in numbers]
     tokens, count = sum(int(s.sum()) for s in steps), len(steps) * samples
-    lists = [s.tolist() for s in steps]  # its collator has lists too
+    lists = [s.tolist() for s in steps]  # the peer's collator passes lists too
     sides: dict[str, Callable[[Any, int], Any]] = {OURS: lambda source, devices: our_lists(source, devices, numbers)}
     if lpt:
         sides[LPT] = lambda _, devices: [[lpt(step, budget, NUM_DEVICES, d) for d in range(devices)] for step in lists]
@@ -457,7 +476,7 @@ def planned(
         for side in list(sides)[:: 1 if turn % 2 == 0 else -1]:
             source = fresh()
             made.pop(side, None)
-            gc.collect()  # what others left is not this side's time
+            gc.collect()  # garbage of the other side must not count as this side's time
             started = time.process_time()
             made[side] = sides[side](source, devices)
             speeds[side].append(count / (time.process_time() - started))
@@ -470,12 +489,15 @@ def planned(
 
 
 def our_lists(source: Any, devices: int, numbers: range) -> list[list[list[list[int]]]]:
-    """Of each step and microbatch the rows of the first devices, as lists of samples."""
+    """Lists the samples of each row of the first devices, by step and microbatch."""
     return [[m.rows[: devices * m.shape.rows] for m in source.plan(i)] for i in numbers]
 
 
 def lpt_slots(lengths: list[int], by_device: list[list[list[int]]]) -> int:
-    """Devices x the fullest one's tokens, over its minibatches; -1 is a sample of 5 tokens for a device without one."""
+    """Counts the slots of LPT: the number of devices times the fullest one's tokens, summed over minibatches.
+
+    A device without a sample gets -1, which stands for a sample of 5 tokens.
+    """
     loads = [[sum(lengths[i] if i >= 0 else 5 for i in m) for m in device] for device in by_device]
     fullest = np.max(np.array(loads), axis=0)
     assert sum(i >= 0 for device in by_device for m in device for i in m) == len(lengths)
@@ -483,7 +505,7 @@ def lpt_slots(lengths: list[int], by_device: list[list[list[int]]]) -> int:
 
 
 def fixed(lengths: np.ndarray, rows_per_device: int) -> int:
-    """Slots: a sample goes to the row with the least room that fits it, else to a new one."""
+    """Counts the slots of best-fit-decreasing: a sample goes to the tightest row that fits it, else to a new one."""
     rooms: list[int] = []
     rows = 0
     for length in np.sort(lengths)[::-1].tolist():
@@ -498,6 +520,7 @@ def fixed(lengths: np.ndarray, rows_per_device: int) -> int:
 
 
 def planning_results(part: str, runs: list[dict[str, tuple[list[float], float]]]) -> list[dict[str, Any]]:
+    """Computes speeds, efficiencies and ratios from the rounds of `planning`."""
     results = []
     whose = ("one device", "all devices")
     for side in runs[0]:
@@ -517,6 +540,7 @@ def planning_results(part: str, runs: list[dict[str, tuple[list[float], float]]]
 
 # --------------------------------------------------------------------------------------------------------------- scale
 def part_scale(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures planning at scale."""
     runs = [r for _ in range(args.rounds) if (r := spawn(args, "plan_all"))]
     if not runs:
         return []
@@ -529,7 +553,8 @@ def part_scale(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def plan_all(args: argparse.Namespace) -> None:
-    # Mean 700 tokens once clipped.
+    """Plans all steps of an epoch in this process."""
+    # The mean is 700 tokens after clipping.
     drawn = np.random.default_rng(0).lognormal(np.log(700) - SIGMA**2 / 2 + 0.02, SIGMA, args.scale)
     lengths = np.clip(drawn, 16, MAX_LENGTH).astype(np.int32)
     import mice_jax.data.best_fit
@@ -547,6 +572,7 @@ def plan_all(args: argparse.Namespace) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- loader
 def part_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures the loader."""
     need_chats(args)
     run = spawn(args, "load")
     if not run:
@@ -560,7 +586,7 @@ def part_loader(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def load(args: argparse.Namespace) -> None:
-    """Some 20 s of a paced consumer, then FAST_EPOCHS as fast as they go."""
+    """Measures about 20 s of a paced consumer, then FAST_EPOCHS epochs of a fast one."""
     from mice_jax.data.loader import load_steps
     from mice_jax.data.mixture import Corpus
     from mice_jax.data.store import build_store
@@ -584,13 +610,14 @@ def load(args: argparse.Namespace) -> None:
         started = time.perf_counter()
     waited = sum(waits[1:]) / (sum(waits[1:]) + sum(spans[1:]))
     started = time.perf_counter()
-    tokens = sum(step["tokens"] for step in load_steps(source, 0, 0))  # each of them with all its arrays
+    tokens = sum(step["tokens"] for step in load_steps(source, 0, 0))  # each step has all of its arrays
     speed = tokens / (time.perf_counter() - started)
     write_result(args, {"waited": waited, "first_s": waits[0], "tokens_per_s": speed})
 
 
 # ---------------------------------------------------------------------------------------------------------- warm start
 def part_warm(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measures the start of a run whose store is in the cache."""
     need_chats(args)
     if not spawn(args, "make_warm"):
         return []
@@ -610,7 +637,7 @@ def part_warm(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def make_warm(args: argparse.Namespace) -> None:
-    """A source of as many lines, and a store of it: build_store, but for the tokens, which are made up."""
+    """Writes a source and its store with build_store, except that the tokens are synthetic."""
     from unittest import mock
 
     from mice_jax.data import store as store_module
@@ -621,7 +648,7 @@ def make_warm(args: argparse.Namespace) -> None:
     with source.open("wb") as file:
         for start in range(0, args.warm, len(lines)):
             file.writelines(lines[: args.warm - start])
-    time.sleep(6)  # a file changed in the last seconds has no digest remembered
+    time.sleep(6)  # the digest of a file that changed in the last seconds is not cached
     with mock.patch.object(store_module, "tokenise", lambda *_, **__: made_up_blocks(args.warm)):
         store_module.build_store(
             str(source), format="messages", encoder=encoder, skip_bad=False, cache_dir=folder / "warm"
@@ -630,7 +657,7 @@ def make_warm(args: argparse.Namespace) -> None:
 
 
 def made_up_blocks(samples: int) -> Iterator[tuple[float, Any]]:
-    """As `tokenise` yields them, in blocks of the size that lines come in."""
+    """Yields synthetic blocks as `tokenise` does, in blocks of the size that readers yield."""
     import pyarrow as pa
 
     from mice_jax.data.readers import BLOCK_RECORDS
@@ -655,6 +682,7 @@ def made_up_blocks(samples: int) -> Iterator[tuple[float, Any]]:
 
 
 def open_warm(args: argparse.Namespace) -> None:
+    """Measures the start from the cached store in this process."""
     from mice_jax.data import loader  # noqa: F401
     from mice_jax.data.mixture import Corpus
     from mice_jax.data.readers import file_digests
@@ -686,34 +714,38 @@ def open_warm(args: argparse.Namespace) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- reporting
 def memory_mib(field: str) -> float:
-    """VmRSS (now) or VmHWM (the most so far) of this process."""
+    """Returns VmRSS (current) or VmHWM (peak) of this process in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
 
 
 def write_result(args: argparse.Namespace, measured: dict[str, Any]) -> None:
+    """Writes the result of a task for the parent process."""
     Path(args.out).write_text(json.dumps(measured))
 
 
 def middle_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run of median time."""
+    """Returns the run of median time."""
     return sorted(runs, key=lambda r: r["seconds"])[len(runs) // 2]
 
 
 def result(
     part: str, what: str, value: float, *, at_least: float | None = None, at_most: float | None = None, spread: str = ""
 ) -> dict[str, Any]:
+    """Makes a line of the table, with a target if `at_least` or `at_most` is given."""
     target = f">= {at_least:g}" if at_least is not None else f"<= {at_most:g}" if at_most is not None else ""
     met = value >= at_least if at_least is not None else value <= at_most if at_most is not None else None
     return {"part": part, "what": what, "value": value, "target": target, "met": met, "spread": spread}
 
 
 def ratio_result(part: str, what: str, ratios: list[float], target: float | None) -> dict[str, Any]:
+    """Makes a line of the table from ratios, with their median and spread."""
     spread = f"({min(ratios):.4g}, {max(ratios):.4g})"
     return result(part, what, statistics.median(ratios), at_least=target, spread=spread)
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
+    """Prints the table."""
     print(f"{'':<34}{'':<40}{'':>12}  {'target':<10}{'':<6}(least, most)")
     for r in results:
         value = f"{r['value']:,.0f}" if r["value"] >= 1000 else f"{r['value']:.4g}"
