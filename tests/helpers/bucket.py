@@ -1,7 +1,7 @@
-"""A bucket on this machine: what gcsfs and tensorstore ask of Google Cloud Storage, over HTTP, in memory.
+"""An in-memory bucket on this machine, which serves the HTTP requests of gcsfs and tensorstore.
 
-Objects are whole, have generations and are created, replaced or deleted under preconditions, as the JSON API says
-(cloud.google.com/storage/docs/json_api/v1/objects). Nothing is checked of who asks.
+Objects have generations and are created, replaced or deleted under preconditions, as in the JSON API of Google Cloud
+Storage (cloud.google.com/storage/docs/json_api/v1/objects). Credentials are not checked.
 """
 
 import base64
@@ -26,45 +26,52 @@ OBJECTS = f"/storage/v1/b/{NAME}/o"
 
 
 class Stored(NamedTuple):
+    """An object of the bucket."""
+
     content: bytes
     generation: int
 
 
 class Refused(Exception):
-    """An HTTP status that is no success."""
+    """The bucket answers a request with an HTTP status that is not a success."""
 
 
 class Bucket(ThreadingHTTPServer):
+    """The server and its objects."""
+
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Request)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.objects: dict[str, Stored] = {}
-        self.uploads: dict[str, tuple[dict[str, str], list[bytes]]] = {}  # begun: parameters, pieces of content
+        self.uploads: dict[str, tuple[dict[str, str], list[bytes]]] = {}  # parameters and pieces of resumable uploads
         self.one_at_a_time = threading.RLock()
-        self.refusing = 0  # so many of the next requests, as a store does that is down
-        self.received: list[tuple[str, int]] = []  # name and bytes of each object that was sent
+        self.refusing = 0  # number of next requests that fail, to simulate an outage
+        self.received: list[tuple[str, int]] = []  # name and bytes of each object that was received
         self._generations = itertools.count(1000)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client may hang up at any time; nothing is lost by it."""
+        """Ignores clients that close their connection."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
     def put(self, content: bytes, params: dict[str, str]) -> dict[str, Any]:
+        """Creates or replaces an object; returns its metadata."""
         self.check(params["name"], params)
         self.objects[params["name"]] = Stored(content, next(self._generations))
         self.received.append((params["name"], len(content)))
         return self.about(params["name"])
 
     def compose(self, name: str, parts: list[str], params: dict[str, str]) -> dict[str, Any]:
+        """Creates or replaces an object with the contents of others; returns its metadata."""
         self.check(name, params)
         whole = b"".join(self.objects[part].content for part in parts if self.about(part))
         self.objects[name] = Stored(whole, next(self._generations))
         return self.about(name)
 
     def check(self, name: str, params: dict[str, str]) -> None:
+        """Raises Refused if a precondition on the object's generation does not hold."""
         generation = str(self.objects[name].generation) if name in self.objects else "0"
         if params.get("ifGenerationMatch", generation) != generation:
             raise Refused(412)
@@ -72,6 +79,7 @@ class Bucket(ThreadingHTTPServer):
             raise Refused(304)
 
     def about(self, name: str) -> dict[str, Any]:
+        """Returns the metadata of an object."""
         if name not in self.objects:
             raise Refused(404)
         content, generation = self.objects[name]
@@ -91,6 +99,7 @@ class Bucket(ThreadingHTTPServer):
         }
 
     def listing(self, params: dict[str, str]) -> dict[str, Any]:
+        """Lists the objects and the prefixes of a folder."""
         prefix, delimiter = params.get("prefix", ""), params.get("delimiter")
         items, prefixes = [], set()
         for name in sorted(self.objects):
@@ -106,16 +115,20 @@ class Bucket(ThreadingHTTPServer):
         return {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)}
 
     def delete(self, name: str, params: dict[str, str]) -> None:
+        """Deletes an object."""
         self.check(name, params)
         self.about(name)
         del self.objects[name]
 
 
 class Request(BaseHTTPRequestHandler):
+    """A request to the bucket."""
+
     protocol_version = "HTTP/1.1"
     server: Bucket
 
     def log_message(self, format: str, *args: Any) -> None:
+        """Prints nothing."""
         pass
 
     def _do(self) -> None:
@@ -193,7 +206,7 @@ class Request(BaseHTTPRequestHandler):
         if "upload_id" in params:
             begun, pieces = bucket.uploads[params["upload_id"]]
             pieces.append(content)
-            if self.headers["Content-Range"].endswith("/*"):  # more is to come
+            if self.headers["Content-Range"].endswith("/*"):  # the size is still unknown, so more pieces follow
                 return 308, b"", {"Range": f"bytes=0-{sum(map(len, pieces)) - 1}"}
             return bucket.put(b"".join(pieces), begun)
         if params["uploadType"] == "resumable":
@@ -206,7 +219,7 @@ class Request(BaseHTTPRequestHandler):
         return bucket.put(content, params)
 
     def _parts(self, content: bytes) -> list[bytes]:
-        """The bodies of a multipart message's parts."""
+        """Returns the bodies of a multipart message's parts."""
         found = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])
         assert found, self.headers
         parts = content.split(b"--" + found[1].encode())[1:-1]
@@ -229,7 +242,7 @@ class Request(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve() -> Iterator[Bucket]:
-    """A bucket named NAME, and for as long as it lasts."""
+    """Serves a bucket named NAME while the context lasts."""
     with Bucket() as bucket:
         thread = threading.Thread(target=bucket.serve_forever, daemon=True)
         thread.start()
@@ -241,7 +254,7 @@ def serve() -> Iterator[Bucket]:
 
 
 def download(bucket: Bucket, key: str, folder: Path) -> Path:
-    """What lies in a folder of the bucket, as it would on disk."""
+    """Writes the objects of a folder of the bucket to a local folder, which is returned."""
     for name, stored in bucket.objects.items():
         if name.startswith(f"{key}/") and not name.endswith("/"):
             file = folder / name.removeprefix(f"{key}/")
@@ -251,12 +264,12 @@ def download(bucket: Bucket, key: str, folder: Path) -> Path:
 
 
 def environment(bucket: Bucket) -> dict[str, str]:
-    """By which processes take this bucket for Google's: gcsfs, tensorstore."""
+    """Returns the variables that make gcsfs and tensorstore use this bucket."""
     return {
         "STORAGE_EMULATOR_HOST": bucket.url,
         "TENSORSTORE_GCS_HTTP_URL": bucket.url,
         "FSSPEC_GS": json.dumps({"token": "anon"}),
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask over gRPC what kind of bucket this is
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # otherwise gcsfs queries the kind of bucket over gRPC
     }
 
 

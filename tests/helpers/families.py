@@ -33,7 +33,7 @@ ROPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# By name of the case: the architecture, and what its config sets besides the sizes.
+# Each case has an architecture, and the keys of its config besides the sizes.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
         "LlamaForCausalLM",
@@ -99,13 +99,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def torch_model(case: str, folder: Path | None = None, **changes: Any) -> PreTrainedModel:
-    """transformers' model of a case, random in every parameter, norms and biases too; saved where a folder is given."""
+    """Makes transformers' model of a case with random parameters, norms and biases; saves it if a folder is given."""
     architecture, odd = CASES[case]
     torch.manual_seed(0)
     model_class = getattr(transformers, architecture)
     settings = {k: v for k, v in (SIZES | odd | changes).items() if k != "head_dim" or v is not None}
     config = model_class.config_class(**settings)
-    config._attn_implementation = "eager"  # the one that applies soft caps
+    config._attn_implementation = "eager"  # only this implementation applies soft caps
     model = model_class(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():

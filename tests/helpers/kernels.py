@@ -1,4 +1,4 @@
-"""The attention backends as they can be run on a CPU: interpreted, or written out."""
+"""Forms of the attention backends that run on a CPU: interpreted kernels, and a model of cuDNN's attention."""
 
 import functools
 import importlib
@@ -14,7 +14,7 @@ from mice_jax.models.attention.pallas import Blocks, pallas
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.splash import splash
 
-# Blocks of which rows of 43 slots have several, none as long as another.
+# Rows of 43 slots have several blocks of these sizes.
 SMALL = Blocks(keep=32, visit=16, keep_backward=16, visit_backward=32)
 
 KERNELS: dict[str, Callable[..., jax.Array]] = {
@@ -24,16 +24,17 @@ KERNELS: dict[str, Callable[..., jax.Array]] = {
     "splash": functools.partial(splash, interpret=True),
 }
 
-# Functions hide them by their names.
+# The modules are imported by name, because functions of the same names hide them.
 CUDNN = importlib.import_module("mice_jax.models.attention.cudnn")
 PALLAS = importlib.import_module("mice_jax.models.attention.pallas")
 
 
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, **told: Any) -> jax.Array:
-    """cuDNN's packed attention by its documentation, in the place of `fused_attention_stablehlo.dot_product_attention`.
+    """Computes cuDNN's packed attention as its documentation describes it.
 
-    JAX turns what it is told of each row into lengths and first entries over the whole batch, which is where cuDNN
-    reads and writes. Between the segments nothing is written: there stands what stood there before, here NaN.
+    It replaces `fused_attention_stablehlo.dot_product_attention`. JAX converts the lengths and offsets of each row to
+    lengths and first entries over the whole batch, where cuDNN reads and writes. Nothing is written between segments,
+    so the output keeps its previous values there, which are NaN here.
     """
     (b, t, n, h), heads = q.shape, k.shape[2]
     assert told.pop("mask_type") is fused_attention_stablehlo.MaskType.PADDING_CAUSAL

@@ -24,21 +24,21 @@ from mice_jax.models.families import FAMILIES
 from mice_jax.models.spec import ModelSpec, Rope
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 
-VOCAB = 101  # a multiple neither of what it is padded to nor of a tensor axis
+VOCAB = 101  # not a multiple of the vocabulary's padding or of the size of a tensor axis
 
-# For functions that a test jits by itself: compiling is most of its time, and this halves it.
+# These options halve the compile time of functions that a test jits itself, which is most of the test's time.
 QUICK = {"xla_backend_optimization_level": 0}
 
-Sample = tuple[np.ndarray, np.ndarray]  # token ids, and which of them are trained
+Sample = tuple[np.ndarray, np.ndarray]  # token ids, and the mask of trained ones
 
 
 def mesh_of(*sizes: int) -> Mesh:
-    """A (data, fsdp, tensor) mesh of the first so many devices."""
+    """Makes a (data, fsdp, tensor) mesh of these sizes from the first devices."""
     return sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
 
 
 def spec_of(**changes: Any) -> ModelSpec:
-    """A tiny Llama with every feature on: grouped queries, head_dim != d_model / heads, biases."""
+    """Makes the spec of a tiny Llama with every feature on: grouped queries, head_dim != d_model / heads, biases."""
     layers = changes.get("num_layers", 2)
     sizes = {"vocab_size": VOCAB, "d_model": 32, "d_ff": 48, "num_layers": layers, "max_positions": 640}
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 12}
@@ -52,7 +52,7 @@ def spec_of(**changes: Any) -> ModelSpec:
 
 
 def random_params(decoder: Decoder, seed: int = 0) -> Params:
-    """Fresh parameters with norms and biases, which start as ones and zeros, drawn too: each then shows."""
+    """Draws all parameters, including norms and biases, so that each of them affects the result."""
     rng = np.random.default_rng(seed)
 
     def drawn(path: tuple, x: jax.Array) -> jax.Array:
@@ -65,7 +65,7 @@ def random_params(decoder: Decoder, seed: int = 0) -> Params:
 
 
 def llama(folder: Path | None = None, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
-    """transformers' torch Llama, random in every parameter, norms and biases too; saved where a folder is given."""
+    """Makes transformers' Llama with random parameters, norms and biases; saves it if a folder is given."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 640}
@@ -82,7 +82,7 @@ def llama(folder: Path | None = None, seed: int = 0, **changes: Any) -> LlamaFor
 
 
 def in_float64(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The same model in float64 throughout: its own norms would work in float32."""
+    """Returns the model in float64 throughout, including its norms, which would compute in float32."""
     wide = copy.deepcopy(model).double()
     for parent in list(wide.modules()):
         for name, child in parent.named_children():
@@ -94,7 +94,7 @@ def in_float64(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def load(folder: Path, mesh: Mesh, **changes: Any) -> tuple[Decoder, Params]:
-    """A folder's decoder and parameters; `changes` replace keys of its config."""
+    """Loads the decoder and parameters of a folder; `changes` replace keys of its config."""
     config = hf.read_config(folder / "config.json") | changes
     decoder = make_decoder(hf.spec_from_config(config, folder / "config.json"), mesh.shape["tensor"])
     shardings = sharding.param_shardings(decoder.abstract, decoder.axes, mesh)
@@ -102,14 +102,14 @@ def load(folder: Path, mesh: Mesh, **changes: Any) -> tuple[Decoder, Params]:
 
 
 def sample_of(n: int, trained: Sequence[int] | slice, rng: np.random.Generator, vocab: int = VOCAB) -> Sample:
-    """n random tokens of which those at `trained` are trained."""
+    """Draws a sample of n tokens, of which those at `trained` are trained."""
     mask = np.zeros(n, bool)
     mask[trained] = True
     return rng.integers(0, vocab, n), mask
 
 
 def packed(rows: Sequence[Sequence[Sample]], slots: int, loss_reduction: str = "token") -> Arrays:
-    """Rows of samples as the loader writes them."""
+    """Packs rows of samples as the loader does."""
     arrays = empty_rows(len(rows), slots)
     for r, row in enumerate(rows):
         at = 0
@@ -120,36 +120,36 @@ def packed(rows: Sequence[Sequence[Sample]], slots: int, loss_reduction: str = "
 
 
 def gap(a: Any, b: Any) -> float:
-    """The largest difference between two arrays, or two trees of them."""
+    """Returns the largest difference between two arrays or two trees of arrays."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(float(np.max(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)))) for x, y in pairs)
 
 
 def relative_gap(a: Any, b: Any) -> float:
-    """The largest difference between two trees, each leaf's in units of the largest entry of b's."""
+    """Returns the largest difference between two trees, relative to the largest entry of each leaf of b."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(gap(x, y) / float(np.max(np.abs(np.asarray(y)))) for x, y in pairs)
 
 
 def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    """The same names, shapes, dtypes and bytes."""
+    """Whether two dicts of arrays have the same names, shapes, dtypes and bytes."""
     same = [a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a]
     return a.keys() == b.keys() and all(same)
 
 
 def whole(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a folder, whatever the number of its files."""
+    """Reads all tensors of all safetensors files of a folder."""
     return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
 
 
 def hf_arrays(params: Params, decoder: Decoder, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
-    """A tree like the parameters', tensor by tensor, with the names and shapes of a checkpoint."""
+    """Yields the tensors of a tree of parameters with the names and shapes of a checkpoint."""
     for tensor in checkpoint_tensors(decoder, FAMILIES[architecture]):
         yield tensor.name, np.concatenate(list(hf._to_hf(params, tensor)))
 
 
 def logits_of(decoder: Decoder, params: Params, rows: Arrays, compute: Compute) -> jax.Array:
-    """float32 logits [B T V] of packed rows, for use inside a jitted function."""
+    """Computes float32 logits [B T V] of packed rows, for use inside a jitted function."""
     model = decoder.bind(params)
     return model.logits(model.hidden(rows["tokens"], rows["positions"], rows["segment_ids"], compute))
 
@@ -161,15 +161,15 @@ def _logits_function(decoder: Decoder, attention: str) -> Callable[[Params, Arra
 
 
 def our_logits(decoder: Decoder, params: Params, rows: Arrays, attention: str = "blockwise") -> np.ndarray:
-    """float32 logits [B T V] of packed rows; with blockwise attention by one compiled program per decoder."""
+    """Computes float32 logits [B T V] of packed rows, with one compiled program per decoder and backend."""
     return np.asarray(_logits_function(decoder, attention)(params, rows))
 
 
 def uncompiled_logits(decoder: Decoder, params: Params, rows: Arrays) -> np.ndarray:
-    """The same with reference attention, one operation after another.
+    """Computes float32 logits [B T V] of packed rows with reference attention, one operation after another.
 
-    Operations are compiled once per shape, and models of one size share them: much quicker than compiling a program
-    for each of many variants of a model.
+    Operations are compiled once per shape, and models of the same size share them. This is much faster than compiling
+    a program for each of many variants of a model.
     """
     compute = Compute(jnp.dtype("float32"), "reference", "none")
     with jax.disable_jit():
@@ -179,6 +179,6 @@ def uncompiled_logits(decoder: Decoder, params: Params, rows: Arrays) -> np.ndar
 
 
 def torch_logits(model: PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
-    """[T] -> [T V] in the model's dtype."""
+    """Computes logits [T V] of tokens [T] with a torch model, in its dtype."""
     with torch.no_grad():
         return model(torch.tensor(tokens)[None].long()).logits[0].numpy()

@@ -1,4 +1,4 @@
-"""What tests of whole runs are built from: tiny chat data, a tokenizer, a model of 18,512 parameters, config files."""
+"""Parts of tests of whole runs: tiny chat data, a tokenizer, a model of 18,512 parameters, and config files."""
 
 import json
 import os
@@ -30,25 +30,25 @@ CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 WORDS = ["mice", "learn", "compete", "with", "elephants", "large", "batches", "low", "rates", "cold", "red", "barn"]
-TIMES = ("tokens_per_s", "mfu", "step_time_s")  # of metrics.jsonl: what no two runs have in common
-# What packages we call do, by the message of the warning.
-DEPRECATED = ["the load_module.. method is deprecated"]  # ml_collections reads config files with it, until 3.12
+TIMES = ("tokens_per_s", "mfu", "step_time_s")  # fields of metrics.jsonl that differ between equal runs
+# Messages of warnings that other packages cause.
+DEPRECATED = ["the load_module.. method is deprecated"]  # ml_collections calls it up to Python 3.11
 
 # Variables for the commands that tests start; conftest.py has set the others in this process.
-ENVIRONMENT = dict(xla_flags.HUGE_PAGES_ENV)  # so that none of them executes itself again for huge pages
+ENVIRONMENT = dict(xla_flags.HUGE_PAGES_ENV)  # a command then does not execute itself again for huge pages
 
 Record = dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------- data
 def chat(*turns: str, **keys: Any) -> Record:
-    """A sample whose turns are the user's and the assistant's, by turns."""
+    """Makes a sample whose turns alternate between the user and the assistant."""
     roles = ["user", "assistant"] * len(turns)
     return {"messages": [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)]} | keys
 
 
 def make_chats(count: int, seed: int = 0, longest: int = 24) -> list[Record]:
-    """Chats of very unequal lengths, no two alike."""
+    """Makes chats of very unequal lengths, all of them different."""
     rng = random.Random(seed)
 
     def words(least: int) -> str:
@@ -59,19 +59,20 @@ def make_chats(count: int, seed: int = 0, longest: int = 24) -> list[Record]:
 
 
 def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
+    """Writes a JSONL file; returns its path."""
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     return path
 
 
 def read_samples(reader: Reader, format: str = "messages", skip_bad: Counter[str] | None = None) -> Iterator[Sample]:
-    """Every sample of a source, in order."""
+    """Yields every sample of a source, in order."""
     for block in reader.blocks():
         yield from samples_of(block, reader.places, format, skip_bad)
 
 
 # ---------------------------------------------------------------------------------------- model
 def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with ids below 300, whose end of a turn is its eos token."""
+    """Makes a byte-level BPE with ids below 300, whose eos token ends a turn."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -86,7 +87,7 @@ def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 
 
 def write_init(folder: Path, template: str | None = CHATML, **keys: Any) -> Path:
-    """A folder that `random:` starts from: config.json and tokenizer."""
+    """Writes a folder for `random:`, with config.json and tokenizer."""
     make_tokenizer(template).save_pretrained(folder)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -111,7 +112,7 @@ def write_init(folder: Path, template: str | None = CHATML, **keys: Any) -> Path
 
 # ---------------------------------------------------------------------------------------- configs
 def write_config(path: Path, data: Path, init: Path, body: str = "") -> Path:
-    """A config file of 8 samples a step, whose `body` may set more on `c`."""
+    """Writes a config file with 8 samples per step; `body` may set more fields of `c`."""
     lines = [
         '"""A run of a test."""',
         "",
@@ -135,7 +136,7 @@ def write_config(path: Path, data: Path, init: Path, body: str = "") -> Path:
 
 
 def setting(folder: Path, body: str = "", *, samples: int = 40, **init: Any) -> Path:
-    """Data, init folder and config file of a run, in `folder`; returns the config file."""
+    """Writes data, init folder and config file of a run to `folder`; returns the config file."""
     folder.mkdir(exist_ok=True)
     data = write_jsonl(folder / "chats.jsonl", make_chats(samples))
     return write_config(folder / "run.py", data, write_init(folder / "init", **init), body)
@@ -143,27 +144,30 @@ def setting(folder: Path, body: str = "", *, samples: int = 40, **init: Any) -> 
 
 # ---------------------------------------------------------------------------------------- commands
 def run_train(config: Path, workdir: Path, *flags: str) -> int:
-    """`mice train` in this process; returns the exit code."""
+    """Runs `mice train` in this process; returns the exit code."""
     return run_verb(train.main, [f"--config={config}", f"--workdir={workdir}", *flags])
 
 
 def run_prepare(config: Path, *flags: str) -> int:
+    """Runs `mice prepare` in this process; returns the exit code."""
     return run_verb(prepare.main, [f"--config={config}", *flags])
 
 
 def run_export(workdir: Path, output: Path, *flags: str) -> int:
+    """Runs `mice export` in this process; returns the exit code."""
     return run_verb(export.main, [f"--workdir={workdir}", f"--output={output}", *flags])
 
 
 def run_verb(main: Any, arguments: list[str]) -> int:
-    with warnings.catch_warnings():  # nested: the caller's filters hold for all else
+    """Calls the main function of a command; returns its exit code."""
+    with warnings.catch_warnings():  # the caller's filters stay in place for all other warnings
         for message in DEPRECATED:
             warnings.filterwarnings("ignore", message, DeprecationWarning)
         return main(arguments)
 
 
 def start_train(config: Path, workdir: Path, *flags: str, devices: int = 8, **more: str) -> subprocess.Popen[str]:
-    """`mice train` as a process of its own, to be killed; its output is one pipe."""
+    """Starts `mice train` as a process of its own, which a test may kill; its output is one pipe."""
     command = [sys.executable, "-m", "mice_jax.train", f"--config={config}", f"--workdir={workdir}", *flags]
     environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | more
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -171,7 +175,7 @@ def start_train(config: Path, workdir: Path, *flags: str, devices: int = 8, **mo
 
 
 def place_flags(count: int) -> list[list[str]]:
-    """For each of `count` processes of one run, the flags by which they find each other, at a free port."""
+    """Returns the flags by which `count` processes of one run find each other, for each of them, at a free port."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -179,22 +183,24 @@ def place_flags(count: int) -> list[list[str]]:
     return [[*together, f"--process_id={i}"] for i in range(count)]
 
 
-# ---------------------------------------------------------------------------------------- what a run left
+# ---------------------------------------------------------------------------------------- files of a run
 def read_metrics(workdir: Path) -> list[Record]:
+    """Reads metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def timeless(records: Sequence[Record]) -> list[Record]:
-    """Lines of metrics.jsonl without what no two runs have in common."""
+    """Returns lines of metrics.jsonl without the fields that differ between equal runs."""
     return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
 
 
 def read_json(workdir: Path, name: str) -> Any:
+    """Reads a JSON file of a workdir."""
     return json.loads((workdir / name).read_text())
 
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint, parameters and optimizer state, as orbax reads it by itself."""
+    """Reads all arrays of a checkpoint, parameters and optimizer state, with orbax alone."""
     found = {}
     for item in ("params", "opt_state"):
         folder = workdir.resolve() / "checkpoints" / str(step) / item
@@ -209,7 +215,7 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def assert_equal_runs(a: Path, b: Path, step: int) -> None:
-    """Bit for bit, up to the checkpoint of their last step."""
+    """Asserts that two runs are bit-equal in metrics and in the checkpoint of their last step."""
     assert timeless(read_metrics(a)) == timeless(read_metrics(b))
     left, right = arrays(a, step), arrays(b, step)
     assert left.keys() == right.keys() and len(left) > 10
@@ -219,6 +225,7 @@ def assert_equal_runs(a: Path, b: Path, step: int) -> None:
 
 
 def lines_of(workdir: Path) -> int:
+    """Returns the number of complete lines of metrics.jsonl."""
     file = workdir / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
@@ -232,7 +239,7 @@ def saving(workdir: Path) -> bool:
 
 
 def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
-    """SIGKILL at the moment at which `ready` holds; fails where the run ends before it."""
+    """Sends SIGKILL as soon as `ready` returns True; fails if the run ends before."""
     try:
         while not ready():
             assert process.poll() is None, process.stdout.read() if process.stdout else ""

@@ -72,6 +72,7 @@ def sweep_file(folder: Path, fields: str, body: str = "", samples: int = 40, hel
 
 # ---------------------------------------------------------------------------------------- processes
 def start_sweep(file: Path, workdir: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """Starts `mice sweep` as a process of its own."""
     command = [sys.executable, "-m", "mice_jax.sweep", f"--config={file}", f"--workdir={workdir}", *flags]
     own = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -88,7 +89,7 @@ def run_sweep(file: Path, workdir: Path, *flags: str, **environment: str) -> str
 
 
 def processes_of(workdir: Path) -> dict[int, str]:
-    """Returns the commands of all processes whose command names a folder, but this one, by process id."""
+    """Returns the commands of all other processes whose command names a folder, by process id."""
     commands = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -102,6 +103,7 @@ def processes_of(workdir: Path) -> dict[int, str]:
 
 
 def await_no_process(workdir: Path, within_s: float = 30.0) -> None:
+    """Waits until no process names a folder in its command."""
     deadline = time.monotonic() + within_s
     while left := processes_of(workdir):
         assert time.monotonic() < deadline, left
@@ -109,6 +111,7 @@ def await_no_process(workdir: Path, within_s: float = 30.0) -> None:
 
 
 def kill(process: int) -> None:
+    """Kills a process by its id."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, signal.SIGKILL)
 
@@ -121,4 +124,5 @@ def results(workdir: Path) -> list[dict[str, str]]:
 
 
 def study_of(workdir: Path) -> optuna.Study:
+    """Loads the study of a sweep."""
     return optuna.load_study(study_name=None, storage=f"sqlite:///{workdir / 'study.db'}")

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness over made-up data, models that answer them, and the harness's own `hf` model."""
+"""Tasks of lm-evaluation-harness over synthetic data, models that answer them, and the harness's own `hf` model."""
 
 import json
 import random
@@ -16,13 +16,13 @@ from mice_jax import evaluate
 
 EOS = "<|im_end|>"
 BOS = "<|endoftext|>"
-# The contract. Sums of up to some hundred log-probabilities of float32 logits that these weights make large.
+# The tolerance is for sums of up to some hundred log-probabilities of float32 logits, which are large here.
 CLOSE = 1e-3
 CHOICE, ROLLING, WRITTEN = "barn_choice", "barn_rolling", "barn_written"
 FRAGILE = "barn_fragile"
-BARN = "barn"  # a group: CHOICE, and the same with an example before each question
+BARN = "barn"  # a group of CHOICE and a variant with an example before each question
 
-# Every question begins with the same instruction, as many benchmarks do.
+# Every question begins with the same instruction, as in many benchmarks.
 YAML = {
     CHOICE: """
 task: {name}
@@ -72,7 +72,7 @@ filter_list:
 
 
 def write_tasks(folder: Path, documents: int = 12, longest: int = 90) -> Path:
-    """A folder for --include_path: three tasks over one file, and the group."""
+    """Writes a folder for --include_path with three tasks over one file, and the group."""
     rng = random.Random(0)
 
     def words(least: int, most: int) -> str:
@@ -82,7 +82,7 @@ def write_tasks(folder: Path, documents: int = 12, longest: int = 90) -> Path:
     records: list[dict[str, Any]] = []
     for i in range(documents):
         options = [words(1, 3), f"{words(1, 2)}, {i}", "", "  two spaces first"]
-        options[2] = options[0].split(" ")[0] + "s and more"  # begins as another option does
+        options[2] = options[0].split(" ")[0] + "s and more"  # starts with the same characters as another option
         record = {"context": words(5, longest), "question": f"{words(2, 6)}?", "choices": options, "answer": i % 4}
         records.append(record | {"text": words(20, 200), "written": rng.choice(WORDS)})
     records[0]["question"] += "  "  # the harness moves such spaces to the options
@@ -99,7 +99,7 @@ def write_tasks(folder: Path, documents: int = 12, longest: int = 90) -> Path:
 
 
 def write_fragile(tasks: Path) -> Path:
-    """Adds a task, FRAGILE, whose own code raises while a file is there; returns that file, which is not."""
+    """Adds the task FRAGILE, whose code raises while a file exists; returns the path of that file, which does not."""
     switch = tasks / "broken"
     (tasks / "fragile.py").write_text(f"""import os
 
@@ -115,7 +115,7 @@ def judge(doc, results):
 
 
 def _source(data: Path) -> str:
-    """Where a task finds its documents: a file of this machine, its copies beside it."""
+    """Returns the keys by which a task finds its documents, in a local file with the cache next to it."""
     lines = [
         "dataset_path: json",
         f"dataset_kwargs: {{data_files: {{test: {data}, few: {data}}}, cache_dir: {data.parent / 'arrow'}}}",
@@ -126,7 +126,7 @@ def _source(data: Path) -> str:
 
 
 def write_model(folder: Path, case: str, *, bos: bool = False, **changes: Any) -> Path:
-    """A tiny model of a family with a tokenizer, which may begin each text with a token of its own."""
+    """Writes a tiny model of a family and its tokenizer, which may begin each text with a bos token."""
     tokenizer = make_tokenizer()
     if bos:
         tokenizer.bos_token = BOS
@@ -139,32 +139,34 @@ def write_model(folder: Path, case: str, *, bos: bool = False, **changes: Any) -
     return folder
 
 
-# ---------------------------------------------------------------------------------------- what is compared
+# ---------------------------------------------------------------------------------------- comparisons
 def responses(results: dict[str, Any], task: str) -> list[Any]:
-    """What the model said to each request of a task."""
+    """Returns the model's response to each request of a task."""
     samples = sorted(results["samples"][task], key=lambda s: s["doc_id"])
     return [response for s in samples for response in s["resps"]]
 
 
 def writes(results: dict[str, Any], task: str) -> bool:
+    """Whether a task generates text."""
     return (
         isinstance(responses(results, task)[0][0], str) and results["configs"][task]["output_type"] == "generate_until"
     )
 
 
 def gap(a: dict[str, Any], b: dict[str, Any], task: str) -> float:
-    """The largest difference of two log-likelihoods."""
+    """Returns the largest difference of two log-likelihoods."""
     numbers = [[float(r[0][0] if isinstance(r[0], list | tuple) else r[0]) for r in responses(x, task)] for x in (a, b)]
     assert len(numbers[0]) == len(numbers[1]) > 5
     return max(abs(x - y) for x, y in zip(*numbers, strict=True))
 
 
 def metrics(results: dict[str, Any]) -> dict[str, Any]:
+    """Returns the metrics of each task without standard errors."""
     return {t: {k: v for k, v in m.items() if "stderr" not in k} for t, m in results["results"].items()}
 
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Each request, each metric, and whether each document was answered rightly."""
+    """Asserts that two results agree in each request, each metric, and the correctness of each document."""
     for task in theirs["samples"]:
         if writes(theirs, task):
             assert responses(ours, task) == responses(theirs, task)
@@ -179,15 +181,15 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for task, samples in theirs["samples"].items():
         for key in ("acc", "acc_norm", "exact_match"):
             rights = [[s[key] for s in x if key in s] for x in (samples, ours["samples"][task])]
-            assert rights[0] == pytest.approx(rights[1], rel=1e-4), (task, key)  # of truthfulqa_mc2 a share
+            assert rights[0] == pytest.approx(rights[1], rel=1e-4), (task, key)  # truthfulqa_mc2 has fractions
 
 
-# ---------------------------------------------------------------------------------------- by whom
+# ---------------------------------------------------------------------------------------- evaluations
 def by_harness(
     model: Path, tasks: Path | TaskManager, *names: str, batch_size: int = 4, **settings: Any
 ) -> dict[str, Any]:
-    """What the harness makes of a folder by itself, on torch."""
-    from lm_eval.models.huggingface import HFLM  # imports torch's whole world
+    """Evaluates a folder with the harness's own model, on torch."""
+    from lm_eval.models.huggingface import HFLM  # imported here because it imports torch
 
     lm = HFLM(str(model), device="cpu", dtype="float32", batch_size=batch_size)
     manager = tasks if isinstance(tasks, TaskManager) else TaskManager(include_path=str(tasks), include_defaults=False)
@@ -198,7 +200,7 @@ def by_harness(
 
 
 def by_us(model: Path, tasks: Path | None, output: Path, *names: str, flags: tuple[str, ...] = ()) -> dict[str, Any]:
-    """What `mice evaluate` writes."""
+    """Evaluates a folder with `mice evaluate`; returns the results that it writes."""
     where = [f"--model={model}", f"--include_path={tasks or ''}", f"--output={output}"]
     assert run_verb(evaluate.main, [*where, f"--tasks={','.join(names)}", "--log_samples", *flags]) == 0
     return json.loads(output.read_text())
