@@ -1,4 +1,4 @@
-"""Benchmarks: requests a second beside lm-evaluation-harness's own `hf` model, on the same CPU, taking turns.
+"""Measures benchmarks in requests per second against lm-evaluation-harness's own `hf` model, on the same CPU.
 
     python bench/evals.py                        # 4 rounds, about ten minutes on two idle cores
     python bench/evals.py --documents=24 --rounds=2

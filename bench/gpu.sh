@@ -5,9 +5,9 @@
 #   bench/gpu.sh                       # an hour or so on an H200; PYTHON=/path/to/python for another than python3
 #   bench/gpu.sh --tiny                # toy shapes, on a CPU too: shows that it runs
 #
-# It installs what it needs beside them into the interpreter that it is given, unless it is there (PIP_FIND_LINKS and
-# PIP_NO_INDEX where the machine is offline); jax and torch stay as they are. What it prints is kept in bench/gpu/, one
-# file a bench, whose last line is JSON. Liger's kernels are measured where liger-kernel can be installed.
+# It installs other packages that it needs into the given interpreter if they are missing (set PIP_FIND_LINKS and
+# PIP_NO_INDEX if the machine is offline); jax and torch are not changed. The output is stored in bench/gpu/, one file
+# per benchmark, whose last line is JSON. Liger's kernels are measured if liger-kernel can be installed.
 set -eu
 
 cd "$(dirname "$0")/.."

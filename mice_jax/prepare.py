@@ -72,7 +72,7 @@ def _open_data(config: Config, console: Console) -> tuple[build.RunData, ChatEnc
 
 
 def _report(config: Config, data: build.RunData) -> dict[str, Any]:
-    """What data_report.json holds."""
+    """Returns the content of data_report.json."""
     return statistics.with_steps(data.dataset.report, _steps(config, data), data.total_steps)
 
 

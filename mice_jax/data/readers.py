@@ -27,7 +27,7 @@ from mice_jax.data.json_list import JSONListItems
 from mice_jax.errors import UserError, one_line
 
 BLOCK_RECORDS = 512
-BLOCK_BYTES = 2 * 2**20  # of decompressed text
+BLOCK_BYTES = 2 * 2**20  # limit of a block, in bytes of decompressed text
 PARQUET_BUFFER = 2**20  # bytes of a column that are read at once, instead of a whole row group
 MAX_CACHED_DIGESTS = 10_000
 MAX_LINE = 256 * 2**20  # bytes; a file with a longer line is not a file of lines

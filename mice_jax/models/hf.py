@@ -208,7 +208,7 @@ def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> 
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype of most tensors of a folder, `bfloat16` or `float32`, where float16 counts as float32."""
+    """Returns the dtype of most tensors of a folder, `bfloat16` or `float32`; float16 counts as float32."""
     files = set(_tensor_files(folder).values())
     counts = {"bfloat16": 0, "float32": 0}
     for file in files:
@@ -227,7 +227,7 @@ def _family(config: dict[str, Any], file: Path) -> ModuleType:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor, from the index or from the header of the only file."""
+    """Returns the file of each tensor, from the index or from the header of the only file."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
         weight_map: dict[str, str] = read_config(index).get("weight_map", {})
@@ -282,7 +282,7 @@ def _read_slice(
     out = _aligned([len(layers), *sizes])
     copies = []
     for layer, target in zip(layers, out, strict=True):
-        source = layer[index]  # shorter than the target where that is padding
+        source = layer[index]  # shorter than the target if the target has padding
         target[len(source) :] = 0
         for start, stop in _pieces(len(source), target.nbytes // len(target)):
             copies.append(threads.submit(np.copyto, target[start:stop], source[start:stop], "same_kind"))
@@ -292,7 +292,7 @@ def _read_slice(
 
 
 def _aligned(shape: list[int]) -> np.ndarray:
-    """An empty float32 array aligned to 64 bytes, which a CPU device takes without a copy."""
+    """Makes an empty float32 array aligned to 64 bytes, which a CPU device uses without a copy."""
     size = math.prod(shape) * 4
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -55,7 +55,7 @@ class Compute:
 
 
 class LayerKind(NamedTuple):
-    """What differs between layers besides parameters: [L] int32, scanned with them."""
+    """The properties that differ between layers besides parameters, [L] int32, scanned with them."""
 
     rope: jax.Array  # index into the spec's distinct ropes
     window: jax.Array  # index into its distinct windows

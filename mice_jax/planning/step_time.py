@@ -20,7 +20,7 @@ MEMORY_EFFICIENCY = 0.7  # share of the memory rate that the update reaches
 ROW_FILL = 0.95  # share of slots that hold a token
 OVERLAP = 0.8  # share of the shorter of compute and communication that overlaps with the longer
 UPDATE_BYTES_PER_PARAM = 36  # read and written by an update: gradient, parameter, two moments, zeroed sums
-MIN_ROWS = 1 / 8  # of the smallest microbatch shape, in rows of one device
+MIN_ROWS = 1 / 8  # rows of the smallest microbatch shape on one device, as a fraction of a full row
 
 
 @dataclasses.dataclass(frozen=True)

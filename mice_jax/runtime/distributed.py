@@ -21,7 +21,7 @@ JOIN_TIMEOUT_S = 100
 BARRIER_TIMEOUT_S = 3600  # a process may compile for long before it arrives
 # Lower-case words of the errors that a lost peer causes.
 LOST_PEER_WORDS = ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service", "barrier timed out")
-MAX_MESSAGE_BYTES = 2000  # of an error message that is sent to the other processes
+MAX_MESSAGE_BYTES = 2000  # limit of an error message that is sent to the other processes
 
 
 def is_multi_process(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> bool:

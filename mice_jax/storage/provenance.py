@@ -1,4 +1,4 @@
-"""What produced a result: versions, command line and git commit."""
+"""Records the versions, command line and git commit that produced a result."""
 
 import os
 import platform

@@ -18,7 +18,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"  # one line each time that a process starts, resumes or ends the run
 # One line for each checkpoint that `evaluate` has scored: {"step", "samples", "<task>/<metric>": value}.
 SCORES = "eval_scores.jsonl"
-RESULTS = "results.csv"  # of a sweep: one row for each trial
+RESULTS = "results.csv"  # results of a sweep, with one row for each trial
 DIRECTIONS = "eval_directions.json"  # {"<task>/<metric>": "max" | "min"}: whether a higher or a lower score is better
 SYNC_EVERY_S = 30.0
 OUTAGE_S = 60.0  # how long `sync` retries, in addition to the retries of the store's own library
@@ -28,10 +28,10 @@ TRACKER_FOLDERS = ("wandb", "mlflow", "mlruns")  # the trackers upload the conte
 class UploadedState(NamedTuple):
     """A local file as it was when its content was last uploaded."""
 
-    size: int  # of the local file, in bytes
-    changed_ns: int  # its time of modification
-    count: int  # bytes that were uploaded
-    crc: int  # of those bytes
+    size: int  # size of the local file in bytes
+    changed_ns: int  # modification time of the file
+    count: int  # number of bytes that were uploaded
+    crc: int  # CRC-32 of the uploaded bytes
 
 
 class Workdir:

@@ -1,4 +1,4 @@
-"""What a model computes between the product of a query with a key and the softmax."""
+"""The computation between the product of a query with a key and the softmax."""
 
 import dataclasses
 

@@ -24,7 +24,7 @@ IGNORED = {
     "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
 }  # fmt: skip
 
-# Dropout probabilities. Training does not use dropout; a run reports values other than 0.
+# Training does not use dropout; a run reports values of these keys other than 0.
 DROPOUTS = ("attention_dropout", "embd_pdrop", "hidden_dropout", "mlp_dropout", "resid_pdrop")
 
 
@@ -36,36 +36,36 @@ class ConfigReader:
         self.was_read = IGNORED | set(DROPOUTS)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Any value, or `default` if the key is absent."""
+        """Returns any value, or `default` if the key is absent."""
         self.was_read.add(key)
         value = self.config.get(key)
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 up; required if `default` is None."""
+        """Returns a whole number from 1 up; the key is required if `default` is None."""
         value = self._required(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{key}={value!r}; it must be a whole number from 1 up")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number above 0; required if `default` is None."""
+        """Returns a number above 0; the key is required if `default` is None."""
         value = self._required(key, default)
         if not is_positive(value):
             raise ValueError(f"{key}={value!r}; it must be a number above 0")
         return float(value)
 
     def or_none(self, key: str, default: float | None) -> float | None:
-        """A number above 0, or None if the key is null, or absent with a default of None."""
+        """Returns a number above 0, or None if the key is null, or absent with a default of None."""
         value = self.config.get(key, default)
         return self.number(key, default) if value is not None else self.get(key)
 
     def window(self, key: str, default: int | None) -> int | None:
-        """The size of a window, or None if the key is null, or absent with a default of None."""
+        """Returns the size of a window, or None if the key is null, or absent with a default of None."""
         return None if self.or_none(key, default) is None else self.integer(key, default)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Returns True or False."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise ValueError(f"{key}={value!r}; it must be true or false")
@@ -78,7 +78,7 @@ class ConfigReader:
                 raise ValueError(f"{key}={self.config[key]!r}; only {value!r} is supported")
 
     def activation(self, key: str, default: str) -> str:
-        """A key of `transformer.ACTIVATIONS`."""
+        """Returns a key of `transformer.ACTIVATIONS`."""
         name = self.get(key, default)
         if not isinstance(name, str) or name not in ACTIVATIONS:
             raise ValueError(f"{key}={name!r}; supported are {', '.join(ACTIVATIONS)}")

@@ -11,7 +11,7 @@ class Name(NamedTuple):
 
 
 def name(hf: str, *ours: str) -> Name:
-    """A tensor `hf` that holds our parameters `ours`."""
+    """Makes the name of a tensor `hf` that holds our parameters `ours`."""
     return Name(hf, ours)
 
 
@@ -60,6 +60,6 @@ ENDS = [
     name("lm_head.weight", "head.weight"),
 ]
 
-# The tensors of most families. A decoder without one of these parameters has no such tensor.
+# These are the tensors of most families; a decoder without one of the parameters has no such tensor.
 PROJECTIONS = [EMBED, *QKV, *QK_NORMS, *ATTENTION_OUT, *GATE_UP, *MLP_OUT, *ENDS]
 PRE_NORM = [*PROJECTIONS, *PRE_NORMS]
