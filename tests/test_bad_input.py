@@ -171,9 +171,9 @@ CONFIG: dict[str, tuple[list[str], list[str]]] = {
     "an ill-typed field": (["--config.optim.batch_size=many"], ["optim.batch_size", "many"]),
     "a value out of bounds": (["--config.optim.batch_size=0"], ["optim.batch_size=0", "at least 1"]),
     "two problems": (["--config.optim.eps=-1", "--config.data.overlong=cut"], ["optim.eps=-1", "data.overlong='cut'"]),
-    "a mesh that does not divide": (["--config.mesh.tensor=3"], ["mesh.tensor=3", "8 devices"]),
-    "a mesh that is too small": (["--config.mesh.fsdp=4"], ["mesh.fsdp=4", "8 devices"]),
-    "a mesh that is too large": (["--config.mesh.data=16", "--config.mesh.fsdp=1"], ["mesh.data=16", "8 devices"]),
+    "a mesh that does not divide": (["--config.mesh.tensor=3"], ["mesh.tensor=3", "the number of devices, 8"]),
+    "a mesh that is too small": (["--config.mesh.fsdp=4"], ["mesh.fsdp=4", "the number of devices, 8"]),
+    "a mesh that is too large": (["--config.mesh.data=16", "--config.mesh.fsdp=1"], ["mesh.data=16", "the number of devices, 8"]),
     "an unknown backend": (["--config.model.attention=magic"], ["model.attention='magic'", "auto"]),
     "a backend of other devices": (["--config.model.attention=cudnn"], ["platform cpu", "Set it to one of blockwise"]),
     "half a cluster": (["--num_processes=2"], ["--coordinator_address", "--process_id"]),
@@ -367,7 +367,7 @@ def test_init_from_a_run_without_a_checkpoint_is_an_error(trained: Path, capsys:
 def test_bad_exports_are_errors(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained
     out = folder / "out"
-    assert "no run's folder" in refused(run_export(folder, out), capsys)
+    assert "is not a run's workdir" in refused(run_export(folder, out), capsys)
     work = folder / "work"
     said = refused(run_export(work, out, "--step=1"), capsys)
     assert "no step 1" in said and "it has 2" in said and not out.exists()
@@ -399,5 +399,5 @@ def test_workdir_at_an_unknown_store_is_an_error(
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.iterdir())
     assert run_verb(train_module.main, [f"--config={folder / 'run.py'}", "--workdir=s3://bucket/run"]) == 2
-    assert "s3://bucket/run is in a s3:// store: a run's folder can be" in capsys.readouterr().err
+    assert "s3://bucket/run is in a s3:// store, but a workdir can be on disk" in capsys.readouterr().err
     assert set(tmp_path.iterdir()) == before
