@@ -193,7 +193,7 @@ def update_gap(params: Params, expected: Params, start: Params) -> float:
 # ---------------------------------------------------------------------------------------- exactness
 @pytest.mark.parametrize(
     ("sizes", "rows_per_microbatch"),
-    [(ALONE, 1), (ALONE, 16), ((1, 8, 1), 8), ((1, 8, 1), 16), ((1, 4, 2), 4), ((1, 4, 2), 8), ((2, 2, 2), 16)],
+    [(ALONE, 1), ((1, 8, 1), 8), ((1, 4, 2), 8), ((2, 2, 2), 16)],  # one microbatch for each sample, and fewer
 )
 def test_loss_norm_and_update_equal_torch_on_every_mesh(
     sizes: tuple[int, int, int],
