@@ -252,7 +252,7 @@ def _why_not_scored(error: Exception, benchmark: Benchmark) -> str | None:
     if ours:
         return None
     return (
-        f"the task {name!r} cannot be scored: its own code raises {type(error).__name__}, {one_line(error)}. Mend it, "
+        f"the task {name!r} cannot be scored: its own code raises {type(error).__name__}, {one_line(error)}. Fix it, "
         "or leave the task out."
     )
 
@@ -376,12 +376,12 @@ class BenchmarkEvaluator:
 # ---------------------------------------------------------------------------------------- finding and loading
 def _check_harness() -> None:
     """Raises UserError if lm-eval is not installed or is too old."""
-    mend = "pip install 'mice_jax[eval]'"
+    install = "pip install 'mice_jax[eval]'"
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"benchmarks need the package lm-eval: {mend}.")
+        raise UserError(f"benchmarks need the package lm-eval: {install}.")
     there, least = version("lm_eval"), ".".join(map(str, LEAST))
     if tuple(int(n) for n in re.findall(r"\d+", there)[:3]) < LEAST:
-        raise UserError(f"benchmarks need lm-eval {least} or newer, and {there} is installed: {mend}.")
+        raise UserError(f"benchmarks need lm-eval {least} or newer, and {there} is installed: {install}.")
 
 
 def _manager(names: Sequence[str], include_path: str) -> Any:

@@ -275,7 +275,7 @@ def attention(
             raise
         raise UserError(
             f'{e} model.attention is "auto", which took {taken!r} when the run was last on such devices (config.json, '
-            "resolved.attention), and a run goes on as it began: use the versions that it began with, or another "
+            "resolved.attention), and a resumed run keeps its choices: use the versions that it began with, or another "
             "--workdir."
         ) from None
 
