@@ -173,7 +173,10 @@ CONFIG: dict[str, tuple[list[str], list[str]]] = {
     "two problems": (["--config.optim.eps=-1", "--config.data.overlong=cut"], ["optim.eps=-1", "data.overlong='cut'"]),
     "a mesh that does not divide": (["--config.mesh.tensor=3"], ["mesh.tensor=3", "the number of devices, 8"]),
     "a mesh that is too small": (["--config.mesh.fsdp=4"], ["mesh.fsdp=4", "the number of devices, 8"]),
-    "a mesh that is too large": (["--config.mesh.data=16", "--config.mesh.fsdp=1"], ["mesh.data=16", "the number of devices, 8"]),
+    "a mesh that is too large": (
+        ["--config.mesh.data=16", "--config.mesh.fsdp=1"],
+        ["mesh.data=16", "the number of devices, 8"],
+    ),
     "an unknown backend": (["--config.model.attention=magic"], ["model.attention='magic'", "auto"]),
     "a backend of other devices": (["--config.model.attention=cudnn"], ["platform cpu", "Set it to one of blockwise"]),
     "half a cluster": (["--num_processes=2"], ["--coordinator_address", "--process_id"]),
