@@ -180,7 +180,7 @@ def test_a_store_that_cannot_be_read_is_an_error_not_an_empty_folder(store: buck
             Workdir(place)
         with pytest.raises(StoreError, match=f"{name} cannot be reached: Forbidden"):
             parse_path(name)
-        with pytest.raises(StoreError, match="could not be written"):
+        with pytest.raises(StoreError, match="could not be opened or written"):
             Checkpoints(place)
     assert Workdir(place).read_json("config.json") == {}  # the control
 
@@ -360,7 +360,7 @@ def test_an_outage_at_a_save_is_retried_and_then_ends_the_run_with_75(
     assert run_train(config, place) == 75
     store.refusing = 0
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"preempted: --workdir={name} cannot be") and f"go on from {name}/checkpoints/2," in said
+    assert said.startswith(f"preempted: --workdir={name} cannot be") and f"continue from {name}/checkpoints/2," in said
     at_line(4, lambda: setattr(store, "refusing", 2))  # a short one: the run goes on by itself
     assert run_train(config, place) == 0
     assert "resumed after step 2" in capsys.readouterr().out

@@ -179,7 +179,7 @@ def test_two_processes_resume_a_run_of_one_and_are_preempted_twice(
     processes[1].send_signal(signal.SIGTERM)
     ended = wait_for_end(processes)
     assert [code for code, _ in ended] == [75, 75], ended
-    assert "another process was asked to leave" in ended[0][1] and "SIGTERM" in ended[1][1]
+    assert "another process was asked to stop" in ended[0][1] and "SIGTERM" in ended[1][1]
     assert read_json(run, "summary.json")["status"] == "preempted"
 
     ended = wait_for_end(start([config, config], run))
