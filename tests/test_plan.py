@@ -92,7 +92,7 @@ def test_a_plan_has_the_numbers_of_what_train_runs(
     """Two phases of different rates, frozen parameters, tensor parallelism, held-out data; rows and remat chosen."""
     body = (
         "c.mesh = Mesh(data=2, fsdp=2, tensor=2)\n"
-        "c.data.validation_fraction = 0.1\n"
+        "c.data.validation_fraction = 0.5\n"
         "c.train.rows_per_device = 0\n"
         "c.optim.batch_size = 64\n"
         "c.optim.frozen = ['model.embed_tokens.weight']\n"
@@ -100,7 +100,7 @@ def test_a_plan_has_the_numbers_of_what_train_runs(
         "p = c.data.phases[0]\n"
         "c.data.phases = [p, Phase(name='second', sources=p.sources, learning_rate=1e-3, optimizer='reset')]"
     )
-    file = setting(tmp_path / "run", body, samples=144)
+    file = setting(tmp_path / "run", body, samples=256)
     spies: dict[str, Spy] = {}
     make_step = build.make_step
 
