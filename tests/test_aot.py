@@ -96,7 +96,7 @@ def plan(pair: Pair) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def plans(request: pytest.FixtureRequest) -> Iterator[dict[Pair, Future]]:
-    """The plan of each model that this session tests; PROCESSES of them are computed at a time."""
+    """The plan of each model that is selected; PROCESSES of them are computed at a time."""
     selected = [item.callspec.params.get("pair") for item in request.session.items if hasattr(item, "callspec")]
     with ThreadPoolExecutor(PROCESSES) as pool:
         yield {pair: pool.submit(plan, pair) for pair in PAIRS if pair in selected}

@@ -8,7 +8,6 @@ from mice_jax.checkpoint import Checkpoints
 from mice_jax.errors import UserError
 from mice_jax.model_source import ModelSource, load_params
 from mice_jax.models.transformer import Decoder
-from mice_jax.sharding import param_shardings
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.training.phases import PhaseSpan
 from mice_jax.training.progress import Progress
@@ -42,13 +41,8 @@ def restore_or_start(
     if restored is not None:
         step, state, progress = restored
         return step, state, Progress(**progress)
-    shardings = param_shardings(decoder.abstract, decoder.axes, decoder_mesh(fns))
+    shardings = jax.tree.map(lambda p: p.sharding, fns.abstract_state.params)
     return 0, fns.from_params(load_params(source, decoder, shardings, seed=seed)), Progress()
-
-
-def decoder_mesh(fns: StepFunctions) -> jax.sharding.Mesh:
-    """Returns the mesh that a run's step functions are compiled for."""
-    return jax.tree.leaves(fns.abstract_state.params)[0].sharding.mesh
 
 
 def enter_phase(
