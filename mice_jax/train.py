@@ -243,12 +243,12 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         # Every process takes part in the poll. A run that stops saves first, also if a benchmark failed. Only regular
         # checkpoints compete for the best score: an extra one depends on the clock or on a signal.
         poll = stop_signals.poll(step, record, evaluation.failure)
-        if due.checkpoint or poll.save or poll.stop:
+        if due.checkpoint or poll.save or poll.stop is not None:
             run.save(state, record.get(config.checkpoint.best_metric) if due.checkpoint else None)
             stop_signals.saved()
-        if poll.stop:
+        if poll.stop is not None:
             checkpoints.wait()
-            raise poll.stop.error
+            raise poll.stop
     checkpoints.wait()
 
 

@@ -32,22 +32,16 @@ class Seen(NamedTuple):
     save_time: bool = False
 
 
-class Stop(NamedTuple):
-    """The decision to stop after a step; `error` is raised once that step is saved."""
-
-    error: Exception
-
-
 class Poll(NamedTuple):
     """The decisions of `StopSignals.poll` after a step.
 
     Attributes:
       save: Whether the clock asks for a checkpoint.
-      stop: The decision to stop; None if the run continues.
+      stop: The error with which the run stops once the step is saved; None if it continues.
     """
 
     save: bool
-    stop: Stop | None
+    stop: Exception | None
 
 
 def decide(
@@ -59,7 +53,7 @@ def decide(
     rule_reason: str = "",
     failure: Exception | None = None,
     checkpoint: RunPath | Path | str = "",
-) -> Stop | None:
+) -> Exception | None:
     """Decides whether a run stops after a step, and with which error.
 
     A failed benchmark has priority, because the user has to fix it. A stop rule comes second. Signals, preemption and
@@ -75,13 +69,13 @@ def decide(
       checkpoint: The checkpoint of the step, for messages.
 
     Returns:
-      The stop with its error, or None where the run continues.
+      The error with which the run stops, or None if it continues.
     """
     if seen.benchmark_failed:
-        return Stop(_benchmark_error(failure, checkpoint))
+        return _benchmark_error(failure, checkpoint)
     if seen.stop_rule:
         reason = rule_reason or "the main process says why"
-        return Stop(StoppedByRule(f"{reason}. Step {step} was the last, and is saved."))
+        return StoppedByRule(f"{reason}. Step {step} was the last, and is saved.")
     if is_last or not (seen.signal or seen.preemption or seen.time_limit):
         return None
     if seen.preemption and not seen.signal:
@@ -92,7 +86,7 @@ def decide(
         why = "train.max_minutes"
     else:
         why = "another process was asked to stop"
-    return Stop(Preempted(f"{why} after step {step}; its state is saved, run the same command to continue."))
+    return Preempted(f"{why} after step {step}; its state is saved, run the same command to continue.")
 
 
 def _benchmark_error(failure: Exception | None, checkpoint: RunPath | Path | str) -> Exception:
@@ -145,7 +139,7 @@ class StopSignals:
           failure: The error of a benchmark that could not be scored after the step.
 
         Returns:
-          Whether the clock asks for a checkpoint, and the stop, if any.
+          Whether the clock asks for a checkpoint, and the error to stop with, if any.
         """
         is_last = step == self._total_steps
         reason = self._stop_rules(record) if self._stop_rules and not is_last else ""
