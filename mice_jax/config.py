@@ -22,13 +22,29 @@ class ConfigError(ValueError):
 
 
 class _Strict:
-    """Raises ConfigError when an unknown field is assigned, with the closest name."""
+    """Raises ConfigError when an unknown field is assigned, with the closest name, and notes which fields were set."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        self = super().__new__(cls)
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        object.__setattr__(self, "_set_by_user", {*names[: len(args)], *kwargs})
+        return self
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_is_made", True)  # from here on, an assignment is not that of a default
 
     def __setattr__(self, name: str, value: Any) -> None:
         names = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
         if name not in names:
             raise ConfigError(f"{type(self).__name__} has no field {name!r}{nearest(name, names)}")
+        if "_is_made" in self.__dict__:
+            self.__dict__["_set_by_user"].add(name)
         object.__setattr__(self, name, value)
+
+
+def is_set(part: Any, name: str) -> bool:
+    """Whether a field of a config's part was given to its constructor or assigned, even with its default value."""
+    return name in part.__dict__["_set_by_user"]
 
 
 @dataclass
@@ -134,7 +150,8 @@ class Optim(_Strict):
     """The optimizer, its schedule and the loss."""
 
     batch_size: int = 3840
-    """The exact number of samples of a step, on any mesh."""
+    """The exact number of samples of a step, on any mesh; the default, unless it is set, is an error where an epoch has
+    fewer samples."""
     learning_rate: float = 2e-5
     """The peak learning rate."""
     schedule: str = "constant"

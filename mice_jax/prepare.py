@@ -54,7 +54,7 @@ def prepare(values: command.Values) -> None:
     console.print(statistics.summary_table(whole))
     if values.report:
         _print_report(whole, console)
-    for sentence in statistics.data_warnings(whole):
+    for sentence in data.warnings:
         console.print(f"[yellow]warning: {escape(sentence)}[/yellow]", soft_wrap=True)
     if output:
         output.write_text(json.dumps(whole, indent=1) + "\n")
@@ -73,7 +73,7 @@ def _open_data(config: Config, console: Console) -> tuple[build.RunData, ChatEnc
 
 def _report(config: Config, data: build.RunData) -> dict[str, Any]:
     """Returns the content of data_report.json."""
-    return statistics.with_steps(data.dataset.report, _steps(config, data), data.total_steps)
+    return statistics.with_steps(data.dataset.report, _steps(config, data), data.total_steps, data.warnings)
 
 
 def _steps(config: Config, data: build.RunData) -> StepSource:

@@ -148,6 +148,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
     # ---- Files that the run starts with -------------------------------------------------------------------------
     # Written before the first step, so that a killed run can be resumed, exported and understood.
+    warnings = summary.warnings(config, source, model.decoder, data, mesh)
     with distributed.raise_on_all_processes():
         if is_main:
             workdir.truncate_metrics(start)
@@ -158,12 +159,13 @@ def train(config: Config, run: Run, launch: Launch) -> None:
                 run_files.choices(mesh, model.compute, model.rows, encoder.today),
                 {**launch.provenance, **code_state()},
             )
-            workdir.write_json("data_report.json", statistics.with_steps(data.dataset.report, steps, data.total_steps))
+            report = statistics.with_steps(data.dataset.report, steps, data.total_steps, warnings)
+            workdir.write_json("data_report.json", report)
             benchmarks.write_directions(workdir)
             run_files.write_model_folder(workdir.local / "model", source, spec, inputs.tokenizer)
             workdir.sync()
     console.print(summary.table(config, source, data, steps, start, model))
-    for warning in summary.warnings(config, source, model.decoder, data, mesh):
+    for warning in warnings:
         console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
 
     # ---- Compilation --------------------------------------------------------------------------------------------

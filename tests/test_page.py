@@ -194,6 +194,20 @@ def test_lower_is_better_as_the_run_records_or_its_name_suggests(tmp_path: Path)
     assert not run.lower_is_better("pile/bits_per_byte") and run.lower_is_better("eval/loss")
 
 
+# ---------------------------------------------------------------------------------------- warnings
+def test_warnings_of_runs_are_listed_with_the_runs_that_had_them(tmp_path: Path) -> None:
+    given = {"a": ["of both", "of one"], "b": ["of both"], "c": []}
+    for name, warnings in given.items():
+        write_run(tmp_path / name, make_config())
+        file = tmp_path / name / "data_report.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"warnings": warnings}))
+    alone = page_of(tmp_path, tmp_path / "a")["warnings"]
+    assert alone == [{"text": "of both", "runs": ""}, {"text": "of one", "runs": ""}]
+    together = page_of(tmp_path, *(tmp_path / name for name in given))["warnings"]
+    assert together == [{"text": "of both", "runs": "a, b"}, {"text": "of one", "runs": "a"}]
+    assert page_of(tmp_path, tmp_path / "c")["warnings"] == []
+
+
 # ---------------------------------------------------------------------------------------- damaged files
 @pytest.mark.parametrize(
     "middle", [b'{"step": 7, "sam', b"\0\0\0\0", b'["no record"]', b'{"loss": 1.0}', b'{"step": "x"}']

@@ -97,6 +97,8 @@ def test_report_is_shown_and_written_as_in_training(
     assert run_train(config, tmp_path / "work") == 0
     # A run knows its devices (here eight) by itself, so that alone may differ.
     written, kept = (json.loads(p.read_text()) for p in (tmp_path / "report.json", tmp_path / "work/data_report.json"))
+    # So may the warnings of what eight devices do not divide.
+    assert written.pop("warnings") == [w for w in kept.pop("warnings") if "mesh" not in w]
     for report in (written, kept):
         assert 0 < report.pop("packing_efficiency_of_first_steps") <= 1
         assert 0 < report.pop("packing_efficiency_by_source")["chats"] <= 1
@@ -104,12 +106,15 @@ def test_report_is_shown_and_written_as_in_training(
     assert written == kept and kept["phases"][0]["epochs"] == [{"steps": 2, "samples": 16, "by_source": {"chats": 16}}]
 
 
-def test_data_warnings_are_shown(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_warnings_are_shown_and_kept(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_prepare(config) == 0 and "warning: " not in capsys.readouterr().out
     odd = {"messages": [{"role": "assistant", "content": "<|im_end|> there"}]}
     write_jsonl(config.parent / "chats.jsonl", [*make_chats(16), odd, odd])
-    assert run_prepare(config) == 0
+    assert run_prepare(config, f"--output={tmp_path / 'report.json'}", "--config.optim.batch_size=100") == 0
     out = capsys.readouterr().out
+    kept = json.loads((tmp_path / "report.json").read_text())["warnings"]
+    assert [line.removeprefix("warning: ") for line in out.splitlines() if line.startswith("warning: ")] == kept
+    assert any("a batch is larger than an epoch" in w for w in kept)
     assert "warning: chats: 1 samples are exact copies" in out
     assert re.search(r"warning: chats: 2 samples \(the first is .*chats\.jsonl line 17\) hold a special token", out)
     assert "chats.jsonl line 17) start with the assistant" in out
@@ -133,3 +138,13 @@ def test_batch_larger_than_every_epoch_is_an_error_as_in_training(
     assert said.startswith("error: there is no step to take (phase 'stacked': 16 ") and "batch_size=17" in said
     assert run_train(config, tmp_path / "work", *flags) == 2 and capsys.readouterr().err == said
     assert run_prepare(config, *flags[:1]) == 0
+
+
+def test_default_batch_size_larger_than_an_epoch_is_an_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(config.read_text().replace("c.optim.batch_size = 8\n", "pass\n"))
+    assert run_prepare(config) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: optim.batch_size is not set") and "--config.optim.batch_size=32" in said
+    # Set by the user, the same size is warned of.
+    assert run_prepare(config, "--config.optim.batch_size=3840") == 0
+    assert "a batch is larger than an epoch" in capsys.readouterr().out

@@ -224,6 +224,12 @@ class Mixture:
             found.append(Epoch(phase, epoch, steps, samples, tuple(counts)))
         return found
 
+    def largest_epochs(self) -> list[int]:
+        """The samples of each phase's largest epoch; 0 for a phase without epochs."""
+        return [
+            max((size for p, _, size in self._epochs if p == number), default=0) for number in range(len(self.phases))
+        ]
+
     def crowded_phases(self) -> list[str]:
         """`'name' (8 samples a step, 5 an epoch)` for each phase whose epoch is smaller than a step."""
         sizes = [[size for p, _, size in self._epochs if p == number] for number in range(len(self.phases))]

@@ -97,13 +97,14 @@ def mean_length(report: Entry) -> float:
     return sum(s["tokens"] for s in sources) / sum(s["kept"] for s in sources)
 
 
-def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
+def with_steps(report: Entry, source: "StepSource", total_steps: int, warnings: Sequence[str] = ()) -> Entry:
     """Completes data_report.json with the samples that the steps draw from each source.
 
     Args:
       report: the part that does not depend on steps.
       source: the steps.
       total_steps: number of steps of the run.
+      warnings: what the user was warned of.
 
     Returns:
       The complete report.
@@ -125,6 +126,7 @@ def with_steps(report: Entry, source: "StepSource", total_steps: int) -> Entry:
         "packing_efficiency_of_first_steps": slot_efficiency(tokens, packed),
         "packing_efficiency_by_source": packing_by_source(source, epochs),
         "packed_for": {"shards": source.num_shards, "rows_per_shard": source.shapes[0].rows},
+        "warnings": list(warnings),
     }
 
 

@@ -123,6 +123,7 @@ def _page(subject: _Subject) -> dict[str, Any]:
         "runs": _rows(subject),
         "saved": _saved(runs),
         "problems": _problems(subject),
+        "warnings": _warnings(subject),
         "evidence": _evidence(runs, objective),
         "config": _config(subject),
         "data": [_data_tables(r) for r in runs[:1]] if is_single else [],
@@ -136,6 +137,22 @@ def _problems(subject: _Subject) -> list[dict[str, str]]:
         name = "" if subject.kind == "run" else run.name
         problems += [{"run": name, "text": p} for p in run.problems]
     return problems
+
+
+def _warnings(subject: _Subject) -> list[dict[str, Any]]:
+    """Returns what each run was warned of before its first step; a warning of several runs is listed once."""
+    runs_of: dict[str, list[str]] = {}
+    for run in subject.runs:
+        for text in run.warnings:
+            runs_of.setdefault(text, []).append(run.name)
+    total = len(subject.runs)
+    return [{"text": t, "runs": "" if len(r) == total else _listed(r)} for t, r in runs_of.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MAX_RUNS_SIDE_BY_SIDE])
+    more = len(names) - MAX_RUNS_SIDE_BY_SIDE
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 # ---------------------------------------------------------------------------------------- the runs

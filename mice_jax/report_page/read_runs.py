@@ -57,6 +57,12 @@ class Run:
     problems: list[str]
     params: dict[str, Any] = dataclasses.field(default_factory=dict)  # a trial's value on every axis, and its seed
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the run was warned of before its first step."""
+        warnings = self.data_report.get("warnings", [])
+        return [str(w) for w in warnings] if isinstance(warnings, list) else []
+
     def lower_is_better(self, name: str) -> bool:
         """Whether lower values of a metric are better, as the run records it or else as its name suggests."""
         recorded = self.directions.get(name.removeprefix("eval/"))

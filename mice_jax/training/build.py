@@ -6,7 +6,7 @@ the config is read in one function only.
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,9 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax.config import Config
+from mice_jax.config import Config, is_set
 from mice_jax.data import statistics
+from mice_jax.data.batch_size import check_default_batch_size
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.loader import StepSource
@@ -89,12 +90,14 @@ class RunData(NamedTuple):
       mixture: The samples of each step.
       total_steps: The number of steps of the run.
       spans: The steps of each phase.
+      warnings: Sentences about likely mistakes in the data and its division into steps.
     """
 
     dataset: Dataset
     mixture: Mixture
     total_steps: int
     spans: list[PhaseSpan]
+    warnings: list[str]
 
     @property
     def mean_length(self) -> float:
@@ -121,7 +124,7 @@ def data(
       The data.
 
     Raises:
-      UserError: The data cannot be read, or a phase has no sample.
+      UserError: The data cannot be read, a phase has no sample, or a batch of the default size is larger than an epoch.
     """
     dataset = build_dataset(config.data, encoder, log, watch)
     mixture = Mixture(
@@ -130,8 +133,25 @@ def data(
         seed=config.seed,
         drop_remainder=config.data.drop_remainder,
     )
+    if not is_set(config.optim, "batch_size"):
+        check_default_batch_size(mixture, config.optim.batch_size)
     total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
-    return RunData(dataset, mixture, total_steps, phase_spans(config.data.phases, mixture.phase_ends(), total_steps))
+    spans = phase_spans(config.data.phases, mixture.phase_ends(), total_steps)
+    warnings = [*statistics.data_warnings(dataset.report), *_step_warnings(config, dataset, mixture)]
+    return RunData(dataset, mixture, total_steps, spans, warnings)
+
+
+def _step_warnings(config: Config, dataset: Dataset, mixture: Mixture) -> Iterator[str]:
+    crowded = mixture.crowded_phases()
+    if crowded:
+        left = "data.drop_remainder=True leaves no step" if config.data.drop_remainder else "each step is a whole epoch"
+        yield f"a batch is larger than an epoch, so {left}, in {', '.join(crowded)}"
+    if config.data.validation_fraction and not dataset.validation:
+        yield f"data.validation_fraction={config.data.validation_fraction} holds out no sample of these few"
+    if mixture.samples_left_out:
+        yield f"{mixture.samples_left_out:,} samples left out by data.drop_remainder"
+    if config.optim.max_steps > len(mixture):
+        yield f"optim.max_steps={config.optim.max_steps} is beyond the {len(mixture)} steps that the phases have"
 
 
 def step_source(

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from mice_jax.cli.format import format_bytes
 from mice_jax.config import Config
-from mice_jax.data import statistics
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.model_source import ModelSource
@@ -141,25 +140,10 @@ def warnings(config: Config, source: ModelSource, decoder: Decoder, data: RunDat
       mesh: The run's mesh.
     """
     return [
-        *statistics.data_warnings(data.dataset.report),
-        *_step_warnings(config, data),
+        *data.warnings,
         *_model_warnings(config, source, decoder.spec),
         *_mesh_warnings(decoder, mesh),
     ]
-
-
-def _step_warnings(config: Config, data: RunData) -> Iterator[str]:
-    mixture = data.mixture
-    crowded = mixture.crowded_phases()
-    if crowded:
-        left = "data.drop_remainder=True leaves no step" if config.data.drop_remainder else "each step is a whole epoch"
-        yield f"a batch is larger than an epoch, so {left}, in {', '.join(crowded)}"
-    if config.data.validation_fraction and not data.dataset.validation:
-        yield f"data.validation_fraction={config.data.validation_fraction} holds out no sample of these few"
-    if mixture.samples_left_out:
-        yield f"{mixture.samples_left_out:,} samples left out by data.drop_remainder"
-    if config.optim.max_steps > len(mixture):
-        yield f"optim.max_steps={config.optim.max_steps} is beyond the {len(mixture)} steps that the phases have"
 
 
 def _model_warnings(config: Config, source: ModelSource, spec: ModelSpec) -> Iterator[str]:

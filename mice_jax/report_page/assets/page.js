@@ -558,6 +558,7 @@ function makeConfig() {
 }
 function makeProblems() {
   byId("problems").querySelector("ul").append(...data.problems.map(p => el("li", {}, p.run ? el("b", {}, `${p.run}: `) : "", p.text)));
+  byId("warnings").querySelector("ul").append(...data.warnings.map(w => el("li", {}, w.runs ? el("b", {}, `${w.runs}: `) : "", w.text)));
 }
 
 // ------------------------------------------------------------------------------------- all of it
@@ -571,7 +572,7 @@ makeEvents();
 makeData();
 makeConfig();
 if (!alone) { paint(); makeTrials(); }
-const needs = { problems: data.problems.length, trials: !alone, curves: byId("charts").childElementCount, evaluations: byId("evaluation-charts").childElementCount, grid: byId("grid-charts").childElementCount,
+const needs = { problems: data.problems.length, warnings: data.warnings.length, trials: !alone, curves: byId("charts").childElementCount, evaluations: byId("evaluation-charts").childElementCount, grid: byId("grid-charts").childElementCount,
   parallel: byId("parallel-charts").childElementCount && runs.filter(r => axisOf(r) !== null).length > 1, evidence: data.evidence, events: byId("events").querySelector("tbody").childElementCount, "data-section": byId("data-body").childElementCount, config: byId("config-body").childElementCount };
 for (const [id, there] of Object.entries(needs)) {
   const section = byId(id);
