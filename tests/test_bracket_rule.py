@@ -333,7 +333,7 @@ BAD_INPUT = [
     ({"curves": GOOD[..., :0]}, "holds no value"),
     ({"curves": [[["a"]]]}, "curves is not an array of numbers"),
     ({"curves": np.where(GOOD == 1, -np.inf, GOOD)}, "contains -inf"),
-    ({"curves": GOOD * np.nan}, "every arm that BracketRule ran has diverged"),
+    ({"curves": GOOD * np.nan}, "BracketRule can choose no arm, because every run that it did not stop has diverged"),
     ({"axes": {}}, "names no axis"),
     ({"axes": {"rate": "abc"}}, "Give the list of the axis' values"),
     ({"axes": {"rate": []}}, "is empty"),

@@ -37,6 +37,17 @@ class Replay:
     notes: tuple[str, ...]
 
 
+class NoArmLeft(UserError):
+    """Every run that the rule did not stop has diverged, so there is no arm to choose."""
+
+    def __init__(self, rule: str, saved: float):
+        super().__init__(
+            f"curves: {rule} can choose no arm, because every run that it did not stop has diverged (NaN or inf). "
+            "Leave out the values of the axes that diverge, or add lower learning rates."
+        )
+        self.saved = saved
+
+
 def replay(
     curves: np.ndarray,
     axes: Mapping[str, Iterable[Any]],
@@ -67,7 +78,7 @@ def replay(
         What was saved, the chosen arm, and what was run.
 
     Raises:
-        UserError: An argument is wrong, or every arm that was run has diverged.
+        UserError: An argument is wrong, or every run that the rule did not stop has diverged.
     """
     grid = checked_grid(axes)
     curves = _checked_curves(curves, grid)
@@ -84,13 +95,10 @@ def replay(
     )
     rule.check(grid, runs)
     runs, wall_clock = _run_all(rule, grid, runs, workers)
+    ran = runs.done / runs.num_points
     arm = rule.choose(grid, runs)
     if arm is None:
-        raise UserError(
-            f"curves: every arm that {type(rule).__name__} ran has diverged (NaN or inf), so there is none to choose. "
-            "Leave the diverged values of the axes out, or add lower learning rates."
-        )
-    ran = runs.done / runs.num_points
+        raise NoArmLeft(type(rule).__name__, 1.0 - float(ran.mean()))
     return Replay(
         saved=1.0 - float(ran.mean()),
         chosen=grid.values(arm),

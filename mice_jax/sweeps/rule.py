@@ -14,9 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from mice_jax.sweeps.grid import Grid
+from mice_jax.training.stop_rules import ColumnarRecords
 
 # Shares such as 0.1 and 3/30 are equal to rounding; no decision may depend on their last bit.
 ROUNDING = 1e-9
+METRIC = "eval/loss"  # the name that the metric of a stored sweep gets where a rule reads records
 
 
 class Task(NamedTuple):
@@ -39,6 +41,8 @@ class Runs:
         shares: The share of a run that is done at each evaluation, float64 [P], increasing, 1 at the last.
         start: The metric before the first step; NaN where it was not measured.
         signals: Other numbers at each evaluation by name, float64 [S, A, P] each.
+        records: The runs as records (`progress`), made when they are first read. Later states of the same runs share
+            them.
     """
 
     curves: np.ndarray
@@ -47,6 +51,7 @@ class Runs:
     shares: np.ndarray
     start: float = math.nan
     signals: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    records: dict[tuple[int, int], ColumnarRecords] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def num_seeds(self) -> int:
@@ -71,7 +76,7 @@ class Runs:
     @functools.cached_property
     def failed_arms(self) -> np.ndarray:
         """Whether a run of the arm has diverged with any seed, bool [A]."""
-        return self.diverged.any(axis=0)
+        return np.asarray(self.diverged.any(axis=0))
 
     def reached(self, seed: int, arm: int, points: int) -> bool:
         """Returns whether a run has come to an evaluation, or has ended before."""
@@ -88,6 +93,17 @@ class Runs:
     def final(self, seed: int, arm: int) -> float:
         """Returns the metric of a run at its end; inf where the arm has diverged, also with another seed."""
         return self.value(seed, arm, self.num_points)
+
+    def progress(self, seed: int, arm: int) -> ColumnarRecords:
+        """Returns the evaluations of a run so far as records, as the stop rules of runs read them."""
+        key = seed, arm
+        if key not in self.records:
+            points = np.arange(1.0, self.num_points + 1)
+            own = {name: values[seed, arm] for name, values in self.signals.items()}
+            self.records[key] = ColumnarRecords(
+                own | {"step": points, "samples": points, METRIC: self.curves[seed, arm]}
+            )
+        return self.records[key][: int(self.done[seed, arm])]
 
     def mean_final(self, arm: int, seeds: Sequence[int]) -> float:
         """Returns the mean over some seeds of the metric of an arm at its end."""
