@@ -24,7 +24,7 @@ from mice_jax.data.template_spans import PROBE_MESSAGES, NoTurnEndError, Templat
 from mice_jax.data.tokenizer import Span, decode, locator
 from mice_jax.errors import UserError
 
-RULES_VERSION = 2  # increased whenever ids or masks change, so that token stores are built again
+RULES_VERSION = 3  # increased whenever ids or masks change, so that token stores are built again
 # Which assistant messages get loss, unless the message (`train`) or the sample (`unmask`) says otherwise.
 TRAIN_ON = ("all", "last")
 

@@ -23,6 +23,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mice_jax.data.arrow_values import json_rows
 from mice_jax.data.json_list import JSONListItems
 from mice_jax.errors import UserError, one_line
 
@@ -82,8 +83,8 @@ class Table(Block):
     rows: pa.RecordBatch
 
     def records(self) -> Iterator[Raw]:
-        """Yields the rows as dicts without nulls, with their numbers."""
-        return enumerate(map(_sparse, self.rows.to_pylist()), self.first)
+        """Yields the rows as dicts without nulls, or the error of one that JSON cannot hold, with their numbers."""
+        return enumerate(json_rows(self.rows), self.first)
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,6 @@ class Examples(Block):
         """Reads the examples and yields them with their numbers."""
         for number in range(self.first, self.stop):
             yield number, _plain(self.source[number - 1])
-
-
-def _sparse(value: Any) -> Any:
-    """Removes nulls, because the struct of a table gives every message the keys that any message has."""
-    if isinstance(value, dict):
-        return {k: _sparse(v) for k, v in value.items() if v is not None}
-    return [_sparse(v) for v in value] if isinstance(value, list) else value
 
 
 def _plain(value: Any) -> Any:
@@ -376,7 +370,9 @@ def _rows(file: str) -> Iterator[_Yielded]:
     """Yields the rows of a Parquet file."""
     number = 0
     try:
-        with _open(file) as f, pq.ParquetFile(f, pre_buffer=False, buffer_size=PARQUET_BUFFER) as table:
+        # With extensions enabled, a column of Parquet's JSON type is told from one of texts.
+        options: Any = {"pre_buffer": False, "buffer_size": PARQUET_BUFFER, "arrow_extensions_enabled": True}
+        with _open(file) as f, pq.ParquetFile(f, **options) as table:
             size, total = _size(file), table.metadata.num_rows
             for rows in table.iter_batches(batch_size=BLOCK_RECORDS):
                 rows.validate(full=True)  # raises, for example, for text that is not UTF-8

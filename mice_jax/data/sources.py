@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mice_jax.data.arrow_values import NotJSONError
 from mice_jax.data.json_list import DECODER
 from mice_jax.data.readers import Block, Reader
 from mice_jax.errors import UserError, one_line
@@ -122,7 +123,9 @@ def _first_record(reader: Reader) -> Record | None:
 
 # ---------------------------------------------------------------------------------------- records
 def _record(raw: Any) -> Record:
-    """The object that a line holds; some kinds of file give parsed objects."""
+    """The object that a line holds; some kinds of file give parsed objects, or the error of one that is not JSON."""
+    if isinstance(raw, NotJSONError):
+        raise _BadRecord("not JSON", str(raw)) from raw
     if isinstance(raw, bytes):
         try:
             raw = DECODER.decode(raw.decode())
@@ -286,14 +289,14 @@ def _check_characters(value: Any, at: str) -> None:
     if value is None or isinstance(value, bool):
         return
     try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except UnicodeEncodeError as e:
         half = f"\\u{ord(e.object[e.start]):04x}, half of a character (a lone surrogate)"
         raise _BadRecord("lone surrogate", f"{at} holds {half}") from e
     except RecursionError as e:
         raise _BadRecord("nested too deep", f"{at} is nested too deep") from e
-    except TypeError as e:  # such as a date or bytes, which only parquet has
+    except (TypeError, ValueError) as e:  # such as a date, bytes or NaN, which only parquet has
         raise _BadRecord("not JSON", f"{at} holds what JSON cannot: {one_line(e)}") from e
 
 
