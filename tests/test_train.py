@@ -220,7 +220,7 @@ def test_a_run_stops_at_max_steps(workdir: Path, config: Path, tmp_path: Path) -
     assert "eval/loss" in lines[-1] and read_json(tmp_path / "run", "summary.json")["status"] == "completed"
 
 
-def test_checkpoints_and_evaluations_come_at_the_first_step_past_each_multiple(config: Path, tmp_path: Path) -> None:
+def test_saves_and_evaluations_follow_the_first_step_past_each_multiple(config: Path, tmp_path: Path) -> None:
     every = ["--config.checkpoint.every_samples=20", "--config.eval.every_samples=30", "--config.optim.max_steps=10"]
     assert run_train(config, tmp_path / "run", *every) == 0
     lines = read_metrics(tmp_path / "run")
@@ -236,7 +236,7 @@ def test_a_run_can_start_from_another_run(workdir: Path, config: Path, tmp_path:
     assert line["eval/loss"] == pytest.approx(read_metrics(workdir)[-1]["eval/loss"], rel=1e-6)
 
 
-def test_what_is_dropped_of_the_held_out_data_is_said_too_and_names_in_brackets_are_printed(
+def test_start_up_output_names_dropped_held_out_data_and_escapes_brackets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = write_jsonl(tmp_path / "held [bold].jsonl", [*HELD_OUT, chat("long", "mice " * 200)])
@@ -247,7 +247,7 @@ def test_what_is_dropped_of_the_held_out_data_is_said_too_and_names_in_brackets_
 
 
 # ---------------------------------------------------------------------------------------- compilation
-def test_over_several_epochs_of_all_shapes_nothing_is_compiled_after_the_first_step_began(
+def test_training_of_all_shapes_compiles_nothing_after_its_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
@@ -302,7 +302,7 @@ def test_over_several_epochs_of_all_shapes_nothing_is_compiled_after_the_first_s
     assert read_metrics(tmp_path / "run")[-1]["epoch"] == 2
 
 
-def test_the_next_step_s_rows_are_on_their_way_to_the_devices_before_a_step_s_numbers_are_awaited(
+def test_next_batch_is_sent_to_devices_before_metrics_are_awaited(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     happened: list[str] = []
@@ -423,7 +423,7 @@ def test_a_run_that_is_asked_to_leave_saves_and_goes_on_as_if_it_had_not(
     assert read_json(run, "summary.json")["status"] == "completed"
 
 
-def test_a_run_that_is_asked_to_leave_before_its_first_step_does_so_with_75(config: Path, tmp_path: Path) -> None:
+def test_signal_before_the_first_step_ends_the_run_with_exit_code_75(config: Path, tmp_path: Path) -> None:
     process = start_train(config, tmp_path / "run")
     try:
         while not (tmp_path / "run" / "lock").exists():  # data, model and compiling are still to come
@@ -454,7 +454,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_a_second_sigint_leaves_at_once_also_amid_a_save_with_the_last_checkpoint_whole(
+def test_second_sigint_exits_at_once_and_leaves_the_last_checkpoint_whole(
     workdir: Path, config: Path, tmp_path: Path
 ) -> None:
     """The save that goes on as the first comes never ends."""

@@ -73,7 +73,7 @@ def numbers(lines: list[Record], *names: str) -> list[Any]:
 
 
 # ---------------------------------------------------------------------------------------- boundaries
-def test_each_phase_has_its_batch_its_rate_and_its_schedule_and_samples_keep_counting(restarted: Path) -> None:
+def test_phases_have_own_batch_size_and_schedule_and_add_up_samples(restarted: Path) -> None:
     lines = read_metrics(restarted)
     assert numbers(lines, "step", "phase") == [(i + 1, "knowledge" if i < 5 else "skills") for i in range(13)]
     assert [line["samples"] for line in lines] == [8, 16, 24, 32, 40, *range(44, 73, 4)]
@@ -84,9 +84,7 @@ def test_each_phase_has_its_batch_its_rate_and_its_schedule_and_samples_keep_cou
     assert [line["learning_rate"] for line in lines] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_phase_that_resets_everything_is_a_run_from_the_weights_of_the_one_before(
-    restarted: Path, tmp_path: Path
-) -> None:
+def test_phase_that_resets_everything_equals_a_run_from_earlier_weights(restarted: Path, tmp_path: Path) -> None:
     lines = alone(tmp_path / "alone", restarted / "checkpoints" / "5")
     there = read_metrics(restarted)[5:]
     assert len(lines) == len(there) == 8
@@ -98,7 +96,7 @@ def test_a_phase_that_resets_everything_is_a_run_from_the_weights_of_the_one_bef
     assert [line["loss"] for line in other] != pytest.approx([line["loss"] for line in there], rel=1e-3)
 
 
-def test_a_run_resumed_before_a_boundary_that_resets_compiles_nothing_there(
+def test_resumed_run_compiles_nothing_where_a_phase_resets_the_optimizer(
     restarted: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Path(shutil.copytree(restarted, tmp_path / "run"))
@@ -164,7 +162,7 @@ def read_last_start(folder: Path) -> float:
     return alone(folder / "last", folder / "best" / "run" / "checkpoints" / "5")[0]["loss"]
 
 
-def test_a_run_stopped_at_a_boundary_enters_the_phase_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_run_stopped_at_a_phase_boundary_resumes_like_an_unstopped_run(tmp_path: Path) -> None:
     body = f"{RISING}\nc.checkpoint.best_mode = 'max'\nc.checkpoint.keep_last = 1"
     whole, parts = (two_phases(tmp_path / name, SEEDED, body) for name in ("whole", "parts"))
     assert run_train(whole, tmp_path / "whole" / "run") == 0
@@ -176,7 +174,7 @@ def test_a_run_stopped_at_a_boundary_enters_the_phase_as_if_it_had_not_been(tmp_
     assert kept == [1, 13]  # the newest, and what seeded the second phase
 
 
-def test_a_metric_to_choose_by_that_no_line_will_have_is_refused_before_the_run(
+def test_best_metric_that_no_record_will_have_is_an_error_before_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = two_phases(tmp_path / "run", SEEDED, "c.checkpoint.best_metric = 'eval/phase/knowlege/loss'")
@@ -202,7 +200,7 @@ def test_every_number_of_a_line_can_be_chosen_by(restarted: Path) -> None:
     assert {k for k in found if not k.startswith("eval/")} - {"step"} == set(STEP_METRICS)
 
 
-def test_a_phase_whose_seed_no_checkpoint_has_a_number_for_is_an_error_in_words(
+def test_phase_seed_from_best_without_any_scored_checkpoint_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Progress, "noise_scale", lambda self: None)
