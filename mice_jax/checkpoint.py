@@ -1,10 +1,11 @@
 """Checkpoints with Orbax: saving in the background, retention, and quarantine of damaged checkpoints.
 
 `workdir/checkpoints/<step>` holds params, opt_state and progress (the run's counters at that step, and the samples and
-score of each saved step). Orbax gives a step's folder its name once it is committed, and removes what a
-killed save leaves. A committed checkpoint then gets a manifest (storage/manifest.py). A checkpoint that differs from
-its manifest, or that cannot be read, is moved to `checkpoints/damaged/` and never deleted. The exception is a bucket: a
-checkpoint there that agrees with its manifest and cannot be read ends the command with a StoreError.
+score of each saved step). Orbax writes a step to a temporary folder, renames it when the save is committed, and removes
+the temporary folders of interrupted saves. A committed checkpoint then gets a manifest (storage/manifest.py). A
+checkpoint that differs from its manifest, or that cannot be read, is moved to `checkpoints/damaged/` and never deleted.
+The exception is a checkpoint in a bucket that agrees with its manifest but cannot be read: it ends the command with a
+StoreError.
 """
 
 import contextlib
@@ -30,9 +31,9 @@ from mice_jax.storage.paths import RunPath, is_remote, list_objects, move, write
 from mice_jax.storage.retention import checkpoints_to_keep, rank_by_score
 
 VOCABULARY_PARAMS = ("embed", "head")  # parameters with a vocabulary dim, which may be padded
-# In a bucket, Orbax removes every folder without this object, as the remains of a save that was cut short.
+# In a bucket, Orbax takes every folder without this object for an interrupted save and removes it.
 COMMITTED = "commit_success.txt"
-# Parts of the messages of a full disk or an exceeded quota, in lower case; 28 and 27 are ENOSPC and EFBIG.
+# Error messages of a full disk or an exceeded quota contain one of these, in lower case; 28 is ENOSPC and 27 is EFBIG.
 NO_SPACE_ERRORS = ("no space", "quota", "file too large", "os_error_code='28'", "os_error_code='27'")
 MAX_ERROR_CHARS = 300
 
@@ -61,11 +62,11 @@ class CheckpointReader:
             return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
-        """The steps of all committed checkpoints, in order."""
+        """Returns the steps of all committed checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def resolve_step(self, step: int | None) -> int:
-        """The given step, or the newest for None; UserError if there is no such checkpoint."""
+        """Returns the given step, or the newest step for None; raises UserError if it has no checkpoint."""
         steps = self.steps()
         if not steps:
             raise UserError(f"{self.folder} holds no complete checkpoint.")
@@ -74,7 +75,7 @@ class CheckpointReader:
         return steps[-1] if step is None else step
 
     def samples(self, step: int) -> int:
-        """The number of samples that the run had seen at a step."""
+        """Returns the number of samples that the run had seen at a step."""
         items = ocp.args.Composite(progress=ocp.args.JsonRestore())
         return self._manager.restore(step, args=items)["progress"]["samples"]
 
@@ -85,10 +86,10 @@ class CheckpointReader:
         return self._manager.restore(step, args=items)["params"]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`, and its progress."""
+        """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`, and the run's progress."""
         self._check_shapes(step, abstract.params)
         items = {
-            # strict=False pads or cuts a vocabulary to the padding of this mesh; _check_shapes excludes anything else.
+            # strict=False pads or cuts a vocabulary to the padding of this mesh; _check_shapes rejects other changes.
             "params": ocp.args.StandardRestore(abstract.params, strict=False),
             "opt_state": ocp.args.StandardRestore(abstract.opt_state, strict=False),
             "progress": ocp.args.JsonRestore(),
@@ -98,10 +99,10 @@ class CheckpointReader:
         return TrainState(count, restored["params"], restored["opt_state"]), restored["progress"]
 
     def _check_shapes(self, step: int, abstract: Params) -> None:
-        """Raises UserError if shapes differ; parameters with a vocabulary may differ in one dim, by its padding.
+        """Raises UserError if stored and requested shapes differ in more than the padding of the vocabulary.
 
-        Orbax silently pads and cuts arrays to the shapes that are asked for (`strict=False`). That is right only for
-        the vocabulary, which is padded with zeros to a multiple of the tensor axis.
+        With `strict=False`, Orbax silently pads and cuts arrays to the requested shapes. That is right only for the
+        vocabulary dim, which is padded with zeros to a multiple of the tensor axis.
         """
         stored = self._manager.item_metadata(step)["params"]
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
@@ -111,12 +112,12 @@ class CheckpointReader:
             if num_different_dims > allowed:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise UserError(
-                    f"{self.folder / str(step)} holds {name} of shape {list(found)}, but the model's config.json makes "
-                    f"it {list(leaf.shape)}. Put back the config.json that the run was made with."
+                    f"{self.folder / str(step)} holds {name} with the shape {list(found)}, but the model's config.json "
+                    f"requires {list(leaf.shape)}. Restore the config.json that the run was started with."
                 )
 
     def close(self) -> None:
-        """Releases the folder; a failure of a pending save is only printed."""
+        """Closes Orbax's manager; if a pending save has failed, its error is only printed."""
         try:
             self._manager.close()
         except Exception as e:
@@ -135,11 +136,11 @@ class Checkpoints(CheckpointReader):
         warm_start_ranges: Sequence[range] = (),
         check_ownership: Callable[[], None] = lambda: None,
     ):
-        """Opens or creates the folder, and removes the remains of saves that were cut short.
+        """Opens or creates the folder, and removes the remains of interrupted saves.
 
         Args:
           workdir: the run's folder, on disk or in a bucket.
-          policy: which checkpoints are kept; default all.
+          policy: which checkpoints are kept; None keeps all.
           warm_start_ranges: for each later phase that starts from the best state of the phase before, that phase's
             steps. The best step of each range is kept.
           check_ownership: raises, in every process, if another run has taken over the folder. It is called before
@@ -158,12 +159,12 @@ class Checkpoints(CheckpointReader):
     def save(self, state: TrainState, progress: dict[str, Any], score: float | None = None) -> None:
         """Copies the arrays and starts to write them in the background.
 
-        It first waits for the previous save, and only then deletes expired checkpoints, so that there is a complete
-        newest checkpoint at any time.
+        It first waits for the previous save, after which expired checkpoints are deleted. So the folder always has a
+        complete checkpoint.
 
         Args:
           state: the state after `state.step` steps.
-          progress: the run's counters, which JSON can hold; `samples` must be among them.
+          progress: the run's counters, which must be serialisable to JSON and include `samples`.
           score: the step's value of the policy's `best_metric`, if it was measured.
         """
         self.wait()
@@ -199,7 +200,7 @@ class Checkpoints(CheckpointReader):
             self._delete_expired()
 
     def _delete_expired(self) -> None:
-        # A step that the progress does not know is never deleted.
+        # A checkpoint that is not in `_saved` is never deleted.
         present = {step: self._saved[step] for step in self.steps() if step in self._saved}
         starts = [self.best_step(steps) for steps in self._warm_start_ranges]
         kept = checkpoints_to_keep(
@@ -215,12 +216,12 @@ class Checkpoints(CheckpointReader):
             del self._saved[step]
 
     def best_step(self, steps: range) -> int | None:
-        """The saved step with the best score among `steps`; None if none of them has a score."""
+        """Returns the saved step with the best score among `steps`; None if none of them has a score."""
         best = rank_by_score({s: v for s, v in self._saved.items() if s in steps}, self._policy.best_mode)
         return best[0] if best else None
 
     def last_committed_step(self) -> int | None:
-        """The newest step known to be committed, without reading the folder, whose store may be down."""
+        """Returns the newest step known to be committed, without reading the folder, which may be unavailable."""
         if self._pending_manifest is not None and not self._manager.is_saving_in_progress():
             with contextlib.suppress(Exception):  # a failed save is not committed
                 self._manager.check_for_errors()
@@ -234,25 +235,32 @@ class Checkpoints(CheckpointReader):
         try:
             with _explain_store_errors(self.folder):
                 yield
-        except jax.errors.JaxRuntimeError:  # a process is lost: the others would wait for it below
+        except jax.errors.JaxRuntimeError:  # a process is lost, and the collective below would wait for it
             raise
         except Exception as e:
             failure = e
         if distributed.is_true_on_any_process(failure is not None):
-            raise failure or StoreError("a checkpoint could not be written; another process prints why.")
+            raise failure or StoreError("a checkpoint could not be written; another process prints the reason.")
 
     # ---- Preemption notices of the cluster --------------------------------------------------------------------
     def preempted_before(self, start: int) -> bool:
-        """Whether a preemption notice came before the first step; called once.
+        """Returns whether a preemption notice came before the first step; called once.
 
-        JAX stops all processes at the step after the highest one that any of them has asked about. A notice that comes
-        before any question stops them at step 1, which a resumed run never asks about: so step 1 is asked about first.
+        JAX stops all processes at the step after the highest one for which any of them has called `reached_preemption`.
+        If the notice comes before the first call, JAX stops them at step 1. A resumed run never makes the call for step
+        1, so it is made here first.
+
+        Args:
+          start: the number of steps that were done before this process started.
         """
         before_any_step = self._manager.reached_preemption(1)
         return self._manager.reached_preemption(start) or before_any_step
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether a preemption notice came: true at one step, the same in every process; called at every step."""
+        """Returns whether to stop after a step because of a preemption notice; called at every step.
+
+        It is true at one step, which is the same in every process.
+        """
         return self._manager.reached_preemption(step)
 
     # ---- Restoring ------------------------------------------------------------------------------------------
@@ -266,11 +274,11 @@ class Checkpoints(CheckpointReader):
           log: called with a sentence about each damaged checkpoint.
 
         Returns:
-          Step, state and progress; None if there is no checkpoint at all.
+          The step, the state and the progress; None if the run has no checkpoints, damaged ones included.
 
         Raises:
-          UserError: all checkpoints are damaged. The run does not silently start from the beginning.
-          StoreError: the bucket cannot be listed or read at the moment.
+          UserError: if all checkpoints are damaged. The run does not silently start from the beginning.
+          StoreError: if the bucket cannot be listed or read at the moment.
         """
         steps = self.steps()
         while steps:
@@ -291,7 +299,10 @@ class Checkpoints(CheckpointReader):
         return None
 
     def _verify(self, step: int) -> str | None:
-        """How a checkpoint is damaged, or None, in every process. The main process alone reads all bytes."""
+        """Returns how a checkpoint is damaged, or None if it is not, in every process.
+
+        Only the main process reads the files.
+        """
         damage = verify(self.folder / str(step)) if distributed.is_main_process() else None
         if not distributed.is_true_on_any_process(damage is not None):
             return None
@@ -300,18 +311,21 @@ class Checkpoints(CheckpointReader):
     def _try_restore(
         self, step: int, abstract: TrainState
     ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str | None]:
-        """The restored state and progress, or None and how the checkpoint is damaged; the same in every process."""
+        """Returns the restored state and progress, or None and how the checkpoint is damaged.
+
+        Either every process restores the checkpoint, or none does.
+        """
         restored, damage = None, None
         try:
             restored = self.restore(step, abstract)
         except UserError:
             raise
-        except Exception as e:  # readers raise anything on damaged files
+        except Exception as e:  # Orbax may raise any exception on damaged files
             damage = one_line(e)[:MAX_ERROR_CHARS]
         if not distributed.is_true_on_any_process(restored is None):
             return restored, None
         damage = damage or "another process could not read it"
-        # The manifest agrees, so a bucket's checkpoint is complete, and reading failed for another reason.
+        # A checkpoint with a manifest has passed `_verify`. In a bucket, reading may still fail for another reason.
         if is_remote(self.folder) and (self.folder / str(step) / MANIFEST).exists():
             raise StoreError(f"{self.folder / str(step)} is complete, but cannot be read at the moment: {damage}.")
         return None, damage
@@ -328,13 +342,13 @@ class Checkpoints(CheckpointReader):
             if is_remote(folder):
                 write_atomically(folder / COMMITTED, "")  # Otherwise Orbax would remove damaged/; see COMMITTED.
             move(self.folder / str(step), target)
-        # So is this: no process lists the folder before the checkpoint is moved.
+        # This is a barrier too: no process lists the folder before the checkpoint is moved.
         distributed.is_true_on_any_process(False)
         self._manager = self._open(read_only=False)
         return target
 
     def _raise_if_checkpoints_exist(self) -> None:
-        """Raises if the folder has checkpoints, although Orbax lists none and none could be restored."""
+        """Raises if the folder holds checkpoints although Orbax lists none, or holds only damaged ones."""
         if is_remote(self.folder) and any(
             re.fullmatch(f"[0-9]+/{COMMITTED}", name) for name in list_objects(self.folder)
         ):
@@ -357,10 +371,10 @@ def _checkpoint_folder(workdir: RunPath) -> RunPath:
 
 @contextlib.contextmanager
 def _explain_store_errors(folder: RunPath) -> Iterator[None]:
-    """Turns the errors of a full disk, or of a store that is down, into errors for the user."""
+    """Turns the errors of a full disk or an unavailable bucket into errors for the user."""
     try:
         yield
-    except (AssertionError, AttributeError, LookupError, TypeError, jax.errors.JaxRuntimeError):  # not of a store
+    except (AssertionError, AttributeError, LookupError, TypeError, jax.errors.JaxRuntimeError):  # bugs, lost processes
         raise
     except Exception as e:
         text = one_line(e)
@@ -372,5 +386,5 @@ def _explain_store_errors(folder: RunPath) -> Iterator[None]:
         raise UserError(
             f"the checkpoint could not be written to {folder}: the disk is full ({text[:200]}); "
             f"{stats.f_bavail * stats.f_frsize:,} bytes are free. The earlier checkpoints are complete. Free some "
-            "space (or set checkpoint.keep_last) and run the same command to go on."
+            "space (or set checkpoint.keep_last) and run the same command to resume."
         ) from e

@@ -222,12 +222,12 @@ class _Evaluator:
         results = [self._score_benchmark(benchmark, step, model, weights) for benchmark in job.benchmarks]
         if job.mt_bench is not None:
             results.append(self._grade(step, model, weights))
-            self._display.say(mt_bench.describe(results[-1][mt_bench.NAME]))
+            self._display.log(mt_bench.describe(results[-1][mt_bench.NAME]))
         if not distributed.is_main_process():
             return {}
         merged = benchmarks.merged(results)
         for warning in benchmarks.warnings(merged, job.source.spec.max_positions):
-            self._display.say(f"warning: {warning}")
+            self._display.log(f"warning: {warning}")
         return merged
 
     def _score_benchmark(
@@ -237,7 +237,7 @@ class _Evaluator:
         file = _cached(model, benchmark, [str(self._job.dtype), self._job.template])
         is_cached = distributed.is_main_process() and file.exists()
         if distributed.is_true_on_any_process(is_cached):  # Only the main process looks for the file.
-            self._display.say(f"{_what(benchmark, step)} was scored before: {file}")
+            self._display.log(f"{_what(benchmark, step)} was scored before: {file}")
             return json.loads(file.read_text()) if is_cached else {}
         assert self._lm is not None
         self._lm.params = weights().params

@@ -81,8 +81,8 @@ def generate(values: command.Values) -> None:
     defaults = generation_config_of(source, tokenizer)
     flags_given = {name: values[name].value for name in SAMPLING_FLAGS}
     sampling = defaults.sampling(max_new_tokens, **flags_given, seed=values.seed)
-    for remark in _remarks(values, defaults, source.folder):
-        print(remark, file=sys.stderr)
+    for note in _notes(values, defaults, source.folder):
+        print(note, file=sys.stderr)
     # An answer ends with the token that ends a turn in the chat template, or with one of the generation config.
     stop_ids = [*encoder.stop_ids(), *defaults.stop_ids]
     dtype, step = compute_dtype(values.compute_dtype), resolve_step(source, values.step)
@@ -115,19 +115,19 @@ def generate(values: command.Values) -> None:
             _chat(model, system, sampling)
 
 
-def _remarks(values: command.Values, defaults: GenerationDefaults, folder: Path) -> list[str]:
+def _notes(values: command.Values, defaults: GenerationDefaults, folder: Path) -> list[str]:
     """Returns sentences about the fields of the model's generation_config.json that apply, or that are ignored."""
     applied = [
         f"{n}={getattr(defaults, n)}" for n in SAMPLING_FLAGS if values[n].value is None and getattr(defaults, n)
     ]
     temperature = values.temperature if values.temperature is not None else defaults.temperature
-    remarks = []
+    notes = []
     if temperature and applied:
-        remarks.append(f"{folder / FILE} has {', '.join(applied)}: answers are drawn so, unless flags say otherwise")
+        notes.append(f"{folder / FILE} has {', '.join(applied)}: answers are drawn so, unless flags say otherwise")
     if defaults.ignored_fields:
         ignored = ", ".join(defaults.ignored_fields)
-        remarks.append(f"warning: {folder / FILE} has {ignored}, which transformers applies and mice_jax ignores")
-    return remarks
+        notes.append(f"warning: {folder / FILE} has {ignored}, which transformers applies and mice_jax ignores")
+    return notes
 
 
 def _with_question(system: list[Message], prompt: str) -> list[Message]:

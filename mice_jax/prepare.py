@@ -66,9 +66,9 @@ def _open_data(config: Config, console: Console) -> tuple[build.RunData, ChatEnc
     inputs = build.inputs(config)
     encoder = build.encoder(config, inputs.tokenizer)
     with Display(console) as display:
-        for remark in inputs.remarks:
-            display.say(remark)
-        return build.data(config, encoder, display.say, display.watch), encoder
+        for note in inputs.notes:
+            display.log(note)
+        return build.data(config, encoder, display.log, display.watch), encoder
 
 
 def _report(config: Config, data: build.RunData) -> dict[str, Any]:

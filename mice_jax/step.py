@@ -1,8 +1,8 @@
-"""One optimizer step: `accumulate` adds up the sums of microbatches, `apply` divides once and updates.
+"""One optimizer step: `accumulate` adds a microbatch to the sums of the step, `apply` updates the state with them.
 
 Both are pure functions over plain pytrees, jitted with donated inputs. A step has as many microbatches as its samples
-need, of a few fixed shapes, each of which is compiled once. The loss of a step, and its gradient, is a sum over all
-tokens of the step divided by the sum of their weights. `apply_sums` is the only place where that division is made.
+need. They have a few fixed shapes, each of which is compiled once. The loss of a step, like its gradient, is a weighted
+sum over all tokens of the step, divided by the sum of the weights. Only `apply_sums` makes that division.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from mice_jax.loss import cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.sharding import BATCH_AXES, constrain, param_shardings
 
-# `unbiased_grad_sq` divides by the share of products between different microbatches. Below this share, almost all
-# weight lies in one microbatch, and the result would be rounding error.
+# `unbiased_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than
+# this, one microbatch has almost all the weight, and the result would be rounding error.
 MIN_CROSS_SHARE = 1e-3
 
 Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weights: each [B T], B rows of T slots
@@ -30,7 +30,7 @@ Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_we
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that an optimizer step changes."""
+    """Everything that an optimizer step changes."""
 
     step: jax.Array  # number of updates done, int32
     params: Params  # float32
@@ -40,11 +40,11 @@ class TrainState:
 class Sums(NamedTuple):
     """Sums over the microbatches of a step."""
 
-    grads: Params  # gradient of loss_sum, float32 or the run's accumulate_dtype
-    loss_sum: jax.Array  # float32 scalar, as are all below
+    grads: Params  # gradient of loss_sum, in the run's accumulate_dtype
+    loss_sum: jax.Array  # float32 scalar, like the sums below
     weight_sum: jax.Array
-    grad_sq_sum: jax.Array  # of the squared norm of each microbatch's gradient
-    weight_sq_sum: jax.Array  # of the squared weight_sum of each microbatch
+    grad_sq_sum: jax.Array  # sum of the squared norms of the microbatches' gradients
+    weight_sq_sum: jax.Array  # sum of the squares of the microbatches' weight_sum
 
 
 class Jitted:
@@ -65,7 +65,7 @@ class Jitted:
 
 
 class StepFunctions(NamedTuple):
-    """The jitted functions of a run, and the shapes and shardings of what they pass around."""
+    """The jitted functions of a run, and the shapes, dtypes and shardings of the state and the sums."""
 
     init: Jitted  # (key) -> TrainState
     from_params: Jitted  # (params) -> TrainState; donates params
@@ -73,7 +73,7 @@ class StepFunctions(NamedTuple):
     accumulate: Jitted  # (params, sums, batch) -> Sums; donates sums
     apply: Jitted  # (state, sums, skip_norm_above=inf) -> TrainState, zeroed Sums, metrics; donates state and sums
     evaluate: Jitted  # (params, batch) -> loss_sum, weight_sum
-    abstract_state: TrainState  # arrays are jax.ShapeDtypeStruct with a sharding, here and below
+    abstract_state: TrainState  # holds jax.ShapeDtypeStruct with a sharding instead of arrays, as does the next
     abstract_sums: Sums
 
 
@@ -120,11 +120,11 @@ def make_step(
 
     Args:
       decoder: the model.
-      optimizer: gives the direction of an update, as `optim.make_optimizer` does.
+      optimizer: an optax transformation without the learning rate, from `optim.make_optimizer`.
       schedule: maps the number of updates done to the learning rate.
       mesh: the devices.
       compute: dtype, attention backend and rematerialisation of forward and backward.
-      trained: a tree like the parameters', of bool arrays that broadcast to them; None if all are trained.
+      trained: a tree with the structure of the parameters, whose bool arrays broadcast to them; None trains all.
       accumulate_dtype: the dtype in which gradients are summed over microbatches.
 
     Returns:
@@ -169,7 +169,7 @@ def make_step(
         state: TrainState, sums: Sums, skip_norm_above: float = math.inf
     ) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
         state, metrics = apply_sums(state, sums, optimizer, schedule, skip_norm_above, trained)
-        # The sums start the next step at zero, in the memory that they already have.
+        # The next step starts from these zeros, which reuse the memory of the donated sums.
         return state, jax.tree.map(jnp.zeros_like, sums), metrics
 
     return StepFunctions(
@@ -203,13 +203,13 @@ def apply_sums(
       optimizer: an optax transformation without the learning rate, which `schedule` supplies.
       schedule: maps the number of updates done to the learning rate.
       skip_norm_above: a step whose gradient norm, before clipping, is above this makes no update.
-      trained: a tree like the parameters', of bool arrays that broadcast to them; None if all are trained. Other
-        parameters do not change, and their gradients do not count in the norm.
+      trained: a tree with the structure of the parameters, whose bool arrays broadcast to them; None trains all. Where
+        it is false, parameters do not change, and their gradients do not count in the norm.
 
     Returns:
       The state after the step, and the metrics of the step as scalars.
     """
-    # The only division of a loss or gradient by its weights. A step without weights gives NaN, which is not finite.
+    # Nothing else divides a loss or gradient by weights. A step whose weights are all 0 gives NaN, so it is not finite.
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, sums.grads)
     grads = _zero_frozen(grads, trained)
     loss = sums.loss_sum / sums.weight_sum
@@ -223,7 +223,7 @@ def apply_sums(
     updates = _zero_frozen(jax.tree.map(lambda d: -learning_rate * d, directions), trained)
     params = optax.apply_updates(state.params, updates)
 
-    # The update is computed in any case; `where` selects the new or the old value of each array.
+    # The update is always computed; `where` selects the new or the old value of each array.
     updated = finite & ~skipped
     step = jnp.where(finite, state.step + 1, state.step)
     params, opt_state = jax.tree.map(
@@ -259,7 +259,7 @@ def unbiased_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
       sums: the sums over the microbatches of the step.
 
     Returns:
-      The estimate, a float32 scalar: negative where noise dominates, NaN where there is one microbatch in effect.
+      The estimate, a float32 scalar: negative if noise dominates, and NaN if one microbatch has almost all the weight.
     """
     q = sums.grad_sq_sum / sums.weight_sum**2
     r = sums.weight_sq_sum / sums.weight_sum**2
@@ -270,7 +270,7 @@ def unbiased_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
 def make_abstract_state(
     decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
-    """Describes a run's state without making arrays.
+    """Returns the shapes, dtypes and shardings of a run's state, without allocating arrays.
 
     Args:
       decoder: the model.
@@ -278,22 +278,29 @@ def make_abstract_state(
       mesh: the devices, which need not be present.
 
     Returns:
-      A state of jax.ShapeDtypeStruct with shardings: parameters and moments by `sharding.RULES`, the rest replicated.
+      A TrainState of jax.ShapeDtypeStruct. Parameters and moments are sharded by `sharding.RULES`, the rest replicated.
     """
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, decoder.abstract)
     state = TrainState(step, decoder.abstract, opt_state)
-    of_params = param_shardings(decoder.abstract, decoder.axes, mesh)
-    of_opt_state = _opt_state_shardings(opt_state, decoder.abstract, of_params, replicated)
-    shardings = TrainState(replicated, of_params, of_opt_state)
+    params_shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
+    opt_state_shardings = _opt_state_shardings(opt_state, decoder.abstract, params_shardings, replicated)
+    shardings = TrainState(replicated, params_shardings, opt_state_shardings)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
 
 
 def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: NamedSharding) -> Any:
-    """The shardings of an optimizer's state: an array with a parameter's name and shape is split as the parameter.
+    """Returns the shardings of an optimizer's state.
 
-    Others, such as counts and Adafactor's row and column statistics, are replicated.
+    An array with the name and shape of a parameter is sharded like the parameter. Other arrays, such as counts and
+    Adafactor's row and column statistics, are replicated.
+
+    Args:
+      opt_state: the optimizer's state, with jax.ShapeDtypeStruct as leaves.
+      params: the parameters, with jax.ShapeDtypeStruct as leaves.
+      shardings: the sharding of each parameter.
+      replicated: the sharding of all other arrays.
     """
     by_name = {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -308,13 +315,13 @@ def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repl
 
 
 def _dict_keys(path: tuple) -> tuple[str, ...]:
-    """The dict keys at the end of a path: an optimizer keeps trees like the parameters' inside tuples of its own."""
+    """Returns the dict keys at the end of a path, which name the parameter, also inside the tuples of an optimizer."""
     reversed_keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
     return tuple(key.key for key in reversed_keys)[::-1]
 
 
 def _zero_frozen(tree: Params, trained: Any) -> Params:
-    """The tree with zeros where `trained` is false."""
+    """Returns the tree with zeros where `trained` is false."""
     if trained is None:
         return tree
     return jax.tree.map(lambda t, x: jnp.where(t, x, 0.0), trained, tree)

@@ -3,14 +3,15 @@
   mice train --config=configs/demo.py --workdir=runs/demo
   mice train --config=configs/demo.py --config.optim.learning_rate=1e-3 --workdir=runs/demo_1e-3
 
-The same command again resumes the run. It leaves in the workdir: config.json, data_report.json, metrics.jsonl (one
-line per step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and summary.json.
+Running the same command again resumes the run. A run writes to its workdir: config.json, data_report.json,
+metrics.jsonl (one line per step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and
+summary.json.
 """
 
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("train")  # --help and wrong flags need none of the imports below, which take seconds
+    command.before_imports("train")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
 import functools
@@ -44,7 +45,7 @@ from mice_jax.training import build, held_out, phases, precompile, run_files, su
 from mice_jax.training.cadence import Cadence, last_steps_before_warm_start, uses_best_checkpoint
 from mice_jax.training.evaluator import Evaluator
 from mice_jax.training.lifecycle import Run, lifecycle
-from mice_jax.training.progress import Deadline, Lap
+from mice_jax.training.progress import Deadline, LapTimer
 from mice_jax.training.record import Throughput, check_best_metric, make_record
 from mice_jax.training.start_state import enter_phase, restore_or_start
 from mice_jax.training.stop_monitor import StopMonitor
@@ -58,20 +59,20 @@ class Launch(NamedTuple):
     num_processes: int | None = None
     process_id: int | None = None
     expect_devices: int | None = None
-    provenance: Mapping[str, Any] = types.MappingProxyType({})  # the config file and the overrides of the command line
+    provenance: Mapping[str, Any] = types.MappingProxyType({})  # the config file and the command-line overrides
 
 
 def train(config: Config, run: Run, launch: Launch) -> None:
-    """Trains the model of a config, from what it starts from or from the newest checkpoint in the workdir.
+    """Trains a model, starting from the newest checkpoint in the workdir or, in a new run, from `model.init_from`.
 
-    Every process of the run calls it with the same config.
+    Every process of the run calls this function with the same config.
 
     Args:
-      config: what to train, validated.
-      run: the run in its `lifecycle`, which handles whatever is raised here.
+      config: the validated config of the run.
+      run: the run opened by `lifecycle`, which handles every exception that is raised here.
       launch: how this process was started.
     """
-    time_limit = Deadline(config.train.max_minutes)  # The clock starts here: set-up and compilation count.
+    time_limit = Deadline(config.train.max_minutes)  # starts here, so set-up and compilation count
     workdir = run.workdir
 
     # ---- Processes and devices ----------------------------------------------------------------------------------
@@ -81,11 +82,11 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     distributed.initialize(launch.coordinator_address, launch.num_processes, launch.process_id)
     is_main = distributed.is_main_process()
     console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
-    log = Display(console).say
+    log = Display(console).log
 
     # ---- Inputs -------------------------------------------------------------------------------------------------
-    # What can be checked without the data and the weights is checked here, so that a mistake costs seconds. The lock
-    # comes last: a run with a mistake in its inputs does not take it.
+    # Everything that can be checked without data and weights is checked here, so that a mistake costs only seconds.
+    # The workdir is locked last, so a run with a mistake in its inputs leaves no lock behind.
     distributed.assert_same_on_all_processes("config", identity(config))
     with distributed.raise_on_all_processes():
         distributed.check_devices(launch.expect_devices)
@@ -102,14 +103,14 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             run_files.check_same_config(workdir, config)
 
     # ---- Data ---------------------------------------------------------------------------------------------------
-    # One process builds the token stores; the others wait for them, so a failure has to reach all of them.
+    # One process builds the token stores while the others wait, so an error must be raised in all of them.
     with distributed.raise_on_all_processes(), Display(console) as display:
-        for remark in inputs.remarks:
-            display.say(remark)
-        data = build.data(config, encoder, display.say, display.watch)
+        for note in inputs.notes:
+            display.log(note)
+        data = build.data(config, encoder, display.log, display.watch)
         by_phase = len(config.data.phases) > 1
         eval_names = [*benchmarks.metric_names(), *held_out.metric_names(data.dataset.validation, by_phase)]
-        # Checkpoints have scores only where the best of them is kept, or a phase starts from it.
+        # Checkpoints are scored only if the best ones are kept or a phase starts from the best one.
         uses_best = uses_best_checkpoint(config, data.spans)
         if uses_best:
             check_best_metric(config, eval_names, bool(data.dataset.validation))
@@ -117,7 +118,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     distributed.assert_same_on_all_processes("tasks", benchmarks.fingerprint())
 
     # ---- Model --------------------------------------------------------------------------------------------------
-    # Rows and rematerialisation that are left to "auto" follow from the memory of a device and the data's lengths.
+    # Rows per device and remat that are left to "auto" are chosen from the device's memory and the sample lengths.
     model = build.model(config, source, spec, mesh, attention, data.mean_length, recorded)
     set_float32_matmul_precision(model.compute.dtype, mesh.devices.flat[0].platform)
     distributed.assert_same_on_all_processes("rows per device and remat", f"{model.rows} {model.compute.remat}")
@@ -125,7 +126,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     pack = build.held_out_packer(config, data, model.shapes, mesh)
 
     # ---- Optimizer and step functions ---------------------------------------------------------------------------
-    # The schedule spans max_steps or the whole mixture, also where the data or a stop rule end the run earlier.
+    # The schedule spans max_steps or the whole mixture, even if the data or a stop rule end the run earlier.
     schedule = build.schedule(config, data.spans, horizon=config.optim.max_steps or len(data.mixture))
     fns = build.step_functions(config, model.decoder, source.architecture, mesh, model.compute, schedule)
     evaluator = Evaluator(
@@ -137,7 +138,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         benchmarks.scorer(source, model.decoder, mesh, model.compute.dtype, log),
     )
 
-    # ---- State: the newest checkpoint of this workdir, else what init_from names ----------------------------------
+    # ---- State: the newest checkpoint of this workdir, or else init_from ------------------------------------------
     checkpoints = Checkpoints(
         workdir.path,
         config.checkpoint,
@@ -146,8 +147,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     )
     start, state, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
 
-    # ---- Files that the run starts with -------------------------------------------------------------------------
-    # Written before the first step, so that a killed run can be resumed, exported and understood.
+    # ---- Initial files of the workdir ---------------------------------------------------------------------------
+    # They are written before the first step, so that a killed run can be resumed, exported and understood.
     warnings = summary.warnings(config, source, model.decoder, data, mesh)
     with distributed.raise_on_all_processes():
         if is_main:
@@ -169,12 +170,12 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
 
     # ---- Compilation --------------------------------------------------------------------------------------------
-    # Every microbatch shape is compiled now, so no step waits for a compilation later in the run.
+    # Every microbatch shape is compiled now, so that no later step waits for a compilation.
     compiled = precompile.compile_run(
         fns, steps, start, data.total_steps, held_out.sources(data.dataset.validation, pack), data.spans, mesh
     )
     if compiled.shapes:
-        console.print(f"[dim]{compiled.sentence(cache)}[/dim]")
+        console.print(f"[dim]{compiled.describe(cache)}[/dim]")
     distributed.barrier("compiled")
 
     # ---- Train --------------------------------------------------------------------------------------------------
@@ -199,51 +200,51 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         selects_by_benchmark=uses_best and config.checkpoint.best_metric in benchmarks.metric_names(),
     )
     throughput = Throughput(spec, hardware.peak_flops_of_all_devices())
-    timer = Lap()
+    timer = LapTimer()
     sums = fns.zero_sums()
     batches = put_steps(load_steps(steps, start, config.data.num_workers), mesh)
-    batch = next(batches, None)
+    next_batch = next(batches, None)
     for step in range(start + 1, data.total_steps + 1):
-        # The first step of a later phase may need another state.
+        # A later phase may start from another checkpoint or with a new optimizer state.
         index = phases.span_index(data.spans, step - 1)
         span = data.spans[index]
         if index > 0 and step - 1 == span.first:
             state = enter_phase(data.spans, index, state, fns, checkpoints, console.print)
 
         # The update is queued on the devices; the next batch is sent to them while they work.
+        batch = next_batch
         assert batch is not None, "the loader has every step"
         for microbatch in batch["microbatches"]:
             sums = fns.accumulate(state.params, sums, microbatch)
-        state, sums, on_device = fns.apply(state, sums, run.progress.spike_threshold(config.train.skip_spikes))
-        this_batch = batch
-        batch = next(batches, None)
+        state, sums, device_metrics = fns.apply(state, sums, run.progress.spike_threshold(config.train.skip_spikes))
+        next_batch = next(batches, None)
 
         # A loss or gradient norm that is not finite ends the run before anything of the step is recorded.
-        measured = {name: value.item() for name, value in jax.device_get(on_device).items()}
-        if not measured["finite"]:
-            run.save(state)  # It is the state before the step.
+        metrics = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
+        if not metrics["finite"]:
+            run.save(state)  # `apply` has left the state as it was before the step.
             checkpoints.wait()
-            raise StoppedByRule(summary.not_finite(step, measured, checkpoints.folder, run.saved_step))
-        before = run.progress
-        run.progress = before.advance(
-            this_batch, measured["grad_norm"], measured["skipped"], measured["grad_sq_corrected"]
-        )
-        if measured["skipped"]:
-            console.print(f"step {step} is skipped: its gradient norm {measured['grad_norm']:.3g} is a spike")
+            raise StoppedByRule(summary.not_finite(step, metrics, checkpoints.folder, run.saved_step))
+        previous = run.progress
+        run.progress = previous.advance(batch, metrics["grad_norm"], metrics["skipped"], metrics["grad_sq_corrected"])
+        if metrics["skipped"]:
+            console.print(f"step {step} is skipped: its gradient norm {metrics['grad_norm']:.3g} is a spike")
 
-        # The record, with any evaluation, is written before the step's checkpoint, so no checkpoint lacks its line.
+        # The step's record, with any evaluation, is written before its checkpoint, so that metrics.jsonl has a line for
+        # every checkpoint.
         record = make_record(
-            step, span.phase.name, this_batch, measured, run.progress, timer.lap(), throughput,
+            step, span.phase.name, batch, metrics, run.progress, timer.lap(), throughput,
             skips_spikes=bool(config.train.skip_spikes),
         )  # fmt: skip
-        due = cadence.due(step, before.samples, run.progress.samples)
+        due = cadence.due(step, previous.samples, run.progress.samples)
         evaluation = evaluator(state.params, due)
         record |= evaluation.metrics
         run.log(record)
         workdir.sync(after_s=SYNC_EVERY_S)
 
-        # Every process takes part in the poll. A run that stops saves first, also if a benchmark failed. Only regular
-        # checkpoints compete for the best score: an extra one depends on the clock or on a signal.
+        # Every process takes part in the poll. A run saves before it stops, even if a benchmark failed. Only scheduled
+        # checkpoints get a score: whether there are others depends on the clock or a signal, so choosing the best among
+        # them would not be reproducible.
         poll = stop_signals.poll(step, record, evaluation.failure)
         if due.checkpoint or poll.save or poll.stop is not None:
             run.save(state, record.get(config.checkpoint.best_metric) if due.checkpoint else None)
@@ -256,7 +257,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
 # ---------------------------------------------------------------------------------------- the command
 def begin(arguments: Sequence[str], values: command.Values) -> int | None:
-    """Runs the command: directly, or, as one process of several, in a child that a watchdog looks after."""
+    """Runs the command, in this process or, if the run has several processes, in a child that a watchdog monitors."""
     config = command.config_of(values)
     workdir = command.workdir_of(values)
     if watchdog.is_child():
@@ -273,7 +274,7 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
     with lifecycle(workdir) as run:
         train(config, run, launch)
     if distributed.is_main_process():
-        print(summary.ending(run))
+        print(summary.final_message(run))
     return None
 
 
@@ -281,11 +282,11 @@ def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
     """Trains a model from Python; `mice_jax.train` is this function.
 
     Args:
-      config: what to train.
-      workdir: the folder of the run, on disk or in a bucket. A run that is there already is resumed.
+      config: the config of the run.
+      workdir: the folder of the run, on disk or in a bucket. If it holds a run already, that run is resumed.
 
     Returns:
-      What summary.json holds.
+      The content of summary.json.
 
     Raises:
       UserError: if the config, the data or the workdir cannot be used.
@@ -302,8 +303,13 @@ command.make_module_callable(__name__, train_in_python)
 
 
 def _report_to_other_processes(arguments: Sequence[str], error: Exception) -> None:
-    """Sends an error to the other processes of the run, which wait for this one to join them."""
-    if watchdog.is_child():  # A child has joined the others already, and they raised this error too.
+    """Sends an error to the other processes of the run, which wait for this one to join them.
+
+    Args:
+      arguments: the arguments of the command line.
+      error: the error that ends this process.
+    """
+    if watchdog.is_child():  # A child has already joined the other processes, which raise this error too.
         return
     try:
         processes = command.processes_of(arguments)

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from mice_jax.data import byte_level
-from mice_jax.data.tokenizer import locator
+from mice_jax.data.tokenizer import offset_tokenizer
 
 TRAINED_ON = ["red barns and blue barns", "naïve café 12 345", "日本語 🤖👍", "  two  spaces\n\nand lines\t"] * 4
 # What Llama 3 and Qwen 2 cut by, but for the number of digits.
@@ -59,7 +59,7 @@ def bpe(normalizer: Any, cutter: Any, alphabet: bool = True, added: AddedToken |
 
 @pytest.fixture(scope="module")
 def by_bytes() -> dict[str, Any]:
-    return {name: locator(bpe(*parts)) for name, parts in BYTE_LEVEL.items()}
+    return {name: offset_tokenizer(bpe(*parts)) for name, parts in BYTE_LEVEL.items()}
 
 
 PIECES = st.text(max_size=12) | st.sampled_from(
@@ -77,31 +77,31 @@ def test_spans_by_bytes_are_those_that_the_library_keeps(
     found = by_bytes[name]
     assert found._num_bytes is not None
     (kept,) = found._chats.encode_batch([text], add_special_tokens=False)
-    ((ids, spans),) = found.located([text])
+    ((ids, spans),) = found.encode_with_offsets([text])
     assert (ids.tolist(), [tuple(s) for s in spans.tolist()]) == (kept.ids, kept.offsets)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_spans_are_not_counted_by_bytes_where_tokens_do_not_spell_the_text(name: str) -> None:
-    found: Any = locator(bpe(*OTHERS[name]))
+    found: Any = offset_tokenizer(bpe(*OTHERS[name]))
     assert found._num_bytes is None
     (kept,) = found._chats.encode_batch(["Red  barns é"], add_special_tokens=False)
-    ((ids, spans),) = found.located(["Red  barns é"])
+    ((ids, spans),) = found.encode_with_offsets(["Red  barns é"])
     assert (ids.tolist(), [tuple(s) for s in spans.tolist()]) == (kept.ids, kept.offsets)
 
 
 def test_missing_byte_or_stripping_token_rules_out_byte_counts() -> None:
     cutter = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert locator(bpe(None, cutter, alphabet=False))._num_bytes is None  # type: ignore[attr-defined]
+    assert offset_tokenizer(bpe(None, cutter, alphabet=False))._num_bytes is None  # type: ignore[attr-defined]
     greedy = AddedToken("<|end|>", rstrip=True, special=True)
-    assert locator(bpe(None, cutter, added=greedy))._num_bytes is None  # type: ignore[attr-defined]
+    assert offset_tokenizer(bpe(None, cutter, added=greedy))._num_bytes is None  # type: ignore[attr-defined]
 
 
 def test_count_that_does_not_come_out_is_never_used() -> None:
-    found: Any = locator(bpe(*BYTE_LEVEL["gpt2"]))
+    found: Any = offset_tokenizer(bpe(*BYTE_LEVEL["gpt2"]))
     found._num_bytes[:] = 1
     with pytest.raises(AssertionError, match="do not spell"):
-        found.located(["red barns"])
+        found.encode_with_offsets(["red barns"])
 
 
 # ---------------------------------------------------------------------------------------- by a table of words
@@ -147,12 +147,12 @@ def test_ids_by_a_table_of_words_are_those_of_the_library(
 
 
 def test_full_word_table_leaves_further_texts_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: Any = locator(bpe(*BYTE_LEVEL["gpt2"]))
+    found: Any = offset_tokenizer(bpe(*BYTE_LEVEL["gpt2"]))
     found._words.ids("blue barns")
     assert len(pickle.loads(pickle.dumps(found))._words._ids) == 0 < len(found._words._ids)
     monkeypatch.setattr(byte_level, "MAX_WORDS", 1)
     assert found._words.ids("red barns") is None
-    ((ids, _),) = found.located(["red barns"])
+    ((ids, _),) = found.encode_with_offsets(["red barns"])
     assert ids.tolist() == found._chats.encode("red barns").ids
 
 
@@ -187,21 +187,21 @@ NO_TABLE: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", NO_TABLE)
 def test_word_table_is_absent_where_the_library_splits_differently(name: str) -> None:
-    found: Any = locator(NO_TABLE[name]())
+    found: Any = offset_tokenizer(NO_TABLE[name]())
     assert found._words is None
-    ((ids, _),) = found.located(["red barns<|end|> 12 and"])
+    ((ids, _),) = found.encode_with_offsets(["red barns<|end|> 12 and"])
     assert ids.tolist() == found._chats.encode("red barns<|end|> 12 and").ids
 
 
 def test_pattern_that_two_regex_engines_read_differently_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(byte_level, "GPT2", r"\S+|\s+")
-    assert locator(bpe(*BYTE_LEVEL["gpt2"]))._words is None  # type: ignore[attr-defined]
+    assert offset_tokenizer(bpe(*BYTE_LEVEL["gpt2"]))._words is None  # type: ignore[attr-defined]
 
 
 def test_word_that_the_pattern_leaves_out_is_not_lost() -> None:
     cutter = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"[a-z]+|[^a-z@]+"), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
-    found: Any = locator(bpe(None, cutter))
-    ((ids, _),) = found.located(["red@barns"])
+    found: Any = offset_tokenizer(bpe(None, cutter))
+    ((ids, _),) = found.encode_with_offsets(["red@barns"])
     assert ids.tolist() == found._chats.encode("red@barns").ids

@@ -227,7 +227,7 @@ def test_empty_answer_trains_the_end_alone(name: str, encoders: dict[str, ChatEn
 
 
 def test_contents_that_look_like_the_template_do_not_mislead(name: str, encoders: dict[str, ChatEncoder]) -> None:
-    tricks = ["assistant\n", "user: Red", "Assistant: Blue", "MiceSlot000003End", "{{ m.content }}"]
+    tricks = ["assistant\n", "user: Red", "Assistant: Blue", "MicePart000003End", "{{ m.content }}"]
     for trick in tricks:
         answer = trick.strip()
         found = runs(encoders[name], chat(trick, answer, answer, trick.strip()))
@@ -417,7 +417,7 @@ def test_token_store_is_known_by_the_day_where_the_template_writes_it() -> None:
 def test_template_date_with_a_computed_format_is_an_error() -> None:
     encoder = custom("{% set f = '%d' %}{{ strftime_now(f) }}" + CHATML)
     with pytest.raises(
-        UserError, match=r"writes a date by 'strftime_now\(f\).*not a quoted string.*data\.chat_template"
+        UserError, match=r"writes a date with 'strftime_now\(f\).*not a quoted string.*data\.chat_template"
     ):
         encoder.encode([chat("Hi", "Red")])
 
@@ -689,7 +689,7 @@ def test_space_before_an_end_of_turn_is_trained_with_it() -> None:
         (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), "{% generation %}"),
         (CHATML.replace("{{ m.content }}", "{{ m.content + m.content }}"), "more than once"),
         (CHATML.replace("{{ m.content }}", "{{ m.content if m.role == 'user' }}"), "leaves out"),
-        (TAGGED.replace("m.role == 'assistant'", "false"), "0 of its {% generation %} spans"),
+        (TAGGED.replace("m.role == 'assistant'", "false"), "0 {% generation %} spans"),
     ],
 )
 def test_template_without_derivable_spans_is_an_error(template: str, words: str) -> None:
@@ -714,7 +714,7 @@ def test_train_flags_need_a_tagged_span_for_each_answer() -> None:
     assert runs(encoder, chat("Hi", "Red", "Hi", "Blue")) == ["Hi<|im_end|>Red<|im_end|>Hi<|im_end|>Blue<|im_end|>"]
     sample = chat("Hi", "Red", "Hi", "Blue")
     sample.messages[1]["train"] = False
-    with pytest.raises(UserError, match=r"1 of its .* spans for 2 assistant messages"):
+    with pytest.raises(UserError, match=r"1 .* spans for 2 assistant messages"):
         encoder.encode([sample])
 
 
@@ -814,7 +814,7 @@ def test_missing_tokenizer_or_template_is_named(saved: Callable[[str | None], st
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds nothing: .*tokenizer\.json"):
         load_tokenizer(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match=r"chat_template='nowhere\.jinja' is neither .* nor a file"):
+    with pytest.raises(UserError, match=r"chat_template='nowhere\.jinja' is neither .* nor an existing file"):
         load_tokenizer(path, "nowhere.jinja")
     with pytest.raises(UserError, match=r"data\.chat_template='.*' cannot be read: .*directory"):
         load_tokenizer(path, str(tmp_path))

@@ -192,7 +192,7 @@ def test_a_new_run_has_nothing_to_restore(tmp_path: Path) -> None:
 
 
 def test_a_model_of_another_shape_is_an_error_and_not_damage(run: Path) -> None:
-    with opened(run) as checkpoints, pytest.raises(UserError, match=r"up of shape \[2, 8\].* \[2, 12\].*Put back"):
+    with opened(run) as checkpoints, pytest.raises(UserError, match=r"up with the shape \[2, 8\].* \[2, 12\].*Restore"):
         checkpoints.restore_newest(abstract_of(make_state(0, width=12)), pytest.fail)
     assert not (run / "checkpoints" / "damaged").exists()
 

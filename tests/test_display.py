@@ -14,7 +14,7 @@ pytestmark = pytest.mark.smoke
 def output_of(terminal: bool, quiet: bool = False) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, quiet=quiet)
     with Display(console) as display:
-        display.say("tokens of [a].jsonl")
+        display.log("tokens of [a].jsonl")
         watch = display.watch("[a].jsonl")
         for i in range(1, 4):
             watch(i / 4, 1000 * i)

@@ -120,7 +120,7 @@ def test_sample_is_located_by_file_and_line(build: Build, data: Path, tmp_path: 
 def test_detected_format_is_reported_and_recorded(build: Build, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "who?", "completion": "mice"}])
     said: list[str] = []
-    detected = build(file, say=said.append)
+    detected = build(file, log=said.append)
     assert detected.meta["format"] == "prompt_completion" and ["read as prompt_completion" in s for s in said] == [True]
     assert build(file, "prompt_completion").fingerprint == detected.fingerprint
 
@@ -318,7 +318,7 @@ def test_killed_build_goes_on_where_it_was(
             f.seek(-9, os.SEEK_END)
             f.write(bytes(9))
     said: list[str] = []
-    store = build(many, by=encoder, say=said.append)
+    store = build(many, by=encoder, log=said.append)
     there = 80 if torn in ("journal", "all", "zeros") else 100
     assert said == [f"going on with the token store of {many}: {there} samples were tokenised before"]
     gone_on = bytes_of(cache)
@@ -446,5 +446,5 @@ def test_build_goes_on_after_a_full_disk(
         build(many)
     monkeypatch.setattr(store_module, "_append", written)
     said: list[str] = []
-    assert len(build(many, say=said.append)) == 200
+    assert len(build(many, log=said.append)) == 200
     assert said == [f"going on with the token store of {many}: 80 samples were tokenised before"]

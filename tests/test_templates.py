@@ -360,7 +360,9 @@ def test_system_message_that_mistral_has_no_place_for_is_an_error(load: Load) ->
 
 
 def test_unknown_template_name_lists_the_known_ones(write: Callable[[str], str]) -> None:
-    with pytest.raises(UserError, match=r"'chatlm' is neither .*chatml, granite, llama3, mistral, plain.* nor a file"):
+    with pytest.raises(
+        UserError, match=r"'chatlm' is neither .*chatml, granite, llama3, mistral, plain.* nor an existing file"
+    ):
         load_tokenizer(write("qwen"), "chatlm")
     encoder = ChatEncoder(load_tokenizer(write("qwen")))
     names = "no chat template.*chatml, granite, llama3, mistral, plain.*"

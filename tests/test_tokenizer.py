@@ -30,7 +30,7 @@ from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import Sample
 from mice_jax.data.store import build_store
 from mice_jax.data.templates import TOKENS
-from mice_jax.data.tokenizer import decode, load_tokenizer, locator
+from mice_jax.data.tokenizer import decode, load_tokenizer, offset_tokenizer
 from mice_jax.errors import UserError
 
 LINES = [
@@ -155,10 +155,10 @@ def test_ids_of_chats_documents_and_prompts_are_those_of_transformers(cls: str, 
 def test_ids_of_slow_tokenizers_are_those_of_the_sentencepiece_model(
     cls: str, kind: str, make: Make, models: dict[str, bytes]
 ) -> None:
-    given = locator(load_tokenizer(make(cls, kind)))
+    given = offset_tokenizer(load_tokenizer(make(cls, kind)))
     model = sentencepiece.SentencePieceProcessor(model_proto=models[kind])
     for text in TEXTS:
-        assert given.ids(text) == model.encode(text)
+        assert given.encode(text) == model.encode(text)
 
 
 # ---------------------------------------------------------------------------------------- masks
@@ -204,7 +204,7 @@ def test_slow_tokenizer_gives_the_ids_and_masks_of_its_fast_twin(make: Make) -> 
 def test_token_offsets_are_those_of_sentencepiece_or_of_the_letters(make: Make) -> None:
     def parts(cls: str, text: str, **keys: Any) -> list[tuple[str, str]]:
         tokenizer = load_tokenizer(make(cls, **keys))
-        ((ids, offsets),) = locator(tokenizer).located([text])
+        ((ids, offsets),) = offset_tokenizer(tokenizer).encode_with_offsets([text])
         return [
             (t, text[s:e]) for t, (s, e) in zip(tokenizer.convert_ids_to_tokens(ids.tolist()), offsets, strict=True)
         ]
@@ -308,7 +308,7 @@ def test_tokens_that_cannot_be_aligned_with_the_text_are_an_error(make: Make, mo
     original = type(tokenizer)._tokenize
     monkeypatch.setattr(type(tokenizer), "_tokenize", lambda self, text: original(self, text.upper()))
     message = (
-        r"'.*' \(SentencePieceBackend\) is a slow one.*reads 'user\\nRed' as .*do not spell it\. .*tokenizer\.json"
+        r"'.*' \(SentencePieceBackend\) is a slow one.*tokens of 'user\\nRed' are .*do not spell that text\. .*\.json"
     )
     with pytest.raises(UserError, match=message):
         encoder.encode([sample("Red", "blue")])
@@ -326,7 +326,7 @@ def test_parts_that_are_cut_otherwise_than_by_transformers_are_an_error(
         return [((0, middle), False), ((middle, len(text)), False)]
 
     monkeypatch.setattr(under_test._Slow, "_parts", halves)
-    with pytest.raises(UserError, match=r"each for itself, give other ids than the whole"):
+    with pytest.raises(UserError, match=r"encoded separately, give other ids than the whole text"):
         encoder.encode([sample("Red", "blue")])
 
 
@@ -454,17 +454,19 @@ def test_folder_without_a_vocabulary_is_an_error_that_lists_its_needs(
     with pytest.raises(UserError, match=r"no tokenizer can be loaded from .*config\.json") as refused:
         load_tokenizer(path)
     message = str(refused.value)
-    assert "needs a tokenizer.json" in message and "sentencepiece tokenizer.model" in message
+    assert (
+        "needs a tokenizer_config.json and a tokenizer.json" in message and "sentencepiece tokenizer.model" in message
+    )
     if content == b"":
-        assert "its tokenizer.model is empty" in message or "no vocabulary there but special tokens" in message
+        assert "its tokenizer.model is empty" in message or "no vocabulary there except special tokens" in message
     if content:
         assert "tiktoken" not in message
-        assert f"its tokenizer.model is no sentencepiece model: {len(content)} bytes" in message
+        assert f"its tokenizer.model is not a sentencepiece model: {len(content)} bytes" in message
     assert ("fetch the file itself" in message) == bool(content and content.startswith(b"version"))
 
 
 def test_unreadable_class_and_broken_model_have_different_errors(make: Make) -> None:
-    with pytest.raises(UserError, match=r"is a sentencepiece model, .* tokenizer_class of") as refused:
+    with pytest.raises(UserError, match=r"is a sentencepiece model, .* tokenizer_class in") as refused:
         load_tokenizer(make("PreTrainedTokenizerFast", "unigram"))
     assert "tiktoken" not in str(refused.value)
 

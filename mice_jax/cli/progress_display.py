@@ -29,8 +29,8 @@ class Display:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._bars.stop()
 
-    def say(self, text: str) -> None:
-        """Prints a remark."""
+    def log(self, text: str) -> None:
+        """Prints a message."""
         self._console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
 
     def watch(self, what: str, unit: str = "samples") -> ProgressCallback:
@@ -43,6 +43,6 @@ class Display:
             self._bars.update(bar, completed=done, count=count, visible=done < 1)
             if self._bars.disable and time.monotonic() > last_line + LINE_EVERY_S:
                 last_line = time.monotonic()
-                self.say(f"{what}: {done:.0%}, {count:,} {unit}")
+                self.log(f"{what}: {done:.0%}, {count:,} {unit}")
 
         return update

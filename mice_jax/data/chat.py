@@ -21,25 +21,25 @@ from transformers import PreTrainedTokenizerBase
 from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError
 from mice_jax.data.sources import REASONING, Sample
 from mice_jax.data.template_spans import PROBE_MESSAGES, NoTurnEndError, TemplateSpans
-from mice_jax.data.tokenizer import Span, decode, locator
+from mice_jax.data.tokenizer import Span, decode, offset_tokenizer
 from mice_jax.errors import UserError
 
-RULES_VERSION = 3  # increased whenever ids or masks change, so that token stores are built again
-# Which assistant messages get loss, unless the message (`train`) or the sample (`unmask`) says otherwise.
+RULES_VERSION = 3  # increased whenever ids or masks change, so that token stores are rebuilt
+# The assistant messages that get loss, unless a message's `train` or a sample's `unmask` overrides it.
 TRAIN_ON = ("all", "last")
 
 
 class SampleFlag(enum.IntFlag):
-    """What is unusual about a sample, and may be a mistake in the data or the template."""
+    """Properties of a sample that may be a mistake in the data or the template."""
 
     SPECIAL_IN_CONTENT = 1  # a message contains the text of a special token, and is encoded as that token
     DOUBLE_BOS = 2  # the ids begin with two bos tokens
-    STARTS_WITH_ASSISTANT = 4  # the first message after the system's is the assistant's
+    STARTS_WITH_ASSISTANT = 4  # the first message that is not a system message is an assistant message
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample of n tokens."""
+    """An encoded sample of n tokens."""
 
     ids: np.ndarray  # int32 [n]
     trained: np.ndarray  # uint8 [n]; 1 = the model learns to predict this token
@@ -56,33 +56,32 @@ class ChatEncoder:
         train_on: str = "all",
         today: datetime.date | None = None,
     ) -> None:
-        """Sets up the template.
+        """Sets up the tokenizer and the template.
 
         Args:
           tokenizer: a fast or slow tokenizer of transformers.
-          chat_template: a template's text; None or "" takes the tokenizer's own.
-          train_on: "all" messages of the assistant, or the "last" one of each conversation. A message's own `train`
-            and a sample's `unmask` override it.
-          today: the date for templates that write one; None is today. A resumed run passes the date of its first
-            start.
+          chat_template: the text of a template; None or "" takes the tokenizer's template.
+          train_on: "all" trains every assistant message, "last" only the last one of each conversation. The `train` of
+            a message and the `unmask` of a sample override it.
+          today: the date that templates may write; None means today. A resumed run passes the date of its first start.
 
         Raises:
-          UserError: `train_on` is unknown.
+          UserError: if `train_on` is unknown.
         """
         if train_on not in TRAIN_ON:
             raise UserError(f"data.train_on={train_on!r} is not one of {', '.join(TRAIN_ON)}.")
         self.tokenizer = tokenizer
         self.train_on = train_on
         self.today = today or datetime.date.today()
-        self._locator = locator(tokenizer)
+        self._offset_tokenizer = offset_tokenizer(tokenizer)
         self._template = ChatTemplate(tokenizer, chat_template, self.today)
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         special = [s for s in tokenizer.all_special_tokens if s.strip()]
         self._spans = TemplateSpans(self._template, _longest_match(added + special), _longest_match(special))
         flagged = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
-        # With split_special_tokens, a spelt token is encoded as ordinary text.
-        is_split = getattr(tokenizer, "split_special_tokens", False)
-        self._spelt_special = None if is_split else _compile_search(special + flagged)
+        # With split_special_tokens, the text of a special token is encoded like any other text.
+        splits_special = getattr(tokenizer, "split_special_tokens", False)
+        self._special_token_pattern = None if splits_special else _compile_search(special + flagged)
         self._bos: Any = tokenizer.bos_token_id
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
@@ -98,41 +97,52 @@ class ChatEncoder:
           One `Encoded` for each sample, in order.
 
         Raises:
-          UserError: the template raises, or the trained spans of a sample cannot be derived.
+          UserError: if the template raises an error, or the trained spans of a sample cannot be derived.
         """
         encoded: list[Encoded | None] = [None] * len(samples)
         documents = [i for i, s in enumerate(samples) if s.messages[0]["role"] == "pretraining"]
         texts = [samples[i].messages[0]["content"] for i in documents]
-        for i, ids in zip(documents, self._locator.documents(texts), strict=True):
+        for i, ids in zip(documents, self._offset_tokenizer.encode_documents(texts), strict=True):
             encoded[i] = self._encode_document(samples[i], ids)
         chats = [i for i, e in enumerate(encoded) if e is None]
         rendered = [self._render_and_find_spans(samples[i]) for i in chats]
-        tokens = self._locator.located([text for text, _ in rendered])
+        tokens = self._offset_tokenizer.encode_with_offsets([text for text, _ in rendered])
         for i, (ids, offsets), (_, spans) in zip(chats, tokens, rendered, strict=True):
             encoded[i] = Encoded(ids, _mask(offsets, spans), self._flags(samples[i], ids[:2].tolist()))
         return encoded  # type: ignore[return-value]
 
     def prompt_ids(self, messages: list[Message], tools: list[Message] | None = None) -> list[int]:
-        """The ids after which the model writes the assistant's next turn."""
+        """Returns the ids of a conversation, followed by the header after which the model writes the next turn.
+
+        Args:
+          messages: the conversation.
+          tools: the JSON schemas of the tools.
+
+        Returns:
+          The ids.
+
+        Raises:
+          UserError: if the template cannot render the conversation.
+        """
         try:
-            text = self._template.render(_as_template_sees(messages), tools, add_generation_prompt=True)
+            text = self._template.render(_without_own_keys(messages), tools, add_generation_prompt=True)
         except TemplateError as e:
             raise UserError(f"the prompt {json.dumps(messages)[:200]}: {e}.") from e
-        return self._locator.ids(text)
+        return self._offset_tokenizer.encode(text)
 
     def stop_ids(self) -> list[int]:
-        """The token that ends an assistant's turn, as a list of one: the last token with loss in a made-up chat."""
-        sample = Sample(PROBE_MESSAGES, None, False, "a conversation made up to find what ends a turn")
+        """Returns a list of the one token that ends an assistant's turn: the last trained token of a short example."""
+        sample = Sample(PROBE_MESSAGES, None, False, "an example conversation that shows which token ends a turn")
         (probe,) = self.encode([sample])
         return [int(probe.ids[probe.trained.nonzero()[0][-1]])]
 
     def show(self, ids: np.ndarray, trained: np.ndarray, color: bool) -> str:
-        """The decoded text with the trained parts marked.
+        """Returns the decoded text with the trained parts marked.
 
         Args:
           ids: int [n].
           trained: uint8 [n]; 1 where the token is trained.
-          color: whether to mark them in green; otherwise they are put in brackets.
+          color: whether trained parts are marked in green; otherwise they are put in brackets.
 
         Returns:
           The text.
@@ -141,7 +151,7 @@ class ChatEncoder:
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
         shown = before = ""
         for start, end in itertools.pairwise(edges):
-            # Every part is decoded from the start: decoded alone, it would lose the space of its first token.
+            # The text is decoded from its start each time, since a part decoded alone would lose its first space.
             text = self._decode(ids[:end])
             part = text[len(before) :] if text.startswith(before) else self._decode(ids[start:end])
             shown += f"{left}{part}{right}" if end > start and trained[start] else part
@@ -149,7 +159,7 @@ class ChatEncoder:
         return shown
 
     def show_ids(self, ids: np.ndarray, trained: np.ndarray, color: bool) -> str:
-        """One line for each token: its id, a star where it is trained, and the token.
+        """Returns one line for each token: its id, a star if it is trained, and the token.
 
         Args:
           ids: int [n].
@@ -172,20 +182,20 @@ class ChatEncoder:
         """Whether the template writes the date, so that the ids change from day to day."""
         return self._template.depends_on_date
 
-    def remarks(self) -> list[str]:
-        """What the user should know of the template before it is used."""
+    def notes(self) -> list[str]:
+        """Returns what the user should know about the template, as sentences."""
         if not self.depends_on_date:
             return []
         return [
             f"the chat template writes the date; this run uses {self.today} throughout. A run that starts on "
-            "another day gets other ids"
+            "another day gets different ids"
         ]
 
     def fingerprint(self) -> str:
-        """A hash of all that ids, masks and flags depend on: tokenizer, special tokens, template, date, our rules."""
+        """Returns a hash of everything that determines ids, masks and flags, including the date and RULES_VERSION."""
         parts = [
             RULES_VERSION,
-            self._locator.state(),
+            self._offset_tokenizer.state(),
             {k: str(v) for k, v in self._template.special_tokens.items()},
             self.tokenizer.all_special_ids,
             self._template.dated_texts(),
@@ -204,7 +214,7 @@ class ChatEncoder:
 
     def _flags(self, sample: Sample, first_ids: list[int]) -> int:
         flags = SampleFlag(0)
-        if self._spelt_special and any(map(self._spelt_special.search, _texts(sample.messages))):
+        if self._special_token_pattern and any(map(self._special_token_pattern.search, _texts(sample.messages))):
             flags |= SampleFlag.SPECIAL_IN_CONTENT
         if self._bos is not None and first_ids == [self._bos, self._bos]:
             flags |= SampleFlag.DOUBLE_BOS
@@ -214,36 +224,36 @@ class ChatEncoder:
         return flags.value
 
     def _render_and_find_spans(self, sample: Sample) -> tuple[str, list[Span]]:
-        """The conversation's text, and the spans of it that are trained."""
-        messages, tools = _as_template_sees(sample.messages), sample.tools
-        wanted = self._messages_to_train(sample)
+        """Returns the text of a conversation, and the spans of the text that are trained."""
+        messages, tools = _without_own_keys(sample.messages), sample.tools
+        train_indices = self._messages_to_train(sample)
         try:
-            # The tags of a template enclose the assistant's messages only.
-            only_assistant = all(messages[i]["role"] == "assistant" for i in wanted)
+            # The tags of a template enclose assistant messages only.
+            only_assistant = all(messages[i]["role"] == "assistant" for i in train_indices)
             if only_assistant and self._template.is_tagged(tools):
                 text, tagged = self._template.render_with_spans(messages, tools)
-                return text, self._spans.from_tags(messages, text, tagged, wanted) if wanted else []
+                return text, self._spans.from_tags(messages, text, tagged, train_indices) if train_indices else []
             text = self._template.render(messages, tools)
         except TemplateError as e:
             raise UserError(f"{sample.where}: {e}.") from e
         except NoTurnEndError as e:
-            raise _never_stops(sample, e) from e
-        if not wanted:
+            raise _no_turn_end_error(sample, e) from e
+        if not train_indices:
             return text, []
         try:
-            return text, self._spans.derive(messages, tools, text, wanted)
+            return text, self._spans.derive(messages, tools, text, train_indices)
         except NoTurnEndError as e:
-            raise _never_stops(sample, e) from e
+            raise _no_turn_end_error(sample, e) from e
         except TemplateError as e:
             raise UserError(
                 f"{sample.where}: the trained tokens cannot be derived from the chat template: {e}."
-                " Put {% generation %} before and {% endgeneration %} after the assistant's turn (its "
-                "content and the token that ends it) in a copy of the template, and give that file as "
-                "data.chat_template."
+                " In a copy of the template, put {% generation %} before and {% endgeneration %} after the "
+                "assistant's turn (its content and the token that ends it), and set data.chat_template to the path "
+                "of the copy."
             ) from e
 
     def _messages_to_train(self, sample: Sample) -> list[int]:
-        """Indices of the messages to train on."""
+        """Returns the indices of the messages to train on."""
         roles = [m["role"] for m in sample.messages]
         if sample.unmask:
             default = {i for i, role in enumerate(roles) if role != "system"}
@@ -255,7 +265,8 @@ class ChatEncoder:
 
 
 # ---------------------------------------------------------------------------------------- helpers
-def _never_stops(sample: Sample, e: NoTurnEndError) -> UserError:
+def _no_turn_end_error(sample: Sample, e: NoTurnEndError) -> UserError:
+    """Returns the error for a sample whose template lets no turn end."""
     return UserError(
         f"{sample.where}: {e}, so a model trained on it would never stop. Let the "
         "template write a token (such as the eos token) after each assistant message."
@@ -263,7 +274,7 @@ def _never_stops(sample: Sample, e: NoTurnEndError) -> UserError:
 
 
 def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
-    """Which tokens overlap a span.
+    """Returns a mask of the tokens that overlap a span.
 
     Args:
       offsets: int [n 2], start and end of each token in the text, in characters.
@@ -273,9 +284,8 @@ def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
       uint8 [n].
     """
     starts, ends = offsets.T
-    ends = np.maximum(
-        ends, starts + 1
-    )  # a token without width (an added prefix space) counts as one character, so it follows what comes next
+    # An empty token, such as an added prefix space, counts as one character, so it is trained if the next one is.
+    ends = np.maximum(ends, starts + 1)
     trained = np.zeros(len(starts), np.uint8)
     for start, end in spans:
         trained |= (starts < end) & (ends > start)
@@ -283,7 +293,7 @@ def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
 
 
 def _texts(messages: list[Message]) -> Iterator[str]:
-    """Every text of a conversation that comes from the data, not from the template."""
+    """Yields every text of a conversation that comes from the data and not from the template."""
     for m in messages:
         if m.get("content"):
             yield m["content"]
@@ -292,21 +302,22 @@ def _texts(messages: list[Message]) -> Iterator[str]:
             yield json.dumps(m["tool_calls"], ensure_ascii=False)
 
 
-def _as_template_sees(messages: list[Message]) -> list[Message]:
-    """The messages as a template sees them: without nulls, as in transformers, and without our key `train`."""
+def _without_own_keys(messages: list[Message]) -> list[Message]:
+    """Returns the messages without nulls, which transformers leaves out too, and without this package's key `train`."""
     return [{k: v for k, v in m.items() if v is not None and k != "train"} for m in messages]
 
 
 def _longest_match(strings: Iterable[str]) -> str:
-    """A pattern that matches the longest of the strings at a position; with no strings it matches nothing."""
+    """Returns a pattern that matches the longest of the strings at a position; without strings it matches nothing."""
     longest_first = sorted(set(strings), key=lambda s: (-len(s), s))
     return "|".join(map(re.escape, longest_first)) or "(?!)"
 
 
 def _compile_search(strings: Iterable[str]) -> re.Pattern[str]:
-    """A compiled pattern that finds any of the strings fast.
+    """Returns a compiled pattern that finds any of the strings.
 
-    They are grouped by their first two characters, since some tokenizers have a thousand special tokens.
+    The strings are grouped by their first two characters, because an alternation of the thousand special tokens that
+    some tokenizers have would be slow.
     """
     groups = itertools.groupby(sorted(set(strings)), lambda s: s[:2])
     parts = (f"{re.escape(start)}(?:{'|'.join(re.escape(s[2:]) for s in group)})" for start, group in groups)

@@ -26,7 +26,7 @@ _render_jinja: Any = render_jinja_template  # its type hints are narrower than w
 
 
 class TemplateError(Exception):
-    """The template cannot render these messages, or its trained spans cannot be derived in the way that was tried."""
+    """The template cannot render these messages, or the attempted method cannot derive its trained spans."""
 
 
 class ChatTemplate:
@@ -36,8 +36,8 @@ class ChatTemplate:
         """Chooses the template.
 
         Args:
-          tokenizer: its special tokens are the template's variables.
-          text: the template; None or "" takes the tokenizer's own, which may be several by name.
+          tokenizer: the tokenizer, whose special tokens are variables of the template.
+          text: the template; None or "" takes the tokenizer's template, or its named templates if it has several.
           today: the date that `strftime_now` writes.
         """
         self.special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
@@ -51,11 +51,11 @@ class ChatTemplate:
         return any("strftime_now" in text for text in self._texts().values())
 
     def dated_texts(self) -> dict[str, str]:
-        """The template's text with its dates written out, by name; the name is "" where there is only one."""
+        """Returns the text of each template by name, with the date written out; a single template has the name ""."""
         return {name: self._with_date(text) for name, text in self._texts().items()}
 
     def is_tagged(self, tools: list[Message] | None) -> bool:
-        """Whether the template marks what is trained with `{% generation %}`."""
+        """Returns whether the template marks trained text with `{% generation %}`."""
         return bool(self._template and _GENERATION_TAG.search(self._text_for(tools)))
 
     def render(self, messages: list[Message], tools: list[Message] | None, add_generation_prompt: bool = False) -> str:
@@ -63,19 +63,19 @@ class ChatTemplate:
 
         Args:
           messages: the conversation, without the keys that only this package knows.
-          tools: the tools' JSON schemas.
-          add_generation_prompt: whether the header of the assistant's next turn follows.
+          tools: the JSON schemas of the tools.
+          add_generation_prompt: whether to append the header of the assistant's next turn.
 
         Returns:
           The text.
 
         Raises:
-          TemplateError: the template raises an exception, or there is none.
+          TemplateError: if the template raises an exception, or the tokenizer has no template.
         """
         return self._render(messages, tools, add_generation_prompt=add_generation_prompt)[0]
 
     def render_with_spans(self, messages: list[Message], tools: list[Message] | None) -> tuple[str, list[Span]]:
-        """As `render`, with the spans (in characters) that the template's `{% generation %}` tags enclose."""
+        """Renders like `render`, and also returns the spans that `{% generation %}` tags enclose, in characters."""
         return self._render(messages, tools, return_assistant_tokens_mask=True)
 
     def _render(self, messages: list[Message], tools: list[Message] | None, **options: bool) -> tuple[str, list[Span]]:
@@ -113,14 +113,14 @@ class ChatTemplate:
 
 @functools.cache
 def _write_date(template: str, day: datetime.date) -> str:
-    """The template with each call of `strftime_now` replaced by the day's text."""
+    """Returns the template with each call of `strftime_now` replaced by the date that it would write on this day."""
     midnight = datetime.datetime.combine(day, datetime.time())
     dated = _DATE_CALL.sub(lambda m: json.dumps(midnight.strftime(m[1] or m[2] or "")), template)
     computed = re.search(r"strftime_now\s*\(.{0,40}", dated)
     if computed:
         raise UserError(
-            f"the chat template writes a date by {computed[0]!r}, whose format is not a quoted string, so ids would "
-            "change with the clock. Write the format, or the date, into a copy of the template, and give that file "
-            "as data.chat_template."
+            f"the chat template writes a date with {computed[0]!r}, whose format is not a quoted string, so the ids "
+            "would change from day to day. Write the format or the date into a copy of the template, and set "
+            "data.chat_template to the path of the copy."
         )
     return dated

@@ -49,7 +49,7 @@ class HeldOut:
 def build_dataset(
     data: config.Data,
     encoder: ChatEncoder,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     watch: Callable[[str], ProgressCallback] = lambda what: lambda done, samples: None,
 ) -> Dataset:
     """Opens or builds the store of every source, and selects the samples to train on.
@@ -57,7 +57,7 @@ def build_dataset(
     Args:
       data: the data part of the config.
       encoder: turns samples into ids and masks.
-      say: called with each sentence that the user should read.
+      log: called with each sentence that the user should read.
       watch: gives the progress callback for the path of a source.
 
     Returns:
@@ -66,9 +66,9 @@ def build_dataset(
     Raises:
       UserError: a source cannot be read, or a phase has no samples.
     """
-    for remark in encoder.remarks():
-        say(remark)
-    stores = _stores(data, encoder, say, watch)
+    for note in encoder.notes():
+        log(note)
+    stores = _stores(data, encoder, log, watch)
     corpus = Corpus(list(stores.values()), data.max_length)
     pools = _Pools(data, corpus, stores)
     phases: list[PhasePools] = []
@@ -95,14 +95,14 @@ def source_name(source: config.Source) -> str:
 
 
 def _stores(
-    data: config.Data, encoder: ChatEncoder, say: Callable[[str], None], watch: Callable[[str], ProgressCallback]
+    data: config.Data, encoder: ChatEncoder, log: Callable[[str], None], watch: Callable[[str], ProgressCallback]
 ) -> dict[Key, TokenStore]:
     """The store of every source, whether it is trained on or held out."""
     cache_dir = cache_folder(data.cache_dir)
     stores: dict[Key, TokenStore] = {}
     for source in [s for p in data.phases for s in (*p.sources, *p.validation)] + data.validation:
         if (source.path, source.format) not in stores:
-            say(f"tokens of {source.path}")
+            log(f"tokens of {source.path}")
             stores[source.path, source.format] = build_store(
                 source.path,
                 format=source.format,
@@ -110,7 +110,7 @@ def _stores(
                 skip_bad=data.skip_bad,
                 cache_dir=cache_dir,
                 workers=data.prepare_workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1),
-                say=say,
+                log=log,
                 watch=watch(source.path),
             )
     return stores

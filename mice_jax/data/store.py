@@ -108,7 +108,7 @@ def build_store(
     skip_bad: bool,
     cache_dir: Path,
     workers: int = 1,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     watch: ProgressCallback = lambda done, samples: None,
 ) -> TokenStore:
     """Opens the store of a source, and builds it first where the cache lacks it.
@@ -120,7 +120,7 @@ def build_store(
       skip_bad: whether bad records are counted instead of being an error.
       cache_dir: the folder of all stores.
       workers: number of processes that tokenise; it has no influence on the store.
-      say: called with each sentence that the user should read.
+      log: called with each sentence that the user should read.
       watch: called with the progress of tokenisation.
 
     Returns:
@@ -132,7 +132,7 @@ def build_store(
     reader = open_source(path)
     format, detected = find_format(path, reader, format)
     if detected:
-        say(detected)
+        log(detected)
     job = TokenisationJob(path, reader, encoder, format, skip_bad, workers)
     key = _fingerprint(reader.digest(cache_dir), format, encoder, skip_bad)
     folder = cache_dir / key
@@ -142,7 +142,7 @@ def build_store(
             with _lock(cache_dir / f"{key}.lock", what=f"the token store of {path}"):
                 if not (folder / "meta.json").exists():
                     partial = cache_dir / f"{key}.partial"
-                    _write(partial, job, say, watch)
+                    _write(partial, job, log, watch)
                     shutil.rmtree(folder, ignore_errors=True)  # a folder without meta.json is not a store
                     partial.rename(folder)
     except OSError as e:  # such as a full disk, or a folder without write permission
@@ -166,11 +166,11 @@ class _Progress:
     bad: dict[str, int] = field(default_factory=dict)
 
 
-def _write(folder: Path, job: TokenisationJob, say: Callable[[str], None], watch: ProgressCallback) -> None:
+def _write(folder: Path, job: TokenisationJob, log: Callable[[str], None], watch: ProgressCallback) -> None:
     """Writes the complete store into `folder`, from where an interrupted build ended."""
     progress = _recover(folder)
     if progress.blocks:
-        say(f"going on with the token store of {job.path}: {progress.samples:,} samples were tokenised before")
+        log(f"going on with the token store of {job.path}: {progress.samples:,} samples were tokenised before")
     with (folder / "tokens.arrow").open("ab") as stream, (folder / "journal.jsonl").open("a") as journal:
         if not progress.end:
             _extend(stream, progress, SCHEMA.serialize().to_pybytes())

@@ -1,14 +1,14 @@
-"""Derives which characters of a rendered conversation are trained: each turn of interest and the token that ends it.
+"""Derives which characters of a rendered conversation are trained: each trained turn and the token that ends it.
 
-Where the template has `{% generation %}` tags, they are the spans. Otherwise spans come from a *skeleton*: the same
-conversation rendered with a sentinel in the place of each content. For example, with ChatML,
+If the template has `{% generation %}` tags, the spans are those that the tags enclose. Otherwise they come from a
+*skeleton*: the same conversation rendered with a sentinel in place of each content. For example, with ChatML,
 
     [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Fine"}]
 
 is rendered twice (newlines are left out here):
 
     text      <|im_start|>user Hi<|im_end|> <|im_start|>assistant Fine<|im_end|>
-    skeleton  <|im_start|>user MiceSlot000000End<|im_end|> <|im_start|>assistant MiceSlot000002End<|im_end|>
+    skeleton  <|im_start|>user MicePart000000End<|im_end|> <|im_start|>assistant MicePart000002End<|im_end|>
 
 1. In the skeleton, the assistant's turn starts at its sentinel. It ends after `<|im_end|>`, the added token that
    follows the sentinel.
@@ -16,8 +16,9 @@ is rendered twice (newlines are left out here):
    rendering does not depend on the contents, so that positions in the skeleton can be mapped to the text.
 3. The trained span of the text is "Fine<|im_end|>".
 
-If the rendering depends on a content, and so fits no skeleton, sentinels are tried in fewer messages. A turn without a
-sentinel is the text that rendering one more message adds. It is an error if no turn is found this way either.
+If the rendering depends on a content, the filled skeleton differs from the text, and a skeleton with sentinels in
+fewer messages is tried. The turn of a message without a sentinel is the text that rendering this message adds. It is an
+error if that does not give a turn either.
 """
 
 import enum
@@ -32,27 +33,27 @@ from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError
 from mice_jax.data.sources import REASONING
 from mice_jax.data.tokenizer import Span
 
-MAX_SKELETONS = 4096  # skeletons in the cache, one for each form of conversation
+MAX_SKELETONS = 4096  # the largest number of skeletons in the cache, which has one per conversation without contents
 # The shortest conversation that shows how a template ends an answer.
 PROBE_MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Fine"}]
 
 _INLINE_REASONING = re.compile(r"((?:.*<think>)?\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
-_SENTINEL = re.compile(r"MiceSlot([0-9]{6})End")
-_SENTINEL_WIDTH = len("MiceSlot000000End")
+_SENTINEL = re.compile(r"MicePart([0-9]{6})End")
+_SENTINEL_WIDTH = len("MicePart000000End")
 
 
 class NoTurnEndError(Exception):
-    """The template writes nothing after a turn that a model could learn to stop with."""
+    """The template writes nothing after a turn, so a model cannot learn to stop."""
 
 
 class Kind(enum.IntEnum):
-    """The part of a message that a sentinel stands for."""
+    """The kinds of parts of a message that a sentinel can stand for."""
 
     CONTENT = 0
     REASONING = 1
 
 
-class Slot(NamedTuple):
+class Part(NamedTuple):
     """A part of a message, and the sentinel that stands for it."""
 
     message: int  # index in the conversation
@@ -61,12 +62,12 @@ class Slot(NamedTuple):
     @property
     def sentinel(self) -> str:
         """The text that stands for this part in a skeleton."""
-        return f"MiceSlot{2 * self.message + self.kind:06d}End"
+        return f"MicePart{2 * self.message + self.kind:06d}End"
 
 
-class _FoundSlot(NamedTuple):
-    start: int  # where the sentinel starts in the skeleton's text
-    slot: Slot
+class _FoundPart(NamedTuple):
+    start: int  # position of the sentinel in the skeleton's text
+    part: Part
 
 
 @dataclass(frozen=True)
@@ -76,28 +77,29 @@ class _Rendered:
     messages: list[Message]
     tools: list[Message] | None
     text: str
-    slots: list[_FoundSlot]
+    parts: list[_FoundPart]
 
     def name(self, i: int) -> str:
+        """Returns the name of message i for error messages."""
         return f"messages[{i}] ({self.messages[i]['role']})"
 
 
 @dataclass(frozen=True)
 class _Skeleton:
     text: str
-    slots: list[_FoundSlot]
-    turns: list[Span]  # spans of `text`, one for each message that is trained
+    parts: list[_FoundPart]
+    turns: list[Span]  # spans of `text`, one for each trained message
 
 
 class TemplateSpans:
     """Trained spans of conversations rendered by one template."""
 
     def __init__(self, template: ChatTemplate, added_tokens: str, special_tokens: str) -> None:
-        """Keeps what spans are derived from.
+        """Stores the template and the patterns of its tokens.
 
         Args:
           template: the chat template.
-          added_tokens: a regular expression that matches any token that was added to the vocabulary.
+          added_tokens: a regular expression that matches any token added to the vocabulary.
           special_tokens: a regular expression that matches any special token.
         """
         self._template = template
@@ -106,46 +108,46 @@ class TemplateSpans:
         self._skeletons: dict[str, _Skeleton] = {}
 
     # ------------------------------------------------------------------------------------ tags
-    def from_tags(self, messages: list[Message], text: str, tagged: list[Span], wanted: list[int]) -> list[Span]:
-        """Returns the spans that the template's tags enclose, each with the token that ends its turn.
+    def from_tags(self, messages: list[Message], text: str, tagged: list[Span], train_indices: list[int]) -> list[Span]:
+        """Returns the spans that the template's tags enclose, each extended by the token that ends its turn.
 
         Args:
           messages: the conversation.
-          text: its rendering.
+          text: the rendered conversation.
           tagged: the spans of `text` that the tags enclose.
-          wanted: indices of the messages to train on, all of them the assistant's.
+          train_indices: indices of the messages to train on, all of them assistant messages.
 
         Returns:
           Spans of `text` in characters.
 
         Raises:
-          TemplateError: if the tags do not enclose the wanted messages.
+          TemplateError: if the tags do not enclose the messages to train on.
           NoTurnEndError: if the template writes nothing after the last assistant message.
         """
         assistants = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        answers = [_answer_text(messages[i]) for i in wanted]
-        count = f"{len(tagged)} of its {{% generation %}} spans for {len(assistants)} assistant messages"
+        answers = [_answer_text(messages[i]) for i in train_indices]
+        count = f"{len(tagged)} {{% generation %}} spans for {len(assistants)} assistant messages"
         if len(tagged) == len(assistants):
             by_message = dict(zip(assistants, tagged, strict=True))
-            tagged = [by_message[i] for i in wanted]
+            tagged = [by_message[i] for i in train_indices]
             found = [answer in text[s:e] for answer, (s, e) in zip(answers, tagged, strict=True)]
-        elif wanted != assistants:
+        elif train_indices != assistants:
             raise TemplateError(
-                f"the chat template gives {count}, so that `train` and data.train_on cannot choose among them"
+                f"the chat template renders {count}, so `train` and data.train_on cannot choose among the messages"
             )
         else:
             found = [any(answer in text[s:e] for s, e in tagged) for answer in answers]
-        for i, is_found in zip(wanted, found, strict=True):
+        for i, is_found in zip(train_indices, found, strict=True):
             if not is_found:
                 raise TemplateError(
-                    f"the chat template gives {count}, and messages[{i}] is not inside; put the "
-                    "tags around the assistant's content and the token that ends the turn, outside "
-                    "of any macro or block set"
+                    f"the chat template renders {count}, and messages[{i}] is not inside one; put the "
+                    "tags around the assistant's content and the token that ends the turn, and not "
+                    "inside a macro or a {% set %} block"
                 )
         return [(s, self._with_turn_end(text, s, e)) for s, e in tagged]
 
     def _with_turn_end(self, text: str, start: int, end: int) -> int:
-        """Returns the end of a tagged span, including the token that ends the turn even if the tags exclude it."""
+        """Returns where a tagged span ends, including the token that ends the turn if it follows the tags."""
         if self._turn_end and text.startswith(self._turn_end, end):
             return end + len(self._turn_end)
         if end == len(text) and not re.search(rf"(?:{self._added_tokens})\s*\Z|\s\Z", text[start:end]):
@@ -153,27 +155,29 @@ class TemplateSpans:
         return end
 
     # ------------------------------------------------------------------------------------ skeletons
-    def derive(self, messages: list[Message], tools: list[Message] | None, text: str, wanted: list[int]) -> list[Span]:
-        """Derives the spans of the wanted messages from a template without tags.
+    def derive(
+        self, messages: list[Message], tools: list[Message] | None, text: str, train_indices: list[int]
+    ) -> list[Span]:
+        """Derives the spans of the messages to train on from a template without tags.
 
         Args:
           messages: the conversation.
-          tools: the tools' JSON schemas.
-          text: the conversation as rendered.
-          wanted: indices of the messages to train on.
+          tools: the JSON schemas of the tools.
+          text: the rendered conversation.
+          train_indices: indices of the messages to train on.
 
         Returns:
           Spans of `text` in characters.
 
         Raises:
-          TemplateError: if they cannot be derived; the message says why the first attempt failed.
+          TemplateError: if the spans cannot be derived; the message says why the first attempt failed.
           NoTurnEndError: if the template writes nothing after a turn.
         """
         first_error: TemplateError | None = None
-        # Most renderings depend on no content, some on the user's, and few on the assistant's.
-        for with_sentinels in (range(len(messages)), wanted, ()):
+        # Most renderings depend on no content, some only on messages that are not trained, and few on the trained ones.
+        for with_sentinels in (range(len(messages)), train_indices, ()):
             try:
-                return self._derive_with(with_sentinels, messages, tools, text, wanted)
+                return self._derive_with(with_sentinels, messages, tools, text, train_indices)
             except TemplateError as e:
                 first_error = first_error or e
         assert first_error is not None
@@ -185,59 +189,61 @@ class TemplateSpans:
         messages: list[Message],
         tools: list[Message] | None,
         text: str,
-        wanted: list[int],
+        train_indices: list[int],
     ) -> list[Span]:
+        """Derives spans as `derive` does, from a skeleton with sentinels in the given messages only."""
         blank, values = _replace_by_sentinels(messages, with_sentinels)
-        skeleton = self._cached_skeleton(blank, tools, wanted, values)
+        skeleton = self._cached_skeleton(blank, tools, train_indices, values)
         lengths = _fit(skeleton, values, text)
         if lengths is None:
-            raise TemplateError("it changes contents, or the text around them depends on their words")
-        shown = {slot for _, slot in skeleton.slots}
-        for i in wanted:
-            content = Slot(i, Kind.CONTENT)
+            raise TemplateError("it changes contents, or the text around them depends on the contents")
+        shown = {part for _, part in skeleton.parts}
+        for i in train_indices:
+            content = Part(i, Kind.CONTENT)
             if values.get(content, "").strip() and content not in shown:
-                raise TemplateError(f"it leaves out the content of messages[{i}], which is to be trained on")
-        return [(_moved(s, skeleton, lengths), _moved(e, skeleton, lengths)) for s, e in skeleton.turns]
+                raise TemplateError(f"it leaves out the content of messages[{i}], which should be trained on")
+        return [(_map_position(s, skeleton, lengths), _map_position(e, skeleton, lengths)) for s, e in skeleton.turns]
 
     def _cached_skeleton(
-        self, blank: list[Message], tools: list[Message] | None, wanted: list[int], values: dict[Slot, str]
+        self, blank: list[Message], tools: list[Message] | None, train_indices: list[int], values: dict[Part, str]
     ) -> _Skeleton:
-        key = json.dumps([blank, tools, wanted])
+        """Returns the skeleton of a conversation with sentinels, from the cache if it has been rendered before."""
+        key = json.dumps([blank, tools, train_indices])
         if key not in self._skeletons:
             if len(self._skeletons) >= MAX_SKELETONS:
                 self._skeletons.clear()
             text = self._template.render(blank, tools)
-            slots = [_FoundSlot(m.start(), _slot_of(int(m[1]))) for m in _SENTINEL.finditer(text)]
-            rendered = _Rendered(blank, tools, text, slots)
-            turns = [self._turn(rendered, i, Slot(i, Kind.CONTENT) in values) for i in wanted]
-            self._skeletons[key] = _Skeleton(text, slots, turns)
+            parts = [_FoundPart(m.start(), _part_of(int(m[1]))) for m in _SENTINEL.finditer(text)]
+            rendered = _Rendered(blank, tools, text, parts)
+            turns = [self._turn(rendered, i, Part(i, Kind.CONTENT) in values) for i in train_indices]
+            self._skeletons[key] = _Skeleton(text, parts, turns)
         return self._skeletons[key]
 
     def _turn(self, rendered: _Rendered, i: int, has_sentinel: bool) -> Span:
-        """Returns the trained span of message i in a text with sentinels."""
+        """Returns the span of the turn of message i in a text with sentinels."""
         name, text = rendered.name(i), rendered.text
-        starts = [start for start, slot in rendered.slots if slot == (i, Kind.CONTENT)]
+        starts = [start for start, part in rendered.parts if part == (i, Kind.CONTENT)]
         has_calls = bool(rendered.messages[i].get("tool_calls"))
         if len(starts) > 1:
             raise TemplateError(f"it writes the content of {name} more than once")
         if has_sentinel and not starts and not has_calls:
-            raise TemplateError(f"it leaves out the content of {name}, which is to be trained on")
+            raise TemplateError(f"it leaves out the content of {name}, which should be trained on")
         if not has_sentinel or has_calls:
-            return self._turn_by_growth(rendered, i)
+            return self._turn_from_added_text(rendered, i)
         # Reasoning is trained too, so a turn with reasoning starts where the generation prompt ends.
-        has_reasoning = any(slot == (i, Kind.REASONING) for _, slot in rendered.slots)
+        has_reasoning = any(part == (i, Kind.REASONING) for _, part in rendered.parts)
         start = self._turn_start(rendered, i) if has_reasoning else starts[0]
         end = starts[0] + _SENTINEL_WIDTH
         tail = self._tail(rendered, i) if i + 1 < len(rendered.messages) else text[end:]
         return start, end + self._end_length(tail, text[end:], rendered.messages[i]["role"], name)
 
-    def _turn_by_growth(self, rendered: _Rendered, i: int) -> Span:
-        """Returns the trained span of message i, from the text that rendering this message adds."""
+    def _turn_from_added_text(self, rendered: _Rendered, i: int) -> Span:
+        """Returns the span of the turn of message i, which is the text that rendering this message adds."""
         name, text, message = rendered.name(i), rendered.text, rendered.messages[i]
         start = self._turn_start(rendered, i)
         after = self._template.render(rendered.messages[: i + 1], rendered.tools)
         is_prefix = text.startswith(after)
-        following = [s for s, slot in rendered.slots if slot.message > i and s >= start]
+        following = [s for s, part in rendered.parts if part.message > i and s >= start]
         body = text[start : len(after) if is_prefix else min(following, default=len(text))]
         if message.get("tool_calls"):
             return start, start + self._calls_end(body, is_prefix, name)
@@ -245,7 +251,7 @@ class TemplateSpans:
         at = body.find(content)
         tail = body[at + len(content) :].lstrip()
         if not is_prefix or at < 0 or not tail.startswith(self._turn_end.strip()):
-            raise TemplateError(f"it changes the content of {name}, or renders it differently once others follow")
+            raise TemplateError(f"it changes the content of {name}, or renders it differently if other messages follow")
         if content and content in body[at + 1 :]:
             raise TemplateError(f"it writes the content of {name} more than once")
         end = start + at + len(content)
@@ -254,34 +260,40 @@ class TemplateSpans:
         return start if has_reasoning else start + at, end + length
 
     def _turn_start(self, rendered: _Rendered, i: int) -> int:
-        """Returns where the model starts to generate turn i, which is the length of the prompt for it."""
+        """Returns where the model starts to generate turn i, which is the length of the prompt before it."""
         prompt = self._template.render(rendered.messages[:i], rendered.tools, add_generation_prompt=True)
-        # A header of only white space precedes contents but not tool calls.
+        # A header that is only white space precedes contents, but not tool calls.
         if self._header.strip() or rendered.text.startswith(prompt + self._header):
             prompt += self._header
         if rendered.messages[i]["role"] != "assistant" or not rendered.text.startswith(prompt):
-            raise TemplateError(f"it renders what comes before {rendered.name(i)} differently once that follows")
+            raise TemplateError(f"it renders the text before {rendered.name(i)} differently if that message follows")
         return len(prompt)
 
     def _tail(self, rendered: _Rendered, i: int) -> str:
         """Returns the text that follows content i in a conversation that ends with message i."""
         after = self._template.render(rendered.messages[: i + 1], rendered.tools)
-        at = after.rfind(Slot(i, Kind.CONTENT).sentinel)
+        at = after.rfind(Part(i, Kind.CONTENT).sentinel)
         if at < 0:
-            raise TemplateError(f"it leaves out the content of messages[{i}] where that is the last")
+            raise TemplateError(f"it leaves out the content of messages[{i}] if that is the last message")
         return after[at + _SENTINEL_WIDTH :]
 
     # ------------------------------------------------------------------------------------ ends of turns
     def _end_length(self, tail: str, text: str, role: str, name: str) -> int:
         """Returns the number of characters of the token that ends a turn.
 
-        A template without added tokens ends a turn with the first character of its tail.
+        If no added token follows the content, the first character after the content ends the turn.
 
         Args:
-          tail: text that follows the content in a conversation that ends there, and so contains no header.
-          text: text that follows the content in this conversation.
-          role: role of the message.
-          name: name of the message, for the error.
+          tail: the text that follows the content if the conversation ends there, so that it contains no header.
+          text: the text that follows the content in this conversation.
+          role: the role of the message.
+          name: the name of the message, for the error.
+
+        Returns:
+          The number of characters, which is 0 if this conversation does not contain the token.
+
+        Raises:
+          NoTurnEndError: if nothing follows the content of an assistant message.
         """
         token = re.compile(rf"\s*(?:{self._added_tokens})").match(tail)
         end = token[0] if token else tail[:1]
@@ -290,11 +302,24 @@ class TemplateSpans:
         return len(end) if text.startswith(end) else 0
 
     def _calls_end(self, body: str, is_prefix: bool, name: str) -> int:
-        """Returns where a turn with tool calls ends, which is after the first of the tokens that close its text."""
+        """Returns where a turn with tool calls ends, which is after the first of the tokens at the end of its text.
+
+        Args:
+          body: the text from the start of the turn to the end of the message, or beyond it.
+          is_prefix: whether `body` ends with the message.
+          name: the name of the message, for the error.
+
+        Returns:
+          A position in `body`.
+
+        Raises:
+          TemplateError: if the end of the turn is not found.
+          NoTurnEndError: if the template writes nothing after the turn.
+        """
         if not is_prefix:
             at = body.find(self._turn_end) if self._turn_end else -1
             if at < 0:
-                raise TemplateError(f"it renders {name} differently once other messages follow")
+                raise TemplateError(f"it renders {name} differently if other messages follow")
             return at + len(self._turn_end)
         closing = re.search(rf"(?:(?:{self._added_tokens})\s*)+\Z", body)
         if closing:
@@ -310,19 +335,21 @@ class TemplateSpans:
 
     @property
     def _turn_end(self) -> str:
+        """The text that ends an assistant's turn, or "" if it is unknown or only white space."""
         return self._probe[0]
 
     @property
     def _header(self) -> str:
+        """The header of an assistant's turn if the template has no generation prompt, else ""."""
         return self._probe[1]
 
     @functools.cached_property
     def _probe(self) -> tuple[str, str]:
-        """The text that ends an assistant's turn, and the header that the generation prompt leaves out."""
-        user, slot = PROBE_MESSAGES[0], Slot(1, Kind.CONTENT)
+        """`_turn_end` and `_header`, from the rendering of a short conversation."""
+        user, part = PROBE_MESSAGES[0], Part(1, Kind.CONTENT)
         try:
-            text = self._template.render([user, {"role": "assistant", "content": slot.sentinel}], None)
-            at = text.index(slot.sentinel)
+            text = self._template.render([user, {"role": "assistant", "content": part.sentinel}], None)
+            at = text.index(part.sentinel)
             tail = text[at + _SENTINEL_WIDTH :]
             end = tail[: self._end_length(tail, tail, "user", "")]
             without_prompt = self._template.render([user], None)
@@ -335,52 +362,61 @@ class TemplateSpans:
 
 
 # ---------------------------------------------------------------------------------------- sentinels
-def _slot_of(number: int) -> Slot:
+def _part_of(number: int) -> Part:
     message, kind = divmod(number, 2)
-    return Slot(message, Kind(kind))
+    return Part(message, Kind(kind))
 
 
-def _replace_by_sentinels(messages: list[Message], chosen: Iterable[int]) -> tuple[list[Message], dict[Slot, str]]:
-    """Returns the messages with sentinels in place of the texts of the chosen ones, and these texts by slot."""
+def _replace_by_sentinels(messages: list[Message], chosen: Iterable[int]) -> tuple[list[Message], dict[Part, str]]:
+    """Returns the messages with sentinels in place of the texts of the chosen ones, and the replaced texts by part."""
     blank = [dict(m) for m in messages]
-    values: dict[Slot, str] = {}
+    values: dict[Part, str] = {}
     for i in chosen:
         message = blank[i]
         content = message.get("content")
-        content_slot, reasoning_slot = Slot(i, Kind.CONTENT), Slot(i, Kind.REASONING)
+        content_part, reasoning_part = Part(i, Kind.CONTENT), Part(i, Kind.REASONING)
         reasoning = next((message[k] for k in REASONING if message.get(k)), None)
         inline = None
         if message["role"] == "assistant" and content and "</think>" in content:
             inline = _INLINE_REASONING.fullmatch(content)
         if reasoning is not None:
-            values[reasoning_slot] = reasoning
-            message.update({k: reasoning_slot.sentinel for k in REASONING if message.get(k) == reasoning})
-        elif inline and inline[4]:  # some templates split a content at </think>, so each part gets a slot
-            head, values[reasoning_slot], middle, values[content_slot] = inline.groups()
-            message["content"] = head + reasoning_slot.sentinel + middle + content_slot.sentinel
+            values[reasoning_part] = reasoning
+            message.update({k: reasoning_part.sentinel for k in REASONING if message.get(k) == reasoning})
+        elif inline and inline[4]:  # some templates split a content at </think>, so each is a part of its own kind
+            head, values[reasoning_part], middle, values[content_part] = inline.groups()
+            message["content"] = head + reasoning_part.sentinel + middle + content_part.sentinel
             continue
         if content or (content is not None and not message.get("tool_calls")):
-            values[content_slot] = content
-            message["content"] = content_slot.sentinel
+            values[content_part] = content
+            message["content"] = content_part.sentinel
     return blank, values
 
 
-def _fit(skeleton: _Skeleton, values: dict[Slot, str], text: str) -> list[int] | None:
-    """Returns the number of characters of each slot in `text`, or None if the filled skeleton is not that text.
+def _fit(skeleton: _Skeleton, values: dict[Part, str], text: str) -> list[int] | None:
+    """Finds the parts of the messages in a rendered conversation.
 
-    A template may strip the contents of some roles and not of others, so each value is tried stripped too.
+    A template may strip the contents of some roles and not of others, so each value is also tried stripped.
+
+    Args:
+      skeleton: the skeleton of the conversation.
+      values: the text of each part.
+      text: the rendered conversation.
+
+    Returns:
+      The number of characters of each part in `text`, or None if the filled skeleton differs from `text`.
     """
-    edges = [0, *(start + _SENTINEL_WIDTH for start, _ in skeleton.slots)]
-    starts = [*(start for start, _ in skeleton.slots), len(skeleton.text)]
+    edges = [0, *(start + _SENTINEL_WIDTH for start, _ in skeleton.parts)]
+    starts = [*(start for start, _ in skeleton.parts), len(skeleton.text)]
     literals = [skeleton.text[e:s] for e, s in zip(edges, starts, strict=True)]
     if not text.startswith(literals[0]):
         return None
     seen = set()
-    # This is a depth-first search; an entry holds the next slot, a position, and a linked list of lengths.
+    # This is a depth-first search. A stack entry holds the index of the next part, a position in `text`, and a linked
+    # list of the lengths of the parts before.
     stack: list[tuple[int, int, Any]] = [(0, len(literals[0]), None)]
     while stack:
         k, at, path = stack.pop()
-        if k == len(skeleton.slots):
+        if k == len(skeleton.parts):
             if at < len(text):
                 continue
             lengths = []
@@ -391,7 +427,7 @@ def _fit(skeleton: _Skeleton, values: dict[Slot, str], text: str) -> list[int] |
         if (k, at) in seen:
             continue
         seen.add((k, at))
-        for value in reversed(_stripped(values[skeleton.slots[k].slot])):  # the stack pops the unchanged value first
+        for value in reversed(_stripped(values[skeleton.parts[k].part])):  # the stack pops the unchanged value first
             end = at + len(value)
             if text.startswith(value, at) and text.startswith(literals[k + 1], end):
                 stack.append((k + 1, end + len(literals[k + 1]), (len(value), path)))
@@ -399,19 +435,19 @@ def _fit(skeleton: _Skeleton, values: dict[Slot, str], text: str) -> list[int] |
 
 
 def _stripped(text: str) -> list[str]:
-    """Returns the text and the forms in which templates strip it."""
+    """Returns the text, and the text stripped in each of the ways that templates use."""
     if text == text.strip():
         return [text]
     lines = (text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
     return list(dict.fromkeys((text, text.strip(), text.lstrip(), text.rstrip(), *lines)))
 
 
-def _moved(position: int, skeleton: _Skeleton, lengths: list[int]) -> int:
-    """Maps a position in the skeleton's text to the real text."""
-    slots = zip(skeleton.slots, lengths, strict=True)
-    return position + sum(n - _SENTINEL_WIDTH for (start, _), n in slots if start + _SENTINEL_WIDTH <= position)
+def _map_position(position: int, skeleton: _Skeleton, lengths: list[int]) -> int:
+    """Maps a position in the skeleton's text to the rendered conversation, whose parts have the given lengths."""
+    parts = zip(skeleton.parts, lengths, strict=True)
+    return position + sum(n - _SENTINEL_WIDTH for (start, _), n in parts if start + _SENTINEL_WIDTH <= position)
 
 
 def _answer_text(message: Message) -> str:
-    """Returns the part of a message's content that every template keeps."""
+    """Returns the content of a message without inline reasoning, which some templates leave out."""
     return (message.get("content") or "").rpartition("</think>")[2].strip()

@@ -28,7 +28,7 @@ from mice_jax.data.byte_level import bytes_of_tokens, spans_by_bytes, word_table
 from mice_jax.errors import UserError, one_line
 
 Span = tuple[int, int]  # characters, the end excluded
-Located = tuple[np.ndarray, np.ndarray]  # ids, int32 [n], and the spans of their tokens, int64 [n, 2]
+IdsAndSpans = tuple[np.ndarray, np.ndarray]  # ids, int32 [n], and the spans of their tokens, int64 [n, 2]
 
 MODEL = "tokenizer.model"
 PROBE = "How to compete with elephants, in 3 steps"
@@ -37,13 +37,13 @@ _NOT_IDS = ("name_or_path", "vocab_file", "tokenizer_file", "chat_template", "to
 
 
 # ---------------------------------------------------------------------------------------- loading
-def load_tokenizer(path: str, chat_template: str = "", said: list[str] | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, chat_template: str = "", notes: list[str] | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder, and replaces its chat template if another is given.
 
     Args:
       path: the folder.
       chat_template: the name of one of `templates.TOKENS`, or a .jinja file; "" keeps the tokenizer's own.
-      said: a list to which a remark for the user is appended if the template adds special tokens.
+      notes: a list to which a note for the user is appended if the template adds special tokens.
 
     Returns:
       The tokenizer.
@@ -53,30 +53,30 @@ def load_tokenizer(path: str, chat_template: str = "", said: list[str] | None = 
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"the tokenizer {path!r} is not a folder; nothing is downloaded, give a local one.")
+        raise UserError(f"the tokenizer {path!r} is not a folder. Nothing is downloaded, so give a local folder.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # the type of the error depends on the content of the files
         raise _unloadable(folder, _bad_model(folder, one_line(e))) from e
     # If the vocabulary file is missing, some classes silently make a vocabulary of only their special tokens.
     if tokenizer.get_vocab().keys() <= {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}:
-        raise _unloadable(folder, f"{type(tokenizer).__name__} finds no vocabulary there but special tokens")
+        raise _unloadable(folder, f"{type(tokenizer).__name__} finds no vocabulary there except special tokens")
     _compare_conversion(folder, tokenizer)
     if chat_template in templates.TOKENS:
         lacking = templates.give_template(tokenizer, chat_template)
-        if lacking and said is not None:
-            said.append(f"chat template {chat_template}: the tokenizer gets the special tokens {', '.join(lacking)}")
+        if lacking and notes is not None:
+            notes.append(f"chat template {chat_template}: the tokenizer gets the special tokens {', '.join(lacking)}")
     elif chat_template:
         tokenizer.chat_template = _read_template(chat_template)
     return tokenizer
 
 
 def _unloadable(folder: Path, reason: str) -> UserError:
-    have = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+    files = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
     return UserError(
-        f"no tokenizer can be loaded from {folder}, which holds {have}: {reason}. It needs a tokenizer.json, as "
-        f"`save_pretrained` writes it, or a sentencepiece {MODEL}, besides its tokenizer_config.json; set "
-        "data.tokenizer to a folder that has one."
+        f"no tokenizer can be loaded from {folder}, which holds {files}: {reason}. The folder needs a "
+        f"tokenizer_config.json and a tokenizer.json, as `save_pretrained` writes it, or a sentencepiece {MODEL}. Set "
+        "data.tokenizer to such a folder."
     )
 
 
@@ -95,21 +95,21 @@ def _bad_model(folder: Path, reason: str) -> str:
     except (RuntimeError, ValueError):
         start = content[:24].decode("utf-8", "replace")
         pointer = ", a Git LFS pointer: fetch the file itself" if start.startswith("version https://git-lfs") else ""
-        return f"its {MODEL} is no sentencepiece model: {len(content)} bytes that start with {start!r}{pointer}"
+        return f"its {MODEL} is not a sentencepiece model: {len(content)} bytes that start with {start!r}{pointer}"
     if "tiktoken" not in reason:
         return reason
     return (
         f"its {MODEL} is a sentencepiece model, but transformers {transformers.__version__} cannot convert it for the "
-        "tokenizer_class of tokenizer_config.json; name the class that the model was published with there, or "
-        "SentencePieceBackend, with which sentencepiece itself does the work"
+        "tokenizer_class in tokenizer_config.json; set that to the class that the model was published with, or to "
+        "SentencePieceBackend, which runs sentencepiece itself"
     )
 
 
 def _compare_conversion(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Warns if transformers' conversion of a tokenizer.model gives other tokens than sentencepiece does.
+    """Warns if a tokenizer.model that transformers has converted gives other tokens than sentencepiece does.
 
-    The conversion takes the kind of model, BPE or unigram, from the tokenizer's class, and not every class puts a
-    space before a text. The converted ids are used anyway, since everyone who loads the folder gets them.
+    The conversion takes the kind of model, BPE or unigram, from the tokenizer's class, and not every class adds a space
+    before a text. The converted ids are used anyway, because everyone who loads the folder with transformers gets them.
     """
     file = folder / MODEL
     if not tokenizer.is_fast or not file.is_file() or (folder / "tokenizer.json").exists():
@@ -134,8 +134,8 @@ def _compare_conversion(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
 def _read_template(path: str) -> str:
     if not Path(path).exists():
         raise UserError(
-            f"data.chat_template={path!r} is neither the name of a built-in template ({templates.NAMES}) nor a file "
-            "that is there."
+            f"data.chat_template={path!r} is neither the name of a built-in template ({templates.NAMES}) nor an "
+            "existing file."
         )
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -180,22 +180,22 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_speci
 
 
 # ---------------------------------------------------------------------------------------- ids
-class Locator(Protocol):
-    """Converts texts to ids and to the spans of their tokens; instances can be pickled for worker processes."""
+class OffsetTokenizer(Protocol):
+    """A tokenizer that also returns the span of each token; instances can be pickled for worker processes."""
 
-    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of documents, with the special tokens that the tokenizer puts around a document."""
         ...
 
-    def ids(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         """Returns the ids of a rendered chat, to which no special tokens are added."""
         ...
 
-    def located(self, texts: Sequence[str]) -> list[Located]:
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[IdsAndSpans]:
         """Returns the ids of rendered chats, and the span of characters of each token.
 
-        A token without a character of its own (a space put before a text, or a byte of a character other than
-        its last) has an empty span and belongs to the character that follows.
+        A token to which no character belongs (a space that the tokenizer adds before a text, or any byte of a character
+        but the last) has an empty span and counts with the character that follows.
         """
         ...
 
@@ -204,15 +204,15 @@ class Locator(Protocol):
         ...
 
 
-def locator(tokenizer: PreTrainedTokenizerBase) -> Locator:
-    """Returns the locator of a tokenizer; raises UserError if the kind of tokenizer is not supported."""
+def offset_tokenizer(tokenizer: PreTrainedTokenizerBase) -> OffsetTokenizer:
+    """Wraps a tokenizer of transformers so that it returns offsets; raises UserError if its kind is not supported."""
     if tokenizer.is_fast:
         return _Fast(tokenizer)
     if isinstance(tokenizer, PreTrainedTokenizer):
         return _Slow(tokenizer)
     raise UserError(
         f"the tokenizer {tokenizer.name_or_path!r} is a {type(tokenizer).__name__}, which neither has a tokenizer.json "
-        "nor runs in Python or sentencepiece; set data.tokenizer to a folder with a tokenizer.json."
+        "nor runs in Python or in sentencepiece. Set data.tokenizer to a folder with a tokenizer.json."
     )
 
 
@@ -231,13 +231,13 @@ class _Fast:
         self._num_bytes = bytes_of_tokens(state)
         self._words = word_table(self._chats, state) if self._num_bytes is not None else None
 
-    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._documents.encode_batch(texts)]
 
-    def ids(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return self._chats.encode(text, add_special_tokens=False).ids
 
-    def located(self, texts: Sequence[str]) -> list[Located]:
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[IdsAndSpans]:
         num_bytes = self._num_bytes
         # Byte counts hold for NFC text only, because NFC is the one normalizer that byte-level tokenizers use.
         if num_bytes is None or not all(unicodedata.is_normalized("NFC", t) for t in texts):
@@ -253,7 +253,7 @@ class _Fast:
         return self._documents.to_str()
 
 
-def _arrays(ids: Sequence[int], spans: Sequence[Span]) -> Located:
+def _arrays(ids: Sequence[int], spans: Sequence[Span]) -> IdsAndSpans:
     flat = np.fromiter(itertools.chain.from_iterable(spans), np.int64, 2 * len(spans))
     return np.array(ids, np.int32), flat.reshape(-1, 2)
 
@@ -269,7 +269,7 @@ def _backend(tokenizer: Any) -> Tokenizer:
 
 # ---------------------------------------------------------------------------------------- slow tokenizers
 class _Unaligned(Exception):
-    """The tokens of a text could not be aligned with it; the message says why."""
+    """The tokens of a text cannot be aligned with it; the message says why."""
 
 
 class _Slow:
@@ -278,19 +278,19 @@ class _Slow:
     def __init__(self, tokenizer: PreTrainedTokenizer) -> None:
         self._tokenizer: Any = tokenizer  # only some classes have the attributes that are used below
 
-    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         return [self._tokenizer.encode(t, verbose=False) for t in texts]
 
-    def ids(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
-    def located(self, texts: Sequence[str]) -> list[Located]:
-        return [_arrays(*self._located(t)) for t in texts]
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[IdsAndSpans]:
+        return [_arrays(*self._encode_one(t)) for t in texts]
 
     def state(self) -> str:
         made_with = {k: str(v) for k, v in self._tokenizer.init_kwargs.items() if k not in _NOT_IDS}
         added = {i: repr(t) for i, t in self._tokenizer.added_tokens_decoder.items()}
-        # The behaviour of a slow tokenizer is code of its class, which may differ between versions of transformers.
+        # A slow tokenizer is code of transformers, so it may behave differently in another version.
         parts = [type(self._tokenizer).__name__, transformers.__version__, made_with, added]
         if sp := self._sp_model:
             parts.append(hashlib.sha256(sp.serialized_model_proto()).hexdigest())
@@ -300,8 +300,8 @@ class _Slow:
     def _sp_model(self) -> Any:
         return getattr(self._tokenizer, "sp_model", None)
 
-    def _located(self, text: str) -> tuple[list[int], list[Span]]:
-        ids = self.ids(text)
+    def _encode_one(self, text: str) -> tuple[list[int], list[Span]]:
+        ids = self.encode(text)
         tokens: list[str] = []
         offsets: list[Span] = []
         try:
@@ -311,12 +311,13 @@ class _Slow:
                 tokens += found
                 offsets += [(start + s, start + e) for s, e in spans]
             if self._tokenizer.convert_tokens_to_ids(tokens) != ids:
-                raise _Unaligned("its parts, each for itself, give other ids than the whole")
+                raise _Unaligned("its parts, encoded separately, give other ids than the whole text")
         except _Unaligned as e:
             raise UserError(
                 f"the tokenizer {self._tokenizer.name_or_path!r} ({type(self._tokenizer).__name__}) is a slow one, and "
-                f"where its tokens lie in a chat, so which of them to train, cannot be told: {e}. Convert it to a fast "
-                f"one with a tokenizer.json, and set data.tokenizer to that folder. The chat starts {text[:80]!r}."
+                f"its tokens cannot be aligned with the text of a chat, so the loss mask is unknown: {e}. Convert it "
+                f"to a fast one with a tokenizer.json, and set data.tokenizer to that folder. The chat starts with "
+                f"{text[:80]!r}."
             ) from None
         return ids, offsets
 
@@ -344,7 +345,7 @@ class _Slow:
         tokens = self._tokenizer._tokenize(part)
         spans = (self._by_sentencepiece if self._sp_model else _by_spelling)(part, tokens)
         if spans is None:
-            raise _Unaligned(f"it reads {part[:40]!r} as {tokens[:12]}, which do not spell it")
+            raise _Unaligned(f"the tokens of {part[:40]!r} are {tokens[:12]}, which do not spell that text")
         return tokens, spans
 
     def _by_sentencepiece(self, part: str, tokens: list[str]) -> list[Span] | None:

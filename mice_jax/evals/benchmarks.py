@@ -351,12 +351,12 @@ class BenchmarkEvaluator:
 
             self._lm = MiceLM(*model)
 
-    def measure(self, params: Params, say: Callable[[str], None]) -> Iterator[dict[str, float | None]]:
+    def measure(self, params: Params, log: Callable[[str], None]) -> Iterator[dict[str, float | None]]:
         """Yields the scores of one benchmark after the other, by `eval/<task>/<metric>`.
 
         Args:
           params: The parameters to score.
-          say: Called with each warning, once in the lifetime of this object.
+          log: Called with each warning, once in the lifetime of this object.
         """
         if self._lm is None:
             return
@@ -367,7 +367,7 @@ class BenchmarkEvaluator:
                 yield {f"eval/{name}": value for name, value in scores(results).items()}
                 for warning in warnings(results, self._lm.max_length):
                     if warning not in self._told:
-                        say(f"warning: {warning}")
+                        log(f"warning: {warning}")
                         self._told.add(warning)
         finally:
             self._lm.params = None  # The next step of training donates these arrays.

@@ -45,12 +45,12 @@ class Inputs(NamedTuple):
     Attributes:
       source: The model's config and where its weights are stored.
       tokenizer: The tokenizer, with the chat template to use.
-      remarks: Sentences about the tokenizer for the user.
+      notes: Sentences about the tokenizer for the user.
     """
 
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
-    remarks: list[str]
+    notes: list[str]
 
     def spec(self) -> ModelSpec:
         """Returns the model's spec with an embedding row for each token of the tokenizer.
@@ -65,9 +65,9 @@ class Inputs(NamedTuple):
 def inputs(config: Config) -> Inputs:
     """Reads the model and tokenizer that the config names; raises UserError if one of them cannot be read."""
     source = resolve_source(config.model.init_from)
-    remarks: list[str] = []
-    tokenizer = load_tokenizer(config.data.tokenizer or str(source.folder), config.data.chat_template, remarks)
-    return Inputs(source, tokenizer, remarks)
+    notes: list[str] = []
+    tokenizer = load_tokenizer(config.data.tokenizer or str(source.folder), config.data.chat_template, notes)
+    return Inputs(source, tokenizer, notes)
 
 
 def encoder(config: Config, tokenizer: PreTrainedTokenizerBase, today: datetime.date | None = None) -> ChatEncoder:

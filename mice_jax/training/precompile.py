@@ -44,7 +44,7 @@ class Compiled(NamedTuple):
     shapes: int
     seconds: float
 
-    def sentence(self, cache: Path) -> str:
+    def describe(self, cache: Path) -> str:
         """Returns a sentence about the compilation; `cache` is the folder of compiled programs."""
         return f"{self.shapes} microbatch shapes compiled, or found in {cache}, in {self.seconds:.0f} s"
 

@@ -110,7 +110,7 @@ class Deadline:
         return bool(self._minutes) and time.monotonic() - self._start >= 60 * self._minutes
 
 
-class Lap:
+class LapTimer:
     """Measures the wall-clock time between two calls."""
 
     def __init__(self) -> None:

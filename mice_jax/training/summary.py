@@ -194,7 +194,7 @@ def not_finite(step: int, measured: dict[str, Any], checkpoints: RunPath, saved_
     )
 
 
-def ending(run: Run) -> str:
+def final_message(run: Run) -> str:
     """Returns the last lines that a complete run prints."""
     record, path = run.record, run.workdir.path
     if not record:
