@@ -152,6 +152,13 @@ def test_best_arm_at_the_end_of_an_axis_is_noted() -> None:
     assert "a factor 4 apart" in note
 
 
+def test_noise_between_seeds_above_the_margin_is_noted() -> None:
+    """Two arms that swap by 0.4 differ by 0.4 in one seed less 0.4 in the other: 0.8 over the square root of 2."""
+    noisy = one_axis([2, 1, 1.1, 2], [[3, 1.0, 1.2, 3], [3, 1.4, 0.8, 3]])
+    assert [n for n in noisy.notes if "varies by 0.566 from seed to seed" in n and "margin of 0.27" in n]
+    assert one_axis([2, 1, 1.1, 2], [[3, 1.0, 1.2, 3], [3, 1.1, 1.2, 3]]).notes == ()
+
+
 def test_regret_is_that_of_the_other_seeds() -> None:
     finals = np.array([[3, 1, 2], [3, 1, 2], [3, 1, 1.5], [3, 1, 1.1]])
     peeked = replay(curves_of(0, finals), {"rate": [1, 2, 3]}, BracketRule(), start=START, seeds=(0, 1))

@@ -91,6 +91,17 @@ def define_report(values: Values, argv: list[str]) -> None:
     flags.DEFINE_string("output", None, "the page, F.html", flag_values=values)
 
 
+def define_evidence(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice evidence`."""
+    flags.DEFINE_list("sweeps", [], "folders of finished sweeps, or files F.npz, with commas", flag_values=values)
+    flags.DEFINE_integer("synthetic", 5, "synthetic sweeps of each kind (5)", lower_bound=0, flag_values=values)
+    flags.DEFINE_list("rules", [], "names of rules, with commas between; default all", flag_values=values)
+    seeds = "seeds that a rule chooses by; the others score it (3)"
+    flags.DEFINE_integer("seeds", 3, seeds, lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("workers", 4, "runs at a time (4)", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("output", None, "results, F.json", flag_values=values)
+
+
 def define_evaluate(values: Values, argv: list[str]) -> None:
     """Defines the flags of `mice evaluate`."""
     _define_model(values)
@@ -169,6 +180,7 @@ COMMANDS = {
     "config": Command("mice_jax.cli.show_config", define_config, "print the resolved config of a run"),
     "sweep": Command("mice_jax.sweep", define_sweep, "run many trials of a config, and stop the poor ones early"),
     "report": Command("mice_jax.report", define_report, "write one HTML page of a run, of several, or of a sweep"),
+    "evidence": Command("mice_jax.evidence", define_evidence, "measure what the rules of sweeps save and lose"),
     "evaluate": Command("mice_jax.evaluate", define_evaluate, "score a model on benchmarks"),
     "export": Command("mice_jax.export", define_export, "write a run's model as a Hugging Face folder"),
     "generate": Command("mice_jax.generate", define_generate, "answer prompts with a model, or chat"),

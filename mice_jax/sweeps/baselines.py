@@ -138,8 +138,10 @@ class StopRuns(SweepRule):
             return False
         if isinstance(self.rule, HalvingRule):
             return not _promoted_asynchronously(runs, task, self.rule.reduction)
-        started = [(int(s), int(a)) for s, a in np.argwhere(runs.done) if (s, a) != (task.seed, task.arm)]
-        siblings = [runs.progress(*run) for run in started]
+        # Siblings that have not come as far do not count, and what others have measured since then is not compared.
+        as_far = runs.done >= task.until
+        as_far[task.seed, task.arm] = False
+        siblings = [runs.progress(int(s), int(a))[: task.until] for s, a in np.argwhere(as_far)]
         own = runs.progress(task.seed, task.arm)
         return bool(stop_rules.reason_among_siblings(self.rule, own, siblings, OBJECTIVE))
 

@@ -211,11 +211,11 @@ class BracketRule(SweepRule):
         return best_arm(runs, arms, range(seeds))
 
     def notes(self, grid: Grid, runs: Runs) -> list[str]:
-        """Returns on which axes the chosen arm is not bracketed, and why."""
+        """Returns on which axes the chosen arm is not bracketed, and whether seeds differ more than the margin."""
         chosen = self.choose(grid, runs)
         if chosen is None:
             return []
-        notes = []
+        notes = self._notes_on_noise(grid, runs)
         for name in self.ordered_axes(grid):
             value, values = grid.values(chosen)[name], sorted(grid.axes[name])
             if value in (values[0], values[-1]):
@@ -228,6 +228,24 @@ class BracketRule(SweepRule):
                     "neighbours of the best arm often misses a better one; add values between them."
                 )
         return notes
+
+    def _notes_on_noise(self, grid: Grid, runs: Runs) -> list[str]:
+        """Returns a note where arms differ more from seed to seed than the margin allows for."""
+        arms = [a for a in self._finished_arms(grid, runs) if runs.num_seeds > 1 and runs.finished(1, a)]
+        if len(arms) < 2:
+            return []
+        finals = np.array([[runs.final(s, a) for a in arms] for s in range(2)])
+        differences = (finals[0] - finals[1]) - (finals[0] - finals[1]).mean()
+        # The difference of two seeds has twice the variance of one, and so has the difference of two arms.
+        noise = math.sqrt(float((differences**2).sum()) / (len(arms) - 1))
+        margin = self.seed_margin * max(runs.start - float(finals.mean(axis=0).min()), 0.0)
+        if noise <= margin:
+            return []
+        return [
+            f"The difference of two arms varies by {noise:.3g} from seed to seed (one standard deviation), more than "
+            f"the margin of {margin:.3g}. A lucky seed may have ruled out a better arm; run all seeds of the finished "
+            "arms."
+        ]
 
 
 def _too_few_values(name: str, grid: Grid) -> str:
