@@ -210,6 +210,8 @@ class Train(_Strict):
     """Make runs on a GPU repeat bit for bit, at some cost in speed."""
     max_minutes: float = 0.0
     """Save the state and exit with code 75 after this many minutes of the process; 0 means no limit."""
+    pause_at_share: float = 0.0
+    """Save the state and exit with code 75 after the first step at or past this share of all steps; 0 never pauses."""
     skip_spikes: float = 0.0
     """Skip a step whose gradient norm is more than this many times its running median; 0 never skips."""
 
@@ -254,6 +256,8 @@ class Eval(_Strict):
 
     every_samples: int = 0
     """Evaluate at the first step at or past each multiple of this many samples; 0 evaluates at the end only."""
+    at_shares: list[float] = field(default_factory=list)
+    """Evaluate also at the first step at or past each of these shares of the run's steps, such as 0.2."""
     tasks: list[str] = field(default_factory=list)
     """Benchmarks to score, by the names that `mice evaluate` takes."""
     include_path: str = ""
@@ -335,8 +339,9 @@ class Config(_Strict):
 # Fields that may change when a run is resumed: they affect neither the data nor the numerics.
 MUTABLE_ON_RESUME = (
     "mesh", "train.rows_per_device", "model.attention", "model.remat", "data.cache_dir", "data.num_workers",
-    "data.prepare_workers", "train.max_minutes", "checkpoint.every_samples", "checkpoint.every_minutes",
-    "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every", "log", "eval", "stop", "published",
+    "data.prepare_workers", "train.max_minutes", "train.pause_at_share", "checkpoint.every_samples",
+    "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every", "log", "eval",
+    "stop", "published",
 )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ BOUNDS = {
     "optim.weight_decay": (0, math.inf),
     "train.rows_per_device": (0, math.inf),
     "train.max_minutes": (0, math.inf),
+    "train.pause_at_share": (0, 1),
     "train.skip_spikes": (0, math.inf),
     "checkpoint.every_samples": (0, math.inf),
     "checkpoint.every_minutes": (0, math.inf),
@@ -156,6 +157,8 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
             problems.append(f"log.trackers has {tracker!r}, which is not one of {', '.join(TRACKERS)}")
     if 0 < c.train.skip_spikes <= 1:
         problems.append(f"train.skip_spikes={c.train.skip_spikes} must be more than 1, or 0 for never")
+    if not all(0 < share <= 1 for share in c.eval.at_shares):
+        problems.append(f"eval.at_shares={c.eval.at_shares} must be shares of the run, more than 0 and at most 1")
     for i, p in enumerate(c.published):
         if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")

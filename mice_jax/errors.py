@@ -31,6 +31,10 @@ class Preempted(Exception):
     exit_code = 75
 
 
+class Paused(Preempted):
+    """The run has come to `train.pause_at_share` and has saved its state; exits with 75."""
+
+
 def one_line(error: BaseException) -> str:
     """The text of a library's error on one line, to be quoted in a message."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

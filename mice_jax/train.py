@@ -49,7 +49,8 @@ from mice_jax.training.progress import Deadline, LapTimer
 from mice_jax.training.record import Throughput, check_best_metric, make_record
 from mice_jax.training.start_state import enter_phase, restore_or_start
 from mice_jax.training.stop_monitor import StopMonitor
-from mice_jax.training.stop_signals import StopSignals
+from mice_jax.training.stop_rules import step_at_fraction
+from mice_jax.training.stop_signals import StopSignals, paused
 
 
 class Launch(NamedTuple):
@@ -182,6 +183,9 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     monitor = StopMonitor(workdir.local, config.stop, spec.vocab_size, data.total_steps) if is_main else None
     writers = trackers.make_writers(config, workdir, console, start, data.total_steps) if is_main else []
     run.begin(start, progress, checkpoints, writers)  # From here on run.progress, run.log and run.save may be used.
+    pause_at = step_at_fraction(config.train.pause_at_share, data.total_steps) if config.train.pause_at_share else 0
+    if 0 < pause_at <= start < data.total_steps:
+        raise paused(start)  # The run has paused before, and is not asked to go on.
     stop_signals = StopSignals(
         run.preemption,
         checkpoints,
@@ -189,12 +193,14 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         first_step=start,
         total_steps=data.total_steps,
         save_every_minutes=config.checkpoint.every_minutes,
+        pause_at=pause_at,
         stop_rules=monitor.reason_to_stop if monitor else None,
     )
     cadence = Cadence(
         total_steps=data.total_steps,
         save_every=config.checkpoint.every_samples,
         eval_every=config.eval.every_samples,
+        eval_at=frozenset(step_at_fraction(share, data.total_steps) for share in config.eval.at_shares),
         always_saved=last_steps_before_warm_start(data.spans),
         selects=uses_best,
         selects_by_benchmark=uses_best and config.checkpoint.best_metric in benchmarks.metric_names(),

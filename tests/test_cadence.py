@@ -30,6 +30,11 @@ def test_due_follows_samples_and_the_last_step(step: int, before: int, after: in
     assert Cadence(total_steps=10, save_every=20, eval_every=30).due(step, before, after) == due
 
 
+def test_evaluation_is_due_at_the_steps_given_too() -> None:
+    cadence = Cadence(total_steps=10, save_every=0, eval_every=0, eval_at=frozenset({3}))
+    assert [cadence.due(step, 8 * step - 8, 8 * step) for step in (2, 3, 4)] == [NOTHING, EVALUATE, NOTHING]
+
+
 def test_zero_means_at_the_end_only() -> None:
     cadence = Cadence(total_steps=3, save_every=0, eval_every=0)
     assert [cadence.due(step, 10**6 * step, 10**6 * (step + 1)) for step in (1, 2, 3)] == [NOTHING, NOTHING, ALL]

@@ -15,7 +15,7 @@ from helpers.runs import DEPRECATED, write_config
 from mice_jax.cli import command, main
 from mice_jax.cli.flags import COMMANDS, define_config
 from mice_jax.config import Config, ConfigError
-from mice_jax.errors import Preempted, StoppedByRule, UserError
+from mice_jax.errors import Paused, Preempted, StoppedByRule, UserError
 from mice_jax.runtime import watchdog
 
 pytestmark = [
@@ -171,6 +171,7 @@ def test_a_broken_config_file_is_reported_with_its_line(
         (ConfigError("no such field"), 2, "error"),
         (StoppedByRule("not finite"), 3, "stopped"),
         (Preempted("saved"), 75, "preempted"),
+        (Paused("at a fifth"), 75, "paused"),
     ],
 )
 def test_each_error_class_has_its_exit_code_and_label(

@@ -180,6 +180,8 @@ def test_an_integer_is_accepted_for_a_float() -> None:
         ("mesh.fsdp", 0),
         ("mesh.tensor", -2),
         ("train.rows_per_device", -1),
+        ("train.pause_at_share", 1.5),
+        ("eval.at_shares", [0.2, 0.0]),
         ("checkpoint.every_samples", -1),
         ("log.every_steps", 0),
         ("seed", -1),

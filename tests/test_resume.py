@@ -42,6 +42,7 @@ def config(folder: Path) -> Path:
         "c.data.phases.append(Phase(name='late', num_epochs=2, sources=c.data.phases[0].sources))",
         f"c.data.validation = [Source(path='{held}')]",
         "c.eval.every_samples = 100",
+        "c.eval.at_shares = [0.31]",
         "c.checkpoint.every_samples = 180",  # every 25 steps
         "c.optim.schedule = 'cosine'",
         "c.optim.weight_decay = 0.1",
@@ -80,6 +81,19 @@ def test_comparison_detects_a_changed_loss_array_or_line(uninterrupted: Path, tm
     shutil.rmtree(copy / "checkpoints" / str(STEPS))  # the last state is replaced by an earlier one
     shutil.copytree(copy / "checkpoints" / "75", copy / "checkpoints" / str(STEPS))
     assert_detected()
+
+
+# ---------------------------------------------------------------------------------------- paused
+def test_paused_and_resumed_run_is_bit_equal(config: Path, uninterrupted: Path, tmp_path: Path, capsys) -> None:
+    """It pauses at 31 % of 80 steps, the first at or past which is 25, where each of the runs evaluates besides."""
+    run, pause = tmp_path / "run", "--config.train.pause_at_share=0.31"
+    assert run_train(config, run, pause) == 75
+    assert "paused: train.pause_at_share after step 25" in capsys.readouterr().err
+    assert read_json(run, "summary.json")["status"] == "paused" and (run / "checkpoints" / "25").is_dir()
+    assert run_train(config, run, pause) == 75 and lines_of(run) == 25, "the same command stays paused"
+    assert ["eval/loss" in line for line in read_metrics(run)[22:]] == [False, False, True]
+    assert run_train(config, run) == 0
+    assert_equal_runs(run, uninterrupted, STEPS)
 
 
 # ---------------------------------------------------------------------------------------- killed

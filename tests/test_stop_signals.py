@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mice_jax.errors import AgreedError, Preempted, StoppedByRule, UserError
+from mice_jax.errors import AgreedError, Paused, Preempted, StoppedByRule, UserError
 from mice_jax.runtime import distributed
 from mice_jax.training import stop_signals
 from mice_jax.training.progress import Deadline
@@ -88,6 +88,28 @@ def signals_of(signal: str | None = None, notice_at: int | None = None, **change
     handler: Any = SimpleNamespace(signal=signal)
     checkpoints: Any = FakeCheckpoints(notice_at)
     return StopSignals(handler, checkpoints, Deadline(0.0), **(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("seen", "is_last", "error"),
+    [
+        (Seen(), False, Paused),
+        (Seen(), True, None),
+        (Seen(signal=True), False, Preempted),
+        (Seen(time_limit=True), False, Preempted),
+        (Seen(stop_rule=True), False, StoppedByRule),
+    ],
+)
+def test_planned_pause_yields_to_every_other_reason(seen: Seen, is_last: bool, error: type[Exception] | None) -> None:
+    stop = decide(seen, step=7, is_last=is_last, pauses=True, rule_reason="it diverges")
+    assert (type(stop) if stop else None) == error
+    if error is Paused:
+        assert "train.pause_at_share after step 7" in str(stop) and Paused.exit_code == 75
+
+
+def test_run_pauses_after_its_step_only() -> None:
+    signals = signals_of(pause_at=4)
+    assert [type(signals.poll(step, {}, None).stop) for step in (3, 4, 5)] == [type(None), Paused, type(None)]
 
 
 def test_poll_asks_the_rules_of_every_step_but_the_last() -> None:

@@ -19,7 +19,7 @@ from absl import logging
 from mice_jax.cli.config_file import parse_flags
 from mice_jax.cli.flags import COMMANDS, DefineFlags, Values, define_processes
 from mice_jax.config import Config, ConfigError
-from mice_jax.errors import Preempted, StoppedByRule, UserError
+from mice_jax.errors import Paused, Preempted, StoppedByRule, UserError
 from mice_jax.runtime import xla_flags
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def run(
       on_user_error: called with an error that the user has to fix, after it is printed.
 
     Returns:
-      The exit code: 0 done; 2 the user's input is wrong; 3 stopped by a rule; 75 preempted with its state saved.
+      The exit code: 0 done; 2 the user's input is wrong; 3 stopped by a rule; 75 preempted or paused, its state saved.
     """
     logging.set_verbosity(logging.ERROR)  # users need not see the warnings of libraries to each other
 
@@ -66,7 +66,7 @@ def run(
     try:
         return exit_on_closed_pipe(parse_and_run)
     except (UserError, ConfigError, StoppedByRule, Preempted) as e:
-        label = {2: "error", 3: "stopped", 75: "preempted"}[e.exit_code]
+        label = "paused" if isinstance(e, Paused) else {2: "error", 3: "stopped", 75: "preempted"}[e.exit_code]
         print(f"{label}: {e}", file=sys.stderr, flush=True)
         if e.exit_code == 2:
             on_user_error(e)

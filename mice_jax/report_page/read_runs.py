@@ -52,7 +52,7 @@ class Run:
     directions: dict[str, str]
     checkpoints: list[int]
     events: list[dict[str, Any]]
-    status: str  # completed | stopped | failed | preempted | unknown; of a trial also running | waiting
+    status: str  # completed | stopped | failed | preempted | paused | unknown; of a trial also running | waiting
     reason: str
     problems: list[str]
     params: dict[str, Any] = dataclasses.field(default_factory=dict)  # a trial's value on every axis, and its seed

@@ -37,6 +37,7 @@ class Cadence:
       always_saved: The last steps of phases whose best checkpoint the next phase starts from.
       selects: Whether checkpoints are selected by a metric, so that each of them needs the held-out loss.
       selects_by_benchmark: Whether that metric is a benchmark's, so that each of them needs the benchmarks too.
+      eval_at: Steps after which an evaluation is due besides.
     """
 
     total_steps: int
@@ -45,6 +46,7 @@ class Cadence:
     always_saved: frozenset[int] = frozenset()
     selects: bool = False
     selects_by_benchmark: bool = False
+    eval_at: frozenset[int] = frozenset()
 
     def due(self, step: int, samples_before: int, samples: int) -> Due:
         """Decides what is due after a step.
@@ -59,7 +61,7 @@ class Cadence:
         """
         last = step == self.total_steps
         checkpoint = last or step in self.always_saved or crosses_multiple(samples_before, samples, self.save_every)
-        evaluation = last or crosses_multiple(samples_before, samples, self.eval_every)
+        evaluation = last or step in self.eval_at or crosses_multiple(samples_before, samples, self.eval_every)
         return Due(
             held_out=evaluation or (checkpoint and self.selects),
             benchmarks=evaluation or (checkpoint and self.selects_by_benchmark),

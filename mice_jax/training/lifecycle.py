@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mice_jax.checkpoint import Checkpoints
-from mice_jax.errors import AgreedError, Preempted, StoppedByRule, StoreError, one_line
+from mice_jax.errors import AgreedError, Paused, Preempted, StoppedByRule, StoreError, one_line
 from mice_jax.metrics import Writer
 from mice_jax.runtime import distributed, watchdog
 from mice_jax.runtime.signals import PreemptionHandler
@@ -22,7 +22,7 @@ from mice_jax.storage.provenance import environment
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training.progress import Progress
 
-STATUS = {StoppedByRule: "stopped", Preempted: "preempted"}  # Any other error is a failure.
+STATUS = {StoppedByRule: "stopped", Paused: "paused", Preempted: "preempted"}  # Any other error is a failure.
 
 
 class Run:

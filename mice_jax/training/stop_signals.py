@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mice_jax.checkpoint import Checkpoints
-from mice_jax.errors import AgreedError, Preempted, StoppedByRule, UserError
+from mice_jax.errors import AgreedError, Paused, Preempted, StoppedByRule, UserError
 from mice_jax.runtime import distributed
 from mice_jax.runtime.signals import PreemptionHandler
 from mice_jax.storage.paths import RunPath
@@ -49,6 +49,7 @@ def decide(
     *,
     step: int,
     is_last: bool,
+    pauses: bool = False,
     signal_name: str = "",
     rule_reason: str = "",
     failure: Exception | None = None,
@@ -57,12 +58,13 @@ def decide(
     """Decides whether a run stops after a step, and with which error.
 
     A failed benchmark has priority, because the user has to fix it. A stop rule comes second. Signals, preemption and
-    the time limit come last, and do not matter after the last step.
+    the time limit come next, then a planned pause; they do not matter after the last step.
 
     Args:
       seen: The events in any process.
       step: The step that was just done.
       is_last: Whether it is the run's last step.
+      pauses: Whether the run pauses after this step by its config.
       signal_name: The name of the signal that this process received.
       rule_reason: The reason that the stop rule of this process gave.
       failure: The error of the benchmark that failed in this process.
@@ -76,8 +78,10 @@ def decide(
     if seen.stop_rule:
         reason = rule_reason or "the main process says why"
         return StoppedByRule(f"{reason}. Step {step} was the last, and is saved.")
-    if is_last or not (seen.signal or seen.preemption or seen.time_limit):
+    if is_last or not (seen.signal or seen.preemption or seen.time_limit or pauses):
         return None
+    if not (seen.signal or seen.preemption or seen.time_limit):
+        return paused(step)
     if seen.preemption and not seen.signal:
         why = "notice that a machine is to be taken away"
     elif signal_name:
@@ -87,6 +91,14 @@ def decide(
     else:
         why = "another process was asked to stop"
     return Preempted(f"{why} after step {step}; its state is saved, run the same command to continue.")
+
+
+def paused(step: int) -> Paused:
+    """Returns the error of a run that has come to train.pause_at_share with this step."""
+    return Paused(
+        f"train.pause_at_share after step {step}; its state is saved. Run the same command with "
+        "--config.train.pause_at_share=0, or a later share, to continue."
+    )
 
 
 def _benchmark_error(failure: Exception | None, checkpoint: RunPath | Path | str) -> Exception:
@@ -112,6 +124,7 @@ class StopSignals:
         first_step: int,
         total_steps: int,
         save_every_minutes: float,
+        pause_at: int = 0,
         stop_rules: Callable[[dict[str, Any]], str] | None,
     ):
         """Starts to listen for preemption notices.
@@ -123,10 +136,11 @@ class StopSignals:
           first_step: The number of steps that were done before this process started.
           total_steps: The number of the run's last step.
           save_every_minutes: The value of checkpoint.every_minutes; 0 never asks for a checkpoint.
+          pause_at: The step after which the run pauses; 0 never pauses.
           stop_rules: Returns the reason to stop after a record, or ""; None in all but the main process.
         """
         self._preemption, self._checkpoints, self._time_limit = preemption, checkpoints, time_limit
-        self._total_steps, self._stop_rules = total_steps, stop_rules
+        self._total_steps, self._pause_at, self._stop_rules = total_steps, pause_at, stop_rules
         self._noticed = checkpoints.preempted_before(first_step)
         self._save_timer = Deadline(save_every_minutes)
 
@@ -158,6 +172,7 @@ class StopSignals:
             seen,
             step=step,
             is_last=is_last,
+            pauses=step == self._pause_at,
             signal_name=self._preemption.signal or "",
             rule_reason=reason,
             failure=failure,

@@ -530,7 +530,7 @@ function makeEvents() {
   const r = runs[0], start = r.events.length ? r.events[0].time : null;
   const rows = [...r.phases.filter(() => r.phases.length > 1).map(([name, first]) => ({ step: first, what: `phase ${name} begins` })), ...r.checkpoints.map(step => ({ step, what: "checkpoint" })),
     ...r.events.map(e => ({ step: e.step, what: String(e.event), time: e.time }))].sort((a, b) => a.step - b.step || (a.time ?? 0) - (b.time ?? 0));
-  if (["stopped", "failed", "preempted"].includes(r.status) && !r.events.some(e => e.event === r.status)) rows.push({ step: r.step, what: r.status });
+  if (["stopped", "failed", "preempted", "paused"].includes(r.status) && !r.events.some(e => e.event === r.status)) rows.push({ step: r.step, what: r.status });
   if (!rows.length) return;
   const last = rows.map(e => e.what).lastIndexOf(r.status), at = rows.map(e => known(e.time) ? new Date(e.time * 1000).toLocaleString("sv") : "");
   const section = byId("events");
