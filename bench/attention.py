@@ -1,4 +1,4 @@
-"""Measures attention alone, forward and backward, over packed rows, against torch's, and its growth with samples.
+"""Measures attention alone, forward and backward, over packed rows: its speed against torch's, and its scaling.
 
     python bench/attention.py                                    # on this machine's GPU, else its CPU: some minutes
     python bench/attention.py --rows=4 --heads=32 --kv-heads=8 --head-dim=128 --rounds=20
@@ -8,15 +8,15 @@ device beforehand, and returns the output and the gradients of queries, keys and
 results of each are first compared with the reference backend.
 
   packed  rows of samples whose lengths are log-normal, as chats are
-          ours         every backend that supports such a run here, as `attend` calls it; `reference` on a CPU only
+          ours         every backend that supports such a run on this device; `reference` on a CPU only
           flex         torch's flex attention, compiled, with the block mask of the packed samples. The mask is made
                        beforehand, because a model makes it once per batch for all layers. On a CPU it has no backward
                        pass, so the forward pass is also measured alone
           sdpa         on a CPU: torch's scaled_dot_product_attention with a [T, T] mask
           cudnn whole  on a GPU: cuDNN's causal attention over rows that are one sample each, which needs no packing
-  growth  rows of 64-token samples against rows of one sample, ours alone. By the squares of the lengths, the former
-          would take 1 / 64 of the time. Since blocks of 64 slots are computed completely, the bound is 1 / 33, plus
-          the time that does not depend on lengths
+  growth  our backends on rows of 64-token samples, against rows of one sample. If the time were proportional to the sum
+          of the squared lengths, the former would take 1 / 64 of the time. Since blocks of 64 slots are computed
+          completely, the bound is 1 / 33, plus the time that does not depend on lengths
 
 Targets, on an H100 or H200: `auto` at least 1.2 times as fast as flex, and at most 1.15 times the time of cuDNN whole.
 """

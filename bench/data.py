@@ -140,7 +140,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def spawn(args: argparse.Namespace, task: str, **settings: Any) -> dict[str, Any]:
-    """Runs one task in a process of its own and returns what it measured."""
+    """Runs one task in a separate process and returns what it measured."""
     out = Path(args.folder) / "result.json"
     out.unlink(missing_ok=True)
     names = ("chats", "scale", "warm", "folder")
@@ -249,7 +249,9 @@ def part_tokenise(args: argparse.Namespace) -> list[dict[str, Any]]:
     need_chats(args)
     sides = [OURS, PEER, PEER_PLAIN, PEER_IDS] if importlib.util.find_spec("datasets") else [OURS]
     if len(sides) == 1:
-        print("tokenise: datasets is not installed (pip install datasets): ours alone", file=sys.stderr)
+        print(
+            "tokenise: datasets is not installed (pip install datasets), so only our side is measured", file=sys.stderr
+        )
     results = []
     for workers in args.workers:
         rounds = []
@@ -266,7 +268,7 @@ def part_tokenise(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def tokenise_results(workers: int, sides: list[str], rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Computes speeds and ratios from the rounds of `tokenise`."""
-    part, results = f"tokenise, {workers} process{'es' * (workers > 1)}", []
+    part, results = f"tokenise, {workers} {'process' if workers == 1 else 'processes'}", []
     for side in sides:
         runs = [r[side] for r in rounds]
         for unit in ("samples", "tokens"):
@@ -414,8 +416,8 @@ def lpt_packer() -> Callable[..., list[list[int]]] | None:
 
         distribution = importlib.metadata.distribution("instructlab-training")
     except (ImportError, importlib.metadata.PackageNotFoundError) as e:
-        mend = "pip install --no-deps instructlab-training && pip install numba"
-        print(f"planning: {e}, so there is no peer: {mend}", file=sys.stderr)
+        install = "pip install --no-deps instructlab-training && pip install numba"
+        print(f"planning: {e}, so the peer is not measured: {install}", file=sys.stderr)
         return None
     path = str(distribution.locate_file("instructlab/training/batch_packer.py"))
     spec = importlib.util.spec_from_file_location("batch_packer", path)

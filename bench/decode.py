@@ -10,7 +10,7 @@ wait passively, unless you set OMP_WAIT_POLICY. All programs are compiled before
 
   even    16 prompts, --new tokens each: the whole call, and its decoding alone (without the time to first tokens)
   ragged  64 prompts whose answers end at different lengths: one in --ends ids ends an answer. transformers continues
-          a batch until its longest answer ends; here the next prompt takes the free row.
+          a batch until its longest answer ends; ours gives the free row to the next prompt.
 
 tokens/s count the tokens of answers. CPU seconds of all threads are printed next to wall-clock seconds. On a shared
 machine, CPU seconds and ratios are more reliable. ratio is ours over theirs, by pair: median (least, most).

@@ -48,7 +48,7 @@ run() { # run NAME COMMAND...
   else
     failed=1
     tail -n 20 "$out/$name.err"
-    echo "$name failed; the rest of what it said is in $out/$name.err"
+    echo "$name failed; all of its error output is in $out/$name.err"
   fi
 }
 

@@ -6,7 +6,7 @@
 It needs torch, the peer's backend, and disk space for three copies of the checkpoint (15 GB), which it creates from
 random weights and removes at the end.
 
-Each side of a round is a process of its own, and the sides take turns. Both hold the parameters in float32 on the CPU,
+Each side of a round is a separate process, and the sides take turns. Both hold the parameters in float32 on the CPU,
 as training does, and compute the logits of the same 16 tokens.
 
   import   from before the folder is opened to the first logits, with libraries imported beforehand. The forward pass
@@ -179,7 +179,7 @@ def make_checkpoint(folder: Path, layers: int, dtype: str) -> None:
 
 # ---------------------------------------------------------------------------------------- rounds
 def in_process(task: str, folder: Path, *more: str) -> str:
-    """Runs a task in a process of its own; returns its output."""
+    """Runs a task in a separate process; returns its output."""
     command = [sys.executable, __file__, f"--task={task}", f"--folder={folder}", *more]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -188,7 +188,7 @@ def in_process(task: str, folder: Path, *more: str) -> str:
 
 
 def measure(side: str, folder: Path) -> dict[str, Any]:
-    """Measures a side in a process of its own."""
+    """Measures a side in a separate process."""
     output = folder.with_name(f"out_{side}")
     output.mkdir()
     try:

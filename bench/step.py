@@ -9,8 +9,8 @@ Parts:
            Lengths are log-normal, as those of chats are, and half of each sample is trained. The peers are sdpa with a
            mask of the packed samples and, on a GPU, flex attention with a block mask, torch.compile on both, and
            Liger's kernels if they are installed. The loops are what a competent user would write: logits for trained
-           tokens only, gradients accumulated over the microbatches of a step, clipping, fused AdamW. Each run has a
-           process of its own; the sides take turns, and a pair is one round. The losses of the first step must agree
+           tokens only, gradients accumulated over the microbatches of a step, clipping, fused AdamW. Each run is a
+           separate process; the sides take turns, and a pair is one round. The losses of the first step must agree
   growth   seconds and temporary memory of a step by its rows (1x to 64x) and by the devices that a CPU is split into
            (1 to 8, on the same cores, which shows the cost of splitting). Memory by vocabulary (32k to 256k, a model of
            one layer), next to the size of all tokens' logits, which never exist at once
@@ -308,7 +308,7 @@ def steps_of(args: argparse.Namespace) -> list[list[dict[str, np.ndarray]]]:
 
 
 def spawn(args: argparse.Namespace, side: str) -> dict[str, Any]:
-    """Measures one side in a process of its own."""
+    """Measures one side in a separate process."""
     out = Path(args.folder) / "result.json"
     out.unlink(missing_ok=True)
     names = ("size", "rows", "slots", "steps", "microbatches", "remat", "devices", "folder")
@@ -368,10 +368,10 @@ def peers(args: argparse.Namespace) -> dict[str, Any]:
             "ratios": ratios,
         }
         summary[side] = of_side
-        told = "" if side == "ours" else ", ".join(median_of(x) for x in ratios.values())
+        ratio_text = "" if side == "ours" else ", ".join(median_of(x) for x in ratios.values())
         share = f"{of_side['share']:.1%}" if of_side["share"] else "?"
         figures = f"{of_side['tokens_per_s']:>10,.0f}{share:>8}{of_side['cpu_s']:>8.1f}{of_side['peak_mib']:>8,.0f} MiB"
-        print(f"{side:<8}{figures}   {told}")
+        print(f"{side:<8}{figures}   {ratio_text}")
     print(f"first-step losses {'agree' if agree else 'DO NOT AGREE'} within {tolerance} of the value: {first}")
     return {"agree": agree, "tokens": tokens, "trained": trained, "device": ours["device"], "sides": summary}
 

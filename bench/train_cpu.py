@@ -3,7 +3,7 @@
 Both sides train the same Llama from the same weights on the same chats, with the same template, trained tokens, maximum
 length, AdamW, float32 and number of samples per step. The chats are the demo's (demo/make_data.py), which are short.
 With `--lengths=long`, several of them are joined, so that lengths are like those of real chats: log-normal, with a
-median of 245 tokens, up to 4,096. Each run has a process of its own. The sides take turns, round after round, so that
+median of 245 tokens, up to 4,096. Each run is a separate process. The sides take turns, round after round, so that
 slow minutes of the machine affect both. A pair is one round.
 
     python bench/train_cpu.py                       # 10m, 3 rounds of 16 steps of 64 samples: about 20 minutes
@@ -83,8 +83,8 @@ def main() -> int:
         return 0
     if missing := [m for m in ("torch", "trl", "datasets") if importlib.util.find_spec(m) is None]:
         pins = "py311" if sys.version_info < (3, 12) else "py312"
-        mend = f"pip install -e '.[bench]' -c constraints/{pins}.txt"
-        print(f"error: {', '.join(missing)} not installed, which this measures against: {mend}", file=sys.stderr)
+        install = f"pip install -e '.[bench]' -c constraints/{pins}.txt"
+        print(f"error: the peers {', '.join(missing)} are not installed: {install}", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
@@ -106,7 +106,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="10m")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help=f"steps a run, of which {WARM_UP} are warm-up")
-    parser.add_argument("--batch", type=int, default=64, help="samples a step")
+    parser.add_argument("--batch", type=int, default=64, help="samples per step")
     parser.add_argument("--lengths", choices=MAX_LENGTH, default="demo", help="of the chats")
     parser.add_argument("--samplers", type=lambda text: text.split(","), default=list(SAMPLERS))
     parser.add_argument("--per_device", type=int, default=0, help="the peer's; 0 = the fastest of a few")
@@ -131,7 +131,7 @@ def calibrated(args: argparse.Namespace, sampler: str) -> int:
 
 
 def spawn(args: argparse.Namespace, task: str, sampler: str = "", per_device: int = 0) -> dict[str, Any]:
-    """Runs one task in a process of its own and returns what it measured."""
+    """Runs one task in a separate process and returns what it measured."""
     out = Path(args.folder) / "result.json"
     out.unlink(missing_ok=True)
     names = ("size", "steps", "batch", "lengths", "folder", "number")

@@ -1,8 +1,8 @@
-"""The main job on real input, in minutes on a laptop: `make demo` runs this.
+"""Trains, exports and queries a small model in minutes on a laptop: `make demo` runs this.
 
-Makes chat data from the documentation of the Python that runs it, trains a small model from scratch on its three
-phases stacked, measures what was held out, exports a Hugging Face folder and asks it two questions. Whatever it
-leaves lies beside this file: data/ (made once), run/ (the workdir) and hf/ (the exported model).
+It makes chat data from the documentation of the Python installation, trains a small model from scratch on three phases
+stacked, measures the held-out loss, exports a Hugging Face folder and asks it two questions. The folder of this file
+then has data/ (made once), run/ (the workdir) and hf/ (the exported model).
 """
 
 import json

@@ -6,15 +6,15 @@ usage() {
   cat <<'EOF'
 launch/tpu_pod.sh --name=mice --zone=us-east5-a --type=v5p-16 --version=v2-alpha-tpuv5 [options] -- --config=... --workdir=/shared/runs/mine
 
-  --project=P          the project (gcloud's own)
-  --spot               a spot machine
-  --queued             ask for it as a queued resource, and wait
-  --autocheckpoint     have Cloud TPU send SIGTERM, and wait for the save, before maintenance (v2 to v4, v5e)
-  --keep               do not delete what was created
-  --retries=N          runs again after a preemption (3)
-  --expect_devices=N   the devices of a type that is not known here
+  --project=P          the project (default that of gcloud)
+  --spot               create a spot VM
+  --queued             create the VM as a queued resource, and wait for it
+  --autocheckpoint     make Cloud TPU send SIGTERM before maintenance and wait for the save (v2 to v4, v5e)
+  --keep               do not delete the VM at the end, even if this script has created it
+  --retries=N          the number of times that a preempted run is started again (default 3)
+  --expect_devices=N   the number of devices, for a type that this script does not know
 
-Worker 0's output is shown; that of the others lies in ~/mice_jax.log on each.
+The output of worker 0 is shown. Each other worker writes its output to ~/mice_jax.log.
 EOF
 }
 
@@ -32,21 +32,21 @@ while (($#)); do
     --keep) keep=1 ;;
     -h | --help) usage; exit 0 ;;
     --) shift; break ;;
-    *) fail "$1 is no option of tpu_pod.sh; what train takes comes after --. See --help." ;;
+    *) fail "tpu_pod.sh has no option $1. Put the flags of mice train after --. See --help." ;;
   esac
   shift
 done
 for key in name zone type version; do [[ -n ${!key} ]] || fail "--$key is missing. See --help."; done
 size=${type##*-}
 [[ -n $devices ]] || case $type in
-  v5litepod-* | v6e-* | v2-* | v3-*) devices=$size ;; # v2 and v3 have two devices a chip
-  v4-* | v5p-*) devices=$((size / 2)) ;;              # named by cores, two of which are one device
-  *) fail "how many devices $type has is not known here: give --expect_devices=N." ;;
+  v5litepod-* | v6e-* | v2-* | v3-*) devices=$size ;; # v2 and v3 have two devices per chip
+  v4-* | v5p-*) devices=$((size / 2)) ;;              # their names count cores, two of which are one device
+  *) fail "the number of devices of $type is not known: set --expect_devices=N." ;;
 esac
-where=("--zone=$zone" --quiet)
-[[ -n $project ]] && where+=("--project=$project")
-vm() { local verb=$1; shift; gcloud compute tpus tpu-vm "$verb" "$name" "${where[@]}" "$@"; }
-queue() { local verb=$1; shift; gcloud compute tpus queued-resources "$verb" "$name" "${where[@]}" "$@"; }
+gcloud_flags=("--zone=$zone" --quiet)
+[[ -n $project ]] && gcloud_flags+=("--project=$project")
+vm() { local verb=$1; shift; gcloud compute tpus tpu-vm "$verb" "$name" "${gcloud_flags[@]}" "$@"; }
+queue() { local verb=$1; shift; gcloud compute tpus queued-resources "$verb" "$name" "${gcloud_flags[@]}" "$@"; }
 state() { vm describe '--format=value(state)' 2>/dev/null; }
 
 created=0
@@ -73,22 +73,22 @@ done
 
 packed=$(mktemp -d "${TMPDIR:-/tmp}/mice_jax.XXXXXX")
 tar=$packed/mice_jax.tar
-# The archive holds the checkout as it is on this disk, including uncommitted files but not ignored or deleted ones.
+# The archive holds the checkout with uncommitted and untracked changes, but without ignored or deleted files.
 if ! { git ls-files -z --cached --others --exclude-standard --deduplicate >"$packed/files" &&
-  tar --create --file="$tar" --null --files-from="$packed/files" --ignore-failed-read; } 2>"$packed/said"; then
-  fail "the checkout cannot be packed: run this in its root. $(cat "$packed/said")"
+  tar --create --file="$tar" --null --files-from="$packed/files" --ignore-failed-read; } 2>"$packed/errors"; then
+  fail "the checkout cannot be packed: run this script in the root of the checkout. $(cat "$packed/errors")"
 fi
 commit=$(git rev-parse HEAD)$(git diff --quiet HEAD || echo " and changes")
-# shellcheck disable=SC2016  # the workers expand it
+# shellcheck disable=SC2016  # each worker expands it to its own number
 id='$(curl -sf -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number)'
 for ((attempt = 0; attempt <= retries; attempt++)); do
   if [[ -z $(state) ]]; then
-    create || fail "gcloud could not create $type as $name in $zone: its word stands above."
+    create || fail "gcloud could not create $type as $name in $zone: its error message is above."
   fi
   mapfile -t ips < <(vm describe '--format=value[delimiter="\n"](networkEndpoints[].ipAddress)')
-  gcloud compute tpus tpu-vm scp "$tar" "$name:" --worker=all "${where[@]}" || fail "the checkout did not reach $name."
+  gcloud compute tpus tpu-vm scp "$tar" "$name:" --worker=all "${gcloud_flags[@]}" || fail "the checkout could not be copied to $name."
   vm ssh --worker=all '--command=mkdir -p mice_jax && tar xf mice_jax.tar -C mice_jax && cd mice_jax && python3 -m venv .venv && .venv/bin/pip install -q ".[tpu,gcs]"' ||
-    fail "mice_jax was not installed on $name."
+    fail "mice_jax could not be installed on $name."
   joined="--coordinator_address=${ips[0]}:8476 --num_processes=${#ips[@]} --process_id=$id"
   vm ssh --worker=all "--command=cd mice_jax; [ $id = 0 ] || exec >~/mice_jax.log 2>&1; MICE_JAX_COMMIT=$(printf %q "$commit") .venv/bin/python -m mice_jax.train --expect_devices=$devices $joined $(printf '%q ' "$@")& echo \$! >~/mice_jax.pid; wait \$!" &
   run=$!

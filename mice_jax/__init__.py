@@ -4,7 +4,7 @@ import importlib
 import os
 from typing import Any
 
-# Transformers is here for tokenizers; that it misses PyTorch is no news to anyone.
+# Only the tokenizers of transformers are used, so its warning that PyTorch is missing is not relevant.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"

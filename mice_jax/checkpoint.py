@@ -374,7 +374,7 @@ def _explain_store_errors(folder: RunPath) -> Iterator[None]:
     """Turns the errors of a full disk or an unavailable bucket into errors for the user."""
     try:
         yield
-    except (AssertionError, AttributeError, LookupError, TypeError, jax.errors.JaxRuntimeError):  # bugs, lost processes
+    except (AssertionError, AttributeError, LookupError, TypeError, jax.errors.JaxRuntimeError):  # bugs and lost peers
         raise
     except Exception as e:
         text = one_line(e)

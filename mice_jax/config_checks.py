@@ -184,7 +184,7 @@ def _phase_problems(d: Any) -> list[str]:
         problems.append("data.phases is empty: give at least one Phase(sources=[Source(path=...)])")
     names = [p.name for p in d.phases]
     for name in sorted({n for n in names if names.count(n) > 1}):
-        problems.append(f"data.phases has {names.count(name)} phases named {name!r}: give each a name of its own")
+        problems.append(f"data.phases has {names.count(name)} phases named {name!r}: give each a different name")
     for i, phase in enumerate(d.phases):
         where = f"data.phases[{i}]"
         if not (phase.num_epochs > 0 and math.isfinite(phase.num_epochs)):

@@ -1,7 +1,7 @@
 """The errors that end a command, and their exit codes.
 
-Raise `UserError` for whatever the user can fix: its text is one paragraph that says what is wrong, where (file, line,
-field), the value found, and the fix. Invariants of the code are `assert`s, which keep their traceback.
+Raise `UserError` for everything that the user can fix: its text is one paragraph that says what is wrong, where (file,
+line, field), the value found, and the fix. Invariants of the code are `assert`s, which keep their traceback.
 """
 
 

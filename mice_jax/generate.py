@@ -123,7 +123,9 @@ def _notes(values: command.Values, defaults: GenerationDefaults, folder: Path) -
     temperature = values.temperature if values.temperature is not None else defaults.temperature
     notes = []
     if temperature and applied:
-        notes.append(f"{folder / FILE} has {', '.join(applied)}: answers are drawn so, unless flags say otherwise")
+        notes.append(
+            f"{folder / FILE} has {', '.join(applied)}: answers are drawn with these, unless flags override them"
+        )
     if defaults.ignored_fields:
         ignored = ", ".join(defaults.ignored_fields)
         notes.append(f"warning: {folder / FILE} has {ignored}, which transformers applies and mice_jax ignores")

@@ -140,7 +140,7 @@ def peak_flops(device: Any) -> float | None:
 
 
 def peak_flops_of_all_devices() -> float | None:
-    """FLOP/s of all devices of the run together; None where the table lacks them."""
+    """FLOP/s of all devices of the run together; None if the table lacks them."""
     peak = peak_flops(jax.local_devices()[0])
     return peak * jax.device_count() if peak else None
 

@@ -160,7 +160,7 @@ def resolve_step(source: ModelSource, asked: int | None) -> int | None:
 
     Args:
       source: The model.
-      asked: The step that the user asks for, if any.
+      asked: The step that the user has chosen, if any.
 
     Returns:
       The step, or None for a Hugging Face folder.

@@ -1,11 +1,11 @@
-"""Whether a run fits devices that need not be here, the rows and mesh to give it, and what it would take.
+"""Compute whether a run fits on devices that this machine need not have, and its rows, mesh, time and cost.
 
   mice plan --config=configs/paper/recipes.py --topology=v5p:2x2x2
   mice plan --config=configs/demo.py --topology=cpu:8 --json
 
-The functions of the real step are compiled ahead of time for the topology: TPU v4, v5e, v5p, v6e and 7x by libtpu
-(pip install 'mice_jax[aot]'), cpu:N, and NVIDIA GPUs (h100:8) with --device_file; without one, those are estimated.
-Memory is what XLA says; time and cost are arithmetic. docs/plan.md says how to read it.
+The functions of the training step are compiled ahead of time for the topology: TPU v4, v5e, v5p, v6e and 7x by libtpu
+(pip install 'mice_jax[aot]'), cpu:N, and NVIDIA GPUs (h100:8) with --device_file; without it, GPUs are estimated.
+The memory is what XLA reports; time and cost are estimates. docs/plan.md explains the output.
 """
 
 from mice_jax.cli import command
@@ -47,7 +47,7 @@ from mice_jax.sharding import replicated_dims
 from mice_jax.training import memory_model
 
 READ_BYTES = 16 * 2**20  # a plan reads the run's data only if they are at most this large
-MEAN_LENGTH = 512  # assumed tokens of a sample, if neither the data nor --mean_length give it
+MEAN_LENGTH = 512  # the assumed mean tokens of a sample, if neither the data nor --mean_length give it
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 WIDTH = 160  # columns of a table if the output is not a terminal
 
@@ -63,7 +63,7 @@ def plan(values: command.Values) -> None:
 
     # ---- Inputs of the plan -----------------------------------------------------------------------------------
     assumed: list[str] = []
-    config_file = Path(values["config"].config_filename)  # type: ignore[attr-defined]  # ml_collections' own kind
+    config_file = Path(values["config"].config_filename)  # type: ignore[attr-defined]  # a flag of ml_collections
     origin = _origin(config, config_file, assumed)
     tokenized = bool(config.data.tokenizer) or any((origin.folder / name).exists() for name in TOKENIZERS)
     work = _work(config, values.mean_length, tokenized, assumed)
@@ -79,7 +79,7 @@ def plan(values: command.Values) -> None:
     needs = run.compile(run.layout)
     compile_s = time.perf_counter() - began
     rows, rows_known_by = run.largest_rows(needs)
-    said = {
+    result = {
         "config": str(config_file),
         "model": origin.architecture,
         "topology": topology,
@@ -96,9 +96,9 @@ def plan(values: command.Values) -> None:
         "assumptions": assumed,
     }
     if values.json:
-        print(json.dumps(said))
+        print(json.dumps(result))
     else:
-        _print(said)
+        _print(result)
 
 
 def _start_jax(topology: str) -> None:
@@ -116,31 +116,51 @@ class Workload:
     """The amount of data that a run processes."""
 
     mean_length: float  # mean tokens of a sample
-    samples: float  # mean samples of a step; phases may have batch sizes of their own
+    samples: float  # mean samples of a step, since phases may have different batch sizes
     steps: int | None  # None if the number of steps is not known
 
 
 def _origin(config: Config, config_file: Path, assumed: list[str]) -> ModelSource:
-    """Returns the model that `init_from` names or, if it does not exist here, its shape from the config's folder."""
+    """Returns the model of `init_from` or, if that is not on this machine, its shape from the config's folder.
+
+    Args:
+      config: the config of the run.
+      config_file: the file of the config, whose folder may contain shapes/<model>/config.json.
+      assumed: a list to which the assumption is appended if the shape is used.
+    """
     init_from = config.model.init_from
     shape = config_file.parent / "shapes" / Path(init_from).name / "config.json"
     if init_from.startswith(RANDOM) or "://" in init_from or Path(init_from).exists() or not shape.is_file():
         return resolve_source(init_from)
-    assumed.append(f"{init_from} is not here: the model is that of {shape}")
+    assumed.append(f"{init_from} is not on this machine: the model's shape is taken from {shape}")
     return resolve_source(RANDOM + str(shape))
 
 
 def _spec(config: Config, origin: ModelSource, tokenized: bool, assumed: list[str]) -> ModelSpec:
-    """Returns the model's shape, with the vocabulary that `mice train` gives it if the tokenizer is available."""
+    """Returns the model's shape, with the vocabulary that `mice train` would use if the tokenizer is available.
+
+    Args:
+      config: the config of the run.
+      origin: the model that the run starts from.
+      tokenized: whether the tokenizer is available.
+      assumed: a list to which the assumption is appended if it is not.
+    """
     if not tokenized:
-        assumed.append("there is no tokenizer here: it adds no token to the model's vocabulary")
+        assumed.append("the tokenizer is not on this machine: it adds no token to the model's vocabulary")
         return origin.spec
     tokenizer = load_tokenizer(config.data.tokenizer or str(origin.folder), config.data.chat_template)
     return with_vocabulary(origin, tokenizer.get_vocab(), {t.content for t in tokenizer.added_tokens_decoder.values()})
 
 
 def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str]) -> Workload:
-    """Returns the workload: from the data if they are local and small, else from the flags, the config or defaults."""
+    """Returns the workload, from the data if they are local and small, else from the flags, the config or defaults.
+
+    Args:
+      config: the config of the run.
+      mean_length: the mean tokens of a sample; 0 takes it from the data.
+      tokenized: whether the tokenizer is available.
+      assumed: a list to which each assumption is appended.
+    """
     if tokenized and _few_data(config):
         data = cost.open_data(config)
         samples = sum(e.samples for e in data.mixture.epochs(data.total_steps)) / data.total_steps
@@ -151,16 +171,16 @@ def _work(config: Config, mean_length: float, tokenized: bool, assumed: list[str
     by_phase = [p.num_steps for p in config.data.phases]
     steps = config.optim.max_steps or (sum(by_phase) if all(by_phase) else None)
     if not steps:
-        assumed.append("how many steps the run has is not known: its data were not read (--config.optim.max_steps)")
+        assumed.append("the number of steps is unknown, because the data were not read (--config.optim.max_steps)")
     sizes = [p.batch_size or config.optim.batch_size for p in config.data.phases]
     if len(set(sizes)) > 1 and not all(by_phase):
-        assumed.append(f"phases have steps of {', '.join(map(str, sizes))} samples: a step has their mean")
+        assumed.append(f"phases have batch sizes of {', '.join(map(str, sizes))} samples: their mean is used")
     weights = by_phase if all(by_phase) else [1] * len(sizes)
     return Workload(mean_length, sum(s * w for s, w in zip(sizes, weights, strict=True)) / sum(weights), steps)
 
 
 def _few_data(config: Config) -> bool:
-    """Whether all of a run's sources are on disk and small enough to be read in seconds."""
+    """Returns whether all of a run's sources are on disk and small enough to be read in seconds."""
     sources = [s for p in config.data.phases for s in (*p.sources, *p.validation)] + config.data.validation
     if any("://" in s.path or s.path.startswith(("tfds:", "hf:")) for s in sources):
         return False
@@ -174,7 +194,7 @@ def _few_data(config: Config) -> bool:
 def _memory(run: RunPlan, needs: list[CompiledMemory]) -> dict[str, Any]:
     """Returns the memory of one device: the peak over the functions of the step, and its parts."""
     estimate, memory = run.estimate(run.layout), int(run.topology.chip.memory)
-    made_of = {
+    parts = {
         "hbm_bytes": memory,
         "params_bytes": estimate.params,
         "optimizer_bytes": estimate.optimizer,
@@ -183,7 +203,7 @@ def _memory(run: RunPlan, needs: list[CompiledMemory]) -> dict[str, Any]:
         "functions": {n.function: dataclasses.asdict(n) | {"total": n.total} for n in needs},
     }
     if not needs:
-        return made_of | {
+        return parts | {
             "fits": estimate.total <= memory_model.USABLE_FRACTION * memory,
             "compiled": False,
             "bytes_per_device": estimate.total,
@@ -192,7 +212,7 @@ def _memory(run: RunPlan, needs: list[CompiledMemory]) -> dict[str, Any]:
             "peak_function": "accumulate",
         }
     peak = max(needs, key=lambda n: n.total)
-    return made_of | {
+    return parts | {
         "fits": peak.total <= memory,
         "compiled": True,
         "bytes_per_device": peak.total,
@@ -203,40 +223,48 @@ def _memory(run: RunPlan, needs: list[CompiledMemory]) -> dict[str, Any]:
 
 
 def _layout(run: RunPlan, layout: Layout) -> dict[str, Any]:
+    """Returns the fields of the output that describe a layout."""
     mesh = dict(run.memory_inputs(layout.sizes).mesh.shape)
     return {"mesh": mesh, "remat": layout.remat, "rows_per_device": layout.rows, "flags": layout.flags()}
 
 
 def _replicated(run: RunPlan) -> list[str]:
     """Returns the dims of parameters that the planned mesh does not divide."""
-    load = run.memory_inputs(run.layout.sizes)
-    return replicated_dims(load.decoder.abstract, load.decoder.axes, load.mesh)
+    inputs = run.memory_inputs(run.layout.sizes)
+    return replicated_dims(inputs.decoder.abstract, inputs.decoder.axes, inputs.mesh)
 
 
 def _time(run: RunPlan, work: Workload, price: float, assumed: list[str]) -> dict[str, Any]:
-    """Returns the duration of a step, and the duration and cost of the whole run."""
-    made, chip = run.step_time_of(run.layout), run.topology.chip
+    """Returns the duration of a step, and the duration and cost of the whole run.
+
+    Args:
+      run: the planned run.
+      work: the amount of data of the run.
+      price: the price of one chip per hour; 0 means that it is unknown.
+      assumed: a list to which each assumption is appended.
+    """
+    estimate, chip = run.step_time_of(run.layout), run.topology.chip
     assumed.append(step_time.describe_assumptions(chip))
     if chip.platform == "gpu":
         assumed.append(
             f"JAX takes {gpu_memory_fraction():.0%} of a GPU's memory ({GPU_MEMORY_FRACTION_VARIABLE} of this process)"
         )
     if run.config.eval.tasks:
-        assumed.append("benchmarks in training (eval.tasks) are left out, their time and their memory")
+        assumed.append("the time and memory of benchmarks during training (eval.tasks) are left out")
     chips = run.topology.count / chip.devices
-    days = work.steps * made.seconds / 86400 if work.steps else None
+    days = work.steps * estimate.seconds / 86400 if work.steps else None
     if days and not price:
-        assumed.append("no price: there is no cost (--price_per_hour, of a chip)")
+        assumed.append("the cost is unknown without the price of a chip (--price_per_hour)")
     return {
         "mean_length": work.mean_length,
         "steps": work.steps,
-        "step_time_s": made.seconds,
-        "tokens_per_s": made.tokens / made.seconds,
-        "mfu": made.mfu,
-        "compute_s": made.compute_s,
-        "network_s": made.network_s,
-        "update_s": made.update_s,
-        "num_microbatches": made.microbatches,
+        "step_time_s": estimate.seconds,
+        "tokens_per_s": estimate.tokens / estimate.seconds,
+        "mfu": estimate.mfu,
+        "compute_s": estimate.compute_s,
+        "network_s": estimate.network_s,
+        "update_s": estimate.update_s,
+        "num_microbatches": estimate.microbatches,
         "days": days,
         "chips": chips,
         "cost": days * 24 * chips * price if days and price else None,
@@ -244,6 +272,7 @@ def _time(run: RunPlan, work: Workload, price: float, assumed: list[str]) -> dic
 
 
 def _suggestions(run: RunPlan, needs: list[CompiledMemory]) -> list[dict[str, Any]]:
+    """Returns the suggested layouts, with the memory and step time of each."""
     return [
         {
             "for": name,
@@ -258,54 +287,56 @@ def _suggestions(run: RunPlan, needs: list[CompiledMemory]) -> list[dict[str, An
 
 
 # ---------------------------------------------------------------------------------------- printing
-def _print(said: dict[str, Any]) -> None:
+def _print(result: dict[str, Any]) -> None:
+    """Prints the plan as a table, followed by the suggestions and the assumptions."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     table = Table(show_header=False, box=box.SIMPLE, padding=(0, 1))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, line in _lines(said).items():
+    for name, line in _lines(result).items():
         table.add_row(name, escape(line))
     console.print(table)
-    for s in said["suggestions"]:
+    for s in result["suggestions"]:
         memory = f"{format_bytes(s['bytes_per_device'])} ({s['known_by']})"
-        what = f"{s['for']}: {memory}, a step in about {s['step_time_s']:.3g} s"
-        console.print(escape(f"{what}: {'as planned' if s['is_planned'] else s['flags']}"), soft_wrap=True)
-    for assumption in said["assumptions"]:
+        suggestion = f"{s['for']}: {memory}, a step in about {s['step_time_s']:.3g} s"
+        console.print(escape(f"{suggestion}: {'as planned' if s['is_planned'] else s['flags']}"), soft_wrap=True)
+    for assumption in result["assumptions"]:
         console.print(escape(f"assumed: {assumption}"), soft_wrap=True)
 
 
-def _lines(said: dict[str, Any]) -> dict[str, str]:
-    planned, estimate = said["planned"], said["estimate"]
+def _lines(result: dict[str, Any]) -> dict[str, str]:
+    """Returns the lines of the table by their names."""
+    planned, estimate = result["planned"], result["estimate"]
     mesh = ", ".join(f"{k} {v}" for k, v in planned["mesh"].items())
-    rows = f"{format_count(planned['rows_per_device'], 'row')} a device, remat {planned['remat']}"
-    passing = estimate["total"] - said["params_bytes"] - said["optimizer_bytes"] - said["sums_bytes"]
-    verdict = "fits" if said["fits"] else "does not fit"
-    how = f"compiled in {said['compile_s']:.0f} s" if said["compiled"] else "an estimate: nothing was compiled"
+    rows = f"{format_count(planned['rows_per_device'], 'row')} per device, remat {planned['remat']}"
+    estimated = estimate["total"] - result["params_bytes"] - result["optimizer_bytes"] - result["sums_bytes"]
+    verdict = "fits" if result["fits"] else "does not fit"
+    how = f"compiled in {result['compile_s']:.0f} s" if result["compiled"] else "an estimate: nothing was compiled"
     functions = [
-        f"{n} {format_bytes(f['total'])}" + " (out of memory)" * f["out_of_memory"]
-        for n, f in said["functions"].items()
+        f"{n} {format_bytes(f['total'])}{' (out of memory)' if f['out_of_memory'] else ''}"
+        for n, f in result["functions"].items()
     ]
     lines = {
-        "model": f"{said['model']}, {planned['compute_dtype']}, {planned['attention']} attention",
-        "mesh": f"{mesh} on {said['devices']} x {said['device_kind']}; {rows}",
-        "replicated": ", ".join(said["replicated"]) + " on every device" * bool(said["replicated"]),
-        "parameters": format_bytes(said["params_bytes"]),
-        "optimizer": format_bytes(said["optimizer_bytes"]),
-        "gradient sums": format_bytes(said["sums_bytes"]),
-        "activations": f"{format_bytes(said['temp_bytes'])}, with all other temporary memory of "
-        f"{said['peak_function']}; estimated {format_bytes(passing)}",
-        "peak": f"{format_bytes(said['bytes_per_device'])} of {format_bytes(said['hbm_bytes'])} a device: "
+        "model": f"{result['model']}, {planned['compute_dtype']}, {planned['attention']} attention",
+        "mesh": f"{mesh} on {result['devices']} x {result['device_kind']}; {rows}",
+        "replicated": f"{', '.join(result['replicated'])} on every device" if result["replicated"] else "",
+        "parameters": format_bytes(result["params_bytes"]),
+        "optimizer": format_bytes(result["optimizer_bytes"]),
+        "gradient sums": format_bytes(result["sums_bytes"]),
+        "activations": f"{format_bytes(result['temp_bytes'])}, with all other temporary memory of "
+        f"{result['peak_function']}; estimated {format_bytes(estimated)}",
+        "peak": f"{format_bytes(result['bytes_per_device'])} of {format_bytes(result['hbm_bytes'])} per device: "
         f"{verdict} ({how})",
         "by function": ", ".join(functions),
-        "most rows": f"{format_count(said['rows_per_device'], 'row')} a device ({said['rows_known_by']})",
-        "a step": f"about {said['step_time_s']:.3g} s in {said['num_microbatches']} microbatches, "
-        f"{said['tokens_per_s']:,.0f} tokens/s, {said['mfu']:.0%} of the peak: an estimate",
+        "most rows": f"{format_count(result['rows_per_device'], 'row')} per device ({result['rows_known_by']})",
+        "a step": f"about {result['step_time_s']:.3g} s in {result['num_microbatches']} microbatches, "
+        f"{result['tokens_per_s']:,.0f} tokens/s, {result['mfu']:.0%} of the peak: an estimate",
     }
-    if said["days"]:
-        what = "devices" if said["device_kind"] == "cpu" else "chips"
-        cost = f", {said['cost']:,.0f} at the price given" if said["cost"] else ""
+    if result["days"]:
+        what = "devices" if result["device_kind"] == "cpu" else "chips"
+        cost = f", {result['cost']:,.0f} at the price given" if result["cost"] else ""
         lines["the run"] = (
-            f"{said['steps']:,.0f} steps, about {format_duration(said['days'])} on {said['chips']:g} {what}{cost}"
+            f"{result['steps']:,.0f} steps, about {format_duration(result['days'])} on {result['chips']:g} {what}{cost}"
         )
     return {name: line for name, line in lines.items() if line}
 

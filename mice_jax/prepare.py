@@ -119,8 +119,8 @@ def _inspect(config: Config, data: Dataset, encoder: ChatEncoder, count: int, id
         for sample in mixture.step(first).samples[:count]:
             tokens, trained = data.corpus.sample(int(sample))
             where, marked = data.corpus.where(int(sample)), int(trained[1:].sum())
-            told = f"{phase.name}: sample {sample}, {len(tokens)} tokens, {marked} trained on"
-            console.rule(escape(f"{told}: {where}"))
+            title = f"{phase.name}: sample {sample}, {len(tokens)} tokens, {marked} trained on"
+            console.rule(escape(f"{title}: {where}"))
             if ids:
                 print(encoder.show_ids(tokens, trained, color=console.is_terminal))
             else:

@@ -30,7 +30,7 @@ MAX_WARNINGS = 10  # printed for things that could not be read; the page lists a
 
 
 def begin(values: command.Values) -> None:
-    """Writes the page that the flags ask for."""
+    """Writes the report page that the flags describe."""
     folders = [_folder(name) for name in command.required(values, "workdir")]
     if not folders:
         raise UserError("--workdir is empty. See --help for an example.")

@@ -73,7 +73,7 @@ class StepFunctions(NamedTuple):
     accumulate: Jitted  # (params, sums, batch) -> Sums; donates sums
     apply: Jitted  # (state, sums, skip_norm_above=inf) -> TrainState, zeroed Sums, metrics; donates state and sums
     evaluate: Jitted  # (params, batch) -> loss_sum, weight_sum
-    abstract_state: TrainState  # holds jax.ShapeDtypeStruct with a sharding instead of arrays, as does the next
+    abstract_state: TrainState  # like abstract_sums, it has jax.ShapeDtypeStruct with a sharding in place of each array
     abstract_sums: Sums
 
 

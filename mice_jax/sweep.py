@@ -3,7 +3,7 @@
   mice sweep --config=configs/paper/learning_rate.py --workdir=sweeps/rates --dry_run
   mice sweep --config=configs/paper/learning_rate.py:batch=128 --workdir=sweeps/rates --workers=4
 
-The file defines get_sweep(arg), which returns a mice_jax.config.Sweep. The same command again goes on where it was.
+The file defines get_sweep(arg), which returns a mice_jax.config.Sweep. Running the command again continues the sweep.
 Workers on other machines that reach the same folder share the work: give each --worker, and to all of them
 --storage=postgresql+psycopg://USER@HOST/DB (or $MICE_JAX_STORAGE). A worker may be several processes, whose devices
 make up each trial's mesh: give each --coordinator_address, --num_processes and --process_id, as to mice train.
@@ -171,7 +171,7 @@ def _run_workers(study: Study, arguments: Sequence[str], shares: Sequence[dict[s
     page.write([study.folder], study.folder / page.REPORT)
     left = len(study.trials()) - study.num_ended()
     if left and signals:
-        raise Preempted(f"{left} trials have not ended; run the same command to go on.")
+        raise Preempted(f"{left} trials have not ended; run the same command to continue.")
     if left:
         lines = log_file.read_text().strip().splitlines() or ["they printed nothing"]
         raise UserError(f"the workers ended before {left} trials did. The last line of {log_file} is: {lines[-1]}")

@@ -110,7 +110,7 @@ def test_chat_template_system_and_fewshot_turns_equal_the_harness(
     asked = bare["samples"][CHOICE][0]["arguments"][0][0]
     assert "Be a mouse." not in asked and asked.startswith(f"{BOS}<|im_start|>user")
     assert bare["without_system"] == {CHOICE: 6}
-    assert f"takes no system message: 6 prompts of {CHOICE} went without theirs" in capsys.readouterr().out
+    assert f"takes no system message: 6 prompts of {CHOICE} were rendered without theirs" in capsys.readouterr().out
 
     # What was scored is found by what the template says, wherever it lies.
     own.write_text(REFUSING)
@@ -140,7 +140,7 @@ def test_repeated_draws_differ_and_are_reproducible(
         found.append(responses(ours, "drawn"))
     assert found[0] == found[1]
     assert ours["not_followed"] == {"drawn": ["repetition_penalty=1.2"]}
-    warning = "warning: the model's generation_config.json has repetition_penalty=1.2, which is not done here"
+    warning = "warning: the model's generation_config.json has repetition_penalty=1.2, which is not supported"
     assert warning in capsys.readouterr().out
     assert all(len(pair) == 2 for pair in found[0]) and sum(a != b for a, b in found[0]) > 3
     theirs = by_harness(model, tmp_path, "drawn", limit=6)  # its draws are others, its form is the same
@@ -175,12 +175,12 @@ def test_unknown_task_is_an_error_with_the_nearest_names(
         "lm_eval.tasks.TaskManager", lambda **options: own_tasks_only(include_path=options["include_path"])
     )
     assert "--tasks=mmlu,gsm8k" in said(capsys, hollow, tasks)
-    assert "has one twice" in said(capsys, hollow, tasks, "--tasks=barn,barn")
+    assert "names a benchmark twice" in said(capsys, hollow, tasks, "--tasks=barn,barn")
     (tasks / "broken.yaml").write_text("task: [")
     near = said(capsys, hollow, tasks, "--tasks=barn_choices")
     (tasks / "broken.yaml").unlink()
     assert "there is no task 'barn_choices'; the nearest are barn_choice" in near
-    assert "these files name no task, or cannot be read" in near and "broken.yaml" in near
+    assert "these files define no task or cannot be read" in near and "broken.yaml" in near
 
 
 def test_wrong_flags_are_an_error_before_weights_are_read(
@@ -241,7 +241,7 @@ def test_task_asked_in_two_ways_is_an_error_with_both(
     (tmp_path / "mmlu_a.yaml").write_text(text)
     (tmp_path / "mmlu.yaml").write_text("group: mmlu\ntask: [mmlu_a]\n")
     error = said(capsys, hollow, tmp_path, "--tasks=mmlu,mmlu_a")
-    assert "the tasks mmlu and mmlu_a both ask mmlu_a, but not alike: with 5 and 0 examples" in error
+    assert "the tasks mmlu and mmlu_a both contain mmlu_a, but with different settings: 5 and 0 examples" in error
     error = said(capsys, hollow, tmp_path, "--tasks=mmlu,mmlu_a", "--num_fewshot=2")
     assert "model.safetensors" in error or "no weights" in error  # alike, so it comes as far as the weights
 
@@ -259,7 +259,7 @@ def test_missing_nltk_data_is_an_error_if_a_task_needs_it(
     (tmp_path / "counting.yaml").write_text(
         text.replace(CHOICE, "counting") + "process_results: !function counting.judge\n"
     )
-    assert "which is not here" in (error := said(capsys, hollow, tmp_path, "--tasks=counting"))
+    assert "which is not installed" in (error := said(capsys, hollow, tmp_path, "--tasks=counting"))
     assert "the task 'counting' counts" in error and "python -m nltk.downloader punkt_tab" in error
 
 
@@ -290,8 +290,8 @@ def test_infinite_scores_are_none_and_stderr_is_not_a_score() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "word"),
     [
-        ({"num_beams": 4}, "num_beams=4, which is not honoured"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1, which is not honoured"),
+        ({"num_beams": 4}, "num_beams=4, which is not supported"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1, which is not supported"),
         ({"do_sample": True}, "without a temperature above 0"),
     ],
 )

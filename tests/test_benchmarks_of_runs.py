@@ -186,7 +186,7 @@ def test_unsupported_task_settings_are_an_error_before_a_run_starts(
     for i, (wish, words) in enumerate(
         [
             ("max_gen_toks: 2048", "asks for answers of max_gen_toks=2048 tokens, which leave no room"),
-            ("num_beams: 3", "num_beams=3, which is not honoured"),
+            ("num_beams: 3", "num_beams=3, which is not supported"),
         ]
     ):
         file.write_text(text.replace("max_gen_toks: 24", wish))

@@ -91,7 +91,7 @@ def test_gpu_sh_with_another_number_of_gpus_is_an_error(tmp_path: Path) -> None:
     run = gpu("--gpus=8", "--", "--config=none.py", first_on_path=path)
     out, err = run.communicate(timeout=20)
     assert (run.returncode, out) == (2, "")
-    assert err == "error: --gpus=8, but this host has 2. Mend it, or give 2.\n"
+    assert err == "error: --gpus=8, but this host has 2. Set --gpus=2, or check the host.\n"
 
 
 def test_gpu_sh_starts_a_process_for_each_gpu_over_ssh(tmp_path: Path) -> None:

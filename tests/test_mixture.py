@@ -88,7 +88,7 @@ def test_rest_of_an_epoch_is_left_out_and_counted_where_asked() -> None:
 def test_batch_larger_than_an_epoch_is_the_epoch() -> None:
     mixture = mix(phase((range(5), 1.0), num_epochs=2), batch_size=100)
     assert [sorted(s.samples.tolist()) for s in steps_of(mixture)] == [list(range(5))] * 2
-    assert len(mixture.crowded_phases()) == 1 and "(100 samples a step, 5 an epoch)" in mixture.crowded_phases()[0]
+    assert len(mixture.crowded_phases()) == 1 and "(100 samples per step, 5 per epoch)" in mixture.crowded_phases()[0]
     assert mix(phase((range(5), 1.0)), batch_size=5).crowded_phases() == []
     assert len(mix(phase((range(5), 1.0)), batch_size=5, drop_remainder=True)) == 1
 
@@ -130,7 +130,7 @@ def test_steps_are_whole_where_the_remainder_is_left_out() -> None:
 def test_phase_without_whole_steps_is_named_and_alone_is_an_error(length: dict) -> None:
     whole, less = phase((range(10), 1.0)), phase((range(3), 1.0), **length)
     beside = mix(whole, less, batch_size=4, drop_remainder=True)
-    assert len(beside) == 2 and beside.crowded_phases() == ["'stacked' (4 samples a step, 3 an epoch)"]
+    assert len(beside) == 2 and beside.crowded_phases() == ["'stacked' (4 samples per step, 3 per epoch)"]
     assert mix(whole, whole, batch_size=4, drop_remainder=True).crowded_phases() == []
     with pytest.raises(UserError, match=r"no step .*'stacked': 3 samples .*, optim.batch_size=4\): .*drop_rem"):
         mix(less, batch_size=4, drop_remainder=True)

@@ -243,9 +243,9 @@ def test_failed_judgements_are_counted_and_asked_again_by_the_next_run(
     assert found["failed_by_reason"] == {
         "status 400, 'too long'": 1,
         "status 500, 'broken'": 1,
-        "an answer that is no chat completion": 1,
+        "an answer that is not a chat completion": 1,
         "a score that is not from 1 to 10": 1,
-        "no [[score]] in what the judge said": 1,
+        "no [[score]] in the judgement": 1,
     }
     assert "failed: 1 judgements, no [[score]]" in mt_bench.describe(found)
     assert [len(t) for p, t in server.times.items() if "mice run" in p and p.count("Q ") == 2] == [4]  # with 3 retries
@@ -279,7 +279,7 @@ def test_a_run_that_was_cut_short_goes_on_and_ends_with_the_same_file(
         with pytest.raises(UserError, match=f"another {next(iter(change))} .*Give another --output"):
             run(other, answerer, change.get("model", "m"), file)
     file.write_text('{"some": "thing"}\n')
-    with pytest.raises(UserError, match="line 1 is no line of answers"):
+    with pytest.raises(UserError, match="line 1 is not a line of answers"):
         run(how, answerer, "m", file)
 
 
@@ -327,7 +327,7 @@ def test_a_judge_that_thinks_before_it_speaks_is_there_all_the_same(
     assert found["judgements"] == 4 and found["failed_by_reason"] == {"a chat completion without a text": 2}
     for wrong in (b"{}", b'{"choices": []}', b'{"choices": [{"message": "yes"}]}', b"yes"):
         server.reply = lambda prompt, nth, wrong=wrong: Reply(wrong)
-        with pytest.raises(UserError, match=r"an answer that is no chat completion\. Nothing was generated yet"):
+        with pytest.raises(UserError, match=r"an answer that is not a chat completion\. Nothing was generated yet"):
             how.judge.check()
 
 

@@ -203,7 +203,7 @@ def test_a_run_that_does_not_fit_is_reported_with_its_numbers(
         (100, 10, 175, 7, "compiled: one more does not fit"),
         (100, 10, 170, 7, "compiled: one more does not fit"),  # exactly full
         (100, 10, 105, 0, "compiled: one more does not fit"),
-        (200, 10, 150, 0, "compiled: whatever the rows are, the rest does not fit"),
+        (200, 10, 150, 0, "compiled: another function than accumulate does not fit"),
         (1, 0, 10**12, 1024, "compiled: no more are tried"),
     ],
 )
@@ -229,7 +229,7 @@ def test_after_the_deadline_rows_are_estimated_from_what_was_compiled(monkeypatc
     estimated = run.estimate(run.layout).total
     needs = [CompiledMemory("accumulate", 0, estimated + 1000), CompiledMemory("apply", 1, 0)]
     rows, known_by = run.largest_rows(needs)
-    assert known_by == "estimated from what was compiled"
+    assert known_by == "estimated from the compiled rows"
     assert run.estimate(run.layout.with_rows(rows)).total + 1000 <= memory
     assert run.estimate(run.layout.with_rows(rows + 1)).total + 1000 > memory
 
@@ -324,7 +324,8 @@ def test_what_is_unknown_is_listed_among_the_assumptions(
     lone = f"--config.model.init_from=random:{tmp_path / 'config.json'}"
     said = run_plan(config, capsys, lone, topology="h200:8")
     assert said["days"] is None and said["mean_length"] == 128
-    for word in ("there is no tokenizer here", "--mean_length", "--config.optim.max_steps", "60% of the peak"):
+    words = ("the tokenizer is not on this machine", "--mean_length", "--config.optim.max_steps", "60% of the peak")
+    for word in words:
         assert any(word in a for a in said["assumptions"]), word
     given = ["--mean_length=64", "--config.optim.max_steps=86400", "--price_per_hour=2"]
     said = run_plan(config, capsys, lone, *given, topology="h200:8")
@@ -339,7 +340,7 @@ def test_a_missing_model_is_planned_by_its_config_in_shapes(tmp_path: Path, caps
     (shapes / "config.json").write_text((tmp_path / "run" / "init" / "config.json").read_text())
     said = run_plan(file, capsys, "--config.model.init_from=models/small", topology="h200:8")
     assert said["params_bytes"] == 4 * PARAMS // DEVICES
-    assert any("models/small is not here" in a for a in said["assumptions"])
+    assert any("models/small is not on this machine" in a for a in said["assumptions"])
     assert "models/other does not exist or is not a folder" in plan_error(
         file, capsys, "--topology=h200:8", "--config.model.init_from=models/other"
     )

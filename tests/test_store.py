@@ -320,7 +320,7 @@ def test_killed_build_goes_on_where_it_was(
     said: list[str] = []
     store = build(many, by=encoder, log=said.append)
     there = 80 if torn in ("journal", "all", "zeros") else 100
-    assert said == [f"going on with the token store of {many}: {there} samples were tokenised before"]
+    assert said == [f"continuing the token store of {many}: {there} samples were tokenised before"]
     gone_on = bytes_of(cache)
     shutil.rmtree(cache)
     build(many, by=encoder)
@@ -447,4 +447,4 @@ def test_build_goes_on_after_a_full_disk(
     monkeypatch.setattr(store_module, "_append", written)
     said: list[str] = []
     assert len(build(many, log=said.append)) == 200
-    assert said == [f"going on with the token store of {many}: 80 samples were tokenised before"]
+    assert said == [f"continuing the token store of {many}: 80 samples were tokenised before"]

@@ -122,7 +122,7 @@ def before_imports(name: str) -> None:
 
 
 def early_exit(name: str, argv: Sequence[str]) -> int | None:
-    """Answers --help and reports wrong flags and configs; None where the command has to run.
+    """Answers --help and reports wrong flags and configs; None if the command has to run.
 
     One process of several is left to the command, which reports errors to the other processes too.
     """

@@ -109,7 +109,7 @@ def define_evaluate(values: Values, argv: list[str]) -> None:
     flags.DEFINE_list("tasks", [], "names of tasks or groups, with commas between", flag_values=values)
     flags.DEFINE_string("include_path", "", "folder with YAML files of your own tasks", flag_values=values)
     flags.DEFINE_string("output", None, "results, F.json", flag_values=values)
-    shots = "examples in a prompt; default as the task says, and 5 for mmlu"
+    shots = "examples in a prompt; default that of the task, and 5 for mmlu"
     flags.DEFINE_integer("num_fewshot", None, shots, flag_values=values)
     limit = "documents of each task, or a fraction of them below 1: for a quick trial"
     flags.DEFINE_float("limit", None, limit, flag_values=values)
@@ -153,7 +153,7 @@ def define_generate(values: Values, argv: list[str]) -> None:
     longest = f"longest answer ({DEFAULT_MAX_NEW_TOKENS}, or half of the model's positions if they are few)"
     flags.DEFINE_integer("max_new_tokens", None, longest, flag_values=values)
     flags.DEFINE_multi_string("stop", [], "a text that ends answers", flag_values=values)
-    default = "default as generation_config.json says, else"
+    default = "default that of generation_config.json, else"
     flags.DEFINE_float("temperature", None, f"0 takes the likeliest token each time; {default} 0", flag_values=values)
     top_p = f"sample from the likeliest tokens that hold this probability; {default} 1"
     flags.DEFINE_float("top_p", None, top_p, flag_values=values)

@@ -266,7 +266,7 @@ class ChatEncoder:
 
 # ---------------------------------------------------------------------------------------- helpers
 def _no_turn_end_error(sample: Sample, e: NoTurnEndError) -> UserError:
-    """Returns the error for a sample whose template lets no turn end."""
+    """Returns the error for a sample in which the template does not write a token that ends the turn."""
     return UserError(
         f"{sample.where}: {e}, so a model trained on it would never stop. Let the "
         "template write a token (such as the eos token) after each assistant message."

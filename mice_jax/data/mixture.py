@@ -82,7 +82,7 @@ class PhasePools:
     num_epochs: float
     pools: tuple[Pool, ...]
     num_steps: int = 0  # instead of num_epochs
-    batch_size: int = 0  # samples a step; 0 = the mixture's
+    batch_size: int = 0  # samples per step; 0 = the mixture's
 
     @property
     def per_epoch(self) -> int:
@@ -231,11 +231,11 @@ class Mixture:
         ]
 
     def crowded_phases(self) -> list[str]:
-        """`'name' (8 samples a step, 5 an epoch)` for each phase whose epoch is smaller than a step."""
+        """`'name' (8 samples per step, 5 per epoch)` for each phase whose epoch is smaller than a step."""
         sizes = [[size for p, _, size in self._epochs if p == number] for number in range(len(self.phases))]
         shortest = [min(own, default=p.per_epoch) for own, p in zip(sizes, self.phases, strict=True)]
         return [
-            f"{phase.name!r} ({batch_size:,} samples a step, {size:,} an epoch)"
+            f"{phase.name!r} ({batch_size:,} samples per step, {size:,} per epoch)"
             for phase, batch_size, size in zip(self.phases, self._batch_sizes, shortest, strict=True)
             if size < batch_size
         ]

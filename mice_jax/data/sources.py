@@ -70,8 +70,8 @@ def samples_of(
         except _BadRecord as bad:
             if skip_bad is None:
                 raise UserError(
-                    f"{place} {number}: {bad}. Fix it, or set data.skip_bad=True to leave such records out and count "
-                    "them."
+                    f"{place} {number}: {_sentence(str(bad))} Fix it, or set data.skip_bad=True to leave such records "
+                    "out and count them."
                 ) from bad
             skip_bad[bad.reason] += 1
 
@@ -94,7 +94,7 @@ def find_format(path: str, reader: Reader, format: str) -> tuple[str, str]:
       UserError: the format is unknown, or the first record has the fields of several.
     """
     if format not in FORMATS:
-        raise UserError(f"Source.format={format!r} of {path} is not known{_nearest(format, FORMATS)}.")
+        raise UserError(_sentence(f"Source.format={format!r} of {path} is not known{_nearest(format, FORMATS)}"))
     record = _first_record(reader) if format == "messages" else None
     if record is None or "messages" in record:
         return format, ""
@@ -334,6 +334,12 @@ def _brief(value: Any) -> str:
     return reprlib.repr(value)
 
 
+def _sentence(text: str) -> str:
+    """Returns the text with a full stop at its end, unless it ends with a question mark."""
+    return text if text.endswith("?") else f"{text}."
+
+
 def _nearest(name: str, names: Collection[str]) -> str:
+    """Returns the end of an error message: the name that was probably meant, or else all names."""
     close = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; it is one of {', '.join(names)}"

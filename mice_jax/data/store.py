@@ -6,7 +6,7 @@ store is never read; a lock lets one process build while others wait. `max_lengt
 applied later, so runs that differ in those share a store.
 
 Worker processes tokenise one block of records each, and the main process appends their results, in order, to one Arrow
-stream. A journal says how much of the stream is valid, and an interrupted build goes on from there.
+stream. A journal records how much of the stream is valid, and an interrupted build continues from there.
 """
 
 import fcntl
@@ -148,7 +148,7 @@ def build_store(
     except OSError as e:  # such as a full disk, or a folder without write permission
         raise UserError(
             f"the token store of {path} cannot be built in {cache_dir}: {one_line(e)}. Free some space there, or set "
-            "data.cache_dir (or $MICE_JAX_CACHE) to a writable folder. A build in the same folder goes on from here."
+            "data.cache_dir (or $MICE_JAX_CACHE) to a writable folder. A new build in this folder continues from here."
         ) from e
     return TokenStore(folder, reader.places)
 
@@ -170,7 +170,7 @@ def _write(folder: Path, job: TokenisationJob, log: Callable[[str], None], watch
     """Writes the complete store into `folder`, from where an interrupted build ended."""
     progress = _recover(folder)
     if progress.blocks:
-        log(f"going on with the token store of {job.path}: {progress.samples:,} samples were tokenised before")
+        log(f"continuing the token store of {job.path}: {progress.samples:,} samples were tokenised before")
     with (folder / "tokens.arrow").open("ab") as stream, (folder / "journal.jsonl").open("a") as journal:
         if not progress.end:
             _extend(stream, progress, SCHEMA.serialize().to_pybytes())

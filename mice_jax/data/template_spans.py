@@ -33,7 +33,7 @@ from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError
 from mice_jax.data.sources import REASONING
 from mice_jax.data.tokenizer import Span
 
-MAX_SKELETONS = 4096  # the largest number of skeletons in the cache, which has one per conversation without contents
+MAX_SKELETONS = 4096  # of the cache; conversations that differ only in their contents have one skeleton
 # The shortest conversation that shows how a template ends an answer.
 PROBE_MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Fine"}]
 

@@ -1,7 +1,7 @@
 """Loads benchmarks of lm-evaluation-harness by name and scores them with a model in memory.
 
-A benchmark is what one name stands for: a task, a group or a tag of the harness, or a task from a folder of the user.
-Each benchmark is scored by itself, so that its results can be cached by its fingerprint.
+The name of a benchmark stands for a task, a group or a tag of the harness, or for a task from the user's folder. Each
+benchmark is scored separately, so that its results can be cached by its fingerprint.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ LEAST = (0, 4, 13)
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}
 # The harness's name for the absence of a filter of answers.
 NO_FILTER = "none"
-# The version of the way tasks are asked and scored here. A new number invalidates all cached results.
+# The version of how this package asks and scores tasks. A new number invalidates all cached results.
 RULES = 2
 
 Results = dict[str, Any]  # Results in the harness's own format.
@@ -158,9 +158,9 @@ def load_benchmarks(
             "unset."
         )
     if len(set(names)) < len(names):
-        raise UserError(f"tasks={','.join(names)} has one twice.")
+        raise UserError(f"tasks={','.join(names)} names a benchmark twice.")
     if include_path and not Path(include_path).is_dir():
-        raise UserError(f"include_path={include_path} is no folder; give one that holds the YAML files of tasks.")
+        raise UserError(f"include_path={include_path} is not a folder. Give a folder with the YAML files of tasks.")
     manager = _manager(names, include_path)
     unknown = [n for n in names if n not in manager.task_index]
     if unknown:
@@ -208,10 +208,10 @@ def score(lm: "MiceLM", benchmark: Benchmark, settings: Settings, *, bootstrap_i
             fewshot_as_multiturn=settings.fewshot_as_multiturn,
         )
     except Exception as e:  # A task's own code may raise anything. Errors of this package are raised again.
-        said = _why_not_scored(e, benchmark)
-        if said is None:
+        reason = _why_not_scored(e, benchmark)
+        if reason is None:
             raise
-        raise UserError(said) from e
+        raise UserError(reason) from e
     results["config"] = {
         "model": "mice_jax",
         "model_args": None,
@@ -304,23 +304,25 @@ def warnings(results: Results, positions: int) -> list[str]:
       results: The results of one or more benchmarks.
       positions: The number of the model's positions.
     """
-    said = []
+    found = []
     for name, cut in results["shortened"].items():
         if cut["requests"]:
-            said.append(
+            found.append(
                 f"{cut['requests']:,} requests of {name} were longer than the model's {positions} positions: they lost "
                 f"their first tokens, {cut['tokens']:,} in all"
             )
     for name, count in results["without_system"].items():
         if count:
-            said.append(f"the chat template takes no system message: {count:,} prompts of {name} went without theirs")
+            found.append(
+                f"the chat template takes no system message: {count:,} prompts of {name} were rendered without theirs"
+            )
     for name, wishes in results["not_followed"].items():
         if wishes:
-            said.append(
-                f"the model's {FILE} has {', '.join(wishes)}, which is not done here: transformers would, and answer "
-                f"{name} otherwise"
+            found.append(
+                f"the model's {FILE} has {', '.join(wishes)}, which is not supported: transformers applies it, so its "
+                f"answers to {name} may differ"
             )
-    return said
+    return found
 
 
 def stderr_key(metric: str) -> str:
@@ -410,13 +412,14 @@ def _unknown(name: str, manager: Any, include_path: str) -> str:
     """Returns the error message for a name that is not in the index of tasks."""
     close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
     near = f"; the nearest are {', '.join(close)}" if close else ""
-    said = f"there is no task {name!r}{near}."
+    message = f"there is no task {name!r}{near}."
     if include_path:
         known = {e.yaml_path for e in manager.task_index.values() if e.yaml_path}
         unread = [str(p) for p in sorted(Path(include_path).glob("**/*.yaml")) if p not in known]
         if unread:
-            said += f" Of include_path={include_path} these files name no task, or cannot be read: {', '.join(unread)}."
-    return said
+            files = ", ".join(unread)
+            message += f" In include_path={include_path}, these files define no task or cannot be read: {files}."
+    return message
 
 
 def _load(name: str, manager: Any, include_path: str, settings: Settings) -> Benchmark:
@@ -439,9 +442,9 @@ def _check_task(task: "Task", generation: GenerationDefaults, positions: int) ->
     from mice_jax.evals.harness import parse_generation_kwargs
 
     if getattr(task, "UNSAFE_CODE", False):
-        raise UserError(f"the task {task.task_name!r} runs code that the model writes, which is not done here.")
+        raise UserError(f"the task {task.task_name!r} runs code that the model writes, which is not supported.")
     if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"the task {task.task_name!r} shows more than text, which no model here can see.")
+        raise UserError(f"the task {task.task_name!r} has inputs other than text, which are not supported.")
     if task.OUTPUT_TYPE == "generate_until":
         try:
             parse_generation_kwargs(task.get_config("generation_kwargs") or {}, generation, positions)
@@ -449,15 +452,16 @@ def _check_task(task: "Task", generation: GenerationDefaults, positions: int) ->
             raise UserError(f"the task {task.task_name!r}: {e}") from None
     if _counts_sentences(task) and not _has_punkt():
         raise UserError(
-            f"the task {task.task_name!r} counts sentences with nltk's data punkt_tab, which is not here and could not "
-            "be fetched: python -m nltk.downloader punkt_tab (on a machine with network; NLTK_DATA says where it lies)."
+            f"the task {task.task_name!r} counts sentences with nltk's data punkt_tab, which is not installed and "
+            "could not be downloaded. Run python -m nltk.downloader punkt_tab on a machine with network access, and "
+            "set NLTK_DATA to the folder with the data."
         )
 
 
 def _counts_sentences(task: "Task") -> bool:
     """Returns whether the scoring code of a task uses nltk's data punkt_tab.
 
-    Such code, IFEval's for one, continues silently if it cannot download the data.
+    Such code, for example that of IFEval, continues silently if it cannot download the data.
     """
     scores_by = task.get_config("process_results")
     if not inspect.isfunction(scores_by):
@@ -483,8 +487,8 @@ def _check_apart(asked: Sequence[Benchmark]) -> None:
             if _text(a.tasks[name].dump_config()) != _text(b.tasks[name].dump_config()):
                 shots = [x.tasks[name].get_config("num_fewshot") for x in (a, b)]
                 raise UserError(
-                    f"the tasks {a.name} and {b.name} both ask {name}, but not alike: with {shots[0]} and {shots[1]} "
-                    "examples in a prompt. Score them by two commands, or give num_fewshot."
+                    f"the tasks {a.name} and {b.name} both contain {name}, but with different settings: {shots[0]} and "
+                    f"{shots[1]} examples in a prompt. Score them with two commands, or set num_fewshot."
                 )
 
 
@@ -499,7 +503,7 @@ def _set_shots(task: "Task", asked: int | None, usual: int) -> None:
     Args:
       task: The task, which is changed.
       asked: The user's number, which a task that is zero-shot by its own config ignores; None keeps the task's number.
-      usual: The number for a task that has none of its own.
+      usual: The number for a task that does not set one.
     """
     own = task.get_config("num_fewshot")
     if asked is not None and own != 0:

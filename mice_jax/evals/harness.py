@@ -133,7 +133,7 @@ class MiceLM(TemplateLM):
         except jinja2.exceptions.TemplateError as e:  # Many templates accept no system message.
             without = [m for m in chat_history if m["role"] != "system"]
             if len(without) == len(chat_history):
-                raise UserError(f"the chat template refuses a task's messages: {e}.") from None
+                raise UserError(f"the chat template does not accept a task's messages: {e}.") from None
             self.without_system += 1
             return render(without)
 
@@ -203,7 +203,7 @@ class MiceLM(TemplateLM):
         """Makes the request to score, with as many of the last tokens as the model has positions for."""
         if not context or not continuation:
             which = "context" if not context else "continuation"
-            raise UserError(f"the {which} of a request is no token: {_end(texts[0])} followed by {texts[1]!r}.")
+            raise UserError(f"the {which} of a request has no tokens: {_end(texts[0])} followed by {texts[1]!r}.")
         if len(continuation) > self.max_length:
             raise UserError(
                 f"a continuation of {len(continuation)} tokens is longer than the model's {self.max_length} positions; "
@@ -310,12 +310,12 @@ def parse_generation_kwargs(
     wrong = [f"{k}={v!r}" for k, v in unknown.items()] + list(ignored_fields_in(how))
     if wrong:
         raise UserError(
-            f"its generation_kwargs have {', '.join(wrong)}, which is not honoured here: there are max_gen_toks, "
+            f"its generation_kwargs have {', '.join(wrong)}, which is not supported. Supported are max_gen_toks, "
             "until, do_sample, temperature, top_p and top_k."
         )
     if positions <= longest:
         raise UserError(
-            f"it asks for answers of max_gen_toks={longest} tokens, which leave no room for a question in the model's "
+            f"it asks for answers of max_gen_toks={longest} tokens, which leave no room for a prompt in the model's "
             f"{positions} positions. Lower it in the task's generation_kwargs."
         )
     if not how["do_sample"]:

@@ -1,4 +1,4 @@
-"""Asks a judge behind an OpenAI-compatible chat endpoint, with retries, and reads the score in its answer.
+"""Asks a judge at an OpenAI-compatible chat endpoint, with retries, and reads the score in its answer.
 
 urllib3 waits and retries on 429 (with Retry-After), on 5xx and on timeouts. The key comes from an environment variable,
 and is removed from error messages of the endpoint before they are shown.
@@ -30,7 +30,7 @@ class Unusable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-    """A model of an endpoint, and how often and how long it is asked.
+    """The model of an endpoint, with the settings of requests and retries.
 
     Attributes:
       url: The address, without /chat/completions.
@@ -62,7 +62,7 @@ class Judge:
     def check(self) -> None:
         """Asks one short question; raises UserError if the endpoint cannot be reached or does not accept it."""
         try:
-            retries = urllib3.Retry(min(self.retries, 2), connect=0, **self._patience())
+            retries = urllib3.Retry(min(self.retries, 2), connect=0, **self._retry_arguments())
             self._ask([{"role": "user", "content": "Say yes."}], retries)
         except Unusable as e:
             raise UserError(f"--judge_url={self.url}: {e}. Nothing was generated yet.") from None
@@ -82,13 +82,13 @@ class Judge:
           UserError: The endpoint would not accept any question.
         """
         system_messages = [{"role": "system", "content": system}] if system else []
-        retries = urllib3.Retry(self.retries, **self._patience())
+        retries = urllib3.Retry(self.retries, **self._retry_arguments())
         content = self._ask([*system_messages, {"role": "user", "content": prompt}], retries).get("content")
         if not isinstance(content, str):  # A reasoning model may end before its answer.
             raise Unusable("a chat completion without a text")
         return content
 
-    def _patience(self) -> dict[str, Any]:
+    def _retry_arguments(self) -> dict[str, Any]:
         """Returns the arguments of `urllib3.Retry` apart from the number of retries."""
         return {
             "redirect": False,
@@ -144,17 +144,17 @@ class Judge:
         return text.replace(self.key, "***") if self.key else text
 
 
-def make_judge(url: str | None, model: str | None, key_env: str, **patience: Any) -> Judge:
+def make_judge(url: str | None, model: str | None, key_env: str, **fields: Any) -> Judge:
     """Makes a judge, with the key from an environment variable.
 
     Args:
       url: The endpoint's address, without /chat/completions.
       model: The model's name at the endpoint.
-      key_env: The name of the environment variable with the key; an unset one stands for no key.
-      **patience: Further fields of `Judge`.
+      key_env: The name of the environment variable with the key; if it is not set, no key is sent.
+      **fields: Further fields of `Judge`.
 
     Returns:
-      The judge, which was not asked anything yet.
+      The judge, to which nothing has been sent yet.
 
     Raises:
       UserError: The address, the model or the key is missing or not valid.
@@ -168,15 +168,18 @@ def make_judge(url: str | None, model: str | None, key_env: str, **patience: Any
         raise UserError("--judge_url holds a name or a key; give the key in an environment variable (--judge_key_env).")
     key = os.environ.get(key_env, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"the environment variable {key_env} holds signs that no header may have: it is no key.")
-    return Judge(url.rstrip("/"), model, key, **patience)
+        raise UserError(
+            f"the environment variable {key_env} contains characters that an HTTP header cannot have, so it is not a "
+            "valid key."
+        )
+    return Judge(url.rstrip("/"), model, key, **fields)
 
 
-def score_of(said: str) -> float:
+def score_of(judgement: str) -> float:
     """Returns the first `[[n]]` of a judgement; raises Unusable if there is none, or it is out of range."""
-    found = SCORE.search(said)
+    found = SCORE.search(judgement)
     if not found:
-        raise Unusable("no [[score]] in what the judge said")
+        raise Unusable("no [[score]] in the judgement")
     score = float(found[1])
     if not MIN_SCORE <= score <= MAX_SCORE:
         raise Unusable(f"a score that is not from {MIN_SCORE} to {MAX_SCORE}")
@@ -190,5 +193,5 @@ def _message(data: bytes) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError):
         message = None
     if not isinstance(message, dict):
-        raise Unusable("an answer that is no chat completion")
+        raise Unusable("an answer that is not a chat completion")
     return message

@@ -1,6 +1,6 @@
 """MT-Bench: two-turn answers, each turn graded by a judge from 1 to 10.
 
-This follows FastChat's `llm_judge`. The temperature depends on the category, each turn is judged by itself (the second
+This follows FastChat's `llm_judge`. The temperature depends on the category, each turn is judged separately (the second
 with the first in the prompt), and maths, reasoning and coding are judged with a reference answer. The questions, the
 judge's prompts and the references are files in FastChat's formats, which are not part of this package. Answers and
 judgements are written to a file line by line, so that a second run pays only for those that are missing. Judgements
@@ -166,7 +166,7 @@ def read_questions(file: Path) -> tuple[Question, ...]:
         if type(number) is not int or not isinstance(category, str) or not _two_texts(turns):
             raise UserError(f"{where} must have question_id (a number), category (a text) and turns (two texts).")
         if number in questions:
-            raise UserError(f"{where} has question_id {number}, which another line has too.")
+            raise UserError(f"{where} has question_id {number}, which another line also has.")
         if category not in TEMPERATURES:
             known = ", ".join(TEMPERATURES)
             raise UserError(f"{where} is of category {category!r}; the temperature is known for {known}.")
@@ -212,7 +212,7 @@ def read_prompts(file: Path) -> dict[str, Prompt]:
             try:
                 judge_prompt(found, tried, ("a", "b"), turn)
             except (LookupError, ValueError) as e:
-                raise UserError(f"{file}: the prompt {name} has a place that nothing fills: {e}.") from None
+                raise UserError(f"{file}: the prompt {name} has an unknown placeholder: {e}.") from None
     return found
 
 
@@ -265,7 +265,7 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except ValueError as e:
                 raise UserError(f"{file} line {number} is not JSON: {e}.") from None
             if not isinstance(record, dict):
-                raise UserError(f"{file} line {number} is no object.")
+                raise UserError(f"{file} line {number} is not a JSON object.")
             yield f"{file} line {number}", record
 
 
@@ -311,16 +311,16 @@ class Kept:
         self.answers[key] = answer
         self._write(_named(key) | {"answer": answer.text, "stopped": answer.stopped})
 
-    def add_score(self, key: Key, score: float, said: str) -> None:
+    def add_score(self, key: Key, score: float, judgement: str) -> None:
         """Stores and writes a score.
 
         Args:
           key: The answer that is judged.
           score: The score.
-          said: The full text of the judgement.
+          judgement: The full text of the judgement.
         """
         self.scores[key] = score
-        self._write(_named(key) | {"score": score, "judgement": said})
+        self._write(_named(key) | {"score": score, "judgement": judgement})
 
     def close(self) -> None:
         """Closes the file."""
@@ -339,7 +339,7 @@ class Kept:
                     self.answers[key] = Completion(record["answer"], record["stopped"])
                 return
         except (ValueError, LookupError, TypeError):
-            raise UserError(f"{where} is no line of answers and judgements. Give another --output.") from None
+            raise UserError(f"{where} is not a line of answers and judgements. Give another --output.") from None
         other = [f"{k} ({there.get(k)!r}, now {v!r})" for k, v in described.items() if there.get(k) != v]
         if other:
             raise UserError(f"{where}: it was written with another {', '.join(other)}. Give another --output.")
@@ -426,10 +426,10 @@ def _judge(settings: Settings, kept: Kept, watch: Watch) -> Counter[str]:
     def judge(key: Key) -> None:
         repeat, number, turn = key
         answers = [kept.answers[repeat, number, t].text for t in TURNS if t <= turn]
-        said = settings.judge.ask(*judge_prompt(settings.prompts, by_id[number], answers, turn))
-        score = score_of(said)
+        judgement = settings.judge.ask(*judge_prompt(settings.prompts, by_id[number], answers, turn))
+        score = score_of(judgement)
         with writing:  # The thread itself writes the judgement, so that an interrupted run loses none of them.
-            kept.add_score(key, score, said)
+            kept.add_score(key, score, judgement)
 
     pool = ThreadPoolExecutor(settings.judge.parallel)
     try:

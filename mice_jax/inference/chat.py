@@ -38,7 +38,7 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class ChatModel:
-    """A model with everything that its answers depend on except for the sampling settings.
+    """A model with everything that determines its answers, except for the sampling settings.
 
     Attributes:
       sampler: The compiled functions.

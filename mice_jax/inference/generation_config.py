@@ -1,8 +1,7 @@
 """The defaults that a model's generation_config.json sets for its answers, and which of its fields are ignored here.
 
-transformers applies this file to everything that it generates: what a call does not set is as the file says, also for
-greedy answers (a repetition_penalty changes those too). The same defaults hold here. Fields that mice_jax does not
-implement are reported.
+transformers takes from this file every option that a call does not set, also for greedy answers (a repetition_penalty
+changes those too). mice_jax takes the same defaults, and reports the fields that it does not implement.
 """
 
 import dataclasses
@@ -15,8 +14,8 @@ from mice_jax.inference.sampler import Sampling
 
 FILE = "generation_config.json"
 TOP_K = 50  # The default of transformers for draws, if neither the call nor the file has a top_k.
-# Options of transformers that mice_jax does not implement, each with the value at which it has no effect. None has no
-# effect for any of them.
+# Options of transformers that mice_jax does not implement, each with the value at which it has no effect. The value
+# None also has no effect.
 NO_OP_VALUES: dict[str, Any] = {
     "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
     "max_new_tokens": None, "max_time": None, "stop_strings": None, "bad_words_ids": None, "sequence_bias": None,
@@ -58,12 +57,12 @@ class GenerationDefaults:
         top_k: int | None = None,
         seed: int = 0,
     ) -> Sampling:
-        """Returns how to choose tokens: as the arguments say, else as the model's folder says, else greedily.
+        """Returns how to choose tokens: by the arguments, else by the model's defaults, else greedily.
 
         Args:
           max_new_tokens: The longest answer, in tokens.
           temperature: 0 takes the likeliest token each time; None takes the model's default.
-          top_p: The probability that the tokens to draw from hold together; None takes the model's default.
+          top_p: The total probability of the tokens to draw from; None takes the model's default.
           top_k: The number of likeliest tokens to draw from, 0 = all; None takes the model's default.
           seed: The seed of the draws.
 
@@ -99,7 +98,7 @@ def read_generation_config(folder: Path, config: dict[str, Any]) -> GenerationDe
     if not all(type(i) is int for i in stops):
         raise UserError(f"{file} has eos_token_id={fields['eos_token_id']!r}; it must be a token id or a list of them.")
     temperature, top_p, top_k = (_number(file, fields, name) for name in ("temperature", "top_p", "top_k"))
-    if not fields.get("do_sample"):  # Then transformers draws nothing, whatever the other fields say.
+    if not fields.get("do_sample"):  # Then transformers decodes greedily, and ignores the other fields.
         temperature = None
     elif temperature is None:
         temperature = 1.0

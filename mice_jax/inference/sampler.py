@@ -151,7 +151,7 @@ def check_fits(prompt: Sequence[int], sampling: Sampling, spec: ModelSpec, where
       UserError: The prompt is empty, or too long.
     """
     if not prompt:
-        raise UserError(f"{where} is empty: an answer needs at least one token to follow.")
+        raise UserError(f"{where} is empty. A prompt needs at least one token.")
     if len(prompt) + sampling.max_new_tokens > spec.max_positions:
         raise UserError(
             f"{where} has {len(prompt)} tokens, which with max_new_tokens={sampling.max_new_tokens} make "

@@ -33,15 +33,10 @@ from mice_jax.step import Jitted, StepFunctions
 from mice_jax.training.memory_model import bytes_per_device, host_memory_bytes
 from mice_jax.training.precompile import abstract_batch
 
-FUNCTIONS = (
-    "accumulate",
-    "apply",
-    "evaluate",
-    "zero_sums",
-    "start",
-)  # the jitted functions of a run: steps, evaluation on held-out samples, and initialization
+# The jitted functions of a run: training steps, evaluation on held-out samples, and initialization.
+FUNCTIONS = ("accumulate", "apply", "evaluate", "zero_sums", "start")
 MAX_CONCURRENT_COMPILES = 2
-# Common TPU slices, to suggest in error messages; libtpu knows all of them.
+# Common TPU slices, which error messages suggest; libtpu accepts others too.
 SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SLICES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SLICES = {"v4": SLICES_3D, "v5e": SLICES_2D, "v5p": SLICES_3D, "v6e": SLICES_2D, "tpu7x": SLICES_3D}
@@ -112,12 +107,19 @@ def find_topology(topology: str, device_file: str = "") -> Topology:
 
 
 def _cpus(topology: str, count: int) -> Topology:
-    there = jax.devices("cpu")
-    assert len(there) >= count, "the command asks for them before JAX starts"
-    return Topology(topology, cpu_chip(count, measure_matmul_flops(), host_memory_bytes()), count, there[:count])
+    devices = jax.devices("cpu")
+    assert len(devices) >= count, "the command sets the number of CPU devices before JAX starts"
+    return Topology(topology, cpu_chip(count, measure_matmul_flops(), host_memory_bytes()), count, devices[:count])
 
 
 def _tpus(topology: str, family: str, shape: str) -> Topology:
+    """Returns the devices of a TPU slice, as libtpu describes them.
+
+    Args:
+        topology: name of the topology as the user gave it.
+        family: kind of TPU, of SLICES.
+        shape: the chips in each direction, such as 2x2x2.
+    """
     for name, value in WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
@@ -131,22 +133,31 @@ def _tpus(topology: str, family: str, shape: str) -> Topology:
         if "INVALID_ARGUMENT" in str(e):
             raise UserError(
                 f"--topology={topology} is not a slice of TPU {family}{nearest(shape, SLICES[family])} "
-                f"What libtpu says: {one_line(e)}."
+                f"The error of libtpu is: {one_line(e)}."
             ) from None
         raise UserError(
-            f"--topology={topology} needs libtpu, TPU's compiler, which runs without a TPU: pip install "
-            f"'mice_jax[aot]'. What it says here: {one_line(e)}."
+            f"--topology={topology} needs libtpu, the compiler for TPUs, which runs without a TPU: pip install "
+            f"'mice_jax[aot]'. The error is: {one_line(e)}."
         ) from None
     return Topology(topology, CHIPS[family], len(found.devices), found.devices)
 
 
 def _gpus(topology: str, family: str, count: int, device_file: str) -> Topology:
+    """Returns the devices of NVIDIA GPUs.
+
+    Args:
+        topology: name of the topology as the user gave it.
+        family: kind of GPU, of CHIPS.
+        count: number of GPUs.
+        device_file: file that describes the GPU to compile for; "" means that the plan is an estimate.
+    """
     chip, devices = CHIPS[family], None
     chip = dataclasses.replace(chip, memory=chip.memory * gpu_memory_fraction() / DEFAULT_GPU_MEMORY_FRACTION)
     if device_file and count > GPUS_PER_HOST and count % GPUS_PER_HOST:
         raise UserError(
-            f"--topology={topology}: {count} GPUs fill no whole hosts of {GPUS_PER_HOST}, and can only be estimated: "
-            f"take {count // GPUS_PER_HOST * GPUS_PER_HOST}, or leave --device_file out."
+            f"--topology={topology}: {count} GPUs are not whole hosts of {GPUS_PER_HOST} GPUs, so nothing can be "
+            f"compiled for them. Take {count // GPUS_PER_HOST * GPUS_PER_HOST} GPUs, or leave --device_file out for an "
+            "estimate."
         )
     if device_file:
         if not Path(device_file).is_file():
@@ -158,10 +169,9 @@ def _gpus(topology: str, family: str, count: int, device_file: str) -> Topology:
             ).devices
         except Exception as e:
             raise UserError(
-                f"--topology={topology} cannot be compiled for: it takes JAX's CUDA plugin (pip install "
-                f"'mice_jax[cuda]') and, as --device_file, what a run on such a GPU leaves as "
-                f"*.gpu_target_config.pbtxt under XLA_FLAGS=--xla_dump_to=DIR. What is said here: {one_line(e)}. "
-                "Without --device_file the plan is an estimate."
+                f"the run cannot be compiled for --topology={topology}: {one_line(e)}. That needs JAX's CUDA plugin "
+                "(pip install 'mice_jax[cuda]') and, as --device_file, the file *.gpu_target_config.pbtxt that a run "
+                "on such a GPU writes with XLA_FLAGS=--xla_dump_to=DIR. Without --device_file the plan is an estimate."
             ) from None
     return Topology(topology, chip, count, devices)
 
@@ -195,31 +205,38 @@ def compile_memory(
         "start": (fns.from_params, (state.params,), sums),
     }
 
-    there = assume_compute_capability(chip.capability) if chip.capability else contextlib.nullcontext()
-    with there, ThreadPoolExecutor(MAX_CONCURRENT_COMPILES) as pool:
+    on_gpu = assume_compute_capability(chip.capability) if chip.capability else contextlib.nullcontext()
+    with on_gpu, ThreadPoolExecutor(MAX_CONCURRENT_COMPILES) as pool:
         return list(pool.map(lambda name: _compile_function(name, *functions[name]), names))
 
 
 def _compile_function(name: str, function: Jitted, arguments: tuple, held: Any) -> CompiledMemory:
-    """Compiles one function; `held` are the arrays that are live during a call without being arguments."""
-    beside = bytes_per_device(held)
+    """Compiles one function and returns its memory.
+
+    Args:
+        name: name of the function, for the result.
+        function: the function.
+        arguments: its arguments, as jax.ShapeDtypeStruct or numbers.
+        held: a tree of the arrays that are live during a call without being arguments.
+    """
+    held_bytes = bytes_per_device(held)
     try:
         memory = function.compile(*arguments).memory_analysis()
     except jax.errors.JaxRuntimeError as e:
-        if (said := OUT_OF_MEMORY.search(str(e))) is None:
+        if (match := OUT_OF_MEMORY.search(str(e))) is None:
             raise
-        number, unit = (g for g in said.groups() if g)
-        wanted = int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
+        number, unit = (g for g in match.groups() if g)
+        needed = int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
         own = bytes_per_device([a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)])
-        return CompiledMemory(name, own + beside, max(0, wanted - own), out_of_memory=True)
-    made = memory.output_size_in_bytes - memory.alias_size_in_bytes  # outputs that do not reuse a donated argument
-    temporary = memory.temp_size_in_bytes + made + memory.generated_code_size_in_bytes
-    return CompiledMemory(name, memory.argument_size_in_bytes + beside, temporary)
+        return CompiledMemory(name, own + held_bytes, max(0, needed - own), out_of_memory=True)
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes  # those that do not reuse a donated argument
+    temporary = memory.temp_size_in_bytes + outputs + memory.generated_code_size_in_bytes
+    return CompiledMemory(name, memory.argument_size_in_bytes + held_bytes, temporary)
 
 
 @contextlib.contextmanager
 def assume_compute_capability(capability: str) -> Iterator[None]:
-    """Makes JAX assume this compute capability within the context, instead of querying a GPU for it."""
+    """Within the context, JAX assumes this compute capability instead of querying a GPU for it."""
 
     def version(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split("."))
@@ -228,11 +245,11 @@ def assume_compute_capability(capability: str) -> Iterator[None]:
         "check_compute_capability": lambda least: version(capability) >= version(least),
         "is_cuda_compute_capability_equal": lambda other: version(capability) == version(other),
     }
-    asked = {name: getattr(fused_attention_stablehlo, name) for name in answers}
+    originals = {name: getattr(fused_attention_stablehlo, name) for name in answers}
     try:
         for name, answer in answers.items():
             setattr(fused_attention_stablehlo, name, answer)
         yield
     finally:
-        for name, answer in asked.items():
-            setattr(fused_attention_stablehlo, name, answer)
+        for name, original in originals.items():
+            setattr(fused_attention_stablehlo, name, original)

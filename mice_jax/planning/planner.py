@@ -1,6 +1,6 @@
 """Plans a run for devices that this machine need not have: its memory, its largest microbatch, and better meshes.
 
-The memory model and the step time estimate propose layouts; the compiler checks them until the deadline has passed.
+The memory model and the step-time estimate propose layouts, and the compiler checks them until a deadline.
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ class RunPlan:
         fixed = max(n.total for n in needs if n.function != "accumulate")
         known = {layout.rows: next(n.total for n in needs if n.function == "accumulate")}  # rows -> compiled bytes
         if fixed > memory:
-            return 0, "compiled: whatever the rows are, the rest does not fit"
+            return 0, "compiled: another function than accumulate does not fit"
 
         def estimated(rows: int) -> int:
             return self.estimate(layout.with_rows(rows)).total
@@ -158,15 +158,18 @@ class RunPlan:
             fitting = max((rows for rows, total in known.items() if total <= memory), default=0)
             failing = min((rows for rows, total in known.items() if total > memory), default=MAX_ROWS + 1)
             if failing - fitting == 1:
-                more = "no more are tried" if fitting == MAX_ROWS else "one more does not fit"
-                return fitting, f"compiled: {more}"
+                limit = "no more are tried" if fitting == MAX_ROWS else "one more does not fit"
+                return fitting, f"compiled: {limit}"
             # The estimate is corrected by its error at the nearest number of rows that was compiled.
             nearest = min(known, key=lambda rows: min(abs(rows - fitting), abs(rows - failing)))
-            off = estimated(nearest) - known[nearest]
+            error = estimated(nearest) - known[nearest]
             between = range(fitting + 1, failing)
-            guess = max((rows for rows in between if estimated(rows) - off <= memory), default=fitting)
+            guess = max((rows for rows in between if estimated(rows) - error <= memory), default=fitting)
             if time.monotonic() > self._deadline:
-                return guess, "compiled; more are not tried" if guess == fitting else "estimated from what was compiled"
+                return (
+                    guess,
+                    "compiled; more are not tried" if guess == fitting else "estimated from the compiled rows",
+                )
             rows = max(guess, fitting + 1)
             known[rows] = self.compile(layout.with_rows(rows), ["accumulate"])[0].total
 
@@ -180,10 +183,8 @@ class RunPlan:
         Yields:
             The name of the suggestion, its layout, its bytes on one device, and "compiled" or "estimated".
         """
-        memory, policies = (
-            self.topology.chip.memory,
-            memory_model.remat_policies_fastest_first(self.topology.chip.platform),
-        )
+        memory = self.topology.chip.memory
+        policies = memory_model.remat_policies_fastest_first(self.topology.chip.platform)
         layouts = [self._fitted(sizes, remat) for sizes, remat in itertools.product(self._meshes(), policies)]
         chosen = {"least memory": min((x.with_rows(1) for x in layouts), key=lambda x: self.estimate(x).total)}
         if fits := [x for x in layouts if self.estimate(x).total <= memory_model.USABLE_FRACTION * memory]:
@@ -208,5 +209,5 @@ class RunPlan:
     def _fitted(self, sizes: tuple[int, ...], remat: str) -> Layout:
         """Returns the layout with the rows that `mice train` would choose for it."""
         memory_inputs, chip = self.memory_inputs(sizes), self.topology.chip
-        most = build.max_useful_rows(self.config, memory_inputs, self.mean_length, chip.platform)
-        return Layout(sizes, remat, max(1, memory_model.max_fitting_rows(memory_inputs, chip.memory, remat, most)))
+        max_rows = build.max_useful_rows(self.config, memory_inputs, self.mean_length, chip.platform)
+        return Layout(sizes, remat, max(1, memory_model.max_fitting_rows(memory_inputs, chip.memory, remat, max_rows)))

@@ -1,6 +1,7 @@
-"""Analytical estimate of the duration of a step: matmuls, links and memory, each at an assumed share of its peak.
+"""Estimates the duration of a step, with matmuls, links and memory each at an assumed share of its peak.
 
-It compares meshes and gives the order of a cost; it is not a measurement. `describe_assumptions` lists what is assumed.
+The estimate is meant for comparing meshes, and for the order of magnitude of a run's cost. `describe_assumptions` lists
+the assumptions.
 """
 
 import dataclasses
@@ -103,7 +104,7 @@ def _sent_bytes(inputs: memory_model.MemoryInputs, slots: float, microbatches: i
 def _link_rate(chip: Chip, mesh: Mesh | AbstractMesh, axis: str) -> float:
     """Returns the bytes/s that one device can send along an axis of the mesh; the last axis connects neighbours.
 
-    GPUs of a group that share a host send to other hosts through the links of all of them, as NCCL's rings do, but not
+    The GPUs of a group that share a host send to other hosts through all of their links, as NCCL's rings do, but not
     faster than within the host.
     """
     names = list(mesh.shape)
@@ -119,5 +120,5 @@ def describe_assumptions(chip: Chip) -> str:
     return (
         f"matrix products run at {MATMUL_EFFICIENCY:.0%} of {peak}, links and memory at {LINK_EFFICIENCY:.0%} and "
         f"{MEMORY_EFFICIENCY:.0%} of theirs, {OVERLAP:.0%} of communication is hidden behind compute, rows are "
-        f"{ROW_FILL:.0%} full, the run never waits for data; compiling, evaluating and saving are left out"
+        f"{ROW_FILL:.0%} full, the run never waits for data; compilation, evaluation and saves are left out"
     )

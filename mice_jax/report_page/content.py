@@ -209,7 +209,7 @@ def _best(runs: Sequence[Run], objective: stop_rules.Objective) -> int:
 
 
 def _saved(runs: Sequence[Run]) -> float | None:
-    """Returns the share of the samples of all ended runs that was not trained on; None where it is unknown."""
+    """Returns the share of the samples of all ended runs that was not trained on; None if it is unknown."""
     ended = [r for r in runs if r.status in ("completed", "stopped", "failed") and r.planned()[1]]
     planned = sum(r.planned()[1] for r in ended)
     return 1 - sum(r.last("samples") or 0 for r in ended) / planned if planned else None
@@ -249,7 +249,7 @@ def _curves(run: Run, subject: _Subject) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------- early termination
 def _evidence(runs: Sequence[Run], objective: stop_rules.Objective) -> dict[str, Any] | None:
-    """Returns how signals and rules do on the completed runs; None where there are too few of them."""
+    """Returns how signals and rules do on the completed runs; None if there are too few of them."""
     finished = _finished(runs, objective)
     if len(finished) < MIN_FINISHED_RUNS:
         return None
@@ -311,7 +311,7 @@ def _flat_config(run: Run) -> dict[str, Any]:
 
 
 def _default(name: str) -> Any:
-    """Returns the default of a field of a flat config; None where it has none."""
+    """Returns the default of a field of a flat config; None if it has none."""
     return next(defaults.get(m[1]) for pattern, defaults in DEFAULTS if (m := re.fullmatch(pattern, name)))
 
 

@@ -71,7 +71,7 @@ class Run:
         return name.rpartition("/")[2].partition(",")[0].endswith(LOWER_IS_BETTER)
 
     def last(self, name: str) -> float | None:
-        """Returns the last measured value of a metric; None where there is none."""
+        """Returns the last measured value of a metric; None if there is none."""
         values = self.records.columns.get(name, np.zeros(0))
         known = values[~np.isnan(values)]
         return float(known[-1]) if len(known) else None
@@ -278,7 +278,7 @@ def _is_plain(name: str, value: Any) -> bool:
 
 
 def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """Reads the JSON objects that have a step, one a line; damaged lines are left out."""
+    """Reads the JSON objects that have a step, one per line; damaged lines are left out."""
     text = file.read_text(errors="replace") if file.exists() else ""
     entries, damaged = [], []
     for number, line in enumerate(text.splitlines(), 1):
@@ -308,7 +308,7 @@ def _evaluations(records: ColumnarRecords) -> dict[str, Curve]:
 
 # ---------------------------------------------------------------------------------------- how runs differ
 def differing(configs: Iterable[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Returns each field of flat configs that is not equal in all, with its value in each; None where it is absent."""
+    """Returns each field of flat configs that is not equal in all, with its value in each; None if it is absent."""
     configs = list(configs)
     names = dict.fromkeys(k for c in configs for k in c)
     values_by_name = {name: [c.get(name) for c in configs] for name in names}

@@ -139,7 +139,7 @@ def report_lost_peer(workdir: RunPath, cause: str = "") -> int:
 def _how_to_resume(workdir: RunPath) -> str:
     newest = _newest_checkpoint(workdir)
     if newest is None:
-        return "There is no checkpoint yet: run the same command in every process to start again."
+        return "There is no checkpoint yet. Run the same command in every process to start again."
     return f"The last checkpoint is {newest}; run the same command in every process to resume from it."
 
 

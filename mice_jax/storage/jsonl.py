@@ -1,4 +1,4 @@
-"""Append-only files of one JSON object a line, whose last line may be torn because its writer was killed."""
+"""Append-only files of one JSON object per line, whose last line may be incomplete because its writer was killed."""
 
 import json
 from pathlib import Path

@@ -206,7 +206,7 @@ class BracketRule(SweepRule):
         return [a for a, lag in zip(arms, mean_lag, strict=True) if lag <= threshold]
 
     def choose(self, grid: Grid, runs: Runs) -> int | None:
-        """Returns the arm in contention with the lowest mean over its seeds; None where every run has diverged."""
+        """Returns the arm in contention with the lowest mean over its seeds; None if every run has diverged."""
         arms, seeds = self._in_contention(runs, self._finished_arms(grid, runs))
         return best_arm(runs, arms, range(seeds))
 

@@ -73,7 +73,7 @@ class Claims:
             db.execute(sql.delete(self._table).where(self._is_mine(number)))
 
     def renew(self, number: int) -> bool:
-        """Writes a heartbeat; returns false where another worker has taken the claim over."""
+        """Writes a heartbeat; returns false if another worker has taken the claim over."""
         t = self._table
         with self._engine.begin() as db:
             return db.execute(sql.update(t).where(self._is_mine(number)).values(beat=t.c.beat + 1)).rowcount == 1
@@ -95,7 +95,7 @@ class Claims:
 
 
 def process_start_time(process: int) -> str:
-    """Returns when a process of this machine started, in clock ticks; "" where it is gone or a zombie."""
+    """Returns when a process of this machine started, in clock ticks; "" if it is gone or a zombie."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

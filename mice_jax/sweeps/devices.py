@@ -12,7 +12,7 @@ from mice_jax.errors import UserError
 def share_of_devices(workers: int, environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
     """Splits the devices of this machine evenly among workers.
 
-    The system shares CPU cores by itself; only the virtual CPU devices that JAX is asked for are split.
+    CPU cores are shared by the operating system, so only JAX's virtual CPU devices are split.
 
     Args:
         workers: number of workers.

@@ -1,7 +1,7 @@
 """Connects the processes of one sweep worker, of which the main process tells the others which trial to run.
 
-The processes exchange one JSON message a line over TCP, on the port above the coordinator's; the coordinator's own port
-belongs to the trials. A connection that breaks means that the other process has ended.
+The processes exchange one JSON message per line over TCP, on the port after the coordinator's, because the trials use
+the coordinator's own port. A connection that breaks means that the other process has ended.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ RETRY_S = 0.2  # between two attempts to connect
 
 @dataclasses.dataclass(frozen=True)
 class ProcessSpec:
-    """Which process of a worker this is, of how many, and where they meet."""
+    """The number of this process of a worker, the number of all its processes, and the coordinator's address."""
 
     coordinator_address: str
     num_processes: int
@@ -52,7 +52,7 @@ class Connection:
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> dict[str, Any] | None:
-        """Waits for the next message; returns None where the other process has ended."""
+        """Waits for the next message; returns None if the other process has ended."""
         try:
             line = self._file.readline()
             return json.loads(line) if line.endswith(b"\n") else None
@@ -121,7 +121,7 @@ class Followers:
         lost = [number for number, connection in self._connections.items() if connection.receive() is None]
         if lost:
             raise Preempted(
-                f"of this worker's processes, {lost} have ended. Run the same command in every process to go on."
+                f"of this worker's processes, {lost} have ended. Run the same command in every process to continue."
             )
 
     def end(self, exit_code: int) -> None:

@@ -129,7 +129,7 @@ class SweepRule(abc.ABC):
 
     @abc.abstractmethod
     def choose(self, grid: Grid, runs: Runs) -> int | None:
-        """Returns the best arm by what was measured; None where every run has diverged."""
+        """Returns the best arm by what was measured; None if every run has diverged."""
 
     def stops(self, grid: Grid, runs: Runs, task: Task) -> bool:
         """Returns whether the run of a task that was just done is stopped for good, instead of paused."""
@@ -145,7 +145,7 @@ class SweepRule(abc.ABC):
 
 
 def best_arm(runs: Runs, arms: Sequence[int], seeds: Sequence[int]) -> int | None:
-    """Returns the arm with the lowest mean over some seeds at the end of its runs; None where all have diverged."""
+    """Returns the arm with the lowest mean over some seeds at the end of its runs; None if all have diverged."""
     finals = {a: runs.mean_final(a, seeds) for a in arms}
     best = min(arms, key=lambda a: finals[a], default=None)
     return None if best is None or not math.isfinite(finals[best]) else best

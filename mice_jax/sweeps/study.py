@@ -53,7 +53,7 @@ class Study:
 
     Args:
         sweep: the sweep's settings.
-        folder: the sweep's folder; created where it does not exist.
+        folder: the sweep's folder; created if it does not exist.
         storage: URL of the study's database; a SQLite file in the folder if empty.
 
     Raises:
@@ -136,7 +136,7 @@ class Study:
 
     # -------------------------------------------------------------------- from claim to end of a trial
     def claim(self) -> int | None:
-        """Claims a trial that has not ended and that no living worker runs; returns None where there is none."""
+        """Claims a trial that has not ended and that no living worker runs; returns None if there is none."""
         for trial in self.trials():
             if trial.state.is_finished() or not self.claims.take(trial.number):
                 continue
@@ -258,7 +258,7 @@ class Study:
         return drawn | {"seed": known.get("seed", self.sweep.base.seed)}
 
     def best(self) -> FrozenTrial | None:
-        """Returns the best completed trial; None where there is none."""
+        """Returns the best completed trial; None if there is none."""
         completed = [t for t in self.trials() if t.state == TrialState.COMPLETE]
         sign = 1 if self.sweep.mode == "min" else -1
         return min(completed, key=lambda t: sign * (t.value or 0.0), default=None)
@@ -322,7 +322,7 @@ def status_of(trial: FrozenTrial) -> str:
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
-    """Returns the summary.json of a run; None where there is none."""
+    """Returns the summary.json of a run; None if there is none."""
     file = run / "summary.json"
     return json.loads(file.read_text()) if file.exists() else None
 

@@ -1,4 +1,4 @@
-"""A worker of a sweep: it claims trials and runs each one in a process of its own until all trials have ended."""
+"""A worker of a sweep, which claims trials and runs each one in a separate process until all trials have ended."""
 
 import os
 import queue
@@ -134,9 +134,9 @@ def _run_trial(study: Study, number: int, followers: Followers | None) -> int:
 
 def _raise_if_preempted(number: int, exit_code: int) -> None:
     if exit_code == Preempted.exit_code:
-        raise Preempted(f"trial {number} has saved its state; run the same command to go on.")
+        raise Preempted(f"trial {number} has saved its state; run the same command to continue.")
     if exit_code in ENDED_BY_SIGNAL:
-        raise Preempted(f"trial {number} was asked to end before its first step; run the same command to go on.")
+        raise Preempted(f"trial {number} was asked to end before its first step; run the same command to continue.")
 
 
 def compile_cache_variable(folder: Path) -> dict[str, str]:

@@ -84,14 +84,14 @@ def _step(config: Config, steps: StepSource, total_steps: int) -> str:
     rows, slots = steps.shapes[0].rows, steps.shapes[0].slots
     return (
         f"{' then '.join(sizes)} samples, about {tokens:,.0f} tokens in {microbatches:.3g} microbatches of at most "
-        f"{rows} rows a device by {slots:,} slots"
+        f"{rows} rows per device by {slots:,} slots"
     )
 
 
 def _memory(needed: memory_model.MemoryEstimate, there: int) -> str:
     state = needed.resident + needed.gradients
     return (
-        f"about {format_bytes(needed.total)} a device ({format_bytes(state)} parameters, moments and gradients, "
+        f"about {format_bytes(needed.total)} per device ({format_bytes(state)} parameters, moments and gradients, "
         f"{format_bytes(needed.total - state)} activations) of {format_bytes(there)}: an estimate; mice plan has more"
     )
 
@@ -116,15 +116,15 @@ def _optimizer(config: Config) -> str:
 def _phase(config: Config, span: PhaseSpan, number: int) -> str:
     p, o = span.phase, config.optim
     line = (
-        f"{p.name}: steps {span.first + 1:,} to {span.end:,}, {p.batch_size or o.batch_size:,} samples a step, "
+        f"{p.name}: steps {span.first + 1:,} to {span.end:,}, {p.batch_size or o.batch_size:,} samples per step, "
         f"learning rate {p.learning_rate or o.learning_rate:g}"
     )
     if number == 1:
         return line
     before = f"the best checkpoint before it by {config.checkpoint.best_metric}"
     start = before if p.seed_from == "best" else "the end of the phase before"
-    optimizer = "the optimizer's state reset" if p.optimizer == "reset" else "the optimizer's state carried on"
-    schedule = "the schedule restarted" if p.schedule == "restart" else "the schedule going on"
+    optimizer = "the optimizer's state reset" if p.optimizer == "reset" else "the optimizer's state carried over"
+    schedule = "the schedule restarted" if p.schedule == "restart" else "the schedule continued"
     return f"{line}; from {start}, {optimizer}, {schedule}"
 
 

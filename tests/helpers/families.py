@@ -1,4 +1,4 @@
-"""A tiny torch model of every family, with every odd feature on and weights large enough that each matters."""
+"""A tiny torch model of every family, with every special feature on and weights large enough that each matters."""
 
 from pathlib import Path
 from typing import Any

@@ -29,7 +29,7 @@ CUDNN = importlib.import_module("mice_jax.models.attention.cudnn")
 PALLAS = importlib.import_module("mice_jax.models.attention.pallas")
 
 
-def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, **told: Any) -> jax.Array:
+def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, **arguments: Any) -> jax.Array:
     """Computes cuDNN's packed attention as its documentation describes it.
 
     It replaces `fused_attention_stablehlo.dot_product_attention`. JAX converts the lengths and offsets of each row to
@@ -37,11 +37,11 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, **told: Any) -> j
     so the output keeps its previous values there, which are NaN here.
     """
     (b, t, n, h), heads = q.shape, k.shape[2]
-    assert told.pop("mask_type") is fused_attention_stablehlo.MaskType.PADDING_CAUSAL
-    spans = [told.pop(name) for name in ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets")]
+    assert arguments.pop("mask_type") is fused_attention_stablehlo.MaskType.PADDING_CAUSAL
+    spans = [arguments.pop(name) for name in ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets")]
     q_lengths, k_lengths, q_firsts, k_firsts = fused_attention_stablehlo._fix_seqlen_offsets(*spans, q, k)
-    scale, window = told.pop("scale"), told.pop("sliding_window_length")
-    assert not told
+    scale, window = arguments.pop("scale"), arguments.pop("sliding_window_length")
+    assert not arguments
     slots = jnp.arange(t, dtype=jnp.int32)
     behind = slots[:, None] - slots[None, :]
     causal = (behind >= 0) if window is None else (behind >= 0) & (behind < window)

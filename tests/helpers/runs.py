@@ -167,7 +167,7 @@ def run_verb(main: Any, arguments: list[str]) -> int:
 
 
 def start_train(config: Path, workdir: Path, *flags: str, devices: int = 8, **more: str) -> subprocess.Popen[str]:
-    """Starts `mice train` as a process of its own, which a test may kill; its output is one pipe."""
+    """Starts `mice train` as a separate process, which a test may kill; stdout and stderr share one pipe."""
     command = [sys.executable, "-m", "mice_jax.train", f"--config={config}", f"--workdir={workdir}", *flags]
     environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | more
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

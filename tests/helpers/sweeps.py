@@ -72,7 +72,7 @@ def sweep_file(folder: Path, fields: str, body: str = "", samples: int = 40, hel
 
 # ---------------------------------------------------------------------------------------- processes
 def start_sweep(file: Path, workdir: Path, *flags: str, **environment: str) -> subprocess.Popen[str]:
-    """Starts `mice sweep` as a process of its own."""
+    """Starts `mice sweep` as a separate process."""
     command = [sys.executable, "-m", "mice_jax.sweep", f"--config={file}", f"--workdir={workdir}", *flags]
     own = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
