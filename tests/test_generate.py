@@ -140,10 +140,10 @@ def test_answers_are_drawn_as_the_folder_says_unless_flags_say_otherwise(
 
     hot = {"do_sample": True, "temperature": 5.0}
     drawn, told = answer(hot)
-    expected = (
+    hint = (
         f"{own}/generation_config.json has temperature=5.0: answers are drawn with these, unless flags override them\n"
     )
-    assert drawn != greedy and told == expected
+    assert drawn != greedy and told == hint
     assert answer({}, "--temperature=5") == (drawn, "")
     assert answer(hot, "--temperature=0") == (greedy, "")
     assert answer(hot | {"top_k": 1})[0] == answer(hot | {"top_p": 1e-6})[0] == greedy

@@ -405,7 +405,7 @@ def test_references_are_read_from_the_folder_beside_the_questions(tmp_path: Path
     [
         ({"turns": ["one"]}, "line 1 must have question_id"),
         ({"question_id": "1"}, "line 1 must have question_id"),
-        ({"question_id": 2}, "line 2 has question_id 2, which another line has"),
+        ({"question_id": 2}, "line 2 has question_id 2, which another line also has"),
         ({"category": "cheese"}, "category 'cheese'; the temperature is known for writing"),
     ],
 )
@@ -419,7 +419,7 @@ def test_prompts_that_are_missing_or_have_unknown_places_are_refused(tmp_path: P
     with pytest.raises(UserError, match="has no prompt named single-math-v1-multi-turn; it has single-v1"):
         read_prompts(write_jsonl(tmp_path / "p.jsonl", PROMPTS[:-1]))
     odd = PROMPTS[1] | {"prompt_template": "{question} {anwser}"}
-    with pytest.raises(UserError, match="the prompt single-v1 has a place that nothing fills: 'anwser'"):
+    with pytest.raises(UserError, match="the prompt single-v1 has an unknown placeholder: 'anwser'"):
         read_prompts(write_jsonl(tmp_path / "p.jsonl", [odd, *PROMPTS[2:]]))
 
 

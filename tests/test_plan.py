@@ -489,7 +489,7 @@ def test_gpus_that_do_not_fill_whole_hosts_are_only_estimated(
 ) -> None:
     (tmp_path / "h100.pbtxt").write_text("")
     told = plan_error(config, capsys, "--topology=h100:12", f"--device_file={tmp_path / 'h100.pbtxt'}")
-    assert "12 GPUs fill no whole hosts of 8" in told and "take 8" in told
+    assert "12 GPUs are not whole hosts of 8" in told and "Take 8 GPUs" in told
     said = run_plan(config, capsys, topology="h100:12")
     assert said["devices"] == 12 and not said["compiled"]
 
