@@ -9,6 +9,7 @@ from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
 
 
 class Writer(Protocol):
@@ -51,8 +52,6 @@ class TensorBoardWriter:
     """Writes the numbers of every `every_steps`-th record to TensorBoard, with the samples seen as the x-axis."""
 
     def __init__(self, folder: Path, every_steps: int):
-        from tensorboardX import SummaryWriter  # The import is slow.
-
         self._writer, self._every = SummaryWriter(str(folder)), every_steps
 
     def write(self, record: dict[str, Any]) -> None:

@@ -41,12 +41,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # A family, and a change of its config that must show. Mistral is beyond its window.
-FAMILIES = {
-    "llama": {"rms_norm_eps": 1e-2},
-    "granite": {"attention_multiplier": 0.45},
-    "mistral": {"sliding_window": None},
-    "qwen3": {"sliding_window": 40},
-}
+FAMILIES = {"llama": {"rms_norm_eps": 1e-2}, "mistral": {"sliding_window": None}}
 
 
 @pytest.mark.parametrize("case", [c if c == "llama" else pytest.param(c, marks=pytest.mark.slow) for c in FAMILIES])
@@ -56,8 +51,7 @@ def test_every_request_and_metric_equals_the_harness_own_model(case: str, tasks:
     ours = by_us(model, tasks, tmp_path / "scores.json", *names)
     theirs = by_harness(model, tasks, *names)
     assert_same(ours, theirs)
-    # Granite's random weights answer every question alike: there only the log-likelihoods can tell.
-    assert len({r[0] for r in responses(ours, WRITTEN)}) > 1 or case == "granite"
+    assert len({r[0] for r in responses(ours, WRITTEN)}) > 1
     config = model / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | FAMILIES[case]))
     other = by_us(model, tasks, tmp_path / "other.json", CHOICE)

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 import mice_jax
-from helpers.runs import DEPRECATED, write_config
+from helpers.runs import DEPRECATED, REPOSITORY, write_config
 from mice_jax.cli import command, main
 from mice_jax.cli.flags import COMMANDS, define_config
 from mice_jax.config import Config, ConfigError
@@ -354,3 +354,20 @@ def test_one_of_several_processes_leaves_errors_to_the_command(monkeypatch: pyte
             patch.setenv(variable, "2")
             assert run_train(patch, "--config=absent.py") == (0, True), variable
     assert run_train(monkeypatch, "--config=absent.py") == (2, False)
+
+
+IMPORTS = """
+import importlib.util, sys
+from mice_jax.runtime import unused_packages
+unused_packages.hide()
+import mice_jax.train
+unused_packages.show()
+print(*sorted({"torch", "tensorflow", "scipy", "lm_eval", "pandas", "google.cloud.storage"} & {*sys.modules}))
+print(importlib.util.find_spec("torch") is not None)
+"""
+
+
+@pytest.mark.slow
+def test_train_imports_none_of_the_large_packages_that_it_does_not_use() -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=200, cwd=REPOSITORY)
+    assert done.stdout.splitlines() == ["", "True"], done.stdout + done.stderr

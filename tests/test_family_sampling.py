@@ -32,7 +32,7 @@ Loaded = tuple[Decoder, Params]
 
 # A case for each family, and for each kind of layer that a cache has to treat differently.
 ANSWERED = [case for case in CASES if case not in ("llama-linear", "mistral-full", "phi3-mini")]
-CACHED = ["mistral", "smollm3", "olmo2", "phi3", "gemma3"]
+CACHED = ["mistral", "phi3", "gemma3"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,15 +97,13 @@ def test_a_wrong_window_or_rope_factor_changes_the_answers_it_reaches(loaded: An
         answers = our_answers(make_decoder(spec), loaded(case)[1])
         return [a[:EARLY] != b[:EARLY] for a, b in zip(answers, their_answers(case), strict=True)]
 
-    for case in ("mistral", "gemma3"):
-        spec = loaded(case)[0].spec
-        assert set(spec.windows) <= {WINDOW, None}
-        full = dataclasses.replace(spec, windows=(None,) * spec.num_layers)
-        assert changed(case, full) == [False, True, True], case
+    spec = loaded("gemma3")[0].spec
+    assert set(spec.windows) == {WINDOW, None}
+    full = dataclasses.replace(spec, windows=(None,) * spec.num_layers)
+    assert changed("gemma3", full) == [False, True, True]
     spec = loaded("phi3")[0].spec
     scaling = spec.ropes[0].scaling
     assert changed("phi3", odd_scaling(spec, long_factors=scaling.short_factors)) == [False, False, True]
-    assert changed("phi3", odd_scaling(spec, short_factors=scaling.long_factors)) == [True, True, False]
 
 
 # ---------------------------------------------------------------------------------------- hidden states

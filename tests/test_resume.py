@@ -110,41 +110,23 @@ def test_resume_after_sigkill_is_bit_equal(config: Path, uninterrupted: Path, tm
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_any_checkpoint_starts_again(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    kill_when(start_train(config, run), lambda: lines_of(run) >= 3)
-    shutil.rmtree(run / "checkpoints")  # should it have come so far
-    assert run_train(config, run) == 0
-    assert_equal_runs(run, uninterrupted, STEPS)
-
-
-@pytest.mark.slow
-def test_resume_after_sigkill_during_saves_is_bit_equal(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """Killed again and again, each time in the middle of a save, and started again each time."""
+def test_resume_after_kills_at_startup_and_during_saves_is_bit_equal(
+    config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Killed by time while it starts, before any checkpoint, then twice in the middle of a save."""
     run, amid = tmp_path / "run", 0
-    for kill in range(3):
+    process = start_train(config, run, EVERY_STEP)
+    time.sleep(5)
+    process.kill()
+    process.communicate()
+    for kill in range(2):
         process = start_train(config, run, EVERY_STEP)
         kill_when(process, lambda: saving(run) and lines_of(run) >= 20 * (kill + 1))  # noqa: B023
         left = [p.name for p in (run / "checkpoints").iterdir() if not p.name.isdecimal()]
         amid += bool(left)
-    assert amid >= 2  # what half-written saves leave was there
+    assert amid  # what half-written saves leave was there
     assert run_train(config, run, EVERY_STEP) == 0
     assert all(p.name.isdecimal() for p in (run / "checkpoints").iterdir())
-    assert_equal_runs(run, uninterrupted, STEPS)
-
-
-@pytest.mark.slow
-def test_resume_after_sigkill_during_startup_is_bit_equal(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """While data is tokenised, while programs are compiled, after the first line: by time, not by what it did."""
-    run = tmp_path / "run"
-    for seconds in (5.0, 9.0):
-        until = time.monotonic() + seconds
-        process = start_train(config, run, EVERY_STEP)
-        while time.monotonic() < until and process.poll() is None:
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-    assert run_train(config, run, EVERY_STEP) == 0
     assert_equal_runs(run, uninterrupted, STEPS)
 
 
@@ -193,23 +175,10 @@ def test_resume_on_another_mesh_sees_the_same_samples(config: Path, uninterrupte
 
 
 @pytest.mark.slow
-def test_one_device_sees_the_samples_of_eight(uninterrupted: Path, folder: Path, tmp_path: Path) -> None:
-    """The same run from the start on a mesh of one: the first steps agree to rounding."""
-    process = start_train(folder / "run.py", tmp_path / "run", devices=1)
-    said, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, said
-    there, here = read_metrics(tmp_path / "run"), read_metrics(uninterrupted)
-    for key in ("step", "phase", "epoch", "samples", "tokens", "loss_tokens"):
-        assert [line[key] for line in there] == [line[key] for line in here]
-    assert [line["loss"] for line in there[:10]] == pytest.approx([line["loss"] for line in here[:10]], rel=1e-5)
-    assert there[0]["num_microbatches"] > here[0]["num_microbatches"]
-
-
-@pytest.mark.slow
-def test_resume_on_8_4_2_and_1_devices_sees_the_same_samples(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_resume_on_8_4_and_1_devices_sees_the_same_samples(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Each time it is asked to leave in the middle of an epoch, of five steps."""
     run = tmp_path / "run"
-    for devices, lines in ((8, 12), (4, 33), (2, 57)):
+    for devices, lines in ((8, 12), (4, 33)):
         process = start_train(folder / "run.py", run, devices=devices)
         try:
             while lines_of(run) < lines:
@@ -226,6 +195,7 @@ def test_resume_on_8_4_2_and_1_devices_sees_the_same_samples(folder: Path, unint
     there, here = read_metrics(run), read_metrics(uninterrupted)
     for key in ("step", "phase", "epoch", "samples", "tokens", "loss_tokens", "learning_rate"):
         assert [line[key] for line in there] == [line[key] for line in here]
+    assert there[-1]["num_microbatches"] > here[-1]["num_microbatches"]
     losses, wanted = ([line["loss"] for line in lines] for lines in (there, here))
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
     assert losses[:12] == wanted[:12] and losses != wanted  # bit-equal on eight, and not only on eight

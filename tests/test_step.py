@@ -236,12 +236,12 @@ def test_a_mean_of_microbatch_means_gives_another_loss_and_update(
     assert update_gap(wrong.params, in_our_form(updated, tmp_path), run.params) > 10 * UPDATE
 
 
-def test_other_clipping_betas_or_eps_give_other_updates(
+def test_other_clipping_or_betas_give_other_updates(
     folder: Path, two_steps: list[Rows], expected: tuple[Params, list[dict]]
 ) -> None:
     run = run_on(folder, ALONE)
     assert update_gap(run.steps_with(two_steps)[0].params, expected[0], run.params) < UPDATE
-    for change in ({"grad_clip": 0.0}, {"beta1": 0.8}, {"beta2": 0.5}, {"eps": 1e-3}):
+    for change in ({"grad_clip": 0.0}, {"beta2": 0.5}):  # uncompiled, each takes seconds
         state, metrics = run.steps_with(two_steps, **change)
         assert update_gap(state.params, expected[0], run.params) > 10 * UPDATE, change
         # The norm is that before clipping, whatever comes after.

@@ -163,8 +163,8 @@ def test_kills_of_sweep_and_workers_leave_each_trial_ended_once(tmp_path: Path) 
     file = sweep_file(tmp_path, f"axes={{'{RATE}': [1e-2, 3e-3]}}, seeds=[0, 1]", body, samples=60)
     workdir, rng = tmp_path / "sweep", random.Random(0)
     process = start_sweep(file, workdir, "--workers=2")
-    for number in range(5):
-        time.sleep(rng.uniform(2, 9))
+    for number in range(3):
+        time.sleep(rng.uniform(4, 9))
         if process.poll() is not None:  # it has ended already: the kills that are left must not start anything again
             process = start_sweep(file, workdir, "--workers=2")
             time.sleep(rng.uniform(0, 4))

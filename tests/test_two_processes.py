@@ -225,9 +225,8 @@ def test_a_peer_killed_before_the_first_step_ends_the_other(
     assert "Traceback" not in text and "step 8/" not in text
 
 
-def test_a_killed_peer_ends_the_other_and_the_run_resumes_bit_equal(
-    config: Path, two_process_run: Path, tmp_path: Path, start: Start
-) -> None:
+def test_a_peer_killed_between_steps_ends_the_other(config: Path, tmp_path: Path, start: Start) -> None:
+    """The test in a bucket, below, resumes such a run."""
     run = tmp_path / "run"
     processes = start([config, config], run)
     wait_for(processes, lambda: lines_of(run) >= 8)
@@ -238,9 +237,6 @@ def test_a_killed_peer_ends_the_other_and_the_run_resumes_bit_equal(
     assert code == 75, text
     last = text.splitlines()[-1]
     assert last.startswith("preempted: another process of this run has ended") and "checkpoints/" in last
-    ended = wait_for_end(start([config, config], run))
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert timeless(read_metrics(run)) == timeless(read_metrics(two_process_run))
 
 
 # ---------------------------------------------------------------------------------------- in a bucket

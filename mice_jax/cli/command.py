@@ -20,7 +20,7 @@ from mice_jax.cli.config_file import parse_flags
 from mice_jax.cli.flags import COMMANDS, DefineFlags, Values, define_processes
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import Paused, Preempted, StoppedByRule, UserError
-from mice_jax.runtime import xla_flags
+from mice_jax.runtime import unused_packages, xla_flags
 
 if TYPE_CHECKING:
     from mice_jax.storage.paths import RunPath
@@ -51,6 +51,7 @@ def run(
     Returns:
       The exit code: 0 done; 2 the user's input is wrong; 3 stopped by a rule; 75 preempted or paused, its state saved.
     """
+    unused_packages.show()
     logging.set_verbosity(logging.ERROR)  # users need not see the warnings of libraries to each other
 
     def parse_and_run() -> int:
@@ -119,6 +120,7 @@ def before_imports(name: str) -> None:
     code = early_exit(name, argv)
     if code is not None:
         sys.exit(code)
+    unused_packages.hide()  # until `run`
 
 
 def early_exit(name: str, argv: Sequence[str]) -> int | None:

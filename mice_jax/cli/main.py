@@ -8,13 +8,14 @@ from mice_jax import __version__
 from mice_jax.cli import command
 from mice_jax.cli.flags import COMMANDS
 from mice_jax.config import nearest
-from mice_jax.runtime import xla_flags
+from mice_jax.runtime import unused_packages, xla_flags
 
 
 def start() -> None:
     """The entry point of the installed `mice`."""
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS and not command.asks_for_help(sys.argv):
         xla_flags.reexec_with_huge_pages()
+        unused_packages.hide()  # until `command.run`
     main()
 
 
