@@ -77,7 +77,7 @@ class Model:
         Args:
           loaded: The decoder, its parameters and the devices.
           tokenizer: The tokenizer, with the chat template to use.
-          defaults: How the model generates where a call does not say.
+          defaults: How the model generates if the arguments of a call do not set it.
           dtype: The dtype to compute in.
         """
         self.tokenizer = tokenizer

@@ -71,7 +71,7 @@ class Phase(_Strict):
     """A part of the run with its own sources; phases run one after another."""
 
     name: str = "stacked"
-    """The name in logs and metrics; each phase has a name of its own."""
+    """The name in logs and metrics; no two phases have the same name."""
     num_epochs: float = 1.0
     """The number of passes over the sources; a fraction is allowed."""
     num_steps: int = 0
@@ -263,7 +263,7 @@ class Eval(_Strict):
     include_path: str = ""
     """A folder with YAML files of your own tasks."""
     num_fewshot: int = -1
-    """Examples in a prompt; -1 means as each task says."""
+    """Examples in a prompt; -1 takes the number of each task."""
     limit: int = 0
     """Documents of each task; 0 means all."""
     apply_chat_template: bool = False

@@ -15,7 +15,7 @@ mt_bench is not a task of the harness: a judge grades the answers, which are wri
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("evaluate")  # --help and flag errors need no import from below.
+    command.before_imports("evaluate")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
 import dataclasses

@@ -3,13 +3,13 @@
   mice export --workdir=runs/demo --output=demo_hf
   mice export --workdir=runs/demo --step=400 --dtype=bfloat16 --output=demo_hf_400
 
-The dtype is that of the weights the run started from, unless --dtype says float32 or bfloat16.
+The dtype is that of the weights the run started from, unless --dtype=float32 or --dtype=bfloat16 is given.
 """
 
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("export")  # --help and flag errors need no import from below.
+    command.before_imports("export")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
 import json

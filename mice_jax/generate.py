@@ -5,14 +5,14 @@
   mice generate --model=runs/demo --step=400          a chat; /reset starts over, /exit ends it
 
 A line of --input is {"messages": [...]}, with optional "tools", or {"prompt": "..."}. A line of --output is that of the
-input with the added fields "response", and "stopped": whether the model ended the answer by itself. An output that
+input with the added fields "response", and "stopped": whether the model ended the answer itself. An output that
 exists is continued after its last complete line, by the same model and settings (OUTPUT.settings.json).
 """
 
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("generate")  # --help and flag errors need no import from below.
+    command.before_imports("generate")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
 import dataclasses

@@ -45,7 +45,7 @@ def cross_entropy_sums(
     """Computes the sum of weight * cross-entropy over all slots, and the sum of the weights.
 
     Logits are hidden @ output_weight.T * logit_scale in float32; with a soft cap they become
-    softcap * tanh(logits / softcap). A slot of weight 0 adds nothing, whatever its target is. The first sum is
+    softcap * tanh(logits / softcap). A slot of weight 0 adds nothing, for any target. The first sum is
     differentiable with respect to `hidden` and `output_weight`.
 
     Args:

@@ -180,7 +180,7 @@ def _with_moments_in(dtype: Any, inner: optax.GradientTransformation) -> optax.G
 
 # ---- Adafactor --------------------------------------------------------------------------------------------------
 def _adafactor() -> optax.GradientTransformation:
-    """Algorithm 4 of Shazeer and Stern, arXiv 1804.04235, without momentum, for each layer by itself."""
+    """Algorithm 4 of Shazeer and Stern, arXiv 1804.04235, without momentum, for each layer separately."""
 
     def rms(path: tuple, x: jax.Array) -> jax.Array:
         dims = range(1 if path[0].key == "layers" else 0, x.ndim)
@@ -201,7 +201,7 @@ def _adafactor() -> optax.GradientTransformation:
 
 # ---- Muon -------------------------------------------------------------------------------------------------------
 def _muon(axes: Any, beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
-    """Muon for the matrices of each layer by itself; Adam for embeddings, norms and biases."""
+    """Muon for the matrices of each layer separately; Adam for embeddings, norms and biases."""
     flat = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))
     matrices = {path: _matrix(names) for path, names in flat if names[0] == "layers" and not _is_vector(path)}
 

@@ -11,7 +11,7 @@ The memory is what XLA reports; time and cost are estimates. docs/plan.md explai
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("plan")  # --help and wrong flags need none of the imports below, which take seconds
+    command.before_imports("plan")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
 import contextlib

@@ -12,7 +12,7 @@
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("prepare")  # --help and wrong flags need none of the imports below, which take seconds
+    command.before_imports("prepare")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
 import json
@@ -41,7 +41,7 @@ WIDTH = 160  # columns of a table if the output is not a terminal
 
 
 def prepare(values: command.Values) -> None:
-    """Builds the token stores of a config and prints the reports that the flags ask for."""
+    """Builds the token stores of a config and prints the reports that the flags select."""
     config = command.config_of(values)
     output = Path(values.output) if values.output else None
     if output and not output.absolute().parent.is_dir():

@@ -11,7 +11,7 @@ folder of the run or sweep; for several runs, in the current folder. A run that 
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("report")  # --help and wrong flags need none of the imports below, which take seconds
+    command.before_imports("report")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
 import sys

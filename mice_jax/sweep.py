@@ -12,7 +12,7 @@ make up each trial's mesh: give each --coordinator_address, --num_processes and 
 from mice_jax.cli import command
 
 if __name__ == "__main__":
-    command.before_imports("sweep")  # --help and wrong flags need none of the imports below, which take seconds
+    command.before_imports("sweep")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
 import contextlib

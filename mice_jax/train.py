@@ -185,7 +185,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     run.begin(start, progress, checkpoints, writers)  # From here on run.progress, run.log and run.save may be used.
     pause_at = step_at_fraction(config.train.pause_at_share, data.total_steps) if config.train.pause_at_share else 0
     if 0 < pause_at <= start < data.total_steps:
-        raise paused(start)  # The run has paused before, and is not asked to go on.
+        raise paused(start)  # The run has already paused, and the config does not continue it.
     stop_signals = StopSignals(
         run.preemption,
         checkpoints,

@@ -77,7 +77,7 @@ BAD_RECORDS: dict[str, tuple[Any, str, str]] = {
     "pretraining": (
         {"messages": [{"role": "pretraining", "content": "a"}, *HELLO]},
         "pretraining among turns",
-        "record of its own",
+        "separate record",
     ),
 }
 BAD |= {k: (lines(r).rstrip(), reason, text) for k, (r, reason, text) in BAD_RECORDS.items()}

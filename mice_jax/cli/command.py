@@ -176,7 +176,7 @@ def config_of(values: Values) -> Config:
 
 
 def unchecked_config_of(values: Values) -> Config:
-    """The config of --config and its overrides, whatever their values."""
+    """Returns the config of --config and its overrides, without checking their values."""
     config = values.config if values["config"].present else required(values, "config")
     if not isinstance(config, Config):
         kind = type(config).__name__

@@ -43,7 +43,7 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def allow_imports_next_to(file: Path) -> None:
-    """Lets a config file import modules of its own folder, as a script may."""
+    """Lets a config file import modules from its folder, as a script may."""
     folder = str(file.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
@@ -54,7 +54,7 @@ def _flag_name(argument: str) -> str:
 
 
 def _check_config_flags(argv: list[str]) -> None:
-    """Reports a missing file or an unknown field, for which ml_collections raises errors of its own kind."""
+    """Reports a missing file or an unknown field, for which ml_collections raises various errors."""
     for argument in argv:
         name = _flag_name(argument)
         if name == "config" and not Path(_config_file(argv)).is_file():

@@ -27,7 +27,7 @@ def check_default_batch_size(mixture: Mixture, batch_size: int) -> None:
 
     Args:
       mixture: the steps of the run.
-      batch_size: the default. A phase with a batch size of its own does not use it.
+      batch_size: the default. A phase that sets its batch size does not use it.
 
     Raises:
       UserError: the largest epoch of a phase has fewer samples than a batch; the text names a size.

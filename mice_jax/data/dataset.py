@@ -21,7 +21,7 @@ from mice_jax.data.store import ProgressCallback, TokenStore, build_store
 from mice_jax.errors import UserError
 from mice_jax.storage.cache import cache_folder
 
-MAX_DEFAULT_WORKERS = 32  # each takes a few hundred MB; data.prepare_workers may ask for more
+MAX_DEFAULT_WORKERS = 32  # each takes a few hundred MB; data.prepare_workers may be larger
 
 Key = tuple[str, str]  # path and format: sources that share them share a store
 

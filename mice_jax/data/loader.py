@@ -149,6 +149,6 @@ def load_steps(source: StepSource, start: int, num_workers: int) -> Iterator[dic
         grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCH_STEPS)
     )
     if num_workers:
-        flags.FLAGS.mark_as_parsed()  # grain reads one of its own flags; ours are parsed elsewhere
+        flags.FLAGS.mark_as_parsed()  # grain reads one of its flags; the project's flags are parsed elsewhere
         steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(steps)

@@ -370,7 +370,7 @@ def _rows(file: str) -> Iterator[_Yielded]:
     """Yields the rows of a Parquet file."""
     number = 0
     try:
-        # With extensions enabled, a column of Parquet's JSON type is told from one of texts.
+        # With extensions enabled, a column of Parquet's JSON type is distinguished from one of texts.
         options: Any = {"pre_buffer": False, "buffer_size": PARQUET_BUFFER, "arrow_extensions_enabled": True}
         with _open(file) as f, pq.ParquetFile(f, **options) as table:
             size, total = _size(file), table.metadata.num_rows

@@ -88,7 +88,7 @@ def find_format(path: str, reader: Reader, format: str) -> tuple[str, str]:
       format: as in `Source.format`.
 
     Returns:
-      The format, and a sentence for the user where it is not the one that was asked for.
+      The format, and a sentence for the user if it differs from the given one.
 
     Raises:
       UserError: the format is unknown, or the first record has the fields of several.
@@ -232,7 +232,7 @@ def _sample(record: Record, where: str, place: int, number: int) -> Sample:
     _check(good, "messages", messages, "a list of at least one message")
     messages = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
     if len(messages) > 1 and any(m["role"] == "pretraining" for m in messages):
-        alone = "it is a whole document and must be the only message; give it a record of its own"
+        alone = "it is a whole document and must be the only message; give it a separate record"
         text = f"one of its {len(messages)} messages has the role 'pretraining', but {alone}"
         raise _BadRecord("pretraining among turns", text)
     _check(tools is None or _objects(tools), "tools", tools, "a list of objects (JSON schemas)")

@@ -382,7 +382,7 @@ def _replace_by_sentinels(messages: list[Message], chosen: Iterable[int]) -> tup
         if reasoning is not None:
             values[reasoning_part] = reasoning
             message.update({k: reasoning_part.sentinel for k in REASONING if message.get(k) == reasoning})
-        elif inline and inline[4]:  # some templates split a content at </think>, so each is a part of its own kind
+        elif inline and inline[4]:  # some templates split a content at </think>, so both are parts
             head, values[reasoning_part], middle, values[content_part] = inline.groups()
             message["content"] = head + reasoning_part.sentinel + middle + content_part.sentinel
             continue

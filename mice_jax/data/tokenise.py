@@ -1,7 +1,7 @@
 """Tokenises blocks of raw records in several processes, in the order of the source.
 
 One process parses, checks, renders and tokenises a block, so that only bytes travel between processes. A few blocks
-for each process are in memory, whatever the size of the source.
+for each process are in memory, for a source of any size.
 """
 
 import hashlib

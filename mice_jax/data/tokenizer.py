@@ -32,7 +32,7 @@ IdsAndSpans = tuple[np.ndarray, np.ndarray]  # ids, int32 [n], and the spans of 
 
 MODEL = "tokenizer.model"
 PROBE = "How to compete with elephants, in 3 steps"
-# Arguments of a tokenizer that do not affect its ids: paths, and the chat template, which has a key of its own.
+# Arguments of a tokenizer that do not affect its ids: paths, and the chat template, which is hashed separately.
 _NOT_IDS = ("name_or_path", "vocab_file", "tokenizer_file", "chat_template", "tokenizer_class", "backend")
 
 

@@ -18,7 +18,7 @@ from mice_jax.errors import UserError, one_line
 RETRIED = (408, 429, 500, 502, 503, 504)
 # These statuses mean that the key, the model or the address is wrong, so that other questions would fail too.
 FATAL_STATUS = (401, 403, 404)
-SCORE = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")  # MT-Bench's prompts ask for this form.
+SCORE = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")  # MT-Bench's prompts require this form.
 MIN_SCORE, MAX_SCORE = 1, 10
 LIMITS = ("max_tokens", "max_completion_tokens")  # Names of the longest answer; newer endpoints take only the second.
 MAX_QUOTED_CHARS = 200  # An error quotes at most this much of an endpoint's response.

@@ -2,7 +2,7 @@
 
 What differs between families is in models/families; this module uses their tables in both directions. It reads only
 safetensors, never a pickle, and executes nothing from a checkpoint. It reads headers first and reports all problems at
-once. Then it reads the slice of each device by itself, so that a process needs memory for its own share only.
+once. Then it reads the slice of each device separately, so that a process needs memory for its own share only.
 """
 
 import fnmatch
@@ -91,7 +91,7 @@ def dropouts(config: dict[str, Any]) -> dict[str, float]:
 
 
 def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Params) -> Params:
-    """Reads a folder's safetensors as float32 parameters, the slice of each device by itself.
+    """Reads a folder's safetensors as float32 parameters, the slice of each device separately.
 
     Args:
       folder: the Hugging Face folder.
@@ -222,7 +222,7 @@ def _family(config: dict[str, Any], file: Path) -> ModuleType:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in list(FAMILIES):
         known = ", ".join(FAMILIES)
-        raise UserError(f"{file} says architectures={names!r}; the families that can be trained are: {known}.")
+        raise UserError(f"{file} has architectures={names!r}; the families that can be trained are: {known}.")
     return FAMILIES[names[0]]
 
 

@@ -74,7 +74,7 @@ class _Subject:
 
     @functools.cached_property
     def fields(self) -> list[str]:
-        """The config fields by which runs are told apart: the axes of a sweep, else all that differ but the seed."""
+        """The config fields that distinguish runs: the axes of a sweep, else all fields that differ except the seed."""
         return self.axes or [k for k in self.differing if k != "seed"]
 
     @property

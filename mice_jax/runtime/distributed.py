@@ -51,7 +51,7 @@ def initialize(
     """Joins the processes of the run; must run before anything else touches a device.
 
     Args:
-        coordinator_address: host:port of process 0. If none of the three is given, JAX detects a cluster by itself
+        coordinator_address: host:port of process 0. If none of the three is given, JAX detects a cluster itself
             (TPU pod, Slurm, MPI); without one, the run has a single process.
         num_processes: number of processes of the run.
         process_id: number of this process.

@@ -13,7 +13,7 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cpu": ("XLA_FLAGS", ()),
     # Collectives overlap with compute that does not wait for them, as JAX's page on GPU performance advises.
     "gpu": ("XLA_FLAGS", ("--xla_gpu_enable_latency_hiding_scheduler=true",)),
-    # libtpu overlaps collectives by itself.
+    # libtpu overlaps collectives without flags.
     "tpu": ("LIBTPU_INIT_ARGS", ()),
 }
 # With this setting, glibc's malloc uses pages of 2 MiB. XLA allocates the memory of a program again at each run, and
@@ -23,7 +23,7 @@ DETERMINISTIC = {"gpu": ("--xla_gpu_deterministic_ops=true",)}  # CPU and TPU pr
 
 
 def set_flags(deterministic: bool) -> None:
-    """Adds the flags of the table to the environment, and those of deterministic runs if asked for."""
+    """Adds the flags of the table to the environment, and those of deterministic runs if `deterministic` is set."""
     for backend, (variable, flags) in FLAGS.items():
         present = os.environ.get(variable, "").split()
         names = {flag.partition("=")[0] for flag in present}

@@ -43,7 +43,7 @@ def parse_path(name: str) -> RunPath:
         list_folder(*filesystem(path))
     except ImportError as e:
         raise UserError(f"{name} needs the package gcsfs: pip install 'mice_jax[gcs]' ({one_line(e)}).") from e
-    except Exception as e:  # each store, and each kind of credentials, has exceptions of its own
+    except Exception as e:  # each store and each kind of credentials has different exceptions
         raise StoreError(f"{name} cannot be reached: {one_line(e)}.") from e
     return path
 
@@ -54,7 +54,7 @@ def is_remote(path: RunPath) -> bool:
 
 
 def write_atomically(file: RunPath, text: str) -> None:
-    """Writes a file so that readers see all of it or none of it, as a bucket does by itself."""
+    """Writes a file so that readers see all of it or none of it, as is always the case in a bucket."""
     if isinstance(file, Path):
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(text)
@@ -126,7 +126,7 @@ def list_folder(fs: Any, root: str) -> list[dict[str, Any]]:
 def upload(path: RunPath, file: str, content: bytes, present_bytes: int) -> None:
     """Writes an object of a folder of a bucket.
 
-    A large object that has only grown is not sent again. Its new bytes become an object of their own, which the store
+    A large object that has only grown is not sent again. Its new bytes become a separate object, which the store
     composes with the old one. The store composes only the generation that was read, so that a repeated request does
     not append the bytes twice.
 

@@ -127,7 +127,7 @@ class Study:
         return self.study.get_trials(deepcopy=False)
 
     def num_ended(self) -> int:
-        """Returns how many trials have ended, whatever their status."""
+        """Returns how many trials have ended, with any status."""
         return sum(t.state.is_finished() for t in self.trials())
 
     def run_folder(self, number: int) -> Path:

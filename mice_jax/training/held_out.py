@@ -37,7 +37,7 @@ def evaluate(
     mesh: jax.sharding.Mesh,
     by_phase: bool,
 ) -> dict[str, float]:
-    """Measures the held-out losses. Each is a mean over tokens, whatever loss reduction the training uses.
+    """Measures the held-out losses. Each is a mean over tokens, even if the training uses another loss reduction.
 
     Args:
       loss: Returns the loss_sum and the weight_sum of a microbatch.

@@ -36,7 +36,7 @@ class Poll(NamedTuple):
     """The decisions of `StopSignals.poll` after a step.
 
     Attributes:
-      save: Whether the clock asks for a checkpoint.
+      save: Whether checkpoint.every_minutes have passed, so that a checkpoint is due.
       stop: The error with which the run stops once the step is saved; None if it continues.
     """
 
@@ -135,7 +135,7 @@ class StopSignals:
           time_limit: The deadline of train.max_minutes.
           first_step: The number of steps that were done before this process started.
           total_steps: The number of the run's last step.
-          save_every_minutes: The value of checkpoint.every_minutes; 0 never asks for a checkpoint.
+          save_every_minutes: The value of checkpoint.every_minutes; 0 means never.
           pause_at: The step after which the run pauses; 0 never pauses.
           stop_rules: Returns the reason to stop after a record, or ""; None in all but the main process.
         """
@@ -153,7 +153,7 @@ class StopSignals:
           failure: The error of a benchmark that could not be scored after the step.
 
         Returns:
-          Whether the clock asks for a checkpoint, and the error to stop with, if any.
+          Whether a checkpoint is due by the clock, and the error to stop with, if any.
         """
         is_last = step == self._total_steps
         reason = self._stop_rules(record) if self._stop_rules and not is_last else ""

@@ -38,7 +38,7 @@ def splash(
       [B T N H].
     """
     t, n = q.shape[1:3]
-    q = (q.astype(jnp.float32) * scoring.scale).astype(q.dtype)  # the kernels have no scale of their own
+    q = (q.astype(jnp.float32) * scoring.scale).astype(q.dtype)  # the kernels do not scale
     q, k, v = zero_padding(segment_ids, q, k, v)
     q, k, v, segments = pad_to_multiple(LANES, q, k, v, segment_ids)
     kernel = _kernel(q.shape[1], n, scoring, interpret)

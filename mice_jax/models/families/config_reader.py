@@ -15,7 +15,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
 }  # fmt: skip
 
-# Keys that do not affect what is computed in training, whatever their value.
+# Keys that do not affect what is computed in training.
 IGNORED = {
     "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "architectures", "auto_map",
     "bos_token_id", "cache_implementation", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label",
