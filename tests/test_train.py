@@ -394,7 +394,7 @@ def test_a_run_gives_its_signals_back(config: Path, tmp_path: Path) -> None:
     assert [signal.getsignal(n) for n in numbers] == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])  # SIGTERM: test_resume
 def test_a_run_that_is_asked_to_leave_saves_and_goes_on_as_if_it_had_not(
     number: signal.Signals,
     workdir: Path,

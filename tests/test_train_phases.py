@@ -1,6 +1,8 @@
 """Runs of several phases: what each starts from, its rates and batches, and what is kept and saved on the way."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from helpers.runs import (
     write_jsonl,
 )
 from mice_jax import train as train_module
+from mice_jax.metrics import JsonlWriter
 from mice_jax.training.progress import Progress
 from mice_jax.training.record import STEP_METRICS
 
@@ -159,13 +162,21 @@ def read_last_start(folder: Path) -> float:
     return alone(folder / "last", folder / "best" / "run" / "checkpoints" / "5")[0]["loss"]
 
 
-def test_run_stopped_at_a_phase_boundary_resumes_like_an_unstopped_run(tmp_path: Path) -> None:
+def test_run_stopped_at_a_phase_boundary_resumes_like_an_unstopped_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = f"{RISING}\nc.checkpoint.best_mode = 'max'\nc.checkpoint.keep_last = 1"
     whole, parts = (two_phases(tmp_path / name, SEEDED, body) for name in ("whole", "parts"))
     assert run_train(whole, tmp_path / "whole" / "run") == 0
-    flag = "--config.train.max_minutes=1e-9"  # one step each time
-    codes = [run_train(parts, tmp_path / "parts" / "run", flag) for _ in range(13)]
-    assert codes == [75] * 12 + [0]
+    write = JsonlWriter.write
+
+    def write_and_stop(self: JsonlWriter, record: Record) -> None:
+        write(self, record)
+        if record["step"] in (4, 5, 6):  # before the boundary, at it, and after the next phase's first step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(JsonlWriter, "write", write_and_stop)
+    assert [run_train(parts, tmp_path / "parts" / "run") for _ in range(4)] == [75, 75, 75, 0]
     assert timeless(read_metrics(tmp_path / "parts" / "run")) == timeless(read_metrics(tmp_path / "whole" / "run"))
     kept = sorted(int(p.name) for p in (tmp_path / "whole" / "run" / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [1, 13]  # the newest, and what seeded the second phase
@@ -180,14 +191,14 @@ def test_best_metric_that_no_record_will_have_is_an_error_before_the_run(
     assert "checkpoint.best_metric" in err and "'eval/phase/knowledge/loss'" in err
 
 
-@pytest.mark.parametrize("metric", ["noise_scale", "mfu", "grad_sq_corrected", "learning_rate", "skipped_steps"])
+@pytest.mark.parametrize("metric", ["noise_scale", "learning_rate"])
 def test_checkpoints_are_chosen_by_any_number_of_metrics_jsonl(metric: str, tmp_path: Path) -> None:
     body = f"c.checkpoint.every_samples = 8\nc.checkpoint.keep_best = 1\nc.checkpoint.best_metric = '{metric}'"
     config = two_phases(tmp_path / "run", "", f"{body}\nc.train.skip_spikes = 100.0\nc.checkpoint.best_mode = 'max'")
     assert run_train(config, tmp_path / "run" / "run") == 0
     lines = read_metrics(tmp_path / "run" / "run")
     scores = {line["step"]: line[metric] for line in lines if line[metric] is not None}
-    assert len(scores) > 1 or metric in ("noise_scale", "grad_sq_corrected")  # of steps that can be split in two
+    assert len(scores) > 1 or metric == "noise_scale"  # of steps that can be split in two
     best = [max(scores, key=scores.__getitem__)] if scores else []  # of equal ones the earlier
     assert steps_kept(tmp_path / "run" / "run") == sorted({*best, len(lines)})
 
@@ -233,9 +244,7 @@ def steps_kept(run: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("flags", "kept"),
     [
-        (["checkpoint.every_samples=16"], [2, 4, 6, 8, 9]),
         (["checkpoint.every_samples=16", "checkpoint.keep_last=2"], [8, 9]),
-        (["checkpoint.every_samples=16", "checkpoint.keep_every=32"], [4, 8, 9]),
         (["checkpoint.every_samples=16", "checkpoint.keep_best=2"], []),
         (["checkpoint.every_samples=0", "checkpoint.every_minutes=1e-9"], list(range(1, 10))),
     ],
