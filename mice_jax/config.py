@@ -120,6 +120,12 @@ class Data(_Strict):
     """A Hugging Face folder with the tokenizer; empty means that of model.init_from."""
     chat_template: str = ""
     """The name of a built-in chat template or the path of a .jinja file; empty means the tokenizer's own."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Values of variables of the chat template, such as `{"enable_thinking": False}`; they become its defaults, also in
+    the exported model, and a record's own `chat_template_kwargs` override them."""
+    reasoning: str = "template"
+    """What happens to the reasoning of a conversation: template renders it as the template does, last does not train
+    turns whose reasoning the template leaves out, per_turn makes a sample of each turn, and drop takes it out."""
     train_on: str = "all"
     """The assistant messages that carry loss: all of a sample, or the last one only."""
     max_length: int = 4096
@@ -423,7 +429,7 @@ def field_names(cls: type = Config, prefix: str = "") -> list[str]:
     for name, hint in typing.get_type_hints(cls).items():
         is_part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         names += field_names(hint, f"{prefix}{name}.") if is_part else [prefix + name]
-        (element,) = typing.get_args(hint) or (None,)
+        element = next(iter(typing.get_args(hint)), None)
         if isinstance(element, type) and dataclasses.is_dataclass(element):
             names += field_names(element, f"{prefix}{name}[].")
     return names

@@ -6,6 +6,7 @@ config.py, which imports it; so it takes a config as `Any`.
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -18,6 +19,7 @@ CHOICES = {
     "model.remat": ("auto", "none", "full", "dots"),
     "data.overlong": ("drop", "truncate", "error"),
     "data.train_on": ("all", "last"),
+    "data.reasoning": ("template", "last", "per_turn", "drop"),
     "optim.schedule": ("constant", "linear", "cosine", "wsd"),
     "optim.loss_reduction": ("token", "sample"),
     "optim.name": ("adamw", "adafactor", "muon", "lion", "sgd"),
@@ -101,6 +103,8 @@ def type_problems(value: Any, hint: Any, name: str) -> list[str]:
         hints = typing.get_type_hints(hint)
         dot = f"{name}." if name else ""
         return [p for k, h in hints.items() for p in type_problems(getattr(value, k), h, dot + k)]
+    if typing.get_origin(hint) is dict:
+        return _object_problems(value, name)
     if isinstance(hint, types.GenericAlias):
         if not isinstance(value, list):
             return [f"{name}={value!r} must be a list"]
@@ -110,6 +114,16 @@ def type_problems(value: Any, hint: Any, name: str) -> list[str]:
     matches = isinstance(value, allowed) and (hint is bool or not isinstance(value, bool))
     kind = type(value).__name__
     return [] if matches else [f"{name}={value!r} is of type {kind} and must be {hint.__name__}"]
+
+
+def _object_problems(value: Any, name: str) -> list[str]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        return [f"{name}={value!r} must be a dict whose keys are strings"]
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        return [f"{name}={value!r} must hold JSON values only: {e}"]
+    return []
 
 
 def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:

@@ -4,9 +4,10 @@
   mice generate --model=hf_folder --input=questions.jsonl --output=answers.jsonl --max_new_tokens=512
   mice generate --model=runs/demo --step=400          a chat; /reset starts over, /exit ends it
 
-A line of --input is {"messages": [...]}, with optional "tools", or {"prompt": "..."}. A line of --output is that of the
-input with the added fields "response", and "stopped": whether the model ended the answer itself. An output that
-exists is continued after its last complete line, by the same model and settings (OUTPUT.settings.json).
+A line of --input is {"messages": [...]} or {"prompt": "..."}, with optional "tools", "documents" and
+"chat_template_kwargs". A line of --output is that of the input with the added fields "response", and "stopped": whether
+the model ended the answer itself. An output that exists is continued after its last complete line, by the same model
+and settings (OUTPUT.settings.json).
 """
 
 from mice_jax.cli import command
@@ -15,6 +16,7 @@ if __name__ == "__main__":
     command.before_imports("generate")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
+import codecs
 import dataclasses
 import json
 import sys
@@ -29,6 +31,7 @@ from mice_jax.cli.flags import define_generate
 from mice_jax.cli.progress_display import Display
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
+from mice_jax.data.template_source import RESERVED
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.inference.chat import ChatModel, Message
@@ -250,7 +253,7 @@ class _Job:
         records, prompts = [], []
         for where, record in _records(questions):
             try:
-                prompt = encoder.prompt_ids(_messages(record, system), record.get("tools"))
+                prompt = encoder.prompt_ids(_messages(record, system), **_inputs(record))
             except UserError as e:
                 raise UserError(f"{where}: {e}") from None
             check_fits(prompt, sampling, spec, where)
@@ -297,7 +300,7 @@ def _answer_file(job: _Job, model: ChatModel, sampling: Sampling, batch_size: in
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the file and line number of each line, and its object."""
-    for number, line in enumerate(_read(file).split(b"\n"), 1):
+    for number, line in enumerate(_read(file).removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         if line.strip():
             where = f"{file} line {number}"
             try:
@@ -317,6 +320,21 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as e:
         raise UserError(f"{file} cannot be read: {e.strerror}.") from None
+
+
+def _inputs(record: dict[str, Any]) -> dict[str, Any]:
+    """What the template gets besides the messages; raises UserError if it is not valid."""
+    for name in ("tools", "documents"):
+        value = record.get(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(v, dict) for v in value)):
+            raise UserError(f"`{name}` must be a list of objects.")
+    kwargs = record.get("chat_template_kwargs")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise UserError("`chat_template_kwargs` must be an object.")
+    taken = sorted(set(kwargs or {}) & set(RESERVED))
+    if taken:
+        raise UserError(f"`chat_template_kwargs` has {taken[0]!r}, which every conversation sets by itself.")
+    return {"tools": record.get("tools"), "documents": record.get("documents"), "template_kwargs": kwargs}
 
 
 def _messages(record: dict[str, Any], system: list[Message]) -> list[Message]:

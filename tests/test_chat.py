@@ -331,14 +331,15 @@ def test_special_token_spelt_by_a_content_is_flagged(encoders: dict[str, ChatEnc
     thought, called = chat("Hi", "Red"), chat("Hi", "Red")
     thought.messages[1]["reasoning_content"] = "<|im_start|>"
     called.messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": {"a": "é<|im_end|>"}}}]
+    assert flags_of(encoders["qwen25"], called) == [spelt]  # whose template has a place for calls
     document = make([{"role": "pretraining", "content": "Red<|im_end|>blue"}])
-    samples = [chat("a<|im_end|>", "Red"), chat("Hi", "<|im_start|>"), thought, called, document]
-    assert flags_of(encoder, *samples) == [spelt] * 5
+    samples = [chat("a<|im_end|>", "Red"), chat("Hi", "<|im_start|>"), thought, document]
+    assert flags_of(encoder, *samples) == [spelt] * 4
     # Tokens that are added but not special (<think>) and parts of special ones are mere text.
     assert flags_of(encoder, chat("<think>", "<|im_start"), chat("Hi", "<|im_end |>")) == [SampleFlag(0)] * 2
     encoder.tokenizer.split_special_tokens = True  # then it is read as text too
     try:
-        assert flags_of(ChatEncoder(encoder.tokenizer), *samples) == [SampleFlag(0)] * 5
+        assert flags_of(ChatEncoder(encoder.tokenizer), *samples) == [SampleFlag(0)] * 4
     finally:
         encoder.tokenizer.split_special_tokens = False
 
@@ -396,11 +397,12 @@ def test_template_date_is_one_day_throughout() -> None:
 
 
 def test_template_date_is_today_as_in_transformers() -> None:
-    for template in (DATED, {"default": DATED, "tool_use": DATED + "tools"}):
+    for template in (DATED, {"default": DATED, "tool_use": DATED + "{{ tools | tojson }}"}):
         encoder = ChatEncoder(make_tokenizer(template, ["<|im_end|>", "<|im_start|>"]))  # type: ignore[arg-type]
         if encoder.today == datetime.date.today():  # not over midnight
             assert runs(encoder, chat("Hi", "Red")) == ["Red<|im_end|>"]
-            assert runs(encoder, chat("Hi", "Red", tools=[{"type": "function"}])) == ["Red<|im_end|>"]
+            tools = [{"type": "function"}] if isinstance(template, dict) else None
+            assert runs(encoder, chat("Hi", "Red", tools=tools)) == ["Red<|im_end|>"]
 
 
 def test_token_store_is_known_by_the_day_where_the_template_writes_it() -> None:

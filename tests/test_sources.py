@@ -74,6 +74,23 @@ BAD_RECORDS: dict[str, tuple[Any, str, str]] = {
     "reasoning": (with_message(reasoning_content=[1]), "bad messages.reasoning_content", "a string"),
     "unmask": ({**GOOD, "unmask": "yes"}, "bad unmask", "unmask is the string 'yes'"),
     "tools": ({**GOOD, "tools": ["add"]}, "bad tools", "tools is a list, and must be a list of objects"),
+    "tools a text": ({**GOOD, "tools": "add"}, "bad tools", "tools is the string 'add', and must be a list of objects"),
+    "weight": (with_message(weight=0.5), "bad messages.weight", "weight is the number 0.5, and must be 0 or 1"),
+    "weight a boolean": (with_message(weight=True), "bad messages.weight", "weight is the boolean True"),
+    "loss": (with_message(loss=1), "bad messages.loss", "loss is the number 1, and must be true or false"),
+    "contradiction": (with_message(train=True, weight=0), "contradictory train", "contradict each other"),
+    "documents": ({**GOOD, "documents": ["a"]}, "bad documents", "documents is a list, and must be a list of objects"),
+    "kwargs": ({**GOOD, "chat_template_kwargs": 3}, "bad chat_template_kwargs", "is the number 3"),
+    "kwargs reserved": (
+        {**GOOD, "chat_template_kwargs": {"messages": []}},
+        "bad chat_template_kwargs",
+        "has 'messages', which every conversation sets by itself",
+    ),
+    "two systems": (
+        {"messages": [{"role": "system", "content": "a"}, *HELLO], "system": "b"},
+        "two system messages",
+        "they differ",
+    ),
     "pretraining": (
         {"messages": [{"role": "pretraining", "content": "a"}, *HELLO]},
         "pretraining among turns",
@@ -117,6 +134,37 @@ def test_text_parts_are_joined(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "Red "}, {"type": "text", "text": "blue"}]
     (sample,) = read(tmp_path / "a.jsonl", lines(with_message(content=parts)))
     assert sample.messages[1]["content"] == "Red blue"
+
+
+# ---------------------------------------------------------------------------------------- what is trained
+@pytest.mark.parametrize(
+    ("keys", "train"),
+    [
+        ({}, None),
+        ({"weight": 0}, False),
+        ({"weight": 1}, True),
+        ({"weight": 1.0}, True),
+        ({"loss": False}, False),
+        ({"loss": True, "train": True, "weight": 1}, True),
+        ({"weight": None, "loss": None}, None),
+    ],
+)
+def test_weight_and_loss_of_a_message_mean_train(keys: dict[str, Any], train: bool | None, tmp_path: Path) -> None:
+    (sample,) = read(tmp_path / "a.jsonl", lines(with_message(**keys)))
+    wanted = {"role": "assistant", "content": "Red"} | ({} if train is None else {"train": train})
+    assert sample.messages[1] == wanted
+
+
+def test_keys_of_a_record_that_nothing_reads_are_listed(tmp_path: Path) -> None:
+    records = {
+        "messages": {**GOOD, "id": 7, "prompt": "b", "system": None, "tools": [], "comment": None},
+        "alpaca": {"instruction": "a", "input": "", "output": "c", "text": "d"},
+        "text": {"text": "a", "system": "s"},
+    }
+    unread = {"messages": ("id", "prompt"), "alpaca": ("text",), "text": ("system",)}
+    for format, record in records.items():
+        (sample,) = read(tmp_path / "a.jsonl", lines(record), format=format)
+        assert sample.unread == unread[format], format
 
 
 # ---------------------------------------------------------------------------------------- formats
@@ -164,6 +212,47 @@ def test_prompt_and_completion_of_messages_trains_on_the_completion_alone(tmp_pa
     assert [(m["content"], m.get("train")) for m in sample.messages] == [*((c, False) for c in "123"), ("4", None)]
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+
+
+def test_sharegpt_call_is_a_turn_of_the_assistant_and_its_result_one_of_a_tool(tmp_path: Path) -> None:
+    call = json.dumps(CALL["function"])
+    turns = [
+        {"from": "human", "value": "hi"},
+        {"from": "function_call", "value": call},
+        {"from": "observation", "value": "3"},
+        {"from": "gpt", "value": "three"},
+    ]
+    record = {"conversations": turns, "tools": '[{"name": "f"}]', "system": "Be kind."}
+    (sample,) = read(tmp_path / "a.jsonl", lines(record), format="sharegpt")
+    assert sample.messages == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "three"},
+    ]
+    assert sample.tools == [{"name": "f"}] and sample.unread == ()
+    turns[1]["value"] = f"[{call}, {call}]"
+    (sample,) = read(tmp_path / "a.jsonl", lines(record), format="sharegpt")
+    assert sample.messages[2]["tool_calls"] == [CALL, CALL]
+
+
+@pytest.mark.parametrize("value", ["f()", "[]", '{"arguments": {}}', '{"name": "f"}', None, "3"])
+def test_sharegpt_call_that_is_none_is_named(value: Any, tmp_path: Path) -> None:
+    record = {"conversations": [{"from": "human", "value": "hi"}, {"from": "function_call", "value": value}]}
+    with pytest.raises(UserError, match=r"line 1: conversations\[1\]\.value is .* must be the JSON of"):
+        read(tmp_path / "a.jsonl", lines(record), format="sharegpt")
+
+
+@pytest.mark.parametrize("format", ["messages", "sharegpt"])
+def test_turns_are_read_by_their_keys_whatever_they_are_called(format: str, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Hello 🤖"}, {"from": "gpt", "value": "Red"}]
+    for record in ({"conversations": HELLO}, {"conversations": turns} if format == "sharegpt" else {"messages": turns}):
+        (sample,) = read(tmp_path / "a.jsonl", lines(record), format=format)
+        assert sample.messages == HELLO
+
+
 def test_messages_kept_as_lists_of_fields_are_put_together(tmp_path: Path) -> None:
     columns = {k: [m[k] for m in HELLO] for k in ("role", "content")}
     (sample,) = read(tmp_path / "a.jsonl", lines({"messages": columns}))
@@ -209,6 +298,12 @@ def test_format_is_detected_from_the_first_record_and_reported(format: str, tmp_
     taken, said = found(tmp_path, "messages", 3, {**record, "unmask": True})  # the first *object*
     assert taken == format and f"read as {format}: its first record has `" in said and "no `messages`" in said
     assert found(tmp_path, format, record) == (format, "")
+
+
+def test_conversations_of_messages_are_read_as_messages_and_reported(tmp_path: Path) -> None:
+    taken, said = found(tmp_path, "messages", {"conversations": HELLO})
+    assert taken == "messages" and "the `conversations` of its first record are messages" in said
+    assert read(tmp_path / "a.jsonl", lines({"conversations": HELLO}))[0].messages == HELLO
 
 
 def test_format_is_never_guessed(tmp_path: Path) -> None:

@@ -220,13 +220,15 @@ def test_main_process_tokenises_while_workers_start(
     assert bytes_of(cache) == alone and next(asked, None) is None
 
 
-def test_first_bad_line_is_named_and_nothing_after_it_is_kept(build: Build, cache: Path, many: Path) -> None:
+def test_every_bad_line_is_named_and_nothing_after_the_first_is_kept(build: Build, cache: Path, many: Path) -> None:
     lines = many.read_bytes().splitlines()
     lines[150], lines[97] = b"{bad", b"[]"
     many.write_bytes(b"\n".join(lines))
     for workers in (1, 3):
         for _ in range(2):  # a second build ends at the same line and does not go on behind it
-            with pytest.raises(UserError, match=r"many\.jsonl line 98: it is a"):
+            with pytest.raises(
+                UserError, match=r"2 records .*: \(1\) .*line 98: it is an empty list.*\(2\) .*line 151: .*not J"
+            ):
                 build(many, workers=workers)
         (journal,) = cache.glob("*.partial/journal.jsonl")
         noted = json.loads(journal.read_text().splitlines()[-1])
@@ -249,14 +251,14 @@ def test_killed_worker_is_an_error_and_leaves_no_gap(build: Build, cache: Path, 
     assert bytes_of(cache) == gone_on
 
 
-def test_bad_line_before_a_truncated_end_is_reported_first(build: Build, many: Path) -> None:
+def test_bad_line_before_a_truncated_end_is_reported_with_it(build: Build, many: Path) -> None:
     lines = many.read_bytes().splitlines()
     lines[97] = b"[]"
     packed = gzip.compress(b"\n".join(lines))
     broken = many.with_suffix(".jsonl.gz")
     broken.write_bytes(packed[:-20])
     for workers in (1, 3):
-        with pytest.raises(UserError, match="line 98"):
+        with pytest.raises(UserError, match=r"line 98: it is an empty list.*cannot be read past line 1"):
             build(broken, workers=workers)
 
 
@@ -266,12 +268,12 @@ class Mortal(ChatEncoder):
     go_on = False
     only = 0
 
-    def encode(self, samples: Any) -> Any:
+    def encode_each(self, samples: Any, compare: int = 0) -> Any:
         number = samples[-1].number
         if not self.go_on and (number == self.only if self.only else number > 100):
             time.sleep(1 if self.only else 0)
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().encode(samples)
+        return super().encode_each(samples, compare)
 
 
 KILLED = """

@@ -7,24 +7,33 @@ at least one character gets loss.
 
 import datetime
 import enum
+import functools
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError
-from mice_jax.data.sources import REASONING, Sample
+from mice_jax.data import template_checks
+from mice_jax.data.bad_records import BadRecord, BadRecordError
+from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError, TemplateInputs
+from mice_jax.data.json_list import DECODER
+from mice_jax.data.reasoning import POLICIES, REASONING, reasoning_of, without_reasoning
+from mice_jax.data.sample_notes import NO_NOTES, UNREAD, Note, Notes
+from mice_jax.data.sources import Sample
 from mice_jax.data.template_spans import PROBE_MESSAGES, NoTurnEndError, TemplateSpans
-from mice_jax.data.tokenizer import Span, decode, offset_tokenizer
+from mice_jax.data.tokenizer import IdsAndSpans, Span, decode, offset_tokenizer
 from mice_jax.errors import UserError
 
 RULES_VERSION = 3  # increased whenever ids or masks change, so that token stores are rebuilt
+# Keys of a message that every template is taken to know, or that are checked in another way.
+KNOWN_KEYS = {"role", "content", "train", "tool_calls", *REASONING}
+EXAMPLE_TOKENS = 6  # tokens of a prompt that differs, which the report shows
 # The assistant messages that get loss, unless a message's `train` or a sample's `unmask` overrides it.
 TRAIN_ON = ("all", "last")
 
@@ -44,6 +53,19 @@ class Encoded:
     ids: np.ndarray  # int32 [n]
     trained: np.ndarray  # uint8 [n]; 1 = the model learns to predict this token
     flags: int = 0  # a combination of `SampleFlag`
+    notes: Notes = field(default_factory=lambda: NO_NOTES)  # what was left out or changed, and how often
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """A conversation as text."""
+
+    sample: Sample
+    messages: list[Message]  # as the template sees them
+    text: str
+    train_indices: list[int]  # indices of the messages that are trained
+    spans: list[Span]  # of `text`, that are trained; mostly one for each message
+    notes: dict[str, Note]
 
 
 class ChatEncoder:
@@ -55,6 +77,7 @@ class ChatEncoder:
         chat_template: str | None = None,
         train_on: str = "all",
         today: datetime.date | None = None,
+        reasoning: str = "template",
     ) -> None:
         """Sets up the tokenizer and the template.
 
@@ -64,14 +87,20 @@ class ChatEncoder:
           train_on: "all" trains every assistant message, "last" only the last one of each conversation. The `train` of
             a message and the `unmask` of a sample override it.
           today: the date that templates may write; None means today. A resumed run passes the date of its first start.
+          reasoning: what happens to reasoning: "template" leaves it to the template; "last" does not train turns whose
+            reasoning the template leaves out; "per_turn" makes a sample of each turn, rendered as it is asked for;
+            "drop" takes it out.
 
         Raises:
-          UserError: if `train_on` is unknown.
+          UserError: if `train_on` or `reasoning` is unknown.
         """
         if train_on not in TRAIN_ON:
             raise UserError(f"data.train_on={train_on!r} is not one of {', '.join(TRAIN_ON)}.")
+        if reasoning not in POLICIES:
+            raise UserError(f"data.reasoning={reasoning!r} is not one of {', '.join(POLICIES)}.")
         self.tokenizer = tokenizer
         self.train_on = train_on
+        self.reasoning = reasoning
         self.today = today or datetime.date.today()
         self._offset_tokenizer = offset_tokenizer(tokenizer)
         self._template = ChatTemplate(tokenizer, chat_template, self.today)
@@ -97,26 +126,88 @@ class ChatEncoder:
           One `Encoded` for each sample, in order.
 
         Raises:
-          UserError: if the template raises an error, or the trained spans of a sample cannot be derived.
+          UserError: if the template raises an error or leaves out calls, or trained spans cannot be derived.
         """
-        encoded: list[Encoded | None] = [None] * len(samples)
-        documents = [i for i, s in enumerate(samples) if s.messages[0]["role"] == "pretraining"]
+        encoded: list[Encoded] = []
+        for one in self.encode_each(samples):
+            if isinstance(one, BadRecord):
+                raise BadRecordError(one)
+            encoded.append(one)
+        return encoded
+
+    def encode_each(self, samples: Sequence[Sample], compare: int = 0) -> list[Encoded | BadRecord]:
+        """Encodes samples as `encode` does; what cannot be encoded is returned as a bad record.
+
+        Args:
+          samples: conversations and documents.
+          compare: the number of conversations whose turns are compared with the prompts for them.
+
+        Returns:
+          An `Encoded` or a `BadRecord` for each sample, in order.
+        """
+        found: list[Encoded | BadRecord | None] = [None] * len(samples)
+        documents = [i for i, s in enumerate(samples) if _is_document(s)]
         texts = [samples[i].messages[0]["content"] for i in documents]
         for i, ids in zip(documents, self._offset_tokenizer.encode_documents(texts), strict=True):
-            encoded[i] = self._encode_document(samples[i], ids)
-        chats = [i for i, e in enumerate(encoded) if e is None]
-        rendered = [self._render_and_find_spans(samples[i]) for i in chats]
-        tokens = self._offset_tokenizer.encode_with_offsets([text for text, _ in rendered])
-        for i, (ids, offsets), (_, spans) in zip(chats, tokens, rendered, strict=True):
-            encoded[i] = Encoded(ids, _mask(offsets, spans), self._flags(samples[i], ids[:2].tolist()))
-        return encoded  # type: ignore[return-value]
+            found[i] = self._encode_document(samples[i], ids)
+        rendered: dict[int, _Rendered] = {}
+        for i in (i for i, one in enumerate(found) if one is None):
+            one = self._rendered(samples[i])
+            if isinstance(one, BadRecord):
+                found[i] = one
+            else:
+                rendered[i] = one
+        tokens = self._offset_tokenizer.encode_with_offsets([one.text for one in rendered.values()])
+        for number, ((i, one), located) in enumerate(zip(rendered.items(), tokens, strict=True)):
+            ids, offsets = located
+            notes = one.notes | (self._compared(one, located) if number < compare else {})
+            found[i] = Encoded(ids, _mask(offsets, one.spans), self._flags(samples[i], ids[:2].tolist()), notes)
+        return found  # type: ignore[return-value]
 
-    def prompt_ids(self, messages: list[Message], tools: list[Message] | None = None) -> list[int]:
+    def check(self, samples: Sequence[Sample]) -> list[BadRecord]:
+        """The samples that cannot be encoded, found without tokenising any."""
+        rendered = (self._rendered(s) for s in samples if not _is_document(s))
+        return [one for one in rendered if isinstance(one, BadRecord)]
+
+    def split_by_turn(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """The samples to encode: with the policy "per_turn", one for each trained turn, else those that are given.
+
+        The sample of a turn ends with it, so that the template renders it as it does when the turn is generated.
+        Trained messages of other roles are trained in the sample of the assistant's next turn.
+        """
+        for sample in samples:
+            turns = [] if self.reasoning != "per_turn" or _is_document(sample) else self._turns(sample)
+            if not turns:
+                yield sample
+            for trained in turns:
+                messages = [m | {"train": i in trained} for i, m in enumerate(sample.messages[: trained[-1] + 1])]
+                yield replace(sample, messages=messages, conversation=sample.conversation or sample)
+
+    def _turns(self, sample: Sample) -> list[list[int]]:
+        """The trained messages in groups, each of which ends with one of the assistant's."""
+        turns: list[list[int]] = []
+        ended = True
+        for i in self._messages_to_train(sample):
+            if ended:
+                turns.append([])
+            turns[-1].append(i)
+            ended = sample.messages[i]["role"] == "assistant"
+        return turns
+
+    def prompt_ids(
+        self,
+        messages: list[Message],
+        tools: list[Message] | None = None,
+        documents: list[Message] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
         """Returns the ids of a conversation, followed by the header after which the model writes the next turn.
 
         Args:
           messages: the conversation.
           tools: the JSON schemas of the tools.
+          documents: the documents, for templates that write them.
+          template_kwargs: further variables of the template.
 
         Returns:
           The ids.
@@ -124,8 +215,9 @@ class ChatEncoder:
         Raises:
           UserError: if the template cannot render the conversation.
         """
+        inputs = TemplateInputs(tools, documents, template_kwargs or {})
         try:
-            text = self._template.render(_without_own_keys(messages), tools, add_generation_prompt=True)
+            text = self._template.render(self._as_template_sees(messages), inputs, add_generation_prompt=True)
         except TemplateError as e:
             raise UserError(f"the prompt {json.dumps(messages)[:200]}: {e}.") from e
         return self._offset_tokenizer.encode(text)
@@ -200,9 +292,11 @@ class ChatEncoder:
             self.tokenizer.all_special_ids,
             self._template.dated_texts(),
             self.train_on,
+            self.reasoning,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
+    # ------------------------------------------------------------------------------------ rendering
     def _decode(self, ids: np.ndarray) -> str:
         return decode(self.tokenizer, ids.tolist(), skip_special_tokens=False)
 
@@ -223,34 +317,213 @@ class ChatEncoder:
             flags |= SampleFlag.STARTS_WITH_ASSISTANT
         return flags.value
 
-    def _render_and_find_spans(self, sample: Sample) -> tuple[str, list[Span]]:
-        """Returns the text of a conversation, and the spans of the text that are trained."""
-        messages, tools = _without_own_keys(sample.messages), sample.tools
+    def _rendered(self, sample: Sample) -> _Rendered | BadRecord:
+        """The conversation's text and its trained spans, or why it cannot be used."""
+        try:
+            return self._render(sample)
+        except BadRecordError as e:
+            return e.record
+        except NoTurnEndError as e:
+            text = f"{e}, so a model trained on it would never stop"
+            advice = "Let the template write a token (such as the eos token) after each assistant message"
+            return BadRecord(sample.where, "turn without an end", text, advice)
+        except TemplateError as e:
+            return self._refused(sample, "refused by the chat template", str(e))
+
+    def _render(self, sample: Sample) -> _Rendered:
+        notes: dict[str, Note] = {}
+        if self.reasoning == "drop":
+            sample = _drop_reasoning(sample, notes)
+        messages, inputs = self._as_template_sees(sample.messages), _inputs_of(sample)
         train_indices = self._messages_to_train(sample)
+        # The tags of a template enclose the assistant's messages only.
+        tagged: list[Span] | None = None
+        if all(messages[i]["role"] == "assistant" for i in train_indices) and self._template.is_tagged(inputs.tools):
+            text, tagged = self._template.render_with_spans(messages, inputs)
+        else:
+            text = self._template.render(messages, inputs)
+        lost = template_checks.left_out(self._template, messages, inputs, text)
+        if lost.tools or lost.calls:
+            parts = [
+                *(["its `tools`"] if lost.tools else []),
+                *(f"the `tool_calls` of messages[{i}]" for i in lost.calls),
+            ]
+            raise BadRecordError(
+                self._refused(
+                    sample, "tools left out by the chat template", f"the chat template leaves out {' and '.join(parts)}"
+                )
+            )
+        untold = [i for i in train_indices if i in lost.reasoning]
+        if untold and self.reasoning == "last":
+            train_indices = [i for i in train_indices if i not in untold]
+            notes["reasoning_untrained"] = Note(len(untold))
+        elif untold:
+            notes["reasoning_left_out"] = Note(len(untold))
+        if lost.contents:
+            notes["content_left_out"] = Note(len(lost.contents))
+        spans = self._spans_of(sample, messages, inputs, text, tagged, train_indices) if train_indices else []
+        self._note_oddities(sample, messages, train_indices, notes)
+        return _Rendered(sample, messages, text, train_indices, spans, notes)
+
+    def _spans_of(
+        self,
+        sample: Sample,
+        messages: list[Message],
+        inputs: TemplateInputs,
+        text: str,
+        tagged: list[Span] | None,
+        train_indices: list[int],
+    ) -> list[Span]:
+        """The trained spans of a rendered conversation."""
+        if tagged is not None:
+            return self._spans.from_tags(messages, text, tagged, train_indices)
         try:
-            # The tags of a template enclose assistant messages only.
-            only_assistant = all(messages[i]["role"] == "assistant" for i in train_indices)
-            if only_assistant and self._template.is_tagged(tools):
-                text, tagged = self._template.render_with_spans(messages, tools)
-                return text, self._spans.from_tags(messages, text, tagged, train_indices) if train_indices else []
-            text = self._template.render(messages, tools)
+            return self._spans.derive(messages, inputs, text, train_indices)
         except TemplateError as e:
-            raise UserError(f"{sample.where}: {e}.") from e
-        except NoTurnEndError as e:
-            raise _no_turn_end_error(sample, e) from e
-        if not train_indices:
-            return text, []
+            told = f"the trained tokens cannot be derived from the chat template: {e}"
+            advice = (
+                "Put {% generation %} before and {% endgeneration %} after the assistant's turn (its content and the "
+                "token that ends it) in a copy of the template, and give that file as data.chat_template"
+            )
+            raise BadRecordError(BadRecord(sample.where, "trained tokens unknown", told, advice)) from e
+
+    def _refused(self, sample: Sample, reason: str, text: str) -> BadRecord:
+        """A conversation that the template cannot render whole, with the built-in templates that can."""
+        messages, inputs = self._as_template_sees(sample.messages), _inputs_of(sample)
+        advice = []
+        if self._renders_without_nulls(messages, inputs):
+            nulls = [f"messages[{i}]" for i, m in enumerate(messages) if "content" not in m]
+            text += f". It fails where `content` is null ({', '.join(nulls)})"
+            advice.append('give such messages "content": "", or write (message.content or \'\') in the template')
+        special = any(m["role"] == "tool" or m.get("tool_calls") or reasoning_of(m) for m in messages)
+        if inputs.tools or special or advice:
+            names = template_checks.built_in_that_render(self._template, messages, inputs)
+            renders = "renders it" if len(names) == 1 else "render it"
+            if names:
+                advice.append(f"take {template_checks.any_of(names)}, which {renders}, as data.chat_template")
+            else:
+                advice.append("take it out of the data, since no built-in template renders it")
+        return BadRecord(sample.where, reason, text, ", or ".join(advice))
+
+    def _renders_without_nulls(self, messages: list[Message], inputs: TemplateInputs) -> bool:
+        """Whether the template fails for these messages, and would not if their missing contents were empty texts."""
+        if all("content" in m for m in messages):
+            return False
         try:
-            return text, self._spans.derive(messages, tools, text, train_indices)
-        except NoTurnEndError as e:
-            raise _no_turn_end_error(sample, e) from e
-        except TemplateError as e:
-            raise UserError(
-                f"{sample.where}: the trained tokens cannot be derived from the chat template: {e}."
-                " In a copy of the template, put {% generation %} before and {% endgeneration %} after the "
-                "assistant's turn (its content and the token that ends it), and set data.chat_template to the path "
-                "of the copy."
-            ) from e
+            self._template.render(messages, inputs)
+        except TemplateError:
+            try:
+                self._template.render([{"content": ""} | m for m in messages], inputs)
+            except TemplateError:
+                return False
+            return True
+        return False
+
+    # ------------------------------------------------------------------------------------ notes
+    def _note_oddities(
+        self, sample: Sample, messages: list[Message], train_indices: list[int], notes: dict[str, Note]
+    ) -> None:
+        """Counts what is odd about a conversation and no error."""
+        for key in self._unread_keys(sample):
+            notes[UNREAD + key] = Note(1)
+        answers = [messages[i] for i in train_indices if messages[i]["role"] == "assistant"]
+        empty = sum(not (m.get("content") or m.get("tool_calls") or reasoning_of(m)) for m in answers)
+        if empty:
+            notes["empty_answer"] = Note(empty)
+        thoughtless = sum("</think>" in (m.get("content") or "") and reasoning_of(m) == "" for m in answers)
+        if thoughtless:
+            notes["empty_think"] = Note(thoughtless)
+        texts = sum(
+            isinstance(_function_of(call).get("arguments"), str) and _object_in(_function_of(call)["arguments"]) is None
+            for m in sample.messages
+            for call in m.get("tool_calls") or []
+        )
+        if texts:
+            notes["arguments_not_json"] = Note(texts)
+
+    def _unread_keys(self, sample: Sample) -> list[str]:
+        """The keys of a conversation that neither this package nor the template reads."""
+        keys = {key for m in sample.messages for key, value in m.items() if key not in KNOWN_KEYS and value is not None}
+        if not (keys or sample.unread or sample.documents or sample.template_kwargs):
+            return []
+        names = self._template.names(sample.tools)
+        unread = list(sample.unread)
+        if sample.documents and "documents" not in names.variables:
+            unread.append("documents")
+        unread += [f"chat_template_kwargs.{k}" for k in sample.template_kwargs if k not in names.variables]
+        if not self._writes_whole_messages:
+            unread += [f"messages.{k}" for k in sorted(keys - names.keys)]
+        return unread
+
+    @functools.cached_property
+    def _writes_whole_messages(self) -> bool:
+        """Whether the template writes messages with all their keys, whatever these are called."""
+        probe = [m | {"mice_probe": "MiceProbe"} for m in PROBE_MESSAGES]
+        try:
+            return "MiceProbe" in self._template.render(probe)
+        except TemplateError:
+            return False
+
+    def _compared(self, one: _Rendered, located: IdsAndSpans) -> dict[str, Note]:
+        """Compares what precedes each trained turn with the prompt that asks for it, token by token."""
+        if len(one.spans) != len(one.train_indices):
+            return {}
+        ids, offsets = located
+        compared, differing, example = 0, 0, ""
+        for i, span in zip(one.train_indices, one.spans, strict=True):
+            if one.messages[i]["role"] != "assistant" or not i:
+                continue
+            inputs = _inputs_of(one.sample)
+            try:
+                prompt = self._offset_tokenizer.encode(
+                    self._template.render(one.messages[:i], inputs, add_generation_prompt=True)
+                )
+            except TemplateError:  # the template does not render a conversation that ends there
+                continue
+            before = ids[: int(_mask(offsets, [span]).argmax())].tolist()
+            compared += 1
+            if before != prompt:
+                differing += 1
+                example = example or self._difference(before, prompt, i)
+        notes = {"prompts_compared": Note(compared)} if compared else {}
+        return notes | ({"prompts_differ": Note(differing, example)} if differing else {})
+
+    def _difference(self, before: list[int], prompt: list[int], i: int) -> str:
+        """Where the tokens before a turn and those of its prompt part, in words."""
+        pairs = zip(before, prompt, strict=False)
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(before), len(prompt)))
+        trained, asked = (
+            decode(self.tokenizer, ids[same : same + EXAMPLE_TOKENS], skip_special_tokens=False)
+            for ids in (before, prompt)
+        )
+        return f"before messages[{i}] stands {trained!r} in training and {asked!r} in a prompt"
+
+    # ------------------------------------------------------------------------------------ messages
+    def _as_template_sees(self, messages: list[Message]) -> list[Message]:
+        """The messages as a template sees them.
+
+        They are without nulls, as in transformers, and without our key `train`. Arguments of calls that are the text of
+        a JSON object are that object, which templates write as JSON, unless the template needs texts.
+        """
+        seen = [{k: v for k, v in m.items() if v is not None and k != "train"} for m in messages]
+        for i, message in enumerate(seen):
+            if message.get("tool_calls"):
+                form = _as_text if self._needs_text_arguments else _as_object
+                seen[i] = message | {"tool_calls": [_with_arguments(c, form) for c in message["tool_calls"]]}
+        return seen
+
+    @functools.cached_property
+    def _needs_text_arguments(self) -> bool:
+        """Whether the template fails for arguments that are objects, and not for their texts."""
+        works = []
+        for arguments in ({"a": 1}, '{"a": 1}'):
+            call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            try:
+                self._template.render([PROBE_MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [call]}])
+                works.append(True)
+            except TemplateError:
+                works.append(False)
+        return works == [False, True]
 
     def _messages_to_train(self, sample: Sample) -> list[int]:
         """Returns the indices of the messages to train on."""
@@ -265,12 +538,50 @@ class ChatEncoder:
 
 
 # ---------------------------------------------------------------------------------------- helpers
-def _no_turn_end_error(sample: Sample, e: NoTurnEndError) -> UserError:
-    """Returns the error for a sample in which the template does not write a token that ends the turn."""
-    return UserError(
-        f"{sample.where}: {e}, so a model trained on it would never stop. Let the "
-        "template write a token (such as the eos token) after each assistant message."
-    )
+def _is_document(sample: Sample) -> bool:
+    return sample.messages[0]["role"] == "pretraining"
+
+
+def _inputs_of(sample: Sample) -> TemplateInputs:
+    return TemplateInputs(sample.tools, sample.documents, sample.template_kwargs)
+
+
+def _drop_reasoning(sample: Sample, notes: dict[str, Note]) -> Sample:
+    messages = [without_reasoning(m) for m in sample.messages]
+    dropped = sum(m != before for m, before in zip(messages, sample.messages, strict=True))
+    if dropped:
+        notes["reasoning_dropped"] = Note(dropped)
+    return replace(sample, messages=messages)
+
+
+def _function_of(call: Message) -> Message:
+    return call["function"] if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
+
+
+def _with_arguments(call: Message, form: Callable[[Any], Any]) -> Message:
+    function = _function_of(call)
+    if not isinstance(function, dict) or "arguments" not in function:
+        return call
+    changed = function | {"arguments": form(function["arguments"])}
+    return changed if function is call else call | {"function": changed}
+
+
+def _as_object(arguments: Any) -> Any:
+    found = _object_in(arguments) if isinstance(arguments, str) else None
+    return arguments if found is None else found
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _object_in(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text holds; None where it holds none."""
+    try:
+        found = DECODER.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
@@ -300,11 +611,6 @@ def _texts(messages: list[Message]) -> Iterator[str]:
         yield from (m[k] for k in REASONING if m.get(k))
         if m.get("tool_calls"):
             yield json.dumps(m["tool_calls"], ensure_ascii=False)
-
-
-def _without_own_keys(messages: list[Message]) -> list[Message]:
-    """Returns the messages without nulls, which transformers leaves out too, and without this package's key `train`."""
-    return [{k: v for k, v in m.items() if v is not None and k != "train"} for m in messages]
 
 
 def _longest_match(strings: Iterable[str]) -> str:

@@ -8,12 +8,16 @@ import datetime
 import functools
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mice_jax.data import templates
+from mice_jax.data.template_source import TemplateNames, names_in
 from mice_jax.data.tokenizer import Span
 from mice_jax.errors import UserError, one_line
 
@@ -27,6 +31,18 @@ _render_jinja: Any = render_jinja_template  # its type hints are narrower than w
 
 class TemplateError(Exception):
     """The template cannot render these messages, or the attempted method cannot derive its trained spans."""
+
+
+@dataclass(frozen=True)
+class TemplateInputs:
+    """What a template is rendered with besides the messages."""
+
+    tools: list[Message] | None = None  # JSON schemas
+    documents: list[Message] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)  # further variables, such as enable_thinking
+
+
+NO_INPUTS = TemplateInputs()
 
 
 class ChatTemplate:
@@ -45,6 +61,10 @@ class ChatTemplate:
         self._template = text or tokenizer.chat_template
         self._today = today
 
+    def with_text(self, text: str) -> "ChatTemplate":
+        """Another template with the same special tokens and date."""
+        return ChatTemplate(self._tokenizer, text, self._today)
+
     @property
     def depends_on_date(self) -> bool:
         """Whether the template writes the date."""
@@ -54,17 +74,26 @@ class ChatTemplate:
         """Returns the text of each template by name, with the date written out; a single template has the name ""."""
         return {name: self._with_date(text) for name, text in self._texts().items()}
 
+    def names(self, tools: list[Message] | None) -> TemplateNames:
+        """The names of variables and keys in the template that is rendered with these tools."""
+        try:
+            return names_in(self._text_for(tools))
+        except jinja2.TemplateSyntaxError as e:
+            raise TemplateError(f"line {e.lineno} of the chat template does not parse: {e.message}") from e
+
     def is_tagged(self, tools: list[Message] | None) -> bool:
         """Returns whether the template marks trained text with `{% generation %}`."""
         return bool(self._template and _GENERATION_TAG.search(self._text_for(tools)))
 
-    def render(self, messages: list[Message], tools: list[Message] | None, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[Message], inputs: TemplateInputs = NO_INPUTS, add_generation_prompt: bool = False
+    ) -> str:
         """Renders a conversation.
 
         Args:
           messages: the conversation, without the keys that only this package knows.
-          tools: the JSON schemas of the tools.
-          add_generation_prompt: whether to append the header of the assistant's next turn.
+          inputs: what else the template is given.
+          add_generation_prompt: whether the header of the assistant's next turn follows.
 
         Returns:
           The text.
@@ -72,17 +101,22 @@ class ChatTemplate:
         Raises:
           TemplateError: if the template raises an exception, or the tokenizer has no template.
         """
-        return self._render(messages, tools, add_generation_prompt=add_generation_prompt)[0]
+        return self._render(messages, inputs, add_generation_prompt=add_generation_prompt)[0]
 
-    def render_with_spans(self, messages: list[Message], tools: list[Message] | None) -> tuple[str, list[Span]]:
-        """Renders like `render`, and also returns the spans that `{% generation %}` tags enclose, in characters."""
-        return self._render(messages, tools, return_assistant_tokens_mask=True)
+    def render_with_spans(self, messages: list[Message], inputs: TemplateInputs) -> tuple[str, list[Span]]:
+        """As `render`, with the spans (in characters) that the template's `{% generation %}` tags enclose."""
+        return self._render(messages, inputs, return_assistant_tokens_mask=True)
 
-    def _render(self, messages: list[Message], tools: list[Message] | None, **options: bool) -> tuple[str, list[Span]]:
-        template = self._text_for(tools)
+    def _render(self, messages: list[Message], inputs: TemplateInputs, **options: bool) -> tuple[str, list[Span]]:
+        template = self._text_for(inputs.tools)
         try:
             texts, spans = _render_jinja(
-                conversations=[messages], tools=tools, chat_template=template, **options, **self.special_tokens
+                conversations=[messages],
+                tools=inputs.tools,
+                documents=inputs.documents,
+                chat_template=template,
+                **options,
+                **{**self.special_tokens, **inputs.kwargs},
             )
         except Exception as e:  # a template is a program and may raise anything
             raise TemplateError(f"the chat template raises an exception for these messages: {one_line(e)}") from e

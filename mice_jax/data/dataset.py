@@ -15,6 +15,7 @@ import numpy as np
 
 from mice_jax import config
 from mice_jax.data import statistics
+from mice_jax.data.bad_records import BadRecordsError, merged
 from mice_jax.data.chat import ChatEncoder, SampleFlag
 from mice_jax.data.mixture import Corpus, PhasePools, Pool
 from mice_jax.data.store import ProgressCallback, TokenStore, build_store
@@ -100,19 +101,25 @@ def _stores(
     """The store of every source, whether it is trained on or held out."""
     cache_dir = cache_folder(data.cache_dir)
     stores: dict[Key, TokenStore] = {}
+    errors: list[BadRecordsError] = []  # of all sources, so that their bad records are listed together
     for source in [s for p in data.phases for s in (*p.sources, *p.validation)] + data.validation:
         if (source.path, source.format) not in stores:
             log(f"tokens of {source.path}")
-            stores[source.path, source.format] = build_store(
-                source.path,
-                format=source.format,
-                encoder=encoder,
-                skip_bad=data.skip_bad,
-                cache_dir=cache_dir,
-                workers=data.prepare_workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1),
-                log=log,
-                watch=watch(source.path),
-            )
+            try:
+                stores[source.path, source.format] = build_store(
+                    source.path,
+                    format=source.format,
+                    encoder=encoder,
+                    skip_bad=data.skip_bad,
+                    cache_dir=cache_dir,
+                    workers=data.prepare_workers or min(MAX_DEFAULT_WORKERS, os.cpu_count() or 1),
+                    log=log,
+                    watch=watch(source.path),
+                )
+            except BadRecordsError as e:
+                errors.append(e)
+    if errors:
+        raise merged(errors)
     return stores
 
 
@@ -149,6 +156,8 @@ class _Pools:
             "kept": len(chosen),
             "dropped": dropped | bad,
             "set_aside": set_aside,
+            # What is counted for a whole source is reported once, like its bad lines.
+            "notes": {} if held_out and fraction else self._stores[key].notes(),
             **self._numbers(chosen),
         }
         return Pool(chosen, source.weight, name)

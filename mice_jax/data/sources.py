@@ -1,8 +1,8 @@
 """Turns raw records of several formats into checked samples.
 
 A reader yields records, each with the place it came from ("a.jsonl line 12"). A format turns a record into
-`{"messages": [...]}`, which is then checked. A bad record is an error that names its place and the fix, or is counted
-by reason where the user asked to skip bad records.
+`{"messages": [...]}`, which is then checked. A bad record is returned as such, with its place and what is wrong. Keys
+that neither a format nor a template can read are listed with the sample, so that they can be counted and reported.
 """
 
 import difflib
@@ -11,16 +11,22 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mice_jax.data.arrow_values import NotJSONError
+from mice_jax.data.bad_records import BadRecord, BadRecords, BadRecordsError
 from mice_jax.data.json_list import DECODER
 from mice_jax.data.readers import Block, Reader
+from mice_jax.data.reasoning import REASONING
+from mice_jax.data.template_source import RESERVED
 from mice_jax.errors import UserError, one_line
 
 ROLES = ("system", "user", "assistant", "tool", "pretraining")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys that templates read
+# Keys of a message that say whether it is trained on. `weight` is that of OpenAI's format, `loss` that of ms-swift.
+TRAIN_KEYS = ("train", "weight", "loss")
+# Keys of a record that every format may have; all others are read by its format, or by nothing.
+RECORD_KEYS = ("messages", "tools", "unmask", "documents", "chat_template_kwargs")
 
 Record = dict[str, Any]
 
@@ -35,6 +41,10 @@ class Sample:
     where: str  # "a.jsonl line 12"
     place: int = 0  # index in the reader's places
     number: int = 0  # of the record in that place
+    documents: list[Record] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # further variables of the template
+    unread: tuple[str, ...] = ()  # keys of the record that nothing reads
+    conversation: "Sample | None" = None  # the whole one, where this sample is one turn of it
 
 
 class _BadRecord(Exception):
@@ -63,17 +73,41 @@ def samples_of(
     Raises:
       UserError: a record is bad and `skip_bad` is None.
     """
+    for found in parse_block(block, places, format):
+        if isinstance(found, Sample):
+            yield found
+        elif skip_bad is None:
+            bad = BadRecords()
+            bad.add([found])
+            raise BadRecordsError(bad)
+        else:
+            skip_bad[found.reason] += 1
+
+
+def parse_block(block: Block, places: Sequence[str], format: str) -> Iterator[Sample | BadRecord]:
+    """Yields each record of a block as a sample or, where that is not possible, as a bad record.
+
+    Args:
+      block: raw records.
+      places: those of the reader.
+      format: a key of `FORMATS`.
+
+    Yields:
+      The samples and bad records in order.
+    """
     convert, place = FORMATS[format], places[block.place]
     for number, raw in block.records():
+        where = f"{place} {number}"
         try:
-            yield _sample(convert(_record(raw)), f"{place} {number}", block.place, number)
+            record = _record(raw)
+            yield _sample(convert(record), where, block.place, number, _unread_keys(record, format))
         except _BadRecord as bad:
-            if skip_bad is None:
-                raise UserError(
-                    f"{place} {number}: {_sentence(str(bad))} Fix it, or set data.skip_bad=True to leave such records "
-                    "out and count them."
-                ) from bad
-            skip_bad[bad.reason] += 1
+            yield BadRecord(where, bad.reason, str(bad))
+
+
+def _unread_keys(record: Record, format: str) -> tuple[str, ...]:
+    known = {*RECORD_KEYS, *_READ_BY_FORMAT[format]}
+    return tuple(key for key, value in record.items() if key not in known and value is not None)
 
 
 def find_format(path: str, reader: Reader, format: str) -> tuple[str, str]:
@@ -98,6 +132,8 @@ def find_format(path: str, reader: Reader, format: str) -> tuple[str, str]:
     record = _first_record(reader) if format == "messages" else None
     if record is None or "messages" in record:
         return format, ""
+    if _turn_keys(record.get("conversations")) == "messages":
+        return format, f"{path} is read as messages: the `conversations` of its first record are messages"
     fits = [name for name, fields in _FIELDS.items() if all(record.get(f) is not None for f in fields)]
     if len(fits) > 1:
         raise UserError(
@@ -144,7 +180,22 @@ def _record(raw: Any) -> Record:
 
 
 def _messages(record: Record) -> Record:
-    return record
+    """Messages, whatever they are called and however their turns are written."""
+    turns = record.get("messages")
+    if turns is None and _turn_keys(record.get("conversations")) == "messages":
+        return record | {"messages": record["conversations"]}
+    return _sharegpt(record | {"conversations": turns}) if _turn_keys(turns) == "sharegpt" else record
+
+
+def _turn_keys(turns: Any) -> str:
+    """The format whose keys the first turn of a conversation has: messages, sharegpt, or "" for neither."""
+    turns = _listed(turns)
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if not isinstance(first, dict):
+        return ""
+    if first.get("role") is not None:
+        return "messages"
+    return "sharegpt" if first.get("from") is not None else ""
 
 
 def _prompt_completion(record: Record) -> Record:
@@ -161,9 +212,7 @@ def _document(record: Record) -> Record:
 
 def _alpaca(record: Record) -> Record:
     asked = [_text(record, "instruction"), _text(record, "input", "")]
-    system = _text(record, "system", "")
-    turns = {"user": "\n\n".join(p for p in asked if p), "assistant": _text(record, "output")}
-    return _turns(record, **({"system": system} if system else {}), **turns)
+    return _turns(record, user="\n\n".join(p for p in asked if p), assistant=_text(record, "output"))
 
 
 _SHAREGPT_ROLES = {
@@ -175,21 +224,35 @@ _SHAREGPT_ROLES = {
     "tool": "tool",
     "function": "tool",
     "observation": "tool",
+    "function_call": "assistant",  # its value is a call, not a text
 }
 
 
 def _sharegpt(record: Record) -> Record:
-    turns, system = _listed(record.get("conversations")), _text(record, "system", "")
+    turns = _listed(record.get("conversations"))
     _check(isinstance(turns, list), "conversations", turns, "a list of turns")
-    messages = [{"role": "system", "content": system}] if system else []
+    if _turn_keys(turns) == "messages":
+        return record | {"messages": turns}
+    messages: list[Record] = []
     for i, turn in enumerate(turns or []):
         at = f"conversations[{i}]"
         _check(isinstance(turn, dict), at, turn, "an object with `from` and `value`")
         role = turn.get("from")
         _check_name(role, f"{at}.from", _SHAREGPT_ROLES)
         rest = {k: v for k, v in turn.items() if k not in ("from", "value")}
-        messages.append(rest | {"role": _SHAREGPT_ROLES[role], "content": turn.get("value")})
+        content = turn.get("value")
+        said = {"content": "", "tool_calls": _calls(content, f"{at}.value")} if role == "function_call" else {}
+        messages.append(rest | {"role": _SHAREGPT_ROLES[role], "content": content} | said)
     return record | {"messages": messages}
+
+
+def _calls(text: Any, at: str) -> list[Record]:
+    """The calls in the text of a turn: one JSON object with `name` and `arguments`, or a list of them."""
+    calls = _decoded(text)
+    calls = calls if isinstance(calls, list) else [calls]
+    good = calls and all(isinstance(c, dict) and isinstance(c.get("name"), str) and "arguments" in c for c in calls)
+    _check(good, at, text, 'the JSON of {"name": ..., "arguments": {...}}, or of a list of such calls')
+    return [{"type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
 
 
 # How a record of each `Source.format` becomes {"messages": [...], "tools": ..., "unmask": ...}.
@@ -211,6 +274,16 @@ _FIELDS = {
 }
 
 
+# The keys of a record that a format reads, besides RECORD_KEYS. `system` becomes the first message.
+_READ_BY_FORMAT = {
+    "messages": ("conversations", "system"),
+    "alpaca": ("instruction", "input", "output", "system"),
+    "prompt_completion": ("prompt", "completion", "system"),
+    "sharegpt": ("conversations", "system"),
+    "text": ("text",),
+}
+
+
 def _turns(record: Record, **turns: str) -> Record:
     return record | {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
 
@@ -223,8 +296,10 @@ def _text(record: Record, key: str, default: str | None = None) -> str:
 
 
 # ---------------------------------------------------------------------------------------- checks
-def _sample(record: Record, where: str, place: int, number: int) -> Sample:
-    messages, tools, unmask = (_listed(record.get(k)) for k in ("messages", "tools", "unmask"))
+def _sample(record: Record, where: str, place: int, number: int, unread: tuple[str, ...] = ()) -> Sample:
+    messages, unmask = _listed(record.get("messages")), record.get("unmask")
+    tools, documents = (_listed(_decoded(record.get(k))) for k in ("tools", "documents"))
+    kwargs = _decoded(record.get("chat_template_kwargs"))
     if messages is None:
         hint = ", and looks like Source.format='sharegpt'" if "conversations" in record else ""
         raise _BadRecord("no messages", f"it has no `messages` but {_brief(list(record))}{hint}")
@@ -235,10 +310,43 @@ def _sample(record: Record, where: str, place: int, number: int) -> Sample:
         alone = "it is a whole document and must be the only message; give it a separate record"
         text = f"one of its {len(messages)} messages has the role 'pretraining', but {alone}"
         raise _BadRecord("pretraining among turns", text)
+    if messages[0]["role"] != "pretraining":
+        messages = _with_system(messages, record)
     _check(tools is None or _objects(tools), "tools", tools, "a list of objects (JSON schemas)")
-    _check_characters(tools, "tools")
+    _check(documents is None or _objects(documents), "documents", documents, "a list of objects")
+    _check(kwargs is None or isinstance(kwargs, dict), "chat_template_kwargs", kwargs, "an object")
+    taken = next((k for k in kwargs or {} if k in RESERVED), None)
+    if taken:
+        text = f"chat_template_kwargs has {taken!r}, which every conversation sets by itself"
+        raise _BadRecord("bad chat_template_kwargs", text)
+    for name, value in (("tools", tools), ("documents", documents), ("chat_template_kwargs", kwargs)):
+        _check_characters(value, name)
     _check(isinstance(unmask, bool | None), "unmask", unmask, "true or false")
-    return Sample(messages, tools, bool(unmask), where, place, number)
+    return Sample(messages, tools, bool(unmask), where, place, number, documents, kwargs or {}, unread)
+
+
+def _with_system(messages: list[Record], record: Record) -> list[Record]:
+    """The messages with the record's own `system` at their start."""
+    system = _text(record, "system", "")
+    if not system:
+        return messages
+    _check_characters(system, "system")
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        text = "it has a `system` besides the system message of its `messages`, and they differ"
+        raise _BadRecord("two system messages", text)
+    return messages
+
+
+def _decoded(value: Any) -> Any:
+    """The value of a text that is JSON; any other value as it is. Some formats store lists and objects as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return DECODER.decode(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _message(message: Any, at: str) -> Record:
@@ -250,15 +358,32 @@ def _message(message: Any, at: str) -> Record:
             raise _BadRecord(f"no {key}", f"{at} has no `{key}` but {_brief(list(message))}{hint}")
     _check_name(message["role"], f"{at}.role", ROLES)
     message["content"] = _content(message.get("content"), f"{at}.content")
-    calls, train = message.get("tool_calls"), message.get("train")
+    calls = message.get("tool_calls")
     _check(calls is None or _objects(calls), f"{at}.tool_calls", calls, "a list of objects")
-    _check(isinstance(train, bool | None), f"{at}.train", train, "true or false")
+    message = _with_train(message, at)
     for key in REASONING:
         value = message.get(key, "")
         _check(isinstance(value, str), f"{at}.{key}", value, "a string")
     for key, value in message.items():
         _check_characters(value, f"{at}.{key}")
     return message
+
+
+def _with_train(message: Record, at: str) -> Record:
+    """The message with what its keys say about training, which are several formats' own, as one `train`."""
+    said = {key: message[key] for key in TRAIN_KEYS if key in message}
+    for key, value in said.items():
+        if key == "weight":
+            is_good = isinstance(value, int | float) and not isinstance(value, bool) and value in (0, 1)
+            _check(is_good, f"{at}.weight", value, "0 or 1: a message is trained on or not")
+        else:
+            _check(isinstance(value, bool), f"{at}.{key}", value, "true or false")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise _BadRecord("contradictory train", f"{at} has {said}, which contradict each other")
+    if not said:
+        return message
+    rest = {key: value for key, value in message.items() if key not in said}
+    return rest | {"train": bool(next(iter(said.values())))}
 
 
 def _content(content: Any, at: str) -> str | None:

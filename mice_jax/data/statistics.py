@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
+from mice_jax.data import sample_notes
 from mice_jax.data.packing import slot_efficiency
 
 if TYPE_CHECKING:  # importing the loader imports grain, which takes a while
@@ -222,7 +223,7 @@ def _warnings_of(entry: Entry) -> list[str]:
         )
     for flag, numbers in entry["signs"].items():
         found.append(f"{numbers['samples']:,} samples (the first is {numbers['first']}) {FLAG_MESSAGES[flag]}")
-    return found
+    return [*found, *sample_notes.sentences(entry.get("notes", {}))]
 
 
 # ---------------------------------------------------------------------------------------- tables

@@ -27,13 +27,15 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from mice_jax.data.bad_records import BadRecords, BadRecordsError
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import open_source
+from mice_jax.data.sample_notes import NoteCounter
 from mice_jax.data.sources import find_format
 from mice_jax.data.tokenise import SCHEMA, TokenisationJob, TokenisedBlock, tokenise
 from mice_jax.errors import UserError, one_line
 
-VERSION = 2  # of the layout; part of the fingerprint
+VERSION = 3  # of the layout; part of the fingerprint
 JOURNAL_EVERY_S = 2.0  # the time whose work an interrupted build may have to repeat
 WAIT_NOTICE_EVERY_S = 30.0
 CHECKSUM_CHUNK_BYTES = 16 * 2**20
@@ -93,6 +95,13 @@ class TokenStore:
                 # For an empty span, reduceat returns the element at its start.
                 counts[first + cut] = np.add.reduceat(trained, spans, dtype=np.int32)[::2] if most > 1 else 0
         return counts
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """What the encoding left out or changed, by name: `count`, `first` (a place) and `example`."""
+        return {
+            name: {"count": n["count"], "first": f"{self._places[n['place']]} {n['number']}", "example": n["example"]}
+            for name, n in self.meta["notes"].items()
+        }
 
     def where(self, i: int) -> str:
         """Where sample i came from: `a.jsonl line 12`."""
@@ -163,7 +172,8 @@ class _Progress:
     crc: int = 0  # checksum of the first `end` bytes
     samples: int = 0
     tokens: int = 0
-    bad: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)  # by reason
+    notes: dict[str, dict[str, Any]] = field(default_factory=dict)  # as `NoteCounter.found`
 
 
 def _write(folder: Path, job: TokenisationJob, log: Callable[[str], None], watch: ProgressCallback) -> None:
@@ -175,15 +185,26 @@ def _write(folder: Path, job: TokenisationJob, log: Callable[[str], None], watch
         if not progress.end:
             _extend(stream, progress, SCHEMA.serialize().to_pybytes())
         written = time.monotonic()
+        bad, ended = BadRecords(), ""
         try:
             for done, block in tokenise(job, skip=progress.blocks):
+                if bad or (block.bad and not job.skip_bad):
+                    bad.merge(block.bad)
+                    watch(done, progress.samples)
+                    continue
                 _append(stream, progress, block)
                 watch(done, progress.samples)
                 if time.monotonic() > written + JOURNAL_EVERY_S:
                     _note(stream, journal, progress)
                     written = time.monotonic()
+        except UserError as e:  # what the source holds before its damaged part is wrong too
+            if not bad:
+                raise
+            ended = f" Besides, {e}"
         finally:
             _note(stream, journal, progress)
+        if bad:
+            raise BadRecordsError(bad, ended)
         stream.write(END_OF_STREAM)
         stream.flush()
         os.fsync(stream.fileno())  # before the folder is renamed, so that every store with its name is complete
@@ -198,6 +219,7 @@ def _write(folder: Path, job: TokenisationJob, log: Callable[[str], None], watch
         "samples": progress.samples,
         "tokens": progress.tokens,
         "bad_lines": progress.bad,
+        "notes": progress.notes,
     }
     (folder / "journal.jsonl").unlink()
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -208,7 +230,9 @@ def _append(stream: BinaryIO, progress: _Progress, block: TokenisedBlock) -> Non
     _extend(stream, progress, block.batch)
     progress.samples += block.samples
     progress.tokens += block.tokens
-    progress.bad = dict(Counter(progress.bad) + Counter(block.bad))
+    progress.bad = dict(Counter(progress.bad) + block.bad.counts)
+    notes = NoteCounter(progress.notes)
+    notes.merge(block.notes)
 
 
 def _extend(stream: BinaryIO, progress: _Progress, data: bytes) -> None:

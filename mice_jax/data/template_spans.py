@@ -29,8 +29,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError
-from mice_jax.data.sources import REASONING
+from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError, TemplateInputs
+from mice_jax.data.reasoning import REASONING
 from mice_jax.data.tokenizer import Span
 
 MAX_SKELETONS = 4096  # of the cache; conversations that differ only in their contents have one skeleton
@@ -75,7 +75,7 @@ class _Rendered:
     """A conversation whose contents may be sentinels, and its text."""
 
     messages: list[Message]
-    tools: list[Message] | None
+    inputs: TemplateInputs
     text: str
     parts: list[_FoundPart]
 
@@ -156,13 +156,13 @@ class TemplateSpans:
 
     # ------------------------------------------------------------------------------------ skeletons
     def derive(
-        self, messages: list[Message], tools: list[Message] | None, text: str, train_indices: list[int]
+        self, messages: list[Message], inputs: TemplateInputs, text: str, train_indices: list[int]
     ) -> list[Span]:
         """Derives the spans of the messages to train on from a template without tags.
 
         Args:
           messages: the conversation.
-          tools: the JSON schemas of the tools.
+          inputs: what else it is rendered with.
           text: the rendered conversation.
           train_indices: indices of the messages to train on.
 
@@ -177,7 +177,7 @@ class TemplateSpans:
         # Most renderings depend on no content, some only on messages that are not trained, and few on the trained ones.
         for with_sentinels in (range(len(messages)), train_indices, ()):
             try:
-                return self._derive_with(with_sentinels, messages, tools, text, train_indices)
+                return self._derive_with(with_sentinels, messages, inputs, text, train_indices)
             except TemplateError as e:
                 first_error = first_error or e
         assert first_error is not None
@@ -187,13 +187,13 @@ class TemplateSpans:
         self,
         with_sentinels: Iterable[int],
         messages: list[Message],
-        tools: list[Message] | None,
+        inputs: TemplateInputs,
         text: str,
         train_indices: list[int],
     ) -> list[Span]:
         """Derives spans as `derive` does, from a skeleton with sentinels in the given messages only."""
         blank, values = _replace_by_sentinels(messages, with_sentinels)
-        skeleton = self._cached_skeleton(blank, tools, train_indices, values)
+        skeleton = self._cached_skeleton(blank, inputs, train_indices, values)
         lengths = _fit(skeleton, values, text)
         if lengths is None:
             raise TemplateError("it changes contents, or the text around them depends on the contents")
@@ -205,16 +205,16 @@ class TemplateSpans:
         return [(_map_position(s, skeleton, lengths), _map_position(e, skeleton, lengths)) for s, e in skeleton.turns]
 
     def _cached_skeleton(
-        self, blank: list[Message], tools: list[Message] | None, train_indices: list[int], values: dict[Part, str]
+        self, blank: list[Message], inputs: TemplateInputs, train_indices: list[int], values: dict[Part, str]
     ) -> _Skeleton:
         """Returns the skeleton of a conversation with sentinels, from the cache if it has been rendered before."""
-        key = json.dumps([blank, tools, train_indices])
+        key = json.dumps([blank, inputs.tools, inputs.documents, dict(inputs.kwargs), train_indices])
         if key not in self._skeletons:
             if len(self._skeletons) >= MAX_SKELETONS:
                 self._skeletons.clear()
-            text = self._template.render(blank, tools)
+            text = self._template.render(blank, inputs)
             parts = [_FoundPart(m.start(), _part_of(int(m[1]))) for m in _SENTINEL.finditer(text)]
-            rendered = _Rendered(blank, tools, text, parts)
+            rendered = _Rendered(blank, inputs, text, parts)
             turns = [self._turn(rendered, i, Part(i, Kind.CONTENT) in values) for i in train_indices]
             self._skeletons[key] = _Skeleton(text, parts, turns)
         return self._skeletons[key]
@@ -241,7 +241,7 @@ class TemplateSpans:
         """Returns the span of the turn of message i, which is the text that rendering this message adds."""
         name, text, message = rendered.name(i), rendered.text, rendered.messages[i]
         start = self._turn_start(rendered, i)
-        after = self._template.render(rendered.messages[: i + 1], rendered.tools)
+        after = self._template.render(rendered.messages[: i + 1], rendered.inputs)
         is_prefix = text.startswith(after)
         following = [s for s, part in rendered.parts if part.message > i and s >= start]
         body = text[start : len(after) if is_prefix else min(following, default=len(text))]
@@ -261,7 +261,7 @@ class TemplateSpans:
 
     def _turn_start(self, rendered: _Rendered, i: int) -> int:
         """Returns where the model starts to generate turn i, which is the length of the prompt before it."""
-        prompt = self._template.render(rendered.messages[:i], rendered.tools, add_generation_prompt=True)
+        prompt = self._template.render(rendered.messages[:i], rendered.inputs, add_generation_prompt=True)
         # A header that is only white space precedes contents, but not tool calls.
         if self._header.strip() or rendered.text.startswith(prompt + self._header):
             prompt += self._header
@@ -271,7 +271,7 @@ class TemplateSpans:
 
     def _tail(self, rendered: _Rendered, i: int) -> str:
         """Returns the text that follows content i in a conversation that ends with message i."""
-        after = self._template.render(rendered.messages[: i + 1], rendered.tools)
+        after = self._template.render(rendered.messages[: i + 1], rendered.inputs)
         at = after.rfind(Part(i, Kind.CONTENT).sentinel)
         if at < 0:
             raise TemplateError(f"it leaves out the content of messages[{i}] if that is the last message")
@@ -348,12 +348,12 @@ class TemplateSpans:
         """`_turn_end` and `_header`, from the rendering of a short conversation."""
         user, part = PROBE_MESSAGES[0], Part(1, Kind.CONTENT)
         try:
-            text = self._template.render([user, {"role": "assistant", "content": part.sentinel}], None)
+            text = self._template.render([user, {"role": "assistant", "content": part.sentinel}])
             at = text.index(part.sentinel)
             tail = text[at + _SENTINEL_WIDTH :]
             end = tail[: self._end_length(tail, tail, "user", "")]
-            without_prompt = self._template.render([user], None)
-            with_prompt = self._template.render([user], None, add_generation_prompt=True)
+            without_prompt = self._template.render([user])
+            with_prompt = self._template.render([user], add_generation_prompt=True)
         except (TemplateError, ValueError):  # the template does not render such a short conversation
             return "", ""
         lacks_prompt = without_prompt == with_prompt and text.startswith(without_prompt)

@@ -10,24 +10,28 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from mice_jax.data.chat import ChatEncoder
+from mice_jax.data.bad_records import BadRecord, BadRecords
+from mice_jax.data.chat import ChatEncoder, Encoded
 from mice_jax.data.readers import Block, Reader
-from mice_jax.data.sources import Sample, samples_of
+from mice_jax.data.sample_notes import NoteCounter
+from mice_jax.data.sources import Sample, parse_block
 from mice_jax.errors import UserError
 
 MIN_BLOCKS_FOR_WORKERS = 4  # starting processes takes longer than tokenising fewer blocks than these
 MAX_BLOCKS_PER_WORKER = 3  # in memory: being read, tokenised, or waiting for their turn
+COMPARED_CHATS = 4  # conversations of each block whose turns are compared with the prompts for them
 
 SCHEMA = pa.schema(
     [
@@ -58,10 +62,11 @@ class TokenisationJob:
 class TokenisedBlock:
     """A block of the store."""
 
-    batch: bytes  # a record batch in the form that it has in an Arrow stream
+    batch: bytes  # a record batch in the form that it has in an Arrow stream; empty where records were only checked
     samples: int
     tokens: int
-    bad: dict[str, int]  # by reason
+    bad: BadRecords
+    notes: dict[str, dict[str, Any]]  # as `NoteCounter.found`
 
 
 @dataclass(frozen=True)
@@ -73,10 +78,29 @@ class _Task:
     format: str
     skip_bad: bool
 
-    def __call__(self, block: Block) -> TokenisedBlock:
-        bad: Counter[str] | None = Counter() if self.skip_bad else None
-        samples = list(samples_of(block, self.places, self.format, bad))
-        encoded = self.encoder.encode(samples)
+    def __call__(self, block: Block, only_check: bool = False) -> TokenisedBlock:
+        """Tokenises a block; with `only_check`, only its bad records are found."""
+        bad, parsed = BadRecords(), list(parse_block(block, self.places, self.format))
+        if only_check:
+            samples = list(self.encoder.split_by_turn(s for s in parsed if isinstance(s, Sample)))
+            refused = {r.where: r for r in self.encoder.check(samples)}
+            bad.add(_in_order(parsed, refused))
+            return TokenisedBlock(b"", 0, 0, bad, {})
+        samples = list(self.encoder.split_by_turn(s for s in parsed if isinstance(s, Sample)))
+        found = self.encoder.encode_each(samples, COMPARED_CHATS)
+        bad.add(_in_order(parsed, {r.where: r for r in found if isinstance(r, BadRecord)}))
+        if bad and not self.skip_bad:
+            return TokenisedBlock(b"", 0, 0, bad, {})
+        # A conversation of which one turn cannot be encoded is left out whole.
+        lost = {r.where for r in found if isinstance(r, BadRecord)}
+        pairs = [(s, e) for s, e in zip(samples, found, strict=True) if isinstance(e, Encoded) and s.where not in lost]
+        return self._tokenised(pairs, bad)
+
+    def _tokenised(self, pairs: Sequence[tuple[Sample, Encoded]], bad: BadRecords) -> TokenisedBlock:
+        samples, encoded = [s for s, _ in pairs], [e for _, e in pairs]
+        notes = NoteCounter()
+        for sample, one in pairs:
+            notes.add(one.notes, sample.place, sample.number)
         ids, trained = [e.ids for e in encoded], [e.trained for e in encoded]
         columns = [
             _list_array(ids, pa.int32()),
@@ -88,11 +112,20 @@ class _Task:
             pa.array([s.number for s in samples], pa.uint64()),
         ]
         batch = pa.record_batch(columns, schema=SCHEMA).serialize().to_pybytes()
-        return TokenisedBlock(batch, len(samples), sum(map(len, ids)), dict(bad or {}))
+        return TokenisedBlock(batch, len(samples), sum(map(len, ids)), bad, notes.found)
+
+
+def _in_order(parsed: Sequence[Sample | BadRecord], refused: dict[str, BadRecord]) -> Iterator[BadRecord]:
+    """The bad records of a block in their order: those that could not be parsed, and those that were refused later."""
+    for one in parsed:
+        if isinstance(one, BadRecord):
+            yield one
+        elif one.where in refused:
+            yield refused[one.where]
 
 
 def tokenise(job: TokenisationJob, skip: int) -> Iterator[tuple[float, TokenisedBlock]]:
-    """Tokenises every block of a source but the first `skip`.
+    """Tokenises every block of a source but the first `skip`; after one with bad records, blocks are only checked.
 
     Args:
       job: what is tokenised.
@@ -102,30 +135,38 @@ def tokenise(job: TokenisationJob, skip: int) -> Iterator[tuple[float, Tokenised
       The blocks in order, each with the fraction of the source that has been read (0 to 1).
 
     Raises:
-      UserError: a record is bad and `job.skip_bad` is false, or the source cannot be read.
+      UserError: the source cannot be read.
     """
     blocks = _with_final_error(islice(job.reader.blocks(), skip, None))
     task = _Task(job.encoder, job.reader.places, job.format, job.skip_bad)
     size = max(1, job.reader.size)
+    only_check = False
     first_blocks = list(islice(blocks, MIN_BLOCKS_FOR_WORKERS)) if job.workers > 1 else []
     if job.workers == 1 or len(first_blocks) < MIN_BLOCKS_FOR_WORKERS:
         for block in map(_raise_if_error, chain(first_blocks, blocks)):
-            yield block.done / size, task(block)
+            done = task(block, only_check)
+            only_check |= bool(done.bad) and not job.skip_bad
+            yield block.done / size, done
         return
     with _processes(task, job.workers) as (submit, first):
         waiting: deque[tuple[Block, Future[TokenisedBlock]]] = deque()
 
         def next_done() -> tuple[float, TokenisedBlock]:
+            nonlocal only_check
             block, future = waiting.popleft()
-            return block.done / size, future.result()
+            done = future.result()
+            only_check |= bool(done.bad) and not job.skip_bad
+            return block.done / size, done
 
         for block in chain(first_blocks, blocks):
             if isinstance(block, UserError):  # it is raised last, after errors in the blocks before it
                 break
             if not _is_up(first):  # workers take seconds to start; this process tokenises meanwhile
-                yield block.done / size, task(block)
+                done = task(block, only_check)
+                only_check |= bool(done.bad) and not job.skip_bad
+                yield block.done / size, done
                 continue
-            waiting.append((block, submit(block)))
+            waiting.append((block, submit(block, only_check)))
             if len(waiting) >= MAX_BLOCKS_PER_WORKER * job.workers:
                 yield next_done()
         while waiting:
@@ -151,8 +192,11 @@ def _raise_if_error(block: Block | UserError) -> Block:
 _task: _Task  # of a worker process
 
 
+Submit = Callable[[Block, bool], Future[TokenisedBlock]]
+
+
 @contextmanager
-def _processes(task: _Task, workers: int) -> Iterator[tuple[Callable[[Block], Future[TokenisedBlock]], Future[None]]]:
+def _processes(task: _Task, workers: int) -> Iterator[tuple[Submit, Future[None]]]:
     """Starts worker processes, which end with this one.
 
     Args:
@@ -169,7 +213,10 @@ def _processes(task: _Task, workers: int) -> Iterator[tuple[Callable[[Block], Fu
     pool = ProcessPoolExecutor(workers, context, _begin, (task,))
     with ThreadPoolExecutor(1) as starter:  # the first submission waits for that process
         try:
-            yield lambda block: pool.submit(_work, block), starter.submit(lambda: pool.submit(_nothing).result())
+            yield (
+                lambda block, only_check: pool.submit(_work, block, only_check),
+                starter.submit(lambda: pool.submit(_nothing).result()),
+            )
         except BrokenProcessPool as e:
             raise UserError(
                 "a process that tokenises was ended from outside, most likely because memory ran out. Finished work "
@@ -201,13 +248,20 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(block: Block) -> TokenisedBlock:
-    return _task(block)
+def _work(block: Block, only_check: bool) -> TokenisedBlock:
+    return _task(block, only_check)
 
 
 # ---------------------------------------------------------------------------------------- columns
 def _content_hash(sample: Sample) -> int:
-    text = json.dumps([sample.messages, sample.tools, sample.unmask], sort_keys=True)
+    """A hash of a sample as read; one that begins like its conversation's, so that all turns are held out or none."""
+    if sample.conversation:
+        turn, whole = (_content_hash(s) for s in (replace(sample, conversation=None), sample.conversation))
+        return whole >> 32 << 32 | turn & 0xFFFFFFFF
+    content: list[Any] = [sample.messages, sample.tools, sample.unmask]
+    if sample.documents or sample.template_kwargs:
+        content += [sample.documents, sample.template_kwargs]
+    text = json.dumps(content, sort_keys=True)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

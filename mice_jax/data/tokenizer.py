@@ -12,7 +12,7 @@ import itertools
 import json
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mice_jax.data import templates
 from mice_jax.data.byte_level import bytes_of_tokens, spans_by_bytes, word_table
+from mice_jax.data.template_source import check_defaults, with_defaults
 from mice_jax.errors import UserError, one_line
 
 Span = tuple[int, int]  # characters, the end excluded
@@ -37,19 +38,25 @@ _NOT_IDS = ("name_or_path", "vocab_file", "tokenizer_file", "chat_template", "to
 
 
 # ---------------------------------------------------------------------------------------- loading
-def load_tokenizer(path: str, chat_template: str = "", notes: list[str] | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str,
+    chat_template: str = "",
+    notes: list[str] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder, and replaces its chat template if another is given.
 
     Args:
       path: the folder.
       chat_template: the name of one of `templates.TOKENS`, or a .jinja file; "" keeps the tokenizer's own.
       notes: a list to which a note for the user is appended if the template adds special tokens.
+      template_kwargs: values of variables of the template, which become its defaults and so are saved with it.
 
     Returns:
       The tokenizer.
 
     Raises:
-      UserError: if the folder or the template cannot be loaded.
+      UserError: if the folder or the template cannot be loaded, or the template does not read a variable.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -68,7 +75,35 @@ def load_tokenizer(path: str, chat_template: str = "", notes: list[str] | None =
             notes.append(f"chat template {chat_template}: the tokenizer gets the special tokens {', '.join(lacking)}")
     elif chat_template:
         tokenizer.chat_template = _read_template(chat_template)
+    _change_template(tokenizer, lambda text: text.removeprefix("\ufeff"))  # a byte-order mark is no part of the text
+    if template_kwargs:
+        _give_defaults(tokenizer, template_kwargs)
     return tokenizer
+
+
+def _give_defaults(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
+    template: Any = tokenizer.chat_template
+    if not template:
+        raise UserError(
+            f"data.template_kwargs has {', '.join(map(repr, values))}, and the tokenizer {tokenizer.name_or_path!r} "
+            f"has no chat template. Set data.chat_template to the name of a built-in one ({templates.NAMES}) or to a "
+            ".jinja file."
+        )
+    sources = {"": template} if isinstance(template, str) else template
+    try:
+        check_defaults(sources, values, tokenizer.special_tokens_map)
+    except jinja2.TemplateSyntaxError as e:
+        raise UserError(f"the chat template of {tokenizer.name_or_path!r} does not parse: {e.message}.") from e
+    _change_template(tokenizer, lambda text: with_defaults(text, values))
+
+
+def _change_template(tokenizer: PreTrainedTokenizerBase, change: Callable[[str], str]) -> None:
+    """Changes the text of the chat template, or of each where a tokenizer has several by name."""
+    template: Any = tokenizer.chat_template
+    if isinstance(template, str):
+        tokenizer.chat_template = change(template)
+    elif template:
+        tokenizer.chat_template = {name: change(text) for name, text in template.items()}  # type: ignore[assignment]
 
 
 def _unloadable(folder: Path, reason: str) -> UserError:
@@ -138,7 +173,7 @@ def _read_template(path: str) -> str:
             "existing file."
         )
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
         raise UserError(f"data.chat_template={path!r} cannot be read: {one_line(e)}.") from e
     try:

@@ -255,7 +255,7 @@ def _file(flag: str, given: str | None, inside: str) -> Path:
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the file and line number of each line, and its object."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # A string may contain other line separators.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # A string may contain other line separators.
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{file} cannot be read: {e}.") from None
     for number, line in enumerate(lines, 1):

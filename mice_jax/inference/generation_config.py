@@ -89,7 +89,7 @@ def read_generation_config(folder: Path, config: dict[str, Any]) -> GenerationDe
     if not file.exists():
         return GenerationDefaults(tuple(stop_ids_in(config)))
     try:
-        fields: Any = json.loads(file.read_text())
+        fields: Any = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as e:
         raise UserError(f"{file} is not valid JSON: {e}. Fix or remove it.") from None
     if not isinstance(fields, dict):

@@ -40,7 +40,7 @@ BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 def read_config(file: Path) -> dict[str, Any]:
     """Reads a config.json as a dict; raises UserError if it is missing or is not a JSON object."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; a model needs its config.json.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:

@@ -66,7 +66,8 @@ def inputs(config: Config) -> Inputs:
     """Reads the model and tokenizer that the config names; raises UserError if one of them cannot be read."""
     source = resolve_source(config.model.init_from)
     notes: list[str] = []
-    tokenizer = load_tokenizer(config.data.tokenizer or str(source.folder), config.data.chat_template, notes)
+    data = config.data
+    tokenizer = load_tokenizer(data.tokenizer or str(source.folder), data.chat_template, notes, data.template_kwargs)
     return Inputs(source, tokenizer, notes)
 
 
@@ -78,7 +79,7 @@ def encoder(config: Config, tokenizer: PreTrainedTokenizerBase, today: datetime.
       tokenizer: The run's tokenizer.
       today: The date for chat templates that write one; None takes the current date.
     """
-    return ChatEncoder(tokenizer, train_on=config.data.train_on, today=today)
+    return ChatEncoder(tokenizer, train_on=config.data.train_on, today=today, reasoning=config.data.reasoning)
 
 
 # ---------------------------------------------------------------------------------------- data

@@ -46,11 +46,12 @@ def give_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
     if lacking:
         added = [AddedToken(t, special=True, normalized=False) for t in lacking]
         known.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
-    tokenizer.chat_template = "{{- bos_token }}" * _puts_bos(tokenizer) + _text(name)
+    tokenizer.chat_template = "{{- bos_token }}" * _puts_bos(tokenizer) + text_of(name)
     return lacking
 
 
-def _text(name: str) -> str:
+def text_of(name: str) -> str:
+    """The source of a template of `TOKENS`."""
     return (Path(__file__).parent / f"{name}.jinja").read_text(encoding="utf-8")
 
 
