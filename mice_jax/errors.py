@@ -4,6 +4,10 @@ Raise `UserError` for everything that the user can fix: its text is one paragrap
 line, field), the value found, and the fix. Invariants of the code are `assert`s, which keep their traceback.
 """
 
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[1]
+
 
 class UserError(ValueError):
     """The input or the config is wrong; the command prints `error: ...` and exits with 2."""
@@ -38,3 +42,13 @@ class Paused(Preempted):
 def one_line(error: BaseException) -> str:
     """The text of a library's error on one line, to be quoted in a message."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def install_command(extra: str) -> str:
+    """Returns how to install one of the extras of pyproject.toml, to be quoted in a message.
+
+    Extras are installed from a checkout, since no package index has mice_jax.
+    """
+    if (CHECKOUT / "pyproject.toml").is_file():
+        return f"pip install -e '{CHECKOUT}[{extra}]'"
+    return f"pip install -e '.[{extra}]' in a checkout of mice_jax"

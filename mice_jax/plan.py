@@ -4,7 +4,7 @@
   mice plan --config=configs/demo.py --topology=cpu:8 --json
 
 The functions of the training step are compiled ahead of time for the topology: TPU v4, v5e, v5p, v6e and 7x by libtpu
-(pip install 'mice_jax[aot]'), cpu:N, and NVIDIA GPUs (h100:8) with --device_file; without it, GPUs are estimated.
+(the extra `aot`), cpu:N, and NVIDIA GPUs (h100:8) with --device_file; without it, GPUs are estimated.
 The memory is what XLA reports; time and cost are estimates. docs/plan.md explains the output.
 """
 

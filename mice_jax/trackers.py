@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from mice_jax.config import Config, to_dict
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, install_command
 from mice_jax.metrics import JsonlWriter, TensorBoardWriter, TerminalWriter, Writer, numbers
 from mice_jax.storage.workdir import METRICS, Workdir
 
@@ -23,8 +23,8 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name != "tensorboard" and importlib.util.find_spec(name) is None:
             raise UserError(
-                f"log.trackers has {name!r}, but the package {name} is not installed: pip install "
-                "'mice_jax[tracking]', or leave it out."
+                f"log.trackers has {name!r}, but the package {name} is not installed: "
+                f"{install_command('tracking')}, or leave it out."
             )
 
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from mice_jax.data.arrow_values import json_rows
 from mice_jax.data.json_list import JSONListItems
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import UserError, install_command, one_line
 
 BLOCK_RECORDS = 512
 BLOCK_BYTES = 2 * 2**20  # limit of a block, in bytes of decompressed text
@@ -169,7 +169,7 @@ class HFReader:
         try:
             import datasets  # an optional dependency
         except ImportError:
-            raise UserError(f"{path} needs the datasets library: pip install 'mice_jax[hf]'.") from None
+            raise UserError(f"{path} needs the datasets library: {install_command('hf')}.") from None
         try:
             # The digest needs the files that the data set is mapped from, and a user's setting may keep it in memory.
             self._data: Any = datasets.load_dataset(name, *config, split=self._split, keep_in_memory=False)
@@ -199,7 +199,7 @@ class TFDSReader:
         try:
             import tensorflow_datasets as tfds  # an optional dependency that is slow to import
         except ImportError:
-            raise UserError(f"{path} needs TensorFlow Datasets: pip install 'mice_jax[tfds]'.") from None
+            raise UserError(f"{path} needs TensorFlow Datasets: {install_command('tfds')}.") from None
 
         try:
             is_folder = os.path.isdir(os.path.expanduser(name))

@@ -27,7 +27,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax import __version__
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import UserError, install_command, one_line
 from mice_jax.inference.generation_config import FILE, GenerationDefaults
 from mice_jax.models.transformer import Params
 
@@ -378,7 +378,7 @@ class BenchmarkEvaluator:
 # ---------------------------------------------------------------------------------------- finding and loading
 def _check_harness() -> None:
     """Raises UserError if lm-eval is not installed or is too old."""
-    install = "pip install 'mice_jax[eval]'"
+    install = install_command("eval")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"benchmarks need the package lm-eval: {install}.")
     there, least = version("lm_eval"), ".".join(map(str, LEAST))

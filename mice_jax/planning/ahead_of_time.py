@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from mice_jax.config import nearest
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import UserError, install_command, one_line
 from mice_jax.hardware import (
     CHIPS,
     DEFAULT_GPU_MEMORY_FRACTION,
@@ -136,8 +136,8 @@ def _tpus(topology: str, family: str, shape: str) -> Topology:
                 f"The error of libtpu is: {one_line(e)}."
             ) from None
         raise UserError(
-            f"--topology={topology} needs libtpu, the compiler for TPUs, which runs without a TPU: pip install "
-            f"'mice_jax[aot]'. The error is: {one_line(e)}."
+            f"--topology={topology} needs libtpu, the compiler for TPUs, which runs without a TPU: "
+            f"{install_command('aot')}. The error is: {one_line(e)}."
         ) from None
     return Topology(topology, CHIPS[family], len(found.devices), found.devices)
 
@@ -170,7 +170,7 @@ def _gpus(topology: str, family: str, count: int, device_file: str) -> Topology:
         except Exception as e:
             raise UserError(
                 f"the run cannot be compiled for --topology={topology}: {one_line(e)}. That needs JAX's CUDA plugin "
-                "(pip install 'mice_jax[cuda]') and, as --device_file, the file *.gpu_target_config.pbtxt that a run "
+                f"({install_command('cuda')}) and, as --device_file, the file *.gpu_target_config.pbtxt that a run "
                 "on such a GPU writes with XLA_FLAGS=--xla_dump_to=DIR. Without --device_file the plan is an estimate."
             ) from None
     return Topology(topology, chip, count, devices)

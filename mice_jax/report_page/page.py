@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, install_command
 from mice_jax.report_page import content, read_runs
 from mice_jax.storage.paths import write_atomically
 
@@ -39,7 +39,7 @@ def render(data: dict[str, Any]) -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UserError("a report needs plotly. Install it with: pip install 'mice_jax[lab]'.") from None
+        raise UserError(f"a report needs plotly. Install it with: {install_command('lab')}.") from None
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

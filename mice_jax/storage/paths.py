@@ -14,7 +14,7 @@ import fsspec
 import fsspec.config
 from etils import epath
 
-from mice_jax.errors import StoreError, UserError, one_line
+from mice_jax.errors import StoreError, UserError, install_command, one_line
 
 RunPath = Path | epath.Path
 # Other processes write to the bucket too, so a cached listing, which etils' file system would use, is soon stale.
@@ -42,7 +42,7 @@ def parse_path(name: str) -> RunPath:
     try:
         list_folder(*filesystem(path))
     except ImportError as e:
-        raise UserError(f"{name} needs the package gcsfs: pip install 'mice_jax[gcs]' ({one_line(e)}).") from e
+        raise UserError(f"{name} needs the package gcsfs: {install_command('gcs')} ({one_line(e)}).") from e
     except Exception as e:  # each store and each kind of credentials has different exceptions
         raise StoreError(f"{name} cannot be reached: {one_line(e)}.") from e
     return path

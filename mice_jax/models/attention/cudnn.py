@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import UserError, install_command, one_line
 from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.attention.segments import zero_padding
 from mice_jax.packing_limits import max_segments
@@ -72,7 +72,7 @@ def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scor
     except RuntimeError as e:  # cuDNN is missing or too old
         raise UserError(
             f"model.attention='cudnn' is not available on this machine: {one_line(e)}. Install the CUDA libraries of "
-            "JAX (pip install 'mice_jax[cuda]'), or set model.attention='pallas'."
+            f"JAX ({install_command('cuda')}), or set model.attention='pallas'."
         ) from e
     out = jnp.where((found <= lengths.shape[1])[:, None, None, None], out, jnp.nan)
     return zero_padding(segment_ids, out[..., :h])[0]
