@@ -24,6 +24,7 @@ from mice_jax.inference.generation_config import GenerationDefaults, read_genera
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
+from mice_jax.runtime.devices import find_devices
 from mice_jax.sharding import param_shardings
 from mice_jax.storage import manifest
 from mice_jax.storage.cache import cache_folder
@@ -138,7 +139,7 @@ def compute_dtype(name: str, platform: str | None = None) -> Any:
     if name not in DTYPES:
         raise UserError(f"compute_dtype={name} is not one of {', '.join(DTYPES)}.")
     if name == "auto":
-        name = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+        name = "float32" if (platform or find_devices()[0].platform) == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 

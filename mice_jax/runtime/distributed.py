@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mice_jax.errors import AgreedError, StoreError, UserError
+from mice_jax.runtime.devices import find_devices
 
 # JAX ends the other processes once it has not heard from one for this long, which must be well within two minutes.
 HEARTBEAT_S = int(os.environ.get("MICE_JAX_HEARTBEAT_S", "60"))
@@ -59,6 +60,7 @@ def initialize(
 
     Raises:
         AgreedError: if another process joined with a `startup_error`.
+        UserError: if JAX finds no device of the kind that JAX_PLATFORMS names.
     """
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -72,6 +74,7 @@ def initialize(
         )
     elif _in_cluster():
         jax.distributed.initialize(initialization_timeout=JOIN_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_S)
+    find_devices()
     errors = _allgather_text(startup_error)
     if not startup_error:
         _raise_remote_errors(errors)
