@@ -284,9 +284,10 @@ def run_ours(args: argparse.Namespace) -> None:
 
 
 def metrics_of(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the metrics that a run has written so far."""
+    """Returns the metrics of the steps that a run has done so far."""
     path = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["step"]]
 
 
 # ----------------------------------------------------------------------------------------------------------- the peer

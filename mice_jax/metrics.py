@@ -96,6 +96,10 @@ class TerminalWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Updates the progress bar, or prints a line, if the step is a multiple of `every_steps` or the last one."""
+        if record["step"] == 0:  # The evaluation before the first step has neither a loss nor a time.
+            if "eval/loss" in record and not self._bar:
+                self._console.print(f"step 0/{self._total}  eval/loss {record['eval/loss']:.4f}")
+            return
         self._done += 1
         if self._done > 1:  # The first step includes compilation, so it is not part of the mean step time.
             self._seconds += record["step_time_s"]

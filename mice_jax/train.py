@@ -42,11 +42,11 @@ from mice_jax.storage.paths import parse_path
 from mice_jax.storage.provenance import code_state
 from mice_jax.storage.workdir import SYNC_EVERY_S
 from mice_jax.training import build, held_out, phases, precompile, run_files, summary
-from mice_jax.training.cadence import Cadence, last_steps_before_warm_start, uses_best_checkpoint
+from mice_jax.training.cadence import HELD_OUT_ALONE, Cadence, last_steps_before_warm_start, uses_best_checkpoint
 from mice_jax.training.evaluator import Evaluator
 from mice_jax.training.lifecycle import Run, lifecycle
 from mice_jax.training.progress import Deadline, LapTimer
-from mice_jax.training.record import Throughput, check_best_metric, make_record
+from mice_jax.training.record import Throughput, all_finite, check_best_metric, make_record
 from mice_jax.training.start_state import enter_phase, restore_or_start
 from mice_jax.training.stop_monitor import StopMonitor
 from mice_jax.training.stop_rules import step_at_fraction
@@ -206,6 +206,12 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         selects_by_benchmark=uses_best and config.checkpoint.best_metric in benchmarks.metric_names(),
     )
     throughput = Throughput(spec, hardware.peak_flops_of_all_devices())
+
+    # What the model knows before the first step is a line of its own: the gain of the run is measured from there. Where
+    # that is not finite, the first step ends the run and says so.
+    if start == 0 and (before := evaluator(state.params, HELD_OUT_ALONE).metrics) and all_finite(before):
+        run.log({"step": 0, "samples": 0} | before)
+
     timer = LapTimer()
     sums = fns.zero_sums()
     batches = put_steps(load_steps(steps, start, config.data.num_workers), mesh)

@@ -137,6 +137,13 @@ def test_without_a_terminal_each_step_is_a_plain_line() -> None:
     ]
 
 
+def test_evaluation_before_the_first_step_is_a_line_without_a_loss() -> None:
+    """It takes no part in the time that is left: the first step after it is the one that compiles."""
+    before = {"step": 0, "samples": 0, "eval/loss": 3.0}
+    lines = lines_of([before, record(1, 60.0), record(2)], total=5, every=1)
+    assert lines[0] == "step 0/5  eval/loss 3.0000" and lines[1].endswith("tok/s") and "  6 s left" in lines[2]
+
+
 def test_lines_come_every_nth_step_and_at_the_last() -> None:
     lines = lines_of([record(s) for s in range(1, 8)], total=7, every=3)
     assert [line.split()[1] for line in lines] == ["3/7", "6/7", "7/7"]

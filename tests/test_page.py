@@ -252,6 +252,17 @@ def test_run_without_steps_and_sweep_without_trials_have_pages(tmp_path: Path) -
     assert data["runs"] == [] and "no trial has ended" in data["problems"][0]["text"]
 
 
+def test_evaluation_before_the_first_step_starts_its_curve_alone(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", make_config())
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.write_text('{"step": 0, "samples": 0, "eval/loss": 5.5}\n' + file.read_text())
+    data = page_of(tmp_path, tmp_path / "run")
+    [run] = data["runs"]
+    assert data["problems"] == [] and run["grid"][0] == list(range(1, 61))
+    assert [values[0] for values in run["evaluations"]["eval/loss"]] == [0, 0, 5.5]
+    assert run["evaluations"]["eval/chats/loss"][0][0] == 20
+
+
 def test_repeated_steps_are_shown_once_and_reported(tmp_path: Path) -> None:
     write_run(tmp_path / "run", make_config())
     file = tmp_path / "run" / "metrics.jsonl"

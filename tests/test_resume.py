@@ -14,6 +14,7 @@ from helpers.runs import (
     kill_when,
     lines_of,
     make_chats,
+    read_all_metrics,
     read_json,
     read_metrics,
     run_train,
@@ -92,6 +93,7 @@ def test_paused_and_resumed_run_is_bit_equal(config: Path, uninterrupted: Path, 
     assert read_json(run, "summary.json")["status"] == "paused" and (run / "checkpoints" / "25").is_dir()
     assert run_train(config, run, pause) == 75 and lines_of(run) == 25, "the same command stays paused"
     assert ["eval/loss" in line for line in read_metrics(run)[22:]] == [False, False, True]
+    assert read_all_metrics(run)[0]["eval/loss"] > read_metrics(run)[24]["eval/loss"], "before the first step"
     assert run_train(config, run) == 0
     assert_equal_runs(run, uninterrupted, STEPS)
 

@@ -46,7 +46,7 @@ def test_page_of_a_run_shows_curves_data_config_and_events(diverged: Path) -> No
     known = [v if v is None else pytest.approx(v, rel=1e-4) for v in squares]
     assert run["means"]["grad_norm_corrected"] == known and any(v is not None for v in squares)
     held_out = run["evaluations"]["eval/loss"][1]
-    assert held_out == [line["samples"] for line in lines if "eval/loss" in line] and len(held_out) > 3
+    assert held_out == [0, *(line["samples"] for line in lines if "eval/loss" in line)] and len(held_out) > 3
     assert [e["event"] for e in run["events"]] == ["started", "stopped"]
     assert run["checkpoints"] == sorted(int(f.name) for f in (diverged / "checkpoints").iterdir())
     [trained, held_out] = data["data"][0]["sources"]

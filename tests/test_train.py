@@ -316,7 +316,7 @@ def test_next_batch_is_sent_to_devices_before_metrics_are_awaited(
     monkeypatch.setattr(jax, "device_get", get)
     assert run_train(config, tmp_path / "run", "--config.optim.max_steps=3") == 0
     steps = [line["num_microbatches"] for line in read_metrics(tmp_path / "run")]
-    order = "".join(x[0] for x in happened)
+    order = "".join(x[0] for x in happened).lstrip("a")  # without the held-out loss before the first step
     assert order.startswith("p" * (steps[0] + steps[1]) + "a" + "p" * steps[2] + "a")
 
 

@@ -115,6 +115,14 @@ def test_half_a_line_after_the_checkpoint_is_removed(tmp_path: Path) -> None:
     assert file.read_text().endswith("\n")
 
 
+def test_line_before_the_first_step_stays_unless_the_run_starts_again(tmp_path: Path) -> None:
+    file = write_lines(tmp_path, [0, 1, 2, 3])
+    Workdir(tmp_path).truncate_metrics(2)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1, 2]
+    Workdir(tmp_path).truncate_metrics(0)
+    assert file.read_text() == ""
+
+
 def test_a_new_run_needs_no_metrics(tmp_path: Path) -> None:
     Workdir(tmp_path).truncate_metrics(0)
 

@@ -163,8 +163,9 @@ def read_run(folder: Path, name: str = "") -> Run:
     config, summary, data_report = (
         _object(folder / f"{kind}.json", problems) for kind in ("config", "summary", "data_report")
     )
-    records = _read_metrics(folder / METRICS, problems)
-    evaluations = _evaluations(records)
+    lines = _read_metrics(folder / METRICS, problems)
+    evaluations = _evaluations(lines)
+    records = _steps_alone(lines)
     _add_scores(evaluations, folder / SCORES, problems)
     checkpoints = sorted(int(f.name) for f in (folder / "checkpoints").glob("*") if f.name.isdigit())
     status = str(summary.get("status", "unknown"))
@@ -236,6 +237,11 @@ def _read_metrics(file: Path, problems: list[str]) -> ColumnarRecords:
     return ColumnarRecords(columns, [p or "" for p in phases])
 
 
+def _steps_alone(lines: ColumnarRecords) -> ColumnarRecords:
+    """Returns the lines without that of the evaluation before the first step."""
+    return lines[1:] if len(lines) and lines.columns["step"][0] == 0 else lines
+
+
 def _parse_table(raw: bytes) -> pa.Table:
     """Parses the lines of metrics.jsonl at once; raises ArrowInvalid where one is damaged."""
     if not raw.endswith(b"\n") or b"\0" in raw:
@@ -261,7 +267,8 @@ def _drop_unplaced(table: pa.Table, problems: list[str]) -> pa.Table:
 def _drop_repeated(table: pa.Table, problems: list[str]) -> pa.Table:
     """Sorts the rows by step and leaves out repeated ones where the steps are not 1, 2, 3, ..."""
     step = table["step"].to_numpy(zero_copy_only=False)
-    if not len(step) or np.array_equal(step, np.arange(1, len(step) + 1)):
+    first = 0 if len(step) and step[0] == 0 else 1  # an evaluation before the first step has a line too
+    if not len(step) or np.array_equal(step, np.arange(first, first + len(step))):
         return table
     problems.append(f"the steps of {METRICS} are not 1, 2, 3, ...: lines are missing or repeated")
     return table.take(np.unique(step, return_index=True)[1])

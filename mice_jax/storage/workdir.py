@@ -171,13 +171,16 @@ class Workdir:
     def truncate_metrics(self, step: int) -> None:
         """Removes the lines after `step` from metrics.jsonl, as a run that resumes after that step needs.
 
+        A run that starts again from step 0 evaluates again before its first step, so no line is kept then.
+
         Raises:
             UserError: if the file does not hold every step from 1 to `step`.
         """
         file = self.local / METRICS
         lines = file.read_text().splitlines() if file.exists() else []
-        kept = lines[:step]
-        if [_step_of(line) for line in kept] != list(range(1, step + 1)):
+        before_training = bool(lines) and _step_of(lines[0]) == 0
+        kept = lines[: step + before_training] if step else []
+        if [_step_of(line) for line in kept[before_training:]] != list(range(1, step + 1)):
             raise UserError(
                 f"{self.path / METRICS} does not hold the steps 1 to {step}, after which the checkpoint of step {step} "
                 "resumes. Restore the file, or start in another --workdir."

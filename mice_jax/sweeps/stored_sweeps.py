@@ -13,7 +13,7 @@ import numpy as np
 
 from mice_jax.errors import UserError
 from mice_jax.training import stop_rules
-from mice_jax.training.stop_monitor import read_records
+from mice_jax.training.stop_monitor import read_records, record_before_training
 
 SIGNALS = ("loss", "grad_norm", "grad_sq_corrected")  # what rules read besides the metric
 SUFFIX = ".npz"
@@ -123,11 +123,7 @@ class _FinishedRun:
     records: Sequence[stop_rules.Record]
     metric: str
     diverged: bool
-
-    @property
-    def start(self) -> float:
-        """The metric before the first step; NaN where it was not measured."""
-        return float(self.records[0].get(self.metric, math.nan)) if self.records[0]["samples"] == 0 else math.nan
+    start: float  # the metric before the first step; NaN where it was not measured
 
     @property
     def samples(self) -> int:
@@ -136,7 +132,7 @@ class _FinishedRun:
     @property
     def evaluations(self) -> np.ndarray:
         """The number of samples and the metric at each evaluation, float64 [evaluation, 2]."""
-        measured = [(r["samples"], r[self.metric]) for r in self.records if self.metric in r and r["samples"]]
+        measured = [(r["samples"], r[self.metric]) for r in self.records if self.metric in r]
         return np.array(measured, np.float64).reshape(-1, 2)
 
     @property
@@ -197,4 +193,5 @@ def _read_run(folder: Path, number: int, settings: Mapping[str, Any]) -> _Finish
         )
     if not diverged and not any(metric in r for r in records):
         raise UserError(f"--sweeps: trial {number} of {folder} has no {metric} in its metrics.jsonl. Hold data out.")
-    return _FinishedRun(records, metric, diverged)
+    start = record_before_training(run).get(metric, math.nan)
+    return _FinishedRun(records, metric, diverged, float(start))

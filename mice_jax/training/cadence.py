@@ -23,6 +23,9 @@ class Due:
     checkpoint: bool
 
 
+HELD_OUT_ALONE = Due(held_out=True, benchmarks=False, checkpoint=False)  # before the first step
+
+
 @dataclasses.dataclass(frozen=True)
 class Cadence:
     """The rules by which a run saves and evaluates. They depend only on the samples seen so far.

@@ -1,7 +1,7 @@
 """Makes the record of a step, which is its line of metrics.jsonl, and knows the names of all metrics."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mice_jax.config import Config, nearest
@@ -67,6 +67,11 @@ def make_record(
     if skips_spikes:
         record[SKIPPED_STEPS] = progress.skipped
     return record
+
+
+def all_finite(metrics: Mapping[str, float | None]) -> bool:
+    """Returns whether no metric is NaN or infinite."""
+    return all(value is None or math.isfinite(value) for value in metrics.values())
 
 
 def metric_names(config: Config, evaluated: Sequence[str]) -> list[str]:

@@ -49,13 +49,19 @@ class Trial:
 
 # ---------------------------------------------------------------------------------------- records on disk
 def read_records(folder: Path) -> list[stop_rules.Record]:
-    """Returns the complete lines of a run's metrics.jsonl; empty if there is no such file."""
-    return jsonl.read(folder / METRICS)
+    """Returns the complete lines of the steps in a run's metrics.jsonl; empty if there is no such file."""
+    return [record for record in jsonl.read(folder / METRICS) if record["step"]]
+
+
+def record_before_training(folder: Path) -> stop_rules.Record:
+    """Returns the line of a run's metrics.jsonl that was measured before the first step; empty if there is none."""
+    return next((record for record in jsonl.read(folder / METRICS)[:1] if record["step"] == 0), {})
 
 
 def last_record(folder: Path) -> stop_rules.Record:
-    """Returns the last complete line of a run's metrics.jsonl; empty if there is none."""
-    return jsonl.read_last(folder / METRICS)
+    """Returns the complete line of the latest step in a run's metrics.jsonl; empty if there is none."""
+    record = jsonl.read_last(folder / METRICS)
+    return record if record.get("step") else {}
 
 
 # ---------------------------------------------------------------------------------------- rules as JSON
