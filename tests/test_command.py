@@ -65,6 +65,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("data.phases[0].name=late", lambda c: c.data.phases[0].name, "late"),
         ("data.phases[0].sources[0].weight=0.5", lambda c: c.data.phases[0].sources[0].weight, 0.5),
         ("data.validation[0].path=w.jsonl", lambda c: c.data.validation[0].path, "w.jsonl"),
+        ('data.template_kwargs={"a": false}', lambda c: c.data.template_kwargs, {"a": False}),
+        ("data.template_kwargs={'a': None}", lambda c: c.data.template_kwargs, {"a": None}),
     ],
 )
 def test_an_override_has_the_type_of_its_field(config_file: Path, override: str, get: Any, value: Any) -> None:

@@ -4,8 +4,11 @@ This module imports absl and ml_collections only, so that `--help` and wrong fla
 themselves import jax and transformers, which takes seconds.
 """
 
+import ast
+import contextlib
+import json
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
@@ -18,6 +21,21 @@ DEFAULT_JUDGE_KEY_ENV = "OPENAI_API_KEY"
 
 
 # ---------------------------------------------------------------------------------------- shared by commands
+class _JSONParser(flags.ArgumentParser):
+    """Parses a field of the config that is an object, such as data.template_kwargs."""
+
+    def parse(self, argument: Any) -> Any:
+        if not isinstance(argument, str):
+            return argument  # the config's own value
+        for read in (json.loads, ast.literal_eval):  # as JSON, or as `mice config` prints it
+            with contextlib.suppress(ValueError, SyntaxError):
+                return read(argument)
+        raise ValueError('it must be a JSON object, such as {"enable_thinking": false}')
+
+
+config_flags.register_flag_parser_for_type(dict[str, Any], _JSONParser())
+
+
 def define_config(values: Values, argv: list[str]) -> None:
     """Defines --config and, from the arguments that follow it, its overrides."""
     config_flags.DEFINE_config_file(

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mice_jax.data import template_checks
 from mice_jax.data.bad_records import BadRecord, BadRecordError
+from mice_jax.data.call_arguments import has_other_text, with_object_arguments, with_text_arguments
 from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError, TemplateInputs
-from mice_jax.data.json_list import DECODER
 from mice_jax.data.reasoning import POLICIES, REASONING, reasoning_of, without_reasoning
 from mice_jax.data.sample_notes import NO_NOTES, UNREAD, Note, Notes
 from mice_jax.data.sources import Sample
@@ -31,8 +31,6 @@ from mice_jax.data.tokenizer import IdsAndSpans, Span, decode, offset_tokenizer
 from mice_jax.errors import UserError
 
 RULES_VERSION = 3  # increased whenever ids or masks change, so that token stores are rebuilt
-# Keys of a message that every template is taken to know, or that are checked in another way.
-KNOWN_KEYS = {"role", "content", "train", "tool_calls", *REASONING}
 EXAMPLE_TOKENS = 6  # tokens of a prompt that differs, which the report shows
 # The assistant messages that get loss, unless a message's `train` or a sample's `unmask` overrides it.
 TRAIN_ON = ("all", "last")
@@ -424,7 +422,7 @@ class ChatEncoder:
         self, sample: Sample, messages: list[Message], train_indices: list[int], notes: dict[str, Note]
     ) -> None:
         """Counts what is odd about a conversation and no error."""
-        for key in self._unread_keys(sample):
+        for key in template_checks.unread_keys(self._template, sample):
             notes[UNREAD + key] = Note(1)
         answers = [messages[i] for i in train_indices if messages[i]["role"] == "assistant"]
         empty = sum(not (m.get("content") or m.get("tool_calls") or reasoning_of(m)) for m in answers)
@@ -433,36 +431,9 @@ class ChatEncoder:
         thoughtless = sum("</think>" in (m.get("content") or "") and reasoning_of(m) == "" for m in answers)
         if thoughtless:
             notes["empty_think"] = Note(thoughtless)
-        texts = sum(
-            isinstance(_function_of(call).get("arguments"), str) and _object_in(_function_of(call)["arguments"]) is None
-            for m in sample.messages
-            for call in m.get("tool_calls") or []
-        )
+        texts = sum(has_other_text(call) for m in sample.messages for call in m.get("tool_calls") or [])
         if texts:
             notes["arguments_not_json"] = Note(texts)
-
-    def _unread_keys(self, sample: Sample) -> list[str]:
-        """The keys of a conversation that neither this package nor the template reads."""
-        keys = {key for m in sample.messages for key, value in m.items() if key not in KNOWN_KEYS and value is not None}
-        if not (keys or sample.unread or sample.documents or sample.template_kwargs):
-            return []
-        names = self._template.names(sample.tools)
-        unread = list(sample.unread)
-        if sample.documents and "documents" not in names.variables:
-            unread.append("documents")
-        unread += [f"chat_template_kwargs.{k}" for k in sample.template_kwargs if k not in names.variables]
-        if not self._writes_whole_messages:
-            unread += [f"messages.{k}" for k in sorted(keys - names.keys)]
-        return unread
-
-    @functools.cached_property
-    def _writes_whole_messages(self) -> bool:
-        """Whether the template writes messages with all their keys, whatever these are called."""
-        probe = [m | {"mice_probe": "MiceProbe"} for m in PROBE_MESSAGES]
-        try:
-            return "MiceProbe" in self._template.render(probe)
-        except TemplateError:
-            return False
 
     def _compared(self, one: _Rendered, located: IdsAndSpans) -> dict[str, Note]:
         """Compares what precedes each trained turn with the prompt that asks for it, token by token."""
@@ -508,8 +479,8 @@ class ChatEncoder:
         seen = [{k: v for k, v in m.items() if v is not None and k != "train"} for m in messages]
         for i, message in enumerate(seen):
             if message.get("tool_calls"):
-                form = _as_text if self._needs_text_arguments else _as_object
-                seen[i] = message | {"tool_calls": [_with_arguments(c, form) for c in message["tool_calls"]]}
+                form = with_text_arguments if self._needs_text_arguments else with_object_arguments
+                seen[i] = message | {"tool_calls": [form(call) for call in message["tool_calls"]]}
         return seen
 
     @functools.cached_property
@@ -552,36 +523,6 @@ def _drop_reasoning(sample: Sample, notes: dict[str, Note]) -> Sample:
     if dropped:
         notes["reasoning_dropped"] = Note(dropped)
     return replace(sample, messages=messages)
-
-
-def _function_of(call: Message) -> Message:
-    return call["function"] if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
-
-
-def _with_arguments(call: Message, form: Callable[[Any], Any]) -> Message:
-    function = _function_of(call)
-    if not isinstance(function, dict) or "arguments" not in function:
-        return call
-    changed = function | {"arguments": form(function["arguments"])}
-    return changed if function is call else call | {"function": changed}
-
-
-def _as_object(arguments: Any) -> Any:
-    found = _object_in(arguments) if isinstance(arguments, str) else None
-    return arguments if found is None else found
-
-
-def _as_text(arguments: Any) -> Any:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-def _object_in(text: str) -> dict[str, Any] | None:
-    """The JSON object that a text holds; None where it holds none."""
-    try:
-        found = DECODER.decode(text)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:

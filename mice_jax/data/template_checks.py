@@ -11,7 +11,12 @@ from typing import Any
 
 from mice_jax.data import templates
 from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError, TemplateInputs
-from mice_jax.data.reasoning import reasoning_of, with_reasoning, without_reasoning
+from mice_jax.data.reasoning import REASONING, reasoning_of, with_reasoning, without_reasoning
+from mice_jax.data.sources import Sample
+from mice_jax.data.template_spans import PROBE_MESSAGES
+
+# Keys of a message that every template is taken to know, or that are checked in another way.
+KNOWN_KEYS = {"role", "content", "train", "tool_calls", *REASONING}
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,36 @@ def _ignores_tools(template: ChatTemplate, messages: list[Message], inputs: Temp
 def _renders_equally(template: ChatTemplate, messages: list[Message], inputs: TemplateInputs, text: str) -> bool:
     try:
         return template.render(messages, inputs) == text
+    except TemplateError:
+        return False
+
+
+def unread_keys(template: ChatTemplate, sample: Sample) -> list[str]:
+    """The keys of a conversation that neither this package nor the template reads.
+
+    Args:
+      template: the chat template.
+      sample: the conversation.
+
+    Returns:
+      The keys of the record, and those of its messages as `messages.KEY`.
+    """
+    keys = {key for m in sample.messages for key, value in m.items() if key not in KNOWN_KEYS and value is not None}
+    if not (keys or sample.unread or sample.documents or sample.template_kwargs):
+        return []
+    names = template.names(sample.tools)
+    unread = list(sample.unread)
+    if sample.documents and "documents" not in names.variables:
+        unread.append("documents")
+    unread += [f"chat_template_kwargs.{k}" for k in sample.template_kwargs if k not in names.variables]
+    unnamed = sorted(keys - names.keys)
+    return unread if not unnamed or _writes_whole_messages(template) else [*unread, *(f"messages.{k}" for k in unnamed)]
+
+
+def _writes_whole_messages(template: ChatTemplate) -> bool:
+    """Whether the template writes messages with all their keys, whatever these are called."""
+    try:
+        return "MiceProbe" in template.render([m | {"mice_probe": "MiceProbe"} for m in PROBE_MESSAGES])
     except TemplateError:
         return False
 
