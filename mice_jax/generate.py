@@ -2,7 +2,7 @@
 
   mice generate --model=runs/demo --prompt="Why do mice run?"
   mice generate --model=hf_folder --input=questions.jsonl --output=answers.jsonl --max_new_tokens=512
-  mice generate --model=runs/demo --step=400          a chat; /reset starts over, /exit ends it
+  mice generate --model=runs/demo --step=400          a chat; /help lists its commands
 
 A line of --input is {"messages": [...]} or {"prompt": "..."}, with optional "tools", "documents" and
 "chat_template_kwargs". A line of --output is that of the input with the added fields "response", and "stopped": whether
@@ -18,6 +18,7 @@ if __name__ == "__main__":
 # isort: split
 import codecs
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ from mice_jax.errors import UserError
 from mice_jax.inference.chat import ChatModel, Message
 from mice_jax.inference.generation_config import FILE, GenerationDefaults
 from mice_jax.inference.sampler import Sampler, Sampling, check_fits, default_max_new_tokens
+from mice_jax.inference.terminal_chat import TerminalChat, run_chat
 from mice_jax.model_source import (
     check_vocabulary,
     compute_dtype,
@@ -115,7 +117,7 @@ def generate(values: command.Values) -> None:
         elif values.prompt is not None:
             print_answer(model, _with_question(system, values.prompt), sampling)
         else:
-            _chat(model, system, sampling)
+            run_chat(TerminalChat(functools.partial(print_answer, model, sampling=sampling), values.system or ""))
 
 
 def _notes(values: command.Values, defaults: GenerationDefaults, folder: Path) -> list[str]:
@@ -160,28 +162,6 @@ def print_answer(model: ChatModel, messages: list[Message], sampling: Sampling) 
     if not completion.stopped:
         print(f"(cut at max_new_tokens={sampling.max_new_tokens})", file=sys.stderr)
     return completion.text
-
-
-def _chat(model: ChatModel, system: list[Message], sampling: Sampling) -> None:
-    print("A chat: /reset starts over, /exit ends it.")
-    messages = list(system)
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if line == "/exit":
-            return
-        if line == "/reset":
-            messages = list(system)
-        elif line:
-            asked = _with_question(messages, line)
-            try:
-                messages = [*asked, {"role": "assistant", "content": print_answer(model, asked, sampling)}]
-            except UserError as e:
-                # The conversation is too long, or the chat template does not accept it, so it stays as it was.
-                print(f"{e} /reset starts over.", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------- a file

@@ -23,6 +23,7 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.generate import main, print_answer
 from mice_jax.inference.chat import ChatModel
 from mice_jax.inference.sampler import Sampling
+from mice_jax.inference.terminal_chat import WELCOME
 
 NUM = 12  # tokens of an answer
 QUESTIONS: list[dict[str, Any]] = [
@@ -300,15 +301,15 @@ def test_what_may_be_the_beginning_of_an_end_is_shown_once_it_is_none() -> None:
     assert shown("cold barn!") == (["mice", " learn", " ", "cold barn"], False)
 
 
-def test_a_chat_remembers_until_it_is_reset(
+def test_a_chat_remembers_until_it_is_cleared(
     folder: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("mice\nred\n/reset\n\nmice\n/exit\nunseen\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("mice\nred\n/clear\n\nmice\n/exit\nunseen\n"))
     assert run(folder) == 0
     out = capsys.readouterr().out
     first = expected(model, CONVERSATIONS[3])
     both = [*CONVERSATIONS[3], {"role": "assistant", "content": first}, {"role": "user", "content": "red"}]
-    assert out == f"A chat: /reset starts over, /exit ends it.\n> {first}\n> {expected(model, both)}\n> > > {first}\n> "
+    assert out == f"{WELCOME}\n> {first}\n> {expected(model, both)}\n> > > {first}\n> "
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert run(folder) == 0
 
