@@ -366,7 +366,7 @@ class Sweep(_Strict):
     mode: str = "min"
     """Whether a lower (min) or a higher (max) value is better."""
     stop: Any = None
-    """A rule that stops poor trials: None, paper, median, halving, or a rule of mice_jax.training.stop_rules."""
+    """A rule that saves trials: None, bracket, paper, median, halving, or a rule with fields of its own."""
     search: str = "grid"
     """How combinations are chosen: grid, random or tpe."""
     trials: int = 0

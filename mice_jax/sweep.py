@@ -37,12 +37,12 @@ from mice_jax.planning import cost
 from mice_jax.report_page import page, read_runs
 from mice_jax.runtime import distributed, watchdog
 from mice_jax.storage.workdir import RESULTS
-from mice_jax.sweeps import workers
+from mice_jax.sweeps import live_bracket, workers
 from mice_jax.sweeps.devices import share_of_devices
 from mice_jax.sweeps.process_group import ProcessSpec
 from mice_jax.sweeps.progress_table import ProgressTable
 from mice_jax.sweeps.study import STATUS_BY_STATE, Study, status_of
-from mice_jax.sweeps.trials import fixed_params, sibling_rule, trial_config
+from mice_jax.sweeps.trials import bracket_rule, fixed_params, sibling_rule, trial_config
 from mice_jax.sweeps.worker_pool import WorkerPool
 
 STORAGE_VARIABLE = "MICE_JAX_STORAGE"  # environment variable with the database's URL, which may hold a password
@@ -109,6 +109,8 @@ def load_sweep(config: str) -> Sweep:
         )
     sweep.validate()
     sibling_rule(sweep)
+    if rule := bracket_rule(sweep):
+        live_bracket.check(sweep, rule)
     return sweep
 
 
@@ -195,7 +197,9 @@ def _summary(study: Study) -> str:
     statuses = [status_of(t) for t in study.trials()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in STATUS_BY_STATE.values())
     lines = [f"done: {counts}", f"results: {study.folder / RESULTS}", f"report: {study.folder / page.REPORT}"]
-    if best := study.best():
+    if conclusion := study.conclusion():
+        lines += conclusion
+    elif best := study.best():
         lines.append(f"best: trial {best.number}, {study.sweep.metric} {best.value:.4g}")
     return "\n".join(lines)
 

@@ -75,23 +75,29 @@ class BracketRule(SweepRule):
 
     def arms_by_block(self, grid: Grid) -> list[list[int]]:
         """Returns the arms of each block."""
-        return grid.blocks(n for n, values in grid.axes.items() if n in self.blocks or not is_numeric(values))
+        inside = self.axes_inside_blocks(grid)
+        return grid.blocks(name for name in grid.axes if name not in inside)
+
+    def axes_inside_blocks(self, grid: Grid) -> list[str]:
+        """Returns the names of the axes in which arms of one block differ."""
+        return [name for name, values in grid.axes.items() if name not in self.blocks and is_numeric(values)]
 
     def check(self, grid: Grid, runs: Runs) -> None:
         """Raises UserError where an axis cannot be bracketed or the metric before the first step is missing."""
-        if not 0 < self.first <= 1 or self.keep < 1 or not 0 <= self.seed_margin < math.inf:
-            raise UserError(
-                f"{self} is not a rule: first must be above 0 and at most 1, keep at least 1, and seed_margin at "
-                "least 0."
-            )
+        self.check_axes(grid)
         if not math.isfinite(runs.start):
             raise UserError(
                 f"start is {runs.start}. BracketRule measures how far apart arms are as a share of the gain so far: "
                 "give the metric before the first step, a finite number."
             )
-        self._check_axes(grid)
 
-    def _check_axes(self, grid: Grid) -> None:
+    def check_axes(self, grid: Grid) -> None:
+        """Raises UserError where a field of the rule is out of bounds or an axis cannot be bracketed."""
+        if not 0 < self.first <= 1 or self.keep < 1 or not 0 <= self.seed_margin < math.inf:
+            raise UserError(
+                f"{self} is not a rule: first must be above 0 and at most 1, keep at least 1, and seed_margin at "
+                "least 0."
+            )
         for name in (*self.axes, *self.blocks):
             if name not in grid.axes:
                 raise UserError(

@@ -67,6 +67,13 @@ class Claims:
             return False
         return True
 
+    def held(self, number: int) -> bool:
+        """Returns whether some worker, dead or alive, has claimed a trial."""
+        t = self._table
+        of_trial = sql.and_(t.c.study == self._study, t.c.trial == number)
+        with self._engine.begin() as db:
+            return db.execute(sql.select(t.c.owner).where(of_trial)).first() is not None
+
     def release(self, number: int) -> None:
         """Gives up a claim of this worker."""
         with self._engine.begin() as db:

@@ -30,11 +30,13 @@ from mice_jax.errors import UserError, one_line
 from mice_jax.storage.paths import write_atomically
 from mice_jax.storage.workdir import RESULTS
 from mice_jax.sweeps.claims import HEARTBEAT_S, Claims
-from mice_jax.sweeps.trials import fixed_params, label, sibling_rule, trial_config
+from mice_jax.sweeps.live_bracket import LiveBracket
+from mice_jax.sweeps.trials import bracket_rule, fixed_params, label, sibling_rule, trial_config
 from mice_jax.training import stop_rules
 from mice_jax.training.stop_monitor import Trial, read_records, rule_fields
 
 SQLITE_TIMEOUT_S = 60.0  # how long to wait for a SQLite database that other processes have locked
+UNNEEDED = "unneeded"  # attribute of a trial that the bracket rule has ended; its run neither failed nor diverged
 STATUS_BY_STATE = {TrialState.COMPLETE: "completed", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 CONFIG_FILE = '''"""Trial {number} of the sweep in {folder}: {params}."""
 
@@ -63,6 +65,9 @@ class Study:
 
     def __init__(self, sweep: Sweep, folder: Path, storage: str = ""):
         self.sweep, self.folder, self.rule = sweep, folder, sibling_rule(sweep)
+        bracket = bracket_rule(sweep)
+        self.bracket = LiveBracket(sweep, bracket, folder / "runs", self.total_steps) if bracket else None
+        self._until: dict[int, float] = {}  # the share of its run to which a claimed trial is run
         fixed = fixed_params(sweep)
         for params in fixed if sweep.search == "grid" else fixed[:1]:
             trial_config(sweep, params)
@@ -136,14 +141,57 @@ class Study:
 
     # -------------------------------------------------------------------- from claim to end of a trial
     def claim(self) -> int | None:
-        """Claims a trial that has not ended and that no living worker runs; returns None if there is none."""
-        for trial in self.trials():
-            if trial.state.is_finished() or not self.claims.take(trial.number):
+        """Claims a trial that is to be run and that no living worker runs; returns None where there is none."""
+        for number in self._to_run():
+            if not self.claims.take(number):
                 continue
-            if not self.trials()[trial.number].state.is_finished():
-                return trial.number
-            self.claims.release(trial.number)  # it ended after its state was read
+            # It may have ended or paused after its state was read.
+            until = self._to_run().get(number)
+            if until is not None:
+                self._until[number] = until
+                return number
+            self.claims.release(number)
         return None
+
+    def _to_run(self) -> dict[int, float]:
+        """Returns the share to which each trial is to be run now, in their order; running trials are among them."""
+        if self.bracket:
+            return dict(self.bracket.tasks(*self._outcomes()))
+        return {t.number: 1.0 for t in self.trials() if not t.state.is_finished()}
+
+    def _outcomes(self) -> tuple[dict[int, float], set[int]]:
+        """Returns the metric of completed trials, and the trials that ended otherwise."""
+        trials = self.trials()
+        finals = {t.number: float(t.value or 0.0) for t in trials if t.state == TrialState.COMPLETE}
+        ended = {t.number for t in trials if t.state.is_finished() and UNNEEDED not in t.user_attrs}
+        failed = ended - finals.keys()
+        return finals, failed
+
+    def end_unneeded(self) -> None:
+        """Ends the trials that the bracket rule leaves paused or waiting, once it has nothing left to run."""
+        if not self.bracket or self._to_run():
+            return
+        left = [t.number for t in self.trials() if not t.state.is_finished()]
+        claimed = [number for number in left if self.claims.take(number)]
+        for number in claimed:
+            trial = self.trials()[number]
+            if not trial.state.is_finished():  # it may have ended after its state was read
+                self._end_unneeded(trial, self.bracket.reason(number))
+            self.claims.release(number)
+        if claimed:
+            self.write_results()
+
+    def _end_unneeded(self, trial: FrozenTrial, reason: str) -> None:
+        if trial.state == TrialState.RUNNING:
+            self._write_config(trial.number, trial.params, until=1.0)  # so that it can be continued by hand
+        storage = self.study._storage
+        storage.set_trial_user_attr(trial._trial_id, UNNEEDED, True)
+        storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+        storage.set_trial_state_values(trial._trial_id, TrialState.PRUNED)
+
+    def conclusion(self) -> list[str]:
+        """Returns what the bracket rule found, a sentence each; empty for a sweep without it."""
+        return self.bracket.conclusion(*self._outcomes()) if self.bracket else []
 
     def begin(self, number: int) -> Path:
         """Draws the parameters of a claimed trial, or reads those drawn before; returns its config file."""
@@ -154,7 +202,12 @@ class Study:
         sampler = optuna.samplers.TPESampler if self.sweep.search == "tpe" else optuna.samplers.RandomSampler
         self.study.sampler = sampler(seed=(self.sweep.base.seed * 1_000_003 + number) % 2**32)
         params = self._draw(optuna.trial.Trial(self.study, trial._trial_id))
+        return self._write_config(number, params, self._until.get(number, 1.0))
+
+    def _write_config(self, number: int, params: dict[str, Any], until: float) -> Path:
+        """Writes the config file of a trial that is to be run up to a share of its steps."""
         config = trial_config(self.sweep, params)
+        config.train.pause_at_share = until if until < 1 else 0.0
         folder = self.run_folder(number)
         folder.mkdir(exist_ok=True)
         listed = ", ".join(f"{k}={v}" for k, v in params.items())
@@ -210,6 +263,15 @@ class Study:
             done.set()
             thread.join()
 
+    def pauses(self, number: int) -> bool:
+        """Returns whether a claimed trial is to be paused before its end."""
+        return self._until.get(number, 1.0) < 1
+
+    def pause(self, number: int) -> None:
+        """Gives up the claim of a trial that has come to its pause; it stays among the trials that run."""
+        self.claims.release(number)
+        self.write_results()
+
     def end(self, number: int, exit_code: int) -> str:
         """Records how a trial ended.
 
@@ -238,7 +300,7 @@ class Study:
     def _row(self, trial: FrozenTrial) -> dict[str, Any]:
         records = read_records(self.run_folder(trial.number))
         last = records[-1] if records else {}
-        row = {"number": trial.number} | self.params(trial) | {"status": status_of(trial)}
+        row = {"number": trial.number} | self.params(trial) | {"status": self.status(trial)}
         row |= {"steps": last.get("step", 0), "samples": last.get("samples", 0)}
         total = self.total_steps(trial.number)
         for fraction in stop_rules.FRACTIONS:
@@ -250,6 +312,14 @@ class Study:
         row["metric"] = trial.value if trial.state == TrialState.COMPLETE else ""
         row["reason"] = trial.user_attrs.get("reason", "")
         return row
+
+    def status(self, trial: FrozenTrial) -> str:
+        """Returns the status of a trial as `status_of`, or "paused"."""
+        status = status_of(trial)
+        if self.bracket and status == "running":
+            paused = (read_summary(self.run_folder(trial.number)) or {}).get("status") == "paused"
+            return "paused" if paused and not self.claims.held(trial.number) else status
+        return status
 
     def params(self, trial: FrozenTrial) -> dict[str, Any]:
         """Returns a trial's value on every axis and its seed; "" for a value that is not drawn yet."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from mice_jax.config import Config, Range, Sweep, locate
 from mice_jax.errors import UserError
+from mice_jax.sweeps.bracket_rule import BracketRule
 from mice_jax.training import stop_rules
 
 
@@ -34,20 +35,29 @@ def trial_config(sweep: Sweep, params: dict[str, Any]) -> Config:
             value = next(v for v in choices if label(v) == value)
         part, field = locate(config, name)
         setattr(part, field, copy.deepcopy(value))
+    if rule := bracket_rule(sweep):
+        config.eval.at_shares = sorted({*config.eval.at_shares, rule.first})
     config.validate()
     return config
 
 
 def sibling_rule(sweep: Sweep) -> stop_rules.SiblingRule | None:
-    """Returns the rule that compares the trials of a sweep; raises UserError where its name is unknown."""
-    if sweep.stop is None or sweep.stop == "none":
+    """Returns the rule that stops trials of a sweep for good; raises UserError where its name is unknown."""
+    if sweep.stop is None or sweep.stop == "none" or bracket_rule(sweep):
         return None
     if isinstance(sweep.stop, str) and sweep.stop in stop_rules.SIBLING_RULES:
         return stop_rules.SIBLING_RULES[sweep.stop]()
     if isinstance(sweep.stop, stop_rules.SiblingRule):
         return sweep.stop
     raise UserError(
-        f"stop={sweep.stop!r} of the sweep is not a stop rule. Give None, one of "
-        f"{', '.join(stop_rules.SIBLING_RULES)}, or a PaperRule, MedianRule or HalvingRule of "
-        "mice_jax.training.stop_rules."
+        f"stop={sweep.stop!r} of the sweep is not a stop rule. Give None, one of bracket, "
+        f"{', '.join(stop_rules.SIBLING_RULES)}, a BracketRule of mice_jax.sweeps, or a PaperRule, MedianRule or "
+        "HalvingRule of mice_jax.training.stop_rules."
     )
+
+
+def bracket_rule(sweep: Sweep) -> BracketRule | None:
+    """Returns the bracket rule of a sweep that has one."""
+    if sweep.stop == "bracket":
+        return BracketRule()
+    return sweep.stop if isinstance(sweep.stop, BracketRule) else None

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mice_jax.errors import Preempted, UserError
+from mice_jax.errors import Paused, Preempted, UserError
 from mice_jax.runtime import watchdog
 from mice_jax.storage import lock
 from mice_jax.sweeps.process_group import Connection, Followers, ProcessSpec, connect_to_main
@@ -39,6 +39,7 @@ def work(study: Study, followers: Followers | None = None) -> int:
     while True:
         number = study.claim()
         if number is None:
+            study.end_unneeded()
             if study.num_ended() == len(study.trials()):
                 return 0
             # Other workers run the rest. Should one of them die, its trial is resumed here.
@@ -50,7 +51,10 @@ def work(study: Study, followers: Followers | None = None) -> int:
             except Preempted:
                 study.claims.release(number)
                 raise
-            study.end(number, exit_code)
+            if _has_paused(study, number, exit_code):
+                study.pause(number)
+            else:
+                study.end(number, exit_code)
 
 
 def work_as_main_process(study: Study, process: ProcessSpec) -> int:
@@ -121,6 +125,8 @@ def _run_trial(study: Study, number: int, followers: Followers | None) -> int:
             exit_code = watchdog.run_child("mice_jax.train", arguments, folder, environment, log)
         if followers:
             followers.await_trial()
+        if _has_paused(study, number, exit_code):
+            return exit_code
         _raise_if_preempted(number, exit_code)
         if exit_code in (0, UserError.exit_code, 3):
             return exit_code
@@ -130,6 +136,13 @@ def _run_trial(study: Study, number: int, followers: Followers | None) -> int:
         furthest_step = max(furthest_step, step)
         if attempts >= MAX_ATTEMPTS:
             return exit_code
+
+
+def _has_paused(study: Study, number: int, exit_code: int) -> bool:
+    """Returns whether the run of a claimed trial ended with this exit code because it had come to its pause."""
+    if exit_code != Paused.exit_code or not study.pauses(number):
+        return False
+    return (read_summary(study.run_folder(number)) or {}).get("status") == "paused"
 
 
 def _raise_if_preempted(number: int, exit_code: int) -> None:

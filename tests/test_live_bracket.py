@@ -1,0 +1,181 @@
+"""The bracket rule at work on a sweep: what it runs next by the files of the trials, pauses, and how it ends."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helpers.runs import read_all_metrics, read_json
+from helpers.sweeps import results, run_sweep, small_sweep, study_of, sweep_file
+from mice_jax.config import Sweep
+from mice_jax.errors import UserError
+from mice_jax.sweeps import BracketRule, replay
+from mice_jax.sweeps.live_bracket import LiveBracket, check
+from mice_jax.sweeps.study import Study
+from mice_jax.sweeps.trials import bracket_rule, trial_config
+
+RATE = "optim.learning_rate"
+RATES = [1e-5, 2e-5, 4e-5, 8e-5, 16e-5]
+STEPS = 10
+
+
+def bracket_sweep(**fields: Any) -> Sweep:
+    """Returns a valid sweep of five rates with the bracket rule."""
+    sweep = small_sweep(**({"axes": {RATE: RATES}, "seeds": [3, 4, 5], "stop": "bracket"} | fields))
+    sweep.base.data.validation_fraction = 0.1
+    return sweep
+
+
+def write_run(folder: Path, curve: np.ndarray, share: float, start: float, status: str) -> None:
+    """Writes the files of a run of ten steps that came to a share of them, evaluated at a fifth and at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = [{"step": 0, "samples": 0, "eval/loss": start}]
+    for step in range(1, round(share * STEPS) + 1):
+        line = {"step": step, "samples": 8 * step, "loss": 1.0}
+        if step in (2, STEPS):
+            line["eval/loss"] = float(curve[0 if step == 2 else 1])
+        lines.append(line)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "data_report.json").write_text(json.dumps({"steps": STEPS}))
+    summary = {"status": status, "reason": "", "last_metrics": lines[-1]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+# ---------------------------------------------------------------------------------------- decisions from files
+@pytest.mark.parametrize("seed", range(12))
+def test_trials_that_run_are_those_of_a_replay(seed: int, tmp_path: Path) -> None:
+    """Each time one task is done, as by one worker, a new process reads the files and decides."""
+    rng = np.random.default_rng(seed)
+    axes = {RATE: RATES[: 3 + seed % 3], "optim.schedule": ["constant", "cosine"][: 1 + seed % 2]}
+    shape = (3, *map(len, axes.values()))
+    curves = 2 + np.abs(rng.normal(size=(*shape, 5)).cumsum(axis=1))  # points at 20, 40, ... 100 %
+    if seed % 4 == 3:
+        curves[:, -1, :, -1] = np.nan
+    sweep = bracket_sweep(axes=axes, stop=BracketRule(seed_margin=0.2))
+    by_arm = curves.reshape(3, -1, 5)
+    finals: dict[int, float] = {}
+    failed: set[int] = set()
+    ran = np.zeros(by_arm.shape[:2])
+    while True:
+        live = LiveBracket(sweep, sweep.stop, tmp_path, lambda n: STEPS if (tmp_path / str(n)).exists() else 0)
+        tasks = live.tasks(finals, failed)
+        if not tasks:
+            break
+        number, until = tasks[0]
+        arm, s = divmod(number, 3)
+        values = by_arm[s, arm, [0, 4]]
+        diverges = until == 1 and np.isnan(values[1])
+        ran[s, arm] = until
+        write_run(tmp_path / str(number), values, 0.9 if diverges else until, 6.0, "completed")
+        if diverges:
+            failed.add(number)
+        elif until == 1:
+            finals[number] = float(values[1])
+    r = replay(curves, axes, sweep.stop, start=6.0)
+    assert ran == pytest.approx(r.ran.reshape(ran.shape), abs=1e-9)
+    first, *notes = live.conclusion(finals, failed)
+    assert all(f"{name}={value}" in first for name, value in r.chosen.items())
+    assert f"saved {r.saved:.0%}" in first and tuple(notes) == r.notes
+
+
+def test_higher_metric_is_better_where_the_sweep_says_so(tmp_path: Path) -> None:
+    sweep = bracket_sweep(mode="max", seeds=[])
+    live = LiveBracket(sweep, BracketRule(keep=1, seed_margin=0), tmp_path, lambda n: STEPS)
+    for number, value in enumerate([1, 2, 3, 2, 1]):
+        write_run(tmp_path / str(number), np.array([value, value]), 0.2, 0.5, "paused")
+    assert [task.number for task in live.tasks({}, ())] == [2]
+    assert [task.number for task in live.tasks({2: 3.0}, ())] == [1, 3]
+    assert live.tasks({1: 2.0, 2: 3.0, 3: 2.0}, ()) == []
+
+
+def test_study_pauses_resumes_and_ends_trials(tmp_path: Path) -> None:
+    """The second rate leads and wins: its neighbours and it are finished, and the other two stay at a fifth."""
+    study = Study(bracket_sweep(seeds=[3, 4], stop=BracketRule(keep=1, seed_margin=0)), tmp_path / "sweep")
+    values = [2.0, 1.0, 2.0, 3.0, 4.0]
+    claimed = [study.claim() for _ in range(6)]
+    assert claimed == [0, 2, 4, 6, 8, None], "the first seed of each arm"
+    for number in claimed[:-1]:
+        config = study.begin(number).read_text()
+        assert "pause_at_share=0.2" in config and "at_shares=[0.2]" in config and study.pauses(number)
+        write_run(study.run_folder(number), np.full(2, values[number // 2]), 0.2, 5.0, "paused")
+        study.pause(number)
+    assert [r["status"] for r in results(study.folder)] == ["paused", "waiting"] * 5
+    for wanted in ([2], [0, 4]):
+        assert [study.claim() for _ in wanted] == wanted and study.claim() is None
+        study.end_unneeded()
+        assert results(study.folder)[8]["status"] == "paused", "nothing ends while something is to be run"
+        for number in wanted:
+            assert "pause_at_share=0.0" in study.begin(number).read_text() and not study.pauses(number)
+            write_run(study.run_folder(number), np.full(2, values[number // 2]), 1.0, 5.0, "completed")
+            assert study.end(number, 0) == "completed"
+    assert study.claim() is None
+    study.end_unneeded()
+    assert study.num_ended() == 10
+    rows = results(study.folder)
+    assert [r["status"] for r in rows] == ["completed", "stopped"] * 3 + ["stopped"] * 4
+    assert rows[6]["reason"] == "paused at 20%: the bracket rule has found the best arm without it"
+    assert rows[9]["reason"] == "not run: the bracket rule has found the best arm without it"
+    assert "pause_at_share=0.0" in (study.run_folder(6) / "config.py").read_text(), "so that it can be run by hand"
+    assert study.conclusion() == [f"best arm: {RATE}=2e-05; eval/loss 1 (mean of 1 seeds); saved 66%"]
+
+
+def test_trials_are_evaluated_at_the_probe() -> None:
+    sweep = bracket_sweep(stop=BracketRule(first=0.3))
+    sweep.base.eval.at_shares = [0.5]
+    assert trial_config(sweep, {RATE: 1e-5}).eval.at_shares == [0.3, 0.5]
+    assert bracket_rule(bracket_sweep()) == BracketRule() and bracket_rule(bracket_sweep(stop=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"axes": {RATE: [1e-5, 2e-5]}}, "cannot bracket the axis 'optim.learning_rate': it has 2 values"),
+        ({"axes": {"optim.schedule": ["constant", "cosine"]}}, "no axis to bracket"),
+        ({"search": "random", "trials": 3}, "needs a grid"),
+        ({"metric": "loss"}, "metric='loss' of the sweep is not measured before the first step"),
+        ({"axes": {RATE: RATES, "optim.max_steps": [5, 10]}}, "'optim.max_steps' of the sweep makes some runs longer"),
+    ],
+)
+def test_sweep_that_the_rule_cannot_work_on_is_an_error(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(bracket_sweep(**fields), BracketRule())
+
+
+def test_runs_of_unequal_length_need_blocks_and_held_out_data() -> None:
+    sweep = bracket_sweep(axes={RATE: RATES, "optim.batch_size": [4, 8]})
+    check(sweep, BracketRule())
+    sweep.base.optim.max_steps = 10
+    with pytest.raises(UserError, match=r"'optim\.batch_size' of the sweep makes some runs longer .* of steps"):
+        check(sweep, BracketRule())
+    check(sweep, BracketRule(blocks=("optim.batch_size",)))
+    sweep.base.data.validation_fraction = 0.0
+    with pytest.raises(UserError, match="holds no data out"):
+        check(sweep, BracketRule(blocks=("optim.batch_size",)))
+
+
+# ---------------------------------------------------------------------------------------- a whole sweep
+@pytest.mark.slow
+def test_sweep_pauses_and_resumes_trials_until_the_best_is_bracketed(tmp_path: Path) -> None:
+    rates = [1e-4, 1e-3, 5e-3, 1e-2, 2e-2]
+    fields = f"axes={{'{RATE}': {rates}}}, seeds=[0, 1], stop=BracketRule(keep=1, seed_margin=0.01)"
+    file = sweep_file(tmp_path, fields, "c.optim.batch_size = 4\n", samples=60)
+    file.write_text(
+        file.read_text().replace("import Sweep\n", "import Sweep\nfrom mice_jax.sweeps import BracketRule\n")
+    )
+    workdir = tmp_path / "sweep"
+    output = run_sweep(file, workdir, "--workers=2")
+    rows = results(workdir)
+    assert len(rows) == 10 and {r["status"] for r in rows} == {"completed", "stopped"}
+    assert "best arm: optim.learning_rate=" in output and "10 of 10 ended" in output
+    total = max(int(r["steps"]) for r in rows)
+    completed = [float(r[RATE]) for r in rows if r["status"] == "completed" and r["seed"] == "0"]
+    chosen = float(output.split("best arm: optim.learning_rate=")[1].split(";")[0])
+    at = rates.index(chosen)
+    assert {rates[i] for i in (at - 1, at, at + 1) if 0 <= i < len(rates)} <= set(completed)
+    for row in [r for r in rows if r["reason"].startswith("paused")]:
+        run = workdir / "runs" / row["number"]
+        assert int(row["steps"]) == -(-total // 5) and read_json(run, "summary.json")["status"] == "paused"
+        assert "eval/loss" in read_all_metrics(run)[0] and "eval/loss" in read_all_metrics(run)[-1]
+    assert len(study_of(workdir).trials) == 10
