@@ -190,6 +190,8 @@ class Optim(_Strict):
     """The dtype of the optimizer's moments: float32 or bfloat16."""
     accumulate_dtype: str = "float32"
     """The dtype in which the gradients of a step are summed over microbatches: float32 or bfloat16."""
+    reduce_dtype: str = "float32"
+    """The dtype in which gradients are summed over devices: float32 or bfloat16; those of norms always in float32."""
     frozen: list[str] = field(default_factory=list)
     """Patterns of Hugging Face parameter names that are not trained, such as `model.layers.[0-3].*`."""
 

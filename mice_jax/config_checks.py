@@ -25,6 +25,7 @@ CHOICES = {
     "optim.name": ("adamw", "adafactor", "muon", "lion", "sgd"),
     "optim.moments_dtype": ("float32", "bfloat16"),
     "optim.accumulate_dtype": ("float32", "bfloat16"),
+    "optim.reduce_dtype": ("float32", "bfloat16"),
     "checkpoint.best_mode": ("min", "max"),
 }
 PHASE_CHOICES = {"optimizer": ("carry", "reset"), "schedule": ("go_on", "restart"), "seed_from": ("last", "best")}

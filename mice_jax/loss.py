@@ -41,6 +41,8 @@ def cross_entropy_sums(
     logit_scale: float,
     softcap: float | None,
     batch_axes: tuple[str, ...] = (),
+    weight_spec: PartitionSpec | None = None,
+    add_weight_gradients: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the sum of weight * cross-entropy over all slots, and the sum of the weights.
 
@@ -50,7 +52,8 @@ def cross_entropy_sums(
 
     Args:
       hidden: [B T D], the last hidden states, in the dtype of computation.
-      output_weight: [V D], of which the first `vocab_size` rows are real and the rest is padding.
+      output_weight: [V D], of which the first `vocab_size` rows are real and the rest is padding; cast to the dtype of
+        `hidden`, but its gradient is computed in float32.
       targets: [B T] int32, the token that each slot predicts.
       loss_weights: [B T] float32, 0 for a slot without loss.
       vocab_size: the size of the real vocabulary.
@@ -59,24 +62,31 @@ def cross_entropy_sums(
       softcap: the bound of the logits; None for no bound.
       batch_axes: the mesh axes over which rows are split. Each device sums over its own rows, and the devices' sums
         are added once at the end, not once per chunk.
+      weight_spec: which of these axes split the dims of the gradient with respect to `output_weight`; None for none.
+      add_weight_gradients: called on every device, adds the devices' gradients with respect to `output_weight`, float32
+        [V D], and returns the device's part by `weight_spec`. None adds them without splitting.
 
     Returns:
       loss_sum and weight_sum, float32 scalars.
     """
-    weight = output_weight.astype(hidden.dtype)
     over_chunks = functools.partial(
         _sum_over_chunks, vocab_size=vocab_size, chunk_size=chunk_size, logit_scale=logit_scale, softcap=softcap
     )
-    sum_losses = _sum_over_devices(functools.partial(over_chunks, with_gradient=False), batch_axes)
-    sum_losses_and_gradients = _sum_over_devices(functools.partial(over_chunks, with_gradient=True), batch_axes)
+    over_devices = functools.partial(
+        _sum_over_devices, batch_axes=batch_axes, weight_spec=weight_spec, add_weight_gradients=add_weight_gradients
+    )
+    sum_losses = over_devices(functools.partial(over_chunks, with_gradient=False), with_gradient=False)
+    sum_losses_and_gradients = over_devices(functools.partial(over_chunks, with_gradient=True), with_gradient=True)
 
     @jax.custom_vjp
-    def loss_sum_of(*arrays: jax.Array) -> jax.Array:
-        return sum_losses(*arrays)[0]
+    def loss_sum_of(hidden: jax.Array, weight: jax.Array, *of_slots: jax.Array) -> jax.Array:
+        return sum_losses(hidden, weight.astype(hidden.dtype), *of_slots)[0]
 
-    def forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        loss_sum, d_hidden, d_weight = sum_losses_and_gradients(*arrays)
-        return loss_sum, (d_hidden, d_weight)
+    def forward(
+        hidden: jax.Array, weight: jax.Array, *of_slots: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        loss_sum, d_hidden, d_weight = sum_losses_and_gradients(hidden, weight.astype(hidden.dtype), *of_slots)
+        return loss_sum, (d_hidden, d_weight.astype(weight.dtype))
 
     def backward(
         gradients: tuple[jax.Array, jax.Array], d_loss_sum: jax.Array
@@ -85,33 +95,42 @@ def cross_entropy_sums(
         d_targets = d_loss_weights = None
         return (
             d_hidden * d_loss_sum.astype(d_hidden.dtype),
-            (d_weight * d_loss_sum).astype(weight.dtype),
+            d_weight * d_loss_sum.astype(d_weight.dtype),
             d_targets,
             d_loss_weights,
         )
 
     loss_sum_of.defvjp(forward, backward)
-    loss_sum: Any = loss_sum_of(hidden, weight, targets, loss_weights)
+    loss_sum: Any = loss_sum_of(hidden, output_weight, targets, loss_weights)
     return loss_sum, jnp.sum(loss_weights)
 
 
-def _sum_over_devices(sum_own_rows: SumFunction, batch_axes: tuple[str, ...]) -> SumFunction:
+def _sum_over_devices(
+    sum_own_rows: SumFunction,
+    *,
+    batch_axes: tuple[str, ...],
+    weight_spec: PartitionSpec | None,
+    add_weight_gradients: Callable[[jax.Array], jax.Array] | None,
+    with_gradient: bool,
+) -> SumFunction:
     """Runs `sum_own_rows` on each device's rows, then adds its sums over the mesh axes `batch_axes`."""
     mesh = jax.sharding.get_abstract_mesh()
     # An axis of size 1 needs no sum, and XLA raises for one if another axis splits the columns.
     batch_axes = () if mesh.empty else tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
     if not batch_axes:
         return sum_own_rows
+    rows, replicated = PartitionSpec(batch_axes), PartitionSpec()
+    add = functools.partial(jax.lax.psum, axis_name=batch_axes)
+    add_gradients = add_weight_gradients or add
 
     def on_one_device(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         loss_sum, d_hidden, d_weight = sum_own_rows(*arrays)
-        return jax.lax.psum(loss_sum, batch_axes), d_hidden, jax.lax.psum(d_weight, batch_axes)
+        return add(loss_sum), d_hidden, add_gradients(d_weight) if with_gradient else d_weight
 
-    rows, replicated = PartitionSpec(batch_axes), PartitionSpec()
     return jax.shard_map(
         on_one_device,
         in_specs=(rows, replicated, rows, rows),
-        out_specs=(replicated, rows, replicated),
+        out_specs=(replicated, rows, weight_spec if weight_spec and with_gradient else replicated),
         axis_names=set(batch_axes),
         check_vma=False,
     )

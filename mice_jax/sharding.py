@@ -5,11 +5,14 @@ dim that its mesh axis does not divide is replicated, and `replicated_dims` list
 them. A vocabulary is padded instead, so that it is always divided.
 """
 
+import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -206,6 +209,101 @@ def gather_split_heads(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or param_spec(x.shape, axes, mesh) == array_spec(x.shape, axes, mesh):
         return x
     return constrain(x, *axes)
+
+
+def gather_over_rows(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Gathers a parameter over the axes that split rows, before it is used with many rows.
+
+    XLA would gather it by itself, but once for each form in which the parameter is used.
+
+    Args:
+      x: a parameter of any shape.
+      *axes: the logical axis of each dim.
+
+    Returns:
+      The same array.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = array_spec(x.shape, axes, mesh)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(a if a not in BATCH_AXES else None for a in spec)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientSum:
+    """How the gradient of a parameter is summed over devices, each of which has that of its own rows.
+
+    The sum is a reduce-scatter along the axis that splits the parameter and an all-reduce along the others. XLA, left
+    to choose, takes an all-reduce for most parameters, which moves twice the bytes.
+    """
+
+    axes: tuple[str, ...]  # the mesh axes over which rows are split
+    spec: PartitionSpec  # which of them split the dims of the sum
+    dtype: Any  # in which the devices' gradients are added
+
+    def add(self, gradient: jax.Array) -> jax.Array:
+        """Adds the gradients of all devices, float32, and returns the device's part of the sum, float32."""
+        if self.dtype == jnp.float32:
+            return self._add(gradient)
+        # On CPUs, XLA adds terms of fewer bits in float32, and then rounds the sum; it aborts if the tensor axis is not
+        # manual. Here the same is said in operations that it accepts.
+        bits = jnp.finfo(self.dtype)
+        rounded = functools.partial(jax.lax.reduce_precision, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
+        return jax.lax.platform_dependent(
+            gradient,
+            cpu=lambda g: rounded(self._add(rounded(g))),
+            default=lambda g: self._add(g.astype(self.dtype)).astype(jnp.float32),
+        )
+
+    def _add(self, gradient: jax.Array) -> jax.Array:
+        others = set(self.axes)
+        for dim, axis in enumerate(self.spec):
+            if axis is not None:
+                gradient = jax.lax.psum_scatter(gradient, axis, scatter_dimension=dim, tiled=True)
+                others.remove(axis)
+        return jax.lax.psum(gradient, tuple(axis for axis in self.axes if axis in others)) if others else gradient
+
+
+def gradient_sum(shape: Sequence[int], axes: Sequence[str | None], dtype: Any) -> GradientSum:
+    """Returns how the gradient of a parameter is summed over the devices of the current mesh.
+
+    Args:
+      shape: the shape of the parameter.
+      axes: the logical axis of each of its dims, a key of `RULES`, or None.
+      dtype: the dtype in which devices' gradients are added.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return GradientSum((), PartitionSpec(), dtype)
+    split = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+    spec = (axis if axis in split else None for axis in param_spec(shape, axes, mesh))
+    return GradientSum(split, PartitionSpec(*spec), dtype)
+
+
+def sum_over_devices(
+    sum_own_rows: Callable[..., jax.Array], arrays: Sequence[jax.Array], gradient_sum: GradientSum
+) -> jax.Array:
+    """Computes the gradient of a parameter from the rows of all devices.
+
+    Args:
+      sum_own_rows: computes the gradient, float32, from the rows of one device.
+      arrays: its arguments, [B ...] each.
+      gradient_sum: how the devices' gradients are added.
+
+    Returns:
+      The gradient, float32, split as the parameter is.
+    """
+    if not gradient_sum.axes:
+        return sum_own_rows(*arrays)
+    # Only the batch axes are manual in the function. XLA splits the other dims over the tensor axis.
+    return jax.shard_map(
+        lambda *own: gradient_sum.add(sum_own_rows(*own)),
+        in_specs=(PartitionSpec(gradient_sum.axes),) * len(arrays),
+        out_specs=gradient_sum.spec,
+        axis_names=set(gradient_sum.axes),
+        check_vma=False,
+    )(*arrays)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

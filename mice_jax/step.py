@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mice_jax.loss import cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.transformer import Compute, Decoder, Params
-from mice_jax.sharding import BATCH_AXES, constrain, param_shardings
+from mice_jax.sharding import BATCH_AXES, gradient_sum, param_shardings
 
 # `unbiased_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than
 # this, one microbatch has almost all the weight, and the result would be rounding error.
@@ -94,9 +94,11 @@ def batch_loss(
     """
     model = decoder.bind(params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
+    output_weight = model.output_weight()
+    weight_sum = gradient_sum(output_weight.shape, ("vocab", "embed"), compute.reduce_dtype)
     return cross_entropy_sums(
         hidden,
-        constrain(model.output_weight(), "vocab", "hidden"),
+        output_weight,
         batch["targets"],
         batch["loss_weights"],
         vocab_size=decoder.spec.vocab_size,
@@ -104,6 +106,8 @@ def batch_loss(
         softcap=decoder.spec.logit_softcap,
         chunk_size=chunk_size or tokens_per_chunk(decoder.vocab_rows),
         batch_axes=BATCH_AXES,
+        weight_spec=weight_sum.spec,
+        add_weight_gradients=weight_sum.add,
     )
 
 

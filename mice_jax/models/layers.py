@@ -2,6 +2,8 @@
 
 A declaration has the shape, the logical axes and the initialisation of a parameter. Parameters are float32 and are cast
 to the compute dtype where they are used. The dims of a weight are its outputs, then its inputs, as in checkpoints.
+`reduce_dtype` is everywhere the dtype in which the gradients of weights and biases are summed over devices. Those of
+norms are always summed in float32, in which norms compute.
 """
 
 import functools
@@ -13,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mice_jax.models import rope
-from mice_jax.models.matmul import matmul
+from mice_jax.models.matmul import add_bias, look_up, matmul
 from mice_jax.models.spec import ModelSpec
-from mice_jax.sharding import constrain, gather_split_heads
+from mice_jax.sharding import constrain
 
 # B rows, T slots, D d_model, N query heads, K key heads, H head_dim, F d_ff, V vocabulary
 
@@ -38,6 +40,21 @@ def _param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], std: f
     else:
         value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def _axes(param: nnx.Param) -> tuple[str | None, ...]:
+    """The logical axes of a parameter of one layer; the stacked parameter, whose metadata it has, has one more."""
+    return tuple(param.out_sharding)[-param[...].ndim :]
+
+
+def _product(x: jax.Array, param: nnx.Param, reduce_dtype: Any, in_dims: int = 1) -> jax.Array:
+    """Multiplies activations by a parameter, as `matmul` does."""
+    return matmul(x, param[...], in_dims, axes=_axes(param), reduce_dtype=reduce_dtype)
+
+
+def _plus(x: jax.Array, param: nnx.Param, reduce_dtype: Any) -> jax.Array:
+    """Adds a bias to activations, as `add_bias` does."""
+    return add_bias(x, param[...], axes=_axes(param), reduce_dtype=reduce_dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -79,23 +96,23 @@ class Attention(nnx.Module):
             self.q_norm = RMSNorm((n, h), ("heads", "head_dim"), spec, rngs)
             self.k_norm = RMSNorm((k, h), ("kv_heads", "head_dim"), spec, rngs)
 
-    def project(self, x: jax.Array, tables: rope.RopeTables) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(
+        self, x: jax.Array, tables: rope.RopeTables, reduce_dtype: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Projects [B T D] to rotated queries [B T N H], rotated keys [B T K H] and values [B T K H]."""
-        q = matmul(x, gather_split_heads(self.q[...], "heads", "head_dim", "embed"))
-        k = matmul(x, self.k[...])
-        v = matmul(x, self.v[...])
+        q, k, v = (_product(x, param, reduce_dtype) for param in (self.q, self.k, self.v))
         if self.qkv_bias:
-            q = q + self.q_bias[...].astype(x.dtype)
-            k = k + self.k_bias[...].astype(x.dtype)
-            v = v + self.v_bias[...].astype(x.dtype)
+            q = _plus(q, self.q_bias, reduce_dtype)
+            k = _plus(k, self.k_bias, reduce_dtype)
+            v = _plus(v, self.v_bias, reduce_dtype)
         if self.qk_norm != "none":
             q, k = self.q_norm(q), self.k_norm(k)
         return rope.apply_rope(q, tables), rope.apply_rope(k, tables), v
 
-    def output(self, attended: jax.Array) -> jax.Array:
+    def output(self, attended: jax.Array, reduce_dtype: Any) -> jax.Array:
         """Projects the result of attention, [B T N H], to [B T D]."""
-        y = matmul(attended, gather_split_heads(self.o[...], "embed", "heads", "head_dim"), in_dims=2)
-        return y + self.o_bias[...].astype(y.dtype) if self.out_bias else y
+        y = _product(attended, self.o, reduce_dtype, in_dims=2)
+        return _plus(y, self.o_bias, reduce_dtype) if self.out_bias else y
 
 
 class MLP(nnx.Module):
@@ -112,14 +129,14 @@ class MLP(nnx.Module):
             self.up_bias = _param(rngs, (f,), ("mlp",), 0)
             self.down_bias = _param(rngs, (d,), ("embed",), 0)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, reduce_dtype: Any) -> jax.Array:
         """Computes the MLP: [B T D] -> [B T D]."""
-        gate, up = matmul(x, self.gate[...]), matmul(x, self.up[...])
+        gate, up = _product(x, self.gate, reduce_dtype), _product(x, self.up, reduce_dtype)
         if self.bias:
-            gate, up = gate + self.gate_bias[...].astype(x.dtype), up + self.up_bias[...].astype(x.dtype)
+            gate, up = _plus(gate, self.gate_bias, reduce_dtype), _plus(up, self.up_bias, reduce_dtype)
         inner = constrain(self.activation(gate) * up, "batch", "length", "mlp")
-        y = matmul(inner, self.down[...])
-        return y + self.down_bias[...].astype(x.dtype) if self.bias else y
+        y = _product(inner, self.down, reduce_dtype)
+        return _plus(y, self.down_bias, reduce_dtype) if self.bias else y
 
 
 class Block(nnx.Module):
@@ -135,24 +152,27 @@ class Block(nnx.Module):
         self.attention = Attention(spec, rngs)
         self.mlp = MLP(spec, rngs)
 
-    def __call__(self, x: jax.Array, tables: rope.RopeTables, attention_fn: AttentionFn) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, tables: rope.RopeTables, attention_fn: AttentionFn, reduce_dtype: Any = jnp.float32
+    ) -> tuple[jax.Array, Any]:
         """Computes the layer.
 
         Args:
           x: [B T D].
           tables: cosines and sines of the rotary positions.
           attention_fn: the attention of this layer.
+          reduce_dtype: the dtype in which gradients are summed over devices.
 
         Returns:
           [B T D], and the second result of `attention_fn`.
         """
         with jax.named_scope("attention"):
-            q, k, v = self.attention.project(self.attention_norm(x) if self.pre else x, tables)
+            q, k, v = self.attention.project(self.attention_norm(x) if self.pre else x, tables, reduce_dtype)
             attended, cache = attention_fn(q, k, v)
-            y = self.attention.output(attended)
+            y = self.attention.output(attended, reduce_dtype)
             x = self._add(x, self.attention_post_norm(y) if self.post else y)
         with jax.named_scope("mlp"):
-            y = self.mlp(self.mlp_norm(x) if self.pre else x)
+            y = self.mlp(self.mlp_norm(x) if self.pre else x, reduce_dtype)
             x = self._add(x, self.mlp_post_norm(y) if self.post else y)
         return x, cache
 
@@ -165,6 +185,10 @@ class Embed(nnx.Module):
 
     def __init__(self, rows: int, spec: ModelSpec, rngs: nnx.Rngs):
         self.table = _param(rngs, (rows, spec.d_model), ("vocab", "embed"), spec.init_std)
+
+    def __call__(self, tokens: jax.Array, dtype: Any, reduce_dtype: Any) -> jax.Array:
+        """Looks up the embeddings of tokens [B T] in `dtype`: [B T D]."""
+        return look_up(self.table[...], tokens, dtype, axes=_axes(self.table), reduce_dtype=reduce_dtype)
 
 
 class Head(nnx.Module):

@@ -52,6 +52,7 @@ class Compute:
     dtype: Any
     attention: str  # a key of attention.BACKENDS
     remat: str  # "none" or a key of REMAT_POLICIES
+    reduce_dtype: Any = jnp.float32  # of the sums of weights' gradients over devices, and no part of a forward pass
 
 
 class LayerKind(NamedTuple):
@@ -147,11 +148,12 @@ class Transformer(nnx.Module):
                 own_tables = jax.tree.map(lambda x: x[kind.rope], stacked_tables)
             else:
                 [own_tables] = tables.values()
-            return nnx.merge(graph, params)(x, own_tables, attention_fn)
+            return nnx.merge(graph, params)(x, own_tables, attention_fn, compute.reduce_dtype)
 
         if compute.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(layer, self._embed_tokens(tokens, compute.dtype), (layers, self._layer_kinds()))
+        x = self._embed_tokens(tokens, compute.dtype, compute.reduce_dtype)
+        x, _ = jax.lax.scan(layer, x, (layers, self._layer_kinds()))
         return self.final_norm(x)
 
     def decode(
@@ -210,9 +212,8 @@ class Transformer(nnx.Module):
         logits = logits[..., : self.spec.vocab_size]
         return softcapped(logits * self.spec.logit_scale, self.spec.logit_softcap)
 
-    def _embed_tokens(self, tokens: jax.Array, dtype: Any) -> jax.Array:
-        table = constrain(self.embed.table[...].astype(dtype), "vocab", "hidden")
-        x = scaled(jnp.take(table, tokens, axis=0), self.spec.embedding_multiplier)
+    def _embed_tokens(self, tokens: jax.Array, dtype: Any, reduce_dtype: Any = jnp.float32) -> jax.Array:
+        x = scaled(self.embed(tokens, dtype, reduce_dtype), self.spec.embedding_multiplier)
         return constrain(x, "batch", "length", "hidden")
 
     def _scoring(self, window: int | None) -> Scoring:

@@ -125,7 +125,8 @@ class RunPlan:
         # The steps at which phases begin are constants of the program and do not affect its memory.
         spans = phases.phase_spans(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
         schedule = build.schedule(c, spans, c.optim.max_steps or len(spans))
-        compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat)
+        reduce_dtype = jnp.dtype(c.optim.reduce_dtype)
+        compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat, reduce_dtype)
         decoder = make_decoder(self.spec, layout.sizes[2])
         fns = build.step_functions(c, decoder, self._architecture, mesh, compute, schedule)
         holds_out = c.data.validation or c.data.validation_fraction or any(p.validation for p in c.data.phases)

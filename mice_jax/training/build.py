@@ -251,7 +251,7 @@ def model(
     rows, remat = rows_and_remat(
         config, needs, mean_length=mean_length, memory=memory, platform=platform, recorded=recorded
     )
-    compute = Compute(jnp.dtype(dtype), attention, remat)
+    compute = Compute(jnp.dtype(dtype), attention, remat, jnp.dtype(config.optim.reduce_dtype))
     return Model(decoder, compute, microbatch_shapes(config.data.max_length, rows), needs, memory)
 
 

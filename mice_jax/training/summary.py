@@ -108,6 +108,8 @@ def _optimizer(config: Config) -> str:
         parts.append(f"{o.moments_dtype} moments")
     if o.accumulate_dtype != "float32":
         parts.append(f"gradients summed in {o.accumulate_dtype}")
+    if o.reduce_dtype != "float32":
+        parts.append(f"gradients summed over devices in {o.reduce_dtype}")
     if o.frozen:
         parts.append(f"frozen: {', '.join(o.frozen)}")
     return ", ".join(parts)
