@@ -22,7 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.cli.flags import define_export
-from mice_jax.data.tokenizer import load_tokenizer
+from mice_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.model_source import resolve_source, stop_ids
 from mice_jax.models import hf
@@ -56,7 +56,7 @@ def export(values: command.Values) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     count = hf.save_params(partial, model.params, model.decoder, source.config, dtype)
-    tokenizer.save_pretrained(partial)
+    save_tokenizer(tokenizer, partial)
     generation = _generation_config(source.config, tokenizer)
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     if output.exists():

@@ -383,6 +383,40 @@ def test_old_buffers_and_a_stored_copy_of_a_tied_head_are_ignored(tmp_path: Path
     assert gap(load(tmp_path, mesh_of(1, 1, 1))[1], expected) == 0
 
 
+def test_stored_head_that_differs_from_the_tied_embedding_is_an_error(tmp_path: Path) -> None:
+    llama(tmp_path, tie_word_embeddings=True)
+
+    def add(tensors: dict[str, np.ndarray]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["lm_head.weight"][3, 5] += 1
+
+    edit_tensors(tmp_path, add)
+    with pytest.raises(UserError, match=r"tie_word_embeddings=true.*lm_head\.weight in model\.safetensors differs"):
+        load(tmp_path, mesh_of(1, 1, 1))
+    edit_config(tmp_path, lambda c: c.update(tie_word_embeddings=False))  # the fix that the error names
+    assert load(tmp_path, mesh_of(1, 1, 1))[0].spec.tie_embeddings is False
+
+
+def test_weights_that_a_folder_holds_twice_are_an_error(untied: tuple[Path, LlamaForCausalLM], in_shards: Path) -> None:
+    shutil.copy(untied[0] / "model.safetensors", in_shards)
+    for read in (lambda: load(in_shards, mesh_of(1, 1, 1)), lambda: hf.stored_dtype(in_shards)):
+        with pytest.raises(UserError, match=r"twice: in model\.safetensors, and in .* model\.safetensors\.index\.json"):
+            read()
+
+
+def test_one_complete_set_of_weights_is_taken_whichever_it_is(
+    untied: tuple[Path, LlamaForCausalLM], in_shards: Path
+) -> None:
+    expected = load(untied[0], mesh_of(1, 1, 1))[1]
+    single = in_shards / "model.safetensors"
+    shutil.copy(untied[0] / "model.safetensors", single)
+    edit_tensors(in_shards, lambda tensors: tensors.pop(UP))  # the file is not complete, and the shards are
+    assert gap(load(in_shards, mesh_of(1, 1, 1))[1], expected) == 0
+    shutil.copy(untied[0] / "model.safetensors", single)
+    second_shard(in_shards).unlink()  # now the shards are not complete, and the file is
+    assert gap(load(in_shards, mesh_of(1, 1, 1))[1], expected) == 0
+
+
 # ---------------------------------------------------------------------------------------- config.json
 def set_keys(**keys: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda config: config.update(keys)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import Sample
 from mice_jax.data.templates import TOKENS
-from mice_jax.data.tokenizer import load_tokenizer
+from mice_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from mice_jax.errors import UserError
 from test_chat import chat, make, make_tokenizer, marked, runs
 
@@ -320,6 +320,19 @@ def test_saved_tokenizer_brings_template_and_tokens_with_it(name: str, base: str
         assert marked(saved, sample) == marked(encoder, sample)
         ids = theirs.apply_chat_template(sample.messages, tools=sample.tools, return_dict=False)
         assert ids == encoder.encode([sample])[0].ids.tolist()
+
+
+def test_saved_tokenizer_names_what_both_versions_of_transformers_know(load: Load, tmp_path: Path) -> None:
+    encoder = load("llama3")
+    save_tokenizer(encoder.tokenizer, tmp_path / "both")
+    config = json.loads((tmp_path / "both" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in config
+    assert config["additional_special_tokens"] == list(TOKENS["llama3"])
+    encoder.tokenizer.save_pretrained(tmp_path / "five")
+    both, five = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("both", "five"))
+    assert type(both) is type(five) and both.all_special_tokens == five.all_special_tokens
+    assert both.backend_tokenizer.to_str() == five.backend_tokenizer.to_str()
+    assert both.chat_template == five.chat_template
 
 
 # ---------------------------------------------------------------------------------------- what is refused

@@ -81,6 +81,22 @@ def load_tokenizer(
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer so that transformers 4 can read it too.
+
+    Version 5 names a class that version 4 does not have, and calls its additional special tokens by another name.
+    It still reads the names of version 4.
+    """
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _give_defaults(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]) -> None:
     template: Any = tokenizer.chat_template
     if not template:

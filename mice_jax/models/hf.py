@@ -103,12 +103,15 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
       The parameters.
 
     Raises:
-      UserError: lists all tensors that are missing or unexpected or have another shape or an unsupported dtype.
+      UserError: lists all tensors that are missing or unexpected or have another shape or an unsupported dtype; or the
+        config ties the head to the embedding, and a head that differs is stored.
     """
     wanted = checkpoint_tensors(decoder, FAMILIES[architecture])
     files = _tensor_files(folder)
     _check_headers(folder, files, wanted, decoder.spec.tie_embeddings)
     stored = {file: map_tensors(file) for file in set(files.values())}
+    if decoder.spec.tie_embeddings:
+        _check_tied_head(folder, files, stored)
     ours: dict[str, list[np.ndarray]] = {}  # parameter -> its layers, as views of the files
     for tensor in wanted:
         for part in tensor.parts:
@@ -232,6 +235,15 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     if index.exists():
         weight_map: dict[str, str] = read_config(index).get("weight_map", {})
         missing = sorted({f for f in weight_map.values() if not (folder / f).exists()})
+        if single.exists() and single.name not in weight_map.values():
+            whole = _names_in(single)
+            if missing:  # the single file is the only set that may be complete
+                return dict.fromkeys(whole, single)
+            if whole >= set(weight_map):
+                raise UserError(
+                    f"{folder} holds the weights twice: in {single.name}, and in the files that {index.name} names. "
+                    "Readers choose differently between them (transformers takes the first): move one of the two away."
+                )
         if missing:
             raise UserError(f"{index} names files that do not exist: {', '.join(missing)}. Download them again.")
         return {name: folder / file for name, file in weight_map.items()}
@@ -240,8 +252,26 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             f"{folder} has neither model.safetensors nor model.safetensors.index.json. Only safetensors is read; save "
             "a checkpoint of another kind as safetensors first."
         )
-    with _open(single) as f:
-        return {name: single for name in f.keys()}  # noqa: SIM118
+    return dict.fromkeys(_names_in(single), single)
+
+
+def _names_in(file: Path) -> set[str]:
+    with _open(file) as f:
+        return set(f.keys())
+
+
+def _check_tied_head(folder: Path, files: dict[str, Path], stored: dict[Path, dict[str, np.ndarray]]) -> None:
+    """Raises UserError if a head is stored that is not the embedding, though config.json says that it is."""
+    head = "lm_head.weight"
+    embedding = next((n for n in files if n.endswith("embed_tokens.weight")), None)
+    if embedding is None or head not in files:
+        return
+    if not np.array_equal(stored[files[head]][head], stored[files[embedding]][embedding]):
+        raise UserError(
+            f"{folder / 'config.json'} has tie_word_embeddings=true, which makes {embedding} the head too, but {head} "
+            f"in {files[head].name} differs from it and would be lost. Set tie_word_embeddings to false to train and "
+            f"export both, as transformers 5 reads them, or remove {head}."
+        )
 
 
 def _open(file: Path) -> Any:

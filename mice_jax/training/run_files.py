@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.config import Config, differences, to_dict
+from mice_jax.data.tokenizer import save_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.model_source import ModelSource
 from mice_jax.models.spec import ModelSpec
@@ -91,7 +92,7 @@ def write_model_folder(folder: Path, source: ModelSource, spec: ModelSpec, token
     if (folder / CONFIG).exists():
         return
     folder.mkdir(exist_ok=True)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     dtype = source.stored_dtype()
     stored = source.config | {"dtype": dtype, "torch_dtype": dtype, "vocab_size": spec.vocab_size}
     Workdir(folder).write_json(CONFIG, stored)  # This is written last: its presence means that the folder is complete.
