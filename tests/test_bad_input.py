@@ -252,12 +252,18 @@ def scribble(hf: Path) -> None:
     (hf / "model.safetensors").write_bytes(b"\xff" * 64)
 
 
+def index_alone(hf: Path) -> None:
+    """Leaves an index whose file is missing; a complete model.safetensors beside it would be taken."""
+    (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    (hf / "model.safetensors").unlink()
+
+
 MODEL: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "weights that are not there": (lambda hf: (hf / "model.safetensors").unlink(), ["hf", "model.safetensors"]),
     "weights cut short": (cut, ["hf/model.safetensors", "truncated"]),
     "weights that are none": (scribble, ["hf/model.safetensors", "damaged"]),
     "a file that the index names": (
-        lambda hf: (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}'),
+        index_alone,
         ["model.safetensors.index.json", "model-1.safetensors"],
     ),
     "a family that is not there": (
