@@ -128,6 +128,23 @@ def test_other_kinds_of_axes_make_blocks_that_meet_at_the_end() -> None:
     assert replay(curves_of(probe, final), numbers, named, start=START).chosen == {"warmup": 100, "rate": 2}
 
 
+def test_blocks_are_those_of_the_axes_named_wherever_they_stand() -> None:
+    grid = Grid({"rate": [1, 2], "schedule": ["a", "b"], "model": ["x", "y"]})
+    rule = BracketRule()
+    assert rule.arms_by_block(grid) == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert BracketRule(blocks=("rate",)).arms_by_block(grid) == [[i] for i in range(8)]
+    assert rule.arms_by_block(Grid({"rate": [1, 2]})) == [[0, 1]]
+
+
+def test_axis_of_names_after_the_rates_makes_blocks_too() -> None:
+    """The probe of the second schedule is worse than that of any arm of the first, and its best arm wins."""
+    probe = np.array([[[1, 6], [2, 7], [3, 8], [4, 9], [5, 9.5]]])
+    final = np.array([[[3, 2], [2, 1], [3, 2], [4, 3], [5, 4]]])
+    axes = {"rate": [1, 2, 3, 4, 5], "schedule": ["constant", "cosine"]}
+    r = replay(curves_of(probe, final), axes, BracketRule(keep=1, seed_margin=0), start=START)
+    assert r.chosen == {"rate": 2, "schedule": "cosine"}
+
+
 def test_diverged_runs_stop_where_they_diverge_and_do_not_count() -> None:
     curves = curves_of([[1, 2, 3, 4, 5, 6]], [[math.nan, 3, 2, 1, 2, 3]])
     curves[0, 1, 2:] = math.inf  # in the middle of the run

@@ -60,7 +60,8 @@ class Grid:
 
     def blocks(self, names: Iterable[str]) -> list[list[int]]:
         """Returns the arms in blocks that differ in the values of these axes, in the order of the arms."""
-        positions = [i for i, name in enumerate(self.axes) if name in set(names)]
+        chosen = set(names)
+        positions = [i for i, name in enumerate(self.axes) if name in chosen]
         blocks: dict[tuple[int, ...], list[int]] = {}
         for arm in range(self.size):
             index = self._index(arm)
