@@ -132,7 +132,7 @@ def test_metrics_have_a_line_a_step_with_exactly_the_contract_s_keys(workdir: Pa
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(line.keys() == KEYS for line in lines[:-1])
-    assert lines[-1].keys() == KEYS | {"eval/loss", "eval/held/loss"}
+    assert lines[-1].keys() == KEYS | {"eval/loss", "eval/macro_loss", "eval/held/loss"}
     assert {line["phase"] for line in lines} == {"stacked"}
     assert [line["epoch"] for line in lines] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-2] * 20)

@@ -223,6 +223,7 @@ def test_held_out_loss_by_source_and_phase_adds_up_to_the_whole(restarted: Path)
     names = [k for k in last if k.startswith("eval/")]
     assert names == [
         "eval/loss",
+        "eval/macro_loss",
         "eval/held_know/loss",
         "eval/held_skill/loss",
         "eval/phase/knowledge/loss",
@@ -234,6 +235,7 @@ def test_held_out_loss_by_source_and_phase_adds_up_to_the_whole(restarted: Path)
     assert last["eval/loss"] == pytest.approx(whole, rel=1e-6)
     mean = (last["eval/held_know/loss"] + last["eval/held_skill/loss"]) / 2
     assert last["eval/loss"] != pytest.approx(mean, rel=1e-4)  # by tokens, not by sources
+    assert last["eval/macro_loss"] == pytest.approx(mean, rel=1e-12)
 
 
 # ---------------------------------------------------------------------------------------- what is saved and kept

@@ -1,6 +1,7 @@
 """Measures the held-out loss: over all held-out samples, by source, and by phase if there are several."""
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,8 @@ from mice_jax.sharding import put_rows
 
 T = TypeVar("T")
 
+MACRO = "eval/macro_loss"  # the mean over sources, in which a small source counts as much as a large one
+
 TOGETHER = 512  # The number of samples that are packed together.
 
 
@@ -22,7 +25,7 @@ def metric_names(held_out: Sequence[HeldOut], by_phase: bool) -> list[str]:
         return []
     sources = dict.fromkeys(f"eval/{h.name}/loss" for h in held_out)
     phases = dict.fromkeys(f"eval/phase/{p}/loss" for h in held_out for p in h.phases * by_phase)
-    return ["eval/loss", *sources, *phases]
+    return ["eval/loss", MACRO, *sources, *phases]
 
 
 def sources(held_out: Sequence[HeldOut], source: Callable[[Mixture], StepSource]) -> list[StepSource]:
@@ -56,7 +59,12 @@ def evaluate(
         for name in names:
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + loss_sum, before[1] + weight_sum)
-    return {name: sums[name][0] / sums[name][1] for name in metric_names(held_out, by_phase)}
+    losses = {name: loss_sum / weight_sum for name, (loss_sum, weight_sum) in sums.items()}
+    if held_out:
+        losses[MACRO] = statistics.fmean(
+            losses[name] for name in dict.fromkeys(f"eval/{h.name}/loss" for h in held_out)
+        )
+    return {name: losses[name] for name in metric_names(held_out, by_phase)}
 
 
 def _once(held_out: HeldOut) -> Mixture:
