@@ -42,10 +42,19 @@ def test_score_is_the_mean_over_all_ways_to_divide_the_seeds() -> None:
 
 
 def test_rule_that_is_left_without_an_arm_has_missed() -> None:
-    """The leader of the probe diverges, and so does its place-taker: nothing that a single kept arm can finish."""
-    sweep = sweep_of([1, 2, 3], [[np.nan] * 3, [1.0, 2.0, 3.0]])
+    """By the first seed, on which all arms diverge, there is none to choose, and what is left is the model before: 10.
+
+    By the second seed it is the first arm, like that of the full grid; it diverges with the other seed for both.
+    """
+    sweep = sweep_of([1, 2, 3], [[np.nan] * 3, [2.0, 3.0, 4.0]])
     s = evidence.score(sweep, "share", ConstantShare(0.2, 1), num_seeds=1)
-    assert s.misses == 0.5 and math.isinf(s.regret)
+    assert s.misses == 0.5 and s.regret == pytest.approx((10 / 2 - 1) / 2)
+
+
+def test_regret_is_positive_where_metrics_are_negative() -> None:
+    """An accuracy of 0.5 in place of 0.8, as a metric whose lower values are better."""
+    sweep = sweep_of([-3, -2, -1], [[-0.5, -0.8, -0.1]] * 2)
+    assert evidence.score(sweep, "share", ConstantShare(0.2, 1), num_seeds=1).regret == pytest.approx(0.3 / 0.8)
 
 
 def test_sweep_of_one_seed_cannot_be_scored() -> None:

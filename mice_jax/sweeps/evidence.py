@@ -51,7 +51,8 @@ class Score:
         splits: How many ways to divide the seeds there are.
         saved: The share of the samples of the full grid that was not run.
         regret: By how much the chosen arm is worse than that of the full grid, as a share of the metric, on the other
-            seeds; inf where the rule can choose no arm or one that diverges there.
+            seeds. Where the rule can choose no arm, or one that diverges there, the metric before the first step
+            counts.
         misses: The share of the splits with a regret above MISS.
         winner_lost: The share of the splits in which no run of the full grid's arm was finished.
         wall_clock: The time of the sweep in whole runs.
@@ -137,21 +138,27 @@ def _outcome(
     sweep: StoredSweep, rule: SweepRule, seeds: Sequence[int], workers: int
 ) -> tuple[float, float, float, float]:
     """Returns what a rule saved, its regret, whether the winner was lost, and the time."""
+    curves = np.asarray(sweep.curves, np.float64)
+    finals = np.where(np.isfinite(curves).all(axis=-1), curves[..., -1], math.inf)
+    means = finals[list(seeds)].mean(axis=0)
+    winner = tuple(int(i) for i in np.unravel_index(int(np.argmin(means)), means.shape))
+    others = [s for s in range(len(curves)) if s not in seeds]
+    # A run that diverges leaves one with the model from before its first step.
+    scored = np.where(np.isfinite(finals), finals, sweep.start)[others].mean(axis=0)
     try:
-        r = replay(
-            sweep.curves, sweep.axes, rule, start=sweep.start, seeds=seeds, signals=sweep.signals, workers=workers
-        )
+        r = replay(curves, sweep.axes, rule, start=sweep.start, seeds=seeds, signals=sweep.signals, workers=workers)
     except NoArmLeft as e:
-        return e.saved, math.inf, 1.0, math.nan
+        return e.saved, _relative(sweep.start, scored[winner]), 1.0, math.nan
     except UserError as e:
         raise UserError(f"the sweep {sweep.name}: {e}") from None
-    finals = np.asarray(sweep.curves, np.float64)[list(seeds), ..., -1]
-    means = np.where(np.isfinite(finals), finals, math.inf).mean(axis=0)
-    winner = np.unravel_index(int(np.argmin(means)), means.shape)
+    chosen = tuple(list(values).index(r.chosen[name]) for name, values in sweep.axes.items())
     lost = not (r.ran[(slice(None), *winner)] == 1).any()
-    # NaN says that the full grid's own choice diverges with the other seeds: then no choice is worse.
-    regret = 0.0 if math.isnan(r.regret) else r.regret
-    return r.saved, regret, float(lost), r.wall_clock
+    return r.saved, _relative(scored[chosen], scored[winner]), float(lost), r.wall_clock
+
+
+def _relative(value: float, reference: float) -> float:
+    """Returns by how much a value is above a reference, as a share of it; metrics that were turned are negative."""
+    return float((value - reference) / abs(reference)) if reference else math.nan
 
 
 def evaluate(
