@@ -1,13 +1,12 @@
 """Turns samples into token ids and a loss mask.
 
-The ids are those of the tokenizer's chat template over the whole conversation, rendered once. The mask is derived in
-characters (`template_spans`) and mapped to tokens by their character offsets: a token that overlaps a trained span by
-at least one character gets loss.
+The ids are those of the tokenizer's chat template over the whole conversation, rendered once (`conversation`). The mask
+is derived in characters (`template_spans`) and mapped to tokens by their character offsets: a token that overlaps a
+trained span by at least one character gets loss.
 """
 
 import datetime
 import enum
-import functools
 import hashlib
 import itertools
 import json
@@ -19,14 +18,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax.data import template_checks
 from mice_jax.data.bad_records import BadRecord, BadRecordError
-from mice_jax.data.call_arguments import has_other_text, with_object_arguments, with_text_arguments
 from mice_jax.data.chat_template import ChatTemplate, Message, TemplateError, TemplateInputs
-from mice_jax.data.reasoning import POLICIES, REASONING, reasoning_of, without_reasoning
-from mice_jax.data.sample_notes import NO_NOTES, UNREAD, Note, Notes
+from mice_jax.data.conversation import ConversationRenderer, Rendered, inputs_of
+from mice_jax.data.reasoning import POLICIES, REASONING
+from mice_jax.data.sample_notes import NO_NOTES, Note, Notes
 from mice_jax.data.sources import Sample
-from mice_jax.data.template_spans import PROBE_MESSAGES, NoTurnEndError, TemplateSpans
+from mice_jax.data.template_spans import PROBE_MESSAGES, TemplateSpans
 from mice_jax.data.tokenizer import IdsAndSpans, Span, decode, offset_tokenizer
 from mice_jax.errors import UserError
 
@@ -52,18 +50,6 @@ class Encoded:
     trained: np.ndarray  # uint8 [n]; 1 = the model learns to predict this token
     flags: int = 0  # a combination of `SampleFlag`
     notes: Notes = field(default_factory=lambda: NO_NOTES)  # what was left out or changed, and how often
-
-
-@dataclass(frozen=True)
-class _Rendered:
-    """A conversation as text."""
-
-    sample: Sample
-    messages: list[Message]  # as the template sees them
-    text: str
-    train_indices: list[int]  # indices of the messages that are trained
-    spans: list[Span]  # of `text`, that are trained; mostly one for each message
-    notes: dict[str, Note]
 
 
 class ChatEncoder:
@@ -104,7 +90,8 @@ class ChatEncoder:
         self._template = ChatTemplate(tokenizer, chat_template, self.today)
         added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
         special = [s for s in tokenizer.all_special_tokens if s.strip()]
-        self._spans = TemplateSpans(self._template, _longest_match(added + special), _longest_match(special))
+        spans = TemplateSpans(self._template, _longest_match(added + special), _longest_match(special))
+        self._renderer = ConversationRenderer(self._template, spans, train_on, reasoning)
         flagged = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
         # With split_special_tokens, the text of a special token is encoded like any other text.
         splits_special = getattr(tokenizer, "split_special_tokens", False)
@@ -148,9 +135,9 @@ class ChatEncoder:
         texts = [samples[i].messages[0]["content"] for i in documents]
         for i, ids in zip(documents, self._offset_tokenizer.encode_documents(texts), strict=True):
             found[i] = self._encode_document(samples[i], ids)
-        rendered: dict[int, _Rendered] = {}
+        rendered: dict[int, Rendered] = {}
         for i in (i for i, one in enumerate(found) if one is None):
-            one = self._rendered(samples[i])
+            one = self._renderer.render(samples[i])
             if isinstance(one, BadRecord):
                 found[i] = one
             else:
@@ -164,7 +151,7 @@ class ChatEncoder:
 
     def check(self, samples: Sequence[Sample]) -> list[BadRecord]:
         """The samples that cannot be encoded, found without tokenising any."""
-        rendered = (self._rendered(s) for s in samples if not _is_document(s))
+        rendered = (self._renderer.render(s) for s in samples if not _is_document(s))
         return [one for one in rendered if isinstance(one, BadRecord)]
 
     def split_by_turn(self, samples: Iterable[Sample]) -> Iterator[Sample]:
@@ -185,7 +172,7 @@ class ChatEncoder:
         """The trained messages in groups, each of which ends with one of the assistant's."""
         turns: list[list[int]] = []
         ended = True
-        for i in self._messages_to_train(sample):
+        for i in self._renderer.messages_to_train(sample):
             if ended:
                 turns.append([])
             turns[-1].append(i)
@@ -215,7 +202,7 @@ class ChatEncoder:
         """
         inputs = TemplateInputs(tools, documents, template_kwargs or {})
         try:
-            text = self._template.render(self._as_template_sees(messages), inputs, add_generation_prompt=True)
+            text = self._template.render(self._renderer.as_template_sees(messages), inputs, add_generation_prompt=True)
         except TemplateError as e:
             raise UserError(f"the prompt {json.dumps(messages)[:200]}: {e}.") from e
         return self._offset_tokenizer.encode(text)
@@ -294,7 +281,6 @@ class ChatEncoder:
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    # ------------------------------------------------------------------------------------ rendering
     def _decode(self, ids: np.ndarray) -> str:
         return decode(self.tokenizer, ids.tolist(), skip_special_tokens=False)
 
@@ -315,127 +301,7 @@ class ChatEncoder:
             flags |= SampleFlag.STARTS_WITH_ASSISTANT
         return flags.value
 
-    def _rendered(self, sample: Sample) -> _Rendered | BadRecord:
-        """The conversation's text and its trained spans, or why it cannot be used."""
-        try:
-            return self._render(sample)
-        except BadRecordError as e:
-            return e.record
-        except NoTurnEndError as e:
-            text = f"{e}, so a model trained on it would never stop"
-            advice = "Let the template write a token (such as the eos token) after each assistant message"
-            return BadRecord(sample.where, "turn without an end", text, advice)
-        except TemplateError as e:
-            return self._refused(sample, "refused by the chat template", str(e))
-
-    def _render(self, sample: Sample) -> _Rendered:
-        notes: dict[str, Note] = {}
-        if self.reasoning == "drop":
-            sample = _drop_reasoning(sample, notes)
-        messages, inputs = self._as_template_sees(sample.messages), _inputs_of(sample)
-        train_indices = self._messages_to_train(sample)
-        # The tags of a template enclose the assistant's messages only.
-        tagged: list[Span] | None = None
-        if all(messages[i]["role"] == "assistant" for i in train_indices) and self._template.is_tagged(inputs.tools):
-            text, tagged = self._template.render_with_spans(messages, inputs)
-        else:
-            text = self._template.render(messages, inputs)
-        lost = template_checks.left_out(self._template, messages, inputs, text)
-        if lost.tools or lost.calls:
-            parts = [
-                *(["its `tools`"] if lost.tools else []),
-                *(f"the `tool_calls` of messages[{i}]" for i in lost.calls),
-            ]
-            raise BadRecordError(
-                self._refused(
-                    sample, "tools left out by the chat template", f"the chat template leaves out {' and '.join(parts)}"
-                )
-            )
-        untold = [i for i in train_indices if i in lost.reasoning]
-        if untold and self.reasoning == "last":
-            train_indices = [i for i in train_indices if i not in untold]
-            notes["reasoning_untrained"] = Note(len(untold))
-        elif untold:
-            notes["reasoning_left_out"] = Note(len(untold))
-        if lost.contents:
-            notes["content_left_out"] = Note(len(lost.contents))
-        spans = self._spans_of(sample, messages, inputs, text, tagged, train_indices) if train_indices else []
-        self._note_oddities(sample, messages, train_indices, notes)
-        return _Rendered(sample, messages, text, train_indices, spans, notes)
-
-    def _spans_of(
-        self,
-        sample: Sample,
-        messages: list[Message],
-        inputs: TemplateInputs,
-        text: str,
-        tagged: list[Span] | None,
-        train_indices: list[int],
-    ) -> list[Span]:
-        """The trained spans of a rendered conversation."""
-        if tagged is not None:
-            return self._spans.from_tags(messages, text, tagged, train_indices)
-        try:
-            return self._spans.derive(messages, inputs, text, train_indices)
-        except TemplateError as e:
-            told = f"the trained tokens cannot be derived from the chat template: {e}"
-            advice = (
-                "Put {% generation %} before and {% endgeneration %} after the assistant's turn (its content and the "
-                "token that ends it) in a copy of the template, and give that file as data.chat_template"
-            )
-            raise BadRecordError(BadRecord(sample.where, "trained tokens unknown", told, advice)) from e
-
-    def _refused(self, sample: Sample, reason: str, text: str) -> BadRecord:
-        """A conversation that the template cannot render whole, with the built-in templates that can."""
-        messages, inputs = self._as_template_sees(sample.messages), _inputs_of(sample)
-        advice = []
-        if self._renders_without_nulls(messages, inputs):
-            nulls = [f"messages[{i}]" for i, m in enumerate(messages) if "content" not in m]
-            text += f". It fails where `content` is null ({', '.join(nulls)})"
-            advice.append('give such messages "content": "", or write (message.content or \'\') in the template')
-        special = any(m["role"] == "tool" or m.get("tool_calls") or reasoning_of(m) for m in messages)
-        if inputs.tools or special or advice:
-            names = template_checks.built_in_that_render(self._template, messages, inputs)
-            renders = "renders it" if len(names) == 1 else "render it"
-            if names:
-                advice.append(f"take {template_checks.any_of(names)}, which {renders}, as data.chat_template")
-            else:
-                advice.append("take it out of the data, since no built-in template renders it")
-        return BadRecord(sample.where, reason, text, ", or ".join(advice))
-
-    def _renders_without_nulls(self, messages: list[Message], inputs: TemplateInputs) -> bool:
-        """Whether the template fails for these messages, and would not if their missing contents were empty texts."""
-        if all("content" in m for m in messages):
-            return False
-        try:
-            self._template.render(messages, inputs)
-        except TemplateError:
-            try:
-                self._template.render([{"content": ""} | m for m in messages], inputs)
-            except TemplateError:
-                return False
-            return True
-        return False
-
-    # ------------------------------------------------------------------------------------ notes
-    def _note_oddities(
-        self, sample: Sample, messages: list[Message], train_indices: list[int], notes: dict[str, Note]
-    ) -> None:
-        """Counts what is odd about a conversation and no error."""
-        for key in template_checks.unread_keys(self._template, sample):
-            notes[UNREAD + key] = Note(1)
-        answers = [messages[i] for i in train_indices if messages[i]["role"] == "assistant"]
-        empty = sum(not (m.get("content") or m.get("tool_calls") or reasoning_of(m)) for m in answers)
-        if empty:
-            notes["empty_answer"] = Note(empty)
-        thoughtless = sum("</think>" in (m.get("content") or "") and reasoning_of(m) == "" for m in answers)
-        if thoughtless:
-            notes["empty_think"] = Note(thoughtless)
-        texts = sum(has_other_text(call) for m in sample.messages for call in m.get("tool_calls") or [])
-        if texts:
-            notes["arguments_not_json"] = Note(texts)
-
-    def _compared(self, one: _Rendered, located: IdsAndSpans) -> dict[str, Note]:
+    def _compared(self, one: Rendered, located: IdsAndSpans) -> dict[str, Note]:
         """Compares what precedes each trained turn with the prompt that asks for it, token by token."""
         if len(one.spans) != len(one.train_indices):
             return {}
@@ -444,7 +310,7 @@ class ChatEncoder:
         for i, span in zip(one.train_indices, one.spans, strict=True):
             if one.messages[i]["role"] != "assistant" or not i:
                 continue
-            inputs = _inputs_of(one.sample)
+            inputs = inputs_of(one.sample)
             try:
                 prompt = self._offset_tokenizer.encode(
                     self._template.render(one.messages[:i], inputs, add_generation_prompt=True)
@@ -469,60 +335,10 @@ class ChatEncoder:
         )
         return f"before messages[{i}] stands {trained!r} in training and {asked!r} in a prompt"
 
-    # ------------------------------------------------------------------------------------ messages
-    def _as_template_sees(self, messages: list[Message]) -> list[Message]:
-        """The messages as a template sees them.
-
-        They are without nulls, as in transformers, and without our key `train`. Arguments of calls that are the text of
-        a JSON object are that object, which templates write as JSON, unless the template needs texts.
-        """
-        seen = [{k: v for k, v in m.items() if v is not None and k != "train"} for m in messages]
-        for i, message in enumerate(seen):
-            if message.get("tool_calls"):
-                form = with_text_arguments if self._needs_text_arguments else with_object_arguments
-                seen[i] = message | {"tool_calls": [form(call) for call in message["tool_calls"]]}
-        return seen
-
-    @functools.cached_property
-    def _needs_text_arguments(self) -> bool:
-        """Whether the template fails for arguments that are objects, and not for their texts."""
-        works = []
-        for arguments in ({"a": 1}, '{"a": 1}'):
-            call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}}
-            try:
-                self._template.render([PROBE_MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [call]}])
-                works.append(True)
-            except TemplateError:
-                works.append(False)
-        return works == [False, True]
-
-    def _messages_to_train(self, sample: Sample) -> list[int]:
-        """Returns the indices of the messages to train on."""
-        roles = [m["role"] for m in sample.messages]
-        if sample.unmask:
-            default = {i for i, role in enumerate(roles) if role != "system"}
-        else:
-            default = {i for i, role in enumerate(roles) if role == "assistant"}
-            if default and self.train_on == "last":
-                default = {max(default)}
-        return [i for i, m in enumerate(sample.messages) if m.get("train", i in default)]
-
 
 # ---------------------------------------------------------------------------------------- helpers
 def _is_document(sample: Sample) -> bool:
     return sample.messages[0]["role"] == "pretraining"
-
-
-def _inputs_of(sample: Sample) -> TemplateInputs:
-    return TemplateInputs(sample.tools, sample.documents, sample.template_kwargs)
-
-
-def _drop_reasoning(sample: Sample, notes: dict[str, Note]) -> Sample:
-    messages = [without_reasoning(m) for m in sample.messages]
-    dropped = sum(m != before for m, before in zip(messages, sample.messages, strict=True))
-    if dropped:
-        notes["reasoning_dropped"] = Note(dropped)
-    return replace(sample, messages=messages)
 
 
 def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
