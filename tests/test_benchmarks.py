@@ -191,7 +191,7 @@ def test_wrong_flags_are_an_error_before_weights_are_read(
     assert "there is no folder" in refused(f"--output={tmp_path}/none/scores.json")
     assert "is a folder; give a file" in refused(f"--output={tmp_path}")
     assert "--all_checkpoints is for a run's workdir" in refused("--all_checkpoints")
-    assert "include_path=nowhere is no folder" in refused("--include_path=nowhere")
+    assert "include_path=nowhere is not a folder" in refused("--include_path=nowhere")
     (hollow / "chat_template.jinja").unlink()
     assert "the tokenizer has no chat template. Give one" in refused("--apply_chat_template")
 

@@ -286,7 +286,7 @@ SPLIT = ("llama", "granite", "qwen3", "olmo2", "phi3", "gemma3")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "sizes"), zip(SPLIT, [(1, 1, 8), *MESHES, MESHES[0]], strict=True))
+@pytest.mark.parametrize(("case", "sizes"), list(zip(SPLIT, [(1, 1, 8), *MESHES, MESHES[0]], strict=True)))
 def test_logits_loss_and_gradients_are_the_same_on_a_mesh(case: str, sizes: tuple[int, int, int], folders: Any) -> None:
     expected, loss, _ = on_one_device(case, folders(case))
     logits, our_loss, gaps = on_mesh(case, folders(case), mesh_of(*sizes))

@@ -373,7 +373,7 @@ def test_an_address_or_a_key_that_makes_no_sense_is_refused(
             make_judge(url, "j", "MICE_JUDGE_KEY")
         assert "secret" not in str(e.value)
     monkeypatch.setenv("MICE_JUDGE_KEY", "two\nlines")
-    with pytest.raises(UserError, match="MICE_JUDGE_KEY holds signs") as e:
+    with pytest.raises(UserError, match="MICE_JUDGE_KEY contains characters") as e:
         make_judge("http://h", "j", "MICE_JUDGE_KEY")
     assert "lines" not in str(e.value)
     monkeypatch.delenv("MICE_JUDGE_KEY")

@@ -104,5 +104,5 @@ def test_train_sends_the_lines_of_metrics_jsonl_to_trackers(tmp_path: Path, wand
 def test_a_tracker_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     trackers.check_trackers(["tensorboard"])
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"log\.trackers has 'wandb'.*mice_jax\[tracking\]"):
+    with pytest.raises(UserError, match=r"log\.trackers has 'wandb'.*\[tracking\]"):
         trackers.check_trackers(["tensorboard", "wandb"])
