@@ -46,6 +46,18 @@ def test_a_text_without_an_entry_computation_is_refused() -> None:
         parse_program("HloModule empty\n")
 
 
+@pytest.mark.parametrize(("first", "trips"), [("0", TRIPS), ("1", TRIPS - 1)])
+def test_rounds_taken_out_of_a_loop_are_not_counted_in_it(first: str, trips: int) -> None:
+    text = (
+        (DATA / "scheduled.hlo.txt")
+        .read_text()
+        .replace("%first.1 = s32[] constant(0)", f"%first.1 = s32[] constant({first})")
+    )
+    program = parse_program(text)
+    loops = [i for i in program.computations[program.entry] if i.opcode == "while"]
+    assert [scheduled_hlo.trip_count(program, program.entry, loop) for loop in loops] == [trips, None]
+
+
 def test_products_are_counted_as_often_as_their_loops_run(program: Program) -> None:
     counts = counted(program)
     assert counts.flops == TRIPS * 2 * PRODUCT + CHUNKS * 2 * 4 * 2 * 8

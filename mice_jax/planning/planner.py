@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mice_jax.config import Config
 from mice_jax.models.spec import ModelSpec
@@ -17,6 +18,7 @@ from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.planning import ahead_of_time, step_time
 from mice_jax.planning.ahead_of_time import CompiledMemory, Topology
 from mice_jax.sharding import abstract_mesh, make_mesh, mesh_sizes
+from mice_jax.step import StepFunctions
 from mice_jax.training import build, memory_model, phases
 
 MAX_ROWS = 1024  # largest number of rows of one device that is tried
@@ -108,6 +110,18 @@ class RunPlan:
             memory_inputs, self.topology.chip, layout.rows, layout.remat, self.samples, self.mean_length
         )
 
+    def step_functions(self, layout: Layout) -> tuple[StepFunctions, Mesh]:
+        """Makes the functions of the step with a layout, on the devices to compile for."""
+        c = self.config
+        mesh = make_mesh(*layout.sizes, devices=self.topology.devices)
+        # The steps at which phases begin are constants of the program and do not affect its memory.
+        spans = phases.phase_spans(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
+        schedule = build.schedule(c, spans, c.optim.max_steps or len(spans))
+        reduce_dtype = jnp.dtype(c.optim.reduce_dtype)
+        compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat, reduce_dtype)
+        decoder = make_decoder(self.spec, layout.sizes[2])
+        return build.step_functions(c, decoder, self._architecture, mesh, compute, schedule), mesh
+
     def compile(self, layout: Layout, only: Sequence[str] = ()) -> list[CompiledMemory]:
         """Compiles functions of the step with a layout.
 
@@ -121,14 +135,7 @@ class RunPlan:
         if self.topology.devices is None:
             return []
         c = self.config
-        mesh = make_mesh(*layout.sizes, devices=self.topology.devices)
-        # The steps at which phases begin are constants of the program and do not affect its memory.
-        spans = phases.phase_spans(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
-        schedule = build.schedule(c, spans, c.optim.max_steps or len(spans))
-        reduce_dtype = jnp.dtype(c.optim.reduce_dtype)
-        compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat, reduce_dtype)
-        decoder = make_decoder(self.spec, layout.sizes[2])
-        fns = build.step_functions(c, decoder, self._architecture, mesh, compute, schedule)
+        fns, mesh = self.step_functions(layout)
         holds_out = c.data.validation or c.data.validation_fraction or any(p.validation for p in c.data.phases)
         functions = only or [n for n in ahead_of_time.FUNCTIONS if n != "evaluate" or holds_out]
         return ahead_of_time.compile_memory(fns, mesh, self.topology.chip, layout.rows, c.data.max_length, functions)

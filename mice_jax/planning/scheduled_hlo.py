@@ -314,7 +314,7 @@ class _Counter:
         in_flight: dict[str, tuple[float, int, float]] = {}  # start -> its end, its index, total FLOPs at its start
         for i in self.program.computations[computation]:
             if i.opcode == "while":
-                trips = trip_count(self.program, i) or self.unknown_trips
+                trips = trip_count(self.program, computation, i) or self.unknown_trips
                 total += trips * self.run(i.body, times * trips, in_loop=True)
                 continue
             if source := _collective_in(self.program, i):
@@ -370,17 +370,26 @@ class _Counter:
                 self.copies.append(Copy("+".join(sorted(inner)), i.arrays[0], times, in_loop, i.op_name))
 
 
-def trip_count(program: Program, loop: Instruction) -> int | None:
-    """Returns how often a loop from 0 runs, by the constant in its condition; None if it depends on data."""
-    condition = program.computations[loop.condition]
-    compare = next((i for i in condition if i.opcode == "compare"), None)
+def trip_count(program: Program, computation: str, loop: Instruction) -> int | None:
+    """Returns how often a loop runs that counts up to a constant; None if either end depends on data.
+
+    Args:
+      program: The program.
+      computation: The name of the computation that the loop is in.
+      loop: The while instruction.
+    """
+    compare = next((i for i in program.computations[loop.condition] if i.opcode == "compare"), None)
     if compare is None:
         return None
-    for name in compare.operands:
-        operand = program.find(loop.condition, name)
-        if operand is not None and operand.opcode == "constant":
-            return int(operand.attributes.strip("()"))
-    return None
+    counter, limit = (program.find(loop.condition, name) for name in compare.operands)
+    if counter is None or limit is None or limit.opcode != "constant":
+        return None
+    # The counter starts at 0, unless the compiler has taken rounds out of the loop.
+    index = re.search(r"\bindex=(\d+)", counter.attributes)
+    state = program.find(computation, loop.operands[0])
+    first = program.find(computation, state.operands[int(index[1])]) if index and state and state.operands else None
+    start = int(first.attributes.strip("()")) if first is not None and first.opcode == "constant" else 0
+    return int(limit.attributes.strip("()")) - start
 
 
 def _is_start(i: Instruction) -> bool:
