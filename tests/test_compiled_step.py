@@ -125,7 +125,6 @@ def test_a_program_compiled_for_a_tpu_is_read() -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.aot_ci
 def test_gradients_are_reduce_scattered_in_float32_on_a_tpu() -> None:
     mesh = make_mesh(1, 4, 1, ahead_of_time.find_topology("v5p:2x2x1").devices)
     optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)

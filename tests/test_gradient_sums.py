@@ -35,12 +35,12 @@ def gradients(sizes: tuple[int, int, int], reduce_dtype: str) -> dict[str, jax.A
     rows = batch_sharding(mesh)
     x, d_y, tokens = (jax.device_put(jnp.asarray(a), rows) for a in (X, D_Y, TOKENS))
     weight, bias = jnp.ones((HEADS, WIDTH, INPUTS)), jnp.ones((HEADS, WIDTH))
-    dtype = {"reduce_dtype": jnp.dtype(reduce_dtype)}
+    dtype = jnp.dtype(reduce_dtype)
 
     def total(weight: jax.Array, bias: jax.Array, table: jax.Array, x: Any, d_y: Any, tokens: Any) -> jax.Array:
-        y = matmul(x, weight, axes=("heads", "head_dim", "embed"), **dtype)
-        y = add_bias(y, bias, axes=("heads", "head_dim"), **dtype)
-        embedded = look_up(table, tokens, jnp.bfloat16, axes=("vocab", "embed"), **dtype)
+        y = matmul(x, weight, axes=("heads", "head_dim", "embed"), reduce_dtype=dtype)
+        y = add_bias(y, bias, axes=("heads", "head_dim"), reduce_dtype=dtype)
+        embedded = look_up(table, tokens, jnp.bfloat16, axes=("vocab", "embed"), reduce_dtype=dtype)
         return jnp.sum((y * d_y).astype(jnp.float32)) + jnp.sum((embedded * x).astype(jnp.float32))
 
     with jax.set_mesh(mesh):
