@@ -662,6 +662,7 @@ def made_up_blocks(samples: int) -> Iterator[tuple[float, Any]]:
     """Yields synthetic blocks as `tokenise` does, in blocks of the size that readers yield."""
     import pyarrow as pa
 
+    from mice_jax.data.bad_records import BadRecords
     from mice_jax.data.readers import BLOCK_RECORDS
     from mice_jax.data.tokenise import SCHEMA, TokenisedBlock
 
@@ -680,7 +681,7 @@ def made_up_blocks(samples: int) -> Iterator[tuple[float, Any]]:
         zeros = pa.array(np.zeros(count, np.uint8))
         columns = [made.get(f.name, zeros.cast(f.type) if f.name not in made else None) for f in SCHEMA]
         batch = pa.record_batch(columns, schema=SCHEMA).serialize().to_pybytes()
-        yield (start + count) / samples, TokenisedBlock(batch, count, tokens, {})
+        yield (start + count) / samples, TokenisedBlock(batch, count, tokens, BadRecords(), {})
 
 
 def open_warm(args: argparse.Namespace) -> None:

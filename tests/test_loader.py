@@ -13,6 +13,7 @@ import pytest
 from helpers.runs import make_tokenizer
 from mice_jax.config import Data, Phase, Source
 from mice_jax.data import loader, store
+from mice_jax.data.bad_records import BadRecords
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import build_dataset
 from mice_jax.data.loader import StepSource, load_steps
@@ -307,7 +308,7 @@ def test_warm_store_of_a_million_samples_starts_within_ten_seconds(
             rest = {"num_trained": np.full(many, tokens - 1), "content_hash": numbers, "number": numbers}
             columns = [pa.array(rest.get(f.name, np.zeros(many, int)), f.type) for f in list(SCHEMA)[2:]]
             batch = pa.record_batch(lists + columns, schema=SCHEMA).serialize().to_pybytes()
-            yield start / count, TokenisedBlock(batch, many, tokens * many, {})
+            yield start / count, TokenisedBlock(batch, many, tokens * many, BadRecords(), {})
 
     def first_step() -> dict[str, Any]:
         data = Data(phases=[Phase(sources=[Source(path=str(path), format="text")])], cache_dir=str(tmp_path / "stores"))
