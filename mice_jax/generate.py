@@ -49,6 +49,7 @@ from mice_jax.model_source import (
 )
 from mice_jax.models.spec import ModelSpec
 from mice_jax.runtime import compile_cache, precision, xla_flags
+from mice_jax.runtime.devices import find_devices
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import write_atomically
 from mice_jax.training import build
@@ -90,8 +91,9 @@ def generate(values: command.Values) -> None:
         print(note, file=sys.stderr)
     # An answer ends with the token that ends a turn in the chat template, or with one of the generation config.
     stop_ids = [*encoder.stop_ids(), *defaults.stop_ids]
-    dtype, step = compute_dtype(values.compute_dtype), resolve_step(source, values.step)
-    precision.set_float32_matmul_precision(dtype, jax.default_backend())
+    platform = find_devices()[0].platform
+    dtype, step = compute_dtype(values.compute_dtype, platform), resolve_step(source, values.step)
+    precision.set_float32_matmul_precision(dtype, platform)
     system = [] if values.system is None else [{"role": "system", "content": values.system}]
     job = None
     # The input is read before the model is loaded, so that its errors appear at once.

@@ -16,7 +16,7 @@ from mice_jax.cli import command, main
 from mice_jax.cli.flags import COMMANDS, define_config
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import Paused, Preempted, StoppedByRule, UserError
-from mice_jax.runtime import watchdog
+from mice_jax.runtime import unused_packages, watchdog
 
 pytestmark = [
     pytest.mark.smoke,
@@ -347,6 +347,27 @@ def test_wrong_arguments_are_reported_before_slow_imports(
 def test_right_arguments_reach_the_command(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [f"--config={config_file}", "--config.optim.batch_size=3", "--noconfig.data.drop_remainder"]
     assert run_train(monkeypatch, *arguments, "--workdir=w") == (0, True)
+
+
+def test_unused_packages_are_hidden_while_a_command_is_imported(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden: list[bool] = []
+
+    class Train:
+        @staticmethod
+        def main(arguments: list[str]) -> int:
+            hidden.append("a_large_package" in sys.modules)
+            return 0
+
+    def import_module(name: str) -> type[Train]:
+        hidden.append("a_large_package" in sys.modules)
+        return Train
+
+    monkeypatch.setattr(unused_packages, "PACKAGES", ("a_large_package",))
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    assert mice(monkeypatch, "train", f"--config={config_file}", "--workdir=w") == 0
+    assert hidden == [True, False]
 
 
 def test_one_of_several_processes_leaves_errors_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ def start() -> None:
     """The entry point of the installed `mice`."""
     if len(sys.argv) > 1 and sys.argv[1] in COMMANDS and not command.asks_for_help(sys.argv):
         xla_flags.reexec_with_huge_pages()
-        unused_packages.hide()  # until `command.run`
     main()
 
 
@@ -37,7 +36,12 @@ def _run(argv: Sequence[str]) -> int:
         return 2
     code = command.early_exit(name, arguments)
     if code is None:
-        code = importlib.import_module(COMMANDS[name].module).main(arguments)
+        unused_packages.hide()  # not before `early_exit`, which runs a part of the command and shows them again
+        try:
+            module = importlib.import_module(COMMANDS[name].module)
+        finally:
+            unused_packages.show()
+        code = module.main(arguments)
     return code
 
 

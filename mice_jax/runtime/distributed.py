@@ -173,7 +173,7 @@ def _allgather(array: np.ndarray) -> np.ndarray:
 
 def check_devices(expected: int | None) -> None:
     """Raises UserError if the run has another number of devices, over all processes, than `expected`."""
-    found = jax.devices()
+    found = find_devices()
     if expected is not None and len(found) != expected:
         raise UserError(
             f"--expect_devices={expected}, but the run has {len(found)} {found[0].platform} devices in "
