@@ -236,7 +236,7 @@ def _curves(run: Run, subject: _Subject) -> dict[str, Any]:
     grid = [[_one_decimal(v) for v in downsample.means(x, points)] for x in (steps, samples, time)]
     means, stepwise = {}, {}
     for name in subject.signals:
-        values = stop_rules.column(run.records, "grad_sq_corrected" if name == "grad_norm_corrected" else name)
+        values = stop_rules.column(run.records, stop_rules.recorded_name(name))
         if np.isnan(values).all():
             continue
         means[name] = [_rounded(v) for v in downsample.means(values, points)]

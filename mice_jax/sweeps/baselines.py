@@ -12,7 +12,7 @@ import numpy as np
 
 from mice_jax.errors import UserError
 from mice_jax.sweeps.grid import Grid
-from mice_jax.sweeps.rule import METRIC, Runs, SweepRule, Task, best_arm
+from mice_jax.sweeps.rule import METRIC, Runs, SweepRule, Task, best_arm, lowest
 from mice_jax.training import stop_rules
 from mice_jax.training.stop_rules import HalvingRule, PaperRule
 
@@ -112,16 +112,19 @@ class StopRuns(SweepRule):
 
     rule: stop_rules.SiblingRule
 
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """The training loss and the gradient norm for the paper's rule, nothing for the others."""
+        return ("loss", stop_rules.recorded_name(self.rule.norm)) if isinstance(self.rule, PaperRule) else ()
+
     def check(self, grid: Grid, runs: Runs) -> None:
         """Raises UserError where the signals that the rule compares are missing."""
-        if not isinstance(self.rule, PaperRule):
-            return
-        norm = "grad_sq_corrected" if self.rule.norm == "grad_norm_corrected" else self.rule.norm
-        for name in ("loss", norm):
+        for name in self.signals:
             if name not in runs.signals:
+                listed = ", ".join(f"{n!r}: ..." for n in self.signals)
                 raise UserError(
                     f"signals has no {name!r}. PaperRule compares training losses and gradient norms: give both, as "
-                    f"in signals={{'loss': ..., {norm!r}: ...}}, arrays of the shape of curves."
+                    f"in signals={{{listed}}}, arrays of the shape of curves."
                 )
 
     def next_tasks(self, grid: Grid, runs: Runs) -> list[Task]:
@@ -148,9 +151,7 @@ class StopRuns(SweepRule):
     def choose(self, grid: Grid, runs: Runs) -> int | None:
         """Returns the arm with the lowest mean over those of its runs that were not stopped."""
         seeds = {a: [s for s in range(runs.num_seeds) if runs.finished(s, a)] for a in range(grid.size)}
-        finals = {a: runs.mean_final(a, listed) for a, listed in seeds.items() if listed}
-        best = min(finals, key=lambda a: finals[a], default=None)
-        return None if best is None or not math.isfinite(finals[best]) else best
+        return lowest({a: runs.mean_final(a, listed) for a, listed in seeds.items() if listed})
 
 
 def _promoted_asynchronously(runs: Runs, task: Task, reduction: int) -> bool:

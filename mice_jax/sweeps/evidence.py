@@ -16,7 +16,7 @@ from mice_jax.errors import UserError
 from mice_jax.sweeps.baselines import ArmHalving, ConstantShare, FullGrid, StopRuns
 from mice_jax.sweeps.bracket_rule import BracketRule
 from mice_jax.sweeps.grid_replay import NoArmLeft, replay
-from mice_jax.sweeps.rule import SweepRule
+from mice_jax.sweeps.rule import SweepRule, relative_regret
 from mice_jax.sweeps.stored_sweeps import StoredSweep
 from mice_jax.sweeps.synthetic import BROKEN_ASSUMPTIONS
 from mice_jax.training.stop_rules import HalvingRule, MedianRule, PaperRule
@@ -148,17 +148,12 @@ def _outcome(
     try:
         r = replay(curves, sweep.axes, rule, start=sweep.start, seeds=seeds, signals=sweep.signals, workers=workers)
     except NoArmLeft as e:
-        return e.saved, _relative(sweep.start, scored[winner]), 1.0, math.nan
+        return e.saved, relative_regret(sweep.start, scored[winner]), 1.0, math.nan
     except UserError as e:
         raise UserError(f"the sweep {sweep.name}: {e}") from None
     chosen = tuple(list(values).index(r.chosen[name]) for name, values in sweep.axes.items())
     lost = not (r.ran[(slice(None), *winner)] == 1).any()
-    return r.saved, _relative(scored[chosen], scored[winner]), float(lost), r.wall_clock
-
-
-def _relative(value: float, reference: float) -> float:
-    """Returns by how much a value is above a reference, as a share of it; metrics that were turned are negative."""
-    return float((value - reference) / abs(reference)) if reference else math.nan
+    return r.saved, relative_regret(scored[chosen], scored[winner]), float(lost), r.wall_clock
 
 
 def evaluate(
@@ -180,17 +175,10 @@ def evaluate(
     scores = []
     for number, sweep in enumerate(sweeps, 1):
         for name, rule in rules.items():
-            if _has_signals(sweep, rule):
+            if set(rule.signals) <= set(sweep.signals):
                 scores.append(score(sweep, name, rule, num_seeds, workers))
         progress(number)
     return scores
-
-
-def _has_signals(sweep: StoredSweep, rule: SweepRule) -> bool:
-    if not (isinstance(rule, StopRuns) and isinstance(rule.rule, PaperRule)):
-        return True
-    norm = "grad_sq_corrected" if rule.rule.norm == "grad_norm_corrected" else rule.rule.norm
-    return {"loss", norm} <= set(sweep.signals)
 
 
 def summarise(scores: Sequence[Score]) -> list[Summary]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mice_jax.errors import UserError
 from mice_jax.sweeps.grid import Grid, checked_grid
-from mice_jax.sweeps.rule import Runs, SweepRule, Task
+from mice_jax.sweeps.rule import Runs, SweepRule, Task, relative_regret
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +151,7 @@ def _regret(finals: np.ndarray, chosen: int, seeds: Sequence[int]) -> float:
     best = int(np.argmin(finals[list(seeds)].mean(axis=0)))
     if not others or not np.isfinite(finals[others][:, best]).all():
         return math.nan
-    reference = float(finals[others, best].mean())
-    return (float(finals[others, chosen].mean()) - reference) / abs(reference) if reference else math.nan
+    return relative_regret(finals[others, chosen].mean(), finals[others, best].mean())
 
 
 # ---------------------------------------------------------------------------------------- checks of the arguments

@@ -131,6 +131,11 @@ class SweepRule(abc.ABC):
     def choose(self, grid: Grid, runs: Runs) -> int | None:
         """Returns the best arm by what was measured; None if every run has diverged."""
 
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """The names of the numbers that the rule reads besides the metric."""
+        return ()
+
     def stops(self, grid: Grid, runs: Runs, task: Task) -> bool:
         """Returns whether the run of a task that was just done is stopped for good, instead of paused."""
         return False
@@ -146,6 +151,18 @@ class SweepRule(abc.ABC):
 
 def best_arm(runs: Runs, arms: Sequence[int], seeds: Sequence[int]) -> int | None:
     """Returns the arm with the lowest mean over some seeds at the end of its runs; None if all have diverged."""
-    finals = {a: runs.mean_final(a, seeds) for a in arms}
-    best = min(arms, key=lambda a: finals[a], default=None)
+    return lowest({a: runs.mean_final(a, seeds) for a in arms})
+
+
+def lowest(finals: Mapping[int, float]) -> int | None:
+    """Returns the arm with the lowest value, the first of equal ones; None if no value is finite."""
+    best = min(finals, key=lambda a: finals[a], default=None)
     return None if best is None or not math.isfinite(finals[best]) else best
+
+
+def relative_regret(value: float, reference: float) -> float:
+    """Returns by how much a value is above a reference, as a share of it; NaN for a reference of 0.
+
+    A metric of which more is better is turned, and so may be negative.
+    """
+    return float((value - reference) / abs(reference)) if reference else math.nan

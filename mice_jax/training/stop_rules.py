@@ -107,8 +107,13 @@ def signal(records: Records, name: str, window: float = WINDOW) -> float:
     return records.signals[name, window]
 
 
+def recorded_name(signal: str) -> str:
+    """Returns the name of the number in metrics.jsonl from which a signal is computed."""
+    return "grad_sq_corrected" if signal == "grad_norm_corrected" else signal
+
+
 def _signal(records: Records, name: str, window: float) -> float:
-    key = "grad_sq_corrected" if name == "grad_norm_corrected" else name
+    key = recorded_name(name)
     values = column(records, key)
     known = ~np.isnan(values)
     if not known.any():
