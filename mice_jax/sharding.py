@@ -183,16 +183,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     Returns:
       The same array.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, array_spec(x.shape, axes, mesh))
+    return _constrain_by(x, lambda mesh: array_spec(x.shape, axes, mesh))
 
 
 def constrain_param(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains a parameter to its sharding on the current mesh, with arguments as for `constrain`."""
+    return _constrain_by(x, lambda mesh: param_spec(x.shape, axes, mesh))
+
+
+def _constrain_by(x: jax.Array, spec_on: Callable[[AbstractMesh], PartitionSpec]) -> jax.Array:
+    """Constrains an array to the spec that it has on the current mesh; does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, param_spec(x.shape, axes, mesh))
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec_on(mesh))
 
 
 def gather_split_heads(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -223,11 +225,12 @@ def gather_over_rows(x: jax.Array, *axes: str | None) -> jax.Array:
     Returns:
       The same array.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    spec = array_spec(x.shape, axes, mesh)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(a if a not in BATCH_AXES else None for a in spec)))
+
+    def without_rows(mesh: AbstractMesh) -> PartitionSpec:
+        spec = array_spec(x.shape, axes, mesh)
+        return PartitionSpec(*(a if a not in BATCH_AXES else None for a in spec))
+
+    return _constrain_by(x, without_rows)
 
 
 @dataclasses.dataclass(frozen=True)

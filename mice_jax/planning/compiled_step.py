@@ -5,6 +5,7 @@ gradients.
 """
 
 import dataclasses
+import math
 
 from mice_jax.hardware import Chip, matmul_flops
 from mice_jax.models.spec import ModelSpec
@@ -62,11 +63,8 @@ def splash_flops(kernel: Instruction) -> float:
     result = next((a.shape for a in kernel.arrays if a.dtype == "bf16"), ())
     if not products or len(result) < 3:
         return 0.0
-    *batch, slots, head = result
-    heads = 1
-    for size in batch:
-        heads *= size
-    return products * 2 * heads * slots * slots * head / 2
+    *heads, slots, head_dim = result
+    return products * 2 * math.prod(heads) * slots * slots * head_dim / 2
 
 
 def figures(counts: Counts, spec: ModelSpec, *, params: int, tokens: int, remat: str, itemsize: int) -> list[Figure]:
