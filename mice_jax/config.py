@@ -42,6 +42,12 @@ class _Strict:
         object.__setattr__(self, name, value)
 
 
+def holds_data_out(config: "Config") -> bool:
+    """Whether a run has held-out data: files of it, those of a phase, or a fraction of the training data."""
+    data = config.data
+    return bool(data.validation or data.validation_fraction or any(phase.validation for phase in data.phases))
+
+
 def is_set(part: Any, name: str) -> bool:
     """Whether a field of a config's part was given to its constructor or assigned, even with its default value."""
     return name in part.__dict__["_set_by_user"]

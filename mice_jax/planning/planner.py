@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mice_jax.config import Config
+from mice_jax.config import Config, holds_data_out
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.planning import ahead_of_time, step_time
@@ -136,8 +136,7 @@ class RunPlan:
             return []
         c = self.config
         fns, mesh = self.step_functions(layout)
-        holds_out = c.data.validation or c.data.validation_fraction or any(p.validation for p in c.data.phases)
-        functions = only or [n for n in ahead_of_time.FUNCTIONS if n != "evaluate" or holds_out]
+        functions = only or [n for n in ahead_of_time.FUNCTIONS if n != "evaluate" or holds_data_out(c)]
         return ahead_of_time.compile_memory(fns, mesh, self.topology.chip, layout.rows, c.data.max_length, functions)
 
     # ---------------------------------------------------------------------------------------- rows

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mice_jax.config import Sweep
+from mice_jax.config import Sweep, holds_data_out
 from mice_jax.errors import UserError
 from mice_jax.sweeps.bracket_rule import BracketRule
 from mice_jax.sweeps.grid import checked_grid
 from mice_jax.sweeps.rule import Runs
-from mice_jax.training.stop_monitor import read_records, record_before_training
+from mice_jax.training.stop_monitor import read_run
 from mice_jax.training.stop_rules import step_at_fraction
 
 # Fields that change how long a run is; runs of one block must be equally long.
@@ -85,12 +85,10 @@ class LiveBracket:
         """Reads what a trial has measured before its first step and at the probe, unless it is known."""
         if number in self._at_probe or not (steps := self._total_steps(number)):
             return
-        folder = self._folder / str(number)
-        before = record_before_training(folder).get(self._metric)
-        if before is not None:
-            self._starts[number] = self._sign * before
+        before, records = read_run(self._folder / str(number))
+        if before.get(self._metric) is not None:
+            self._starts[number] = self._sign * before[self._metric]
         at = step_at_fraction(self.rule.first, steps)
-        records = read_records(folder)
         if len(records) >= at and records[at - 1].get(self._metric) is not None:
             self._at_probe[number] = self._sign * records[at - 1][self._metric]
 
@@ -128,8 +126,7 @@ def check(sweep: Sweep, rule: BracketRule) -> None:
             f"metric={sweep.metric!r} of the sweep is not measured before the first step, from where BracketRule "
             "measures the gain. Use a held-out loss such as eval/loss, or another rule."
         )
-    data = sweep.base.data
-    if not (data.validation or data.validation_fraction or any(phase.validation for phase in data.phases)):
+    if not holds_data_out(sweep.base):
         raise UserError(
             f"The sweep holds no data out, so no run has {sweep.metric}. Set data.validation or "
             "data.validation_fraction of its base, or use another rule than BracketRule."

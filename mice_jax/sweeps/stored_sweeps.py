@@ -13,7 +13,7 @@ import numpy as np
 
 from mice_jax.errors import UserError
 from mice_jax.training import stop_rules
-from mice_jax.training.stop_monitor import read_records, record_before_training
+from mice_jax.training.stop_monitor import read_run
 
 SIGNALS = ("loss", "grad_norm", "grad_sq_corrected")  # what rules read besides the metric
 SUFFIX = ".npz"
@@ -181,7 +181,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _read_run(folder: Path, number: int, settings: Mapping[str, Any]) -> _FinishedRun:
     """Reads the run of a trial that has ended by itself."""
     run, metric = folder / "runs" / str(number), settings["metric"]
-    records, file = read_records(run), run / "summary.json"
+    (before, records), file = read_run(run), run / "summary.json"
     summary = json.loads(file.read_text()) if file.exists() else {}
     status, reason = summary.get("status", "it has no summary.json"), summary.get("reason") or ""
     # In a sweep without a rule among siblings, only the rules of every run stop one: it has diverged.
@@ -193,5 +193,4 @@ def _read_run(folder: Path, number: int, settings: Mapping[str, Any]) -> _Finish
         )
     if not diverged and not any(metric in r for r in records):
         raise UserError(f"--sweeps: trial {number} of {folder} has no {metric} in its metrics.jsonl. Hold data out.")
-    start = record_before_training(run).get(metric, math.nan)
-    return _FinishedRun(records, metric, diverged, float(start))
+    return _FinishedRun(records, metric, diverged, float(before.get(metric, math.nan)))

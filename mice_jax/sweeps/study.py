@@ -317,7 +317,7 @@ class Study:
         """Returns the status of a trial as `status_of`, or "paused"."""
         status = status_of(trial)
         if self.bracket and status == "running":
-            paused = (read_summary(self.run_folder(trial.number)) or {}).get("status") == "paused"
+            paused = has_paused(self.run_folder(trial.number))
             return "paused" if paused and not self.claims.held(trial.number) else status
         return status
 
@@ -389,6 +389,11 @@ def _last_line(log: Path) -> str:
 def status_of(trial: FrozenTrial) -> str:
     """Returns completed, stopped or failed; running or waiting before the end of the trial."""
     return STATUS_BY_STATE.get(trial.state, trial.state.name.lower())
+
+
+def has_paused(run: Path) -> bool:
+    """Returns whether a run has come to its pause."""
+    return (read_summary(run) or {}).get("status") == "paused"
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:

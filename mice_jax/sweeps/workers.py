@@ -12,7 +12,7 @@ from mice_jax.errors import Paused, Preempted, UserError
 from mice_jax.runtime import watchdog
 from mice_jax.storage import lock
 from mice_jax.sweeps.process_group import Connection, Followers, ProcessSpec, connect_to_main
-from mice_jax.sweeps.study import Study, read_summary
+from mice_jax.sweeps.study import Study, has_paused, read_summary
 from mice_jax.training.stop_monitor import TRIAL_VARIABLE, last_record
 
 POLL_S = 0.5
@@ -140,9 +140,7 @@ def _run_trial(study: Study, number: int, followers: Followers | None) -> int:
 
 def _has_paused(study: Study, number: int, exit_code: int) -> bool:
     """Returns whether the run of a claimed trial ended with this exit code because it had come to its pause."""
-    if exit_code != Paused.exit_code or not study.pauses(number):
-        return False
-    return (read_summary(study.run_folder(number)) or {}).get("status") == "paused"
+    return exit_code == Paused.exit_code and study.pauses(number) and has_paused(study.run_folder(number))
 
 
 def _raise_if_preempted(number: int, exit_code: int) -> None:

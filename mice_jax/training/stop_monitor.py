@@ -10,7 +10,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mice_jax import config
 from mice_jax.storage import jsonl
@@ -50,12 +50,26 @@ class Trial:
 # ---------------------------------------------------------------------------------------- records on disk
 def read_records(folder: Path) -> list[stop_rules.Record]:
     """Returns the complete lines of the steps in a run's metrics.jsonl; empty if there is no such file."""
-    return [record for record in jsonl.read(folder / METRICS) if record["step"]]
+    return read_run(folder).steps
 
 
-def record_before_training(folder: Path) -> stop_rules.Record:
-    """Returns the line of a run's metrics.jsonl that was measured before the first step; empty if there is none."""
-    return next((record for record in jsonl.read(folder / METRICS)[:1] if record["step"] == 0), {})
+class RunRecords(NamedTuple):
+    """The complete lines of a run's metrics.jsonl.
+
+    Attributes:
+      before: The line that was measured before the first step; empty if there is none.
+      steps: The lines of the steps.
+    """
+
+    before: stop_rules.Record
+    steps: list[stop_rules.Record]
+
+
+def read_run(folder: Path) -> RunRecords:
+    """Returns the complete lines of a run's metrics.jsonl; empty if there is no such file."""
+    records = jsonl.read(folder / METRICS)
+    has_before = bool(records) and records[0]["step"] == 0
+    return RunRecords(records[0], records[1:]) if has_before else RunRecords({}, records)
 
 
 def last_record(folder: Path) -> stop_rules.Record:

@@ -78,9 +78,10 @@ def decide(
     if seen.stop_rule:
         reason = rule_reason or "the main process says why"
         return StoppedByRule(f"{reason}. Step {step} was the last, and is saved.")
-    if is_last or not (seen.signal or seen.preemption or seen.time_limit or pauses):
+    interrupted = seen.signal or seen.preemption or seen.time_limit
+    if is_last or not (interrupted or pauses):
         return None
-    if not (seen.signal or seen.preemption or seen.time_limit):
+    if not interrupted:
         return paused(step)
     if seen.preemption and not seen.signal:
         why = "notice that a machine is to be taken away"
