@@ -44,6 +44,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
+def sentence(text: str) -> str:
+    """Returns the text with a full stop at its end, unless it ends with a question mark."""
+    return text if text.endswith("?") else f"{text}."
+
+
 def install_command(extra: str) -> str:
     """Returns how to install one of the extras of pyproject.toml, to be quoted in a message.
 

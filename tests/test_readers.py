@@ -376,9 +376,9 @@ USE = """
 import sys
 from pathlib import Path
 from mice_jax.data.readers import open_source
-from mice_jax.data.sources import samples_of
+from mice_jax.data.sources import parse_block
 reader = open_source(sys.argv[1])
-for sample in (s for block in reader.blocks() for s in samples_of(block, reader.places, "messages")):
+for sample in (s for block in reader.blocks() for s in parse_block(block, reader.places, "messages")):
     print(sample.where, [m["content"] for m in sample.messages], sample.messages[1]["role"], sep="|")
 print(reader.size, reader.digest(Path(sys.argv[2])).hex(), "tensorflow" in sys.modules)
 """

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, sentence
 
 MAX_LISTED = 20  # records that an error names one by one
 MAX_LISTED_CHARACTERS = 240  # of the text of each, where there are several
@@ -21,7 +21,7 @@ class BadRecord:
 
     def sentence(self) -> str:
         """The place, what is wrong, and the advice."""
-        return _ended(f"{self.where}: {self.text}{_joined(self.advice)}")
+        return sentence(f"{self.where}: {self.text}{_joined(self.advice)}")
 
 
 class BadRecordError(UserError):
@@ -89,10 +89,6 @@ def merged(errors: Sequence[BadRecordsError]) -> BadRecordsError:
 
 def _skip(them: str) -> str:
     return f"Fix {them}, or set data.skip_bad=True to leave such records out and count them."
-
-
-def _ended(text: str) -> str:
-    return text if text.endswith("?") else f"{text}."
 
 
 def _joined(advice: str) -> str:

@@ -224,16 +224,17 @@ class Mixture:
             found.append(Epoch(phase, epoch, steps, samples, tuple(counts)))
         return found
 
+    def _epoch_sizes(self) -> list[list[int]]:
+        """The samples of each epoch of each phase."""
+        return [[size for p, _, size in self._epochs if p == number] for number in range(len(self.phases))]
+
     def largest_epochs(self) -> list[int]:
         """The samples of each phase's largest epoch; 0 for a phase without epochs."""
-        return [
-            max((size for p, _, size in self._epochs if p == number), default=0) for number in range(len(self.phases))
-        ]
+        return [max(sizes, default=0) for sizes in self._epoch_sizes()]
 
     def crowded_phases(self) -> list[str]:
         """`'name' (8 samples per step, 5 per epoch)` for each phase whose epoch is smaller than a step."""
-        sizes = [[size for p, _, size in self._epochs if p == number] for number in range(len(self.phases))]
-        shortest = [min(own, default=p.per_epoch) for own, p in zip(sizes, self.phases, strict=True)]
+        shortest = [min(sizes, default=p.per_epoch) for sizes, p in zip(self._epoch_sizes(), self.phases, strict=True)]
         return [
             f"{phase.name!r} ({batch_size:,} samples per step, {size:,} per epoch)"
             for phase, batch_size, size in zip(self.phases, self._batch_sizes, shortest, strict=True)

@@ -9,18 +9,17 @@ import difflib
 import json
 import re
 import reprlib
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mice_jax.data.arrow_values import NotJSONError
-from mice_jax.data.bad_records import BadRecord, BadRecords, BadRecordsError
+from mice_jax.data.bad_records import BadRecord
 from mice_jax.data.json_list import DECODER
 from mice_jax.data.readers import Block, Reader
 from mice_jax.data.reasoning import REASONING
 from mice_jax.data.template_source import RESERVED
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import UserError, one_line, sentence
 
 ROLES = ("system", "user", "assistant", "tool", "pretraining")
 # Keys of a message that say whether it is trained on. `weight` is that of OpenAI's format, `loss` that of ms-swift.
@@ -54,34 +53,6 @@ class _BadRecord(Exception):
         """Keeps the short reason, by which bad records are counted, and the sentence for the user."""
         super().__init__(text)
         self.reason = reason
-
-
-def samples_of(
-    block: Block, places: Sequence[str], format: str, skip_bad: Counter[str] | None = None
-) -> Iterator[Sample]:
-    """Yields the samples of a block.
-
-    Args:
-      block: raw records.
-      places: those of the reader.
-      format: a key of `FORMATS`.
-      skip_bad: counts bad records by reason; None makes them an error.
-
-    Yields:
-      The samples in order.
-
-    Raises:
-      UserError: a record is bad and `skip_bad` is None.
-    """
-    for found in parse_block(block, places, format):
-        if isinstance(found, Sample):
-            yield found
-        elif skip_bad is None:
-            bad = BadRecords()
-            bad.add([found])
-            raise BadRecordsError(bad)
-        else:
-            skip_bad[found.reason] += 1
 
 
 def parse_block(block: Block, places: Sequence[str], format: str) -> Iterator[Sample | BadRecord]:
@@ -128,7 +99,7 @@ def find_format(path: str, reader: Reader, format: str) -> tuple[str, str]:
       UserError: the format is unknown, or the first record has the fields of several.
     """
     if format not in FORMATS:
-        raise UserError(_sentence(f"Source.format={format!r} of {path} is not known{_nearest(format, FORMATS)}"))
+        raise UserError(sentence(f"Source.format={format!r} of {path} is not known{_nearest(format, FORMATS)}"))
     record = _first_record(reader) if format == "messages" else None
     if record is None or "messages" in record:
         return format, ""
@@ -457,11 +428,6 @@ def _kind(value: Any) -> str:
 
 def _brief(value: Any) -> str:
     return reprlib.repr(value)
-
-
-def _sentence(text: str) -> str:
-    """Returns the text with a full stop at its end, unless it ends with a question mark."""
-    return text if text.endswith("?") else f"{text}."
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

@@ -80,21 +80,17 @@ class _Task:
 
     def __call__(self, block: Block, only_check: bool = False) -> TokenisedBlock:
         """Tokenises a block; with `only_check`, only its bad records are found."""
-        bad, parsed = BadRecords(), list(parse_block(block, self.places, self.format))
-        if only_check:
-            samples = list(self.encoder.split_by_turn(s for s in parsed if isinstance(s, Sample)))
-            refused = {r.where: r for r in self.encoder.check(samples)}
-            bad.add(_in_order(parsed, refused))
-            return TokenisedBlock(b"", 0, 0, bad, {})
+        parsed = list(parse_block(block, self.places, self.format))
         samples = list(self.encoder.split_by_turn(s for s in parsed if isinstance(s, Sample)))
-        found = self.encoder.encode_each(samples, COMPARED_CHATS)
-        bad.add(_in_order(parsed, {r.where: r for r in found if isinstance(r, BadRecord)}))
-        if bad and not self.skip_bad:
+        found = self.encoder.check(samples) if only_check else self.encoder.encode_each(samples, COMPARED_CHATS)
+        refused = {r.where: r for r in found if isinstance(r, BadRecord)}
+        bad = BadRecords()
+        bad.add(_in_order(parsed, refused))
+        if only_check or (bad and not self.skip_bad):
             return TokenisedBlock(b"", 0, 0, bad, {})
         # A conversation of which one turn cannot be encoded is left out whole.
-        lost = {r.where for r in found if isinstance(r, BadRecord)}
-        pairs = [(s, e) for s, e in zip(samples, found, strict=True) if isinstance(e, Encoded) and s.where not in lost]
-        return self._tokenised(pairs, bad)
+        encoded = [(s, e) for s, e in zip(samples, found, strict=True) if isinstance(e, Encoded)]
+        return self._tokenised([(s, e) for s, e in encoded if s.where not in refused], bad)
 
     def _tokenised(self, pairs: Sequence[tuple[Sample, Encoded]], bad: BadRecords) -> TokenisedBlock:
         samples, encoded = [s for s, _ in pairs], [e for _, e in pairs]
@@ -141,30 +137,29 @@ def tokenise(job: TokenisationJob, skip: int) -> Iterator[tuple[float, Tokenised
     task = _Task(job.encoder, job.reader.places, job.format, job.skip_bad)
     size = max(1, job.reader.size)
     only_check = False
+
+    def share_of(block: Block, done: TokenisedBlock) -> tuple[float, TokenisedBlock]:
+        nonlocal only_check
+        only_check |= bool(done.bad) and not job.skip_bad
+        return block.done / size, done
+
     first_blocks = list(islice(blocks, MIN_BLOCKS_FOR_WORKERS)) if job.workers > 1 else []
     if job.workers == 1 or len(first_blocks) < MIN_BLOCKS_FOR_WORKERS:
         for block in map(_raise_if_error, chain(first_blocks, blocks)):
-            done = task(block, only_check)
-            only_check |= bool(done.bad) and not job.skip_bad
-            yield block.done / size, done
+            yield share_of(block, task(block, only_check))
         return
     with _processes(task, job.workers) as (submit, first):
         waiting: deque[tuple[Block, Future[TokenisedBlock]]] = deque()
 
         def next_done() -> tuple[float, TokenisedBlock]:
-            nonlocal only_check
             block, future = waiting.popleft()
-            done = future.result()
-            only_check |= bool(done.bad) and not job.skip_bad
-            return block.done / size, done
+            return share_of(block, future.result())
 
         for block in chain(first_blocks, blocks):
             if isinstance(block, UserError):  # it is raised last, after errors in the blocks before it
                 break
             if not _is_up(first):  # workers take seconds to start; this process tokenises meanwhile
-                done = task(block, only_check)
-                only_check |= bool(done.bad) and not job.skip_bad
-                yield block.done / size, done
+                yield share_of(block, task(block, only_check))
                 continue
             waiting.append((block, submit(block, only_check)))
             if len(waiting) >= MAX_BLOCKS_PER_WORKER * job.workers:

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mice_jax import export, prepare, train
+from mice_jax.data.bad_records import BadRecords, BadRecordsError
 from mice_jax.data.readers import Reader
-from mice_jax.data.sources import Sample, samples_of
+from mice_jax.data.sources import Sample, parse_block
 from mice_jax.runtime import xla_flags
 
 REPOSITORY = Path(__file__).parents[2]
@@ -65,9 +66,17 @@ def write_jsonl(path: Path, records: Sequence[Any]) -> Path:
 
 
 def read_samples(reader: Reader, format: str = "messages", skip_bad: Counter[str] | None = None) -> Iterator[Sample]:
-    """Yields every sample of a source, in order."""
+    """Yields every sample of a source, in order; bad records are counted by reason, or are an error for None."""
     for block in reader.blocks():
-        yield from samples_of(block, reader.places, format, skip_bad)
+        for found in parse_block(block, reader.places, format):
+            if isinstance(found, Sample):
+                yield found
+            elif skip_bad is None:
+                bad = BadRecords()
+                bad.add([found])
+                raise BadRecordsError(bad)
+            else:
+                skip_bad[found.reason] += 1
 
 
 # ---------------------------------------------------------------------------------------- model
