@@ -1,4 +1,4 @@
-"""Reads the compiled step of a model on devices that need not be here, and prints its figures beside their limits.
+"""Compiles the step of a model for devices that this machine does not need, and compares it with limits.
 
     python bench/compiled.py --model=granite-3b --topology=v5p:2x2x1
     python bench/compiled.py --model=tests/data/configs/SmolLM3-3B.json --topology=v6e:2x4 --layers=4
@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, text: str) -> None:
-    """Prints the figures of a program beside their limits."""
+    """Prints each figure of a program with its limit."""
     import jax
     import numpy as np
 
@@ -181,7 +181,7 @@ def report(args: argparse.Namespace, text: str) -> None:
     print(f"{'MFU of whole rows':{width}}        {mfu:.1%}, {assumed}")
     if args.collectives:
         for c in counts.collectives:
-            state = f"beside {c.flops_beside:.2g} FLOPs" if c.is_async else "alone"
+            state = f"overlaps {c.overlapped_flops:.2g} FLOPs" if c.is_async else "overlaps nothing"
             print(f"  {c.times:3} x {c.kind} {'/'.join(c.dtypes)} {c.full_bytes / 1e6:.2f} MB, {state}: {c.op_name}")
         for c in counts.copies:
             if c.array.size > LARGE:

@@ -50,7 +50,7 @@ BAD = {
     "FLOPs of products": {"flops": 1.04 * MODEL},
     "all-gathers of parameters": {"collectives": (collective("all-gather", "f32", 2 * 2 * PARAMS), REDUCE)},
     "reduction of gradients": {"collectives": (GATHER, collective("reduce-scatter", "bf16", 2 * PARAMS))},
-    "bytes sent while products run": {"collectives": (GATHER, dataclasses.replace(REDUCE, flops_beside=0.0))},
+    "bytes sent while products run": {"collectives": (GATHER, dataclasses.replace(REDUCE, overlapped_flops=0.0))},
     "time exposed": {"exposed_s": 0.11},
     "copies in loops above 1 MiB": {"copies": (Copy("transpose", Array("f32", (2048, 512)), 4, True, ""),)},
     "transfers to or from the host": {"host_transfers": ("infeed.1",)},

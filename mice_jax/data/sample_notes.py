@@ -24,7 +24,7 @@ MESSAGES = {
     "template may write them as a quoted text",
     "prompts_differ": "before {n} of the {compared} trained turns that were compared stand other tokens than in a "
     "prompt for them (the first in {first}: {example}); if reasoning is the cause, set data.reasoning='per_turn' or a "
-    "variable in data.template_kwargs, else mend what the template writes for add_generation_prompt",
+    "variable in data.template_kwargs, else fix what the template writes for add_generation_prompt",
 }
 
 

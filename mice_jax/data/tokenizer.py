@@ -75,7 +75,7 @@ def load_tokenizer(
             notes.append(f"chat template {chat_template}: the tokenizer gets the special tokens {', '.join(lacking)}")
     elif chat_template:
         tokenizer.chat_template = _read_template(chat_template)
-    _change_template(tokenizer, lambda text: text.removeprefix("\ufeff"))  # a byte-order mark is no part of the text
+    _change_template(tokenizer, lambda text: text.removeprefix("\ufeff"))  # a byte-order mark is not part of the text
     if template_kwargs:
         _give_defaults(tokenizer, template_kwargs)
     return tokenizer

@@ -1,4 +1,4 @@
-"""The figures of a compiled microbatch beside the limits that a good program keeps, from the compiler's own schedule.
+"""Compares a compiled microbatch with the limits that a good program keeps, by the compiler's own schedule.
 
 The limits are those of a mesh without a tensor axis, where every all-gather is of parameters and every reduction of
 gradients.
@@ -22,7 +22,7 @@ SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One figure of a program beside its limit.
+    """One figure of a program, with its limit.
 
     Attributes:
       name: What it is.
@@ -59,7 +59,7 @@ def count_microbatch(text: str, chip: Chip, *, rows: int, slots: int, chunk: int
 def splash_flops(kernel: Instruction) -> float:
     """Returns the FLOPs of one of splash's kernels, by its name and result; 0 for any other custom call."""
     products = next((count for name, count in SPLASH_PRODUCTS.items() if kernel.name.startswith(name)), 0)
-    # The result is [N T H], or [B N T H] for several rows. What a kernel returns beside it is float32.
+    # The result is [N T H], or [B N T H] for several rows. The kernel's other results are float32.
     result = next((a.shape for a in kernel.arrays if a.dtype == "bf16"), ())
     if not products or len(result) < 3:
         return 0.0
@@ -118,7 +118,7 @@ def figures(counts: Counts, spec: ModelSpec, *, params: int, tokens: int, remat:
         ),
         Figure(
             "time exposed",
-            f"{1e3 * counts.exposed_s:.2f} ms beside {1e3 * counts.compute_s:.2f} ms of products, {exposed:.1%}",
+            f"{1e3 * counts.exposed_s:.2f} ms exposed, {1e3 * counts.compute_s:.2f} ms of products, {exposed:.1%}",
             f"{MAX_EXPOSED:.0%}",
             exposed <= MAX_EXPOSED,
         ),

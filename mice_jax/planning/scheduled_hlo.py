@@ -102,7 +102,7 @@ class Collective:
       times: How often it runs.
       in_loop: Whether it is in a loop.
       is_async: Whether it is a start and a done.
-      flops_beside: FLOPs of the products between its start and its done.
+      overlapped_flops: FLOPs of the products between its start and its done.
       op_name: The name of the operation in JAX.
     """
 
@@ -113,13 +113,13 @@ class Collective:
     times: int
     in_loop: bool
     is_async: bool
-    flops_beside: float
+    overlapped_flops: float
     op_name: str
 
     @property
     def overlaps(self) -> bool:
         """Whether products run at the same time."""
-        return self.is_async and self.flops_beside > 0
+        return self.is_async and self.overlapped_flops > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +332,7 @@ class _Counter:
             if i.opcode.endswith("-done") and started:
                 end, index, before = in_flight.pop(started)
                 beside = total - before
-                self.collectives[index] = dataclasses.replace(self.collectives[index], flops_beside=beside)
+                self.collectives[index] = dataclasses.replace(self.collectives[index], overlapped_flops=beside)
                 self.exposed_s += times * max(0.0, end - now)
                 now = max(now, end)
                 continue
