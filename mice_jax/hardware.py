@@ -31,6 +31,7 @@ class Chip:
     platform: str = "tpu"
     devices: int = 1  # number of JAX devices on one chip
     capability: str | None = None  # compute capability, for an NVIDIA GPU
+    sparse_cores: bool = False  # whether a TPU has SparseCores that run collectives beside its products
 
 
 def _gpu(kind: str, capability: str, *rates: float) -> Chip:
@@ -41,9 +42,9 @@ def _gpu(kind: str, capability: str, *rates: float) -> Chip:
 CHIPS: dict[str, Chip] = {
     "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.2e12, 270e9),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.82e12, 200e9),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.73 * GIB, 2.765e12, 600e9),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.6e12, 400e9),
-    "tpu7x": Chip(("TPU7x",), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9, devices=2),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.73 * GIB, 2.765e12, 600e9, sparse_cores=True),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.6e12, 400e9, sparse_cores=True),
+    "tpu7x": Chip(("TPU7x",), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9, devices=2, sparse_cores=True),
     "a100-40": _gpu("NVIDIA A100-SXM4-40GB", "8.0", 312e12, 31.7e9, 1.55e12, 300e9),
     "a100": _gpu("NVIDIA A100", "8.0", 312e12, 63.8e9, 2.0e12, 300e9),
     "h100": _gpu("NVIDIA H100", "9.0", 989e12, 63.7e9, 3.35e12, 450e9),

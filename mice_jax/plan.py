@@ -244,7 +244,7 @@ def _time(run: RunPlan, work: Workload, price: float, assumed: list[str]) -> dic
       assumed: a list to which each assumption is appended.
     """
     estimate, chip = run.step_time_of(run.layout), run.topology.chip
-    assumed.append(step_time.describe_assumptions(chip))
+    assumed.append(step_time.describe_assumptions(chip, run.overlap))
     if chip.platform == "gpu":
         assumed.append(
             f"JAX takes {gpu_memory_fraction():.0%} of a GPU's memory ({GPU_MEMORY_FRACTION_VARIABLE} of this process)"
@@ -263,6 +263,7 @@ def _time(run: RunPlan, work: Workload, price: float, assumed: list[str]) -> dic
         "mfu": estimate.mfu,
         "compute_s": estimate.compute_s,
         "network_s": estimate.network_s,
+        "exposed_s": estimate.exposed_s,
         "update_s": estimate.update_s,
         "num_microbatches": estimate.microbatches,
         "days": days,

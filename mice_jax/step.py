@@ -119,6 +119,7 @@ def make_step(
     compute: Compute,
     trained: Any = None,
     accumulate_dtype: str = "float32",
+    compiler_options: dict[str, str] | None = None,
 ) -> StepFunctions:
     """Jits the functions of a run for one mesh, with the shardings of `sharding.RULES`.
 
@@ -130,6 +131,7 @@ def make_step(
       compute: dtype, attention backend and rematerialisation of forward and backward.
       trained: a tree with the structure of the parameters, whose bool arrays broadcast to them; None trains all.
       accumulate_dtype: the dtype in which gradients are summed over microbatches.
+      compiler_options: XLA's options for the functions that run the model.
 
     Returns:
       The jitted functions; nothing is compiled before the first call.
@@ -180,9 +182,11 @@ def make_step(
         init=Jitted(init, mesh, out_shardings=state_shardings),
         from_params=Jitted(from_params, mesh, donate_argnums=0, out_shardings=state_shardings),
         zero_sums=Jitted(zero_sums, mesh, out_shardings=sums_shardings),
-        accumulate=Jitted(accumulate, mesh, donate_argnums=1, out_shardings=sums_shardings),
+        accumulate=Jitted(
+            accumulate, mesh, donate_argnums=1, out_shardings=sums_shardings, compiler_options=compiler_options
+        ),
         apply=Jitted(apply, mesh, donate_argnums=(0, 1), out_shardings=(state_shardings, sums_shardings, replicated)),
-        evaluate=Jitted(evaluate, mesh, out_shardings=(replicated, replicated)),
+        evaluate=Jitted(evaluate, mesh, out_shardings=(replicated, replicated), compiler_options=compiler_options),
         abstract_state=abstract_state,
         abstract_sums=abstract_sums,
     )

@@ -14,6 +14,7 @@ from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.optim import make_optimizer
 from mice_jax.planning import ahead_of_time, compiled_step
 from mice_jax.planning.scheduled_hlo import Array, Collective, Copy, Counts, Instruction
+from mice_jax.runtime import xla_flags
 from mice_jax.sharding import make_mesh
 from mice_jax.step import make_step
 from mice_jax.training.precompile import abstract_batch
@@ -94,6 +95,16 @@ def test_an_all_reduce_or_a_second_reduction_of_gradients_is_off(reduction: Coll
 def test_flops_of_splash_are_those_of_causal_rows(name: str, shape: tuple[int, ...], flops: float) -> None:
     arrays = (Array("f32", (512, 128)), Array("bf16", shape))
     assert compiled_step.splash_flops(Instruction(name, "custom-call", arrays, (), "")) == flops
+
+
+@pytest.mark.smoke
+def test_compiler_options_leave_out_what_the_user_s_flags_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    assert xla_flags.compiler_options(sparse_cores=False) == {}
+    assert xla_flags.compiler_options(sparse_cores=True) == xla_flags.SPARSE_CORE_OPTIONS
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_enable_async_all_gather=false --xla_other=1")
+    left = xla_flags.compiler_options(sparse_cores=True)
+    assert xla_flags.SPARSE_CORE_OPTIONS.keys() - left.keys() == {"xla_enable_async_all_gather"}
 
 
 # ---------------------------------------------------------------------------------------- compiled programs

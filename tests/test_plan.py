@@ -405,14 +405,41 @@ def test_the_step_time_is_that_of_matmuls_weights_and_update_by_hand() -> None:
     # Weights in bfloat16 are gathered twice and float32 gradients scattered, three quarters of them, each microbatch.
     assert made.network_s == pytest.approx(made.microbatches * params * 3 / 4 * (2 * 2 + 4) / 0.7e10)
     assert made.update_s == pytest.approx(params / 4 * 36 / 0.7e11)
-    longer, shorter = sorted((made.compute_s, made.network_s), reverse=True)
-    assert made.seconds == pytest.approx(longer + 0.2 * shorter + made.update_s)
+    # Without SparseCores nothing overlaps.
+    assert made.exposed_s == made.network_s
+    assert made.seconds == pytest.approx(made.compute_s + made.network_s + made.update_s)
     assert 0 < made.mfu < 0.6
     # Recomputing costs a third more, and a chip of twice the peak half the time.
     again = step_time.estimate_step_time(load, CHIP, rows=2, remat="full", samples=64, mean_length=500)
     assert again.compute_s == pytest.approx(made.compute_s * 4 / 3)
     faster = step_time.estimate_step_time(load, dataclasses.replace(CHIP, peak_flops=2e12), 2, "none", 64, 500)
     assert faster.compute_s == pytest.approx(made.compute_s / 2)
+
+
+@pytest.mark.parametrize(
+    ("platform", "sparse_cores", "overlap", "share"),
+    [("tpu", True, None, 0.75), ("tpu", False, None, 0.0), ("gpu", False, None, 0.8), ("tpu", False, 0.5, 0.5)],
+)
+def test_communication_is_exposed_unless_products_run_beside_it(
+    platform: str, sparse_cores: bool, overlap: float | None, share: float
+) -> None:
+    chip = dataclasses.replace(CHIP, platform=platform, sparse_cores=sparse_cores, link_rate=1e11)
+    made = step_time.estimate_step_time(load_of(4), chip, 2, "none", 64, 500, overlap)
+    assert made.network_s < made.compute_s
+    assert made.exposed_s == pytest.approx((1 - share) * made.network_s)
+    assert f"{share:.0%} of the bytes" in step_time.describe_assumptions(chip, overlap)
+    # What is sent beside products still takes its time, if that is longer than theirs.
+    slow = dataclasses.replace(chip, link_rate=1e8)
+    made = step_time.estimate_step_time(load_of(4), slow, 2, "none", 64, 500, overlap)
+    longer = max(made.compute_s, share * made.network_s)
+    assert made.seconds == pytest.approx(longer + (1 - share) * made.network_s + made.update_s)
+
+
+def test_bfloat16_sums_over_devices_halve_their_bytes() -> None:
+    load = load_of(4)
+    halved = dataclasses.replace(load, reduce_dtype=jnp.dtype("bfloat16"))
+    times = [step_time.estimate_step_time(x, CHIP, 2, "none", 64, 500).network_s for x in (load, halved)]
+    assert times[1] == pytest.approx(times[0] * (2 * 2 + 2) / (2 * 2 + 4))
 
 
 def test_one_device_has_no_network_time() -> None:

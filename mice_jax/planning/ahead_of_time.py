@@ -29,6 +29,7 @@ from mice_jax.hardware import (
     gpu_memory_fraction,
     measure_matmul_flops,
 )
+from mice_jax.planning import compiled_step
 from mice_jax.step import Jitted, StepFunctions
 from mice_jax.training.memory_model import bytes_per_device, host_memory_bytes
 from mice_jax.training.precompile import abstract_batch
@@ -70,6 +71,8 @@ class CompiledMemory:
     arguments: int  # bytes of the function's arguments and of the run's other live arrays
     temporary: int
     out_of_memory: bool = False  # True if compilation failed and the compiler reported the required memory
+    # Share of the bytes between devices that the program sends while products run; None if the compiler does not tell.
+    overlap: float | None = None
 
     @property
     def total(self) -> int:
@@ -221,7 +224,7 @@ def _compile_function(name: str, function: Jitted, arguments: tuple, held: Any) 
     """
     held_bytes = bytes_per_device(held)
     try:
-        memory = function.compile(*arguments).memory_analysis()
+        compiled = function.compile(*arguments)
     except jax.errors.JaxRuntimeError as e:
         if (match := OUT_OF_MEMORY.search(str(e))) is None:
             raise
@@ -229,9 +232,21 @@ def _compile_function(name: str, function: Jitted, arguments: tuple, held: Any) 
         needed = int(float(number) * {"K": 2**10, "M": 2**20, "G": 2**30}[unit])
         own = bytes_per_device([a for a in jax.tree.leaves(arguments) if isinstance(a, jax.ShapeDtypeStruct)])
         return CompiledMemory(name, own + held_bytes, max(0, needed - own), out_of_memory=True)
+    memory = compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes  # those that do not reuse a donated argument
     temporary = memory.temp_size_in_bytes + outputs + memory.generated_code_size_in_bytes
-    return CompiledMemory(name, memory.argument_size_in_bytes + held_bytes, temporary)
+    overlap = _overlap(compiled) if name == "accumulate" else None
+    return CompiledMemory(name, memory.argument_size_in_bytes + held_bytes, temporary, overlap=overlap)
+
+
+def _overlap(compiled: Any) -> float | None:
+    """Returns the share of bytes that a TPU's program sends while products run; None if it cannot be read."""
+    try:
+        text = compiled.as_text()
+    except RuntimeError:  # some versions of libtpu do not return the program
+        return None
+    # Only a TPU's arrays have such tiles. The products of GPUs are calls of libraries, which are not counted.
+    return compiled_step.overlap(compiled_step.count_schedule(text)) if ":T(8,128)" in text else None
 
 
 @contextlib.contextmanager

@@ -56,6 +56,19 @@ def count_microbatch(text: str, chip: Chip, *, rows: int, slots: int, chunk: int
     )
 
 
+def count_schedule(text: str) -> Counts:
+    """Counts a compiled `accumulate` of which only the schedule matters, with any rates and one round of the loss."""
+    program = scheduled_hlo.parse_program(text)
+    return scheduled_hlo.count(program, peak_flops=1.0, link_rate=1.0, unknown_trips=1, kernel_flops=splash_flops)
+
+
+def overlap(counts: Counts) -> float | None:
+    """Returns the share of the bytes of collectives that are sent while products run; None if nothing is sent."""
+    sent = sum(c.times * c.sent_bytes for c in counts.collectives)
+    beside = sum(c.times * c.sent_bytes for c in counts.collectives if c.overlaps)
+    return beside / sent if sent else None
+
+
 def splash_flops(kernel: Instruction) -> float:
     """Returns the FLOPs of one of splash's kernels, by its name and result; 0 for any other custom call."""
     products = next((count for name, count in SPLASH_PRODUCTS.items() if kernel.name.startswith(name)), 0)
@@ -85,7 +98,8 @@ def figures(counts: Counts, spec: ModelSpec, *, params: int, tokens: int, remat:
     model = 3 * matmul_flops(spec) * tokens
     allowed = model * (4 / 3 if remat == "full" else 1)
     sent = sum(c.times * c.sent_bytes for c in counts.collectives)
-    overlapping = sum(c.times * c.sent_bytes for c in counts.collectives if c.overlaps) / sent if sent else 1.0
+    share = overlap(counts)
+    overlapping = 1.0 if share is None else share
     exposed = counts.exposed_s / (counts.compute_s + counts.exposed_s)
     copies = [c for c in counts.copies if c.in_loop and c.array.size > LARGE]
     lowest = {2: {"bf16"}, 4: {"f32"}}[itemsize]

@@ -56,6 +56,8 @@ class RunPlan:
         dtype: compute dtype.
         attention: attention backend.
         layout: mesh, rematerialisation and rows that `mice train` would choose.
+        overlap: share of the bytes between devices that the compiled layout sends while matmuls run; None before it is
+            compiled, or if the compiler does not tell.
         memory_inputs: returns the inputs of the memory model for the sizes of a mesh; results are cached.
     """
 
@@ -85,6 +87,7 @@ class RunPlan:
         self.samples, self.mean_length = samples, mean_length
         self._architecture, self._deadline = architecture, deadline
         self.memory_inputs = functools.cache(self._memory_inputs)
+        self.overlap: float | None = None
         chip = topology.chip
         self.dtype = build.compute_dtype(config, chip.platform)
         self.attention = build.attention(config, spec, chip.platform, chip.capability)
@@ -107,7 +110,13 @@ class RunPlan:
         """Estimates the duration of a step with a layout."""
         memory_inputs = self.memory_inputs(layout.sizes)
         return step_time.estimate_step_time(
-            memory_inputs, self.topology.chip, layout.rows, layout.remat, self.samples, self.mean_length
+            memory_inputs,
+            self.topology.chip,
+            layout.rows,
+            layout.remat,
+            self.samples,
+            self.mean_length,
+            self.overlap,
         )
 
     def step_functions(self, layout: Layout) -> tuple[StepFunctions, Mesh]:
@@ -137,7 +146,10 @@ class RunPlan:
         c = self.config
         fns, mesh = self.step_functions(layout)
         functions = only or [n for n in ahead_of_time.FUNCTIONS if n != "evaluate" or holds_data_out(c)]
-        return ahead_of_time.compile_memory(fns, mesh, self.topology.chip, layout.rows, c.data.max_length, functions)
+        needs = ahead_of_time.compile_memory(fns, mesh, self.topology.chip, layout.rows, c.data.max_length, functions)
+        if layout == self.layout:
+            self.overlap = next((n.overlap for n in needs if n.function == "accumulate"), self.overlap)
+        return needs
 
     # ---------------------------------------------------------------------------------------- rows
     def largest_rows(self, needs: list[CompiledMemory]) -> tuple[int, str]:

@@ -1,7 +1,8 @@
 """Estimates the duration of a step, with matmuls, links and memory each at an assumed share of its peak.
 
 The estimate is meant for comparing meshes, and for the order of magnitude of a run's cost. `describe_assumptions` lists
-the assumptions.
+the assumptions. How much of the communication runs beside matmuls is read from the compiled program if there is one,
+or else assumed as `bench/compiled.py` has read it from other programs.
 """
 
 import dataclasses
@@ -19,7 +20,10 @@ MATMUL_EFFICIENCY = 0.6  # share of the peak FLOP/s of a device that matmuls rea
 LINK_EFFICIENCY = 0.7  # share of the link rate that collectives reach
 MEMORY_EFFICIENCY = 0.7  # share of the memory rate that the update reaches
 ROW_FILL = 0.95  # share of slots that hold a token
-OVERLAP = 0.8  # share of the shorter of compute and communication that overlaps with the longer
+# Share of the bytes between devices that is sent while matmuls run, if no program is compiled.
+SPARSE_CORE_OVERLAP = 0.75  # of 3B to 7B models on v5p and v6e, with `xla_flags.SPARSE_CORE_OPTIONS`
+OTHER_TPU_OVERLAP = 0.0  # every collective runs alone
+GPU_OVERLAP = 0.8  # a guess at XLA's latency-hiding scheduler; no program was read
 UPDATE_BYTES_PER_PARAM = 36  # read and written by an update: gradient, parameter, two moments, zeroed sums
 MIN_ROWS = 1 / 8  # rows of the smallest microbatch shape on one device, as a fraction of a full row
 
@@ -30,7 +34,8 @@ class StepTime:
 
     seconds: float
     compute_s: float
-    network_s: float
+    network_s: float  # all communication
+    exposed_s: float  # the part of it during which no matmul runs
     update_s: float
     microbatches: int
     tokens: float
@@ -38,7 +43,13 @@ class StepTime:
 
 
 def estimate_step_time(
-    inputs: memory_model.MemoryInputs, chip: Chip, rows: int, remat: str, samples: float, mean_length: float
+    inputs: memory_model.MemoryInputs,
+    chip: Chip,
+    rows: int,
+    remat: str,
+    samples: float,
+    mean_length: float,
+    overlap: float | None = None,
 ) -> StepTime:
     """Estimates the duration of a step.
 
@@ -49,6 +60,7 @@ def estimate_step_time(
         remat: rematerialisation policy.
         samples: samples of a step.
         mean_length: mean number of tokens of a sample.
+        overlap: share of the bytes between devices that a compiled program sends while matmuls run; None assumes one.
 
     Returns:
         Seconds of the step, their parts, and the model FLOPs utilisation.
@@ -65,11 +77,19 @@ def estimate_step_time(
         for axis, count in _sent_bytes(inputs, slots, microbatches, weights).items()
     )
     update_s = weights * UPDATE_BYTES_PER_PARAM / (MEMORY_EFFICIENCY * chip.memory_rate)
-    longer, shorter = max(compute_s, network_s), min(compute_s, network_s)
-    seconds = longer + (1 - OVERLAP) * shorter + update_s
+    beside = network_s * (assumed_overlap(chip) if overlap is None else overlap)
+    exposed_s = network_s - beside + max(0.0, beside - compute_s)
+    seconds = compute_s + exposed_s + update_s
     model_flops = train_flops(inputs.decoder.spec, np.array([mean_length])) * samples
     mfu = model_flops / (seconds * inputs.mesh.size * chip.peak_flops)
-    return StepTime(seconds, compute_s, network_s, update_s, microbatches, tokens, mfu)
+    return StepTime(seconds, compute_s, network_s, exposed_s, update_s, microbatches, tokens, mfu)
+
+
+def assumed_overlap(chip: Chip) -> float:
+    """Returns the share of the bytes between devices that is sent while matmuls run, if no program is compiled."""
+    if chip.platform == "gpu":
+        return GPU_OVERLAP
+    return SPARSE_CORE_OVERLAP if chip.sparse_cores else OTHER_TPU_OVERLAP
 
 
 def _device_flops(inputs: memory_model.MemoryInputs, remat: str, slots: float, mean_length: float) -> float:
@@ -94,9 +114,10 @@ def _sent_bytes(inputs: memory_model.MemoryInputs, slots: float, microbatches: i
     gradients are all-reduced. Along tensor, the activations are all-reduced.
     """
     spec, mesh, itemsize = inputs.decoder.spec, inputs.mesh, inputs.dtype.itemsize
+    gradient = inputs.reduce_dtype.itemsize
     return {
-        "fsdp": microbatches * weights * (mesh.shape["fsdp"] - 1) * (2 * itemsize + 4),
-        "data": microbatches * weights * 4 * 2 * (1 - 1 / mesh.shape["data"]),
+        "fsdp": microbatches * weights * (mesh.shape["fsdp"] - 1) * (2 * itemsize + gradient),
+        "data": microbatches * weights * gradient * 2 * (1 - 1 / mesh.shape["data"]),
         "tensor": 8 * spec.num_layers * slots * spec.d_model * itemsize * (1 - 1 / mesh.shape["tensor"]),
     }
 
@@ -114,11 +135,18 @@ def _link_rate(chip: Chip, mesh: Mesh | AbstractMesh, axis: str) -> float:
     return min(chip.link_rate, max(1, GPUS_PER_HOST // stride) * NETWORK_RATE)
 
 
-def describe_assumptions(chip: Chip) -> str:
-    """Returns the assumptions of an estimate, as `mice plan` prints them."""
+def describe_assumptions(chip: Chip, overlap: float | None) -> str:
+    """Returns the assumptions of an estimate, as `mice plan` prints them.
+
+    Args:
+        chip: the device.
+        overlap: as in `estimate_step_time`.
+    """
     peak = "the peak measured on this machine" if chip.platform == "cpu" else "the peak"
+    share = f"{assumed_overlap(chip) if overlap is None else overlap:.0%} of the bytes between devices"
+    source = "" if overlap is None else ", as the compiled program schedules them"
     return (
         f"matrix products run at {MATMUL_EFFICIENCY:.0%} of {peak}, links and memory at {LINK_EFFICIENCY:.0%} and "
-        f"{MEMORY_EFFICIENCY:.0%} of theirs, {OVERLAP:.0%} of communication is hidden behind compute, rows are "
+        f"{MEMORY_EFFICIENCY:.0%} of theirs, {share} are sent while products run{source}, rows are "
         f"{ROW_FILL:.0%} full, the run never waits for data; compilation, evaluation and saves are left out"
     )

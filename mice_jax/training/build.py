@@ -25,6 +25,7 @@ from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
+from mice_jax.hardware import find_chip
 from mice_jax.inference.sampler import cast_params
 from mice_jax.model_source import ModelSource, load_params, resolve_source, with_vocabulary
 from mice_jax.models import hf
@@ -32,6 +33,7 @@ from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.optim import Schedule, make_optimizer, make_phase_schedule
+from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_state, make_step
 from mice_jax.training import memory_model
@@ -364,6 +366,7 @@ def memory_inputs(
         jnp.dtype(dtype),
         attention,
         jnp.dtype(config.optim.accumulate_dtype),
+        jnp.dtype(config.optim.reduce_dtype),
         config.data.max_length,
     )
 
@@ -448,7 +451,9 @@ def step_functions(
       schedule: The learning rate schedule.
     """
     made, trained = optimizer(config, decoder, architecture)
-    return make_step(decoder, made, schedule, mesh, compute, trained, config.optim.accumulate_dtype)
+    chip = find_chip(mesh.devices.flat[0])
+    options = compiler_options(chip is not None and chip.sparse_cores)
+    return make_step(decoder, made, schedule, mesh, compute, trained, config.optim.accumulate_dtype, options)
 
 
 # ---------------------------------------------------------------------------------------- inference

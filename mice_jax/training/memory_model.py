@@ -45,6 +45,7 @@ class MemoryInputs:
       dtype: The dtype of the forward and backward pass.
       attention: The name of the attention backend.
       sums_dtype: The dtype of the accumulated gradients.
+      reduce_dtype: The dtype in which gradients are summed over devices.
       max_length: The number of slots of a row.
     """
 
@@ -54,6 +55,7 @@ class MemoryInputs:
     dtype: Any
     attention: str
     sums_dtype: Any
+    reduce_dtype: Any
     max_length: int
 
 
