@@ -39,7 +39,6 @@ SPARSE_CORE_OPTIONS = {
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_sc_disable_megacore_partitioning": "true",
     "xla_sc_enable_instruction_fusion": "false",
-    "xla_sc_disjoint_spmem": "false",
 }
 # With this setting, glibc's malloc uses pages of 2 MiB. XLA allocates the memory of a program again at each run, and
 # pages of 4 KiB cost 7 to 28 % of a step on CPUs (BUILD_NOTES.md).
