@@ -36,7 +36,7 @@ def test_an_instruction_is_parsed_with_its_tuple_layouts_and_called_program(prog
         ("gradient.2", "token.2"),
         ', async_execution_thread="sparsecore", to_apply=%on_sparse_core',
     )
-    assert start.called == "on_sparse_core"
+    assert start is not None and start.called == "on_sparse_core"
     gather = program.find("layer", "all-gather.2")
     assert gather is not None and gather.op_name == "jit(f)/while/body/convert (first)"
 
