@@ -31,7 +31,7 @@ class Chip:
     platform: str = "tpu"
     devices: int = 1  # number of JAX devices on one chip
     capability: str | None = None  # compute capability, for an NVIDIA GPU
-    sparse_cores: bool = False  # whether a TPU has SparseCores that run collectives beside its products
+    sparse_cores: bool = False  # whether a TPU has SparseCores that run collectives while its products run
 
 
 def _gpu(kind: str, capability: str, *rates: float) -> Chip:

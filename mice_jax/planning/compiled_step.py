@@ -65,8 +65,8 @@ def count_schedule(text: str) -> Counts:
 def overlap(counts: Counts) -> float | None:
     """Returns the share of the bytes of collectives that are sent while products run; None if nothing is sent."""
     sent = sum(c.times * c.sent_bytes for c in counts.collectives)
-    beside = sum(c.times * c.sent_bytes for c in counts.collectives if c.overlaps)
-    return beside / sent if sent else None
+    overlapped = sum(c.times * c.sent_bytes for c in counts.collectives if c.overlaps)
+    return overlapped / sent if sent else None
 
 
 def splash_flops(kernel: Instruction) -> float:

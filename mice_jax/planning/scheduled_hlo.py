@@ -331,8 +331,8 @@ class _Counter:
             started = next((name for name in i.operands if name in in_flight), None)
             if i.opcode.endswith("-done") and started:
                 end, index, before = in_flight.pop(started)
-                beside = total - before
-                self.collectives[index] = dataclasses.replace(self.collectives[index], overlapped_flops=beside)
+                overlapped = total - before
+                self.collectives[index] = dataclasses.replace(self.collectives[index], overlapped_flops=overlapped)
                 self.exposed_s += times * max(0.0, end - now)
                 now = max(now, end)
                 continue

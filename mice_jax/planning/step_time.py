@@ -1,7 +1,7 @@
 """Estimates the duration of a step, with matmuls, links and memory each at an assumed share of its peak.
 
 The estimate is meant for comparing meshes, and for the order of magnitude of a run's cost. `describe_assumptions` lists
-the assumptions. How much of the communication runs beside matmuls is read from the compiled program if there is one,
+the assumptions. How much of the communication overlaps with matmuls is read from the compiled program if there is one,
 or else assumed as `bench/compiled.py` has read it from other programs.
 """
 
@@ -77,8 +77,8 @@ def estimate_step_time(
         for axis, count in _sent_bytes(inputs, slots, microbatches, weights).items()
     )
     update_s = weights * UPDATE_BYTES_PER_PARAM / (MEMORY_EFFICIENCY * chip.memory_rate)
-    beside = network_s * (assumed_overlap(chip) if overlap is None else overlap)
-    exposed_s = network_s - beside + max(0.0, beside - compute_s)
+    overlapped = network_s * (assumed_overlap(chip) if overlap is None else overlap)
+    exposed_s = network_s - overlapped + max(0.0, overlapped - compute_s)
     seconds = compute_s + exposed_s + update_s
     model_flops = train_flops(inputs.decoder.spec, np.array([mean_length])) * samples
     mfu = model_flops / (seconds * inputs.mesh.size * chip.peak_flops)

@@ -17,8 +17,8 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tpu": ("LIBTPU_INIT_ARGS", ()),
 }
 # Options of libtpu for programs on TPUs with SparseCores (v5p, v6e, 7x), which then run collectives while TensorCores
-# compute. Without them every collective runs alone. `bench/compiled.py` prints the share of bytes that are sent beside
-# products; BUILD_NOTES.md has the figures. Most of the options are those with which MaxText trains on v5p and v6e
+# compute. Without them every collective runs alone. `bench/compiled.py` prints the share of bytes that are sent while
+# products run; BUILD_NOTES.md has the figures. Most of the options are those with which MaxText trains on v5p and v6e
 # (benchmarks/xla_flags_library.py); no run of ours has measured them.
 SPARSE_CORE_OPTIONS = {
     # All-gathers of weights: they must be asynchronous in the first place, and stay all-gathers over several dims of
@@ -35,7 +35,7 @@ SPARSE_CORE_OPTIONS = {
     # bytes.
     "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
     "xla_tpu_enable_sparse_core_reduce_scatter_v2": "true",
-    # How SparseCores run beside both TensorCores of a chip.
+    # How SparseCores run at the same time as both TensorCores of a chip.
     "xla_tpu_use_tc_device_shape_on_sc": "true",
     "xla_sc_disable_megacore_partitioning": "true",
     "xla_sc_enable_instruction_fusion": "false",
