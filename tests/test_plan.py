@@ -420,7 +420,7 @@ def test_the_step_time_is_that_of_matmuls_weights_and_update_by_hand() -> None:
     ("platform", "sparse_cores", "overlap", "share"),
     [("tpu", True, None, 0.75), ("tpu", False, None, 0.0), ("gpu", False, None, 0.8), ("tpu", False, 0.5, 0.5)],
 )
-def test_communication_is_exposed_unless_products_run_beside_it(
+def test_communication_that_no_product_hides_is_exposed(
     platform: str, sparse_cores: bool, overlap: float | None, share: float
 ) -> None:
     chip = dataclasses.replace(CHIP, platform=platform, sparse_cores=sparse_cores, link_rate=1e11)
@@ -428,7 +428,7 @@ def test_communication_is_exposed_unless_products_run_beside_it(
     assert made.network_s < made.compute_s
     assert made.exposed_s == pytest.approx((1 - share) * made.network_s)
     assert f"{share:.0%} of the bytes" in step_time.describe_assumptions(chip, overlap)
-    # What is sent beside products still takes its time, if that is longer than theirs.
+    # What is sent while products run still takes its time, if that is longer than theirs.
     slow = dataclasses.replace(chip, link_rate=1e8)
     made = step_time.estimate_step_time(load_of(4), slow, 2, "none", 64, 500, overlap)
     longer = max(made.compute_s, share * made.network_s)
