@@ -191,6 +191,9 @@ EXPECTED_OFF = {
         "embedding_multiplier", "attention_scale", "residual_multiplier", "logit_scale", "qkv_bias", "out_bias",
         "mlp_bias",
     },
+    "granite4": {
+        "embedding_multiplier", "attention_scale", "residual_multiplier", "logit_scale", "qkv_bias", "out_bias",
+    },
     "qwen2": {"qkv_bias", "windows", "ropes: scaling"},
     "qwen3": {"qk_norm", "qkv_bias", "out_bias", "windows"},
     "smollm3": {"ropes: one for all layers", "qkv_bias", "out_bias", "mlp_bias", "windows"},

@@ -50,6 +50,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": None,
         },
     ),
+    "granite4": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            "embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.4,
+            "logits_scaling": 3.0, "attention_bias": True, "tie_word_embeddings": True, "head_dim": None,
+            "shared_intermediate_size": 40, "num_local_experts": 0, "num_experts_per_tok": 0, "mamba_n_heads": 8,
+            "time_step_limit": [0.0, 8.0], "position_embedding_type": "rope", "num_hidden_layers": 2,
+            "layer_types": ["full_attention"] * 2,
+        },
+    ),
     "qwen2": (
         "Qwen2ForCausalLM",
         {

@@ -6,9 +6,21 @@ tensors to parameters. docs/add_a_family.md describes how to add one.
 
 from types import ModuleType
 
-from mice_jax.models.families import gemma2, gemma3, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
+from mice_jax.models.families import (
+    gemma2,
+    gemma3,
+    granite,
+    granite4,
+    llama,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 
 FAMILIES: dict[str, ModuleType] = {
     family.ARCHITECTURE: family
-    for family in (llama, mistral, granite, qwen2, qwen3, smollm3, olmo2, phi3, gemma2, gemma3)
+    for family in (llama, mistral, granite, granite4, qwen2, qwen3, smollm3, olmo2, phi3, gemma2, gemma3)
 }

@@ -131,6 +131,8 @@ def llama_like_spec(
     norm_eps: float = 1e-6,
     activation: str = "silu",
     activation_key: str = "hidden_act",
+    d_ff: int | None = None,
+    d_ff_key: str = "intermediate_size",
     tied: bool = False,
     layer_type: str = "",
     partial_rope: bool = False,
@@ -147,6 +149,8 @@ def llama_like_spec(
       norm_eps: default of rms_norm_eps.
       activation: default of `activation_key`.
       activation_key: the key of the activation.
+      d_ff: default of `d_ff_key`; None if the key is required.
+      d_ff_key: the key of the width of the MLP.
       tied: default of tie_word_embeddings.
       layer_type: the kind of layer whose RoPE is read, where kinds differ.
       partial_rope: whether RoPE may rotate a part of a head's dims.
@@ -161,7 +165,7 @@ def llama_like_spec(
     return ModelSpec(
         vocab_size=c.integer("vocab_size"),
         d_model=d_model,
-        d_ff=c.integer("intermediate_size"),
+        d_ff=c.integer(d_ff_key, d_ff),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=c.integer("num_key_value_heads", heads),
