@@ -140,6 +140,17 @@ def test_logits_loss_and_gradients_equal_transformers(case: str, folders: Any, s
     assert max(gaps.values()) < RELATIVE, gaps
 
 
+def test_exaone_4_without_windows_rotates_every_layer(tmp_path: Path) -> None:
+    full = {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": ROPES["llama3"]}
+    model = torch_model("exaone4", tmp_path, **full)
+    decoder, params = load(tmp_path, mesh_of(1, 1, 1))
+    logits = uncompiled_logits(decoder, params, row_of(TOKENS))[0]
+    assert gap(logits, torch_logits(model, TOKENS)) < LOGITS
+    half = make_decoder(dataclasses.replace(decoder.spec, ropes=(decoder.spec.ropes[0], None)))
+    wrong = uncompiled_logits(half, params, row_of(TOKENS))[0]
+    assert gap(wrong, torch_logits(model, TOKENS)) > 10 * LOGITS
+
+
 def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
     """The spec with each of its features taken away in turn: whatever a plain decoder would not have."""
     full = Rope(spec.ropes[0].theta, spec.head_dim, None) if spec.ropes[0] else None
@@ -164,6 +175,9 @@ def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
     off["ropes: none"] = dataclasses.replace(spec, ropes=(None,) * spec.num_layers)
     if len(set(spec.ropes)) > 1:
         off["ropes: one for all layers"] = dataclasses.replace(spec, ropes=spec.ropes[:1] * spec.num_layers)
+        off["ropes: scaled in all layers"] = dataclasses.replace(spec, ropes=spec.ropes[-1:] * spec.num_layers)
+    if spec.qk_norm == "head_after_rope":
+        off["qk_norm: before RoPE"] = dataclasses.replace(spec, qk_norm="head")
     unscaled = tuple(r and dataclasses.replace(r, scaling=None) for r in spec.ropes)
     if unscaled != spec.ropes:
         off["ropes: scaling"] = dataclasses.replace(spec, ropes=unscaled)
@@ -198,6 +212,12 @@ EXPECTED_OFF = {
     "qwen3": {"qk_norm", "qkv_bias", "out_bias", "windows"},
     "smollm3": {"ropes: one for all layers", "qkv_bias", "out_bias", "mlp_bias", "windows"},
     "olmo2": {"post_norm", "qk_norm", "qkv_bias", "out_bias"},
+    "olmo3": {
+        "post_norm", "qk_norm", "qkv_bias", "out_bias", "windows", "ropes: scaling", "ropes: one for all layers",
+        "ropes: scaled in all layers",
+    },
+    "exaone4": {"post_norm", "qk_norm", "windows", "ropes: one for all layers"},
+    "hunyuan": {"qk_norm", "qk_norm: before RoPE", "ropes: scaling", "qkv_bias", "out_bias"},
     "phi3": {"ropes: scaling", "ropes: partial", "windows"},
     "phi3-mini": {"pre_norm"},
     "gemma2": {
@@ -224,7 +244,7 @@ def test_switching_off_any_feature_moves_logits_ten_tolerances(case: str, folder
 
 
 # ---------------------------------------------------------------------------------------- packing
-@pytest.mark.parametrize("case", ["phi3", "gemma3", "smollm3"])
+@pytest.mark.parametrize("case", ["phi3", "gemma3", "smollm3", "granite4", "olmo3", "exaone4", "hunyuan"])
 def test_packed_samples_equal_transformers_on_each_alone(case: str, folders: Any) -> None:
     """LongRoPE too, whose frequencies hang on the sample's own length: a short one beside a long one."""
     model, (decoder, params) = made(case), load(folders(case), mesh_of(1, 1, 1))

@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from helpers.families import CASES, ORIGINAL, POSITIONS, ROPES, SIZES
@@ -28,7 +29,7 @@ from mice_jax.models import hf
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.rope_config import KINDS, read_rope, with_both_rope_spellings
 from mice_jax.models.rope import frequencies
-from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, ModelSpec, Rope
+from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, ModelSpec, NTKScaling, Rope, YarnScaling
 from mice_jax.models.transformer import make_decoder
 
 FILE = Path("folder/config.json")
@@ -90,6 +91,7 @@ def test_each_rope_spelling_of_an_export_gives_the_imported_spec(case: str) -> N
 
 
 LLAMA3 = {"factor": 5.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+YARN = {"factor": 8.0, "original_max_position_embeddings": ORIGINAL}
 LISTS = {"short_factor": [1.0, 1.1, 1.2], "long_factor": [1.5, 3.0, 5.0]}
 LONG = LongScaling((1.0, 1.1, 1.2), (1.5, 3.0, 5.0), math.sqrt(1 + math.log(5) / math.log(ORIGINAL)), ORIGINAL)
 PHI3 = {"original_max_position_embeddings": ORIGINAL, "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
@@ -125,6 +127,17 @@ AS_FOUR_WROTE: dict[str, tuple[str, Config, tuple[Rope, ...]]] = {
         "gemma3",
         {"rope_theta": 2e6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
         (Rope(1e4, 12, None), Rope(2e6, 12, LinearScaling(8.0)), Rope(1e4, 12, None)),
+    ),
+    "OLMo 3": (
+        "olmo3",
+        {"rope_theta": 500000, "rope_scaling": {"rope_type": "yarn", "attention_factor": 1.2} | YARN},
+        (Rope(5e5, 8, None), Rope(5e5, 8, YarnScaling(8.0, 32.0, 1.0, 1.2, ORIGINAL, truncate=True))),
+    ),
+    "OLMo 3 without any": ("olmo3", {}, (Rope(5e5, 8, None), Rope(5e5, 8, None))),
+    "Hunyuan": (
+        "hunyuan",
+        {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "alpha": 1e3, "factor": 1.0, "beta_fast": 32}},
+        (Rope(1e4, 12, NTKScaling(1e3)),),
     ),
     "Gemma 3 without any": ("gemma3", {}, (Rope(1e4, 12, None), Rope(1e6, 12, None), Rope(1e4, 12, None))),
 }
@@ -166,6 +179,8 @@ def settings(kind: str, dims: int) -> Iterator[Config]:
         odd = [{}, {"truncate": False}, {"attention_factor": 1.25}, {"mscale": 1.0, "mscale_all_dim": 0.8}]
         odd += [{"mscale": 0.7, "mscale_all_dim": 0}, {"factor": 1.0}, {"beta_fast": 16.0, "beta_slow": 2.0}]
         yield from (plain | more for more in [*odd, {"factor": 40.0, "original_max_position_embeddings": 4096}])
+    elif kind == "dynamic":
+        yield from ({"factor": 1.0, "alpha": alpha} for alpha in (1000.0, 50.0, 1.0))
     elif kind == "longrope":
         rng = np.random.default_rng(dims)
         short, long = (1 + rng.random(dims // 2)).tolist(), (1 + 30 * rng.random(dims // 2)).tolist()
@@ -181,13 +196,15 @@ def their_frequencies(parameters: Config, dims: int) -> list[tuple[np.ndarray, f
     config = LlamaConfig(**sizes, rope_parameters=dict(parameters))
     kind = parameters["rope_type"]
     compute = ROPE_INIT_FUNCTIONS.get(kind, LlamaRotaryEmbedding.compute_default_rope_parameters)
+    if kind == "dynamic":  # in most architectures another kind, which depends on lengths
+        compute = HunYuanDenseV1RotaryEmbedding.compute_ntk_alpha_rope_parameters
     found = [compute(config, seq_len=n) for n in (1, 10**6)]
     return [(tensor.numpy(), factor) for tensor, factor in found]
 
 
 def frequency_gap(parameters: Config, dims: int) -> float:
     """The largest difference, in units in the last place of the frequency that is scaled."""
-    rope = read_rope({"max_position_embeddings": 131072, "rope_parameters": parameters}, dims, 1e4)
+    rope = read_rope({"max_position_embeddings": 131072, "rope_parameters": parameters}, dims, 1e4, ntk=True)
     ours, theirs = frequencies(rope), their_frequencies(parameters, dims)
     plain = frequencies(Rope(rope.theta, dims, None)).short
     gaps = []
@@ -218,6 +235,7 @@ def test_rope_frequencies_equal_transformers_within_two_ulp(kind: str) -> None:
         ("default", {"rope_theta": 5e5 * (1 + 1e-5)}),
         ("linear", {"factor": 1.5 * (1 + 1e-5)}),
         ("llama3", {"high_freq_factor": 4.001}),
+        ("dynamic", {"alpha": 1000.0 * (1 + 1e-4)}),
         ("yarn", {"truncate": False}),
         ("yarn", {"beta_fast": 8.0}),
     ],
@@ -233,6 +251,7 @@ def test_a_wrong_rope_parameter_is_many_ulp_away(kind: str, change: Config, monk
 # ---------------------------------------------------------------------------------------- releases
 # Releases whose config.json is tests/data/configs/<name>.json: their number of parameters as published (0 = none is
 # known to the last digit), and the fields of the spec that differ from those of a plain Llama of the same sizes.
+OLMO3 = Rope(5e5, 128, YarnScaling(8.0, 32.0, 1.0, 1.2079441541679836, 8192, truncate=True))
 RELEASES: dict[str, tuple[int, Config]] = {
     "Llama-2-7b": (6_738_415_616, {}),
     "Llama-3.1-8B": (8_030_261_248, {}),
@@ -270,6 +289,21 @@ RELEASES: dict[str, tuple[int, Config]] = {
     "SmolLM3-3B": (3_075_098_624, {"tie_embeddings": True, "ropes": (*[Rope(5e6, 128, None)] * 3, None) * 9}),
     "OLMo-2-1B": (1_484_916_736, {"qk_norm": "all", "pre_norm": False, "post_norm": True}),
     "OLMo-2-7B": (0, {"qk_norm": "all", "pre_norm": False, "post_norm": True}),
+    "OLMo-3-7B": (
+        0,
+        {
+            "qk_norm": "all", "pre_norm": False, "post_norm": True, "windows": (4096, 4096, 4096, None) * 8,
+            "ropes": (*[Rope(5e5, 128, None)] * 3, OLMO3) * 8,
+        },
+    ),
+    "EXAONE-4.0-1.2B": (
+        0,
+        {
+            "tie_embeddings": True, "qk_norm": "head", "pre_norm": False, "post_norm": True,
+            "ropes": (Rope(1e6, 64, Llama3Scaling(16.0, 1.0, 4.0, 8192)),) * 30,
+        },
+    ),
+    "Hunyuan-7B": (0, {"qk_norm": "head_after_rope", "ropes": (Rope(1e4, 128, NTKScaling(1000.0)),) * 32}),
     "Phi-3-mini-4k": (3_821_079_552, {"windows": (2047,) * 32, "ropes": (Rope(1e4, 96, None),) * 32}),
     "Phi-3-mini-128k": (3_821_079_552, {"windows": (262144,) * 32}),
     "Phi-4-mini": (3_836_021_760, {"tie_embeddings": True, "windows": (262144,) * 32, "head_dim": 128}),
@@ -367,8 +401,23 @@ def rope(kind: str, **more: Any) -> Config:
     return {"rope_parameters": ROPES[kind] | more}
 
 
+def rope_of_windows(**more: Any) -> Config:
+    full = ROPES["default"] | {"rope_theta": 5e5}
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": full | more}}
+
+
 UNSUPPORTED: list[tuple[str, Config, str]] = [
-    ("llama", rope("linear", rope_type="dynamic"), r"rope_type='dynamic'; supported are default, linear"),
+    ("llama", rope("linear", rope_type="ntk"), r"rope_type='ntk'; supported are default, linear"),
+    ("llama", rope("dynamic"), r"rope_type='dynamic' among its RoPE parameters, which depends on the length"),
+    ("hunyuan", rope("dynamic", alpha=None), r"alpha=None among its RoPE parameters; it must be a number above 0"),
+    ("hunyuan", rope("dynamic", factor=2.0), r"a factor other than 1 among its RoPE parameters"),
+    ("hunyuan", {"use_cla": True}, r"use_cla=True; only False is supported"),
+    ("hunyuan", {"num_experts": 16}, r"not supported for HunYuanDenseV1ForCausalLM: num_experts=16"),
+    ("olmo3", rope_of_windows(rope_theta=1e4), r"sliding_attention must have the rope_theta of full_attention"),
+    ("olmo3", rope_of_windows(rope_type="linear", factor=2.0), r"sliding_attention must .*and rope_type 'default'"),
+    ("olmo3", {"sliding_window": None}, r"layer_types=.* but no sliding_window"),
+    ("exaone4", {"sliding_window": None}, r"layer_types=.* but no sliding_window"),
+    ("exaone4", {"layer_types": None}, r"sliding_window_pattern='LG'; it must be a whole number"),
     ("llama", rope("linear", rope_type=[]), r"rope_type=\[\]"),
     ("llama", rope("linear", mrope_section=[2, 2]), r"mrope_section=\[2, 2\] among its RoPE.*rope_type='linear'"),
     ("llama", rope("linear", factor="2"), r"factor='2'"),

@@ -89,7 +89,7 @@ class Attention(nnx.Module):
             self.v_bias = _param(rngs, (k, h), ("kv_heads", "head_dim"), 0)
         if spec.out_bias:
             self.o_bias = _param(rngs, (d,), ("embed",), 0)
-        if spec.qk_norm == "head":
+        if spec.qk_norm in ("head", "head_after_rope"):
             self.q_norm = RMSNorm((h,), ("head_dim",), spec, rngs)
             self.k_norm = RMSNorm((h,), ("head_dim",), spec, rngs)
         elif spec.qk_norm == "all":
@@ -105,9 +105,12 @@ class Attention(nnx.Module):
             q = _plus(q, self.q_bias, reduce_dtype)
             k = _plus(k, self.k_bias, reduce_dtype)
             v = _plus(v, self.v_bias, reduce_dtype)
-        if self.qk_norm != "none":
+        if self.qk_norm in ("head", "all"):
             q, k = self.q_norm(q), self.k_norm(k)
-        return rope.apply_rope(q, tables), rope.apply_rope(k, tables), v
+        q, k = rope.apply_rope(q, tables), rope.apply_rope(k, tables)
+        if self.qk_norm == "head_after_rope":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
     def output(self, attended: jax.Array, reduce_dtype: Any) -> jax.Array:
         """Projects the result of attention, [B T N H], to [B T D]."""

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
+from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, NTKScaling, Rope, YarnScaling
 
 # B rows, T slots, H head_dim, R = half the number of dims that are rotated
 
@@ -30,11 +30,14 @@ class Frequencies(NamedTuple):
 def frequencies(rope: Rope) -> Frequencies:
     """Computes the frequencies of a RoPE by its kind of scaling."""
     exponents = np.arange(0, rope.dims, 2, dtype=np.float32) / np.float32(rope.dims)
+    theta = rope.theta
+    if isinstance(rope.scaling, NTKScaling):
+        theta *= rope.scaling.alpha ** (rope.dims / (rope.dims - 2))
     # The power is computed in float64, since XLA's float32 pow is not exact to the last place.
-    periods = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
+    periods = (theta ** exponents.astype(np.float64)).astype(np.float32)
     base, scaling = np.float32(1) / periods, rope.scaling
     match scaling:
-        case None:
+        case None | NTKScaling():
             return Frequencies(base, None, 0, 1.0)
         case LinearScaling():
             return Frequencies(base / np.float32(scaling.factor), None, 0, 1.0)

@@ -21,6 +21,13 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class NTKScaling:
+    """The base multiplied, so that the lowest frequency is divided by `alpha` and the highest unchanged."""
+
+    alpha: float
+
+
+@dataclasses.dataclass(frozen=True)
 class YarnScaling:
     """NTK-by-parts interpolation with a factor on cosines and sines (YaRN, arXiv 2309.00071)."""
 
@@ -51,7 +58,7 @@ class Rope:
 
     theta: float
     dims: int
-    scaling: LinearScaling | Llama3Scaling | YarnScaling | LongScaling | None
+    scaling: LinearScaling | Llama3Scaling | NTKScaling | YarnScaling | LongScaling | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +80,9 @@ class ModelSpec:
     windows: tuple[int | None, ...]  # per layer: the number of tokens that a query sees, itself included; None = all
     attention_scale: float
     attention_softcap: float | None  # s -> cap * tanh(s / cap), on attention scores
-    qk_norm: str  # "none", "head" for a norm of each head, or "all" for a norm over all heads
+    # Norms of queries and keys: "none", "head" for a norm of each head, "head_after_rope" for the same after their
+    # rotation instead of before, or "all" for a norm over all heads.
+    qk_norm: str
     pre_norm: bool  # norms of the inputs of attention and MLP
     post_norm: bool  # norms of their outputs, before these are added to the residual stream
     norm_eps: float

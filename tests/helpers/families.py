@@ -27,11 +27,15 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 5.0, "original_max_position_embeddings": ORIGINAL,
     },
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0},
     "longrope": {
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": ORIGINAL,
         "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.5, 3.0, 5.0], "partial_rotary_factor": 0.5,
     },
 }  # fmt: skip
+
+# A layer with a window and a layer without: cases of two layers cost less to compile.
+TWO_KINDS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 
 # Each case has an architecture, and the keys of its config besides the sizes.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,6 +83,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2ForCausalLM", {"attention_bias": True, "head_dim": None}),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        {
+            "attention_bias": True, "head_dim": None, "sliding_window": WINDOW, **TWO_KINDS,
+            "rope_parameters": {
+                "full_attention": ROPES["yarn"] | {"rope_theta": 500000.0, "attention_factor": 1.2},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            },
+        },
+    ),
+    "exaone4": (
+        "Exaone4ForCausalLM",
+        {"sliding_window": WINDOW, **TWO_KINDS, "sliding_window_pattern": "LG", "tie_word_embeddings": True},
+    ),
+    "hunyuan": (
+        "HunYuanDenseV1ForCausalLM",
+        {"rope_parameters": ROPES["dynamic"], "attention_bias": True, "num_hidden_layers": 2},
+    ),
     "phi3": (
         "Phi3ForCausalLM",
         {

@@ -7,13 +7,16 @@ tensors to parameters. docs/add_a_family.md describes how to add one.
 from types import ModuleType
 
 from mice_jax.models.families import (
+    exaone4,
     gemma2,
     gemma3,
     granite,
     granite4,
+    hunyuan,
     llama,
     mistral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen3,
@@ -22,5 +25,7 @@ from mice_jax.models.families import (
 
 FAMILIES: dict[str, ModuleType] = {
     family.ARCHITECTURE: family
-    for family in (llama, mistral, granite, granite4, qwen2, qwen3, smollm3, olmo2, phi3, gemma2, gemma3)
-}
+    for family in (
+        llama, mistral, granite, granite4, qwen2, qwen3, smollm3, olmo2, olmo3, phi3, gemma2, gemma3, exaone4, hunyuan,
+    )
+}  # fmt: skip

@@ -136,6 +136,7 @@ def llama_like_spec(
     tied: bool = False,
     layer_type: str = "",
     partial_rope: bool = False,
+    ntk_rope: bool = False,
 ) -> ModelSpec:
     """Reads the decoder that every family starts from: Llama without biases, windows, multipliers and caps.
 
@@ -154,6 +155,7 @@ def llama_like_spec(
       tied: default of tie_word_embeddings.
       layer_type: the kind of layer whose RoPE is read, where kinds differ.
       partial_rope: whether RoPE may rotate a part of a head's dims.
+      ntk_rope: whether RoPE may be "dynamic" with an alpha.
 
     Returns:
       The spec, in which the family replaces what differs.
@@ -171,7 +173,7 @@ def llama_like_spec(
         num_kv_heads=c.integer("num_key_value_heads", heads),
         head_dim=head_dim,
         max_positions=c.integer("max_position_embeddings"),
-        ropes=(read_rope(c, head_dim, theta, layer_type, partial_rope),) * layers,
+        ropes=(read_rope(c, head_dim, theta, layer_type, partial=partial_rope, ntk=ntk_rope),) * layers,
         windows=(None,) * layers,
         attention_scale=head_dim**-0.5,
         attention_softcap=None,

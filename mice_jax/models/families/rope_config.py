@@ -9,11 +9,14 @@ import math
 import sys
 from typing import Any, Protocol, TypeGuard
 
-from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, Rope, YarnScaling
+from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, NTKScaling, Rope, YarnScaling
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 # Keys of the old spelling outside `rope_scaling`.
 TOP_LEVEL_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+# Architectures whose `rope_parameters` has an object per kind of layer, and the key of the old spelling that has the
+# theta of layers with a window.
+LOCAL_THETA_KEYS = {"Gemma3ForCausalLM": "rope_local_base_freq", "Olmo3ForCausalLM": "rope_theta"}
 YARN_MAGNITUDES = ("mscale", "mscale_all_dim")  # 0 counts as absent
 
 
@@ -24,7 +27,9 @@ class Keys(Protocol):
         """Returns the value of a key."""
 
 
-def read_rope(c: Keys, head_dim: int, default_theta: float, layer_type: str = "", partial: bool = False) -> Rope:
+def read_rope(
+    c: Keys, head_dim: int, default_theta: float, layer_type: str = "", *, partial: bool = False, ntk: bool = False
+) -> Rope:
     """Reads the rotary positions of a config.json.
 
     Args:
@@ -34,6 +39,8 @@ def read_rope(c: Keys, head_dim: int, default_theta: float, layer_type: str = ""
       layer_type: the object of `rope_parameters` to read, where there is one per kind of layer.
       partial: whether the architecture can rotate a part of a head's dims. In transformers most architectures ignore
         such a key or fail with it.
+      ntk: whether the architecture reads `alpha` where the kind is "dynamic". The others ignore it and stretch RoPE by
+        the length of the batch, which is not supported.
 
     Returns:
       The kind of RoPE.
@@ -44,21 +51,24 @@ def read_rope(c: Keys, head_dim: int, default_theta: float, layer_type: str = ""
     scaling = _object(c, "rope_scaling")
     old = {key: c.get(key) for key in TOP_LEVEL_KEYS if c.get(key) is not None} | scaling
     rope = _agreed(old, _parameters(c, layer_type), head_dim, default_theta, c.get("max_position_embeddings"))
+    if isinstance(rope.scaling, NTKScaling) and not ntk:
+        raise ValueError("rope_type='dynamic' among its RoPE parameters, which depends on the length of a batch")
     return rope if partial else _of_all_dims(rope, head_dim)
 
 
-def read_local_rope(c: Keys, head_dim: int, default_theta: float) -> Rope:
-    """Reads the rotary positions of Gemma 3's layers with a window, of which the old spelling has only a theta.
+def read_local_rope(c: Keys, head_dim: int, default_theta: float, theta_key: str = "rope_local_base_freq") -> Rope:
+    """Reads the rotary positions of layers with a window, of which the old spelling has only a theta.
 
     Args:
       c: the config.json.
       head_dim: the number of dims of a head.
       default_theta: the value of an absent theta.
+      theta_key: the key of the theta in the old spelling.
 
     Returns:
       The kind of RoPE.
     """
-    theta = c.get("rope_local_base_freq")
+    theta = c.get(theta_key)
     old = {} if theta is None else {"rope_theta": theta}
     new = _parameters(c, "sliding_attention")
     rope = _agreed(old, new, head_dim, default_theta, c.get("max_position_embeddings"))
@@ -126,6 +136,8 @@ def _rope(parameters: dict[str, Any], head_dim: int, max_positions: int) -> Rope
         scaling = Llama3Scaling(factor, low, high, original)
     elif kind == "yarn":
         scaling = _yarn(left, original, max_positions)
+    elif kind == "dynamic":
+        scaling = _ntk(left, dims)
     elif kind == "longrope":
         scaling = _long(left, dims, original, max_positions)
     unknown = {k: v for k, v in left.items() if v is not None}
@@ -154,6 +166,16 @@ def _yarn(left: dict[str, Any], original: int, max_positions: int) -> YarnScalin
         original_positions=original,
         truncate=truncate,
     )
+
+
+def _ntk(left: dict[str, Any], dims: int) -> NTKScaling:
+    if dims < 4:
+        raise ValueError(f"rope_type='dynamic' among its RoPE parameters, for {dims} dims; it needs 4 or more")
+    for key in ("beta_fast", "beta_slow", *YARN_MAGNITUDES):  # have no effect here
+        left.pop(key, None)
+    if _number(left, "factor", 1.0) != 1:
+        raise ValueError("a factor other than 1 among its RoPE parameters, which rope_type='dynamic' does not use")
+    return NTKScaling(_number(left, "alpha"))
 
 
 def _long(left: dict[str, Any], dims: int, original: int, max_positions: int) -> LongScaling:
@@ -210,9 +232,10 @@ def _with_new_spelling(config: dict[str, Any]) -> dict[str, Any]:
     flat = {"rope_type": _kind(kind or old_kind or "default")} | old
     if "su" in (kind, old_kind):  # transformers 5 does not load this name
         config = config | {"rope_scaling": config["rope_scaling"] | {"type": "longrope"}}
-    local = config.get("rope_local_base_freq")
-    if local is None and "Gemma3ForCausalLM" not in (config.get("architectures") or ()):
+    local_key = _local_theta_key(config)
+    if local_key is None:
         return config | {"rope_parameters": flat}
+    local = config.get(local_key)
     sliding = {"rope_type": "default"} | ({"rope_theta": local} if local is not None else {})
     return config | {"rope_parameters": {"full_attention": flat, "sliding_attention": sliding}}
 
@@ -220,8 +243,9 @@ def _with_new_spelling(config: dict[str, Any]) -> dict[str, Any]:
 def _with_old_spelling(config: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
     full = parameters.get("full_attention", parameters)
     spelled = {}
-    if "sliding_attention" in parameters:
-        spelled["rope_local_base_freq"] = parameters["sliding_attention"].get("rope_theta")
+    local_key = _local_theta_key(config)
+    if local_key == "rope_local_base_freq":
+        spelled[local_key] = parameters["sliding_attention"].get("rope_theta")
     scaling = {k: v for k, v in full.items() if k not in ("type", *TOP_LEVEL_KEYS[:2]) and v is not None}
     kind = scaling.get("rope_type", full.get("type", "default"))
     if kind == "longrope":  # transformers 4 requires exactly three keys for longrope
@@ -232,3 +256,7 @@ def _with_old_spelling(config: dict[str, Any], parameters: dict[str, Any]) -> di
         scaling = {"type": scaling.pop("rope_type")} | scaling
     spelled |= {key: full[key] for key in TOP_LEVEL_KEYS[:2] if full.get(key) is not None}
     return config | spelled | {"rope_scaling": scaling if kind != "default" else None}
+
+
+def _local_theta_key(config: dict[str, Any]) -> str | None:
+    return LOCAL_THETA_KEYS.get(next(iter(config.get("architectures") or ()), ""))
