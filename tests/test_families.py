@@ -243,6 +243,20 @@ def test_switching_off_any_feature_moves_logits_ten_tolerances(case: str, folder
         assert not gap(logits, expected) <= 10 * LOGITS, what  # NaN is as wrong
 
 
+def test_a_pad_token_that_is_a_real_token_has_its_gradient(tmp_path: Path) -> None:
+    """Its embedding has none in transformers (`padding_idx`), even where it is the token that ends a turn."""
+    pad, table = int(TOKENS[100]), "model.embed_tokens.weight"
+    model = torch_model("mistral-full", tmp_path, pad_token_id=pad, eos_token_id=pad)
+    decoder, params = load(tmp_path, mesh_of(1, 1, 1))
+    grads = jitted(decoder, with_logits=False)(params, row_of(TOKENS))[1]
+    theirs = torch_gradients(model)[1]
+    assert not theirs[table][pad].any()
+    assert relative_gaps(grads, decoder, "MistralForCausalLM", theirs)[table] > 10 * RELATIVE
+    model.get_input_embeddings().padding_idx = None
+    theirs = torch_gradients(model)[1]
+    assert max(relative_gaps(grads, decoder, "MistralForCausalLM", theirs).values()) < RELATIVE
+
+
 # ---------------------------------------------------------------------------------------- packing
 @pytest.mark.parametrize("case", ["phi3", "gemma3", "smollm3", "granite4", "olmo3", "exaone4", "hunyuan"])
 def test_packed_samples_equal_transformers_on_each_alone(case: str, folders: Any) -> None:
