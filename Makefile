@@ -10,7 +10,7 @@ PARALLEL := -n auto --maxprocesses=4 --dist loadfile
 # The modules whose tests compile nothing: pytest imports these alone, which takes most of its time otherwise.
 SMOKE = $(shell grep -lE '^pytestmark = .*pytest\.mark\.smoke' tests/test_*.py)
 
-.PHONY: help install demo smoke test test-slow test-aot lint docs format clean
+.PHONY: help install demo smoke test test-slow test-aot lint docs docker format clean
 
 help:
 	@echo 'make demo       train, evaluate, export and ask a small model (demo/run, demo/hf)'
@@ -21,6 +21,7 @@ help:
 	@echo 'make test-aot   compiles the 3B to 7B models for the TPUs that their configs name'
 	@echo 'make lint       style, types and layers;  make format fixes what it can'
 	@echo 'make docs       the documentation as a site: open site/index.html'
+	@echo 'make docker     an image for CPUs; EXTRAS=cuda,hf,lab makes one for GPUs'
 	@echo 'make clean      removes .venv and what the demo left'
 
 demo: .venv/.base
@@ -50,6 +51,9 @@ lint: .venv/.test
 # The site fetches nothing, neither when it is built nor when it is read. A broken link is an error.
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+docker:
+	docker build --tag mice_jax $(if $(EXTRAS),--build-arg EXTRAS=$(EXTRAS)) .
 
 format: .venv/.test
 	.venv/bin/ruff check --fix .
