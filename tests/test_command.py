@@ -274,6 +274,29 @@ def test_a_broken_pipe_that_is_not_the_terminal_s_is_a_bug() -> None:
         command.exit_on_closed_pipe(fail)
 
 
+# ---------------------------------------------------------------------------------------- completion
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        (["tr"], "train"),
+        (["plan", "--topo"], "--topology="),
+        (["sweep", "--dry"], "--dry_run"),
+        (["train", "--config.optim.learn"], "--config.optim.learning_rate="),
+        (["report", "--config.optim.learn"], ""),  # it has no config
+        (["train", "--workdir", "=", "runs"], ""),  # a value, as bash splits it: the shell completes files
+    ],
+)
+def test_bash_completes_what_is_typed(typed: list[str], completed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mice", "--completion"])
+        main.main()
+    words = " ".join(["mice", *typed])
+    ask = f'COMP_WORDS=({words}); COMP_CWORD={len(typed)}; _mice; echo "${{COMPREPLY[*]}}"'
+    bash = ["bash", "-c", f"{capsys.readouterr().out}\n{ask}"]
+    answer = subprocess.run(bash, capture_output=True, text=True, timeout=60)
+    assert (answer.stdout.strip(), answer.stderr) == (completed, "")
+
+
 # ---------------------------------------------------------------------------------------- mice config
 def test_config_prints_values_with_their_defaults(
     config_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

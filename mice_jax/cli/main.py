@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from mice_jax import __version__
-from mice_jax.cli import command
+from mice_jax.cli import command, completion
 from mice_jax.cli.flags import COMMANDS
 from mice_jax.config import nearest
 from mice_jax.runtime import unused_packages, xla_flags
@@ -31,6 +31,9 @@ def _run(argv: Sequence[str]) -> int:
     if name == "--version":
         print(f"mice_jax {__version__}")
         return 0
+    if name == "--completion":
+        print(completion.script())
+        return 0
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}{nearest(name, COMMANDS)} See mice --help.", file=sys.stderr)
         return 2
@@ -47,4 +50,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _help() -> str:
     listed = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
-    return f"mice <command> [--flag=value ...]\n\n{listed}\n\nmice <command> --help has an example of each."
+    return (
+        f"mice <command> [--flag=value ...]\n\n{listed}\n\nmice <command> --help has an example of each.\n"
+        'eval "$(mice --completion)" lets bash and zsh complete commands, flags and config fields.'
+    )
