@@ -12,8 +12,10 @@ import threading
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Most of a test's time goes into compiling programs that run for milliseconds: LLVM need not optimise them.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+# Most of a test's time goes into compiling programs that run for milliseconds: LLVM need not optimise them, and the
+# older code generation for fused operations takes half as long to compile.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILATION}".strip()
 if "MICE_TEST_PROGRAMS" not in os.environ:  # the first process sets it for the workers that it starts
     os.environ["MICE_TEST_PROGRAMS"] = tempfile.mkdtemp(prefix="mice_jax_programs_")
     atexit.register(shutil.rmtree, os.environ["MICE_TEST_PROGRAMS"], ignore_errors=True)
