@@ -1,13 +1,14 @@
 """Score a model on benchmarks, with lm-evaluation-harness.
 
-  mice evaluate --model=hf_folder --tasks=mmlu,arc_challenge --output=scores.json
+  mice evaluate --model=hf_folder --tasks=mmlu,arc_challenge
   mice evaluate --model=runs/demo --tasks=gsm8k --apply_chat_template --log_samples --output=scores.json
   mice evaluate --model=runs/demo --tasks=mine --include_path=my_tasks --all_checkpoints --output=scores.json
   mice evaluate --model=hf_folder --tasks=mt_bench --judge_url=https://host/v1 --judge_model=NAME --output=scores.json
 
-Tasks are named as the harness names them, or as the YAML files in --include_path do. The output is the harness's own
-result format. With --all_checkpoints it is that of the newest checkpoint, with the scores of each under "checkpoints",
-and the run's eval_scores.jsonl gets a line for each. Results of the same weights and settings are cached.
+Tasks are named as the harness names them, or as the YAML files in --include_path do. Scores are printed; --output
+writes them in the harness's own result format. With --all_checkpoints that holds the newest checkpoint, with the scores
+of each under "checkpoints", and the run's eval_scores.jsonl gets a line for each. Results of the same weights and
+settings are cached.
 mt_bench is not a task of the harness: a judge grades the answers, which are written next to the output
 (docs/mt_bench.md).
 """
@@ -98,9 +99,10 @@ def evaluate(values: command.Values) -> None:
             assert job.source.workdir is not None
             lines, newest["checkpoints"] = _curve(job.source.workdir, by_step)
             console.print("\n".join(lines))
-        write_atomically(job.output, _text(newest))
         console.print(_table(newest))
-        console.print(f"results in {job.output}")
+        if job.output is not None:
+            write_atomically(job.output, _text(newest))
+            console.print(f"results in {job.output}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ class _Job:
       benchmarks: The harness's tasks.
       settings: How the harness's tasks are asked.
       mt_bench: MT-Bench's questions and judge; None if it is not among the tasks.
-      output: The file of results.
+      output: The file of results; None writes none.
     """
 
     model: str
@@ -135,7 +137,7 @@ class _Job:
     benchmarks: list[Benchmark]
     settings: Settings
     mt_bench: mt_bench.Settings | None
-    output: Path
+    output: Path | None
 
     @property
     def template(self) -> str:
@@ -250,7 +252,7 @@ class _Evaluator:
     def _grade(self, step: int | None, model: str, weights: Callable[[], build.LoadedModel]) -> Results:
         """Runs MT-Bench; returns its scores in the harness's form, and all its results under its own name."""
         job = self._job
-        assert job.mt_bench is not None and job.encoder is not None
+        assert job.mt_bench is not None and job.encoder is not None and job.output is not None
         began = time.time()
         file = job.output.with_suffix(f".{step}.mt_bench.jsonl" if job.all_checkpoints else ".mt_bench.jsonl")
         stop_ids = [*job.encoder.stop_ids(), *job.defaults.stop_ids]
@@ -312,8 +314,13 @@ def _mt_bench_settings(values: command.Values, defaults: GenerationDefaults) -> 
     )
 
 
-def _output(values: command.Values) -> Path:
-    output = Path(command.required(values, "output"))
+def _output(values: command.Values) -> Path | None:
+    """Returns the file of results; MT-Bench needs one, because it keeps the answers next to it."""
+    if values.output is None:
+        if mt_bench.NAME in values.tasks:
+            raise UserError(f"--output is missing: {mt_bench.NAME} keeps answers and grades next to it. Give a file.")
+        return None
+    output = Path(values.output)
     if not output.parent.is_dir():
         raise UserError(f"--output={output}: there is no folder {output.parent}.")
     if output.is_dir():
@@ -376,15 +383,20 @@ def _what(benchmark: Benchmark, step: int | None) -> str:
 
 
 def _table(results: Results) -> Table:
-    table = Table("task", "examples", "metric", "value", "stderr")
-    for column in table.columns[1:2] + table.columns[3:]:
+    table = Table("task", "documents", "shots", "metric", "value", "stderr")
+    for column in table.columns[1:3] + table.columns[4:]:
         column.justify = "right"
     for name, value in benchmarks.scores(results).items():
         task, _, metric = name.rpartition("/")
         error = results["results"][task].get(benchmarks.stderr_key(metric))
-        shots, shown = results["n-shot"].get(task, ""), f"{error:.4f}" if isinstance(error, float) else ""
+        documents = results.get("n-samples", {}).get(task, {}).get("effective", "")
         table.add_row(
-            escape(task), str(shots), escape(metric), "not finite" if value is None else f"{value:.4f}", shown
+            escape(task),
+            str(documents),
+            str(results["n-shot"].get(task, "")),
+            escape(metric),
+            "not finite" if value is None else f"{value:.4f}",
+            f"{error:.4f}" if isinstance(error, float) else "",
         )
     return table
 

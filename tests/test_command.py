@@ -66,6 +66,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("data.phases[0].sources[0].weight=0.5", lambda c: c.data.phases[0].sources[0].weight, 0.5),
         ("data.validation[0].path=w.jsonl", lambda c: c.data.validation[0].path, "w.jsonl"),
         ('data.template_kwargs={"a": false}', lambda c: c.data.template_kwargs, {"a": False}),
+        ("eval.tasks=gsm8k,ifeval", lambda c: c.eval.tasks, ["gsm8k", "ifeval"]),
         ("data.template_kwargs={'a': None}", lambda c: c.data.template_kwargs, {"a": None}),
     ],
 )
@@ -365,6 +366,34 @@ def test_wrong_arguments_are_reported_before_slow_imports(
     assert run_train(monkeypatch, *arguments) == (2, False)
     out, err = capsys.readouterr()
     assert message in err and err.startswith("error: ") and not out
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        ("evaluate", ["--tasks=arc_chalenge,gsm8k", "--model=m"], "'arc_chalenge'; the nearest are arc_challenge"),
+        ("train", ["--config=FILE", "--config.eval.tasks=barn"], "no task 'barn'"),
+        ("evaluate", ["--tasks=barns", "--include_path=FOLDER"], "FOLDER define barn_choice, barns_of_wood."),
+    ],
+)
+def test_unknown_task_is_reported_before_slow_imports(
+    command: str,
+    arguments: list[str],
+    message: str,
+    config_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "a.yaml").write_text("task: barn_choice\n")
+    (tmp_path / "tasks" / "b.yaml").write_text("output_type: x\ntask: 'barns_of_wood'\n")
+    places = {"FILE": str(config_file), "FOLDER": str(tmp_path / "tasks")}
+    for name, path in places.items():
+        arguments, message = [a.replace(name, path) for a in arguments], message.replace(name, path)
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    assert mice(monkeypatch, command, *arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_right_arguments_reach_the_command(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from absl import logging
 
 from mice_jax.cli.config_file import parse_flags
 from mice_jax.cli.flags import COMMANDS, DefineFlags, Values, define_processes
+from mice_jax.cli.task_names import check_names
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import Paused, Preempted, StoppedByRule, UserError
 from mice_jax.runtime import unused_packages, xla_flags
@@ -136,7 +137,10 @@ def early_exit(name: str, argv: Sequence[str]) -> int | None:
 
     def check(values: Values) -> None:
         if command.reads_run_config:
-            config_of(values)
+            asked = config_of(values).eval
+            check_names(asked.tasks, asked.include_path)
+        if name == "evaluate":
+            check_names(values.tasks, values.include_path)
 
     return run(None, command.define_flags, check, argv) or None
 

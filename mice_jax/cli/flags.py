@@ -34,6 +34,7 @@ class _JSONParser(flags.ArgumentParser):
 
 
 config_flags.register_flag_parser_for_type(dict[str, Any], _JSONParser())
+config_flags.register_flag_parser_for_type(list[str], flags.ListParser())
 
 
 def define_config(values: Values, argv: list[str]) -> None:
@@ -126,7 +127,7 @@ def define_evaluate(values: Values, argv: list[str]) -> None:
     flags.DEFINE_bool("all_checkpoints", False, "score every checkpoint of a run", flag_values=values)
     flags.DEFINE_list("tasks", [], "names of tasks or groups, with commas between", flag_values=values)
     flags.DEFINE_string("include_path", "", "folder with YAML files of your own tasks", flag_values=values)
-    flags.DEFINE_string("output", None, "results, F.json", flag_values=values)
+    flags.DEFINE_string("output", None, "file for the results, F.json; default none", flag_values=values)
     shots = "examples in a prompt; default that of the task, and 5 for mmlu"
     flags.DEFINE_integer("num_fewshot", None, shots, flag_values=values)
     limit = "documents of each task, or a fraction of them below 1: for a quick trial"

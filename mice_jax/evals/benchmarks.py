@@ -5,7 +5,6 @@ benchmark is scored separately, so that its results can be cached by its fingerp
 """
 
 import dataclasses
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -27,6 +26,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax import __version__
+from mice_jax.cli.task_names import describe_unknown
 from mice_jax.errors import UserError, install_command, one_line
 from mice_jax.inference.generation_config import FILE, GenerationDefaults
 from mice_jax.models.transformer import Params
@@ -410,9 +410,7 @@ def _is_whole(name: Any, index: dict[str, Any]) -> bool:
 
 def _unknown(name: str, manager: Any, include_path: str) -> str:
     """Returns the error message for a name that is not in the index of tasks."""
-    close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-    near = f"; the nearest are {', '.join(close)}" if close else ""
-    message = f"there is no task {name!r}{near}."
+    message = describe_unknown(name, manager.all_tasks)
     if include_path:
         known = {e.yaml_path for e in manager.task_index.values() if e.yaml_path}
         unread = [str(p) for p in sorted(Path(include_path).glob("**/*.yaml")) if p not in known]

@@ -1,0 +1,72 @@
+"""Names of benchmark tasks, read from the text of their YAML files.
+
+Importing lm-evaluation-harness and indexing its 14,000 files takes half a minute. A misspelt name is found without.
+"""
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mice_jax.errors import UserError
+
+MT_BENCH = "mt_bench"  # not a task of the harness
+SUFFIXES = (".yaml", ".yml", "")  # files that others include have none
+DEFINED = re.compile(r"^(?:task|group|tag): *[\"']?([\w./-]+)[\"']? *$", re.M)
+
+
+def check_names(names: Sequence[str], include_path: str) -> None:
+    """Checks that each name occurs in the YAML file of some task.
+
+    A name that passes may still be unknown, because the text of a file is searched and not its meaning.
+
+    Args:
+      names: Names of tasks or groups.
+      include_path: A folder with YAML files of further tasks; "" adds none.
+
+    Raises:
+      UserError: A name occurs in no file.
+    """
+    harness = importlib.util.find_spec("lm_eval")
+    if harness is None or not harness.submodule_search_locations:
+        return  # `load_benchmarks` says how to install it
+    files = _files(Path(harness.submodule_search_locations[0]) / "tasks") + _files(include_path)
+    for name in names:
+        if isinstance(name, str) and name != MT_BENCH and not _occurs(name, files):
+            message = describe_unknown(name, _defined(files))
+            if include_path:
+                own = ", ".join(sorted(_defined(_files(include_path)))) or "no task"
+                message += f" The files in include_path={include_path} define {own}."
+            raise UserError(message)
+
+
+def describe_unknown(name: str, known: Iterable[str]) -> str:
+    """Returns the error message for a name that is not among the known ones."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = f"; the nearest are {', '.join(close)}" if close else ""
+    return f"there is no task {name!r}{near}."
+
+
+def _files(folder: Path | str) -> list[Path]:
+    """Returns the files of a folder that may define tasks; none for ""."""
+    found = Path(folder).rglob("*") if folder else []
+    return [file for file in found if file.suffix in SUFFIXES and file.is_file()]
+
+
+def _defined(files: Sequence[Path]) -> set[str]:
+    return {name for file in files for name in DEFINED.findall(_text(file))}
+
+
+def _occurs(name: str, files: Sequence[Path]) -> bool:
+    # Most tasks are defined in a file or folder of their name, so that few files are read for a name that exists.
+    likely = sorted(files, key=lambda file: name not in file.stem and name.split("_")[0] not in file.parts)
+    whole = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
+    return any(whole.search(_text(file)) for file in likely)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
