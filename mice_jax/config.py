@@ -63,7 +63,8 @@ class Source(_Strict):
     weight: float = 1.0
     """How often a sample is drawn in an epoch: 0.5 draws half of the samples, 2 draws each sample twice."""
     name: str = ""
-    """The name in reports and metrics; an empty name means the file's name without its suffix."""
+    """The name in reports and metrics; an empty name means the file's name without its suffix, and sources of one name
+    are measured together."""
     format: str = "messages"
     """The format of a record: messages, alpaca, sharegpt, prompt_completion or text."""
     half: str = ""

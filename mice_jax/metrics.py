@@ -67,7 +67,7 @@ class TensorBoardWriter:
 
 
 class TerminalWriter:
-    """Prints loss, gradient norm, tokens/s and time left.
+    """Prints loss, token accuracy, gradient norm, tokens/s and time left.
 
     On a terminal this is a progress bar. Elsewhere it is a line for every `every_steps`-th step.
     """
@@ -106,7 +106,10 @@ class TerminalWriter:
         step = record["step"]
         if step % self._every and step != self._total:
             return
-        numbers = f"loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}  {record['tokens_per_s']:,.0f} tok/s"
+        numbers = (
+            f"loss {record['loss']:.4f}  accuracy {record['token_accuracy']:.3f}  grad_norm {record['grad_norm']:.3f}  "
+            f"{record['tokens_per_s']:,.0f} tok/s"
+        )
         held_out = f"  eval/loss {record['eval/loss']:.4f}" if "eval/loss" in record else ""
         if self._bar:
             self._bar.update(self._task, completed=step, description=numbers + held_out)

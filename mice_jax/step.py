@@ -8,7 +8,7 @@ sum over all tokens of the step, divided by the sum of the weights. Only `apply_
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from mice_jax.loss import cross_entropy_sums, tokens_per_chunk
+from mice_jax.loss import SourceSums, cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.sharding import BATCH_AXES, gradient_sum, param_shardings
 
@@ -24,7 +24,8 @@ from mice_jax.sharding import BATCH_AXES, gradient_sum, param_shardings
 # this, one microbatch has almost all the weight, and the result would be rounding error.
 MIN_CROSS_SHARE = 1e-3
 
-Batch = dict[str, jax.Array]  # tokens, targets, segment_ids, positions, loss_weights: each [B T], B rows of T slots
+# tokens, targets, segment_ids, positions, loss_weights, sources: each [B T], B rows of T slots
+Batch = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +46,7 @@ class Sums(NamedTuple):
     weight_sum: jax.Array
     grad_sq_sum: jax.Array  # sum of the squared norms of the microbatches' gradients
     weight_sq_sum: jax.Array  # sum of the squares of the microbatches' weight_sum
+    sources: SourceSums
 
 
 class Jitted:
@@ -72,15 +74,20 @@ class StepFunctions(NamedTuple):
     zero_sums: Jitted  # () -> Sums
     accumulate: Jitted  # (params, sums, batch) -> Sums; donates sums
     apply: Jitted  # (state, sums, skip_norm_above=inf) -> TrainState, zeroed Sums, metrics; donates state and sums
-    evaluate: Jitted  # (params, batch) -> loss_sum, weight_sum
+    evaluate: Jitted  # (params, batch) -> loss_sum, weight_sum, correct_sum
     abstract_state: TrainState  # like abstract_sums, it has jax.ShapeDtypeStruct with a sharding in place of each array
     abstract_sums: Sums
 
 
 def batch_loss(
-    decoder: Decoder, params: Params, batch: Batch, compute: Compute, chunk_size: int | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Computes the loss of one microbatch as two sums.
+    decoder: Decoder,
+    params: Params,
+    batch: Batch,
+    compute: Compute,
+    chunk_size: int | None = None,
+    num_sources: int = 1,
+) -> tuple[jax.Array, tuple[jax.Array, SourceSums]]:
+    """Computes the loss of one microbatch as two sums, and sums of its predictions by source.
 
     Args:
       decoder: the model.
@@ -88,27 +95,31 @@ def batch_loss(
       batch: one microbatch.
       compute: dtype, attention backend and rematerialisation.
       chunk_size: tokens per device whose logits are materialised at once; None picks it from the vocabulary size.
+      num_sources: the number of sources; 1 takes all slots as those of one source.
 
     Returns:
-      loss_sum and weight_sum, float32 scalars.
+      loss_sum, a float32 scalar, and with it what has no gradient: weight_sum, a float32 scalar, and the sums by source.
     """
     model = decoder.bind(params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
     output_weight = model.output_weight()
-    weight_sum = gradient_sum(output_weight.shape, ("vocab", "embed"), compute.reduce_dtype)
-    return cross_entropy_sums(
+    of_devices = gradient_sum(output_weight.shape, ("vocab", "embed"), compute.reduce_dtype)
+    loss_sum, weight_sum, source_sums = cross_entropy_sums(
         hidden,
         output_weight,
         batch["targets"],
         batch["loss_weights"],
+        batch["sources"] if num_sources > 1 else None,
         vocab_size=decoder.spec.vocab_size,
         logit_scale=decoder.spec.logit_scale,
         softcap=decoder.spec.logit_softcap,
         chunk_size=chunk_size or tokens_per_chunk(decoder.vocab_rows),
+        num_sources=num_sources,
         batch_axes=BATCH_AXES,
-        weight_spec=weight_sum.spec,
-        add_weight_gradients=weight_sum.add,
+        weight_spec=of_devices.spec,
+        add_weight_gradients=of_devices.add,
     )
+    return loss_sum, (weight_sum, source_sums)
 
 
 def make_step(
@@ -120,6 +131,7 @@ def make_step(
     trained: Any = None,
     accumulate_dtype: str = "float32",
     compiler_options: dict[str, str] | None = None,
+    sources: Sequence[str] = (),
 ) -> StepFunctions:
     """Jits the functions of a run for one mesh, with the shardings of `sharding.RULES`.
 
@@ -132,6 +144,7 @@ def make_step(
       trained: a tree with the structure of the parameters, whose bool arrays broadcast to them; None trains all.
       accumulate_dtype: the dtype in which gradients are summed over microbatches.
       compiler_options: XLA's options for the functions that run the model.
+      sources: the names of the sources, by the numbers that microbatches have; none adds no metrics by source.
 
     Returns:
       The jitted functions; nothing is compiled before the first call.
@@ -139,6 +152,8 @@ def make_step(
     abstract_state = make_abstract_state(decoder, optimizer, mesh)
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
+    num_sources = max(len(sources), 1)
+    by_source: Any = jax.ShapeDtypeStruct((num_sources,), jnp.float32, sharding=replicated)
     abstract_sums = Sums(
         jax.tree.map(
             lambda p: jax.ShapeDtypeStruct(p.shape, accumulate_dtype, sharding=p.sharding), abstract_state.params
@@ -147,6 +162,7 @@ def make_step(
         weight_sum=scalar,
         grad_sq_sum=scalar,
         weight_sq_sum=scalar,
+        sources=SourceSums(*[by_source] * len(SourceSums._fields)),
     )
     state_shardings = jax.tree.map(lambda a: a.sharding, abstract_state)
     sums_shardings = jax.tree.map(lambda a: a.sharding, abstract_sums)
@@ -158,23 +174,25 @@ def make_step(
         return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
     def zero_sums() -> Sums:
-        zero = jnp.zeros((), jnp.float32)
-        grads = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulate_dtype), decoder.abstract)
-        return Sums(grads, loss_sum=zero, weight_sum=zero, grad_sq_sum=zero, weight_sq_sum=zero)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_sums)
 
-    def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return batch_loss(decoder, params, batch, compute)
+    def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        loss_sum, (weight_sum, source_sums) = batch_loss(decoder, params, batch, compute)
+        return loss_sum, weight_sum, source_sums.correct[0]
+
+    def loss(params: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, SourceSums]]:
+        return batch_loss(decoder, params, batch, compute, num_sources=num_sources)
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
-        (loss_sum, weight_sum), grads = jax.value_and_grad(evaluate, has_aux=True)(params, batch)
+        (loss_sum, (weight_sum, source_sums)), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
         grad_sq = optax.tree.norm(_zero_frozen(grads, trained), squared=True)
-        microbatch = Sums(grads, loss_sum, weight_sum, grad_sq_sum=grad_sq, weight_sq_sum=weight_sum**2)
+        microbatch = Sums(grads, loss_sum, weight_sum, grad_sq, weight_sum**2, source_sums)
         return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
 
     def apply(
         state: TrainState, sums: Sums, skip_norm_above: float = math.inf
     ) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
-        state, metrics = apply_sums(state, sums, optimizer, schedule, skip_norm_above, trained)
+        state, metrics = apply_sums(state, sums, optimizer, schedule, skip_norm_above, trained, sources)
         # The next step starts from these zeros, which reuse the memory of the donated sums.
         return state, jax.tree.map(jnp.zeros_like, sums), metrics
 
@@ -186,7 +204,9 @@ def make_step(
             accumulate, mesh, donate_argnums=1, out_shardings=sums_shardings, compiler_options=compiler_options
         ),
         apply=Jitted(apply, mesh, donate_argnums=(0, 1), out_shardings=(state_shardings, sums_shardings, replicated)),
-        evaluate=Jitted(evaluate, mesh, out_shardings=(replicated, replicated), compiler_options=compiler_options),
+        evaluate=Jitted(
+            evaluate, mesh, out_shardings=(replicated, replicated, replicated), compiler_options=compiler_options
+        ),
         abstract_state=abstract_state,
         abstract_sums=abstract_sums,
     )
@@ -199,6 +219,7 @@ def apply_sums(
     schedule: Callable[[jax.Array], jax.Array],
     skip_norm_above: jax.typing.ArrayLike = jnp.inf,
     trained: Any = None,
+    sources: Sequence[str] = (),
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one update from the sums of a step.
 
@@ -213,11 +234,12 @@ def apply_sums(
       skip_norm_above: a step whose gradient norm, before clipping, is above this makes no update.
       trained: a tree with the structure of the parameters, whose bool arrays broadcast to them; None trains all. Where
         it is false, parameters do not change, and their gradients do not count in the norm.
+      sources: the names of the sources; their metrics are NaN in a step that has no trained token of them.
 
     Returns:
       The state after the step, and the metrics of the step as scalars.
     """
-    # Nothing else divides a loss or gradient by weights. A step whose weights are all 0 gives NaN, so it is not finite.
+    # Nothing else divides by weights what a step sums. A step whose weights are all 0 gives NaN, so it is not finite.
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, sums.grads)
     grads = _zero_frozen(grads, trained)
     loss = sums.loss_sum / sums.weight_sum
@@ -239,6 +261,8 @@ def apply_sums(
     )
     metrics = {
         "loss": loss,
+        "token_accuracy": jnp.sum(sums.sources.correct) / sums.weight_sum,
+        "entropy": jnp.sum(sums.sources.entropy) / sums.weight_sum,
         "grad_norm": grad_norm,
         "grad_sq_corrected": unbiased_grad_sq(grad_norm, sums),
         "param_norm": optax.tree.norm(params),
@@ -247,6 +271,9 @@ def apply_sums(
         "finite": finite,
         "skipped": skipped,
     }
+    for i, name in enumerate(sources):
+        metrics[f"train/{name}/loss"] = sums.sources.loss[i] / sums.sources.weight[i]
+        metrics[f"train/{name}/token_accuracy"] = sums.sources.correct[i] / sums.sources.weight[i]
     return TrainState(step=step, params=params, opt_state=opt_state), metrics
 
 

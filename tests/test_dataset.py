@@ -169,6 +169,17 @@ def test_source_in_two_phases_is_tokenised_once_and_reported_twice(build: Any, t
     assert len(data.report["sources"]) == 2
 
 
+def test_the_first_source_that_names_a_sample_counts_it(build: Any, tmp_path: Path) -> None:
+    """Metrics of two sources of one name are together, and replayed samples stay those of their source."""
+    one, two, three = (write_jsonl(tmp_path / f"{n}.jsonl", make_chats(n + 3, seed=n)) for n in (1, 2, 3))
+    first = [Source(path=str(one)), Source(path=str(two), name="rest"), Source(path=str(three), name="rest")]
+    again = [Source(path=str(three), name="again", weight=2.0)]
+    data = build([SHORT], phases=[Phase(name="a", sources=first), Phase(name="b", sources=again, replay=0.5)])
+    assert data.sources.names == ("1", "rest", "again")
+    assert data.sources.numbers.tolist() == [0] * 4 + [1] * 11
+    assert data.sources.loss_tokens(np.array([3, 4, 14]), np.array([5, 7, 2])) == {"1": 5, "rest": 9, "again": 0}
+
+
 def test_bad_lines_are_counted_by_reason_where_they_may_be_skipped(build: Any, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "bad.jsonl", [SHORT, SHORT])
     role = json.dumps({"messages": [{"role": "boss", "content": "x"}]})

@@ -62,7 +62,7 @@ def jitted(decoder: Decoder, with_logits: bool) -> Callable[[Params, Arrays], An
     compute = Compute(jnp.dtype("float32"), "blockwise", "full")
 
     def loss(params: Params, rows: Arrays) -> jax.Array:
-        loss_sum, weight_sum = batch_loss(decoder, params, rows, compute, chunk_size=128)
+        loss_sum, (weight_sum, _) = batch_loss(decoder, params, rows, compute, chunk_size=128)
         return loss_sum / weight_sum
 
     def run(params: Params, rows: Arrays) -> tuple[jax.Array, Params, jax.Array | None]:

@@ -17,7 +17,7 @@ from mice_jax.data.bad_records import BadRecords
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import build_dataset
 from mice_jax.data.loader import StepSource, load_steps
-from mice_jax.data.mixture import Corpus, Mixture, PhasePools, Pool
+from mice_jax.data.mixture import Corpus, Mixture, PhasePools, Pool, SampleSources
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.data.tokenise import SCHEMA, TokenisedBlock
 
@@ -54,11 +54,12 @@ def make_source(
     shards: tuple[int, ...] | None = None,
     loss_reduction: str = "token",
     num_epochs: float = 1.0,
+    sources: SampleSources | None = None,
 ) -> StepSource:
     corpus: Any = Corpus([ListStore(samples)], max_length=shapes[0].slots)  # type: ignore[list-item]
     mixture = Mixture([PhasePools("a", num_epochs, (Pool(corpus.ids(0)),))], batch_size=batch_size, seed=0)
     here = tuple(range(num_shards)) if shards is None else shards
-    return StepSource(corpus, mixture, shapes, num_shards, here, loss_reduction, 0)
+    return StepSource(corpus, mixture, shapes, num_shards, here, loss_reduction, 0, sources=sources)
 
 
 def random_samples(count: int, longest: int = 200) -> list[Sample]:
@@ -98,16 +99,18 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 # The longer sample is packed first. Of the shorter, the first token is trained, which nothing can predict.
 LONG: Sample = ([11, 12, 13, 14], [0, 0, 1, 1])
 SHORT: Sample = ([21, 22, 23], [1, 0, 1])
+TWO_SOURCES = SampleSources(("none", "long", "short"), np.array([2, 1], np.int32))
 
 
 def test_two_samples_in_a_row_slot_by_slot() -> None:
-    step = make_source([SHORT, LONG])[0]
+    step = make_source([SHORT, LONG], sources=TWO_SOURCES)[0]
     (arrays,) = step["microbatches"]
     assert {k: v.tolist() for k, v in arrays.items()} == {
         "tokens": [[11, 12, 13, 14, 21, 22, 23, 0]],
         "targets": [[12, 13, 14, 0, 22, 23, 0, 0]],
         "segment_ids": [[1, 1, 1, 1, 2, 2, 2, 0]],
         "positions": [[0, 1, 2, 3, 0, 1, 2, 0]],
+        "sources": [[1, 1, 1, 1, 2, 2, 2, 0]],
         "loss_weights": [[0, 1, 1, 0, 0, 1, 0, 0]],
     }
     kinds = {k: v.dtype for k, v in arrays.items()}
@@ -115,7 +118,7 @@ def test_two_samples_in_a_row_slot_by_slot() -> None:
 
 
 def test_counts_of_a_step_by_hand() -> None:
-    step = make_source([SHORT, LONG], num_shards=2)[0]
+    step = make_source([SHORT, LONG], num_shards=2, sources=TWO_SOURCES)[0]
     counts = {k: v for k, v in step.items() if k not in ("microbatches", "lengths")}
     assert step["lengths"].tolist() == [4, 3]
     assert counts == {
@@ -124,6 +127,7 @@ def test_counts_of_a_step_by_hand() -> None:
         "samples": 2,
         "tokens": 7,
         "loss_tokens": 3,  # 13, 14 and 23; 21 is the first of its sample
+        "loss_tokens_by_source": {"none": 0, "long": 2, "short": 1},
         "slots": 16,
     }
 

@@ -1,5 +1,6 @@
-"""The chunked cross-entropy and its gradients against torch's in float64."""
+"""The chunked cross-entropy and its gradients against torch's in float64, and sums by source against numpy's."""
 
+import contextlib
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from helpers.models import QUICK, gap, mesh_of
-from mice_jax.loss import MAX_CHUNK_BYTES, cross_entropy_sums, tokens_per_chunk
+from mice_jax.loss import MAX_CHUNK_BYTES, SourceSums, cross_entropy_sums, tokens_per_chunk
 from mice_jax.sharding import BATCH_AXES
 
 # float32 keeps a sum of some 200 terms, and each term, a difference of logits of order 10, to a few 1e-7 of itself.
@@ -17,18 +18,19 @@ SUM = 1e-6  # of the value
 GRADIENT = 1e-5  # entries are of order 1
 
 B, T, D, VOCAB = 8, 30, 16, 37
+SOURCES = 3  # of which the last has no slot
 
 
 @functools.cache
 def jitted(
     chunk: int, batch_axes: tuple[str, ...], vocab_size: int, factor: float, logit_scale: float, softcap: float | None
 ):
-    def loss(hidden, weight, targets, loss_weights):
-        loss_sum, weight_sum = cross_entropy_sums(
-            hidden, weight, targets, loss_weights, vocab_size=vocab_size, chunk_size=chunk, batch_axes=batch_axes,
-            logit_scale=logit_scale, softcap=softcap,
+    def loss(hidden, weight, targets, loss_weights, sources):
+        loss_sum, weight_sum, source_sums = cross_entropy_sums(
+            hidden, weight, targets, loss_weights, sources, vocab_size=vocab_size, chunk_size=chunk,
+            batch_axes=batch_axes, logit_scale=logit_scale, softcap=softcap, num_sources=SOURCES,
         )  # fmt: skip
-        return loss_sum * jnp.float32(factor), weight_sum
+        return loss_sum * jnp.float32(factor), (weight_sum, source_sums)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICK)
 
@@ -47,13 +49,19 @@ class Case:
         self.targets = rng.integers(0, VOCAB, (B, T)).astype(np.int32)
         self.loss_weights = rng.choice([0, 0.25, 1, 3], (B, T)).astype(np.float32)
         self.loss_weights[2] = 0
+        self.sources = rng.integers(0, SOURCES - 1, (B, T)).astype(np.int32)
+        self.source_sums = np.zeros((4, SOURCES))  # those of the latest call
 
     def ours(self, chunk: int = 8, batch_axes: tuple[str, ...] = (), vocab_size: int = VOCAB, factor: float = 1.0):
         """loss_sum, weight_sum and the gradients of factor * loss_sum by hidden and weight."""
 
         grad = jitted(chunk, batch_axes, vocab_size, factor, self.logit_scale, self.softcap)
-        sums, grads = grad(self.hidden, self.weight, self.targets, self.loss_weights)
-        return *sums, *grads
+        (loss_sum, (weight_sum, source_sums)), grads = grad(
+            self.hidden, self.weight, self.targets, self.loss_weights, self.sources
+        )
+        assert {x.dtype for x in source_sums} == {jnp.dtype("float32")}
+        self.source_sums = np.asarray(source_sums, np.float64)
+        return loss_sum, weight_sum, *grads
 
     def in_torch(self, factor: float = 1.0, slopes: bool = True):
         """The same, in float64; without slopes the gradients pass a soft cap as if it were not there."""
@@ -192,7 +200,7 @@ def test_memory_per_token_does_not_depend_on_the_vocabulary(with_gradient: bool)
 
         def loss(*x: jax.Array) -> jax.Array:
             keys = {"vocab_size": vocab - 3, "chunk_size": chunk, "logit_scale": 1.0, "softcap": None}
-            return cross_entropy_sums(*x, **keys)[0]
+            return cross_entropy_sums(*x, None, **keys)[0]
 
         f = jax.value_and_grad(loss, argnums=(0, 1)) if with_gradient else loss
         return jax.jit(f).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
@@ -254,6 +262,62 @@ def test_sums_and_gradients_on_a_mesh_equal_torch(sizes: tuple[int, int, int], r
         case.loss_weights[5] = 0
         without_a_row = case.ours(batch_axes=BATCH_AXES)
     assert abs(float(without_a_row[0]) - expected[0]) > 10 * SUM * expected[0]
+
+
+# ---------------------------------------------------------------------------------------- by source
+def source_sums_in_numpy(case: Case) -> np.ndarray:
+    """The sums by source in float64, [4 N] in the order of SourceSums, token by token."""
+    logits, _ = in_numpy(case)
+    sums = dict.fromkeys(SourceSums._fields, np.zeros(SOURCES))
+    for at in np.ndindex(B, T):
+        p = np.exp(logits[at][:VOCAB] - logits[at][:VOCAB].max())
+        p /= p.sum()
+        one = np.eye(SOURCES)[case.sources[at]] * case.loss_weights[at]
+        correct = float(np.argmax(p) == case.targets[at])
+        of_token = {"loss": -np.log(p[case.targets[at]]), "weight": 1.0, "correct": correct}
+        of_token["entropy"] = -(p * np.log(p)).sum()
+        sums = {name: total + one * of_token[name] for name, total in sums.items()}
+    return np.stack([sums[name] for name in SourceSums._fields])
+
+
+def gap_by_source(case: Case, expected: np.ndarray) -> float:
+    return float((np.abs(case.source_sums - expected) / np.maximum(expected, 1)).max())
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 8, 1), (1, 4, 2)])
+def test_sums_by_source_over_microbatches_equal_numpy(sizes: tuple[int, int, int] | None, strict_dtypes: None) -> None:
+    """Two microbatches that have every second slot each; the targets of every third slot are what is predicted."""
+    case = Case(rows=VOCAB if sizes == (1, 4, 2) else 64, logit_scale=0.7, softcap=3.0)
+    logits, _ = in_numpy(case)
+    case.targets[:, ::3] = logits[:, ::3, :VOCAB].argmax(axis=-1)
+    expected, loss_weights = source_sums_in_numpy(case), case.loss_weights
+    assert expected[2, :2].min() > 20 and not expected[:, 2].any()
+    total = np.zeros_like(expected)
+    with jax.set_mesh(mesh_of(*sizes)) if sizes else contextlib.nullcontext():
+        for first in (0, 1):
+            case.loss_weights = np.where(np.arange(T) % 2 == first, loss_weights, np.float32(0))
+            loss_sum, *_ = case.ours(batch_axes=BATCH_AXES if sizes else ())
+            assert case.source_sums[0].sum() == pytest.approx(float(loss_sum), rel=SUM)
+            total += case.source_sums
+    case.loss_weights, case.source_sums = loss_weights, total
+    assert gap_by_source(case, expected) < SUM
+    # What the sums would be with other sources, weights or targets, or over the padding of the vocabulary, is seen.
+    for name, wrong in {"sources": 1 - case.sources, "loss_weights": case.loss_weights > 0, "targets": 0}.items():
+        right = getattr(case, name)
+        setattr(case, name, np.broadcast_to(wrong, (B, T)).astype(right.dtype))
+        assert gap_by_source(case, source_sums_in_numpy(case)) > 10 * SUM, name
+        setattr(case, name, right)
+
+
+def test_the_first_of_equal_largest_logits_is_predicted(strict_dtypes: None) -> None:
+    case = Case()
+    case.hidden[:] = 0
+    case.targets[:] = 0
+    case.targets[:, 5:] = 1
+    case.ours()
+    assert case.source_sums[2].sum() == case.loss_weights[:, :5].sum()
+    uniform = case.loss_weights.sum(dtype=np.float64) * np.log(VOCAB)
+    assert case.source_sums[3].sum() == pytest.approx(uniform, rel=SUM)
 
 
 # ---------------------------------------------------------------------------------------- bfloat16

@@ -113,7 +113,8 @@ def test_tensorboard_has_the_numbers_of_every_nth_step_by_samples(tmp_path: Path
 
 # ---------------------------------------------------------------------------------------- terminal
 def record(step: int, seconds: float = 2.0, **more: float) -> dict[str, Any]:
-    numbers = {"loss": 1.23456, "grad_norm": 0.98765, "tokens_per_s": 12345.6, "step_time_s": seconds}
+    numbers = {"loss": 1.23456, "token_accuracy": 0.25, "grad_norm": 0.98765, "tokens_per_s": 12345.6}
+    numbers |= {"step_time_s": seconds}
     return {"step": step} | numbers | more
 
 
@@ -128,7 +129,7 @@ def lines_of(records: list[dict[str, Any]], total: int, every: int, first: int =
 
 def test_without_a_terminal_each_step_is_a_plain_line() -> None:
     lines = lines_of([record(1, 60.0), record(2), record(3, 4.0, **{"eval/loss": 1.0})], total=5, every=1)
-    numbers = "loss 1.2346  grad_norm 0.988  12,346 tok/s"
+    numbers = "loss 1.2346  accuracy 0.250  grad_norm 0.988  12,346 tok/s"
     # The first step compiles and does not count: after the second, 3 steps of 2 s are left, then 2 of 3 s.
     assert lines == [
         f"step 1/5  {numbers}",
@@ -155,6 +156,6 @@ def test_on_a_terminal_a_bar_shows_the_same_numbers() -> None:
     writer.write(record(3))
     writer.close()
     text = console.file.getvalue()
-    assert "loss 1.2346  grad_norm 0.988  12,346 tok/s" in text
+    assert "loss 1.2346  accuracy 0.250  grad_norm 0.988  12,346 tok/s" in text
     assert "3/5" in text
     assert "step 3/5" not in text

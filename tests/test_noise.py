@@ -11,6 +11,7 @@ import pytest
 
 from helpers.models import llama, load, mesh_of, packed, sample_of
 from mice_jax.data.packing import Microbatch, microbatch_shapes, pack_steps
+from mice_jax.loss import SourceSums
 from mice_jax.models.transformer import Compute
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import put_rows
@@ -26,7 +27,8 @@ RUNS = 500  # steps of a Monte Carlo
 def estimate(sums: np.ndarray, weights: np.ndarray) -> float:
     """`unbiased_grad_sq` of microbatches with gradient sums [M DIM] and weights [M], in float64."""
     with jax.enable_x64(True):
-        own = Sums({}, *[jnp.float64(x) for x in (0.0, weights.sum(), (sums**2).sum(), (weights**2).sum())])
+        numbers = (0.0, weights.sum(), (sums**2).sum(), (weights**2).sum())
+        own = Sums({}, *[jnp.float64(x) for x in numbers], SourceSums(*[jnp.zeros(1)] * 4))
         return float(unbiased_grad_sq(jnp.linalg.norm(jnp.asarray(sums.sum(0) / weights.sum())), own))
 
 

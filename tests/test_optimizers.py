@@ -10,10 +10,12 @@ import optax
 import pytest
 import torch
 
+from mice_jax.loss import SourceSums
 from mice_jax.optim import make_optimizer, make_phase_schedule
 from mice_jax.step import Sums, TrainState, apply_sums
 
 RATE, STEPS = 1e-2, 3
+NO_SOURCES = SourceSums(*[jnp.zeros(1)] * 4)
 SETTINGS: dict[str, Any] = {"grad_clip": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
 # Two layers of attention with 4 heads of 3 on a width of 160, an MLP, a norm; the embedding. Adafactor factors what has
 # two dims of 128 and more.
@@ -57,7 +59,7 @@ def _states(name: str, mask: Tree | None, **settings: Any) -> list[tuple[Tree, A
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     states = []
     for grads in GRADS:
-        sums = Sums(jax.tree.map(lambda g: 2 * jnp.asarray(g), grads), *[jnp.float32(2.0)] * 4)
+        sums = Sums(jax.tree.map(lambda g: 2 * jnp.asarray(g), grads), *[jnp.float32(2.0)] * 4, NO_SOURCES)
         state, _ = apply_sums(state, sums, optimizer, lambda step: RATE, trained=mask)  # quicker than compiling
         states.append((jax.tree.map(np.asarray, state.params), state.opt_state))
     return states
@@ -231,7 +233,7 @@ def test_grad_norm_is_that_of_the_trained_parameters() -> None:
     optimizer = make_optimizer(name="adamw", trained=mask, **SETTINGS)
     params = jax.tree.map(jnp.asarray, drawn(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), *[jnp.float32(1.0)] * 4)
+    sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), *[jnp.float32(1.0)] * 4, NO_SOURCES)
     _, metrics = apply_sums(state, sums, optimizer, lambda step: RATE, trained=mask)
     assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(GRADS[0]["layers"]["scale"]), rel=1e-6)
 
@@ -240,7 +242,7 @@ def test_a_step_above_the_norm_limit_counts_but_updates_nothing() -> None:
     optimizer = make_optimizer(name="adamw", **SETTINGS)
     params = jax.tree.map(jnp.asarray, drawn(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), *[jnp.float32(1.0)] * 4)
+    sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), *[jnp.float32(1.0)] * 4, NO_SOURCES)
     norm = float(optax.tree.norm(GRADS[0]))
     for limit, skipped in ((norm * 0.999, True), (norm * 1.001, False)):
         after, metrics = apply_sums(state, sums, optimizer, lambda step: RATE, limit)

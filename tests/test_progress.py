@@ -23,6 +23,12 @@ def test_counters_add_up_over_the_run() -> None:
     progress = Progress().advance(BATCH, 1.0, skipped=False).advance(BATCH, 9.0, skipped=True)
     assert progress.counters() == {"samples": 16, "tokens": 200, "loss_tokens": 120}
     assert progress.skipped == 1 and progress.norms == (1.0, 9.0)
+    for counts in ({"a": 60, "b": 0}, {"a": 20, "b": 40}):
+        progress = progress.advance(BATCH | {"loss_tokens_by_source": counts}, 1.0, skipped=False)
+    assert {k: v for k, v in progress.counters().items() if "/" in k} == {
+        "train/a/loss_tokens": 80,
+        "train/b/loss_tokens": 40,
+    }
 
 
 def test_a_spike_is_a_multiple_of_the_median_of_the_latest_norms() -> None:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.smoke
 SPEC = spec_of()
 BATCH = {"epoch": 1, "microbatches": [None, None], "tokens": 300, "slots": 400, "lengths": np.array([100, 200])}
 MEASURED = {
-    "loss": 2.5, "grad_norm": 1.5, "param_norm": 9.0, "update_norm": 0.1, "grad_sq_corrected": 0.25,
+    "loss": 2.5, "token_accuracy": 0.25, "entropy": 1.5, "train/a/loss": 2.0, "grad_norm": 1.5, "param_norm": 9.0, "update_norm": 0.1, "grad_sq_corrected": 0.25,
     "learning_rate": 1e-3, "finite": True, "skipped": False,
 }  # fmt: skip
 PROGRESS = Progress(samples=16, tokens=600, loss_tokens=200, skipped=3, grad_sq=0.5, sample_variance=8.0)
@@ -31,7 +31,7 @@ def record_of(peak: float | None = 1e9, skips_spikes: bool = False, **measured: 
 
 def test_record_has_every_metric_and_no_other() -> None:
     record = record_of()
-    assert set(record) == {"step", "phase", *STEP_METRICS}
+    assert set(record) == {"step", "phase", "train/a/loss", *STEP_METRICS}
     assert set(record_of(skips_spikes=True)) == {*record, "skipped_steps"}
 
 
@@ -45,8 +45,8 @@ def test_record_values_by_hand() -> None:
 
 
 def test_record_is_null_where_nothing_was_measured() -> None:
-    record = record_of(peak=None, grad_sq_corrected=math.nan)
-    assert record["mfu"] is None and record["grad_sq_corrected"] is None
+    record = record_of(peak=None, **{"grad_sq_corrected": math.nan, "train/a/loss": math.nan})
+    assert record["mfu"] is None and record["grad_sq_corrected"] is None and record["train/a/loss"] is None
 
 
 @pytest.mark.parametrize(

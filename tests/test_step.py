@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 from helpers.models import Sample, gap, in_float64, llama, load, mesh_of, packed, sample_of, spec_of
 from mice_jax import step as step_module
-from mice_jax.loss import tokens_per_chunk
+from mice_jax.loss import SourceSums, tokens_per_chunk
 from mice_jax.models.transformer import Compute, Params, make_decoder
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import num_shards, put_rows
@@ -384,12 +384,13 @@ def test_sums_and_state_are_updated_in_place(folder: Path, two_steps: list[Rows]
 
 
 def plain_cross_entropy(
-    hidden: jax.Array, weight: jax.Array, targets: jax.Array, loss_weights: jax.Array, **_: Any
-) -> tuple[jax.Array, jax.Array]:
+    hidden: jax.Array, weight: jax.Array, targets: jax.Array, loss_weights: jax.Array, *_: Any, **__: Any
+) -> tuple[jax.Array, jax.Array, SourceSums]:
     """All logits at once."""
     logits = jnp.einsum("btd,vd->btv", hidden, weight)
     at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - at_target) * loss_weights), jnp.sum(loss_weights)
+    loss_sum = jnp.sum((jax.nn.logsumexp(logits, axis=-1) - at_target) * loss_weights)
+    return loss_sum, jnp.sum(loss_weights), SourceSums(*[jnp.zeros(1)] * 4)
 
 
 def largest_array(program: Any) -> int:

@@ -41,10 +41,10 @@ from mice_jax import train as train_module
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.step import Jitted
 from mice_jax.training import build, start_state
-from mice_jax.training.record import STEP_METRICS
+from mice_jax.training.record import SOURCE_METRICS, STEP_METRICS
 
 SAMPLES, EPOCHS, BATCH = 36, 4, 8  # five steps an epoch, the last of four samples
-KEYS = {"step", "phase", *STEP_METRICS}
+KEYS = {"step", "phase", *STEP_METRICS, *(f"train/train/{name}" for name in SOURCE_METRICS)}
 HELD_OUT = make_chats(12, seed=5)
 
 
@@ -132,7 +132,8 @@ def test_metrics_have_a_line_a_step_with_exactly_the_contract_s_keys(workdir: Pa
     lines = read_metrics(workdir)
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(line.keys() == KEYS for line in lines[:-1])
-    assert lines[-1].keys() == KEYS | {"eval/loss", "eval/macro_loss", "eval/held/loss"}
+    evaluated = {"loss", "macro_loss", "held/loss", "token_accuracy", "held/token_accuracy"}
+    assert lines[-1].keys() == KEYS | {f"eval/{name}" for name in evaluated}
     assert {line["phase"] for line in lines} == {"stacked"}
     assert [line["epoch"] for line in lines] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
     assert [line["learning_rate"] for line in lines] == pytest.approx([1e-2] * 20)

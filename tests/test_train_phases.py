@@ -25,7 +25,7 @@ from helpers.runs import (
 from mice_jax import train as train_module
 from mice_jax.metrics import JsonlWriter
 from mice_jax.training.progress import Progress
-from mice_jax.training.record import STEP_METRICS
+from mice_jax.training.record import SOURCE_METRICS, STEP_METRICS
 
 SAME = {"rel": 1e-5}  # the same arithmetic on rows dealt in another order
 
@@ -205,7 +205,9 @@ def test_checkpoints_are_chosen_by_any_number_of_metrics_jsonl(metric: str, tmp_
 
 def test_every_number_of_a_line_can_be_chosen_by(restarted: Path) -> None:
     found = {k for line in read_metrics(restarted) for k, v in line.items() if not isinstance(v, str)}
-    assert {k for k in found if not k.startswith("eval/")} - {"step"} == set(STEP_METRICS)
+    of_steps = {k for k in found if not k.startswith("eval/")} - {"step"}
+    by_source = {f"train/{source}/{name}" for source in ("knowledge", "skills") for name in SOURCE_METRICS}
+    assert of_steps == {*STEP_METRICS, *by_source}
 
 
 def test_phase_seed_from_best_without_any_scored_checkpoint_is_an_error(

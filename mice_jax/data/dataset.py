@@ -17,7 +17,7 @@ from mice_jax import config
 from mice_jax.data import statistics
 from mice_jax.data.bad_records import BadRecordsError, merged
 from mice_jax.data.chat import ChatEncoder, SampleFlag
-from mice_jax.data.mixture import Corpus, PhasePools, Pool
+from mice_jax.data.mixture import Corpus, PhasePools, Pool, SampleSources
 from mice_jax.data.store import ProgressCallback, TokenStore, build_store
 from mice_jax.errors import UserError
 from mice_jax.storage.cache import cache_folder
@@ -33,6 +33,7 @@ class Dataset:
 
     corpus: Corpus
     phases: list[PhasePools]
+    sources: SampleSources  # those that are trained on
     validation: list["HeldOut"]
     report: dict[str, Any]  # the part of data_report.json that does not depend on steps
     fingerprint: str  # of all stores
@@ -73,8 +74,10 @@ def build_dataset(
     corpus = Corpus(list(stores.values()), data.max_length)
     pools = _Pools(data, corpus, stores)
     phases: list[PhasePools] = []
+    named: list[tuple[str, Pool]] = []  # by the names of their sources
     for phase in data.phases:
         own = [pools.make(s, held_out=False) for s in phase.sources]
+        named += [(source_name(s), pool) for s, pool in zip(phase.sources, own, strict=True)]
         phases.append(
             PhasePools(
                 phase.name, phase.num_epochs, (*own, *_replayed(phase, phases)), phase.num_steps, phase.batch_size
@@ -83,8 +86,16 @@ def build_dataset(
     for phase in phases:
         _check_phase(phase, data, pools.entries["sources"])
     validation = _validation(data, pools)
+    sources = _sample_sources(named, len(corpus.lengths))
     fingerprint = hashlib.sha256(" ".join(s.fingerprint for s in stores.values()).encode()).hexdigest()
-    return Dataset(corpus, phases, validation, pools.entries | _overlaps(corpus, phases, validation), fingerprint)
+    return Dataset(
+        corpus, phases, sources, validation, pools.entries | _overlaps(corpus, phases, validation), fingerprint
+    )
+
+
+def source_names(data: config.Data) -> list[str]:
+    """The names of the sources that are trained on, each once, in their order."""
+    return list(dict.fromkeys(source_name(s) for phase in data.phases for s in phase.sources))
 
 
 def source_name(source: config.Source) -> str:
@@ -223,6 +234,20 @@ def _replayed(phase: config.Phase, earlier: Sequence[PhasePools]) -> list[Pool]:
             f"{', '.join(p.name for p in replayed)} is less than one. Give it more, or leave it out."
         )
     return [pool]
+
+
+def _sample_sources(named: Sequence[tuple[str, Pool]], num_samples: int) -> SampleSources:
+    """Which source each sample comes from; where several name it, the first one.
+
+    Args:
+      named: the pool of each source of each phase, in order, with the name of the source.
+      num_samples: the number of samples of the corpus.
+    """
+    names = tuple(dict.fromkeys(name for name, _ in named))
+    numbers = np.zeros(num_samples, np.int32)
+    for name, pool in reversed(named):
+        numbers[pool.ids] = names.index(name)
+    return SampleSources(names, numbers)
 
 
 def _check_phase(phase: PhasePools, data: config.Data, sources: dict[str, Any]) -> None:

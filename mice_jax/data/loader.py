@@ -12,13 +12,13 @@ import grain
 import numpy as np
 from absl import flags
 
-from mice_jax.data.mixture import Corpus, Mixture
+from mice_jax.data.mixture import Corpus, Mixture, SampleSources
 from mice_jax.data.packing import Microbatch, Shape, pack_steps
 
 PREFETCH_STEPS = 2
 PLANNED_SAMPLES = 2**14  # about as many are planned at once
 
-# One microbatch of this host: tokens, targets, segment_ids, positions (int32) and loss_weights (float32), each
+# One microbatch of this host: tokens, targets, segment_ids, positions, sources (int32) and loss_weights (float32), each
 # [local rows, slots].
 Arrays = dict[str, np.ndarray]
 
@@ -35,6 +35,7 @@ class StepSource:
     loss_reduction: str  # "token" or "sample"
     seed: int
     split_every: int = 0  # every such step that has a single microbatch is split into two; 0 = never
+    sources: SampleSources | None = None  # None takes all samples as those of one source without a name
     # The first step of the block that was planned last, and the plans of its steps.
     _latest: list[tuple[int, Sequence[list[Microbatch]]]] = dataclasses.field(
         default_factory=lambda: [(0, [])], init=False, repr=False, compare=False
@@ -49,13 +50,15 @@ class StepSource:
         plan = self.plan(int(index))
         halves = self._halves(int(index), len(step.samples)) if len(plan) == 1 else [None]
         lengths = self.corpus.lengths[step.samples].astype(np.int64)
+        num_trained = self.corpus.num_trained[step.samples]
         return {
             "phase": step.phase,
             "epoch": step.epoch,
             "samples": len(step.samples),
             "tokens": int(lengths.sum()),
             "lengths": lengths,  # of the samples; the cost of attention depends on them
-            "loss_tokens": int(self.corpus.num_trained[step.samples].sum()),
+            "loss_tokens": int(num_trained.sum()),
+            "loss_tokens_by_source": self.sources.loss_tokens(step.samples, num_trained) if self.sources else {},
             "slots": len(halves) * sum(len(m.rows) * m.shape.slots for m in plan),
             "microbatches": [self._fill(m, step.samples, half) for m in plan for half in halves],
         }
@@ -90,7 +93,8 @@ class StepSource:
             at = 0
             for segment, sample in enumerate(row, 1):
                 tokens, trained = self.corpus.sample(samples[sample])
-                put_sample(arrays, r, at, segment, tokens, trained, self.loss_reduction)
+                source = int(self.sources.numbers[samples[sample]]) if self.sources else 0
+                put_sample(arrays, r, at, segment, tokens, trained, self.loss_reduction, source)
                 if half is not None and sample not in half:
                     arrays["loss_weights"][r, at : at + len(tokens)] = 0
                 at += len(tokens)
@@ -99,7 +103,7 @@ class StepSource:
 
 def empty_rows(rows: int, slots: int) -> Arrays:
     """Rows of padding, whose segment ids and loss weights are 0."""
-    names = ("tokens", "targets", "segment_ids", "positions")
+    names = ("tokens", "targets", "segment_ids", "positions", "sources")
     arrays = {name: np.zeros((rows, slots), np.int32) for name in names}
     return arrays | {"loss_weights": np.zeros((rows, slots), np.float32)}
 
@@ -112,6 +116,7 @@ def put_sample(
     tokens: np.ndarray,
     trained: np.ndarray,
     loss_reduction: str,
+    source: int = 0,
 ) -> None:
     """Writes one sample of n tokens into a row; slot t predicts token t + 1, and the last slot has no loss.
 
@@ -123,12 +128,14 @@ def put_sample(
       tokens: int32 [n].
       trained: uint8 [n]; 1 = the model learns to predict this token.
       loss_reduction: "token", or "sample" to give each sample a total weight of 1.
+      source: the number of the source that the sample comes from.
     """
     n = len(tokens)
     span = slice(at, at + n)
     arrays["tokens"][row, span] = tokens
     arrays["segment_ids"][row, span] = segment
     arrays["positions"][row, span] = np.arange(n)
+    arrays["sources"][row, span] = source
     arrays["targets"][row, at : at + n - 1] = tokens[1:]
     share = max(1, int(trained[1:].sum())) if loss_reduction == "sample" else 1
     arrays["loss_weights"][row, at : at + n - 1] = trained[1:].astype(np.float32) / np.float32(share)

@@ -61,6 +61,24 @@ class Corpus:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleSources:
+    """Which source each sample of a corpus comes from."""
+
+    names: tuple[str, ...]
+    numbers: np.ndarray  # int32 [samples], indices into names; 0 for a sample that is not trained on
+
+    def loss_tokens(self, ids: np.ndarray, num_trained: np.ndarray) -> dict[str, int]:
+        """Counts the trained tokens of samples by source.
+
+        Args:
+          ids: the numbers of the samples.
+          num_trained: the trained tokens of each of them.
+        """
+        counts = np.bincount(self.numbers[ids], weights=num_trained, minlength=len(self.names))
+        return {name: int(count) for name, count in zip(self.names, counts, strict=True)}
+
+
+@dataclasses.dataclass(frozen=True)
 class Pool:
     """Sample numbers that a phase draws from; each is drawn `weight` times an epoch on average."""
 

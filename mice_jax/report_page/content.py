@@ -23,6 +23,8 @@ from mice_jax.training import stop_rules
 # Title of each curve, and what a reader needs to know of it.
 SIGNALS = {
     "loss": ("Loss", "training, each step"),
+    "token_accuracy": ("Token accuracy", "share of trained tokens that are predicted, weighted as the loss"),
+    "entropy": ("Entropy", "of the predictions at trained tokens, in nats"),
     "grad_norm": ("Gradient norm, raw", "of the step's mean gradient, before clipping"),
     "grad_norm_corrected": (
         "Gradient norm, corrected",
@@ -37,6 +39,9 @@ SIGNALS = {
     "mfu": ("Model FLOPs utilisation", "share of the devices' peak"),
 }
 SINGLE_RUN_ONLY = ("slot_efficiency", "mfu")  # curves that would only clutter a page of several runs
+# The loss of each source that is trained on, on the page of one run; more curves than that would hide the others.
+SOURCE_LOSS = re.compile(r"train/(.+)/loss")
+MAX_SOURCES = 12
 STEPWISE = ("loss", "grad_norm")  # curves that a page of several runs also shows step by step, without smoothing
 MAX_POINTS = 200_000  # points of all curves of a page together; keeps the page below ten megabytes
 SIGNIFICANT_DIGITS = 5
@@ -80,7 +85,10 @@ class _Subject:
     @property
     def signals(self) -> list[str]:
         """The names of the curves of each run."""
-        return [n for n in SIGNALS if len(self.runs) == 1 or n not in SINGLE_RUN_ONLY]
+        if len(self.runs) != 1:
+            return [n for n in SIGNALS if n not in SINGLE_RUN_ONLY]
+        by_source = [n for n in self.runs[0].records.columns if SOURCE_LOSS.fullmatch(n)]
+        return [*SIGNALS, *(by_source[:MAX_SOURCES] if len(by_source) > 1 else [])]
 
     @property
     def points_per_curve(self) -> int:
@@ -118,7 +126,7 @@ def _page(subject: _Subject) -> dict[str, Any]:
         "mode": objective.mode,
         "stop": subject.stop,
         "fields": dict(zip(subject.fields, read_runs.short_names(subject.fields, "."), strict=True)),
-        "signals": {n: {"title": SIGNALS[n][0], "note": SIGNALS[n][1]} for n in subject.signals},
+        "signals": {n: dict(zip(("title", "note"), _title_and_note(n), strict=True)) for n in subject.signals},
         "lower": sorted({n for r in runs for n in r.evaluations if r.lower_is_better(n)}),
         "runs": _rows(subject),
         "saved": _saved(runs),
@@ -129,6 +137,13 @@ def _page(subject: _Subject) -> dict[str, Any]:
         "data": [_data_tables(r) for r in runs[:1]] if is_single else [],
         "provenance": _provenance(runs[0]) if is_single else [],
     }
+
+
+def _title_and_note(signal: str) -> tuple[str, str]:
+    """Returns the title of a curve, and what a reader needs to know of it."""
+    if of_source := SOURCE_LOSS.fullmatch(signal):
+        return f"Loss of {of_source[1]}", "training, each step, on this source alone"
+    return SIGNALS[signal]
 
 
 def _problems(subject: _Subject) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ from mice_jax.config import Config, is_set
 from mice_jax.data import statistics
 from mice_jax.data.batch_size import check_default_batch_size
 from mice_jax.data.chat import ChatEncoder
-from mice_jax.data.dataset import Dataset, build_dataset
+from mice_jax.data.dataset import Dataset, build_dataset, source_names
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import Shape, microbatch_shapes
@@ -178,6 +178,7 @@ def step_source(
         config.optim.loss_reduction,
         config.seed,
         split_every=config.log.noise_every,
+        sources=data.dataset.sources,
     )
 
 
@@ -453,7 +454,8 @@ def step_functions(
     made, trained = optimizer(config, decoder, architecture)
     chip = find_chip(mesh.devices.flat[0])
     options = compiler_options(chip is not None and chip.sparse_cores)
-    return make_step(decoder, made, schedule, mesh, compute, trained, config.optim.accumulate_dtype, options)
+    names = source_names(config.data)
+    return make_step(decoder, made, schedule, mesh, compute, trained, config.optim.accumulate_dtype, options, names)
 
 
 # ---------------------------------------------------------------------------------------- inference

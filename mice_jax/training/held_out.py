@@ -1,9 +1,9 @@
-"""Measures the held-out loss: over all held-out samples, by source, and by phase if there are several."""
+"""Measures loss and token accuracy on held-out samples: on all, by source, and by phase if there are several."""
 
 import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -19,13 +19,29 @@ MACRO = "eval/macro_loss"  # the mean over sources, in which a small source coun
 TOGETHER = 512  # The number of samples that are packed together.
 
 
+class Sums(NamedTuple):
+    """Sums over held-out tokens."""
+
+    loss: float = 0.0
+    weight: float = 0.0
+    correct: float = 0.0
+
+    def plus(self, other: "Sums") -> "Sums":
+        """Returns the sums over the tokens of both."""
+        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 def metric_names(held_out: Sequence[HeldOut], by_phase: bool) -> list[str]:
     """Returns the names of the metrics that `evaluate` returns."""
     if not held_out:
         return []
-    sources = dict.fromkeys(f"eval/{h.name}/loss" for h in held_out)
-    phases = dict.fromkeys(f"eval/phase/{p}/loss" for h in held_out for p in h.phases * by_phase)
-    return ["eval/loss", MACRO, *sources, *phases]
+    groups = dict.fromkeys(["eval", *(f"eval/{h.name}" for h in held_out), *_phases(held_out, by_phase)])
+    measured = [f"{group}/{metric}" for group in groups for metric in ("loss", "token_accuracy")]
+    return [measured[0], MACRO, *measured[1:]]
+
+
+def _phases(held_out: Sequence[HeldOut], by_phase: bool) -> list[str]:
+    return [f"eval/phase/{phase}" for h in held_out for phase in h.phases * by_phase]
 
 
 def sources(held_out: Sequence[HeldOut], source: Callable[[Mixture], StepSource]) -> list[StepSource]:
@@ -34,37 +50,36 @@ def sources(held_out: Sequence[HeldOut], source: Callable[[Mixture], StepSource]
 
 
 def evaluate(
-    loss: Callable[[dict[str, jax.Array]], tuple[jax.Array, jax.Array]],
+    loss: Callable[[dict[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]],
     held_out: Sequence[HeldOut],
     source: Callable[[Mixture], StepSource],
     mesh: jax.sharding.Mesh,
     by_phase: bool,
 ) -> dict[str, float]:
-    """Measures the held-out losses. Each is a mean over tokens, even if the training uses another loss reduction.
+    """Measures on held-out samples. Metrics are means over tokens, even if the training uses another loss reduction.
 
     Args:
-      loss: Returns the loss_sum and the weight_sum of a microbatch.
+      loss: Returns the loss_sum, the weight_sum and the correct_sum of a microbatch.
       held_out: The held-out samples of each source.
       source: Packs the steps of a mixture for this mesh.
       mesh: The run's mesh.
-      by_phase: Whether to measure the loss of each phase too.
+      by_phase: Whether to measure each phase too.
 
     Returns:
-      The losses by name, see `metric_names`.
+      The metrics by name, see `metric_names`.
     """
-    sums: dict[str, tuple[float, float]] = {}
+    sums: dict[str, Sums] = {}
     for h, steps in zip(held_out, sources(held_out, source), strict=True):
-        loss_sum, weight_sum = _sums(loss, steps, mesh)
-        names = {f"eval/{h.name}/loss", "eval/loss", *(f"eval/phase/{p}/loss" for p in h.phases * by_phase)}
-        for name in names:
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + loss_sum, before[1] + weight_sum)
-    losses = {name: loss_sum / weight_sum for name, (loss_sum, weight_sum) in sums.items()}
+        of_source = _sums(loss, steps, mesh)
+        for group in {"eval", f"eval/{h.name}", *_phases([h], by_phase)}:
+            sums[group] = of_source.plus(sums.get(group, Sums()))
+    metrics: dict[str, float] = {}
+    for group, total in sums.items():
+        metrics[f"{group}/loss"] = total.loss / total.weight
+        metrics[f"{group}/token_accuracy"] = total.correct / total.weight
     if held_out:
-        losses[MACRO] = statistics.fmean(
-            losses[name] for name in dict.fromkeys(f"eval/{h.name}/loss" for h in held_out)
-        )
-    return {name: losses[name] for name in metric_names(held_out, by_phase)}
+        metrics[MACRO] = statistics.fmean(metrics[f"{group}/loss"] for group in {f"eval/{h.name}" for h in held_out})
+    return {name: metrics[name] for name in metric_names(held_out, by_phase)}
 
 
 def _once(held_out: HeldOut) -> Mixture:
@@ -72,14 +87,13 @@ def _once(held_out: HeldOut) -> Mixture:
     return Mixture([PhasePools(held_out.name, 1.0, (Pool(held_out.ids),))], batch_size=TOGETHER, seed=0)
 
 
-def _sums(loss: Callable[..., Any], steps: StepSource, mesh: jax.sharding.Mesh) -> tuple[float, float]:
-    """Returns the sums of losses and of weights over all microbatches."""
-    loss_sum = weight_sum = 0.0
+def _sums(loss: Callable[..., Any], steps: StepSource, mesh: jax.sharding.Mesh) -> Sums:
+    """Returns the sums over all microbatches."""
+    total = Sums()
     microbatches = itertools.chain.from_iterable(steps[i]["microbatches"] for i in range(len(steps)))
     for sums in _one_behind(loss(put_rows(rows, mesh)) for rows in microbatches):
-        found = jax.device_get(sums)
-        loss_sum, weight_sum = loss_sum + float(found[0]), weight_sum + float(found[1])
-    return loss_sum, weight_sum
+        total = total.plus(Sums(*map(float, jax.device_get(sums))))
+    return total
 
 
 def _one_behind(queued: Iterator[T]) -> Iterator[T]:

@@ -23,6 +23,7 @@ class Progress:
       samples: The number of samples seen.
       tokens: The number of tokens seen.
       loss_tokens: The number of tokens with a loss.
+      loss_tokens_by_source: The same of each source, by its name.
       skipped: The number of steps whose update was skipped because of train.skip_spikes.
       norms: The gradient norms of the latest steps.
       grad_sq: The running mean of the true gradient's squared norm.
@@ -32,6 +33,7 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     loss_tokens: int = 0
+    loss_tokens_by_source: Mapping[str, int] = dataclasses.field(default_factory=dict)
     skipped: int = 0
     norms: tuple[float, ...] = ()
     grad_sq: float = 0.0
@@ -58,6 +60,10 @@ class Progress:
             samples=self.samples + batch["samples"],
             tokens=self.tokens + batch["tokens"],
             loss_tokens=self.loss_tokens + batch["loss_tokens"],
+            loss_tokens_by_source={
+                name: self.loss_tokens_by_source.get(name, 0) + count
+                for name, count in batch.get("loss_tokens_by_source", {}).items()
+            },
             skipped=self.skipped + skipped,
             norms=(*self.norms, grad_norm)[-NORMS_KEPT:],
             grad_sq=grad_sq,
@@ -66,7 +72,8 @@ class Progress:
 
     def counters(self) -> dict[str, int]:
         """Returns the counters that every line of metrics.jsonl has."""
-        return {"samples": self.samples, "tokens": self.tokens, "loss_tokens": self.loss_tokens}
+        by_source = {f"train/{name}/loss_tokens": count for name, count in self.loss_tokens_by_source.items()}
+        return {"samples": self.samples, "tokens": self.tokens, "loss_tokens": self.loss_tokens} | by_source
 
     def noise_scale(self) -> float | None:
         """Returns the batch size, in samples, whose noise equals the true gradient; None if it cannot be estimated."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mice_jax.config import Config, nearest
+from mice_jax.data.dataset import source_names
 from mice_jax.errors import UserError
 from mice_jax.hardware import train_flops
 from mice_jax.models.spec import ModelSpec
@@ -12,9 +13,11 @@ from mice_jax.training.progress import Progress
 
 # The numbers of every line of metrics.jsonl; some are null where they cannot be measured.
 STEP_METRICS = (
-    "loss", "grad_norm", "param_norm", "update_norm", "grad_sq_corrected", "noise_scale", "learning_rate", "epoch",
+    "loss", "token_accuracy", "entropy", "grad_norm", "param_norm", "update_norm", "grad_sq_corrected", "noise_scale", "learning_rate", "epoch",
     "samples", "tokens", "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s",
 )  # fmt: skip
+# Those of each source that is trained on, as train/<source>/<metric>.
+SOURCE_METRICS = ("loss", "token_accuracy", "loss_tokens")
 SKIPPED_STEPS = "skipped_steps"  # Records have this only if train.skip_spikes is set.
 
 
@@ -53,10 +56,12 @@ def make_record(
       throughput: The model and the peak of the devices, for the rates.
       skips_spikes: Whether train.skip_spikes is set.
     """
-    unbiased = measured["grad_sq_corrected"]
     record = {"step": step, "phase": phase, "epoch": batch["epoch"]} | progress.counters()
-    record |= {name: value for name, value in measured.items() if name not in ("finite", "skipped")}
-    record["grad_sq_corrected"] = unbiased if math.isfinite(unbiased) else None
+    for name, value in measured.items():
+        if name not in ("finite", "skipped"):
+            # There may be no estimate of the gradient noise, and no trained token of a source.
+            may_be_missing = name == "grad_sq_corrected" or name.startswith("train/")
+            record[name] = None if may_be_missing and not math.isfinite(value) else value
     record["noise_scale"] = progress.noise_scale()
     record["num_microbatches"] = len(batch["microbatches"])
     record["slot_efficiency"] = batch["tokens"] / batch["slots"]
@@ -76,7 +81,8 @@ def all_finite(metrics: Mapping[str, float | None]) -> bool:
 
 def metric_names(config: Config, evaluated: Sequence[str]) -> list[str]:
     """Returns the names of all metrics of a run; `evaluated` are those of its evaluations."""
-    return [*STEP_METRICS, *([SKIPPED_STEPS] if config.train.skip_spikes else []), *evaluated]
+    by_source = [f"train/{source}/{name}" for source in source_names(config.data) for name in SOURCE_METRICS]
+    return [*STEP_METRICS, *by_source, *([SKIPPED_STEPS] if config.train.skip_spikes else []), *evaluated]
 
 
 def check_best_metric(config: Config, evaluated: Sequence[str], holds_out: bool) -> None:

@@ -19,7 +19,10 @@ Records = Sequence[Record]
 
 # The shares of a run's steps at which rules decide and which results.csv reports.
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.5)
-SIGNALS = ("loss", "grad_norm", "grad_norm_corrected", "noise_scale", "update_norm", "param_norm", "eval/loss")
+SIGNALS = (
+    "loss", "token_accuracy", "entropy", "grad_norm", "grad_norm_corrected", "noise_scale", "update_norm", "param_norm",
+    "eval/loss",
+)  # fmt: skip
 # The start of a phase is the mean loss of this many samples, because the loss of a single sample is too noisy.
 START_SAMPLES = 8
 # A signal is averaged over this share of the samples seen so far, the most recent ones.
