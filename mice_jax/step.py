@@ -98,7 +98,7 @@ def batch_loss(
       num_sources: the number of sources; 1 takes all slots as those of one source.
 
     Returns:
-      loss_sum, a float32 scalar, and with it what has no gradient: weight_sum, a float32 scalar, and the sums by source.
+      loss_sum, a float32 scalar, and what has no gradient: weight_sum, a float32 scalar, and the sums by source.
     """
     model = decoder.bind(params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)

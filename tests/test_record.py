@@ -18,7 +18,8 @@ pytestmark = pytest.mark.smoke
 SPEC = spec_of()
 BATCH = {"epoch": 1, "microbatches": [None, None], "tokens": 300, "slots": 400, "lengths": np.array([100, 200])}
 MEASURED = {
-    "loss": 2.5, "token_accuracy": 0.25, "entropy": 1.5, "train/a/loss": 2.0, "grad_norm": 1.5, "param_norm": 9.0, "update_norm": 0.1, "grad_sq_corrected": 0.25,
+    "loss": 2.5, "token_accuracy": 0.25, "entropy": 1.5, "train/a/loss": 2.0, "grad_norm": 1.5,
+    "param_norm": 9.0, "update_norm": 0.1, "grad_sq_corrected": 0.25,
     "learning_rate": 1e-3, "finite": True, "skipped": False,
 }  # fmt: skip
 PROGRESS = Progress(samples=16, tokens=600, loss_tokens=200, skipped=3, grad_sq=0.5, sample_variance=8.0)

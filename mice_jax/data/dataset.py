@@ -87,10 +87,9 @@ def build_dataset(
         _check_phase(phase, data, pools.entries["sources"])
     validation = _validation(data, pools)
     sources = _sample_sources(named, len(corpus.lengths))
+    report = pools.entries | _overlaps(corpus, phases, validation)
     fingerprint = hashlib.sha256(" ".join(s.fingerprint for s in stores.values()).encode()).hexdigest()
-    return Dataset(
-        corpus, phases, sources, validation, pools.entries | _overlaps(corpus, phases, validation), fingerprint
-    )
+    return Dataset(corpus, phases, sources, validation, report, fingerprint)
 
 
 def source_names(data: config.Data) -> list[str]:

@@ -13,8 +13,9 @@ from mice_jax.training.progress import Progress
 
 # The numbers of every line of metrics.jsonl; some are null where they cannot be measured.
 STEP_METRICS = (
-    "loss", "token_accuracy", "entropy", "grad_norm", "param_norm", "update_norm", "grad_sq_corrected", "noise_scale", "learning_rate", "epoch",
-    "samples", "tokens", "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s",
+    "loss", "token_accuracy", "entropy", "grad_norm", "param_norm", "update_norm", "grad_sq_corrected", "noise_scale",
+    "learning_rate", "epoch", "samples", "tokens", "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s",
+    "mfu", "step_time_s",
 )  # fmt: skip
 # Those of each source that is trained on, as train/<source>/<metric>.
 SOURCE_METRICS = ("loss", "token_accuracy", "loss_tokens")
