@@ -203,7 +203,13 @@ def make_step(
         accumulate=Jitted(
             accumulate, mesh, donate_argnums=1, out_shardings=sums_shardings, compiler_options=compiler_options
         ),
-        apply=Jitted(apply, mesh, donate_argnums=(0, 1), out_shardings=(state_shardings, sums_shardings, replicated)),
+        apply=Jitted(
+            apply,
+            mesh,
+            donate_argnums=(0, 1),
+            keep_unused=True,  # sums that no metric reads are donated too
+            out_shardings=(state_shardings, sums_shardings, replicated),
+        ),
         evaluate=Jitted(
             evaluate, mesh, out_shardings=(replicated, replicated, replicated), compiler_options=compiler_options
         ),

@@ -140,6 +140,8 @@ def test_metrics_have_a_line_a_step_with_exactly_the_contract_s_keys(workdir: Pa
     for line in lines:
         assert 0 < line["slot_efficiency"] <= 1 and line["num_microbatches"] >= 1
         assert min(line[k] for k in ("loss", "grad_norm", "param_norm", "update_norm", "step_time_s")) > 0
+        of_source = [line[f"train/train/{name}"] for name in SOURCE_METRICS]  # of the only source, train.jsonl
+        assert of_source == pytest.approx([line[name] for name in SOURCE_METRICS], rel=1e-6)
 
 
 def test_counts_are_cumulative_and_those_made_by_hand(workdir: Path) -> None:
