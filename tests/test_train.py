@@ -44,7 +44,7 @@ from mice_jax.training import build, start_state
 from mice_jax.training.record import SOURCE_METRICS, STEP_METRICS
 
 SAMPLES, EPOCHS, BATCH = 36, 4, 8  # five steps an epoch, the last of four samples
-KEYS = {"step", "phase", *STEP_METRICS, *(f"train/train/{name}" for name in SOURCE_METRICS)}
+KEYS = {"step", "phase", *STEP_METRICS, *(f"train/chats/{name}" for name in SOURCE_METRICS)}
 HELD_OUT = make_chats(12, seed=5)
 
 
@@ -140,7 +140,7 @@ def test_metrics_have_a_line_a_step_with_exactly_the_contract_s_keys(workdir: Pa
     for line in lines:
         assert 0 < line["slot_efficiency"] <= 1 and line["num_microbatches"] >= 1
         assert min(line[k] for k in ("loss", "grad_norm", "param_norm", "update_norm", "step_time_s")) > 0
-        of_source = [line[f"train/train/{name}"] for name in SOURCE_METRICS]  # of the only source, train.jsonl
+        of_source = [line[f"train/chats/{name}"] for name in SOURCE_METRICS]  # of the only source, chats.jsonl
         assert of_source == pytest.approx([line[name] for name in SOURCE_METRICS], rel=1e-6)
 
 

@@ -206,7 +206,7 @@ def test_checkpoints_are_chosen_by_any_number_of_metrics_jsonl(metric: str, tmp_
 def test_every_number_of_a_line_can_be_chosen_by(restarted: Path) -> None:
     found = {k for line in read_metrics(restarted) for k, v in line.items() if not isinstance(v, str)}
     of_steps = {k for k in found if not k.startswith("eval/")} - {"step"}
-    by_source = {f"train/{source}/{name}" for source in ("knowledge", "skills") for name in SOURCE_METRICS}
+    by_source = {f"train/{source}/{name}" for source in ("know", "skill") for name in SOURCE_METRICS}
     assert of_steps == {*STEP_METRICS, *by_source}
 
 
