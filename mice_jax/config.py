@@ -371,11 +371,13 @@ class Sweep(_Strict):
     seeds: list[int] = field(default_factory=list)
     """Each combination runs once with each of these seeds; an empty list means the seed of base."""
     metric: str = "eval/loss"
-    """The metric of metrics.jsonl to optimise, taken from the last step of a trial."""
+    """The metric of metrics.jsonl to optimise, taken from the last step of a trial; unless it is set, it is
+    eval/macro_loss where the base holds out several sources."""
     mode: str = "min"
     """Whether a lower (min) or a higher (max) value is better."""
-    stop: Any = None
-    """A rule that saves trials: None, bracket, paper, median, halving, or a rule with fields of its own."""
+    stop: Any = "auto"
+    """A rule that saves trials: auto, None, bracket, paper, median, halving, or a rule with fields of its own; auto is
+    bracket where that rule can work on the sweep, and None elsewhere."""
     search: str = "grid"
     """How combinations are chosen: grid, random or tpe."""
     trials: int = 0

@@ -42,7 +42,7 @@ from mice_jax.sweeps.devices import share_of_devices
 from mice_jax.sweeps.process_group import ProcessSpec
 from mice_jax.sweeps.progress_table import ProgressTable
 from mice_jax.sweeps.study import STATUS_BY_STATE, Study, status_of
-from mice_jax.sweeps.trials import bracket_rule, fixed_params, sibling_rule, trial_config
+from mice_jax.sweeps.trials import bracket_rule, fixed_params, settled, sibling_rule, trial_config
 from mice_jax.sweeps.worker_pool import WorkerPool
 
 STORAGE_VARIABLE = "MICE_JAX_STORAGE"  # environment variable with the database's URL, which may hold a password
@@ -55,10 +55,10 @@ def begin(values: command.Values) -> int | None:
     if watchdog.is_child():
         watchdog.exit_when_parent_exits()
     process = _process_of_worker(values)
-    sweep = load_sweep(command.required(values, "config"))
+    sweep, notes = load_sweep(command.required(values, "config"))
     storage = values.storage or os.environ.get(STORAGE_VARIABLE, "")
     if values.dry_run:
-        _dry_run(sweep)
+        _dry_run(sweep, notes)
         return 0
     workdir = command.required(values, "workdir")
     if "://" in workdir:
@@ -74,6 +74,7 @@ def begin(values: command.Values) -> int | None:
         return workers.work_as_main_process(study, process) if process else workers.work(study)
     # The database's URL may hold a password, so workers get it through their environment.
     shares = [share | {STORAGE_VARIABLE: storage} for share in share_of_devices(values.workers)]
+    print("\n".join(notes))
     _run_workers(study, ["--worker", f"--config={values.config}", f"--workdir={folder}"], shares)
     return 0
 
@@ -97,8 +98,12 @@ def _process_of_worker(values: command.Values) -> ProcessSpec | None:
 
 
 # ---------------------------------------------------------------------------------------- the sweep's file
-def load_sweep(config: str) -> Sweep:
-    """Returns the validated sweep that FILE.py[:arg] defines; raises UserError with the line where the file fails."""
+def load_sweep(config: str) -> tuple[Sweep, list[str]]:
+    """Returns the validated sweep that FILE.py[:arg] defines, and sentences about what it leaves to this command.
+
+    Raises:
+        UserError: the file fails, at the line that the error names, or the sweep cannot be run.
+    """
     file, _, arg = (config, "", "") if Path(config).exists() else config.partition(":")
     if not Path(file).is_file():
         raise UserError(f"--config: the file {file} does not exist.")
@@ -108,10 +113,11 @@ def load_sweep(config: str) -> Sweep:
             f"get_sweep of {file} returned a {type(sweep).__name__}; it must return a Sweep of mice_jax.config."
         )
     sweep.validate()
+    sweep, notes = settled(sweep)
     sibling_rule(sweep)
     if rule := bracket_rule(sweep):
         live_bracket.check(sweep, rule)
-    return sweep
+    return sweep, notes
 
 
 def _call_get_sweep(file: Path, arg: str) -> object:
@@ -130,7 +136,7 @@ def _call_get_sweep(file: Path, arg: str) -> object:
     raise UserError(f"{file} does not define get_sweep(arg). Define it and let it return a Sweep of mice_jax.config.")
 
 
-def _dry_run(sweep: Sweep) -> None:
+def _dry_run(sweep: Sweep, notes: Sequence[str]) -> None:
     """Prints the trials, their steps and cost; a search has no values yet, so its trials have the cost of the base."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else DRY_RUN_WIDTH)
     trials = fixed_params(sweep)
@@ -148,6 +154,8 @@ def _dry_run(sweep: Sweep) -> None:
         f"{len(trials)} trials, {total.steps:,.0f} steps, {total.tokens:,.0f} tokens, {total.flops:.3g} model FLOPs "
         f"where none is stopped: {total.h100_hours():.3g} hours of one H100 at 40 % of its peak"
     )
+    for note in notes:
+        console.print(escape(note))
 
 
 # ---------------------------------------------------------------------------------------- all workers

@@ -1,6 +1,7 @@
 """The bracket rule at work on a sweep: what it runs next by the files of the trials, pauses, and how it ends."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ import pytest
 
 from helpers.runs import read_all_metrics, read_json
 from helpers.sweeps import results, run_sweep, small_sweep, study_of, sweep_file
-from mice_jax.config import Sweep
+from mice_jax.config import Source, Sweep
 from mice_jax.errors import UserError
 from mice_jax.sweeps import BracketRule, replay
 from mice_jax.sweeps.live_bracket import LiveBracket, check
 from mice_jax.sweeps.study import Study
-from mice_jax.sweeps.trials import bracket_rule, trial_config
+from mice_jax.sweeps.trials import bracket_rule, settled, trial_config
 
 RATE = "optim.learning_rate"
 RATES = [1e-5, 2e-5, 4e-5, 8e-5, 16e-5]
@@ -126,6 +127,52 @@ def test_trials_are_evaluated_at_the_probe() -> None:
     sweep.base.eval.at_shares = [0.5]
     assert trial_config(sweep, {RATE: 1e-5}).eval.at_shares == [0.3, 0.5]
     assert bracket_rule(bracket_sweep()) == BracketRule() and bracket_rule(bracket_sweep(stop=None)) is None
+
+
+def left_to_the_command(num_held_out: int = 1, **fields: Any) -> Sweep:
+    """Returns a sweep of five rates that sets neither its metric nor its rule, with some held-out sources."""
+    sweep = small_sweep(**({"axes": {RATE: RATES}} | fields))
+    sweep.base.data.validation = [Source(path=f"{i}.jsonl") for i in range(num_held_out)]
+    return sweep
+
+
+@pytest.mark.parametrize(
+    ("fields", "stop", "note"),
+    [
+        ({}, "bracket", "rule: bracket, "),
+        ({"stop": "auto"}, "bracket", "rule: bracket, "),
+        ({"stop": None}, None, ""),
+        ({"stop": "median"}, "median", ""),
+        ({"axes": {RATE: [1e-5, 2e-5]}}, None, "rule: none, so every trial runs in full. .*it has 2 values"),
+        ({"num_held_out": 0}, None, "rule: none, .* holds no data out"),
+        ({"metric": "loss"}, None, "rule: none, .* is not measured before the first step"),
+        ({"search": "random", "trials": 3}, None, "rule: none, .* needs a grid"),
+    ],
+)
+def test_bracket_is_the_rule_where_it_can_work_and_none_is_set(fields: dict[str, Any], stop: Any, note: str) -> None:
+    sweep, notes = settled(left_to_the_command(**fields))
+    assert sweep.stop == stop and len(notes) == bool(note) and re.match(note, "".join(notes))
+    assert (bracket_rule(sweep) is not None) == (stop == "bracket")
+    assert settled(sweep) == (sweep, []), "a settled sweep stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("num_held_out", "fields", "metric"),
+    [
+        (1, {}, "eval/loss"),
+        (2, {}, "eval/macro_loss"),
+        (2, {"metric": "eval/loss"}, "eval/loss"),
+        (2, {"metric": "eval/0/token_accuracy", "mode": "max"}, "eval/0/token_accuracy"),
+    ],
+)
+def test_macro_loss_is_the_metric_of_several_held_out_sources(
+    num_held_out: int, fields: dict[str, Any], metric: str
+) -> None:
+    sweep, notes = settled(left_to_the_command(num_held_out, stop=None, **fields))
+    assert sweep.metric == metric
+    assert notes == ["metric: eval/macro_loss, the mean over the 2 held-out sources (metric= takes another one)"] * (
+        metric == "eval/macro_loss"
+    )
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,14 @@ def source_names(data: config.Data) -> list[str]:
     return list(dict.fromkeys(source_name(s) for phase in data.phases for s in phase.sources))
 
 
+def held_out_names(data: config.Data) -> list[str]:
+    """The names of the sources that are held out, each once."""
+    if data.validation_fraction:
+        return source_names(data)
+    held_out = [*data.validation, *(s for phase in data.phases for s in phase.validation)]
+    return list(dict.fromkeys(map(source_name, held_out)))
+
+
 def source_name(source: config.Source) -> str:
     """The name of a source in reports and metrics: its own, or that of its file or, for a glob, of its folder."""
     path = Path(source.path)

@@ -31,7 +31,7 @@ from mice_jax.storage.paths import write_atomically
 from mice_jax.storage.workdir import RESULTS
 from mice_jax.sweeps.claims import HEARTBEAT_S, Claims
 from mice_jax.sweeps.live_bracket import LiveBracket
-from mice_jax.sweeps.trials import bracket_rule, fixed_params, label, sibling_rule, trial_config
+from mice_jax.sweeps.trials import bracket_rule, fixed_params, label, settled, sibling_rule, trial_config
 from mice_jax.training import stop_rules
 from mice_jax.training.stop_monitor import Trial, read_records, rule_fields
 
@@ -64,6 +64,7 @@ class Study:
     """
 
     def __init__(self, sweep: Sweep, folder: Path, storage: str = ""):
+        sweep, _ = settled(sweep)
         self.sweep, self.folder, self.rule = sweep, folder, sibling_rule(sweep)
         bracket = bracket_rule(sweep)
         self.bracket = LiveBracket(sweep, bracket, folder / "runs", self.total_steps) if bracket else None

@@ -1,13 +1,52 @@
-"""Derives the trials of a sweep, their configs and their stop rule from the sweep's settings."""
+"""Derives the trials of a sweep, their configs, its metric and its stop rule from the sweep's settings."""
 
 import copy
+import dataclasses
 import itertools
 from typing import Any
 
-from mice_jax.config import Config, Range, Sweep, locate
+from mice_jax.config import Config, Range, Sweep, is_set, locate
+from mice_jax.data.dataset import held_out_names
 from mice_jax.errors import UserError
+from mice_jax.sweeps import live_bracket
 from mice_jax.sweeps.bracket_rule import BracketRule
 from mice_jax.training import stop_rules
+from mice_jax.training.held_out import MACRO
+
+AUTO = "auto"
+
+
+def settled(sweep: Sweep) -> tuple[Sweep, list[str]]:
+    """Settles what a sweep leaves to the command: its metric, unless it is set, and the rule where stop is "auto".
+
+    Args:
+        sweep: The settings as the sweep's file gives them.
+
+    Returns:
+        The sweep with its metric and its rule, and a sentence about each that was chosen.
+    """
+    notes = []
+    metric, stop = sweep.metric, sweep.stop
+    num_sources = len(held_out_names(sweep.base.data))
+    if not is_set(sweep, "metric") and num_sources > 1:
+        metric = MACRO
+        notes.append(f"metric: {MACRO}, the mean over the {num_sources} held-out sources (metric= takes another one)")
+    if sweep.stop == AUTO:
+        stop, note = _chosen_rule(dataclasses.replace(sweep, metric=metric))
+        notes.append(note)
+    return dataclasses.replace(sweep, metric=metric, stop=stop), notes
+
+
+def _chosen_rule(sweep: Sweep) -> tuple[str | None, str]:
+    """Returns "bracket" where that rule can work on a sweep, else None, and a sentence about the choice."""
+    try:
+        live_bracket.check(sweep, BracketRule())
+    except UserError as e:
+        return None, f"rule: none, so every trial runs in full. {e}"
+    return (
+        "bracket",
+        "rule: bracket, which runs what it needs to find the best arm (stop=None runs every trial in full)",
+    )
 
 
 def fixed_params(sweep: Sweep) -> list[dict[str, Any]]:

@@ -15,4 +15,4 @@ from mouse import FOLDER, LARGE, SEEDS, SMALL, recipe
 
 def get_sweep(arg: str = FOLDER) -> Sweep:
     axes = {"optim.batch_size": [SMALL, LARGE], "optim.learning_rate": [3e-4, 1e-3, 3e-3, 1e-2]}
-    return Sweep(base=recipe(arg or FOLDER), axes=axes, seeds=SEEDS)
+    return Sweep(base=recipe(arg or FOLDER), axes=axes, seeds=SEEDS, metric="eval/loss", stop=None)

@@ -25,4 +25,4 @@ def get_sweep(arg: str = FOLDER) -> Sweep:
     folder = arg or FOLDER
     base = recipe(folder)
     axes = {"data.phases": [base.data.phases, phased(folder)], "optim.batch_size": [SMALL, LARGE]}
-    return Sweep(base=base, axes=axes, seeds=SEEDS)
+    return Sweep(base=base, axes=axes, seeds=SEEDS, metric="eval/loss", stop=None)

@@ -13,4 +13,4 @@ from mouse import FOLDER, SEEDS, recipe
 
 def get_sweep(arg: str = FOLDER) -> Sweep:
     axes = {"optim.warmup_steps": [0, 10, 50], "optim.schedule": ["constant", "cosine"]}
-    return Sweep(base=recipe(arg or FOLDER), axes=axes, seeds=SEEDS)
+    return Sweep(base=recipe(arg or FOLDER), axes=axes, seeds=SEEDS, metric="eval/loss", stop=None)
