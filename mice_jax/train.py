@@ -25,7 +25,7 @@ from absl import flags
 from rich.console import Console
 from rich.markup import escape
 
-from mice_jax import hardware, trackers
+from mice_jax import hardware
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.cli.flags import define_train
 from mice_jax.cli.progress_display import Display
@@ -41,7 +41,7 @@ from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import parse_path
 from mice_jax.storage.provenance import code_state
 from mice_jax.storage.workdir import SYNC_EVERY_S
-from mice_jax.training import build, held_out, phases, precompile, run_files, summary
+from mice_jax.training import build, held_out, phases, precompile, run_files, summary, trackers
 from mice_jax.training.cadence import HELD_OUT_ALONE, Cadence, last_steps_before_warm_start, uses_best_checkpoint
 from mice_jax.training.evaluator import Evaluator
 from mice_jax.training.lifecycle import Run, lifecycle

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from helpers.runs import read_json, read_metrics, run_train, setting
-from mice_jax import trackers
 from mice_jax.errors import UserError
 from mice_jax.metrics import numbers
 from mice_jax.storage.workdir import Workdir
+from mice_jax.training import trackers
 
 Calls = list[tuple[Any, ...]]
 CONFIG = {"optim": {"batch_size": 8}}
