@@ -189,6 +189,9 @@ class Optim(_Strict):
     """The decay of the first moment, which is also the momentum of sgd and muon."""
     beta2: float = 0.95
     """The decay of the second moment."""
+    beta2_half_life: float = 0.0
+    """The samples after which a gradient's weight in the second moment has halved, at any batch size; 0 means that
+    beta2 decides."""
     eps: float = 1e-8
     """The term added to the denominator of the update."""
     weight_decay: float = 0.0

@@ -29,6 +29,8 @@ CHOICES = {
     "checkpoint.best_mode": ("min", "max"),
 }
 PHASE_CHOICES = {"optimizer": ("carry", "reset"), "schedule": ("go_on", "restart"), "seed_from": ("last", "best")}
+OPTIMIZERS_WITH_BETA2 = ("adamw", "muon", "lion")
+FLOAT32_ROUNDING = 2.0**-24  # a number this close to 1 is 1 in float32
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 HALVES = ("", "short", "long")
 # Inclusive bounds; a field that is not a number is outside of them.
@@ -44,6 +46,7 @@ BOUNDS = {
     "optim.decay_ratio": (0, 1),
     "optim.max_steps": (0, math.inf),
     "optim.grad_clip": (0, math.inf),
+    "optim.beta2_half_life": (0, math.inf),
     "optim.eps": (0, math.inf),
     "optim.weight_decay": (0, math.inf),
     "train.rows_per_device": (0, math.inf),
@@ -177,7 +180,31 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
     for i, p in enumerate(c.published):
         if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
-    return problems + _mesh_problems(c.mesh) + _phase_problems(c.data)
+    return problems + _half_life_problems(c) + _mesh_problems(c.mesh) + _phase_problems(c.data)
+
+
+def _half_life_problems(c: Any) -> list[str]:
+    o = c.optim
+    if not o.beta2_half_life > 0 or o.batch_size < 1:  # off, or named already
+        return []
+    where, problems = f"optim.beta2_half_life={o.beta2_half_life:g}", []
+    if o.name not in OPTIMIZERS_WITH_BETA2:
+        problems.append(f"{where}: optim.name={o.name!r} has no beta2, so set it to 0")
+    default = type(o)().beta2
+    if o.beta2 != default:
+        problems.append(
+            f"{where} and optim.beta2={o.beta2} are both set: set the first to 0, or the second to {default}"
+        )
+    beta2 = 0.5 ** (o.batch_size / o.beta2_half_life)
+    if beta2 > 1 - FLOAT32_ROUNDING:
+        problems.append(f"{where} gives a beta2 of {beta2:.9g} at optim.batch_size={o.batch_size}: 1 in float32")
+    for i, phase in enumerate(c.data.phases):
+        if phase.batch_size not in (0, o.batch_size):
+            problems.append(
+                f"data.phases[{i}].batch_size={phase.batch_size} differs from optim.batch_size={o.batch_size}, and "
+                f"{where} gives one beta2 for the run: use one batch size, or set optim.beta2 instead"
+            )
+    return problems
 
 
 def _mesh_problems(m: Any) -> list[str]:

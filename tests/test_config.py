@@ -174,6 +174,8 @@ def test_an_integer_is_accepted_for_a_float() -> None:
         ("optim.loss_reduction", "mean"),
         ("optim.beta1", 1.0),
         ("optim.beta2", -0.5),
+        ("optim.beta2_half_life", -1.0),
+        ("optim.beta2_half_life", math.inf),
         ("optim.warmup_ratio", 1.5),
         ("optim.max_steps", -1),
         ("optim.grad_clip", -1.0),
@@ -251,6 +253,23 @@ def test_fields_that_exclude_each_other_are_an_error() -> None:
     error = error_of(config)
     for name in ("optim.warmup_steps=5", "optim.warmup_ratio=0.1", "data.validation_fraction=0.1"):
         assert name in error
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (lambda c: setattr(c.optim, "beta2", 0.99), "optim.beta2=0.99 are both set"),
+        (lambda c: setattr(c.optim, "name", "sgd"), "optim.name='sgd' has no beta2"),
+        (lambda c: setattr(c.data.phases[0], "batch_size", 64), "data.phases[0].batch_size=64 differs from"),
+        (lambda c: setattr(c.optim, "beta2_half_life", 1e12), "at optim.batch_size=3840: 1 in float32"),
+        (lambda c: setattr(c.data.phases[0], "batch_size", 3840), ""),
+    ],
+)
+def test_half_life_of_beta2_excludes_what_it_cannot_decide(write: Callable[[Config], None], words: str) -> None:
+    config = good()
+    config.optim.beta2_half_life = 1730.0
+    write(config)
+    assert words in error_of(config) if words else config.validate() is None
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -8,7 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from helpers.models import spec_of
+from mice_jax.config import Config
+from mice_jax.models.transformer import make_decoder
 from mice_jax.optim import make_optimizer, make_schedule
+from mice_jax.training import build
 
 RATE = 2e-5
 # Schedules are float32: a few roundings, of the rate's size where they subtract.
@@ -118,6 +122,26 @@ def test_the_first_update_is_the_rate_times_the_sign_bias_corrected() -> None:
             assert np.abs(np.asarray(update) + 0.1 * np.sign(gradient)).max() < 1e-4
     halved = first_update(1e-8)["q"]  # as large as eps
     assert np.abs(np.asarray(halved) + 0.05).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "half_life", "steps"),
+    [(128, 128.0, 1), (64, 128.0, 2), (10, 30.0, 3), (256, 64.0, 1)],
+)
+def test_a_gradient_s_weight_halves_every_half_life(batch_size: int, half_life: float, steps: int) -> None:
+    """Of the config's own optimizer: a gradient of 2, then none for some steps, is left as its power of a half."""
+    config = Config()
+    config.optim.batch_size, config.optim.beta2_half_life, config.optim.grad_clip = batch_size, half_life, 0.0
+    optimizer, _ = build.optimizer(config, make_decoder(spec_of()), "LlamaForCausalLM")
+    grads = jax.tree.map(lambda p: jnp.full_like(p, 2.0), PARAMS)
+    state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)[1]
+    first = state[1].nu["layers"]["q"]
+    for _ in range(steps):
+        state = optimizer.update(jax.tree.map(jnp.zeros_like, grads), state, PARAMS)[1]
+    halvings = steps * batch_size / half_life
+    assert np.asarray(first) == pytest.approx(4.0 * (1 - 0.5 ** (batch_size / half_life)), rel=1e-6)
+    assert np.asarray(state[1].nu["layers"]["q"]) == pytest.approx(np.asarray(first) * 0.5**halvings, rel=1e-6)
+    assert np.asarray(first) != pytest.approx(4.0 * (1 - 0.95), rel=1e-2), "beta2 itself is not read"
 
 
 def moments(gradient: float, grad_clip: float) -> optax.Updates:

@@ -32,7 +32,7 @@ from mice_jax.models import hf
 from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
-from mice_jax.optim import Schedule, make_optimizer, make_phase_schedule
+from mice_jax.optim import Schedule, beta2_of_half_life, make_optimizer, make_phase_schedule
 from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_state, make_step
@@ -337,7 +337,7 @@ def optimizer(config: Config, decoder: Decoder, architecture: str) -> tuple[opta
         name=o.name,
         grad_clip=o.grad_clip,
         beta1=o.beta1,
-        beta2=o.beta2,
+        beta2=beta2_of_half_life(o.beta2_half_life, o.batch_size) if o.beta2_half_life else o.beta2,
         eps=o.eps,
         weight_decay=o.weight_decay,
         moments_dtype=o.moments_dtype,

@@ -18,6 +18,7 @@ from mice_jax.model_source import ModelSource
 from mice_jax.models import hf
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder
+from mice_jax.optim import beta2_of_half_life
 from mice_jax.sharding import replicated_dims
 from mice_jax.storage.paths import RunPath
 from mice_jax.training import memory_model
@@ -104,6 +105,9 @@ def _optimizer(config: Config) -> str:
     else:
         parts.append(f"warm-up ratio {o.warmup_ratio:g}" if o.warmup_ratio else "no warm-up")
     parts.append(f"clipped at {o.grad_clip:g}" if o.grad_clip else "not clipped")
+    if o.beta2_half_life:
+        beta2 = beta2_of_half_life(o.beta2_half_life, o.batch_size)
+        parts.append(f"beta2 {beta2:.6g} by a half-life of {o.beta2_half_life:,g} samples")
     if o.moments_dtype != "float32":
         parts.append(f"{o.moments_dtype} moments")
     if o.accumulate_dtype != "float32":
