@@ -25,7 +25,7 @@ from mice_jax.cli.flags import define_export
 from mice_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.model_source import resolve_source, stop_ids
-from mice_jax.models import hf
+from mice_jax.models import hf, untrained
 from mice_jax.training import build
 
 DTYPES = ("float32", "bfloat16")
@@ -55,7 +55,8 @@ def export(values: command.Values) -> None:
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    count = hf.save_params(partial, model.params, model.decoder, source.config, dtype)
+    count = hf.save_params(partial, model.params, model.decoder, source.config, dtype, source.folder)
+    untrained.copy_processor_files(source.folder, partial)
     save_tokenizer(tokenizer, partial)
     generation = _generation_config(source.config, tokenizer)
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

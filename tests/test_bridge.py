@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
 
-from helpers.families import CASES, torch_model
+from helpers.families import CASES, torch_model, wrapped_model
 from helpers.models import hf_arrays, llama, load, mesh_of, same_bits, whole
 from helpers.runs import REPOSITORY, make_tokenizer, read_metrics, run_export, run_train, setting, start_train
 from mice_jax.errors import UserError
@@ -158,6 +158,24 @@ def test_family_is_trained_exported_and_loaded_in_transformers(case: str, tmp_pa
     stops = model.generation_config.eos_token_id
     end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert end in (stops if isinstance(stops, list) else [stops])
+
+
+@pytest.mark.slow
+def test_a_run_keeps_the_vision_tower_and_processor_files(tmp_path: Path) -> None:
+    config, hf_folder, out = setting(tmp_path / "setting"), tmp_path / "hf", tmp_path / "out"
+    wrapped_model(hf_folder, vocab_size=OWN)
+    make_tokenizer().save_pretrained(hf_folder)
+    assert run_train(config, tmp_path / "run", f"--config.model.init_from={hf_folder}", *STILL) == 0
+    assert run_export(tmp_path / "run", out) == 0
+    before, after = whole(hf_folder), whole(out)
+    table = "language_model.model.embed_tokens.weight"
+    assert after[table].shape == (OWN + ADDED, 32)
+    after[table] = after[table][:OWN]
+    assert same_bits(before, after)
+    assert (out / "preprocessor_config.json").read_bytes() == (hf_folder / "preprocessor_config.json").read_bytes()
+    model, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert model.config.text_config.vocab_size == OWN + ADDED == len(AutoTokenizer.from_pretrained(out))
 
 
 # ---------------------------------------------------------------------------------------- memory

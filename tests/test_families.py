@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from helpers.families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, torch_model
+from helpers.families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, WRAPPED, torch_model, wrapped_model
 from helpers.models import (
     QUICK,
     gap,
@@ -34,7 +34,8 @@ from helpers.models import (
     whole,
 )
 from mice_jax.data.loader import Arrays
-from mice_jax.models import hf
+from mice_jax.errors import UserError
+from mice_jax.models import hf, untrained
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.rope_config import KINDS
 from mice_jax.models.spec import ModelSpec, Rope
@@ -77,7 +78,7 @@ def torch_gradients(model: PreTrainedModel) -> tuple[float, dict[str, np.ndarray
     tokens = torch.tensor(TOKENS)[None].long()
     loss = model(tokens, labels=tokens).loss
     loss.backward()
-    grads = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     return loss.item(), grads
 
 
@@ -116,7 +117,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 # ---------------------------------------------------------------------------------------- the table
 def test_cases_cover_every_family_and_every_rope_scaling() -> None:
-    assert {architecture for architecture, _ in CASES.values()} == FAMILIES.keys()
+    assert {architecture for architecture, _ in CASES.values()} | WRAPPED.keys() == FAMILIES.keys()
     assert ROPES.keys() == set(KINDS)
     said = json.dumps([odd for _, odd in CASES.values()])
     assert all(f'"rope_type": "{kind}"' in said for kind in KINDS)
@@ -292,6 +293,43 @@ def test_import_then_export_is_bit_equal_and_loads_in_transformers(case: str, fo
     hf.save_params(tmp_path, changed, decoder, hf.read_config(folders(case) / "config.json"), "float32")
     other = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert gap(torch_logits(other, TOKENS), torch_logits(made(case), TOKENS)) > 10 * LOGITS
+
+
+# ---------------------------------------------------------------------------------------- wrapped checkpoints
+GEMMA3 = "Gemma3ForConditionalGeneration"
+
+
+def test_decoder_of_a_wrapped_checkpoint_equals_transformers(tmp_path: Path) -> None:
+    model = wrapped_model(tmp_path)
+    decoder, params = load(tmp_path, mesh_of(1, 1, 1))
+    logits = uncompiled_logits(decoder, params, row_of(TOKENS))[0]
+    assert gap(logits, torch_logits(model, TOKENS)) < LOGITS
+    loss, grads, _ = jitted(decoder, with_logits=False)(params, row_of(TOKENS))
+    their_loss, their_grads = torch_gradients(model)
+    stored = {n.replace("model.language_model.", "language_model.model."): g for n, g in their_grads.items()}
+    assert abs(float(loss) / their_loss - 1) < RELATIVE
+    assert max(relative_gaps(grads, decoder, GEMMA3, stored).values()) < RELATIVE
+
+
+def test_vision_tower_is_exported_bit_for_bit_by_a_run_of_a_run(tmp_path: Path) -> None:
+    source, first, second, out = (tmp_path / name for name in ("source", "first", "second", "out"))
+    for folder in (first, second, out):
+        folder.mkdir()
+    model = wrapped_model(source)
+    untrained.keep(FAMILIES[GEMMA3], source, first)
+    untrained.keep(FAMILIES[GEMMA3], first, second)
+    decoder, params = load(source, mesh_of(1, 2, 4))
+    config = hf.read_config(source / "config.json")
+    hf.save_params(out, params, decoder, config, "float32", second)
+    assert same_bits(whole(out), whole(source))
+    assert (second / "preprocessor_config.json").read_text() == (source / "preprocessor_config.json").read_text()
+    again, info = AutoModelForImageTextToText.from_pretrained(
+        out, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert np.array_equal(torch_logits(again.eval(), TOKENS), torch_logits(model, TOKENS))
+    with pytest.raises(UserError, match=r"has no untrained\.safetensors, .*vision_tower\., multi_modal_projector\."):
+        hf.save_params(out, params, decoder, config, "float32", source)
 
 
 # ---------------------------------------------------------------------------------------- meshes

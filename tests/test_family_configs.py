@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -393,7 +393,52 @@ def test_the_study_s_shapes_are_those_of_the_published_models(model: str, releas
 
 
 def test_every_family_has_a_published_config() -> None:
-    assert {release_config(name)["architectures"][0] for name in RELEASES} == FAMILIES.keys()
+    published = {release_config(name)["architectures"][0] for name in (*RELEASES, "Gemma-3-4B")}
+    assert published == FAMILIES.keys()
+
+
+def test_the_decoder_in_a_wrapped_config_has_the_parameters_of_transformers() -> None:
+    config = release_config("Gemma-3-4B")
+    spec = spec_of(config)
+    assert spec.windows == (*[1024] * 5, None) * 5 + (1024,) * 4
+    assert set(spec.ropes) == {Rope(1e4, 256, None), Rope(1e6, 256, LinearScaling(8.0))}
+    with torch.device("meta"):
+        kind = without(copy.deepcopy(config), {"model_type", "torch_dtype"})
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("gemma3", **kind))
+    assert type(model).__name__ == config["architectures"][0]
+    assert parameter_count(spec) == sum(p.numel() for p in model.get_decoder().parameters())
+    assert sum(p.numel() for p in model.parameters()) == 4_300_079_472  # as published
+
+
+WRAPPED_ERRORS: list[tuple[Config, str]] = [
+    ({"odd_key": 1}, r"not supported for Gemma3ForConditionalGeneration: odd_key=1"),
+    ({"text_config": None}, r"lacks 'text_config'"),
+    ({"text_config": []}, r"text_config=\[\]; it must be an object"),
+    ({"text_config": {"num_hidden_layers": "x"}}, r"in text_config, num_hidden_layers='x'; it must be a whole number"),
+    ({"text_config": {"hidden_size": 8}}, r"lacks 'text_config\.num_hidden_layers'"),
+    ({"tie_word_embeddings": False}, r"tie_word_embeddings=False; only True is supported"),
+]
+
+
+def test_errors_in_a_wrapped_config_name_the_key_inside() -> None:
+    config = release_config("Gemma-3-4B")
+    inside = [
+        ({"odd_key": 1}, r"in text_config, keys that are not supported: odd_key=1"),
+        ({"final_logit_softcapping": 30.0}, r"in text_config, final_logit_softcapping=30\.0; only None"),
+    ]
+    inside = [({"text_config": config["text_config"] | change}, message) for change, message in inside]
+    for change, message in [*WRAPPED_ERRORS, *inside]:
+        with pytest.raises(UserError, match=message):
+            spec_of(config | change)
+
+
+def test_rope_of_a_wrapped_config_is_exported_in_both_spellings() -> None:
+    config = release_config("Gemma-3-4B")
+    both = with_both_rope_spellings(config)
+    text = both["text_config"]
+    assert spec_of(both) == spec_of(both | {"text_config": without(text, NEW)}) == spec_of(config)
+    theirs = [transformers.Gemma3TextConfig.from_dict(dict(t)).rope_parameters for t in (text, config["text_config"])]
+    assert theirs[0] == theirs[1]
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -471,7 +516,7 @@ UNSUPPORTED: list[tuple[str, Config, str]] = [
     ("mistral", {"sliding_window": -1}, r"sliding_window=-1; it must be a number above 0"),
     ("mistral", {"sliding_window": 4.5}, r"sliding_window=4\.5; it must be a whole number"),
     ("llama", {"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM.*: " + ", ".join(FAMILIES)),
-    ("gemma3", {"architectures": ["Gemma3ForConditionalGeneration"]}, r"Gemma3ForConditionalGeneration.*: LlamaFor"),
+    ("gemma3", {"architectures": ["Gemma3nForConditionalGeneration"]}, r"Gemma3nForConditionalGeneration.*: LlamaFor"),
 ]  # fmt: skip
 
 

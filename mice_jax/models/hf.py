@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,15 +20,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from mice_jax.errors import UserError
+from mice_jax.models import untrained
+from mice_jax.models.checkpoint_files import open_tensors, tensor_files
+from mice_jax.models.checkpoint_files import read_config as read_config
 from mice_jax.models.checkpoint_layout import HFTensor, checkpoint_tensors, dotted_path
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.config_reader import DROPOUTS, ConfigReader
 from mice_jax.models.families.rope_config import with_both_rope_spellings
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.tensors import READ, map_tensors, write_tensors
+from mice_jax.models.tensors import READ, map_tensors, tensor_shapes, write_tensors
 from mice_jax.models.transformer import Decoder, Params
 
 SHARD_BYTES = 2**30  # limit of the size of one exported file
@@ -35,19 +38,6 @@ WRITERS = 4  # number of files written at a time
 PIECE_BYTES = 4 * 2**20  # bytes read or written at a time; larger pieces leave the CPU's caches and are slower
 # Suffixes of buffers in old checkpoints; they are ignored because the config determines them.
 BUFFERS = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """Reads a config.json as a dict; raises UserError if it is missing or is not a JSON object."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist; a model needs its config.json.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{file} is not JSON: {e}.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds a {type(config).__name__}; it must hold an object.")
-    return config
 
 
 def spec_from_config(config: dict[str, Any], file: Path) -> ModelSpec:
@@ -70,9 +60,7 @@ def spec_from_config(config: dict[str, Any], file: Path) -> ModelSpec:
         raise UserError(f"{file} lacks {e}, which {family.ARCHITECTURE} needs.") from None
     except ValueError as e:
         raise UserError(f"{file} has {e}.") from None
-    unknown = [k for k in config if k not in reader.was_read and config[k] is not None]
-    if unknown:
-        keys = ", ".join(f"{k}={config[k]!r}" for k in sorted(unknown))
+    if keys := reader.unread():
         raise UserError(
             f"{file} sets keys that are not supported for {family.ARCHITECTURE}: {keys}. If the keys do not affect "
             "what the model computes, remove them from the file."
@@ -87,7 +75,15 @@ def spec_from_config(config: dict[str, Any], file: Path) -> ModelSpec:
 
 def dropouts(config: dict[str, Any]) -> dict[str, float]:
     """Returns the dropout probabilities of a config.json that are not 0; training does not use dropout."""
-    return {key: config[key] for key in DROPOUTS if config.get(key)}
+    text = config.get("text_config") or config
+    return {key: text[key] for key in DROPOUTS if text.get(key)}
+
+
+def with_sizes(config: dict[str, Any], vocab_size: int, dtype: str) -> dict[str, Any]:
+    """Returns a config.json with the vocabulary and the dtype of a model's weights."""
+    sized = {"vocab_size": vocab_size}
+    config = config | ({"text_config": config["text_config"] | sized} if "text_config" in config else sized)
+    return config | {"dtype": dtype, "torch_dtype": dtype}
 
 
 def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Params) -> Params:
@@ -106,8 +102,9 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
       UserError: lists all tensors that are missing or unexpected or have another shape or an unsupported dtype; or the
         config ties the head to the embedding, and a head that differs is stored.
     """
-    wanted = checkpoint_tensors(decoder, FAMILIES[architecture])
-    files = _tensor_files(folder)
+    family = FAMILIES[architecture]
+    wanted = checkpoint_tensors(decoder, family)
+    files = {n: f for n, f in tensor_files(folder).items() if not n.startswith(untrained.prefixes(family))}
     _check_headers(folder, files, wanted, decoder.spec.tie_embeddings)
     stored = {file: map_tensors(file) for file in set(files.values())}
     if decoder.spec.tie_embeddings:
@@ -134,7 +131,9 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
         return jax.tree_util.tree_map_with_path(load, decoder.abstract, shardings)
 
 
-def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str, Any], dtype: str) -> int:
+def save_params(
+    folder: Path, params: Params, decoder: Decoder, config: dict[str, Any], dtype: str, model: Path | None = None
+) -> int:
     """Writes model*.safetensors, their index, and config.json.
 
     Each file is written by one thread, which brings one piece of a tensor to the host at a time, so that no device and
@@ -146,6 +145,7 @@ def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str
       decoder: their decoder.
       config: the content of a config.json, which is written with the vocabulary and dtype of the parameters.
       dtype: float32 or bfloat16.
+      model: the run's `model` folder, for families with tensors that are not trained.
 
     Returns:
       The number of parameters written.
@@ -153,9 +153,11 @@ def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str
     family = _family(config, folder)
     itemsize = jnp.dtype(dtype).itemsize
     shards = list(_in_shards(checkpoint_tensors(decoder, family), itemsize))
+    kept = untrained.find(family, model or folder)
+    files = len(shards) + (kept is not None)
     names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if files > 1:
+        names = [f"model-{i:05d}-of-{files:05d}.safetensors" for i in range(1, files + 1)]
 
     def write(name: str, shard: list[HFTensor]) -> None:
         pieces = (piece.astype(dtype, copy=False) for t in shard for piece in _to_hf(params, t))
@@ -163,13 +165,20 @@ def save_params(folder: Path, params: Params, decoder: Decoder, config: dict[str
 
     with ThreadPoolExecutor(WRITERS) as threads:
         list(threads.map(write, names, shards))
-    weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+    weight_map = {t.name: name for name, shard in zip(names, shards, strict=False) for t in shard}
     count = sum(math.prod(t.shape) for shard in shards for t in shard)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": count * itemsize}, "weight_map": weight_map}
+    size = count * itemsize
+    if kept is not None:
+        shutil.copyfile(kept, folder / names[-1])
+        shapes = tensor_shapes(kept)
+        weight_map |= dict.fromkeys(shapes, names[-1])
+        count += sum(math.prod(shape) for shape in shapes.values())
+        size += kept.stat().st_size
+    if files > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    changed = {"architectures": [family.ARCHITECTURE], "vocab_size": decoder.spec.vocab_size}
-    config = with_both_rope_spellings(config) | changed | {"dtype": dtype, "torch_dtype": dtype}
+    config = with_sizes(with_both_rope_spellings(config), decoder.spec.vocab_size, dtype)
+    config |= {"architectures": [family.ARCHITECTURE]}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return count
 
@@ -212,10 +221,10 @@ def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> 
 
 def stored_dtype(folder: Path) -> str:
     """Returns the dtype of most tensors of a folder, `bfloat16` or `float32`; float16 counts as float32."""
-    files = set(_tensor_files(folder).values())
+    files = set(tensor_files(folder).values())
     counts = {"bfloat16": 0, "float32": 0}
     for file in files:
-        with _open(file) as f:
+        with open_tensors(file) as f:
             for name in f.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 counts["bfloat16" if f.get_slice(name).get_dtype() == "BF16" else "float32"] += 1
     return max(counts, key=lambda d: counts[d])
@@ -227,37 +236,6 @@ def _family(config: dict[str, Any], file: Path) -> ModuleType:
         known = ", ".join(FAMILIES)
         raise UserError(f"{file} has architectures={names!r}; the families that can be trained are: {known}.")
     return FAMILIES[names[0]]
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Returns the file of each tensor, from the index or from the header of the only file."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        weight_map: dict[str, str] = read_config(index).get("weight_map", {})
-        missing = sorted({f for f in weight_map.values() if not (folder / f).exists()})
-        if single.exists() and single.name not in weight_map.values():
-            whole = _names_in(single)
-            if missing:  # the single file is the only set that may be complete
-                return dict.fromkeys(whole, single)
-            if whole >= set(weight_map):
-                raise UserError(
-                    f"{folder} holds the weights twice: in {single.name}, and in the files that {index.name} names. "
-                    "Readers choose differently between them (transformers takes the first): move one of the two away."
-                )
-        if missing:
-            raise UserError(f"{index} names files that do not exist: {', '.join(missing)}. Download them again.")
-        return {name: folder / file for name, file in weight_map.items()}
-    if not single.exists():
-        raise UserError(
-            f"{folder} has neither model.safetensors nor model.safetensors.index.json. Only safetensors is read; save "
-            "a checkpoint of another kind as safetensors first."
-        )
-    return dict.fromkeys(_names_in(single), single)
-
-
-def _names_in(file: Path) -> set[str]:
-    with _open(file) as f:
-        return set(f.keys())
 
 
 def _check_tied_head(folder: Path, files: dict[str, Path], stored: dict[Path, dict[str, np.ndarray]]) -> None:
@@ -274,18 +252,10 @@ def _check_tied_head(folder: Path, files: dict[str, Path], stored: dict[Path, di
         )
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except SafetensorError as e:
-        size = file.stat().st_size
-        raise UserError(f"{file} ({size} bytes) is damaged or truncated: {e}. Download it again.") from None
-
-
 def _check_headers(folder: Path, files: dict[str, Path], wanted: list[HFTensor], tied: bool) -> None:
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in sorted(set(files.values())):
-        with _open(file) as f:
+        with open_tensors(file) as f:
             for name in f.keys():  # noqa: SIM118
                 if files.get(name) == file:  # a copy in a file that the index does not name is not read
                     s = f.get_slice(name)

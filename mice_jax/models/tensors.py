@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +33,48 @@ def map_tensors(file: Path) -> dict[str, np.ndarray]:
     }
 
 
+def copy_tensors(file: Path, sources: Mapping[str, Path]) -> None:
+    """Writes a safetensors file with tensors of intact others, byte for byte in whatever dtype they have.
+
+    Args:
+      file: the file to write.
+      sources: the file of each tensor by name.
+    """
+    headers = {source: _header(source) for source in set(sources.values())}
+    merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, source in sources.items():
+        entry = headers[source][1][name]
+        start, end = end, end + entry["data_offsets"][1] - entry["data_offsets"][0]
+        merged[name] = entry | {"data_offsets": [start, end]}
+    with file.open("wb") as f:
+        f.write(_encoded(merged))
+        for name, source in sources.items():
+            data, header = headers[source]
+            first, last = header[name]["data_offsets"]
+            with source.open("rb") as s:
+                s.seek(data + first)
+                f.write(s.read(last - first))
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each tensor of an intact safetensors file."""
+    return {name: tuple(t["shape"]) for name, t in _header(file)[1].items() if name != "__metadata__"}
+
+
+def _header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Returns the position of the first tensor's bytes, and the header."""
+    with file.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        return 8 + size, json.loads(f.read(size))
+
+
+def _encoded(header: Mapping[str, object]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, pieces: Iterable[np.ndarray]) -> None:
     """Writes a safetensors file.
 
@@ -47,11 +90,10 @@ def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str,
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * itemsize
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    head = _encoded(header)
     with file.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
+        f.write(head)
         for piece in pieces:
             assert piece.dtype == dtype
             f.write(np.ascontiguousarray(piece).view(np.uint8).data)
-        assert f.tell() == 8 + len(text) + end, "the pieces do not have the shapes in the header"
+        assert f.tell() == len(head) + end, "the pieces do not have the shapes in the header"

@@ -12,6 +12,8 @@ from mice_jax.config import Config, differences, to_dict
 from mice_jax.data.tokenizer import save_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.model_source import ModelSource
+from mice_jax.models import hf, untrained
+from mice_jax.models.families import FAMILIES
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute
 from mice_jax.storage.workdir import Workdir
@@ -93,8 +95,9 @@ def write_model_folder(folder: Path, source: ModelSource, spec: ModelSpec, token
         return
     folder.mkdir(exist_ok=True)
     save_tokenizer(tokenizer, folder)
-    dtype = source.stored_dtype()
-    stored = source.config | {"dtype": dtype, "torch_dtype": dtype, "vocab_size": spec.vocab_size}
+    if source.kind != "random":
+        untrained.keep(FAMILIES[source.architecture], source.folder, folder)
+    stored = hf.with_sizes(source.config, spec.vocab_size, source.stored_dtype())
     Workdir(folder).write_json(CONFIG, stored)  # This is written last: its presence means that the folder is complete.
 
 

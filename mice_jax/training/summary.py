@@ -15,7 +15,8 @@ from mice_jax.config import Config
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.model_source import ModelSource
-from mice_jax.models import hf
+from mice_jax.models import hf, untrained
+from mice_jax.models.families import FAMILIES
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder
 from mice_jax.optim import beta2_of_half_life
@@ -155,6 +156,8 @@ def warnings(config: Config, source: ModelSource, decoder: Decoder, data: RunDat
 def _model_warnings(config: Config, source: ModelSource, spec: ModelSpec) -> Iterator[str]:
     for key, chance in hf.dropouts(source.config).items():
         yield f"{key}={chance} in the model's config.json is not applied: training goes without dropout"
+    if parts := untrained.prefixes(FAMILIES[source.architecture]):
+        yield f"only the text decoder is trained: {', '.join(parts)}... are exported as they are"
     if config.data.max_length > source.spec.max_positions:
         yield (
             f"data.max_length={config.data.max_length} is beyond the max_position_embeddings="

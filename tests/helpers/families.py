@@ -146,3 +146,27 @@ def torch_model(case: str, folder: Path | None = None, **changes: Any) -> PreTra
     if folder is not None:
         model.save_pretrained(folder)
     return model
+
+
+# Checkpoints whose decoder is that of a case, with a vision tower beside it.
+WRAPPED = {"Gemma3ForConditionalGeneration": "gemma3"}
+VISION = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+def wrapped_model(folder: Path, **changes: Any) -> PreTrainedModel:
+    """Makes and saves Gemma 3 with the decoder of the case gemma3, and a vision tower in bfloat16."""
+    changes = TWO_KINDS | {"final_logit_softcapping": None} | changes
+    text = SIZES | CASES["gemma3"][1] | changes
+    images = {"image_token_index": 99, "boi_token_index": 97, "eoi_token_index": 98, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(text_config=text, vision_config=VISION, **images)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.get_decoder().load_state_dict(torch_model("gemma3", **changes).model.state_dict())
+    model.model.vision_tower.to(torch.bfloat16)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    return model

@@ -10,6 +10,7 @@ from mice_jax.models.families import (
     exaone4,
     gemma2,
     gemma3,
+    gemma3_wrapped,
     granite,
     granite4,
     hunyuan,
@@ -26,6 +27,7 @@ from mice_jax.models.families import (
 FAMILIES: dict[str, ModuleType] = {
     family.ARCHITECTURE: family
     for family in (
-        llama, mistral, granite, granite4, qwen2, qwen3, smollm3, olmo2, olmo3, phi3, gemma2, gemma3, exaone4, hunyuan,
+        llama, mistral, granite, granite4, qwen2, qwen3, smollm3, olmo2, olmo3, phi3, gemma2, gemma3, gemma3_wrapped,
+        exaone4, hunyuan,
     )
 }  # fmt: skip

@@ -4,7 +4,7 @@ A missing required key is a KeyError. An unsupported value is a ValueError with 
 name of the file.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from mice_jax.models.families.rope_config import is_positive, read_rope
@@ -83,6 +83,38 @@ class ConfigReader:
         if not isinstance(name, str) or name not in ACTIVATIONS:
             raise ValueError(f"{key}={name!r}; supported are {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]
+
+    def within(
+        self, key: str, defaults: dict[str, Any], spec_from_hf: Callable[["ConfigReader"], ModelSpec]
+    ) -> ModelSpec:
+        """Makes a spec from an object inside of the config.json.
+
+        Args:
+          key: the key of the object.
+          defaults: values of its absent keys.
+          spec_from_hf: the family that reads it.
+
+        Returns:
+          The spec.
+        """
+        value = self._required(key, None)
+        if not isinstance(value, dict):
+            raise ValueError(f"{key}={value!r}; it must be an object")
+        reader = ConfigReader(defaults | {k: v for k, v in value.items() if v is not None or k not in defaults})
+        try:
+            spec = spec_from_hf(reader)
+        except KeyError as e:
+            raise KeyError(f"{key}.{e.args[0]}") from None
+        except ValueError as e:
+            raise ValueError(f"in {key}, {e}") from None
+        if unread := reader.unread():
+            raise ValueError(f"in {key}, keys that are not supported: {unread}")
+        return spec
+
+    def unread(self) -> str:
+        """Returns the keys that were not read, with their values; null counts as absent."""
+        keys = [k for k in self.config if k not in self.was_read and self.config[k] is not None]
+        return ", ".join(f"{k}={self.config[k]!r}" for k in sorted(keys))
 
     def windows(self, window: int | None, sliding: Iterable[bool]) -> tuple[int | None, ...]:
         """Reads the windows of the layers from `layer_types`.

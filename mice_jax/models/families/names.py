@@ -15,6 +15,11 @@ def name(hf: str, *ours: str) -> Name:
     return Name(hf, ours)
 
 
+def with_prefix(prefix: str, names: list[Name]) -> list[Name]:
+    """Returns the names of a checkpoint in which those of a decoder follow a prefix."""
+    return [Name(prefix + n.hf, n.ours) for n in names]
+
+
 EMBED = name("model.embed_tokens.weight", "embed.table")
 QKV = [
     name("model.layers.{}.self_attn.q_proj.weight", "layers.attention.q"),

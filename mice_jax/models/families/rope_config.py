@@ -14,9 +14,9 @@ from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, NTKS
 KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
 # Keys of the old spelling outside `rope_scaling`.
 TOP_LEVEL_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-# Architectures whose `rope_parameters` has an object per kind of layer, and the key of the old spelling that has the
+# Of each `model_type` whose `rope_parameters` has an object per kind of layer: the key of the old spelling that has the
 # theta of layers with a window.
-LOCAL_THETA_KEYS = {"Gemma3ForCausalLM": "rope_local_base_freq", "Olmo3ForCausalLM": "rope_theta"}
+LOCAL_THETA_KEYS = {"gemma3_text": "rope_local_base_freq", "olmo3": "rope_theta"}
 YARN_MAGNITUDES = ("mscale", "mscale_all_dim")  # 0 counts as absent
 
 
@@ -219,6 +219,8 @@ def _kind(name: Any) -> Any:
 
 def with_both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:
     """Spells the rotary positions of a config.json for transformers 4 and for 5, from either spelling."""
+    if isinstance(config.get("text_config"), dict):
+        return config | {"text_config": with_both_rope_spellings(config["text_config"])}
     if config.get("rope_parameters"):
         return _with_old_spelling(config, config["rope_parameters"])
     return _with_new_spelling(config)
@@ -259,4 +261,4 @@ def _with_old_spelling(config: dict[str, Any], parameters: dict[str, Any]) -> di
 
 
 def _local_theta_key(config: dict[str, Any]) -> str | None:
-    return LOCAL_THETA_KEYS.get(next(iter(config.get("architectures") or ()), ""))
+    return LOCAL_THETA_KEYS.get(config.get("model_type", ""))
