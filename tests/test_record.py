@@ -50,6 +50,12 @@ def test_record_is_null_where_nothing_was_measured() -> None:
     assert record["mfu"] is None and record["grad_sq_corrected"] is None and record["train/a/loss"] is None
 
 
+def test_mfu_above_one_is_null() -> None:
+    flops = train_flops(SPEC, BATCH["lengths"])
+    assert record_of(peak=flops / 1.9)["mfu"] == pytest.approx(0.95)  # the step takes 2 s
+    assert record_of(peak=flops / 2.1)["mfu"] is None
+
+
 @pytest.mark.parametrize(
     ("metric", "evaluated", "skips", "words"),
     [

@@ -36,7 +36,7 @@ SIGNALS = {
     "update_norm": ("Update norm", ""),
     "param_norm": ("Parameter norm", ""),
     "slot_efficiency": ("Slot efficiency", "share of computed slots that hold real tokens"),
-    "mfu": ("Model FLOPs utilisation", "share of the devices' peak"),
+    "mfu": ("Model FLOPs utilisation", "share of the devices' peak (of a measured one on CPUs)"),
 }
 SINGLE_RUN_ONLY = ("slot_efficiency", "mfu")  # curves that would only clutter a page of several runs
 # The loss of each source that is trained on, on the page of one run; more curves than that would hide the others.

@@ -68,7 +68,8 @@ def make_record(
     record["slot_efficiency"] = batch["tokens"] / batch["slots"]
     record["tokens_per_s"] = batch["tokens"] / seconds
     flops, peak = train_flops(throughput.spec, batch["lengths"]), throughput.peak_flops
-    record["mfu"] = flops / (seconds * peak) if peak else None
+    mfu = flops / (seconds * peak) if peak else None
+    record["mfu"] = mfu if mfu is not None and mfu <= 1 else None  # more than the peak: the measured one is too low
     record["step_time_s"] = seconds
     if skips_spikes:
         record[SKIPPED_STEPS] = progress.skipped
