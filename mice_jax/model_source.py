@@ -224,6 +224,16 @@ def check_vocabulary(source: ModelSource, ids: dict[str, int]) -> None:
         )
 
 
+def check_weights(source: ModelSource) -> None:
+    """Checks what can be known of a Hugging Face folder's weights without reading them; other sources pass.
+
+    Raises:
+      UserError: A file is missing or truncated, or its tensors do not fit config.json.
+    """
+    if source.kind == "hf":
+        hf.check_weights(source.folder, make_decoder(source.spec, 1), source.architecture)
+
+
 def load_params(
     source: ModelSource, decoder: Decoder, shardings: Params, *, seed: int = 0, step: int | None = None
 ) -> Params:

@@ -34,6 +34,7 @@ from mice_jax.data import statistics
 from mice_jax.data.loader import load_steps
 from mice_jax.errors import StoppedByRule, UserError
 from mice_jax.evals.run_benchmarks import RunBenchmarks
+from mice_jax.model_source import check_weights
 from mice_jax.runtime import compile_cache, distributed, watchdog, xla_flags
 from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import local_shards, make_mesh, num_shards, put_steps
@@ -95,6 +96,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         trackers.check_trackers(config.log.trackers)
         inputs = build.inputs(config)
         source, spec = inputs.source, inputs.spec()
+        if not run_files.has_started(workdir):  # A resumed run reads a checkpoint instead.
+            check_weights(source)
         recorded = run_files.recorded_choices(workdir, mesh)
         attention = build.attention_on_mesh(config, spec, mesh, recorded)
         encoder = build.encoder(config, inputs.tokenizer, run_files.first_day(workdir))

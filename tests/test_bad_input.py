@@ -271,8 +271,8 @@ MODEL: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["config.json", "MambaForCausalLM", "LlamaForCausalLM", "GraniteForCausalLM", "Gemma3ForCausalLM"],
     ),
     "an unknown kind of RoPE": (
-        lambda hf: edit(hf / "config.json", rope_scaling={"rope_type": "dynamic"}, rope_parameters=None),
-        ["config.json", "rope_type='dynamic'", "default, linear, llama3, yarn, longrope"],
+        lambda hf: edit(hf / "config.json", rope_scaling={"rope_type": "ntk"}, rope_parameters=None),
+        ["config.json", "rope_type='ntk'", "default, linear, llama3, yarn, longrope"],
     ),
     "another shape": (
         lambda hf: edit(hf / "config.json", intermediate_size=64),
@@ -307,6 +307,7 @@ def test_bad_model_is_an_error(name: str, folder: Path, hf: Path, capsys: pytest
     capsys.readouterr()
     said = refused(train(folder, f"--config.model.init_from={hf}"), capsys)
     assert all(word in said for word in words), said
+    assert not (folder / "work" / "checkpoints").exists()  # it was found before a checkpoint manager started threads
 
 
 def test_unspoilt_model_is_trained(folder: Path, hf: Path) -> None:

@@ -86,6 +86,26 @@ def with_sizes(config: dict[str, Any], vocab_size: int, dtype: str) -> dict[str,
     return config | {"dtype": dtype, "torch_dtype": dtype}
 
 
+def check_weights(folder: Path, decoder: Decoder, architecture: str) -> dict[str, Path]:
+    """Compares the headers of a folder's safetensors with the parameters of its config; reads no weights.
+
+    Args:
+      folder: the Hugging Face folder.
+      decoder: the decoder of the folder's config.json.
+      architecture: a key of `FAMILIES`.
+
+    Returns:
+      The file of each tensor that is trained.
+
+    Raises:
+      UserError: lists all tensors that are missing or unexpected or have another shape or an unsupported dtype.
+    """
+    family = FAMILIES[architecture]
+    files = {n: f for n, f in tensor_files(folder).items() if not n.startswith(untrained.prefixes(family))}
+    _check_headers(folder, files, checkpoint_tensors(decoder, family), decoder.spec.tie_embeddings)
+    return files
+
+
 def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Params) -> Params:
     """Reads a folder's safetensors as float32 parameters, the slice of each device separately.
 
@@ -99,13 +119,10 @@ def load_params(folder: Path, decoder: Decoder, architecture: str, shardings: Pa
       The parameters.
 
     Raises:
-      UserError: lists all tensors that are missing or unexpected or have another shape or an unsupported dtype; or the
-        config ties the head to the embedding, and a head that differs is stored.
+      UserError: as `check_weights`; or the config ties the head to the embedding, and a head that differs is stored.
     """
-    family = FAMILIES[architecture]
-    wanted = checkpoint_tensors(decoder, family)
-    files = {n: f for n, f in tensor_files(folder).items() if not n.startswith(untrained.prefixes(family))}
-    _check_headers(folder, files, wanted, decoder.spec.tie_embeddings)
+    wanted = checkpoint_tensors(decoder, FAMILIES[architecture])
+    files = check_weights(folder, decoder, architecture)
     stored = {file: map_tensors(file) for file in set(files.values())}
     if decoder.spec.tie_embeddings:
         _check_tied_head(folder, files, stored)

@@ -34,6 +34,11 @@ def recorded_choices(workdir: Workdir, mesh: Mesh) -> dict[str, Any]:
     return resolved if mesh_and_device(mesh).items() <= resolved.items() else {}
 
 
+def has_started(workdir: Workdir) -> bool:
+    """Returns whether the workdir holds a run that has begun to train."""
+    return bool(_resolved(workdir))
+
+
 def mesh_and_device(mesh: Mesh) -> dict[str, Any]:
     """Returns the mesh and the kind of its devices, as config.json records them."""
     return {"mesh": dict(mesh.shape), "device": mesh.devices.flat[0].device_kind}
