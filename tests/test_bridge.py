@@ -163,7 +163,7 @@ def test_family_is_trained_exported_and_loaded_in_transformers(case: str, tmp_pa
 @pytest.mark.slow
 def test_a_run_keeps_the_vision_tower_and_processor_files(tmp_path: Path) -> None:
     config, hf_folder, out = setting(tmp_path / "setting"), tmp_path / "hf", tmp_path / "out"
-    wrapped_model(hf_folder, vocab_size=OWN)
+    wrapped_model("Gemma3ForConditionalGeneration", hf_folder, vocab_size=OWN)
     make_tokenizer().save_pretrained(hf_folder)
     assert run_train(config, tmp_path / "run", f"--config.model.init_from={hf_folder}", *STILL) == 0
     assert run_export(tmp_path / "run", out) == 0

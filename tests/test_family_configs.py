@@ -21,7 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.hunyuan_v1_dense.modeling_hunyuan_v1_dense import HunYuanDenseV1RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from helpers.families import CASES, ORIGINAL, POSITIONS, ROPES, SIZES
+from helpers.families import CASES, ORIGINAL, POSITIONS, ROPES, SIZES, WRAPPED
 from helpers.models import hf_arrays
 from helpers.runs import REPOSITORY
 from mice_jax.errors import UserError
@@ -29,7 +29,16 @@ from mice_jax.models import hf
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.rope_config import KINDS, read_rope, with_both_rope_spellings
 from mice_jax.models.rope import frequencies
-from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, ModelSpec, NTKScaling, Rope, YarnScaling
+from mice_jax.models.spec import (
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    ModelSpec,
+    NTKScaling,
+    QueryScale,
+    Rope,
+    YarnScaling,
+)
 from mice_jax.models.transformer import make_decoder
 
 FILE = Path("folder/config.json")
@@ -393,21 +402,35 @@ def test_the_study_s_shapes_are_those_of_the_published_models(model: str, releas
 
 
 def test_every_family_has_a_published_config() -> None:
-    published = {release_config(name)["architectures"][0] for name in (*RELEASES, "Gemma-3-4B")}
-    assert published == FAMILIES.keys()
+    published = {release_config(name)["architectures"][0] for name in (*RELEASES, *WRAPPED_RELEASES)}
+    inside = {CASES[WRAPPED[a]][0] for a in published & WRAPPED.keys()}
+    assert published | inside == FAMILIES.keys()
 
 
-def test_the_decoder_in_a_wrapped_config_has_the_parameters_of_transformers() -> None:
-    config = release_config("Gemma-3-4B")
-    spec = spec_of(config)
-    assert spec.windows == (*[1024] * 5, None) * 5 + (1024,) * 4
-    assert set(spec.ropes) == {Rope(1e4, 256, None), Rope(1e6, 256, LinearScaling(8.0))}
+# As published for all of the checkpoint; 0 = none is known to the last digit.
+WRAPPED_RELEASES = {"Gemma-3-4B": 4_300_079_472, "Ministral-3-8B": 0}
+
+
+@pytest.mark.parametrize("release", WRAPPED_RELEASES)
+def test_the_decoder_in_a_wrapped_config_has_the_parameters_of_transformers(release: str) -> None:
+    config = release_config(release)
     with torch.device("meta"):
         kind = without(copy.deepcopy(config), {"model_type", "torch_dtype"})
-        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("gemma3", **kind))
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(config["model_type"], **kind))
     assert type(model).__name__ == config["architectures"][0]
-    assert parameter_count(spec) == sum(p.numel() for p in model.get_decoder().parameters())
-    assert sum(p.numel() for p in model.parameters()) == 4_300_079_472  # as published
+    head = [] if spec_of(config).tie_embeddings else [*model.lm_head.parameters()]
+    theirs = sum(p.numel() for p in (*model.get_decoder().parameters(), *head))
+    assert parameter_count(spec_of(config)) == theirs
+    assert WRAPPED_RELEASES[release] in (0, sum(p.numel() for p in model.parameters()))
+
+
+def test_fields_of_the_decoder_in_a_wrapped_config() -> None:
+    spec = spec_of(release_config("Gemma-3-4B"))
+    assert spec.windows == (*[1024] * 5, None) * 5 + (1024,) * 4
+    assert set(spec.ropes) == {Rope(1e4, 256, None), Rope(1e6, 256, LinearScaling(8.0))}
+    spec = spec_of(release_config("Ministral-3-8B"))
+    assert spec.windows == (None,) * 34 and spec.query_scale == QueryScale(0.1, 16384)
+    assert set(spec.ropes) == {Rope(1e6, 128, YarnScaling(16.0, 32.0, 1.0, 1.0, 16384, truncate=True))}
 
 
 WRAPPED_ERRORS: list[tuple[Config, str]] = [
@@ -424,12 +447,18 @@ def test_errors_in_a_wrapped_config_name_the_key_inside() -> None:
     config = release_config("Gemma-3-4B")
     inside = [
         ({"odd_key": 1}, r"in text_config, keys that are not supported: odd_key=1"),
+        ({"tie_word_embeddings": False}, r"in text_config, tie_word_embeddings=False; only True"),
         ({"final_logit_softcapping": 30.0}, r"in text_config, final_logit_softcapping=30\.0; only None"),
     ]
     inside = [({"text_config": config["text_config"] | change}, message) for change, message in inside]
     for change, message in [*WRAPPED_ERRORS, *inside]:
         with pytest.raises(UserError, match=message):
             spec_of(config | change)
+    config = release_config("Ministral-3-8B")
+    with pytest.raises(UserError, match=r"in text_config, model_type='mistral'; only 'ministral3'"):
+        spec_of(config | {"text_config": config["text_config"] | {"model_type": "mistral"}})
+    with pytest.raises(UserError, match=r"tie_word_embeddings=True \(true if absent\), and False in text_config"):
+        spec_of(without(config, {"tie_word_embeddings"}))
 
 
 def test_rope_of_a_wrapped_config_is_exported_in_both_spellings() -> None:
@@ -461,6 +490,8 @@ UNSUPPORTED: list[tuple[str, Config, str]] = [
     ("olmo3", rope_of_windows(rope_theta=1e4), r"sliding_attention must have the rope_theta of full_attention"),
     ("olmo3", rope_of_windows(rope_type="linear", factor=2.0), r"sliding_attention must .*and rope_type 'default'"),
     ("olmo3", {"sliding_window": None}, r"layer_types=.* but no sliding_window"),
+    ("ministral3", rope("yarn"), r"llama_4_scaling_beta=None among its RoPE parameters; it must be a number above 0"),
+    ("ministral3", rope("linear", llama_4_scaling_beta=0.1), r"a rope_type that this architecture does not have"),
     ("exaone4", {"sliding_window": None}, r"layer_types=.* but no sliding_window"),
     ("exaone4", {"layer_types": None}, r"sliding_window_pattern='LG'; it must be a whole number"),
     ("llama", rope("linear", rope_type=[]), r"rope_type=\[\]"),

@@ -257,9 +257,9 @@ def _family(config: dict[str, Any], file: Path) -> ModuleType:
 
 def _check_tied_head(folder: Path, files: dict[str, Path], stored: dict[Path, dict[str, np.ndarray]]) -> None:
     """Raises UserError if a head is stored that is not the embedding, though config.json says that it is."""
-    head = "lm_head.weight"
+    head = next((n for n in files if n.endswith("lm_head.weight")), None)
     embedding = next((n for n in files if n.endswith("embed_tokens.weight")), None)
-    if embedding is None or head not in files:
+    if embedding is None or head is None:
         return
     if not np.array_equal(stored[files[head]][head], stored[files[embedding]][embedding]):
         raise UserError(

@@ -62,6 +62,14 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class QueryScale:
+    """Queries at position p are multiplied by 1 + beta * log(1 + p // original_positions), after their rotation."""
+
+    beta: float
+    original_positions: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """A causal decoder: grouped-query attention, gated MLP, RMS norms.
 
@@ -79,6 +87,7 @@ class ModelSpec:
     ropes: tuple[Rope | None, ...]  # per layer; None = without positions
     windows: tuple[int | None, ...]  # per layer: the number of tokens that a query sees, itself included; None = all
     attention_scale: float
+    query_scale: QueryScale | None
     attention_softcap: float | None  # s -> cap * tanh(s / cap), on attention scores
     # Norms of queries and keys: "none", "head" for a norm of each head, "head_after_rope" for the same after their
     # rotation instead of before, or "all" for a norm over all heads.

@@ -134,12 +134,14 @@ class Transformer(nnx.Module):
         stacked_tables = jax.tree.map(lambda *x: jnp.stack(x), *tables.values()) if len(tables) > 1 else None
         # There is one branch per window, because a kernel's mask, which includes the window, is fixed at compile time.
         branches = [attend_within(self._scoring(window)) for window in _distinct(self.spec.windows)]
+        query_factors = self._query_factors(positions)
         graph, layers = nnx.split(self.layers)
 
         def layer(x: jax.Array, scanned: tuple[nnx.State, LayerKind]) -> tuple[jax.Array, None]:
             params, kind = scanned
 
             def attention_fn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+                q = _scaled_queries(q, query_factors)
                 if len(branches) == 1:
                     return branches[0](q, k, v), None
                 return jax.lax.switch(kind.window, branches, q, k, v), None
@@ -193,10 +195,12 @@ class Transformer(nnx.Module):
     def _cached_attention(self, cache: LayerCache, positions: jax.Array, mask: jax.Array) -> AttentionFn:
         """Returns attention that first writes a layer's new keys and values into its cache."""
         rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
+        query_factors = self._query_factors(positions)
 
         def attention_fn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
             keys = cache[0].at[rows, :, :, positions].set(k)
             values = cache[1].at[rows, :, positions].set(v)
+            q = _scaled_queries(q, query_factors)
             return masked(q, keys, values, mask, self._scoring(None)), (keys, values)
 
         return attention_fn
@@ -218,6 +222,13 @@ class Transformer(nnx.Module):
 
     def _scoring(self, window: int | None) -> Scoring:
         return Scoring(self.spec.attention_scale, window, self.spec.attention_softcap)
+
+    def _query_factors(self, positions: jax.Array) -> jax.Array | None:
+        """Computes the factors of the queries at positions [B T], float32; None if they have none."""
+        scale = self.spec.query_scale
+        if scale is None:
+            return None
+        return 1 + scale.beta * jnp.log1p((positions // scale.original_positions).astype(jnp.float32))
 
     def _layer_kinds(self) -> LayerKind:
         ropes, windows = _distinct(self.spec.ropes), _distinct(self.spec.windows)
@@ -299,6 +310,11 @@ def make_decoder(spec: ModelSpec, tensor: int = 1) -> Decoder:
     graph, state = nnx.split(module, nnx.Param)
     axes = nnx.to_pure_dict(nnx.get_partition_spec(state))
     return Decoder(spec, rows, nnx.to_pure_dict(state), jax.tree.map(tuple, axes), graph, state)
+
+
+def _scaled_queries(q: jax.Array, factors: jax.Array | None) -> jax.Array:
+    """Multiplies queries [B T N H] by factors [B T], in the queries' dtype."""
+    return q if factors is None else q * factors.astype(q.dtype)[:, :, None, None]
 
 
 def _distinct(values: tuple[T, ...]) -> list[T]:

@@ -101,6 +101,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "HunYuanDenseV1ForCausalLM",
         {"rope_parameters": ROPES["dynamic"], "attention_bias": True, "num_hidden_layers": 2},
     ),
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        {
+            "num_hidden_layers": 2, "sliding_window": WINDOW,
+            "rope_parameters": ROPES["yarn"] | {"mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.5},
+        },
+    ),
     "phi3": (
         "Phi3ForCausalLM",
         {
@@ -149,24 +156,35 @@ def torch_model(case: str, folder: Path | None = None, **changes: Any) -> PreTra
 
 
 # Checkpoints whose decoder is that of a case, with a vision tower beside it.
-WRAPPED = {"Gemma3ForConditionalGeneration": "gemma3"}
-VISION = {
+WRAPPED = {"Gemma3ForConditionalGeneration": "gemma3", "Mistral3ForConditionalGeneration": "ministral3"}
+TOWER = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
+# Their decoders have two layers; transformers applies no soft cap to the logits of Gemma 3 in this class.
+WRAPPED_CHANGES: dict[str, dict[str, Any]] = {
+    "gemma3": TWO_KINDS | {"final_logit_softcapping": None, "model_type": "gemma3_text"},
+    "ministral3": {"model_type": "ministral3"},
+}
 
 
-def wrapped_model(folder: Path, **changes: Any) -> PreTrainedModel:
-    """Makes and saves Gemma 3 with the decoder of the case gemma3, and a vision tower in bfloat16."""
-    changes = TWO_KINDS | {"final_logit_softcapping": None} | changes
-    text = SIZES | CASES["gemma3"][1] | changes
-    images = {"image_token_index": 99, "boi_token_index": 97, "eoi_token_index": 98, "mm_tokens_per_image": 4}
-    config = transformers.Gemma3Config(text_config=text, vision_config=VISION, **images)
+def wrapped_model(architecture: str, folder: Path, **changes: Any) -> PreTrainedModel:
+    """Makes and saves a model with the decoder of a case, and a vision tower in bfloat16 and of no special kind."""
+    case, model_class = WRAPPED[architecture], getattr(transformers, architecture)
+    changes = WRAPPED_CHANGES[case] | changes
+    text = SIZES | CASES[case][1] | changes
+    tower = TOWER | {"model_type": "siglip_vision_model" if case == "gemma3" else "pixtral", "head_dim": 8}
+    tied = text.get("tie_word_embeddings", False)
+    config = model_class.config_class(
+        text_config=text, vision_config=tower, image_token_index=99, tie_word_embeddings=tied
+    )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model = transformers.Gemma3ForConditionalGeneration(config).eval()
-    model.get_decoder().load_state_dict(torch_model("gemma3", **changes).model.state_dict())
+    model = model_class(config).eval()
+    decoder = torch_model(case, **changes)
+    model.get_decoder().load_state_dict(decoder.model.state_dict())
+    model.lm_head.load_state_dict(decoder.lm_head.state_dict())
     model.model.vision_tower.to(torch.bfloat16)
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "AnImageProcessor"}')
     return model

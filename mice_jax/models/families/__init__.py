@@ -15,6 +15,8 @@ from mice_jax.models.families import (
     granite4,
     hunyuan,
     llama,
+    ministral3,
+    ministral3_wrapped,
     mistral,
     olmo2,
     olmo3,
@@ -28,6 +30,6 @@ FAMILIES: dict[str, ModuleType] = {
     family.ARCHITECTURE: family
     for family in (
         llama, mistral, granite, granite4, qwen2, qwen3, smollm3, olmo2, olmo3, phi3, gemma2, gemma3, gemma3_wrapped,
-        exaone4, hunyuan,
+        exaone4, hunyuan, ministral3, ministral3_wrapped,
     )
 }  # fmt: skip

@@ -169,6 +169,7 @@ def llama_like_spec(
     layer_type: str = "",
     partial_rope: bool = False,
     ntk_rope: bool = False,
+    own_rope_keys: tuple[str, ...] = (),
 ) -> ModelSpec:
     """Reads the decoder that every family starts from: Llama without biases, windows, multipliers and caps.
 
@@ -188,6 +189,7 @@ def llama_like_spec(
       layer_type: the kind of layer whose RoPE is read, where kinds differ.
       partial_rope: whether RoPE may rotate a part of a head's dims.
       ntk_rope: whether RoPE may be "dynamic" with an alpha.
+      own_rope_keys: keys among the RoPE parameters that the family reads itself.
 
     Returns:
       The spec, in which the family replaces what differs.
@@ -196,6 +198,8 @@ def llama_like_spec(
     heads = c.integer("num_attention_heads")
     d_model = c.integer("hidden_size")
     head_dim = c.integer("head_dim", head_dim or d_model // heads)
+    max_positions = c.integer("max_position_embeddings")
+    rope = read_rope(c, head_dim, theta, layer_type, partial=partial_rope, ntk=ntk_rope, own_keys=own_rope_keys)
     return ModelSpec(
         vocab_size=c.integer("vocab_size"),
         d_model=d_model,
@@ -204,10 +208,11 @@ def llama_like_spec(
         num_heads=heads,
         num_kv_heads=c.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        max_positions=c.integer("max_position_embeddings"),
-        ropes=(read_rope(c, head_dim, theta, layer_type, partial=partial_rope, ntk=ntk_rope),) * layers,
+        max_positions=max_positions,
+        ropes=(rope,) * layers,
         windows=(None,) * layers,
         attention_scale=head_dim**-0.5,
+        query_scale=None,
         attention_softcap=None,
         qk_norm="none",
         pre_norm=True,

@@ -23,4 +23,6 @@ def spec_from_hf(c: ConfigReader) -> ModelSpec:
     spec = c.within("text_config", TEXT_DEFAULTS, gemma3.spec_from_hf)
     if spec.logit_softcap is not None:  # transformers applies it in the class without a vision tower only
         raise ValueError(f"in text_config, final_logit_softcapping={spec.logit_softcap}; only None is supported")
+    if not spec.tie_embeddings:  # transformers reads the key outside of text_config
+        raise ValueError("in text_config, tie_word_embeddings=False; only True is supported")
     return spec

@@ -17,6 +17,7 @@ TOP_LEVEL_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_
 # Of each `model_type` whose `rope_parameters` has an object per kind of layer: the key of the old spelling that has the
 # theta of layers with a window.
 LOCAL_THETA_KEYS = {"gemma3_text": "rope_local_base_freq", "olmo3": "rope_theta"}
+QUERY_SCALE_KEYS = ("llama_4_scaling_beta", "max_position_embeddings")  # the second has no effect
 YARN_MAGNITUDES = ("mscale", "mscale_all_dim")  # 0 counts as absent
 
 
@@ -28,7 +29,14 @@ class Keys(Protocol):
 
 
 def read_rope(
-    c: Keys, head_dim: int, default_theta: float, layer_type: str = "", *, partial: bool = False, ntk: bool = False
+    c: Keys,
+    head_dim: int,
+    default_theta: float,
+    layer_type: str = "",
+    *,
+    partial: bool = False,
+    ntk: bool = False,
+    own_keys: tuple[str, ...] = (),
 ) -> Rope:
     """Reads the rotary positions of a config.json.
 
@@ -41,6 +49,7 @@ def read_rope(
         such a key or fail with it.
       ntk: whether the architecture reads `alpha` where the kind is "dynamic". The others ignore it and stretch RoPE by
         the length of the batch, which is not supported.
+      own_keys: keys that do not describe RoPE, which the family reads itself.
 
     Returns:
       The kind of RoPE.
@@ -50,7 +59,8 @@ def read_rope(
     """
     scaling = _object(c, "rope_scaling")
     old = {key: c.get(key) for key in TOP_LEVEL_KEYS if c.get(key) is not None} | scaling
-    rope = _agreed(old, _parameters(c, layer_type), head_dim, default_theta, c.get("max_position_embeddings"))
+    new, max_positions = _parameters(c, layer_type), c.get("max_position_embeddings")
+    rope = _agreed(old, new, head_dim, default_theta, max_positions, own_keys)
     if isinstance(rope.scaling, NTKScaling) and not ntk:
         raise ValueError("rope_type='dynamic' among its RoPE parameters, which depends on the length of a batch")
     return rope if partial else _of_all_dims(rope, head_dim)
@@ -97,7 +107,20 @@ def _parameters(c: Keys, layer_type: str) -> dict[str, Any]:
     return parameters[layer_type]
 
 
-def _agreed(old: dict[str, Any], new: dict[str, Any], head_dim: int, default_theta: float, max_positions: int) -> Rope:
+def read_query_beta(c: Keys) -> float:
+    """Reads the strength of Ministral 3's scaling of queries, which is among its RoPE parameters."""
+    parameters = _object(c, "rope_scaling") | _object(c, "rope_parameters")
+    return _number(parameters, "llama_4_scaling_beta")
+
+
+def _agreed(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    head_dim: int,
+    default_theta: float,
+    max_positions: int,
+    own_keys: tuple[str, ...] = (),
+) -> Rope:
     old, new = dict(old), dict(new)
     for spelling in (old, new):
         old_kind, kind = spelling.pop("type", None), spelling.pop("rope_type", None)
@@ -111,7 +134,8 @@ def _agreed(old: dict[str, Any], new: dict[str, Any], head_dim: int, default_the
                 f"{key}={old[key]!r} in the old spelling of RoPE (rope_theta, rope_scaling) and {new[key]!r} in the "
                 "new one (rope_parameters); remove the wrong one"
             )
-    return _rope({"rope_theta": default_theta} | old | new, head_dim, max_positions)
+    parameters = {"rope_theta": default_theta} | old | new
+    return _rope({k: v for k, v in parameters.items() if k not in own_keys}, head_dim, max_positions)
 
 
 def _rope(parameters: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
