@@ -25,6 +25,7 @@ from helpers.families import CASES, ORIGINAL, POSITIONS, ROPES, SIZES, WRAPPED
 from helpers.models import hf_arrays
 from helpers.runs import REPOSITORY
 from mice_jax.errors import UserError
+from mice_jax.inference.generation_config import stop_ids_in
 from mice_jax.models import hf
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.rope_config import KINDS, read_rope, with_both_rope_spellings
@@ -412,7 +413,7 @@ WRAPPED_RELEASES = {"Gemma-3-4B": 4_300_079_472, "Ministral-3-8B": 0}
 
 
 @pytest.mark.parametrize("release", WRAPPED_RELEASES)
-def test_the_decoder_in_a_wrapped_config_has_the_parameters_of_transformers(release: str) -> None:
+def test_a_wrapped_config_has_the_parameter_count_of_transformers(release: str) -> None:
     config = release_config(release)
     with torch.device("meta"):
         kind = without(copy.deepcopy(config), {"model_type", "torch_dtype"})
@@ -459,6 +460,12 @@ def test_errors_in_a_wrapped_config_name_the_key_inside() -> None:
         spec_of(config | {"text_config": config["text_config"] | {"model_type": "mistral"}})
     with pytest.raises(UserError, match=r"tie_word_embeddings=True \(true if absent\), and False in text_config"):
         spec_of(without(config, {"tie_word_embeddings"}))
+
+
+def test_stop_tokens_inside_a_wrapped_config_count_where_none_are_outside() -> None:
+    inside = {"text_config": {"eos_token_id": 0}}
+    assert stop_ids_in(inside) == stop_ids_in(inside | {"eos_token_id": None}) == [0]
+    assert stop_ids_in(inside | {"eos_token_id": [1, 106]}) == [1, 106]
 
 
 def test_rope_of_a_wrapped_config_is_exported_in_both_spellings() -> None:

@@ -108,7 +108,9 @@ def read_generation_config(folder: Path, config: dict[str, Any]) -> GenerationDe
 
 def stop_ids_in(config: dict[str, Any]) -> list[Any]:
     """Returns the eos_token_id of a config.json or a generation_config.json as a list."""
-    own = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
+    own = config.get("eos_token_id")
+    if own is None:  # of a decoder beside a vision tower
+        own = (config.get("text_config") or {}).get("eos_token_id")
     if own is None:
         return []
     return own if isinstance(own, list) else [own]
