@@ -22,7 +22,9 @@ MEASURED = {
     "param_norm": 9.0, "update_norm": 0.1, "grad_sq_corrected": 0.25,
     "learning_rate": 1e-3, "finite": True, "skipped": False,
 }  # fmt: skip
-PROGRESS = Progress(samples=16, tokens=600, loss_tokens=200, skipped=3, grad_sq=0.5, sample_variance=8.0)
+PROGRESS = Progress(
+    samples=16, tokens=600, loss_tokens=200, skipped=3, noise=(1.0, 1.0, 0.5, 8.0, 100.0, 0.25, 64.0, 4.0)
+)
 
 
 def record_of(peak: float | None = 1e9, skips_spikes: bool = False, **measured: Any) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def test_record_values_by_hand() -> None:
     assert (record["samples"], record["tokens"], record["loss_tokens"]) == (16, 600, 200)
     assert (record["num_microbatches"], record["slot_efficiency"], record["skipped_steps"]) == (2, 0.75, 3)
     assert (record["tokens_per_s"], record["step_time_s"], record["noise_scale"]) == (150.0, 2.0, 16.0)
+    assert (record["noise_scale_tokens"], record["noise_scale_low"], record["noise_scale_high"]) == (200.0, None, None)
     assert record["mfu"] == train_flops(SPEC, BATCH["lengths"]) / 2e9
 
 

@@ -24,6 +24,7 @@ from helpers.runs import (
 )
 from mice_jax import train as train_module
 from mice_jax.metrics import JsonlWriter
+from mice_jax.training.noise_scale import NoiseScale
 from mice_jax.training.progress import Progress
 from mice_jax.training.record import SOURCE_METRICS, STEP_METRICS
 
@@ -213,7 +214,7 @@ def test_every_number_of_a_line_can_be_chosen_by(restarted: Path) -> None:
 def test_phase_seed_from_best_without_any_scored_checkpoint_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Progress, "noise_scale", lambda self: None)
+    monkeypatch.setattr(Progress, "noise_scale", lambda self: NoiseScale())
     config = two_phases(tmp_path / "run", SEEDED, RISING.replace("eval/phase/knowledge/loss", "noise_scale"))
     assert run_train(config, tmp_path / "run" / "run") == 2
     assert "checkpoint.best_metric is null at each of them" in capsys.readouterr().err

@@ -33,12 +33,16 @@ SIGNALS = {
     "learning_rate": ("Learning rate", ""),
     "tokens_per_s": ("Throughput", "tokens per second"),
     "noise_scale": ("Gradient noise scale", "the batch size, in samples, at which noise equals the gradient"),
+    "noise_scale_low": (
+        "Gradient noise scale, lower end",
+        "of its interval of 95 %, also where the scale is too large to tell",
+    ),
     "update_norm": ("Update norm", ""),
     "param_norm": ("Parameter norm", ""),
     "slot_efficiency": ("Slot efficiency", "share of computed slots that hold real tokens"),
     "mfu": ("Model FLOPs utilisation", "share of the devices' peak (of a measured one on CPUs)"),
 }
-SINGLE_RUN_ONLY = ("slot_efficiency", "mfu")  # curves that would only clutter a page of several runs
+SINGLE_RUN_ONLY = ("slot_efficiency", "mfu", "noise_scale_low")  # curves that would only clutter a page of several runs
 # The loss of each source that is trained on, on the page of one run; more curves than that would hide the others.
 SOURCE_LOSS = re.compile(r"train/(.+)/loss")
 MAX_SOURCES = 12

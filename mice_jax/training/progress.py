@@ -7,17 +7,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from mice_jax.training.noise_scale import NoiseScale, NoiseSums, estimate
+
 NORMS_KEPT = 64  # The number of latest gradient norms that a spike is compared with.
 MIN_NORMS = 8  # No step is called a spike before there are this many norms.
-NOISE_EMA_WEIGHT = 0.1  # The weight of the newest step in the running means of the noise-scale estimate.
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
     """The part of a checkpoint that is not arrays. The counters are cumulative over the run.
-
-    Each estimate of grad_sq and sample_variance is noisy and may be negative, so both are averaged before their ratio
-    is taken.
 
     Attributes:
       samples: The number of samples seen.
@@ -26,8 +24,7 @@ class Progress:
       loss_tokens_by_source: The same of each source, by its name.
       skipped: The number of steps whose update was skipped because of train.skip_spikes.
       norms: The gradient norms of the latest steps.
-      grad_sq: The running mean of the true gradient's squared norm.
-      sample_variance: The running mean of the variance of one sample's gradient.
+      noise: The sums from which the noise scale is estimated, as `NoiseSums`.
     """
 
     samples: int = 0
@@ -36,8 +33,7 @@ class Progress:
     loss_tokens_by_source: Mapping[str, int] = dataclasses.field(default_factory=dict)
     skipped: int = 0
     norms: tuple[float, ...] = ()
-    grad_sq: float = 0.0
-    sample_variance: float = 0.0
+    noise: tuple[float, ...] = NoiseSums()
 
     def advance(
         self, batch: Mapping[str, Any], grad_norm: float, skipped: bool, grad_sq_unbiased: float = math.nan
@@ -50,12 +46,9 @@ class Progress:
           skipped: Whether the update was skipped.
           grad_sq_unbiased: An unbiased estimate of the true gradient's squared norm; NaN if there is none.
         """
-        grad_sq, variance = self.grad_sq, self.sample_variance
+        noise = NoiseSums(*self.noise)
         if math.isfinite(grad_sq_unbiased):
-            own_variance = batch["samples"] * (grad_norm**2 - grad_sq_unbiased)
-            weight = NOISE_EMA_WEIGHT if grad_sq or variance else 1.0
-            grad_sq += weight * (grad_sq_unbiased - grad_sq)
-            variance += weight * (own_variance - variance)
+            noise = noise.plus_step(grad_norm, grad_sq_unbiased, batch["samples"], batch["loss_tokens"])
         return Progress(
             samples=self.samples + batch["samples"],
             tokens=self.tokens + batch["tokens"],
@@ -66,8 +59,7 @@ class Progress:
             },
             skipped=self.skipped + skipped,
             norms=(*self.norms, grad_norm)[-NORMS_KEPT:],
-            grad_sq=grad_sq,
-            sample_variance=variance,
+            noise=tuple(noise),
         )
 
     def counters(self) -> dict[str, int]:
@@ -75,9 +67,9 @@ class Progress:
         by_source = {f"train/{name}/loss_tokens": count for name, count in self.loss_tokens_by_source.items()}
         return {"samples": self.samples, "tokens": self.tokens, "loss_tokens": self.loss_tokens} | by_source
 
-    def noise_scale(self) -> float | None:
-        """Returns the batch size, in samples, whose noise equals the true gradient; None if it cannot be estimated."""
-        return self.sample_variance / self.grad_sq if self.grad_sq > 0 and self.sample_variance >= 0 else None
+    def noise_scale(self) -> NoiseScale:
+        """Returns the batch size whose noise equals the true gradient, with an interval."""
+        return estimate(NoiseSums(*self.noise))
 
     def spike_threshold(self, factor: float) -> float:
         """Returns the gradient norm above which a step is a spike: `factor` times the median of the latest norms.

@@ -14,8 +14,8 @@ from mice_jax.training.progress import Progress
 # The numbers of every line of metrics.jsonl; some are null where they cannot be measured.
 STEP_METRICS = (
     "loss", "token_accuracy", "entropy", "grad_norm", "param_norm", "update_norm", "grad_sq_corrected", "noise_scale",
-    "learning_rate", "epoch", "samples", "tokens", "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s",
-    "mfu", "step_time_s",
+    "noise_scale_low", "noise_scale_high", "noise_scale_tokens", "learning_rate", "epoch", "samples", "tokens",
+    "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s",
 )  # fmt: skip
 # Those of each source that is trained on, as train/<source>/<metric>.
 SOURCE_METRICS = ("loss", "token_accuracy", "loss_tokens")
@@ -63,7 +63,9 @@ def make_record(
             # There may be no estimate of the gradient noise, and no trained token of a source.
             may_be_missing = name == "grad_sq_corrected" or name.startswith("train/")
             record[name] = None if may_be_missing and not math.isfinite(value) else value
-    record["noise_scale"] = progress.noise_scale()
+    noise = progress.noise_scale()
+    record["noise_scale"], record["noise_scale_low"], record["noise_scale_high"] = noise.scale, noise.low, noise.high
+    record["noise_scale_tokens"] = noise.tokens
     record["num_microbatches"] = len(batch["microbatches"])
     record["slot_efficiency"] = batch["tokens"] / batch["slots"]
     record["tokens_per_s"] = batch["tokens"] / seconds

@@ -446,7 +446,7 @@ function makeHeader() {
   }
   byId("tiles").append(...tiles.filter(known));
 }
-const LOGARITHMIC = ["grad_norm", "grad_norm_corrected", "noise_scale", "update_norm"]; // until their button says otherwise
+const LOGARITHMIC = ["grad_norm", "grad_norm_corrected", "noise_scale", "noise_scale_low", "update_norm"]; // until their button says otherwise
 function makeCurves() {
   for (const [name, { title, note }] of Object.entries(data.signals))
     if (runs.some(r => name in r.means)) figure("charts", name, title, note, drawCurves, LOGARITHMIC.includes(name) || (name === "learning_rate" && !alone));
