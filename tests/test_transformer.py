@@ -174,7 +174,9 @@ def test_random_parameters_are_the_same_on_every_mesh() -> None:
         decoder = make_decoder(spec, sizes[2])
         assert decoder.vocab_rows % sizes[2] == 0
         shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-        init = jax.jit(decoder.init, out_shardings=shardings, compiler_options=QUICK)
+        # As in a run: without fusion emitters, which tests leave out, the last bit depends on how arrays are split.
+        options = QUICK | {"xla_cpu_use_fusion_emitters": True}
+        init = jax.jit(decoder.init, out_shardings=shardings, compiler_options=options)
         tree, other = (jax.device_get(init(jax.random.key(seed))) for seed in (3, 4))
         assert init(jax.random.key(3))["embed"]["table"].sharding.is_fully_replicated == (sizes == (1, 1, 1))
         assert gap(tree, other) > 0.1
