@@ -74,7 +74,8 @@ def begin(values: command.Values) -> int | None:
         return workers.work_as_main_process(study, process) if process else workers.work(study)
     # The database's URL may hold a password, so workers get it through their environment.
     shares = [share | {STORAGE_VARIABLE: storage} for share in share_of_devices(values.workers)]
-    print("\n".join(notes))
+    for note in notes:
+        print(note)
     _run_workers(study, ["--worker", f"--config={values.config}", f"--workdir={folder}"], shares)
     return 0
 
