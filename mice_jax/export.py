@@ -1,4 +1,4 @@
-"""Write a run's model as a Hugging Face folder: safetensors, config, tokenizer, chat template.
+"""Write a run's model as a Hugging Face folder: safetensors, config, tokenizer, chat template, model card.
 
   mice export --workdir=runs/demo --output=demo_hf
   mice export --workdir=runs/demo --step=400 --dtype=bfloat16 --output=demo_hf_400
@@ -24,9 +24,12 @@ from transformers import PreTrainedTokenizerBase
 from mice_jax.cli.flags import define_export
 from mice_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from mice_jax.errors import UserError
-from mice_jax.model_source import resolve_source, stop_ids
+from mice_jax.model_source import ModelSource, resolve_source, resolve_step, stop_ids
 from mice_jax.models import hf, untrained
+from mice_jax.storage import jsonl
+from mice_jax.storage.workdir import METRICS, Workdir
 from mice_jax.training import build
+from mice_jax.training.model_card import README, licence_of, model_card
 
 DTYPES = ("float32", "bfloat16")
 
@@ -49,7 +52,9 @@ def export(values: command.Values) -> None:
     dtype = values.dtype or source.config.get("dtype", "float32")
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}.")
-    model = build.load_for_inference(source, step=values.step)
+    step = resolve_step(source, values.step)
+    assert step is not None, "a run has steps"
+    model = build.load_for_inference(source, step=step)
     tokenizer = load_tokenizer(str(source.folder))
     # The export is written to a temporary folder and renamed once it is complete, so that no reader sees half of it.
     partial = output.with_name(f".{output.name}.partial")
@@ -60,6 +65,8 @@ def export(values: command.Values) -> None:
     save_tokenizer(tokenizer, partial)
     generation = _generation_config(source.config, tokenizer)
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    card = _model_card(source, step, dtype, output.resolve().name)
+    (partial / README).write_text(card, encoding="utf-8")
     if output.exists():
         output.rmdir()
     partial.rename(output)
@@ -72,6 +79,16 @@ def _generation_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     if config.get("bos_token_id") is not None:
         generation["bos_token_id"] = config["bos_token_id"]
     return generation | ({} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id})
+
+
+def _model_card(source: ModelSource, step: int, dtype: str, title: str) -> str:
+    """Returns the text of README.md, from the files that the run has written about itself."""
+    run = Workdir(source.folder.parent)
+    config, report, summary = (run.read_json(f"{name}.json") or {} for name in ("config", "data_report", "summary"))
+    records = (r for r in jsonl.read(run.local / METRICS) if r["step"] == step)
+    return model_card(
+        title, config, report, summary, next(records, {}), step=step, dtype=dtype, licence=licence_of(source.folder)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """An exported folder gives transformers the run's own logits, tokenizer, template and stop."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from helpers.runs import chat, make_tokenizer, read_json, run_export, run_train, setting
+from helpers.runs import chat, make_tokenizer, read_json, read_metrics, run_export, run_train, setting
 from mice_jax.model_source import load_params, resolve_source
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
@@ -69,7 +70,7 @@ def test_transformers_gives_our_logits(workdir: Path, exported: Path, tmp_path: 
     np.testing.assert_allclose(torch_logits(tmp_path / "first", IDS), our_logits(workdir, IDS, step=1), atol=2e-5)
 
 
-def test_export_is_complete_and_in_the_dtype_of_the_start(exported: Path, folder: Path) -> None:
+def test_export_is_complete_and_in_the_dtype_of_the_start(workdir: Path, exported: Path, folder: Path) -> None:
     tensors = load_file(exported / "model.safetensors")
     assert {t.dtype for t in tensors.values()} == {np.dtype(np.float32)}
     assert tensors["model.embed_tokens.weight"].shape == (300, 16)  # without the padding of the vocabulary
@@ -78,6 +79,10 @@ def test_export_is_complete_and_in_the_dtype_of_the_start(exported: Path, folder
     assert (config.architectures, config.vocab_size) == (["LlamaForCausalLM"], 300)
     assert config.dtype == torch.float32
     assert not list(folder.glob(".*partial"))
+    card = (exported / "README.md").read_text()
+    assert "\n# hf\n" in card and "| steps | 2 of 2 |" in card and "| batch size | 8 samples |" in card
+    assert f"| loss | {read_metrics(workdir)[-1]['loss']:.4g} |" in card
+    assert str(folder) not in card and "base_model" not in card  # it started from random weights
 
 
 def test_bfloat16_export_is_the_same_weights_rounded(workdir: Path, exported: Path, tmp_path: Path) -> None:
@@ -120,7 +125,9 @@ def test_export_starts_a_run_with_another_template(exported: Path, folder: Path,
     """A run from an export, without an update, exports the same tensors, and the template that it trained with."""
     template = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ '<|endoftext|>' }}{% endfor %}"
     (tmp_path / "chat.jinja").write_text(template)
-    flags = [f"--config.model.init_from={exported}", "--config.optim.max_steps=1", "--config.optim.learning_rate=0"]
+    base = shutil.copytree(exported, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    flags = [f"--config.model.init_from={base}", "--config.optim.max_steps=1", "--config.optim.learning_rate=0"]
     assert (
         run_train(folder / "run.py", tmp_path / "run", f"--config.data.chat_template={tmp_path}/chat.jinja", *flags)
         == 0
@@ -129,6 +136,8 @@ def test_export_starts_a_run_with_another_template(exported: Path, folder: Path,
     before, after = (load_file(f / "model.safetensors") for f in (exported, tmp_path / "hf"))
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.startswith('---\nbase_model: "base"\n') and '\nlicense: "mit"\n' in card
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.chat_template == template
     stops = GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id

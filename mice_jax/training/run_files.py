@@ -1,6 +1,7 @@
 """Writes the files of a run that exist before its first step, and reads them when the run is resumed."""
 
 import datetime
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mice_jax.models.families import FAMILIES
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute
 from mice_jax.storage.workdir import Workdir
+from mice_jax.training.model_card import README
 
 CONFIG = "config.json"
 ADDED = ("resolved", "provenance")  # These keys of config.json are not fields of the config.
@@ -88,7 +90,7 @@ def write_config(workdir: Workdir, config: Config, resolved: dict[str, Any], pro
 
 
 def write_model_folder(folder: Path, source: ModelSource, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes config.json, tokenizer and chat template, so that the run can be exported; does nothing if they exist.
+    """Writes what an export needs: config.json, tokenizer, chat template, README.md; does nothing if they exist.
 
     Args:
       folder: The run's `model` folder.
@@ -102,6 +104,8 @@ def write_model_folder(folder: Path, source: ModelSource, spec: ModelSpec, token
     save_tokenizer(tokenizer, folder)
     if source.kind != "random":
         untrained.keep(FAMILIES[source.architecture], source.folder, folder)
+        if (source.folder / README).is_file():  # Its licence goes into the model card of an export.
+            shutil.copyfile(source.folder / README, folder / README)
     stored = hf.with_sizes(source.config, spec.vocab_size, source.stored_dtype())
     Workdir(folder).write_json(CONFIG, stored)  # This is written last: its presence means that the folder is complete.
 
