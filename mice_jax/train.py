@@ -175,9 +175,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
     # ---- Compilation --------------------------------------------------------------------------------------------
     # Every microbatch shape is compiled now, so that no later step waits for a compilation.
-    compiled = precompile.compile_run(
-        fns, steps, start, data.total_steps, held_out.sources(data.dataset.validation, pack), data.spans, mesh
-    )
+    compiled = precompile.compile_run(fns, steps, start, data, pack, mesh, Display(console))
     if compiled.shapes:
         console.print(f"[dim]{compiled.describe(cache)}[/dim]")
     distributed.barrier("compiled")

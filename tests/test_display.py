@@ -34,3 +34,21 @@ def test_without_a_terminal_a_line_is_printed_now_and_then(monkeypatch: pytest.M
 
 def test_a_quiet_console_prints_nothing() -> None:
     assert output_of(True, quiet=True) == output_of(False, quiet=True) == ""
+
+
+def test_status_prints_the_first_text_and_later_ones_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress_display.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=100)
+    with Display(console).status() as say:
+        for text, seconds in (("one", 1), ("two", 5), ("three", 0)):
+            say(text)
+            now[0] += seconds
+    assert console.file.getvalue() == "one\nthree\n"  # type: ignore[attr-defined]
+
+
+def test_status_of_a_terminal_is_shown_in_place() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Display(console).status() as say:
+        say("compiling [a]")
+    assert "compiling [a]" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,6 +1,8 @@
 """Messages and progress bars on the terminal while data is prepared."""
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -10,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from mice_jax.data.store import ProgressCallback
 
 LINE_EVERY_S = 30.0  # between lines of progress where there is no terminal to draw a bar on
+STATUS_EVERY_S = 5.0  # between lines of a status, likewise
 
 
 class Display:
@@ -32,6 +35,26 @@ class Display:
     def log(self, text: str) -> None:
         """Prints a message."""
         self._console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def status(self) -> Iterator[Callable[[str], None]]:
+        """Provides a function that shows what is being done, in one line that each text replaces.
+
+        Where there is no terminal, the first text is printed, and a later one unless another was just printed.
+        """
+        if self._console.is_terminal:
+            with self._console.status("") as shown:
+                yield lambda text: shown.update(f"[dim]{escape(text)}[/dim]")
+            return
+        last_line = -STATUS_EVERY_S
+
+        def say(text: str) -> None:
+            nonlocal last_line
+            if time.monotonic() >= last_line + STATUS_EVERY_S:
+                last_line = time.monotonic()
+                self.log(text)
+
+        yield say
 
     def watch(self, what: str, unit: str = "samples") -> ProgressCallback:
         """A callback that updates the progress of `what`: the fraction done, and the number of units done."""

@@ -1,18 +1,21 @@
 """Compiles the step functions for every microbatch shape that a run will need, before its first step."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from mice_jax.cli.progress_display import Display
 from mice_jax.data.loader import StepSource, empty_rows
+from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import Shape
 from mice_jax.sharding import batch_sharding, num_shards
 from mice_jax.step import Batch, StepFunctions
-from mice_jax.training.phases import PhaseSpan
+from mice_jax.training import held_out
+from mice_jax.training.build import RunData
 
 MAX_PLANNED_SAMPLES = 2_000_000  # Planning the steps of this many takes two seconds.
 
@@ -53,10 +56,10 @@ def compile_run(
     fns: StepFunctions,
     steps: StepSource,
     start: int,
-    total_steps: int,
-    held_out: Iterable[StepSource],
-    spans: Sequence[PhaseSpan],
+    data: RunData,
+    pack: Callable[[Mixture], StepSource],
     mesh: Mesh,
+    display: Display,
 ) -> Compiled:
     """Compiles all functions that the remaining steps of a run need.
 
@@ -64,24 +67,32 @@ def compile_run(
       fns: The run's step functions.
       steps: The run's steps.
       start: The number of steps that are done.
-      total_steps: The number of the run's last step.
-      held_out: One pass over each set of held-out samples.
-      spans: The run's phases.
+      data: The run's data and its division into steps.
+      pack: Packs held-out samples.
       mesh: The run's mesh.
+      display: Shows what is being compiled.
 
     Returns:
       The number of shapes, which is 0 if the run is complete, and the seconds.
     """
-    shapes = shapes_to_compile(steps, start, total_steps)
+    shapes = shapes_to_compile(steps, start, data.total_steps)
     if not shapes:
         return Compiled(0, 0.0)
-    evaluated = {shape for source in held_out for shape in shapes_to_compile(source, 0, len(source))}
-    resets = any(span.phase.optimizer == "reset" for span in spans if span.first >= max(start, 1))
-    return Compiled(len(shapes), compile_step_functions(fns, shapes, evaluated, mesh, resets=resets))
+    passes = held_out.sources(data.dataset.validation, pack)
+    evaluated = {shape for source in passes for shape in shapes_to_compile(source, 0, len(source))}
+    resets = any(span.phase.optimizer == "reset" for span in data.spans if span.first >= max(start, 1))
+    with display.status() as announce:
+        return Compiled(len(shapes), compile_step_functions(fns, shapes, evaluated, mesh, announce, resets=resets))
 
 
 def compile_step_functions(
-    fns: StepFunctions, trained: Iterable[Shape], evaluated: Iterable[Shape], mesh: Mesh, *, resets: bool
+    fns: StepFunctions,
+    trained: Sequence[Shape],
+    evaluated: Iterable[Shape],
+    mesh: Mesh,
+    announce: Callable[[str], None] = lambda text: None,
+    *,
+    resets: bool,
 ) -> float:
     """Compiles the functions of steps and evaluations without running them, so that no later step has to compile.
 
@@ -90,6 +101,7 @@ def compile_step_functions(
       trained: The microbatch shapes of the steps.
       evaluated: The microbatch shapes of the held-out loss.
       mesh: The run's mesh.
+      announce: Called with a sentence about each compilation before it begins.
       resets: Whether a later phase resets the optimizer, which needs another function.
 
     Returns:
@@ -97,12 +109,15 @@ def compile_step_functions(
     """
     began = time.perf_counter()
     state, sums = fns.abstract_state, fns.abstract_sums
-    for shape in trained:
+    for number, shape in enumerate(trained, 1):
+        announce(f"compiling shape {number} of {len(trained)}: {shape.rows} x {shape.slots} tokens a device")
         fns.accumulate.compile(state.params, sums, abstract_batch(mesh, shape.rows, shape.slots))
+    announce("compiling the update")
     fns.apply.compile(state, sums, 0.0)
     if resets:
         fns.from_params.compile(state.params)
     for shape in evaluated:
+        announce(f"compiling the held-out loss: {shape.rows} x {shape.slots} tokens a device")
         fns.evaluate.compile(state.params, abstract_batch(mesh, shape.rows, shape.slots))
     return time.perf_counter() - began
 
