@@ -55,8 +55,15 @@ def test_spearman_counts_each_pair_as_often_as_given() -> None:
 def test_signal_that_ranks_runs_as_their_end_correlates_fully() -> None:
     found = {(c.signal, c.fraction): c for c in correlations(RUNS, (0.1, 0.5), ("loss", "grad_norm", "noise_scale"))}
     assert found["grad_norm", 0.1].rho == pytest.approx(1.0) and found["loss", 0.5].rho == pytest.approx(-1.0)
-    assert found["grad_norm", 0.1].low <= 1.0 <= found["grad_norm", 0.1].high + 1e-12
     assert found["noise_scale", 0.1].runs == 0 and math.isnan(found["noise_scale", 0.1].rho)
+
+
+@pytest.mark.parametrize(("count", "has_interval"), [(4, False), (5, True)])
+def test_fewer_than_five_runs_have_no_interval(count: int, has_interval: bool) -> None:
+    runs = [finished(str(i), 1.0, float(i), float(i)) for i in range(count)]
+    [c] = correlations(runs, (0.2,), ("grad_norm",))
+    assert c.rho == pytest.approx(1.0)
+    assert (c.low <= 1.0 <= c.high + 1e-12) == has_interval and math.isnan(c.low) != has_interval
 
 
 def test_bootstrap_interval_of_unrelated_numbers_contains_zero() -> None:

@@ -25,6 +25,7 @@ from mice_jax.training.stop_rules import (
 
 RESAMPLES = 2000  # of the bootstrap
 LEVEL = 0.95  # of the bootstrap intervals
+MIN_INTERVAL_RUNS = 5  # resamples of fewer runs have too few orders for an interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class FinishedRun:
 class Correlation:
     """Spearman's correlation of a signal at a fraction of the run with the final metric.
 
-    The numbers are NaN where fewer than three runs have the signal.
+    The numbers are NaN where fewer than three runs have the signal, and `low` and `high` where fewer than five have it.
     """
 
     signal: str
@@ -213,6 +214,8 @@ def _bootstrap(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, f
     """Returns Spearman's correlation of two arrays [N] and the ends of its percentile interval over resamples."""
     if len(x) < 3:
         return math.nan, math.nan, math.nan
+    if len(x) < MIN_INTERVAL_RUNS:
+        return float(spearman(x, y)[0]), math.nan, math.nan
     rng = np.random.default_rng(seed)
     times = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), RESAMPLES).astype(np.float64)
     resampled = spearman(x, y, times)
