@@ -1,7 +1,7 @@
 """Measures training speed and memory on a CPU against TRL's SFTTrainer, paired in one run.
 
 Both sides train the same Llama from the same weights on the same chats, with the same template, trained tokens, maximum
-length, AdamW, float32 and number of samples per step. The chats are the demo's (demo/make_data.py), which are short.
+length, AdamW, float32 and number of samples per step. The chats are those of studies/mouse/study_data.py, which are short.
 With `--lengths=long`, several of them are joined, so that lengths are like those of real chats: log-normal, with a
 median of 245 tokens, up to 4,096. Each run is a separate process. The sides take turns, round after round, so that
 slow minutes of the machine affect both. A pair is one round.
@@ -67,7 +67,7 @@ CALIBRATION_STEPS = 3  # steps of each per-device batch; the first is not measur
 LOSS_TOLERANCE = 1e-3
 # Each size has d_model, d_ff, layers, query heads and key heads.
 SIZES = {"1m": (128, 384, 4, 4, 2), "10m": (256, 1024, 10, 4, 2), "60m": (512, 1792, 16, 8, 4)}
-# The template is the demo's, with the tags that define the trained tokens for both sides.
+# The template is that of the chats, with the tags that define the trained tokens for both sides.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -160,7 +160,7 @@ def setup(args: argparse.Namespace) -> None:
     from mice_jax.data.mixture import Mixture, PhasePools, Pool
 
     folder, count = Path(args.folder), args.steps * args.batch
-    subprocess.run([sys.executable, str(ROOT / "demo/make_data.py"), str(folder / "data")], check=True)
+    subprocess.run([sys.executable, str(ROOT / "studies/mouse/study_data.py"), str(folder / "data")], check=True)
     files = sorted(f for f in (folder / "data").glob("*.jsonl") if "heldout" not in f.name)
     samples = [line for f in files for line in f.read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(samples)

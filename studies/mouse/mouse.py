@@ -1,6 +1,6 @@
 """Data, base model and recipe that the sweeps of the study at mouse scale share.
 
-The study asks the questions of arXiv 2412.13337 of a model of half a million weights, on the demo's three phases. It
+The study asks the questions of arXiv 2412.13337 of a model of half a million weights, on three phases of chats. It
 takes 81 minutes on two busy CPU cores. The configs' argument names the folder that holds data/ and base/, which
 studies/mouse/run.py makes before it runs the sweeps:
   python studies/mouse/run.py --workdir=studies/mouse/runs

@@ -1,6 +1,6 @@
 """The base model of the study at mouse scale: a small Llama, from scratch on Python's documentation as plain text.
 
-These documents leave out the entries that the demo's held-out knowledge asks about.
+These documents leave out the entries that the held-out knowledge asks about.
 Expected: a model that writes text that looks like documentation and answers no question.
 Cost: under three minutes on two CPU cores, including the data.
 Data: studies/mouse/run.py. Launch: mice train --config=studies/mouse/mouse_base.py --workdir=studies/mouse/runs/base

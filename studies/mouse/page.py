@@ -389,7 +389,7 @@ OPENING = """# The study at mouse scale
 Written by `python studies/mouse/page.py` from the files that `python studies/mouse/run.py` leaves; do not edit it.
 
 This study asks the four questions of arXiv 2412.13337 of a Llama of {weights:,} parameters, which was first pretrained
-on Python's documentation (held-out loss {base:.2f}) and is then trained on the demo's three phases: {seen:,} samples a
+on Python's documentation (held-out loss {base:.2f}) and is then trained on three phases of chats: {seen:,} samples a
 run, each sample twice. All arms see the same samples, so a large batch makes fewer updates. A seed is an order of the
 samples; all runs start from the same base model. No run was stopped early. What holds for such a model need not hold
 for one of ten thousand times its size.

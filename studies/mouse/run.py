@@ -2,7 +2,7 @@
 
     python studies/mouse/run.py --workdir=studies/mouse/runs
 
-It makes the demo's data, pretrains a small base model on Python's documentation, runs the sweeps of this folder, asks
+It makes the data, pretrains a small base model on Python's documentation, runs the sweeps of this folder, asks
 each trial the held-out questions and writes the page, WORKDIR/README.md. The same command again goes on where it was.
 While sweeps run, page.py writes the page of the trials so far.
 """
@@ -15,19 +15,18 @@ from pathlib import Path
 from absl import flags
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "demo")]
+sys.path.insert(0, str(HERE.parents[1]))
 
 import mice_jax  # noqa: F401  (first, because it silences transformers' advice to install torch)
 
 # isort: split
-from make_data import PHASES, Entry, clip, make_data, read_documentation, train_tokenizer, write_model_config
-
-from demo import Model
 from mice_jax import sweep, train
 from mice_jax.cli import command
 from mice_jax.storage.paths import write_atomically
 from mice_jax.sweeps.study import read_summary
+from ask import Asked
 from page import ANSWERS, SWEEPS, write_page
+from study_data import PHASES, Entry, clip, make_data, read_documentation, train_tokenizer, write_model_config
 
 VOCAB_SIZE = 2048
 MODEL_SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3}
@@ -63,14 +62,14 @@ def ask(sweep_folder: Path, data: Path) -> None:
     for run in sorted((sweep_folder / "runs").iterdir(), key=lambda r: int(r.name)):
         if (read_summary(run) or {}).get("status") != "completed" or (run / ANSWERS).exists():
             continue
-        model = model or Model(run)
+        model = model or Asked(run)
         model.load(run)
-        right = {p: model.exact_match(data / f"{p}.heldout.jsonl", count=None) for p in ("instructions", "skills")}
+        right = {p: model.exact_match(data / f"{p}.heldout.jsonl") for p in ("instructions", "skills")}
         write_atomically(run / ANSWERS, json.dumps(right) + "\n")
 
 
 def prepare(folder: Path) -> None:
-    """Writes the demo's data with its tokenizer, the documents to pretrain on, and the config of the base model."""
+    """Writes the data with its tokenizer, the documents to pretrain on, and the config of the base model."""
     make_data(folder)
     train_tokenizer(folder, [folder / f"{phase}.jsonl" for phase in PHASES], VOCAB_SIZE)
     file = write_model_config(folder, VOCAB_SIZE)
