@@ -1,7 +1,8 @@
 """Measures training speed and memory on a CPU against TRL's SFTTrainer, paired in one run.
 
 Both sides train the same Llama from the same weights on the same chats, with the same template, trained tokens, maximum
-length, AdamW, float32 and number of samples per step. The chats are those of studies/mouse/study_data.py, which are short.
+length, AdamW, float32 and number of samples per step. The short chats are those of
+studies/mouse/study_data.py.
 With `--lengths=long`, several of them are joined, so that lengths are like those of real chats: log-normal, with a
 median of 245 tokens, up to 4,096. Each run is a separate process. The sides take turns, round after round, so that
 slow minutes of the machine affect both. A pair is one round.

@@ -1,31 +1,35 @@
-"""The demo: train a small Llama from scratch on chat data made from Python's own documentation, stacked.
+"""The demo: train a small Llama from scratch on three kinds of chats, stacked.
 
 What it tests: the whole path on real input.
-Expected: the held-out loss falls from 5.8 after one epoch to about 4.5, and about a third of the held-out skills are
-answered right word for word. Every sample has the same weight, because answers of skills have two or three tokens and
-those of knowledge up to 800.
-Cost: about three minutes on two CPU cores.
-Data: demo/make_data.py.
+Expected, letter for letter: 129 of 150 held-out lists, 191 of 227 facts in new words and 283 of 300 tasks right.
+Cost: under 300 CPU seconds with all that demo/demo.py does besides.
+Data: demo/make_data.py. A fact is trained in five wordings and drawn five times an epoch, since there are few of them.
 Launch: make demo
 """
 
 from mice_jax.config import Config, Phase, Source
 
-PHASES = ("instructions", "knowledge", "skills")
+EPOCH_WEIGHTS = {"formats": 1.0, "facts": 5.0, "skills": 1.0}
 
 
 def get_config(arg: str = "demo/data") -> Config:
     folder = arg or "demo/data"
     c = Config()
     c.model.init_from = f"random:{folder}/init/config.json"
-    c.data.max_length = 1024
-    sources = [Source(path=f"{folder}/{name}.jsonl") for name in PHASES]
-    c.data.phases = [Phase(name="stacked", num_epochs=5.0, sources=sources)]
-    c.data.validation = [Source(path=f"{folder}/{name}.heldout.jsonl", name=name) for name in PHASES]
-    c.optim.batch_size = 64
+    # One short row at a time is the only shape of a microbatch, so that XLA compiles one program instead of six. The
+    # reference attention compiles faster than the blockwise one, and is as fast where rows are this short.
+    c.model.attention = "reference"
+    c.model.remat = "none"
+    c.data.max_length = 128
+    c.data.prepare_workers = 1  # a second process would take longer to start than to tokenise so little
+    c.train.rows_per_device = 1
+    sources = [Source(path=f"{folder}/{name}.jsonl", weight=weight) for name, weight in EPOCH_WEIGHTS.items()]
+    c.data.phases = [Phase(name="stacked", num_epochs=1.0, sources=sources)]
+    c.data.validation = [Source(path=f"{folder}/{name}.heldout.jsonl", name=name) for name in EPOCH_WEIGHTS]
+    # Small batches: when a small model learns to copy words depends on the steps more than on the samples.
+    c.optim.batch_size = 16
     c.optim.learning_rate = 3e-3
-    c.optim.loss_reduction = "sample"
-    c.checkpoint.every_samples = 20_000
-    c.eval.every_samples = 6_000
-    c.log.every_steps = 20
+    c.optim.schedule = "cosine"
+    c.optim.warmup_steps = 50
+    c.log.every_steps = 25
     return c

@@ -1,117 +1,144 @@
 """Trains, exports and queries a small model in minutes on a laptop: `make demo` runs this.
 
-It makes chat data from the documentation of the Python installation, trains a small model from scratch on three phases
-stacked, measures the held-out loss, exports a Hugging Face folder and asks it two questions. The folder of this file
-then has data/ (made once), run/ (the workdir) and hf/ (the exported model).
+It makes chats of three phases (make_data.py), shows what an untrained model answers, trains that model on all of them,
+exports a Hugging Face folder and asks it what it was not trained on. An answer is right if it is the expected one,
+letter for letter. The folder of this file then has data/, run/ (the workdir, with report.html), hf/ (the exported
+model) and result.json.
 """
 
 import json
+import resource
 import shutil
 import sys
-import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
 
 from mice_jax.runtime import xla_flags  # first: the package keeps transformers from advising us to install torch
 
 if __name__ == "__main__":
     xla_flags.reexec_with_huge_pages()  # as `mice` does, before the imports below, which take seconds
+    print("Importing JAX and transformers ...", flush=True)
 
 # isort: split
 import jax.numpy as jnp
-from make_data import PHASES, make_data, train_tokenizer, write_model_config
+from heartbeat import Heartbeat
+from make_data import PHASES, Pair, Split, make_data
 
-from mice_jax import export, train
-from mice_jax.data.chat import ChatEncoder
+import mice_jax
+from mice_jax import export, prepare, report, train
+from mice_jax.api import Model
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.inference.sampler import Sampler, Sampling
-from mice_jax.model_source import resolve_source
-from mice_jax.storage.workdir import METRICS
+from mice_jax.model_source import generation_config_of, resolve_source
+from mice_jax.runtime import compile_cache
+from mice_jax.storage.cache import cache_folder
 from mice_jax.training import build
 
-DATA, RUN, HF = HERE / "data", HERE / "run", HERE / "hf"
-VOCAB_SIZE = 2048
-SCORED = 100  # held-out prompts a phase whose answers are compared word for word
+DATA, RUN, HF, RESULT = HERE / "data", HERE / "run", HERE / "hf", HERE / "result.json"
+CONFIG = f"{ROOT / 'configs' / 'demo.py'}:{DATA}"
+LONGEST_ANSWER = 40  # tokens; no expected answer is longer
 
 
 def main() -> None:
-    began = time.perf_counter()
     for folder in (DATA, RUN, HF):
         shutil.rmtree(folder, ignore_errors=True)
+    RESULT.unlink(missing_ok=True)
+    compile_cache.enable(cache_folder(""))  # the trained model then runs the programs compiled for the untrained one
 
-    heading("Data: from the documentation of this Python")
-    counts = make_data(DATA)
-    train_tokenizer(DATA, [DATA / f"{phase}.jsonl" for phase in PHASES], VOCAB_SIZE)
-    write_model_config(DATA, VOCAB_SIZE)
-    for name, count in counts.items():
-        print(f"  {name:<28} {count:>6,} samples")
+    heading("Data: lists, the documentation of this Python, and small tasks")
+    phases = make_data(DATA)
+    for phase, split in phases.items():
+        print(
+            f"  {phase:<8} {len(split.trained):>6,} chats to train on, {len(split.held_out):>4,} questions to ask after"
+        )
+
+    heading("One sample as the model sees it; the loss is on the marked tokens")
+    stop_unless_done(prepare.main([f"--config={CONFIG}", "--inspect=1"]))
+
+    heading("Before training: what random weights answer")
+    print("  XLA compiles each program when it is first needed, which takes some seconds.")
+    before, answers = ask(untrained_model(), phases)
+    show(answers)
 
     heading("Training: mice train --config=configs/demo.py --workdir=demo/run")
-    config = HERE.parent / "configs" / "demo.py"
-    stop_unless_done(train.main([f"--config={config}:{DATA}", f"--workdir={RUN}"]))
+    print("  After a table of the run's settings, XLA compiles the training step; then there is a line every 25 steps.")
+    stop_unless_done(train.main([f"--config={CONFIG}", f"--workdir={RUN}"]))
 
     heading("Export: mice export --workdir=demo/run --output=demo/hf")
     stop_unless_done(export.main([f"--workdir={RUN}", f"--output={HF}"]))
 
-    heading("Held out: loss, and answers that are right word for word")
-    model = Model(HF)
-    losses = held_out_losses()
-    print(f"  {'phase':<14} {'loss, first':>12} {'loss, last':>12} {'exact match':>14}")
+    heading("After training: what demo/hf answers")
+    after, answers = ask(mice_jax.load_model(HF), phases)
+    show(answers)
+
+    heading("Report: mice report --workdir=demo/run")
+    stop_unless_done(report.main([f"--workdir={RUN}"]))
+
+    heading("Right answers to questions that were not trained on, letter for letter")
+    print(table(before, after))
+    figures = result(after, answers)
+    RESULT.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"\nThis took {figures['cpu_s']:.0f} CPU seconds. The figures are in {RESULT}.")
+    print(NEXT)
+
+
+NEXT = f"""
+Ask it more:         mice generate --model={HF.relative_to(ROOT)}
+With your own data:  write it to data/chats.jsonl as README.md shows, and set it and a model in a copy of configs/sft.py
+Look at it:          mice prepare --config=configs/mine.py --inspect=3
+Train on it:         mice train --config=configs/mine.py --workdir=runs/mine
+(mice is in .venv/bin: source .venv/bin/activate)"""
+
+
+def untrained_model() -> Model:
+    """The model as training will begin with it."""
+    source = resolve_source(f"random:{DATA / 'init'}")
+    tokenizer = load_tokenizer(str(source.folder))
+    return Model(build.load_for_inference(source), tokenizer, generation_config_of(source, tokenizer), jnp.float32)
+
+
+def ask(model: Model, phases: dict[str, Split]) -> tuple[dict[str, dict[str, int]], list[dict[str, str]]]:
+    """Asks everything that is held out; returns the right answers by phase, and each phase's first answer."""
+    scores, shown = {}, []
     for phase in PHASES:
-        right, asked = model.exact_match(DATA / f"{phase}.heldout.jsonl")
-        first, last = losses[0][f"eval/{phase}/loss"], losses[-1][f"eval/{phase}/loss"]
-        print(f"  {phase:<14} {first:>12.3f} {last:>12.3f} {right:>8} of {asked}")
-    print(f"  {'all':<14} {losses[0]['eval/loss']:>12.3f} {losses[-1]['eval/loss']:>12.3f}")
-
-    heading("Two questions to demo/hf")
-    for question in ("What is the smallest of 7, 2, 9?", "What does `json.dumps` do?"):
-        answer, stopped = model.ask([[{"role": "user", "content": question}]], max_new_tokens=120)[0]
-        print(f"  > {question}\n  {answer}{'' if stopped else ' ... (cut)'}\n")
-
-    print(f"All of it took {time.perf_counter() - began:.0f} s. The run is in {RUN}, the model in {HF}.")
-    print(f"Ask it more: .venv/bin/mice generate --model={HF}")
+        asked = phases[phase].held_out
+        print(f"  asking {len(asked)} questions of {phase} ...")
+        answers = model.generate([p.prompt for p in asked], max_new_tokens=LONGEST_ANSWER, batch_size=64)
+        scores[phase] = exact_match(asked, answers)
+        shown.append({"prompt": asked[0].prompt, "answer": answers[0], "expected": asked[0].answer})
+    return scores, shown
 
 
-class Model:
-    """An exported folder, loaded as any user's, or a run's workdir."""
-
-    def __init__(self, folder: Path):
-        source = resolve_source(str(folder))
-        self._encoder = ChatEncoder(load_tokenizer(str(source.folder)))
-        loaded = build.load_for_inference(source)
-        self._params, self._sampler = loaded.params, Sampler(loaded.decoder, jnp.float32)
-        self._tokenizer = self._encoder.tokenizer
-
-    def load(self, folder: Path) -> None:
-        """Takes the weights of a folder of the same model and tokenizer."""
-        self._params = build.load_for_inference(resolve_source(str(folder))).params
-
-    def ask(self, conversations: list[list[dict[str, str]]], max_new_tokens: int) -> list[tuple[str, bool]]:
-        """The likeliest answer to each, and whether it ended by itself."""
-        prompts = [self._encoder.prompt_ids(c) for c in conversations]
-        answers = self._sampler.generate(
-            self._params, prompts, Sampling(max_new_tokens), self._encoder.stop_ids(), batch_size=25
-        )
-        return [(str(self._tokenizer.decode(a.ids)), a.stopped) for a in answers]
-
-    def exact_match(self, file: Path, count: int | None = SCORED) -> tuple[int, int]:
-        """How many of the first held-out answers (None: of all) are given word for word, and how many were asked."""
-        samples = [json.loads(line)["messages"] for line in file.read_text().splitlines()[:count]]
-        answers = self.ask([s[:-1] for s in samples], max_new_tokens=60)
-        right = sum(a == s[-1]["content"] for (a, _), s in zip(answers, samples, strict=True))
-        return right, len(samples)
+def exact_match(asked: list[Pair], answers: list[str]) -> dict[str, int]:
+    """How many answers are the expected ones, letter for letter, and how many were asked for."""
+    return {"right": sum(p.answer == a for p, a in zip(asked, answers, strict=True)), "of": len(asked)}
 
 
-def held_out_losses() -> list[dict[str, float]]:
-    """The held-out losses that the run measured, first to last."""
-    records = [json.loads(line) for line in (RUN / METRICS).read_text().splitlines()]
-    return [r for r in records if "eval/loss" in r]
+def show(answers: list[dict[str, str]]) -> None:
+    for a in answers:
+        print(f"\n  > {a['prompt']}\n  {a['answer'][:80]!r}")
+
+
+def table(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> str:
+    """A line for each phase, with the right answers before and after training."""
+    lines = [f"  {'phase':<10}{'before':>14}{'after':>14}"]
+    for phase in PHASES:
+        cells = (f"{score[phase]['right']} of {score[phase]['of']}" for score in (before, after))
+        lines.append(f"  {phase:<10}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
+
+
+def result(after: dict[str, dict[str, int]], answers: list[dict[str, str]]) -> dict[str, object]:
+    """The content of result.json; cpu_s is the CPU time of this process and its children, user and system."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu_s = round(sum(u.ru_utime + u.ru_stime for u in usages), 1)
+    return {"cpu_s": cpu_s, "exact": after, "answers": answers, "hf": str(HF)}
 
 
 def heading(text: str) -> None:
-    print(f"\n== {text} ==", flush=True)
+    print(f"\n== {text} ==")
 
 
 def stop_unless_done(exit_code: int) -> None:
@@ -120,4 +147,5 @@ def stop_unless_done(exit_code: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with Heartbeat():
+        main()

@@ -1,12 +1,14 @@
-"""Make all that the demo trains on: chat data, a tokenizer and the config of a small model.
+"""Make what the demo trains on: chats of three phases, a tokenizer and the config of a small model.
 
     python demo/make_data.py OUT
 
-The text is the documentation of the Python that runs this file, read from the standard library
-at run time; no text is kept in the repository. As in the paper there are three phases:
-instructions (reformat and list), knowledge (what the documentation says) and skills (answers that
-can be computed). Each becomes `OUT/<phase>.jsonl` and `OUT/<phase>.heldout.jsonl`; the tokenizer
-and config.json go to `OUT/init`. The same Python, packages and seed give the same files.
+Each phase becomes `OUT/<phase>.jsonl` and, for what is asked afterwards, `OUT/<phase>.heldout.jsonl`. The same Python
+and seed give the same files.
+
+- formats: lists of words to write in another form. Asked: lists that are not in the training data.
+- facts: what the documentation of this Python, read when this file runs, says about some functions and classes. Each
+  fact is trained in five wordings. Asked: each fact in a sixth wording, which is trained for other facts only.
+- skills: small tasks whose answers are computed. Asked: tasks that are not in the training data.
 """
 
 import importlib
@@ -14,379 +16,277 @@ import inspect
 import json
 import random
 import re
-import string
 import sys
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain, product, zip_longest
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
-from types import ModuleType
+from typing import NamedTuple
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-Pair = tuple[str, str]  # a prompt and its answer
 
-# The phases' sizes in the paper, in thousands of samples; the demo keeps their proportion.
-PHASES = {"instructions": 308, "knowledge": 231, "skills": 286}
-SAMPLES_PER_THOUSAND = 8
-# How often a conversation has one, two and three turns. Skills have many because they are short.
-TURNS = {"instructions": (86, 10, 4), "knowledge": (86, 10, 4), "skills": (30, 30, 40)}
-HELDOUT = 0.05
-MAX_CHARS = 1900  # of a conversation's answers: about 850 tokens of the demo's tokenizer
-MAX_POSITIONS = 1024
+class Pair(NamedTuple):
+    """A question and its answer."""
 
-SYSTEM_PROMPTS = {
-    "instructions": ("Follow the instruction exactly.", "You are a careful editor of lists."),
-    "knowledge": ("You are an expert on Python.", "Answer from Python's documentation."),
-    "skills": ("Answer with the result only.", "You are a calculator."),
-}
-
-# Left out by how their names begin: they print, open windows, touch the terminal, or are other
-# modules' insides under a second name.
-SKIPPED = ("_", "antigravity", "distutils", "genericpath", "idlelib", "lib2to3", "nt", "posix")
-SKIPPED += ("pydoc_data", "readline", "rlcompleter", "sre_", "test", "this", "tkinter", "turtle")
-
-# Worth asking about too, though only their packages are in Python's own list.
-SUBMODULES = ("collections.abc", "concurrent.futures", "email.message", "http.client")
-SUBMODULES += ("importlib.metadata", "json.decoder", "logging.handlers", "multiprocessing.pool")
-SUBMODULES += ("os.path", "unittest.mock", "urllib.parse", "urllib.request", "xml.dom.minidom")
+    prompt: str
+    answer: str
 
 
-# ---------------------------------------------------------------- reading the documentation
+class Split(NamedTuple):
+    """The pairs of a phase to train on, and those to ask afterwards."""
+
+    trained: list[Pair]
+    held_out: list[Pair]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One documented thing of the standard library, or a topic of the language reference."""
+# ---------------------------------------------------------------------------------------- formats
+WORDS = ["apple", "bird", "cake", "dog", "egg", "fish", "gold", "hat", "ink", "jam", "king", "lamp"]
+WORDS += ["moon", "nut", "oak", "pen", "queen", "red", "sun", "tree", "van", "wind", "yard", "zoo"]
 
-    name: str  # dotted, from the module on
-    kind: str  # module | class | function | method | topic
-    module: str  # that defines it; "" for a topic
-    doc: str
-    signature: str = ""  # "(a, b=1)"; "" where Python cannot tell
-
-
-def read_documentation() -> list[Entry]:
-    """All entries of this Python, in an order that depends on nothing but their names."""
-    # A topic's first paragraph is its underlined heading.
-    texts = {key.replace("-", " "): text.partition("\n\n")[2] for key, text in topics.items()}
-    entries = [Entry(key, "topic", "", text.strip()) for key, text in sorted(texts.items())]
-    names = sorted(n for n in sys.stdlib_module_names if not n.startswith(SKIPPED))
-    seen: set[object] = set()  # many modules export what another one defines: the first has it
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated modules and names are documented too
-        # builtins first, so that its names are not taken for those of a module that re-exports them
-        for name in dict.fromkeys(["builtins", *names, *SUBMODULES]):
-            try:
-                module = importlib.import_module(name)
-            except Exception:  # another system's module, or one this build of Python lacks
-                continue
-            entries += module_entries(name, module, seen)
-    return [entry for entry in entries if len(entry.doc) >= 30]
-
-
-def module_entries(module: str, value: ModuleType, seen: set[object]) -> Iterator[Entry]:
-    """The module itself, its public functions and classes, and the classes' own methods."""
-    yield entry(module, "module", module, value)
-    exported = getattr(value, "__all__", None)
-    for name in sorted(n for n in exported or vars(value) if not n.startswith("_")):
-        item = getattr(value, name, None)
-        if not (inspect.isclass(item) or inspect.isroutine(item)) or item in seen:
-            continue
-        if not exported and item.__module__ != value.__name__:
-            continue
-        seen.add(item)
-        if not inspect.isclass(item):
-            yield entry(f"{module}.{name}", "function", module, item)
-            continue
-        yield entry(f"{module}.{name}", "class", module, item)
-        for method in sorted(vars(item)):
-            if not method.startswith("_") and inspect.isroutine(getattr(item, method, None)):
-                yield entry(f"{module}.{name}.{method}", "method", module, getattr(item, method))
-
-
-def entry(name: str, kind: str, module: str, value: object) -> Entry:
-    doc = value.__doc__ if isinstance(value.__doc__, str) else ""
-    try:
-        signature = str(inspect.signature(value))  # type: ignore[arg-type]
-    except (ValueError, TypeError, NameError):
-        signature = ""
-    # "<" and "{" come from addresses and sets, which differ from one run to the next.
-    signature = "" if "<" in signature or "{" in signature else signature
-    return Entry(name, kind, module, inspect.cleandoc(doc).strip(), signature)
-
-
-# ------------------------------------------------------------------------------- knowledge
-
-WHAT = {
-    "module": "What is the `{}` module for?",
-    "class": "What is `{}`?",
-    "function": "What does `{}` do?",
-    "method": "What does `{}` do?",
+# How a list is asked for, and its answer. All lists have three words: then a word and its copy are equally far apart in
+# all samples of a wording, and the model learns to copy in hundreds of steps instead of thousands.
+FORMATS: dict[str, Callable[[list[str]], str]] = {
+    "Make a bullet list: {}": lambda w: "\n".join(f"- {x}" for x in w),
+    "Number this list: {}": lambda w: "\n".join(f"{i}. {x}" for i, x in enumerate(w, 1)),
+    "Write one item per line: {}": lambda w: "\n".join(w),
+    "Write as a JSON list: {}": json.dumps,
+    "Join with hyphens: {}": lambda w: "-".join(w),
+    "Write in upper case: {}": lambda w: ", ".join(w).upper(),
 }
 
 
-def knowledge_pairs(entries: list[Entry], count: int, rng: random.Random) -> list[Pair]:
-    """Questions about every module and topic, which are long, and a random choice of the rest.
-
-    Those about one thing stay neighbours, so that a conversation of several turns stays with it.
-    """
-    last_names = Counter(last_name(e) for e in entries)
-    pairs: dict[str, str] = {}
-    shuffled = rng.sample(entries, len(entries))
-    for e in sorted(shuffled, key=lambda e: e.kind not in ("module", "topic")):
-        inside = (x for x in entries if x.module == e.name and x.kind in ("class", "function"))
-        if e.kind == "module" and (names := comma(sorted(map(last_name, inside)))):
-            pairs[f"List the functions and classes of the `{e.name}` module."] = clip(names)
-        pairs.update(questions(e, unique=last_names[last_name(e)] == 1))
-        if len(pairs) >= count:
-            break
-    return list(pairs.items())[:count]
+def format_pair(rng: random.Random) -> Pair:
+    """A random list of three words, to be written in a random form."""
+    wording, answer = rng.choice(list(FORMATS.items()))
+    words = rng.sample(WORDS, 3)
+    return Pair(wording.format(", ".join(words)), answer(words))
 
 
-def questions(entry: Entry, unique: bool) -> Iterator[Pair]:
-    if entry.kind == "topic":
-        yield f"What does Python's reference say about {entry.name}?", clip(entry.doc)
-        return
-    paragraphs = entry.doc.split("\n\n")
-    # Many docstrings begin with "name(args) -> result", which says nothing of what it does.
-    if told := [p for p in paragraphs if not re.match(r"[\w.]+\(", p)]:
-        yield WHAT[entry.kind].format(entry.name), clip(" ".join(told[0].split()))
-    if len(paragraphs) > 1:
-        yield f"Show the documentation of `{entry.name}`.", clip(entry.doc)
-    if entry.signature:
-        yield f"What is the signature of `{entry.name}`?", clip(entry.name + entry.signature)
-    if unique and entry.kind != "module":
-        yield f"Which module defines `{last_name(entry)}`?", entry.module
+# ---------------------------------------------------------------------------------------- facts
+MODULES = (
+    "json", "os", "os.path", "math", "random", "shutil", "statistics", "textwrap", "functools", "collections", "glob",
+    "bisect", "heapq", "copy", "tempfile", "datetime", "pathlib", "inspect", "csv", "time", "operator", "calendar",
+    "contextlib", "string", "zipfile", "base64", "html", "keyword", "linecache", "getpass", "socket", "threading",
+)  # fmt: skip
+PER_MODULE = 5
+NUM_ENTRIES = 80
 
-
-def last_name(entry: Entry) -> str:
-    return entry.name.rpartition(".")[2]
-
-
-def clip(text: str) -> str:
-    """What fits in MAX_CHARS, cut between paragraphs, else lines, else words."""
-    if len(text) <= MAX_CHARS:
-        return text
-    head = text[:MAX_CHARS]
-    return next(cut for mark in ("\n\n", "\n", " ") if (cut := head.rpartition(mark)[0].strip()))
-
-
-# ---------------------------------------------------------------------------- instructions
-
-
-def comma(words: Iterable[str]) -> str:
-    return ", ".join(words)
-
-
-def lines(words: Iterable[str], mark: str = "") -> str:
-    return "\n".join(mark + word for word in words)
-
-
-# How a task is asked for, its wordings, and its answer as a function of the list.
-INSTRUCTIONS: list[tuple[tuple[str, ...], Callable[[list[str]], str]]] = [
-    (("Write in upper case: {}", "Turn into capitals: {}"), lambda w: comma(w).upper()),
-    (("Capitalise each item: {}",), lambda w: comma(x.capitalize() for x in w)),
-    (("Sort alphabetically: {}", "Put in alphabetical order: {}"), lambda w: comma(sorted(w))),
-    (("Reverse this list: {}", "Write this list backwards: {}"), lambda w: comma(w[::-1])),
-    (("Number this list: {}",), lambda w: lines(f"{i}. {x}" for i, x in enumerate(w, 1))),
-    (("Make a bullet list: {}", "Write as bullets: {}"), lambda w: lines(w, "- ")),
-    (("Write one item per line: {}",), lambda w: lines(w)),
-    (("Join with hyphens: {}",), lambda w: "-".join(w)),
-    (("Join with spaces: {}", "Remove the commas: {}"), lambda w: " ".join(w)),
-    (("Write as a JSON list: {}",), lambda w: json.dumps(w)),
-    (("Count the items: {}", "How many items are in this list? {}"), lambda w: str(len(w))),
-    (("Give the first item: {}",), lambda w: w[0]),
-    (("Give the last item: {}",), lambda w: w[-1]),
-    (("Give every second item: {}",), lambda w: comma(w[1::2])),
-    (("Copy this list: {}", "Repeat after me: {}"), comma),
-    (("Join with commas:\n{lines}",), comma),
-    (("Count the lines:\n{lines}",), lambda w: str(len(w))),
-]
-
-
-def instruction_pairs(entries: list[Entry], count: int, rng: random.Random) -> list[Pair]:
-    """Small jobs on lists of words and identifiers that the documentation uses."""
-    words = common_words(entries, 900)
-    functions = sorted({last_name(e) for e in entries if e.kind == "function"})
-    names = [name for name in functions if re.fullmatch(r"[a-z_]{3,14}", name)]
-    pairs: dict[str, str] = {}
-    while len(pairs) < count:
-        wordings, answer = rng.choice(INSTRUCTIONS)
-        items = rng.sample(words if rng.random() < 0.75 else names, rng.choice((2, 3, 4, 5, 7, 12)))
-        pairs[rng.choice(wordings).format(comma(items), lines=lines(items))] = answer(items)
-    return list(pairs.items())
-
-
-WORD = re.compile(r"(?<![\w'])[a-z]{3,9}(?![\w'])")
-
-
-def common_words(entries: list[Entry], count: int) -> list[str]:
-    found = Counter(chain.from_iterable(WORD.findall(e.doc) for e in entries))
-    return sorted(word for word, _ in found.most_common(count))
-
-
-# ---------------------------------------------------------------------------------- skills
-
-
-def skill_pairs(entries: list[Entry], count: int, rng: random.Random) -> list[Pair]:
-    """An even draw from each skill's whole space, until the small ones are used up."""
-    spaces = [rng.sample(space, len(space)) for space in skill_spaces(entries)]
-    in_turn = [pair for row in zip_longest(*spaces) for pair in row if pair is not None]
-    return rng.sample(in_turn[:count], count)
-
-
-def skill_spaces(entries: list[Entry]) -> list[list[Pair]]:
-    """Every fact of each skill once, so that no held-out fact is trained under other words."""
-    digits = range(10)
-    sums = list(product(range(50), digits))
-    triples = [t for t in product(digits, repeat=3) if len(set(t)) == 3]
-    steps = [(start, step) for start in range(40) for step in range(1, 6)]
-    repeats = list(product(string.ascii_lowercase, range(1, 10)))
-    unequal = [(a, b) for a, b in product(range(30), repeat=2) if a != b]
-    # Letters stand apart because a tokenizer hides those of a whole word.
-    spelled = ["-".join(word) for word in common_words(entries, 500)]
-    return [
-        [(f"What is {a} + {b}?", f"{a + b}") for a, b in sums],
-        [(f"What is {a} - {b}?", f"{a - b}") for a, b in sums if a >= b],
-        [(f"What is {a} * {b}?", f"{a * b}") for a, b in product(digits, digits)],
-        [(f"Is {a} greater than {b}?", "yes" if a > b else "no") for a, b in unequal],
-        [(f"Is {a} odd or even?", "odd" if a % 2 else "even") for a in range(400)],
-        [(f"What is the largest of {comma(map(str, t))}?", f"{max(t)}") for t in triples],
-        [(f"What is the smallest of {comma(map(str, t))}?", f"{min(t)}") for t in triples],
-        [(f"What comes next: {a}, {a + s}, {a + 2 * s}?", f"{a + 3 * s}") for a, s in steps],
-        [(f"What is the last digit of {a}?", f"{a % 10}") for a in range(10, 1000)],
-        [(f"Write the letter {x} {n} times.", " ".join(x * n)) for x, n in repeats],
-        [(f"How many letters are in {w}?", f"{len(w) // 2 + 1}") for w in spelled],
-        [(f"What is the first letter of {w}?", w[0]) for w in spelled],
-        [(f"What is the last letter of {w}?", w[-1]) for w in spelled],
-    ]
-
-
-# ------------------------------------------------------------------------ writing the files
-
-
-def make_data(out_dir: Path, seed: int = 0) -> dict[str, int]:
-    """Writes both files of each phase to `out_dir`; returns the number of samples by file."""
-    out_dir.mkdir(parents=True, exist_ok=True)
-    entries = read_documentation()
-    makers = dict(instructions=instruction_pairs, knowledge=knowledge_pairs, skills=skill_pairs)
-    counts = {}
-    for phase, thousands in PHASES.items():
-        rng = random.Random(f"{seed}/{phase}")
-        turns = sum(n * weight for n, weight in enumerate(TURNS[phase], 1)) / sum(TURNS[phase])
-        pairs = makers[phase](entries, round(thousands * SAMPLES_PER_THOUSAND * turns), rng)
-        heldout = set(rng.sample(range(len(pairs)), round(HELDOUT * len(pairs))))
-        training = [pair for i, pair in enumerate(pairs) if i not in heldout]
-        # A held-out sample is one plain question, so that exact match is simple to score.
-        samples = {
-            f"{phase}.jsonl": conversations(training, phase, rng),
-            f"{phase}.heldout.jsonl": [chat([pairs[i]]) for i in sorted(heldout)],
-        }
-        for name, chats in samples.items():
-            text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in chats)
-            (out_dir / name).write_text(text, encoding="utf-8")
-            counts[name] = len(chats)
-    return counts
-
-
-def conversations(pairs: list[Pair], phase: str, rng: random.Random) -> list[dict]:
-    """Each pair once, alone or as a turn of a longer conversation, some after a system message."""
-    left, samples = deque(pairs), []
-    while left:
-        turns = [left.popleft()]
-        wanted = rng.choices((1, 2, 3), weights=TURNS[phase])[0]
-        room = MAX_CHARS - len(turns[0][1])
-        while left and len(turns) < wanted and len(left[0][1]) <= room:
-            turns.append(left.popleft())
-            room -= len(turns[-1][1])
-        system = rng.choice(SYSTEM_PROMPTS[phase]) if rng.random() < 0.15 else ""
-        samples.append(chat(turns, system))
-    rng.shuffle(samples)
-    return samples
-
-
-def chat(turns: list[Pair], system: str = "") -> dict:
-    messages = [{"role": "system", "content": system}] if system else []
-    for prompt, answer in turns:
-        messages.append({"role": "user", "content": prompt})
-        messages.append({"role": "assistant", "content": answer})
-    return {"messages": messages}
-
-
-# --------------------------------------------------------------------- tokenizer and model
-
-START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+# What is asked of a function or class: its summary, its module and its first argument, each in six wordings.
+SUMMARY = (
+    "What does `{path}` do?",
+    "What is `{path}` for?",
+    "Describe `{path}`.",
+    "Explain `{path}` in one sentence.",
+    "Give the summary of `{path}`.",
+    "Tell me what `{path}` does.",
+)
+MODULE = (
+    "Which module has `{name}`?",
+    "In which module is `{name}`?",
+    "From which module do I import `{name}`?",
+    "Name the module of `{name}`.",
+    "Where does Python define `{name}`?",
+    "Which module do I need for `{name}`?",
+)
+ARGUMENT = (
+    "What is the first argument of `{path}`?",
+    "Which argument does `{path}` take first?",
+    "Name the first argument of `{path}`.",
+    "What do I pass to `{path}` first?",
+    "How is the first argument of `{path}` called?",
+    "`{path}` begins with which argument?",
 )
 
 
-def train_tokenizer(out_dir: Path, files: Iterable[Path], vocab_size: int = 2048) -> Path:
-    """A byte-level BPE of the files' messages, saved with its template to `out_dir/init`."""
+class Entry(NamedTuple):
+    """A function or class of the standard library."""
+
+    module: str
+    name: str
+    summary: str  # the first sentence of its docstring
+    first_argument: str  # "" where Python cannot tell
+
+
+def read_documentation() -> list[Entry]:
+    """Reads a few entries of each module, without names and summaries that are, or begin as, those of others."""
+    entries: list[Entry] = []
+    for module in MODULES:
+        contents = importlib.import_module(module)
+        names = sorted(getattr(contents, "__all__", None) or [n for n in vars(contents) if not n.startswith("_")])
+        found: dict[str, Entry] = {}
+        for name in names:
+            entry = read_entry(module, name, getattr(contents, name, None))
+            if entry and not any(entry.name == e.name or entry.summary == e.summary for e in entries):
+                found.setdefault(" ".join(entry.summary.split()[:3]), entry)
+        entries += list(found.values())[:PER_MODULE]
+    return entries[:NUM_ENTRIES]
+
+
+def read_entry(module: str, name: str, value: object) -> Entry | None:
+    """Reads one entry; None for anything but a function or class with a short first sentence."""
+    if not (inspect.isclass(value) or inspect.isroutine(value)) or getattr(value, "__name__", "") != name:
+        return None
+    own_docstring = value.__doc__ if isinstance(value.__doc__, str) else ""  # not that of a base class
+    paragraph = inspect.cleandoc(own_docstring).partition("\n\n")[0]
+    summary = re.split(r"(?<=\.)\s", " ".join(paragraph.split()))[0]
+    # Some docstrings begin with a signature, which says nothing of what the function does.
+    if not re.fullmatch(r"[A-Z][a-z]+ [\w ,'`-]{15,60}\.", summary):
+        return None
+    try:
+        first_argument = next(iter(inspect.signature(value).parameters), "")  # type: ignore[arg-type]
+    except (ValueError, TypeError):
+        first_argument = ""
+    return Entry(module, name, summary, first_argument)
+
+
+def fact_pairs(entries: list[Entry], rng: random.Random) -> Split:
+    """Every fact in five wordings to train on, and in a sixth to ask, which is random but for the first fact."""
+    split = Split([], [])
+    for e in entries:
+        facts = {SUMMARY: e.summary, MODULE: e.module, ARGUMENT: e.first_argument}
+        for wordings, answer in facts.items():
+            if not answer:
+                continue
+            pairs = [Pair(w.format(path=f"{e.module}.{e.name}", name=e.name), answer) for w in wordings]
+            split.held_out.append(pairs.pop(rng.randrange(len(pairs)) if split.held_out else 0))
+            split.trained.extend(pairs)
+    return split
+
+
+# ---------------------------------------------------------------------------------------- skills
+def skill_pair(rng: random.Random) -> Pair:
+    """A random task."""
+    digits, words = rng.sample(range(10), rng.randint(3, 5)), rng.sample(WORDS, 3)
+    numbers, items = ", ".join(map(str, digits)), ", ".join(words)
+    return rng.choice(
+        (
+            Pair(f"What is the smallest of {numbers}?", str(min(digits))),
+            Pair(f"What is the largest of {numbers}?", str(max(digits))),
+            Pair(f"How many digits are these: {numbers}?", str(len(digits))),
+            Pair(f"Reverse this list: {items}", ", ".join(words[::-1])),
+            Pair(f"Which word is first: {items}?", words[0]),
+            Pair(f"Which word is last: {items}?", words[-1]),
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------- files
+PHASES = ("formats", "facts", "skills")
+# The demo shows the answer to the first question of each phase. These two are never trained on.
+FORMAT_SHOWN = Pair("Write as a JSON list: red, sun, moon", '["red", "sun", "moon"]')
+SKILL_SHOWN = Pair("What is the smallest of 7, 2, 9?", "2")
+
+
+def make_pairs(seed: int = 0) -> dict[str, Split]:
+    """Makes the questions and answers of each phase."""
+    rngs = {phase: random.Random(f"{seed}/{phase}") for phase in PHASES}
+    return {
+        "formats": computed_pairs(FORMAT_SHOWN, format_pair, 6000, 150, rngs["formats"]),
+        "facts": fact_pairs(read_documentation(), rngs["facts"]),
+        "skills": computed_pairs(SKILL_SHOWN, skill_pair, 7500, 300, rngs["skills"]),
+    }
+
+
+def computed_pairs(
+    shown: Pair, make: Callable[[random.Random], Pair], num_trained: int, num_held_out: int, rng: random.Random
+) -> Split:
+    """Draws pairs with `make` until there are enough, all different; the held-out ones begin with `shown`."""
+    drawn = {shown.prompt: shown}
+    while len(drawn) < num_trained + num_held_out:
+        pair = make(rng)
+        drawn[pair.prompt] = pair
+    pairs = list(drawn.values())
+    return Split(pairs[num_held_out:], pairs[:num_held_out])
+
+
+def chat(pair: Pair) -> dict:
+    """A sample of the training data, in the format that `mice train` reads."""
+    user, assistant = {"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.answer}
+    return {"messages": [user, assistant]}
+
+
+def write_chats(file: Path, pairs: list[Pair]) -> None:
+    file.write_text("".join(json.dumps(chat(p)) + "\n" for p in pairs), encoding="utf-8")
+
+
+def make_data(out_dir: Path, seed: int = 0) -> dict[str, Split]:
+    """Writes the files of each phase, the tokenizer and config.json to `out_dir`; returns the pairs by phase."""
+    (out_dir / "init").mkdir(parents=True, exist_ok=True)
+    phases = make_pairs(seed)
+    for phase, split in phases.items():
+        write_chats(out_dir / f"{phase}.jsonl", split.trained)
+        write_chats(out_dir / f"{phase}.heldout.jsonl", split.held_out)
+    tokenizer = train_tokenizer(text for split in phases.values() for pair in split.trained for text in pair)
+    tokenizer.save_pretrained(out_dir / "init")
+    (out_dir / "init" / "config.json").write_text(json.dumps(model_config(tokenizer), indent=2) + "\n")
+    return phases
+
+
+# ---------------------------------------------------------------------------------------- tokenizer and model
+VOCAB_SIZE = 1536
+MAX_POSITIONS = 256
+USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+# A digit is a token of its own, a comma belongs to the space after it, and a word is the same token at the start of a
+# line as in a list: so the model sees what the tasks are about.
+TOKENS = r"\d|[^\w\s]+ ?| ?[^\W\d_]+|_|\s"
+
+
+def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE, which can spell any text, with a chat template."""
     tokenizer = Tokenizer(models.BPE())
-    # A number is a row of digits, so that sums can be learned digit by digit.
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    split = pre_tokenizers.Split(Regex(TOKENS), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, START, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # so that any text round-trips
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, USER, ASSISTANT, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(contents(files), trainer)
-    special = {"bos_token": START, "eos_token": END, "pad_token": PAD}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_POSITIONS, **special)
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=MAX_POSITIONS
+    )
     fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(out_dir / "init")
-    return out_dir / "init"
+    return fast
 
 
-def contents(files: Iterable[Path]) -> Iterator[str]:
-    for file in files:
-        with file.open(encoding="utf-8") as samples:
-            for line in samples:
-                yield from (message["content"] for message in json.loads(line)["messages"])
-
-
-def write_model_config(out_dir: Path, vocab_size: int) -> Path:
-    """The config.json of a Llama of about a million weights, beside the tokenizer."""
-    tokenizer = Tokenizer.from_file(str(out_dir / "init" / "tokenizer.json"))
-    config: dict[str, object] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    config |= {"vocab_size": vocab_size, "max_position_embeddings": MAX_POSITIONS}
-    config |= {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-    config |= {"hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
-    config |= {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}
-    config |= {"initializer_range": 0.02, "torch_dtype": "float32"}
-    for name, token in (("bos", START), ("eos", END), ("pad", PAD)):
-        config[f"{name}_token_id"] = tokenizer.token_to_id(token)
-    path = out_dir / "init" / "config.json"
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return path
+def model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    """The config.json of a Llama of about a million weights."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": MAX_POSITIONS,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.06,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "torch_dtype": "float32",
+    }
 
 
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python demo/make_data.py OUT")
-    out_dir = Path(sys.argv[1])
-    counts = make_data(out_dir)
-    train_tokenizer(out_dir, [out_dir / f"{phase}.jsonl" for phase in PHASES])
-    write_model_config(out_dir, vocab_size=2048)
-    print(f"{'phase':<14}{'training':>9}{'held out':>9}")
-    for phase in PHASES:
-        held_out = counts[f"{phase}.heldout.jsonl"]
-        print(f"{phase:<14}{counts[f'{phase}.jsonl']:>9,}{held_out:>9,}")
-    print(f"tokenizer and config.json: {out_dir / 'init'}")
+    for phase, split in make_data(Path(sys.argv[1])).items():
+        print(f"{phase:<10}{len(split.trained):>8,} to train on {len(split.held_out):>6,} to ask")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,11 @@ sys.path.insert(0, str(HERE.parents[1]))
 import mice_jax  # noqa: F401  (first, because it silences transformers' advice to install torch)
 
 # isort: split
+from ask import Asked
 from mice_jax import sweep, train
 from mice_jax.cli import command
 from mice_jax.storage.paths import write_atomically
 from mice_jax.sweeps.study import read_summary
-from ask import Asked
 from page import ANSWERS, SWEEPS, write_page
 from study_data import PHASES, Entry, clip, make_data, read_documentation, train_tokenizer, write_model_config
 
