@@ -46,7 +46,8 @@ def load_model(model: str | Path, *, step: int | None = None, dtype: str = "auto
     """Loads a trained model onto all devices of this process.
 
     Args:
-      model: A Hugging Face folder, a run's workdir, or one of its `checkpoints/<step>`.
+      model: A Hugging Face folder, a model of the Hub (`owner/name` or `owner/name@revision`), a run's workdir, or one
+        of its `checkpoints/<step>`.
       step: The checkpoint of a run; None takes the newest.
       dtype: The dtype to compute in: "float32", "bfloat16" or "auto", which is float32 on a CPU and bfloat16 elsewhere.
       chat_template: The name of a built-in chat template or a .jinja file; "" takes the tokenizer's own.

@@ -109,8 +109,8 @@ class Model(_Strict):
     """The model and how it computes."""
 
     init_from: str = ""
-    """The initial weights: a Hugging Face folder, `random:path/to/config.json`, or the workdir of another run or one
-    of its checkpoints."""
+    """The initial weights: a Hugging Face folder, a model of the Hub (`owner/name` or `owner/name@revision`),
+    `random:path/to/config.json`, or the workdir of another run or one of its checkpoints."""
     compute_dtype: str = "auto"
     """The dtype of activations: auto, float32 or bfloat16; auto is float32 on CPU and bfloat16 elsewhere."""
     attention: str = "auto"
@@ -124,7 +124,7 @@ class Data(_Strict):
     """The data and how samples become token ids."""
 
     tokenizer: str = ""
-    """A Hugging Face folder with the tokenizer; empty means that of model.init_from."""
+    """A Hugging Face folder or model of the Hub with the tokenizer; empty means that of model.init_from."""
     chat_template: str = ""
     """The name of a built-in chat template or the path of a .jinja file; empty means the tokenizer's own."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)

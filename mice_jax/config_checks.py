@@ -160,8 +160,8 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
         )
     if not c.model.init_from:
         problems.append(
-            'model.init_from="" names no initial weights: give a Hugging Face folder, '
-            '"random:path/to/config.json", or another run\'s workdir'
+            'model.init_from="" names no initial weights: give a Hugging Face folder, a model of the Hub '
+            '("owner/name"), "random:path/to/config.json", or another run\'s workdir'
         )
     by_source = ["data.validation"] if c.data.validation else []
     by_source += [f"data.phases[{i}].validation" for i, p in enumerate(c.data.phases) if p.validation]

@@ -1,4 +1,4 @@
-"""Where a model's parameters come from: a Hugging Face folder, a config.json alone, or another run.
+"""Where a model's parameters come from: a Hugging Face folder or model of the Hub, a config.json, or another run.
 
 A run's workdir has its own `model/` folder (config.json, tokenizer, chat template), so that it can be exported,
 evaluated and fine-tuned further without the model that it was started from.
@@ -26,7 +26,7 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
 from mice_jax.runtime.devices import find_devices
 from mice_jax.sharding import param_shardings
-from mice_jax.storage import manifest
+from mice_jax.storage import hub, manifest
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import RunPath, download_small_files, parse_path
 
@@ -45,6 +45,7 @@ class ModelSource:
       step: The step of a checkpoint that was named in the path, as in `workdir/checkpoints/400`; else None.
       config: The content of config.json.
       spec: The architecture that config.json describes.
+      hosted: The model of the Hub that `folder` is a copy of; None if the source was named by its path.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class ModelSource:
     step: int | None
     config: dict[str, Any]
     spec: ModelSpec
+    hosted: hub.HubModel | None = None
 
     @property
     def architecture(self) -> str:
@@ -64,31 +66,38 @@ class ModelSource:
         return hf.stored_dtype(self.folder) if self.kind == "hf" else self.config.get("dtype", "float32")
 
 
-def resolve_source(init_from: str) -> ModelSource:
-    """Reads the config.json of the model that `init_from` names.
+def resolve_source(init_from: str, *, commit: str = "", weights: bool = True) -> ModelSource:
+    """Reads the config.json of the model that `init_from` names; fetches it if it is a model of the Hub.
 
     Args:
-      init_from: A Hugging Face folder, a run's workdir or one of its `checkpoints/<step>`, or `random:` followed by a
-        config.json or its folder.
+      init_from: A Hugging Face folder, a model of the Hub (`owner/name` or `owner/name@revision`), a run's workdir or
+        one of its `checkpoints/<step>`, or `random:` followed by a config.json or its folder.
+      commit: The commit of a model of the Hub; "" takes the revision in `init_from`, or else the newest.
+      weights: Whether the weights of a model of the Hub are needed.
 
     Returns:
       The source, with the architecture that config.json describes.
 
     Raises:
-      UserError: `init_from` is not one of these, or its config.json cannot be used.
+      UserError: `init_from` is not one of these, cannot be fetched, or has a config.json that cannot be used.
     """
     if init_from.startswith(RANDOM):
         file = Path(init_from.removeprefix(RANDOM))
         file = file / "config.json" if file.is_dir() else file
         config = hf.read_config(file) | {"dtype": "float32"}
         return ModelSource("random", file.parent, None, None, config, hf.spec_from_config(config, file))
+    if hub.is_hub_id(init_from):
+        hosted = hub.fetch(init_from, commit, weights=weights)
+        file = hosted.folder / "config.json"
+        config = hf.read_config(file)
+        return ModelSource("hf", hosted.folder, None, None, config, hf.spec_from_config(config, file), hosted)
     folder, step = parse_path(init_from), None
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
     if not folder.is_dir():
         raise UserError(
-            f"{init_from} does not exist or is not a folder. Give a Hugging Face folder, a run's workdir (or one of "
-            "its checkpoints/<step>), or random:path/to/config.json."
+            f"{init_from} does not exist or is not a folder. Give a Hugging Face folder, a model of the Hub "
+            "(owner/name), a run's workdir (or one of its checkpoints/<step>), or random:path/to/config.json."
         )
     if (folder / "checkpoints").is_dir():
         file = (folder if isinstance(folder, Path) else download_small_files(folder)) / "model" / "config.json"
@@ -106,7 +115,7 @@ def resolve_model(model: str, step: int | None = None) -> ModelSource:
     """Reads the config.json of a trained model, whose weights can be loaded.
 
     Args:
-      model: A Hugging Face folder, a run's workdir, or one of its `checkpoints/<step>`.
+      model: A Hugging Face folder, a model of the Hub, a run's workdir, or one of its `checkpoints/<step>`.
       step: A checkpoint of the run; None takes the one in the path, or else the newest.
 
     Returns:
@@ -119,7 +128,7 @@ def resolve_model(model: str, step: int | None = None) -> ModelSource:
         raise UserError(f"The model {model} has random weights. Give a folder with trained weights.")
     source = resolve_source(model)
     if step is not None and source.kind != "run":
-        raise UserError(f"step={step} is for a run's workdir, and {model} is a Hugging Face folder. Leave it out.")
+        raise UserError(f"step={step} is for a run's workdir, and {model} is a Hugging Face model. Leave it out.")
     return source
 
 

@@ -131,7 +131,7 @@ def _origin(config: Config, config_file: Path, assumed: list[str]) -> ModelSourc
     init_from = config.model.init_from
     shape = config_file.parent / "shapes" / Path(init_from).name / "config.json"
     if init_from.startswith(RANDOM) or "://" in init_from or Path(init_from).exists() or not shape.is_file():
-        return resolve_source(init_from)
+        return resolve_source(init_from, weights=False)
     assumed.append(f"{init_from} is not on this machine: the model's shape is taken from {shape}")
     return resolve_source(RANDOM + str(shape))
 

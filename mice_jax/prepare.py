@@ -63,7 +63,7 @@ def prepare(values: command.Values) -> None:
 
 
 def _open_data(config: Config, console: Console) -> tuple[build.RunData, ChatEncoder]:
-    inputs = build.inputs(config)
+    inputs = build.inputs(config, weights=False)
     encoder = build.encoder(config, inputs.tokenizer)
     with Display(console) as display:
         for note in inputs.notes:

@@ -94,7 +94,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         distributed.check_devices(launch.expect_devices)
         mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
         trackers.check_trackers(config.log.trackers)
-        inputs = build.inputs(config)
+        inputs = build.inputs(config, run_files.hub_models(workdir))
         source, spec = inputs.source, inputs.spec()
         if not run_files.has_started(workdir):  # A resumed run reads a checkpoint instead.
             check_weights(source)
@@ -105,6 +105,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         if is_main:
             workdir.lock(log)
             run_files.check_same_config(workdir, config)
+    # A branch of the Hub may have moved between the look-ups of two processes.
+    distributed.assert_same_on_all_processes("commits of models of the Hub", repr(inputs.hosted))
 
     # ---- Data ---------------------------------------------------------------------------------------------------
     # One process builds the token stores while the others wait, so an error must be raised in all of them.
@@ -161,7 +163,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             run_files.write_config(
                 workdir,
                 config,
-                run_files.choices(mesh, model.compute, model.rows, encoder.today),
+                run_files.choices(mesh, model.compute, model.rows, encoder.today, inputs.hosted),
                 {**launch.provenance, **code_state()},
             )
             report = statistics.with_steps(data.dataset.report, steps, data.total_steps, warnings)

@@ -114,6 +114,16 @@ def test_base_model_is_a_name(init_from: str, name: str | None, sentence: str) -
     assert sentence in text
 
 
+def test_base_model_of_the_hub_is_named_with_its_commit() -> None:
+    hub = {
+        "data.tokenizer": {"repo": "org/words", "commit": "a"},
+        "model.init_from": {"repo": "org/tiny", "commit": "b"},
+    }
+    text = card(config=CONFIG | {"model": {"init_from": "org/tiny@v1"}, "resolved": {"hub": hub}})
+    assert front_matter(text)["base_model"] == "org/tiny"
+    assert "`org/tiny`, at commit `b`. " in text
+
+
 def test_front_matter_has_the_licence_of_the_base() -> None:
     fields = {"base_model": "Tiny-1B", "library_name": "transformers", "pipeline_tag": "text-generation"}
     assert front_matter(card()) == fields

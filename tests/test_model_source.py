@@ -1,4 +1,4 @@
-"""What a run can start from: another run, or one of its checkpoints; and which paths raise."""
+"""What a run can start from: another run, or one of its checkpoints, or a model of the Hub; and which paths raise."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from helpers.runs import arrays, run_train, setting
+from helpers.hub import Repo, serve
+from helpers.runs import arrays, read_json, run_export, run_train, setting
 from mice_jax.errors import UserError
 from mice_jax.model_source import load_params, resolve_source
 from mice_jax.models.transformer import make_decoder
@@ -45,6 +46,26 @@ def test_run_starts_from_a_checkpoint_of_another_run(workdir: Path, tmp_path: Pa
     assert run_train(workdir.parent / "run.py", tmp_path / "run", *flags) == 0
     assert equal(params_of(tmp_path / "run"), earlier)
     assert equal(newest, {k.removeprefix("params"): v for k, v in arrays(workdir, 2).items() if k.startswith("params")})
+
+
+def test_run_starts_from_a_model_of_the_hub_and_keeps_its_commit(
+    workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_export(workdir, tmp_path / "hf") == 0
+    files = {file.name: file.read_bytes() for file in (tmp_path / "hf").iterdir()}
+    flags = ("--config.model.init_from=org/tiny", "--config.optim.max_steps=1", STILL)
+    with serve(monkeypatch, tmp_path / "cache") as hub:
+        repo = hub.repos["org/tiny"] = Repo()
+        commit = repo.push(files | {"README.md": b"---\nlicense: mit\n---\n"})
+        assert run_train(workdir.parent / "run.py", tmp_path / "run", *flags) == 0
+        assert repo.push(files) != commit  # what the name stands for now
+        assert run_train(workdir.parent / "run.py", tmp_path / "run", *flags) == 0
+    recorded = {"model.init_from": {"repo": "org/tiny", "commit": commit}}
+    assert read_json(tmp_path / "run", "config.json")["resolved"]["hub"] == recorded
+    assert equal(params_of(tmp_path / "run"), params_of(workdir))
+    assert run_export(tmp_path / "run", tmp_path / "again") == 0
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert 'base_model: "org/tiny"' in card and 'license: "mit"' in card and commit in card
 
 
 def test_checkpoint_is_never_cut_or_padded_to_other_shapes(workdir: Path, tmp_path: Path) -> None:

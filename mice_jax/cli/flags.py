@@ -55,7 +55,7 @@ def define_processes(values: Values) -> None:
 
 
 def _define_model(values: Values) -> None:
-    flags.DEFINE_string("model", None, "Hugging Face folder, or workdir of a run", flag_values=values)
+    flags.DEFINE_string("model", None, "Hugging Face folder or owner/name, or workdir of a run", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint of a run; default the newest", flag_values=values)
     flags.DEFINE_string("compute_dtype", "auto", "float32, bfloat16 or auto (float32 on CPU only)", flag_values=values)
     flags.DEFINE_string(

@@ -27,6 +27,7 @@ from mice_jax.data import templates
 from mice_jax.data.byte_level import bytes_of_tokens, spans_by_bytes, word_table
 from mice_jax.data.template_source import check_defaults, with_defaults
 from mice_jax.errors import UserError, one_line
+from mice_jax.storage import hub
 
 Span = tuple[int, int]  # characters, the end excluded
 IdsAndSpans = tuple[np.ndarray, np.ndarray]  # ids, int32 [n], and the spans of their tokens, int64 [n, 2]
@@ -44,10 +45,10 @@ def load_tokenizer(
     notes: list[str] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a local folder, and replaces its chat template if another is given.
+    """Loads the tokenizer of a folder or model of the Hub, and replaces its chat template if another is given.
 
     Args:
-      path: the folder.
+      path: the folder, or `owner/name` or `owner/name@revision`, of which only small files are fetched.
       chat_template: the name of one of `templates.TOKENS`, or a .jinja file; "" keeps the tokenizer's own.
       notes: a list to which a note for the user is appended if the template adds special tokens.
       template_kwargs: values of variables of the template, which become its defaults and so are saved with it.
@@ -58,11 +59,11 @@ def load_tokenizer(
     Raises:
       UserError: if the folder or the template cannot be loaded, or the template does not read a variable.
     """
-    folder = Path(path)
+    folder = hub.fetch(path, weights=False).folder if hub.is_hub_id(path) else Path(path)
     if not folder.is_dir():
-        raise UserError(f"the tokenizer {path!r} is not a folder. Nothing is downloaded, so give a local folder.")
+        raise UserError(f"the tokenizer {path!r} is not a folder. Give a folder, or a model of the Hub (owner/name).")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as e:  # the type of the error depends on the content of the files
         raise _unloadable(folder, _bad_model(folder, one_line(e))) from e
     # If the vocabulary file is missing, some classes silently make a vocabulary of only their special tokens.

@@ -32,7 +32,7 @@ class Cost:
 
 def open_data(config: Config) -> build.RunData:
     """Opens a run's data, and builds the token stores that do not exist yet; the run will use them too."""
-    inputs = build.inputs(config)
+    inputs = build.inputs(config, weights=False)
     return build.data(config, build.encoder(config, inputs.tokenizer))
 
 
@@ -42,7 +42,7 @@ def run_cost(config: Config) -> Cost:
     sampled = np.unique(np.linspace(0, data.total_steps - 1, min(data.total_steps, SAMPLED_STEPS)).astype(int))
     lengths = [data.dataset.corpus.lengths[data.mixture.step(int(i)).samples] for i in sampled]
     scale = data.total_steps / len(lengths)
-    spec = resolve_source(config.model.init_from).spec
+    spec = resolve_source(config.model.init_from, weights=False).spec
     flops = sum(train_flops(spec, n) for n in lengths)
     return Cost(
         steps=data.total_steps,

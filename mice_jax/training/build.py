@@ -6,7 +6,7 @@ the config is read in one function only.
 
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ from mice_jax.optim import Schedule, beta2_of_half_life, make_optimizer, make_ph
 from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_state, make_step
+from mice_jax.storage import hub
 from mice_jax.training import memory_model
 from mice_jax.training.phases import PhaseSpan, phase_spans
 
@@ -48,11 +49,13 @@ class Inputs(NamedTuple):
       source: The model's config and where its weights are stored.
       tokenizer: The tokenizer, with the chat template to use.
       notes: Sentences about the tokenizer for the user.
+      hosted: The models of the Hub, by the config field that names them: {"model.init_from": {"repo", "commit"}}.
     """
 
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     notes: list[str]
+    hosted: dict[str, dict[str, str]]
 
     def spec(self) -> ModelSpec:
         """Returns the model's spec with an embedding row for each token of the tokenizer.
@@ -64,13 +67,25 @@ class Inputs(NamedTuple):
         return with_vocabulary(self.source, self.tokenizer.get_vocab(), added)
 
 
-def inputs(config: Config) -> Inputs:
-    """Reads the model and tokenizer that the config names; raises UserError if one of them cannot be read."""
-    source = resolve_source(config.model.init_from)
+def inputs(config: Config, recorded: Mapping[str, Mapping[str, str]] | None = None, *, weights: bool = True) -> Inputs:
+    """Reads the model and tokenizer that the config names; raises UserError if one of them cannot be read.
+
+    Args:
+      config: The run's config.
+      recorded: `Inputs.hosted` of the run when it began, whose commits are taken again; None or {} for a new run.
+      weights: Whether the weights of a model of the Hub are needed.
+    """
+    commits = {field: entry["commit"] for field, entry in (recorded or {}).items()}
+    source = resolve_source(config.model.init_from, commit=commits.get("model.init_from", ""), weights=weights)
+    hosted = {"model.init_from": source.hosted.record()} if source.hosted else {}
+    data, folder = config.data, config.data.tokenizer or str(source.folder)
+    if hub.is_hub_id(folder):
+        tokenizer_model = hub.fetch(folder, commits.get("data.tokenizer", ""), weights=False)
+        hosted["data.tokenizer"] = tokenizer_model.record()
+        folder = str(tokenizer_model.folder)
     notes: list[str] = []
-    data = config.data
-    tokenizer = load_tokenizer(data.tokenizer or str(source.folder), data.chat_template, notes, data.template_kwargs)
-    return Inputs(source, tokenizer, notes)
+    tokenizer = load_tokenizer(folder, data.chat_template, notes, data.template_kwargs)
+    return Inputs(source, tokenizer, notes, hosted)
 
 
 def encoder(config: Config, tokenizer: PreTrainedTokenizerBase, today: datetime.date | None = None) -> ChatEncoder:

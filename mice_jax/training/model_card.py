@@ -90,11 +90,18 @@ def _front_matter(config: Json, licence: Mapping[str, str]) -> str:
 
 
 def _base_name(config: Json) -> str:
-    """Returns the name of the folder or run that the weights started from; "" for random weights."""
+    """Returns the name of the model, folder or run that the weights started from; "" for random weights."""
     init_from = str(_field(config, "model.init_from") or "")
     if init_from.startswith("random:"):
         return ""
+    if hosted := _hosted(config):
+        return hosted["repo"]
     return _split_step(init_from)[0]
+
+
+def _hosted(config: Json) -> Json:
+    """Returns the repository and commit of the Hub that the weights started from; empty for another start."""
+    return (_field(config, "resolved.hub") or {}).get("model.init_from", {})  # The key has a dot in it.
 
 
 def _split_step(init_from: str) -> tuple[str, str]:
@@ -113,6 +120,8 @@ def _base(config: Json, licence: Mapping[str, str]) -> str:
         return f"None: all weights were drawn at random, for the architecture in `{shape.name}`."
     name, step = _split_step(init_from)
     after = f", after its step {int(step):,}" if step else ""
+    if hosted := _hosted(config):
+        name, after = hosted["repo"], f", at commit `{hosted['commit']}`"
     stated = f"Its licence: {', '.join(licence.values())}." if licence else (
         "Its licence is not known, because its folder had no README.md that names one; it is left out here."
     )  # fmt: skip

@@ -36,6 +36,11 @@ def recorded_choices(workdir: Workdir, mesh: Mesh) -> dict[str, Any]:
     return resolved if mesh_and_device(mesh).items() <= resolved.items() else {}
 
 
+def hub_models(workdir: Workdir) -> dict[str, dict[str, str]]:
+    """Returns the models of the Hub that a run began with, as `build.Inputs.hosted`; empty for a new run."""
+    return _resolved(workdir).get("hub", {})
+
+
 def has_started(workdir: Workdir) -> bool:
     """Returns whether the workdir holds a run that has begun to train."""
     return bool(_resolved(workdir))
@@ -46,14 +51,17 @@ def mesh_and_device(mesh: Mesh) -> dict[str, Any]:
     return {"mesh": dict(mesh.shape), "device": mesh.devices.flat[0].device_kind}
 
 
-def choices(mesh: Mesh, compute: Compute, rows: int, today: datetime.date) -> dict[str, Any]:
-    """Returns what "auto" and 0 stand for in this run, as config.json records it.
+def choices(
+    mesh: Mesh, compute: Compute, rows: int, today: datetime.date, hosted: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    """Returns what "auto", 0 and the names of models of the Hub stand for in this run, as config.json records it.
 
     Args:
       mesh: The run's mesh.
       compute: The dtype, attention backend and remat policy.
       rows: The number of rows of a microbatch on one device.
       today: The date that chat templates write.
+      hosted: The models of the Hub, with the commits that are used.
     """
     return mesh_and_device(mesh) | {
         "compute_dtype": jnp.dtype(compute.dtype).name,
@@ -61,6 +69,7 @@ def choices(mesh: Mesh, compute: Compute, rows: int, today: datetime.date) -> di
         "remat": compute.remat,
         "attention": compute.attention,
         "today": str(today),
+        **({"hub": hosted} if hosted else {}),
     }
 
 
