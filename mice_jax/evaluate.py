@@ -9,8 +9,7 @@ Tasks are named as the harness names them, or as the YAML files in --include_pat
 writes them in the harness's own result format. With --all_checkpoints that holds the newest checkpoint, with the scores
 of each under "checkpoints", and the run's eval_scores.jsonl gets a line for each. Results of the same weights and
 settings are cached.
-mt_bench is not a task of the harness: a judge grades the answers, which are written next to the output
-(docs/mt_bench.md).
+mt_bench is not a task of the harness: a judge grades answers, written next to the output (docs/mt_bench.md).
 """
 
 from mice_jax.cli import command
