@@ -181,7 +181,7 @@ def make_pairs(seed: int = 0) -> dict[str, Split]:
     """Makes the questions and answers of each phase."""
     rngs = {phase: random.Random(f"{seed}/{phase}") for phase in PHASES}
     return {
-        "formats": computed_pairs(FORMAT_SHOWN, format_pair, 6000, 150, rngs["formats"]),
+        "formats": computed_pairs(FORMAT_SHOWN, format_pair, 5000, 150, rngs["formats"]),
         "facts": fact_pairs(read_documentation(), rngs["facts"]),
         "skills": computed_pairs(SKILL_SHOWN, skill_pair, 7500, 300, rngs["skills"]),
     }
