@@ -17,6 +17,7 @@ CONFIG: dict[str, Any] = {
         "train_on": "all",
         "phases": [
             {"name": "stacked", "num_epochs": 1.5, "num_steps": 0, "batch_size": 0, "learning_rate": 0.0},
+            {"name": "once", "num_epochs": 1.0, "num_steps": 0, "batch_size": 0, "learning_rate": 0.0},
             {"name": "skills", "num_epochs": 1.0, "num_steps": 300, "batch_size": 64, "learning_rate": 1e-5},
         ],
     },
@@ -82,6 +83,7 @@ def test_card_says_what_the_run_did() -> None:
         "| steps | 900 of 1,000 |",
         "| weights | bfloat16 |",
         "| stacked | 1.5 epochs | as above | as above |",
+        "| once | 1 epoch | as above | as above |",
         "| skills | 300 steps | 64 | 1e-05 |",
         "After step 900 (5,000 samples, 70,000 tokens). `eval/` is measured on held-out samples, the loss in nats per "
         "token.",

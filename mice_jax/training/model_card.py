@@ -178,7 +178,8 @@ def _recipe(config: Json, report: Json, step: int, dtype: str) -> str:
 def _phases(phases: Sequence[Json]) -> str:
     rows = []
     for phase in phases:
-        length = f"{phase['num_steps']:,} steps" if phase.get("num_steps") else f"{phase.get('num_epochs', 1):g} epochs"
+        epochs, steps = phase.get("num_epochs", 1), phase.get("num_steps")
+        length = f"{steps:,} step{'s' * (steps != 1)}" if steps else f"{epochs:g} epoch{'s' * (epochs != 1)}"
         # Of 0 stands for the value of the whole run, which the table above has.
         own = [f"{phase[k]:g}" if phase.get(k) else "as above" for k in ("batch_size", "learning_rate")]
         rows.append((str(phase.get("name", "")), length, *own))
