@@ -341,7 +341,7 @@ def test_a_missing_model_is_planned_by_its_config_in_shapes(tmp_path: Path, caps
     said = run_plan(file, capsys, "--config.model.init_from=models/small", topology="h200:8")
     assert said["params_bytes"] == 4 * PARAMS // DEVICES
     assert any("models/small is not on this machine" in a for a in said["assumptions"])
-    assert "models/other does not exist or is not a folder" in plan_error(
+    assert "models/other is no path on this machine" in plan_error(
         file, capsys, "--topology=h200:8", "--config.model.init_from=models/other"
     )
 
