@@ -43,8 +43,8 @@ class Split(NamedTuple):
 WORDS = ["apple", "bird", "cake", "dog", "egg", "fish", "gold", "hat", "ink", "jam", "king", "lamp"]
 WORDS += ["moon", "nut", "oak", "pen", "queen", "red", "sun", "tree", "van", "wind", "yard", "zoo"]
 
-# How a list is asked for, and its answer. All lists have three words. With lists of two to five words, the model had not
-# learned to copy them after 600 steps; with three it does within 400.
+# How a list is asked for, and its answer. All lists have three words: with lists of two to five words, the model had
+# not learned to copy them after 600 steps; with three it does within 400.
 FORMATS: dict[str, Callable[[list[str]], str]] = {
     "Make a bullet list: {}": lambda w: "\n".join(f"- {x}" for x in w),
     "Number this list: {}": lambda w: "\n".join(f"{i}. {x}" for i, x in enumerate(w, 1)),
