@@ -39,6 +39,7 @@ from mice_jax.training import build
 DATA, RUN, HF, RESULT = HERE / "data", HERE / "run", HERE / "hf", HERE / "result.json"
 CONFIG = f"{ROOT / 'configs' / 'demo.py'}:{DATA}"
 LONGEST_ANSWER = 40  # tokens; no expected answer is longer
+BATCH = 64  # questions that are answered at once
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
 
     heading("Before training: what random weights answer")
     print("  XLA compiles each program when it is first needed, which takes some seconds.")
-    before, answers = ask(untrained_model(), phases)
+    before, answers = ask(untrained_model(), phases, limit=BATCH)  # its answers never end, so that all would take long
     show(answers)
 
     heading("Training: mice train --config=configs/demo.py --workdir=demo/run")
@@ -99,13 +100,15 @@ def untrained_model() -> Model:
     return Model(build.load_for_inference(source), tokenizer, generation_config_of(source, tokenizer), jnp.float32)
 
 
-def ask(model: Model, phases: dict[str, Split]) -> tuple[dict[str, dict[str, int]], list[dict[str, str]]]:
-    """Asks everything that is held out; returns the right answers by phase, and each phase's first answer."""
+def ask(
+    model: Model, phases: dict[str, Split], limit: int | None = None
+) -> tuple[dict[str, dict[str, int]], list[dict[str, str]]]:
+    """Asks what is held out, at most `limit` of a phase; returns right answers by phase, and each phase's first."""
     scores, shown = {}, []
     for phase in PHASES:
-        asked = phases[phase].held_out
+        asked = phases[phase].held_out[:limit]
         print(f"  asking {len(asked)} questions of {phase} ...")
-        answers = model.generate([p.prompt for p in asked], max_new_tokens=LONGEST_ANSWER, batch_size=64)
+        answers = model.generate([p.prompt for p in asked], max_new_tokens=LONGEST_ANSWER, batch_size=BATCH)
         scores[phase] = exact_match(asked, answers)
         shown.append({"prompt": asked[0].prompt, "answer": answers[0], "expected": asked[0].answer})
     return scores, shown
