@@ -2,8 +2,10 @@
 
   mice export --workdir=runs/demo --output=demo_hf
   mice export --workdir=runs/demo --step=400 --dtype=bfloat16 --output=demo_hf_400
+  mice export --workdir=runs/demo --output=demo_hf --push_to=ORG/NAME
 
-The dtype is that of the weights the run started from, unless --dtype=float32 or --dtype=bfloat16 is given.
+The dtype is that of the weights the run started from, unless --dtype=float32 or --dtype=bfloat16 is given. --push_to
+uploads the folder to the Hugging Face Hub, with the token in HF_TOKEN; a new repository is private.
 """
 
 from mice_jax.cli import command
@@ -26,7 +28,7 @@ from mice_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.model_source import ModelSource, resolve_source, resolve_step, stop_ids
 from mice_jax.models import hf, untrained
-from mice_jax.storage import jsonl
+from mice_jax.storage import hub, jsonl
 from mice_jax.storage.workdir import METRICS, Workdir
 from mice_jax.training import build
 from mice_jax.training.model_card import README, licence_of, model_card
@@ -52,6 +54,8 @@ def export(values: command.Values) -> None:
     dtype = values.dtype or source.config.get("dtype", "float32")
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}.")
+    if values.push_to is not None:
+        hub.check_upload(values.push_to)
     step = resolve_step(source, values.step)
     assert step is not None, "a run has steps"
     model = build.load_for_inference(source, step=step)
@@ -71,6 +75,8 @@ def export(values: command.Values) -> None:
         output.rmdir()
     partial.rename(output)
     print(f"exported {count:,} parameters in {dtype} to {output}")
+    if values.push_to is not None:
+        print(f"uploaded to {hub.upload(output, values.push_to)}")
 
 
 def _generation_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

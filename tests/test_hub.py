@@ -14,7 +14,7 @@ from mice_jax.config import Config
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.model_source import resolve_model, resolve_source
-from mice_jax.storage.hub import fetch, is_hub_id
+from mice_jax.storage.hub import check_upload, fetch, is_hub_id, upload
 from mice_jax.training import build
 from mice_jax.training.model_card import licence_of
 
@@ -180,3 +180,43 @@ def test_resumed_run_takes_the_commits_that_it_began_with(hub: Hub, files: dict[
 def test_tokenizer_of_the_hub_is_that_of_its_folder(hub: Hub) -> None:
     assert load_tokenizer("org/tiny").get_vocab() == make_tokenizer().get_vocab()
     assert not [f for f in hub.downloads if f.endswith((".safetensors", ".bin", ".py"))]
+
+
+# ---------------------------------------------------------------------------------------- uploads
+def test_upload_has_every_file_and_is_private(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    files = {"README.md": CARD, "config.json": b"{}", "model.safetensors": bytes(range(256))}
+    (tmp_path / "export").mkdir()
+    for name, content in files.items():
+        (tmp_path / "export" / name).write_bytes(content)
+    assert upload(tmp_path / "export", "org/mine").endswith("/org/mine/commit/1")
+    assert hub.uploads == {"org/mine": (True, files)}
+    assert hub.tokens == {"Bearer hf_secret"}
+
+
+def test_refused_upload_keeps_the_folder(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"could not be uploaded to others/mine: .*403.*hf upload others/mine"
+    ) as caught:
+        upload(tmp_path, "others/mine")
+    assert "hf_secret" not in str(caught.value) and (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "offline", "message"),
+    [
+        ("mine", "t", False, "must be owner/name"),
+        ("org/mine@main", "t", False, "must be owner/name"),
+        ("org/mine", "t", True, "HF_HUB_OFFLINE is set"),
+        ("org/mine", "", False, "HF_TOKEN"),
+    ],
+)
+def test_upload_that_cannot_work_is_refused_at_once(
+    name: str, token: str, offline: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(UserError, match=message):
+        check_upload(name)

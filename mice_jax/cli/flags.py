@@ -160,6 +160,7 @@ def define_export(values: Values, argv: list[str]) -> None:
     flags.DEFINE_string("output", None, "folder to write; it must be absent or empty", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint to export; default the newest", flag_values=values)
     flags.DEFINE_string("dtype", None, "float32 or bfloat16; default as in init_from", flag_values=values)
+    flags.DEFINE_string("push_to", None, "repository of the Hub to upload to, ORG/NAME", flag_values=values)
 
 
 def define_generate(values: Values, argv: list[str]) -> None:

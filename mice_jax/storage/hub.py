@@ -1,7 +1,8 @@
-"""Fetches a model of the Hugging Face Hub, named as `owner/name` or `owner/name@revision`, into the Hub's own cache.
+"""Fetches models from the Hugging Face Hub into its own cache, and uploads exports.
 
-Only files that are read are fetched: config, tokenizer, chat template, safetensors and the README.md with the licence,
-never code and never a pickle. HF_HUB_OFFLINE is respected. The only token that is used is that of $HF_TOKEN.
+A model is named as `owner/name` or `owner/name@revision`. Only files that are read are fetched: config, tokenizer, chat
+template, safetensors and the README.md with the licence, never code and never a pickle. HF_HUB_OFFLINE is respected.
+The only token that is used is that of $HF_TOKEN.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -96,6 +97,46 @@ def fetch(name: str, commit: str = "", *, weights: bool = True) -> HubModel:
             f"or a copy of the model that has them, or convert it with `save_pretrained` and give the folder."
         )
     return fetched
+
+
+def check_upload(name: str) -> None:
+    """Checks what can be known before an upload to the repository `name`; asks nothing of the Hub.
+
+    Raises:
+      UserError: The name is not `owner/name`, HF_TOKEN is not set, or HF_HUB_OFFLINE is.
+    """
+    found = HUB_ID.fullmatch(name)
+    if found is None or found["revision"]:
+        raise UserError(f"--push_to={name} must be owner/name, the repository on the Hub to upload to.")
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"--push_to={name} uploads to the Hub, and HF_HUB_OFFLINE is set. Unset one of the two.")
+    if not os.environ.get("HF_TOKEN"):
+        raise UserError(f"--push_to={name} needs a token that may write to it, in the environment variable HF_TOKEN.")
+
+
+def upload(folder: Path, name: str) -> str:
+    """Uploads a folder as one commit; a repository that does not exist is created, and is private.
+
+    Args:
+      folder: The folder; all of its files are uploaded.
+      name: The repository, `owner/name`.
+
+    Returns:
+      The address of the commit.
+
+    Raises:
+      UserError: The Hub refuses the upload or cannot be reached. The folder is left as it is.
+    """
+    api = HfApi(token=os.environ["HF_TOKEN"])
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+        commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a model of mice_jax")
+        return commit.commit_url
+    except Exception as e:  # besides the Hub's own errors, those of its HTTP library and of its check of README.md
+        raise UserError(
+            f"{folder} is written, and could not be uploaded to {name}: {one_line(e)}. Check that the token in "
+            f"HF_TOKEN may write to it, and upload it with `hf upload {name} {folder}`."
+        ) from e
 
 
 @contextlib.contextmanager

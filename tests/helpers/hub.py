@@ -1,5 +1,6 @@
-"""A stand-in of the Hugging Face Hub on loopback, with the part of its interface that a download of a model uses."""
+"""A stand-in of the Hugging Face Hub on loopback, with what a model's download and upload use of its interface."""
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -37,11 +38,13 @@ class Hub:
     """What the stand-in serves, and what was asked of it.
 
     Attributes:
+      uploads: the files of each repository that was uploaded to, and whether it was created as a private one.
       downloads: the files whose content was sent, in order, as repository/file.
       tokens: the values of all Authorization headers.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
+    uploads: dict[str, tuple[bool, dict[str, bytes]]] = field(default_factory=dict)
     downloads: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
 
@@ -49,7 +52,8 @@ class Hub:
         """Returns the code of an error or "", headers and the body for a path of a request."""
         parts = [unquote(part) for part in path.strip("/").split("/")]
         is_api = parts[:2] == ["api", "models"]
-        owner, name, what, revision, *rest = parts[2:] if is_api else parts
+        parts = [*parts[2:], "revision", "main"] if is_api else parts  # the newest commit, if none is named
+        owner, name, what, revision, *rest = parts
         repo = self.repos.get(f"{owner}/{name}")
         if repo is None:
             return "RepoNotFound", {}, b""
@@ -67,6 +71,29 @@ class Hub:
             return "GatedRepo", {}, b""
         body = files["/".join(rest)]
         return "", {"X-Repo-Commit": commit, "ETag": f'"{_digest(body)}"'}, body
+
+    def receive(self, path: str, body: bytes) -> tuple[int, Any]:
+        """Returns the status and the JSON of the answer to a POST; nothing may be uploaded to the owner `others`."""
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            if asked["organization"] == "others":
+                return 403, {"error": "You may not create it."}
+            self.uploads[name] = (asked.get("visibility") == "private", {})
+            return 200, {"url": f"{constants.ENDPOINT}/{name}"}
+        owner, name, what, _ = path.removeprefix("/api/models/").split("/")
+        if what == "preupload":
+            regular = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            return 200, {"files": [{"path": f["path"]} | regular for f in json.loads(body)["files"]]}
+        assert what == "commit", path
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                content = base64.b64decode(line["value"]["content"])
+                self.uploads[f"{owner}/{name}"][1][line["value"]["path"]] = content
+        address = f"{constants.ENDPOINT}/{owner}/{name}/commit/1"
+        return 200, {"commitUrl": address, "commitOid": "1", "pullRequestUrl": None}
 
 
 def _digest(content: bytes) -> str:
@@ -100,6 +127,26 @@ def serve(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
                 self.wfile.write(body)
 
         do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            hub.tokens.add(self.headers.get("Authorization"))
+            length = self.headers.get("Content-Length")
+            sent = self.rfile.read(int(length)) if length else self._chunks()
+            status, answer = hub.receive(urlsplit(self.path).path, sent)
+            body = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def _chunks(self) -> bytes:
+            """Reads a body of unknown length."""
+            content = b""
+            while size := int(self.rfile.readline(), 16):
+                content += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return content
 
         def log_message(self, *arguments: Any) -> None:
             pass
