@@ -125,7 +125,7 @@ def test_a_plan_has_the_numbers_of_what_train_runs(
     held = {  # beside a function's arguments, by hand: what of the state and sums is not among them
         "accumulate": said["optimizer_bytes"] + 4,
         "apply": 0,
-        "evaluate": said["optimizer_bytes"] + 4 + said["sums_bytes"] + 4 * 4,
+        "evaluate": said["optimizer_bytes"] + 4 + said["sums_bytes"] + 4 * 4 + SOURCE_SUMS,
     }
     for name, spy in ran.items():
         assert spy.calls, name
@@ -138,8 +138,11 @@ def test_a_plan_has_the_numbers_of_what_train_runs(
     assert other["functions"]["accumulate"]["temporary"] != said["functions"]["accumulate"]["temporary"]
 
 
+SOURCE_SUMS = 4 * 4  # four float32 sums of the only source
+
+
 def batch_bytes(rows: int, slots: int) -> int:
-    """Of tokens, targets, segment_ids, positions, loss_weights."""
+    """Of tokens, targets, segment_ids, positions, loss_weights; one source alone needs no array of sources."""
     return 5 * 4 * rows * slots
 
 
@@ -149,7 +152,7 @@ def test_the_arguments_are_parameters_moments_and_sums_counted_by_hand(
 ) -> None:
     said = run_plan(config, capsys, LONE)
     own = 4 * PARAMS // DEVICES  # all dims of 16 are split in eight
-    scalars = 4 + 4 + 4 * 4  # step, Adam's count, the sums' four
+    scalars = 4 + 4 + 4 * 4 + SOURCE_SUMS  # step, Adam's count, the sums' four
     assert said["peak_function"] == "accumulate"
     assert said["arguments_bytes"] == 4 * own + scalars + batch_bytes(1, 128)
     assert (said["params_bytes"], said["optimizer_bytes"], said["sums_bytes"]) == (own, 2 * own + 4, own)
