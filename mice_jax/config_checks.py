@@ -183,6 +183,18 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
     return problems + _half_life_problems(c) + _mesh_problems(c.mesh) + _phase_problems(c.data)
 
 
+def beta2_of_half_life(half_life: float, batch_size: int) -> float:
+    """Computes the beta2 with which a gradient's weight in the second moment halves every `half_life` samples.
+
+    Adam's memory, counted in samples, is then the same at every batch size.
+
+    Args:
+      half_life: in samples, more than 0.
+      batch_size: samples of a step.
+    """
+    return 0.5 ** (batch_size / half_life)
+
+
 def _half_life_problems(c: Any) -> list[str]:
     o = c.optim
     if not o.beta2_half_life > 0 or o.batch_size < 1:  # off, or named already
@@ -195,7 +207,7 @@ def _half_life_problems(c: Any) -> list[str]:
         problems.append(
             f"{where} and optim.beta2={o.beta2} are both set: set the first to 0, or the second to {default}"
         )
-    beta2 = 0.5 ** (o.batch_size / o.beta2_half_life)
+    beta2 = beta2_of_half_life(o.beta2_half_life, o.batch_size)
     if beta2 > 1 - FLOAT32_ROUNDING:
         problems.append(f"{where} gives a beta2 of {beta2:.9g} at optim.batch_size={o.batch_size}: 1 in float32")
     for i, phase in enumerate(c.data.phases):

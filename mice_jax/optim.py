@@ -104,18 +104,6 @@ def make_phase_schedule(phases: Sequence[tuple[int, float, bool]], horizon: int,
 
 
 # ---------------------------------------------------------------------------------------- optimizers
-def beta2_of_half_life(half_life: float, batch_size: int) -> float:
-    """Computes the beta2 with which a gradient's weight in the second moment halves every `half_life` samples.
-
-    Adam's memory, counted in samples, is then the same at every batch size.
-
-    Args:
-      half_life: in samples, more than 0.
-      batch_size: samples of a step.
-    """
-    return 0.5 ** (batch_size / half_life)
-
-
 def make_optimizer(
     *,
     name: str = "adamw",

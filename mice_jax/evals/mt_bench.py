@@ -20,13 +20,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, TextIO
 
+from mice_jax.cli.task_names import MT_BENCH
 from mice_jax.errors import UserError
 from mice_jax.evals.judge import Judge, Unusable, score_of
 from mice_jax.inference.chat import Completion, Message
 from mice_jax.inference.generation_config import GenerationDefaults
 from mice_jax.inference.sampler import Sampling
 
-NAME = "mt_bench"  # The name by which `mice evaluate` knows this benchmark.
+NAME = MT_BENCH
 TURNS = (1, 2)
 MAX_NEW_TOKENS = 1024  # The longest answer of a turn, in tokens.
 TEMPERATURES = {

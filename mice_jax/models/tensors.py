@@ -20,9 +20,8 @@ WRITTEN = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 
 def map_tensors(file: Path) -> dict[str, np.ndarray]:
     """Maps the tensors of an intact safetensors file whose dtypes are in `READ`; only pages that are used are read."""
+    start, header = _header(file)
     mapped = np.memmap(file, np.uint8, "r")
-    start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    header = json.loads(mapped[8:start].tobytes())
     return {
         name: mapped[start + t["data_offsets"][0] : start + t["data_offsets"][1]]
         .view(READ[t["dtype"]])

@@ -6,6 +6,7 @@ gradients.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from mice_jax.hardware import Chip, matmul_flops
 from mice_jax.models.spec import ModelSpec
@@ -64,9 +65,13 @@ def count_schedule(text: str) -> Counts:
 
 def overlap(counts: Counts) -> float | None:
     """Returns the share of the bytes of collectives that are sent while products run; None if nothing is sent."""
-    sent = sum(c.times * c.sent_bytes for c in counts.collectives)
-    overlapped = sum(c.times * c.sent_bytes for c in counts.collectives if c.overlaps)
-    return overlapped / sent if sent else None
+    sent = _sent_bytes(counts.collectives)
+    return _sent_bytes([c for c in counts.collectives if c.overlaps]) / sent if sent else None
+
+
+def _sent_bytes(collectives: Sequence[Collective]) -> float:
+    """Returns the bytes that one device sends in all rounds of the collectives."""
+    return sum(c.times * c.sent_bytes for c in collectives)
 
 
 def splash_flops(kernel: Instruction) -> float:
@@ -97,7 +102,6 @@ def figures(counts: Counts, spec: ModelSpec, *, params: int, tokens: int, remat:
     gathered, reduced = _bytes(gathers), _bytes(reductions)
     model = 3 * matmul_flops(spec) * tokens
     allowed = model * (4 / 3 if remat == "full" else 1)
-    sent = sum(c.times * c.sent_bytes for c in counts.collectives)
     share = overlap(counts)
     overlapping = 1.0 if share is None else share
     exposed = counts.exposed_s / (counts.compute_s + counts.exposed_s)
@@ -126,7 +130,7 @@ def figures(counts: Counts, spec: ModelSpec, *, params: int, tokens: int, remat:
         ),
         Figure(
             "bytes sent while products run",
-            f"{overlapping:.0%} of {sent / 1e9:.2f} GB",
+            f"{overlapping:.0%} of {_sent_bytes(counts.collectives) / 1e9:.2f} GB",
             f"{MIN_OVERLAP:.0%}",
             overlapping >= MIN_OVERLAP,
         ),

@@ -214,13 +214,13 @@ def _bootstrap(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, f
     """Returns Spearman's correlation of two arrays [N] and the ends of its percentile interval over resamples."""
     if len(x) < 3:
         return math.nan, math.nan, math.nan
+    rho = float(spearman(x, y)[0])
     if len(x) < MIN_INTERVAL_RUNS:
-        return float(spearman(x, y)[0]), math.nan, math.nan
+        return rho, math.nan, math.nan
     rng = np.random.default_rng(seed)
     times = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), RESAMPLES).astype(np.float64)
     resampled = spearman(x, y, times)
     known = resampled[~np.isnan(resampled)]
-    rho = float(spearman(x, y)[0])
     if not len(known):
         return rho, math.nan, math.nan
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.config import Config, is_set
+from mice_jax.config_checks import beta2_of_half_life
 from mice_jax.data import statistics
 from mice_jax.data.batch_size import check_default_batch_size
 from mice_jax.data.chat import ChatEncoder
@@ -32,7 +33,7 @@ from mice_jax.models import hf
 from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
-from mice_jax.optim import Schedule, beta2_of_half_life, make_optimizer, make_phase_schedule
+from mice_jax.optim import Schedule, make_optimizer, make_phase_schedule
 from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_state, make_step

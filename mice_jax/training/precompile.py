@@ -90,7 +90,7 @@ def compile_step_functions(
     trained: Sequence[Shape],
     evaluated: Iterable[Shape],
     mesh: Mesh,
-    announce: Callable[[str], None] = lambda text: None,
+    announce: Callable[[str], None],
     *,
     resets: bool,
 ) -> float:

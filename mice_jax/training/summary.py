@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mice_jax.cli.format import format_bytes
 from mice_jax.config import Config
+from mice_jax.config_checks import beta2_of_half_life
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.model_source import ModelSource
@@ -19,7 +20,6 @@ from mice_jax.models import hf, untrained
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder
-from mice_jax.optim import beta2_of_half_life
 from mice_jax.sharding import replicated_dims
 from mice_jax.storage.paths import RunPath
 from mice_jax.training import memory_model
