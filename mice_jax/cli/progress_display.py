@@ -40,7 +40,7 @@ class Display:
     def status(self) -> Iterator[Callable[[str], None]]:
         """Provides a function that shows what is being done, in one line that each text replaces.
 
-        Where there is no terminal, the first text is printed, and a later one unless another was just printed.
+        Without a terminal, texts are printed as lines, at most one every STATUS_EVERY_S seconds.
         """
         if self._console.is_terminal:
             with self._console.status("") as shown:

@@ -109,7 +109,7 @@ def read_generation_config(folder: Path, config: dict[str, Any]) -> GenerationDe
 def stop_ids_in(config: dict[str, Any]) -> list[Any]:
     """Returns the eos_token_id of a config.json or a generation_config.json as a list."""
     own = config.get("eos_token_id")
-    if own is None:  # of a decoder beside a vision tower
+    if own is None:  # the checkpoint also has a vision tower
         own = (config.get("text_config") or {}).get("eos_token_id")
     if own is None:
         return []

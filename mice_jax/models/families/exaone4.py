@@ -1,4 +1,4 @@
-"""EXAONE 4: norms after attention and MLP; beside layers with a window and RoPE, those without have neither."""
+"""EXAONE 4: norms after attention and MLP; layers with a sliding window use RoPE, the others no positions."""
 
 import dataclasses
 
