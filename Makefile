@@ -24,7 +24,7 @@ help:
 	@echo 'make docker     an image for CPUs; EXTRAS=cuda,hf,lab makes one for GPUs'
 	@echo 'make clean      removes .venv and what the demo left'
 
-demo: .venv/.base
+demo: .venv/.lab
 	$(PY) demo/demo.py
 
 install: .venv/.base
@@ -63,7 +63,7 @@ clean:
 	rm -rf .venv build site *.egg-info demo/run demo/hf demo/data demo/result.json studies/mouse/runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # --- set-up -------------------------------------------------------------------------------------
-# .base, .test and .docs say which packages .venv holds; new pins or dependencies install again.
+# .base, .lab, .test and .docs say which packages .venv holds; new pins or dependencies install again.
 PINS := pyproject.toml $(wildcard constraints/*.txt)
 # The pins of the .venv's own Python: newer ones than 3.12 take those of 3.12.
 INSTALL = $(PY) -m pip install --disable-pip-version-check \
@@ -72,6 +72,11 @@ INSTALL = $(PY) -m pip install --disable-pip-version-check \
 .venv/.base: $(PINS) | .venv/bin/python
 	@$(call need_python,$(PY),make clean; then the same with PYTHON=/path/to/python3.11)
 	$(INSTALL) -e .
+	@touch $@
+
+# The demo ends with a report.
+.venv/.lab: .venv/.base
+	$(INSTALL) -e '.[lab]'
 	@touch $@
 
 .venv/.test: .venv/.base

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -156,3 +157,9 @@ def test_demo_heartbeat_prints_only_in_a_silence(
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "begun" and all("still at work" in line for line in out[1:])
     assert bool(out[1:]) == prints
+
+
+def test_make_demo_installs_what_its_report_needs() -> None:
+    commands = subprocess.run(["make", "-nB", "demo"], cwd=FOLDER.parent, capture_output=True, text=True, check=True)
+    *_, install, _, last = commands.stdout.splitlines()
+    assert install.endswith("-e '.[lab]'") and last == ".venv/bin/python demo/demo.py"
