@@ -2,7 +2,7 @@
 
 What it tests: the whole path on real input.
 Expected, letter for letter: 150 of 150 held-out lists, 227 of 227 facts in new words and 296 of 300 tasks right.
-Cost: under 300 CPU seconds with all that demo/demo.py does besides.
+Cost: about 220 CPU seconds, including everything else that demo/demo.py does.
 Data: demo/make_data.py. A fact is trained in five wordings and drawn seven times an epoch, since there are few of them.
 Launch: make demo
 """
