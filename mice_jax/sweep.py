@@ -35,7 +35,7 @@ from mice_jax.config import ConfigError, Sweep
 from mice_jax.errors import Preempted, UserError
 from mice_jax.planning import cost
 from mice_jax.report_page import page, read_runs
-from mice_jax.runtime import distributed, watchdog
+from mice_jax.runtime import cluster, watchdog
 from mice_jax.storage.workdir import RESULTS
 from mice_jax.sweeps import live_bracket, workers
 from mice_jax.sweeps.devices import share_of_devices
@@ -88,7 +88,7 @@ def _process_of_worker(values: command.Values) -> ProcessSpec | None:
     given = values.coordinator_address, values.num_processes, values.process_id
     if all(g is None for g in (*given, values.expect_devices)):
         return None
-    if not values.worker or not distributed.is_multi_process(*given):
+    if not values.worker or not cluster.is_multi_process(*given):
         raise UserError(
             "--coordinator_address, --num_processes, --process_id and --expect_devices are for a worker of several "
             "processes: give each of them --worker too."

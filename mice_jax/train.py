@@ -14,14 +14,12 @@ if __name__ == "__main__":
     command.before_imports("train")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
-import functools
 import sys
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from absl import flags
 from rich.console import Console
 from rich.markup import escape
 
@@ -32,7 +30,7 @@ from mice_jax.cli.progress_display import Display
 from mice_jax.config import Config, identity
 from mice_jax.data import statistics
 from mice_jax.data.loader import load_steps
-from mice_jax.errors import StoppedByRule, UserError
+from mice_jax.errors import StoppedByRule
 from mice_jax.evals.run_benchmarks import RunBenchmarks
 from mice_jax.model_source import check_weights
 from mice_jax.runtime import compile_cache, distributed, watchdog, xla_flags
@@ -271,14 +269,12 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
 
 # ---------------------------------------------------------------------------------------- the command
-def begin(arguments: Sequence[str], values: command.Values) -> int | None:
-    """Runs the command, in this process or, if the run has several processes, in a child that a watchdog monitors."""
+def begin(values: command.Values) -> int | None:
+    """Runs the command in this process; where a run has several, cli/command.py has started it as a child."""
     config = command.config_of(values)
     workdir = command.workdir_of(values)
     if watchdog.is_child():
         watchdog.exit_when_parent_exits()
-    elif distributed.is_multi_process(values.coordinator_address, values.num_processes, values.process_id):
-        return watchdog.run_child("mice_jax.train", arguments, workdir)
     launch = Launch(
         values.coordinator_address,
         values.num_processes,
@@ -317,34 +313,9 @@ def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
 command.make_module_callable(__name__, train_in_python)
 
 
-def _report_to_other_processes(arguments: Sequence[str], error: Exception) -> None:
-    """Sends an error to the other processes of the run, which wait for this one to join them.
-
-    Args:
-      arguments: the arguments of the command line.
-      error: the error that ends this process.
-    """
-    if watchdog.is_child():  # A child has already joined the other processes, which raise this error too.
-        return
-    try:
-        processes = command.processes_of(arguments)
-        others = distributed.is_multi_process(*processes)
-    except (UserError, flags.Error):  # Without valid flags the other processes cannot be found.
-        return
-    if others:
-        watchdog.broadcast_startup_error(processes, str(error))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `mice train`; returns its exit code."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return command.run(
-        __doc__,
-        define_train,
-        functools.partial(begin, arguments),
-        arguments,
-        functools.partial(_report_to_other_processes, arguments),
-    )
+    return command.run(__doc__, define_train, begin, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

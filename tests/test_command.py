@@ -422,13 +422,31 @@ def test_unused_packages_are_hidden_while_a_command_is_imported(
     assert hidden == [True, False]
 
 
-def test_one_of_several_processes_leaves_errors_to_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_train(monkeypatch, "--config=absent.py", "--num_processes=2") == (0, True)
-    for variable in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", watchdog.PARENT_PIPE):
+def test_a_process_of_several_trains_in_a_child_before_any_slow_import(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path
+) -> None:
+    started = []
+    monkeypatch.setattr(watchdog, "run_child", lambda module, argv, workdir: started.append((module, argv)) or 75)
+    flags = [f"--config={config_file}", "--workdir=w"]
+    place = ["--coordinator_address=a:1", "--num_processes=2", "--process_id=0"]
+    assert run_train(monkeypatch, *flags, *place) == (75, False)
+    for variable, value in (("SLURM_NTASKS", "2"), ("OMPI_COMM_WORLD_SIZE", "2"), ("TPU_WORKER_HOSTNAMES", "a,b")):
         with monkeypatch.context() as patch:
-            patch.setenv(variable, "2")
-            assert run_train(patch, "--config=absent.py") == (0, True), variable
-    assert run_train(monkeypatch, "--config=absent.py") == (2, False)
+            patch.setenv(variable, value)
+            assert run_train(patch, *flags) == (75, False), variable
+    assert started == [("mice_jax.train", [*flags, *place]), *[("mice_jax.train", flags)] * 3]
+    monkeypatch.setenv(watchdog.PARENT_PIPE, "3")
+    assert run_train(monkeypatch, *flags, *place) == (0, True)
+
+
+def test_wrong_config_of_a_process_of_several_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+    monkeypatch.setattr(watchdog, "broadcast_startup_error", lambda address, error: sent.append((address, error)))
+    place = ["--coordinator_address=a:1", "--num_processes=2", "--process_id=1"]
+    assert run_train(monkeypatch, "--config=absent.py", *place) == (2, False)
+    [(address, error)] = sent
+    assert address == ("a:1", 2, 1) and "the file absent.py does not exist" in error
+    assert run_train(monkeypatch, "--config=absent.py") == (2, False) and len(sent) == 1
 
 
 IMPORTS = """

@@ -11,7 +11,7 @@ import pytest
 
 from helpers.runs import REPOSITORY, place_flags
 from mice_jax.errors import UserError
-from mice_jax.runtime import distributed, watchdog
+from mice_jax.runtime import cluster, distributed, watchdog
 
 # Each process prints one JSON object; a UserError becomes its class and text.
 PROGRAM = """
@@ -91,9 +91,9 @@ def test_another_number_of_devices_than_expected_is_an_error() -> None:
 @pytest.mark.parametrize("missing", ["coordinator_address", "num_processes", "process_id"])
 def test_only_some_of_the_process_flags_is_an_error(missing: str) -> None:
     given = {"coordinator_address": "a:1", "num_processes": 2, "process_id": 0}
-    assert distributed.is_multi_process(**given)
+    assert cluster.is_multi_process(**given)
     with pytest.raises(UserError, match=f"--{missing} missing"):
-        distributed.is_multi_process(**(given | {missing: None}))  # type: ignore[arg-type]
+        cluster.is_multi_process(**(given | {missing: None}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("checkpoints", "code", "first"), [([], 1, "error"), ([2, 10, 7], 75, "preempted")])

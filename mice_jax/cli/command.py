@@ -5,6 +5,7 @@ set of absl flags, so that any number of commands can run in one process.
 """
 
 import ast
+import functools
 import importlib.util
 import os
 import select
@@ -14,21 +15,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from absl import logging
+from absl import flags, logging
 
 from mice_jax.cli.config_file import parse_flags
 from mice_jax.cli.flags import COMMANDS, DefineFlags, Values, define_processes
 from mice_jax.cli.task_names import check_names
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import Paused, Preempted, StoppedByRule, UserError
-from mice_jax.runtime import unused_packages, xla_flags
+from mice_jax.runtime import cluster, unused_packages, watchdog, xla_flags
 
 if TYPE_CHECKING:
     from mice_jax.storage.paths import RunPath
 
 HELP_FLAGS = {"h", "help", "helpfull"}
-# Environment variables of a process that may be one of several, or is a child of the watchdog (runtime/watchdog.py).
-MULTI_PROCESS_ENV = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES", "MICE_JAX_PARENT_PIPE")
+# Environment variables of a process that may be one of several.
+MULTI_PROCESS_ENV = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 CLOSED_PIPE = 141  # exit code of a command whose output nobody reads any more, as shells report SIGPIPE
 
 
@@ -112,8 +113,7 @@ def _help(doc: str | None, values: Values) -> str:
 def before_imports(name: str) -> None:
     """Does what a command can do before its imports, which take seconds, where its module is run as a script.
 
-    It answers --help, restarts the process with huge pages, and reports wrong flags and configs. It exits where
-    nothing is left to do.
+    It restarts the process with huge pages and does what `early_exit` does. It exits where nothing is left to do.
     """
     argv = sys.argv[1:]
     if not asks_for_help(argv):
@@ -125,24 +125,46 @@ def before_imports(name: str) -> None:
 
 
 def early_exit(name: str, argv: Sequence[str]) -> int | None:
-    """Answers --help and reports wrong flags and configs; None if the command has to run.
+    """Does what a command can do without its slow imports; None if the command has to run in this process.
 
-    One process of several is left to the command, which reports errors to the other processes too.
+    It answers --help, reports wrong flags and configs, and where training has several processes, starts the process
+    that trains and waits for it. A command other than `train` that is one of several processes is left to itself,
+    because it reports errors to the other processes too.
     """
     command = COMMANDS[name]
     if asks_for_help(argv):
         return run(_docstring(command.module), command.define_flags, lambda values: 0, argv)
-    if _may_be_one_of_several(argv):
+    if watchdog.is_child() or (name != "train" and _may_be_one_of_several(argv)):
         return None
+    ended = False
 
-    def check(values: Values) -> None:
+    def check_and_watch(values: Values) -> int | None:
+        nonlocal ended
         if command.reads_run_config:
             asked = config_of(values).eval
             check_names(asked.tasks, asked.include_path)
         if name == "evaluate":
             check_names(values.tasks, values.include_path)
+        if name == "train" and cluster.is_multi_process(*processes_of(argv)):
+            code = watchdog.run_child(command.module, argv, workdir_of(values))
+            ended = True
+            return code
+        return None
 
-    return run(None, command.define_flags, check, argv) or None
+    report = functools.partial(_report_to_other_processes, argv) if name == "train" else lambda e: None
+    code = run(None, command.define_flags, check_and_watch, argv, report)
+    return code if code or ended else None
+
+
+def _report_to_other_processes(argv: Sequence[str], error: Exception) -> None:
+    """Sends an error of this process, which will not train, to the other processes of the run, which wait for it."""
+    try:
+        processes = processes_of(argv)
+        others = cluster.is_multi_process(*processes)
+    except (UserError, flags.Error):  # Without valid flags the other processes cannot be found.
+        return
+    if others:
+        watchdog.broadcast_startup_error(processes, str(error))
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mice_jax.errors import AgreedError, StoreError, UserError
+from mice_jax.runtime.cluster import in_cluster
 from mice_jax.runtime.devices import find_devices
 
 # JAX ends the other processes once it has not heard from one for this long, which must be well within two minutes.
@@ -23,27 +24,6 @@ BARRIER_TIMEOUT_S = 3600  # a process may compile for long before it arrives
 # Lower-case words of the errors that a lost peer causes.
 LOST_PEER_WORDS = ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service", "barrier timed out")
 MAX_MESSAGE_BYTES = 2000  # limit of an error message that is sent to the other processes
-
-
-def is_multi_process(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> bool:
-    """Whether the flags or the environment of a cluster make this process one of several.
-
-    Args:
-        coordinator_address: host:port of process 0, or None.
-        num_processes: number of processes of the run, or None.
-        process_id: number of this process, or None.
-
-    Returns:
-        True if the run has more than one process.
-
-    Raises:
-        UserError: if only some of the three are given.
-    """
-    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
-    missing = [f"--{k}" for k, v in given.items() if v is None]
-    if 0 < len(missing) < 3:
-        raise UserError(f"{' and '.join(missing)} missing: give all of --{', --'.join(given)}, or none of them.")
-    return _in_cluster() if num_processes is None else num_processes > 1
 
 
 def initialize(
@@ -72,20 +52,12 @@ def initialize(
             initialization_timeout=JOIN_TIMEOUT_S,
             heartbeat_timeout_seconds=HEARTBEAT_S,
         )
-    elif _in_cluster():
+    elif in_cluster():
         jax.distributed.initialize(initialization_timeout=JOIN_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_S)
     find_devices()
     errors = _allgather_text(startup_error)
     if not startup_error:
         _raise_remote_errors(errors)
-
-
-def _in_cluster() -> bool:
-    """Whether an environment variable makes this process one of several."""
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
-        if int(os.environ.get(name, "1")) > 1:
-            return True
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def is_main_process() -> bool:

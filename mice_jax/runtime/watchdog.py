@@ -12,12 +12,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from typing import IO
-
-import orbax.checkpoint as ocp
+from typing import IO, TYPE_CHECKING
 
 from mice_jax.runtime import xla_flags
-from mice_jax.storage.paths import RunPath
+
+if TYPE_CHECKING:
+    from mice_jax.storage.paths import RunPath
 
 PARENT_PIPE = "MICE_JAX_PARENT_PIPE"  # variable of a child: the read end of a pipe that closes when its parent ends
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -60,7 +60,7 @@ def start_child(
 def run_child(
     module: str,
     arguments: Sequence[str],
-    workdir: RunPath,
+    workdir: "RunPath",
     environment: Mapping[str, str] | None = None,
     output: IO | None = None,
 ) -> int:
@@ -114,7 +114,7 @@ def broadcast_startup_error(address: tuple[str | None, int | None, int | None], 
     subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _report_signal(number: int, workdir: RunPath) -> int:
+def _report_signal(number: int, workdir: "RunPath") -> int:
     """Prints which signal ended the child and what that means; returns the exit code of this command."""
     if number == signal.SIGABRT:
         return report_lost_peer(workdir)
@@ -124,7 +124,7 @@ def _report_signal(number: int, workdir: RunPath) -> int:
     return 128 + number
 
 
-def report_lost_peer(workdir: RunPath, cause: str = "") -> int:
+def report_lost_peer(workdir: "RunPath", cause: str = "") -> int:
     """Prints that a peer was lost, and the error by which that was noticed; returns the exit code of this command.
 
     The code is 75 if there is a checkpoint to resume from, else 1.
@@ -136,14 +136,16 @@ def report_lost_peer(workdir: RunPath, cause: str = "") -> int:
     return 75 if resumable else 1
 
 
-def _how_to_resume(workdir: RunPath) -> str:
+def _how_to_resume(workdir: "RunPath") -> str:
     newest = _newest_checkpoint(workdir)
     if newest is None:
         return "There is no checkpoint yet. Run the same command in every process to start again."
     return f"The last checkpoint is {newest}; run the same command in every process to resume from it."
 
 
-def _newest_checkpoint(workdir: RunPath) -> RunPath | None:
+def _newest_checkpoint(workdir: "RunPath") -> "RunPath | None":
+    import orbax.checkpoint as ocp  # The parent needs it only where its child was killed, and it imports jax.
+
     folder = workdir / "checkpoints"
     steps = ocp.utils.checkpoint_steps(str(folder)) if folder.is_dir() else []
     return folder / str(max(steps)) if steps else None
