@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mice_jax.errors import UserError
-from mice_jax.sweeps import BracketRule, Replay, replay, student_t
+from mice_jax.statistics import student_t
+from mice_jax.sweeps import BracketRule, Replay, replay
 from mice_jax.sweeps.grid import Grid
 
 pytestmark = pytest.mark.smoke

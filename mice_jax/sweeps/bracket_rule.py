@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mice_jax.errors import UserError
-from mice_jax.sweeps import student_t
+from mice_jax.statistics import student_t
 from mice_jax.sweeps.grid import MIN_ORDERED_VALUES, Grid, is_numeric
 from mice_jax.sweeps.rule import Runs, SweepRule, Task, best_arm
 

@@ -100,7 +100,7 @@ def _interval(sums: NoiseSums, g: float, v: float) -> tuple[float | None, float 
 def _t_quantile(degrees: float) -> float:
     """Returns the quantile of Student's t for an interval of 95 %, to 2 % from 4 degrees of freedom on.
 
-    The degrees are those of an effective count, so they need not be whole as in sweeps/student_t.py.
+    The degrees are those of an effective count, so they need not be whole as in statistics/student_t.py.
     """
     z = NORMAL_QUANTILE
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)

@@ -1,29 +1,34 @@
-"""Quantiles of Student's t distribution, from the standard library alone."""
+"""The distribution function and quantiles of Student's t, without SciPy."""
 
+import functools
 import math
 
+import numpy as np
+from numpy.typing import ArrayLike
 
-def cumulative(t: float, degrees: int) -> float:
+
+def cumulative(t: ArrayLike, degrees: int) -> np.ndarray:
     """Returns the probability that Student's t is at most `t`.
 
     The finite sums for whole degrees of freedom are those of Abramowitz and Stegun, 26.7.3 and 26.7.4.
 
     Args:
-        t: The value.
+        t: The value or values.
         degrees: The degrees of freedom, at least 1.
     """
-    angle = math.atan2(t, math.sqrt(degrees))
-    cos_squared = math.cos(angle) ** 2
+    angle = np.arctan2(np.asarray(t, np.float64), math.sqrt(degrees))
+    cosine = np.cos(angle)
     odd = degrees % 2
-    term = math.cos(angle) if odd else 1.0
-    total = 0.0
+    term = cosine if odd else np.ones_like(cosine)
+    total = np.zeros_like(cosine)
     for k in range(1 + odd, degrees, 2):
-        total += term
-        term *= cos_squared * k / (k + 1)
-    central = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return (1 + central) / 2
+        total = total + term
+        term = term * cosine**2 * k / (k + 1)
+    central = 2 / math.pi * (angle + np.sin(angle) * total) if odd else np.sin(angle) * total
+    return np.asarray((1 + central) / 2)
 
 
+@functools.lru_cache(maxsize=256)
 def quantile(probability: float, degrees: int) -> float:
     """Returns the value that Student's t stays below with some probability.
 
