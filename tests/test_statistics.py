@@ -173,15 +173,23 @@ def test_p_value_of_a_rank_correlation_is_that_of_all_orders_of_arms() -> None:
     assert 0.02 < exact < 0.3
 
 
-def test_relation_between_strata_or_through_the_rate_does_not_count() -> None:
-    rate = np.tile(np.arange(6.0), 2)
-    batch = np.repeat([8, 512], 6)
-    rng = np.random.default_rng(6)
+def test_relation_between_strata_does_not_count() -> None:
+    rng, batch = np.random.default_rng(6), np.repeat([8, 512], 6)
     shifted = [batch + rng.permutation(12) for _ in range(2)]
-    assert rank_correlation.over_arms(*shifted).p < 0.1 < rank_correlation.over_arms(*shifted, strata=list(batch)).p
-    follows = [rate + 0.3 * rng.permutation(12) for _ in range(2)]
-    assert rank_correlation.over_arms(*follows).p < 0.05
-    assert rank_correlation.over_arms(*follows, strata=list(batch), covariates=[rate]).p > 0.05
+    by_stratum = [[stats.rankdata(v[at]) - 3.5 for at in (batch == 8, batch == 512)] for v in shifted]
+    pooled = np.corrcoef(*(np.concatenate(ranks) for ranks in by_stratum))[0, 1]
+    assert rank_correlation.over_arms(*shifted, strata=list(batch)).rho == pytest.approx(pooled)
+    assert rank_correlation.over_arms(*shifted).rho > abs(pooled) + 0.3
+
+
+def test_partial_rank_correlation_is_that_of_the_textbook() -> None:
+    rng = np.random.default_rng(9)
+    rate = np.arange(12.0)
+    x, y = (rate + rng.normal(scale=3, size=12) for _ in range(2))
+    xy, xz, yz = (stats.spearmanr(a, b).statistic for a, b in ((x, y), (x, rate), (y, rate)))
+    partial = (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
+    assert rank_correlation.over_arms(x, y, covariates=[rate]).rho == pytest.approx(partial)
+    assert abs(partial - xy) > 0.3
     assert math.isnan(rank_correlation.over_arms([1.0] * 5, range(5)).rho)
     assert math.isnan(rank_correlation.over_arms(range(3), range(3), covariates=[range(3)]).p), "too few arms"
 
