@@ -1,11 +1,11 @@
 """Checkpoints with Orbax: saving in the background, retention, and quarantine of damaged checkpoints.
 
-`workdir/checkpoints/<step>` holds params, opt_state and progress (the run's counters at that step, and the samples and
-score of each saved step). Orbax writes a step to a temporary folder, renames it when the save is committed, and removes
-the temporary folders of interrupted saves. A committed checkpoint then gets a manifest (storage/manifest.py). A
-checkpoint that differs from its manifest, or that cannot be read, is moved to `checkpoints/damaged/` and never deleted.
-The exception is a checkpoint in a bucket that agrees with its manifest but cannot be read: it ends the command with a
-StoreError.
+`workdir/checkpoints/<step>` holds params, opt_state, average (of the params, if the run keeps one) and progress (the
+run's counters at that step, and the samples and score of each saved step). Orbax writes a step to a temporary folder,
+renames it when the save is committed, and removes the temporary folders of interrupted saves. A committed checkpoint
+then gets a manifest (storage/manifest.py). A checkpoint that differs from its manifest, or that cannot be read, is
+moved to `checkpoints/damaged/` and never deleted. The exception is a checkpoint in a bucket that agrees with its
+manifest but cannot be read: it ends the command with a StoreError.
 """
 
 import contextlib
@@ -56,6 +56,7 @@ class CheckpointReader:
         handlers = {
             "params": ocp.StandardCheckpointHandler(),
             "opt_state": ocp.StandardCheckpointHandler(),
+            "average": ocp.StandardCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
         with _explain_store_errors(self.folder):
@@ -79,11 +80,28 @@ class CheckpointReader:
         items = ocp.args.Composite(progress=ocp.args.JsonRestore())
         return self._manager.restore(step, args=items)["progress"]["samples"]
 
-    def restore_params(self, step: int, abstract: Params) -> Params:
-        """Restores the parameters of a step, with the shapes, dtypes and shardings of `abstract`."""
-        self._check_shapes(step, abstract)
-        items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract, strict=False))
-        return self._manager.restore(step, args=items)["params"]
+    def restore_params(self, step: int, abstract: Params, item: str = "params") -> Params:
+        """Restores the parameters of a step.
+
+        Args:
+          step: The step.
+          abstract: The shapes, dtypes and shardings of the parameters.
+          item: "params", or "average" for the running average of the parameters.
+
+        Returns:
+          The parameters.
+
+        Raises:
+          UserError: The checkpoint has parameters of other shapes, or no average.
+        """
+        if self._manager.item_metadata(step)[item] is None:
+            raise UserError(
+                f"{self.folder / str(step)} holds no average of the weights, since its run has train.ema_half_life=0. "
+                "Take the weights themselves, or the mean of several checkpoints (mice average)."
+            )
+        self._check_shapes(step, abstract, item)
+        items = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract, strict=False)})
+        return self._manager.restore(step, args=items)[item]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`, and the run's progress."""
@@ -94,17 +112,20 @@ class CheckpointReader:
             "opt_state": ocp.args.StandardRestore(abstract.opt_state, strict=False),
             "progress": ocp.args.JsonRestore(),
         }
+        if abstract.average is not None:
+            items["average"] = ocp.args.StandardRestore(abstract.average, strict=False)
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
-        return TrainState(count, restored["params"], restored["opt_state"]), restored["progress"]
+        average = restored["average"] if abstract.average is not None else None
+        return TrainState(count, restored["params"], restored["opt_state"], average), restored["progress"]
 
-    def _check_shapes(self, step: int, abstract: Params) -> None:
+    def _check_shapes(self, step: int, abstract: Params, item: str = "params") -> None:
         """Raises UserError if stored and requested shapes differ in more than the padding of the vocabulary.
 
         With `strict=False`, Orbax silently pads and cuts arrays to the requested shapes. That is right only for the
         vocabulary dim, which is padded with zeros to a multiple of the tensor axis.
         """
-        stored = self._manager.item_metadata(step)["params"]
+        stored = self._manager.item_metadata(step)[item]
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
             found = functools.reduce(lambda tree, key: tree[key.key], path, stored).shape
             num_different_dims = sum(a != b for a, b in zip(found, leaf.shape, strict=True))
@@ -172,11 +193,9 @@ class Checkpoints(CheckpointReader):
         self._saved[step] = {"samples": progress["samples"]}
         if score is not None:
             self._saved[step]["score"] = score
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "opt_state": ocp.args.StandardSave(state.opt_state),
-            "progress": ocp.args.JsonSave(progress | {"saved": {str(s): v for s, v in self._saved.items()}}),
-        }
+        trees = {"params": state.params, "opt_state": state.opt_state, "average": state.average}
+        items: dict[str, Any] = {n: ocp.args.StandardSave(tree) for n, tree in trees.items() if tree is not None}
+        items["progress"] = ocp.args.JsonSave(progress | {"saved": {str(s): v for s, v in self._saved.items()}})
         self._check_ownership()
         with self._write_on_all_processes():
             self._manager.save(step, args=ocp.args.Composite(**items))

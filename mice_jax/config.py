@@ -230,6 +230,8 @@ class Train(_Strict):
     """Save the state and exit with code 75 after this many minutes of the process; 0 means no limit."""
     pause_at_share: float = 0.0
     """Save the state and exit with code 75 after the first step at or past this share of all steps; 0 never pauses."""
+    ema_half_life: float = 0.0
+    """The samples after which a step's weights count half in the running average of the weights; 0 keeps none."""
     skip_spikes: float = 0.0
     """Skip a step whose gradient norm is more than this many times its running median; 0 never skips."""
 

@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import re
+import sys
 import types
 import typing
 from collections.abc import Collection
@@ -52,6 +53,7 @@ BOUNDS = {
     "train.rows_per_device": (0, math.inf),
     "train.max_minutes": (0, math.inf),
     "train.pause_at_share": (0, 1),
+    "train.ema_half_life": (0, sys.float_info.max),
     "train.skip_spikes": (0, math.inf),
     "checkpoint.every_samples": (0, math.inf),
     "checkpoint.every_minutes": (0, math.inf),

@@ -2,10 +2,12 @@
 
   mice export --workdir=runs/demo --output=demo_hf
   mice export --workdir=runs/demo --step=400 --dtype=bfloat16 --output=demo_hf_400
+  mice export --workdir=runs/demo --average --output=demo_hf_average
   mice export --workdir=runs/demo --output=demo_hf --push_to=ORG/NAME
 
-The dtype is that of the weights the run started from, unless --dtype=float32 or --dtype=bfloat16 is given. --push_to
-uploads the folder to the Hugging Face Hub, with the token in HF_TOKEN; a new repository is private.
+The dtype is that of the weights the run started from, unless --dtype=float32 or --dtype=bfloat16 is given. --average
+takes the average of the weights that a run with train.ema_half_life keeps, instead of the weights. --push_to uploads
+the folder to the Hugging Face Hub, with the token in HF_TOKEN; a new repository is private.
 """
 
 from mice_jax.cli import command
@@ -14,6 +16,7 @@ if __name__ == "__main__":
     command.before_imports("export")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
+import dataclasses
 import json
 import shutil
 import sys
@@ -32,6 +35,7 @@ from mice_jax.storage import hub, jsonl
 from mice_jax.storage.workdir import METRICS, Workdir
 from mice_jax.training import build
 from mice_jax.training.model_card import README, licence_of, model_card
+from mice_jax.training.run_files import AVERAGED
 
 DTYPES = ("float32", "bfloat16")
 
@@ -50,7 +54,7 @@ def export(values: command.Values) -> None:
         raise UserError(f"--workdir={workdir} is not a run's workdir: it has no model/config.json.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output} already exists. Remove it, or give another folder.")
-    source = resolve_source(str(workdir))
+    source = dataclasses.replace(resolve_source(str(workdir)), averaged=values.average)
     dtype = values.dtype or source.config.get("dtype", "float32")
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}.")
@@ -75,6 +79,7 @@ def export(values: command.Values) -> None:
         output.rmdir()
     partial.rename(output)
     print(f"exported {count:,} parameters in {dtype} to {output}")
+    print(f"weights: {_average(source, step) or f'those after step {step}'}")
     if values.push_to is not None:
         print(f"uploaded to {hub.upload(output, values.push_to)}")
 
@@ -87,13 +92,30 @@ def _generation_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
     return generation | ({} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id})
 
 
+def _average(source: ModelSource, step: int) -> str:
+    """Returns what the exported weights are an average of; empty if they are those after a step."""
+    run = Workdir(source.folder.parent)
+    if source.averaged:
+        half_life = (run.read_json("config.json") or {}).get("train", {}).get("ema_half_life", 0)
+        return f"the running average after step {step}, with a half-life of {half_life:,g} samples"
+    return (run.read_json(AVERAGED) or {}).get("average", "")
+
+
 def _model_card(source: ModelSource, step: int, dtype: str, title: str) -> str:
     """Returns the text of README.md, from the files that the run has written about itself."""
     run = Workdir(source.folder.parent)
     config, report, summary = (run.read_json(f"{name}.json") or {} for name in ("config", "data_report", "summary"))
     records = (r for r in jsonl.read(run.local / METRICS) if r["step"] == step)
     return model_card(
-        title, config, report, summary, next(records, {}), step=step, dtype=dtype, licence=licence_of(source.folder)
+        title,
+        config,
+        report,
+        summary,
+        next(records, {}),
+        step=step,
+        dtype=dtype,
+        licence=licence_of(source.folder),
+        average=_average(source, step),
     )
 
 

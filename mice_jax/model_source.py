@@ -31,6 +31,7 @@ from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import RunPath, download_small_files, parse_path
 
 RANDOM = "random:"
+AVERAGE = "average"  # the part of a checkpoint that holds the running average of the weights
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -46,6 +47,7 @@ class ModelSource:
       config: The content of config.json.
       spec: The architecture that config.json describes.
       hosted: The model of the Hub that `folder` is a copy of; None if the source was named by its path.
+      averaged: Whether to take the running average of a run's weights instead of the weights.
     """
 
     kind: str
@@ -55,6 +57,7 @@ class ModelSource:
     config: dict[str, Any]
     spec: ModelSpec
     hosted: hub.HubModel | None = None
+    averaged: bool = False
 
     @property
     def architecture(self) -> str:
@@ -71,7 +74,8 @@ def resolve_source(init_from: str, *, commit: str = "", weights: bool = True) ->
 
     Args:
       init_from: A Hugging Face folder, a model of the Hub (`owner/name` or `owner/name@revision`), a run's workdir or
-        one of its `checkpoints/<step>`, or `random:` followed by a config.json or its folder.
+        one of its `checkpoints/<step>`, `checkpoints/<step>/average` for the average of the weights that the run kept,
+        or `random:` followed by a config.json or its folder.
       commit: The commit of a model of the Hub; "" takes the revision in `init_from`, or else the newest.
       weights: Whether the weights of a model of the Hub are needed.
 
@@ -92,6 +96,8 @@ def resolve_source(init_from: str, *, commit: str = "", weights: bool = True) ->
         config = hf.read_config(file)
         return ModelSource("hf", hosted.folder, None, None, config, hf.spec_from_config(config, file), hosted)
     folder, step = parse_path(init_from), None
+    averaged = folder.name == AVERAGE and folder.parent.name.isdigit() and folder.parent.parent.name == "checkpoints"
+    folder = folder.parent if averaged else folder
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
     if not folder.is_dir():
@@ -102,7 +108,8 @@ def resolve_source(init_from: str, *, commit: str = "", weights: bool = True) ->
     if (folder / "checkpoints").is_dir():
         file = (folder if isinstance(folder, Path) else download_small_files(folder)) / "model" / "config.json"
         config = hf.read_config(file)
-        return ModelSource("run", file.parent, folder, step, config, hf.spec_from_config(config, file))
+        spec = hf.spec_from_config(config, file)
+        return ModelSource("run", file.parent, folder, step, config, spec, averaged=averaged)
     if not isinstance(folder, Path):
         raise UserError(
             f"{init_from} is not a run's workdir. A Hugging Face folder must be on a local disk: copy it here."
@@ -193,6 +200,7 @@ def fingerprint(source: ModelSource, step: int | None) -> str:
     files: dict[str, Any] = {p.name: d.hex() for p, d in zip(own, digests, strict=True)}
     if source.workdir is not None:
         files["checkpoint"] = manifest.fingerprint(source.workdir / "checkpoints" / str(step))
+        files |= {"item": AVERAGE} if source.averaged else {}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -298,6 +306,7 @@ def _stored_params(source: ModelSource, decoder: Decoder, shardings: Params, ste
     abstract = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), decoder.abstract, shardings
     )
-    params = checkpoints.restore_params(checkpoints.resolve_step(source.step if step is None else step), abstract)
+    step = checkpoints.resolve_step(source.step if step is None else step)
+    params = checkpoints.restore_params(step, abstract, AVERAGE if source.averaged else "params")
     checkpoints.close()
     return params

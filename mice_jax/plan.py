@@ -198,6 +198,7 @@ def _memory(run: RunPlan, needs: list[CompiledMemory]) -> dict[str, Any]:
         "hbm_bytes": memory,
         "params_bytes": estimate.params,
         "optimizer_bytes": estimate.optimizer,
+        "average_bytes": estimate.average,
         "sums_bytes": estimate.sums,
         "estimate": dataclasses.asdict(estimate) | {"total": estimate.total},
         "functions": {n.function: dataclasses.asdict(n) | {"total": n.total} for n in needs},
@@ -310,7 +311,8 @@ def _lines(result: dict[str, Any]) -> dict[str, str]:
     planned, estimate = result["planned"], result["estimate"]
     mesh = ", ".join(f"{k} {v}" for k, v in planned["mesh"].items())
     rows = f"{format_count(planned['rows_per_device'], 'row')} per device, remat {planned['remat']}"
-    estimated = estimate["total"] - result["params_bytes"] - result["optimizer_bytes"] - result["sums_bytes"]
+    resident = sum(result[f"{part}_bytes"] for part in ("params", "optimizer", "average", "sums"))
+    estimated = estimate["total"] - resident
     verdict = "fits" if result["fits"] else "does not fit"
     how = f"compiled in {result['compile_s']:.0f} s" if result["compiled"] else "an estimate: nothing was compiled"
     functions = [
@@ -323,6 +325,7 @@ def _lines(result: dict[str, Any]) -> dict[str, str]:
         "replicated": f"{', '.join(result['replicated'])} on every device" if result["replicated"] else "",
         "parameters": format_bytes(result["params_bytes"]),
         "optimizer": format_bytes(result["optimizer_bytes"]),
+        "average": format_bytes(result["average_bytes"]) if result["average_bytes"] else "",
         "gradient sums": format_bytes(result["sums_bytes"]),
         "activations": f"{format_bytes(result['temp_bytes'])}, with all other temporary memory of "
         f"{result['peak_function']}; estimated {format_bytes(estimated)}",

@@ -36,6 +36,7 @@ class TrainState:
     step: jax.Array  # number of updates done, int32
     params: Params  # float32
     opt_state: optax.OptState
+    average: Params | None = None  # running average of params, float32; None if the run keeps none
 
 
 class Sums(NamedTuple):
@@ -73,7 +74,8 @@ class StepFunctions(NamedTuple):
     from_params: Jitted  # (params) -> TrainState; donates params
     zero_sums: Jitted  # () -> Sums
     accumulate: Jitted  # (params, sums, batch) -> Sums; donates sums
-    apply: Jitted  # (state, sums, skip_norm_above=inf) -> TrainState, zeroed Sums, metrics; donates state and sums
+    # (state, sums, skip_norm_above=inf, average_weight=None) -> TrainState, zeroed Sums, metrics
+    apply: Jitted  # donates state and sums
     evaluate: Jitted  # (params, batch) -> loss_sum, weight_sum, correct_sum
     abstract_state: TrainState  # like abstract_sums, it has jax.ShapeDtypeStruct with a sharding in place of each array
     abstract_sums: Sums
@@ -132,6 +134,7 @@ def make_step(
     accumulate_dtype: str = "float32",
     compiler_options: dict[str, str] | None = None,
     sources: Sequence[str] = (),
+    averages: bool = False,
 ) -> StepFunctions:
     """Jits the functions of a run for one mesh, with the shardings of `sharding.RULES`.
 
@@ -145,11 +148,12 @@ def make_step(
       accumulate_dtype: the dtype in which gradients are summed over microbatches.
       compiler_options: XLA's options for the functions that run the model.
       sources: the names of the sources, by the numbers that microbatches have; none adds no metrics by source.
+      averages: whether the state keeps a running average of the parameters.
 
     Returns:
       The jitted functions; nothing is compiled before the first call.
     """
-    abstract_state = make_abstract_state(decoder, optimizer, mesh)
+    abstract_state = make_abstract_state(decoder, optimizer, mesh, averages)
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     num_sources = max(len(sources), 1)
@@ -171,7 +175,9 @@ def make_step(
         return from_params(decoder.init(key))
 
     def from_params(params: Params) -> TrainState:
-        return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+        # The copy is an array of its own, since `apply` donates both.
+        average = jax.tree.map(jnp.copy, params) if averages else None
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
     def zero_sums() -> Sums:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_sums)
@@ -190,9 +196,9 @@ def make_step(
         return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
 
     def apply(
-        state: TrainState, sums: Sums, skip_norm_above: float = math.inf
+        state: TrainState, sums: Sums, skip_norm_above: float = math.inf, average_weight: float | None = None
     ) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
-        state, metrics = apply_sums(state, sums, optimizer, schedule, skip_norm_above, trained, sources)
+        state, metrics = apply_sums(state, sums, optimizer, schedule, skip_norm_above, trained, sources, average_weight)
         # The next step starts from these zeros, which reuse the memory of the donated sums.
         return state, jax.tree.map(jnp.zeros_like, sums), metrics
 
@@ -226,6 +232,7 @@ def apply_sums(
     skip_norm_above: jax.typing.ArrayLike = jnp.inf,
     trained: Any = None,
     sources: Sequence[str] = (),
+    average_weight: jax.typing.ArrayLike | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one update from the sums of a step.
 
@@ -241,6 +248,7 @@ def apply_sums(
       trained: a tree with the structure of the parameters, whose bool arrays broadcast to them; None trains all. Where
         it is false, parameters do not change, and their gradients do not count in the norm.
       sources: the names of the sources; their metrics are NaN in a step that has no trained token of them.
+      average_weight: the weight of the new parameters in the running average, where the state keeps one.
 
     Returns:
       The state after the step, and the metrics of the step as scalars.
@@ -265,6 +273,11 @@ def apply_sums(
     params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(updated, new, old), (params, opt_state), (state.params, state.opt_state)
     )
+    average = None
+    if state.average is not None:
+        assert average_weight is not None, "the state keeps an average"
+        weight = jnp.where(finite, average_weight, 0.0)
+        average = jax.tree.map(lambda old, new: old + weight * (new - old), state.average, params)
     metrics = {
         "loss": loss,
         "token_accuracy": jnp.sum(sums.sources.correct) / sums.weight_sum,
@@ -280,7 +293,7 @@ def apply_sums(
     for i, name in enumerate(sources):
         metrics[f"train/{name}/loss"] = sums.sources.loss[i] / sums.sources.weight[i]
         metrics[f"train/{name}/token_accuracy"] = sums.sources.correct[i] / sums.sources.weight[i]
-    return TrainState(step=step, params=params, opt_state=opt_state), metrics
+    return TrainState(step, params, opt_state, average), metrics
 
 
 def unbiased_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
@@ -309,7 +322,7 @@ def unbiased_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
 
 
 def make_abstract_state(
-    decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+    decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh, averages: bool = False
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of a run's state, without allocating arrays.
 
@@ -317,6 +330,7 @@ def make_abstract_state(
       decoder: the model.
       optimizer: the optimizer, whose state is included.
       mesh: the devices, which need not be present.
+      averages: whether the state keeps a running average of the parameters, which is sharded like them.
 
     Returns:
       A TrainState of jax.ShapeDtypeStruct. Parameters and moments are sharded by `sharding.RULES`, the rest replicated.
@@ -324,10 +338,10 @@ def make_abstract_state(
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, decoder.abstract)
-    state = TrainState(step, decoder.abstract, opt_state)
+    state = TrainState(step, decoder.abstract, opt_state, decoder.abstract if averages else None)
     params_shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
     opt_state_shardings = _opt_state_shardings(opt_state, decoder.abstract, params_shardings, replicated)
-    shardings = TrainState(replicated, params_shardings, opt_state_shardings)
+    shardings = TrainState(replicated, params_shardings, opt_state_shardings, params_shardings if averages else None)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
 
 

@@ -40,7 +40,7 @@ from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import parse_path
 from mice_jax.storage.provenance import code_state
 from mice_jax.storage.workdir import SYNC_EVERY_S
-from mice_jax.training import build, held_out, phases, precompile, run_files, summary, trackers
+from mice_jax.training import averaging, build, held_out, phases, precompile, run_files, summary, trackers
 from mice_jax.training.cadence import HELD_OUT_ALONE, Cadence, last_steps_before_warm_start, uses_best_checkpoint
 from mice_jax.training.evaluator import Evaluator
 from mice_jax.training.lifecycle import Run, lifecycle
@@ -113,7 +113,11 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             display.log(note)
         data = build.data(config, encoder, display.log, display.watch)
         by_phase = len(config.data.phases) > 1
-        eval_names = [*benchmarks.metric_names(), *held_out.metric_names(data.dataset.validation, by_phase)]
+        held_out_names = held_out.metric_names(data.dataset.validation, by_phase)
+        eval_names = [*benchmarks.metric_names(), *held_out_names]
+        if config.train.ema_half_life:
+            averaging.check_source_names({h.name for h in data.dataset.validation})
+            eval_names += map(averaging.of_average_name, held_out_names)
         # Checkpoints are scored only if the best ones are kept or a phase starts from the best one.
         uses_best = uses_best_checkpoint(config, data.spans)
         if uses_best:
@@ -210,7 +214,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
     # What the model knows before the first step is a line of its own: the gain of the run is measured from there. Where
     # that is not finite, the first step ends the run and says so.
-    if start == 0 and (before := evaluator(state.params, HELD_OUT_ALONE).metrics) and all_finite(before):
+    if start == 0 and (before := evaluator(state.params, HELD_OUT_ALONE, state.average).metrics) and all_finite(before):
         run.log({"step": 0, "samples": 0} | before)
 
     timer = LapTimer()
@@ -229,7 +233,10 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         assert batch is not None, "the loader has every step"
         for microbatch in batch["microbatches"]:
             sums = fns.accumulate(state.params, sums, microbatch)
-        state, sums, device_metrics = fns.apply(state, sums, run.progress.spike_threshold(config.train.skip_spikes))
+        threshold = run.progress.spike_threshold(config.train.skip_spikes)
+        samples = batch["samples"]
+        average_weight = averaging.newest_weight(config.train.ema_half_life, samples, run.progress.samples + samples)
+        state, sums, device_metrics = fns.apply(state, sums, threshold, average_weight)
         next_batch = next(batches, None)
 
         # A loss or gradient norm that is not finite ends the run before anything of the step is recorded.
@@ -250,7 +257,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             skips_spikes=bool(config.train.skip_spikes),
         )  # fmt: skip
         due = cadence.due(step, previous.samples, run.progress.samples)
-        evaluation = evaluator(state.params, due)
+        evaluation = evaluator(state.params, due, state.average)
         record |= evaluation.metrics
         run.log(record)
         workdir.sync(after_s=SYNC_EVERY_S)

@@ -160,7 +160,16 @@ def define_export(values: Values, argv: list[str]) -> None:
     flags.DEFINE_string("output", None, "folder to write; it must be absent or empty", flag_values=values)
     flags.DEFINE_integer("step", None, "checkpoint to export; default the newest", flag_values=values)
     flags.DEFINE_string("dtype", None, "float32 or bfloat16; default as in init_from", flag_values=values)
+    average = "export the average of the weights that train.ema_half_life kept, not the weights"
+    flags.DEFINE_bool("average", False, average, flag_values=values)
     flags.DEFINE_string("push_to", None, "repository of the Hub to upload to, ORG/NAME", flag_values=values)
+
+
+def define_average(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice average`."""
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_integer("last", None, "how many of the newest checkpoints", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("output", None, "folder to write; default WORKDIR/averages/STEP_last_K", flag_values=values)
 
 
 def define_generate(values: Values, argv: list[str]) -> None:
@@ -203,5 +212,6 @@ COMMANDS = {
     "evidence": Command("mice_jax.evidence", define_evidence, "measure what the rules of sweeps save and lose"),
     "evaluate": Command("mice_jax.evaluate", define_evaluate, "score a model on benchmarks"),
     "export": Command("mice_jax.export", define_export, "write a run's model as a Hugging Face folder"),
+    "average": Command("mice_jax.average", define_average, "average the weights of a run's last checkpoints"),
     "generate": Command("mice_jax.generate", define_generate, "answer prompts with a model, or chat"),
 }

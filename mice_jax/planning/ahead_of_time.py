@@ -201,9 +201,9 @@ def compile_memory(
     """
     state, sums, batch = fns.abstract_state, fns.abstract_sums, abstract_batch(mesh, rows, slots)
     functions = {
-        "accumulate": (fns.accumulate, (state.params, sums, batch), (state.step, state.opt_state)),
-        "apply": (fns.apply, (state, sums, float("inf")), ()),
-        "evaluate": (fns.evaluate, (state.params, batch), (state.step, state.opt_state, sums)),
+        "accumulate": (fns.accumulate, (state.params, sums, batch), (state.step, state.opt_state, state.average)),
+        "apply": (fns.apply, (state, sums, float("inf"), None if state.average is None else 0.0), ()),
+        "evaluate": (fns.evaluate, (state.params, batch), (state.step, state.opt_state, state.average, sums)),
         "zero_sums": (fns.zero_sums, (), state),
         "start": (fns.from_params, (state.params,), sums),
     }

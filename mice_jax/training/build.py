@@ -378,7 +378,9 @@ def memory_inputs(
     """
     return memory_model.MemoryInputs(
         decoder,
-        make_abstract_state(decoder, optimizer(config, decoder, architecture)[0], mesh),
+        make_abstract_state(
+            decoder, optimizer(config, decoder, architecture)[0], mesh, averages=bool(config.train.ema_half_life)
+        ),
         mesh,
         jnp.dtype(dtype),
         attention,
@@ -471,7 +473,18 @@ def step_functions(
     chip = find_chip(mesh.devices.flat[0])
     options = compiler_options(chip is not None and chip.sparse_cores)
     names = source_names(config.data)
-    return make_step(decoder, made, schedule, mesh, compute, trained, config.optim.accumulate_dtype, options, names)
+    return make_step(
+        decoder,
+        made,
+        schedule,
+        mesh,
+        compute,
+        trained,
+        config.optim.accumulate_dtype,
+        options,
+        names,
+        averages=bool(config.train.ema_half_life),
+    )
 
 
 # ---------------------------------------------------------------------------------------- inference

@@ -12,7 +12,7 @@ from mice_jax.data.mixture import Mixture
 from mice_jax.models.transformer import Params
 from mice_jax.runtime import distributed
 from mice_jax.step import StepFunctions
-from mice_jax.training import held_out
+from mice_jax.training import averaging, held_out
 from mice_jax.training.cadence import Due
 
 
@@ -53,20 +53,22 @@ class Evaluator:
         self._fns, self._mesh, self._held_out, self._pack = fns, mesh, held_out_data, pack
         self._by_phase, self._score_benchmarks = by_phase, score_benchmarks
 
-    def __call__(self, params: Params, due: Due) -> Evaluation:
+    def __call__(self, params: Params, due: Due, average: Params | None = None) -> Evaluation:
         """Measures what is due.
 
         Args:
           params: The parameters after a step.
           due: The evaluations that are due after that step.
+          average: The running average of the parameters, whose held-out loss is measured too; None if there is none.
 
         Returns:
           The metrics, and the error of a benchmark that could not be scored.
         """
         metrics: dict[str, Any] = {}
         if due.held_out and self._held_out:
-            loss = functools.partial(self._fns.evaluate, params)
-            metrics |= held_out.evaluate(loss, self._held_out, self._pack, self._mesh, self._by_phase)
+            metrics |= self._held_out_metrics(params)
+            if average is not None:
+                metrics |= averaging.of_average(self._held_out_metrics(average))
         failure = None
         if due.benchmarks:
             try:
@@ -78,3 +80,7 @@ class Evaluator:
                     raise
                 failure = error
         return Evaluation(metrics, failure)
+
+    def _held_out_metrics(self, params: Params) -> dict[str, float]:
+        loss = functools.partial(self._fns.evaluate, params)
+        return held_out.evaluate(loss, self._held_out, self._pack, self._mesh, self._by_phase)

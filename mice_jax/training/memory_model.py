@@ -66,6 +66,7 @@ class MemoryEstimate:
     Attributes:
       params: The parameters.
       optimizer: The optimizer's state.
+      average: The running average of the parameters; 0 if the run keeps none.
       sums: The accumulated gradients of the step.
       gradients: The gradients of one microbatch.
       cast: The parameters in the compute dtype. XLA casts all of them before the first layer.
@@ -75,6 +76,7 @@ class MemoryEstimate:
 
     params: int
     optimizer: int
+    average: int
     sums: int
     gradients: int
     cast: int
@@ -84,7 +86,7 @@ class MemoryEstimate:
     @property
     def resident(self) -> int:
         """The bytes that are allocated during the whole run."""
-        return self.params + self.optimizer + self.sums
+        return self.params + self.optimizer + self.average + self.sums
 
     @property
     def total(self) -> int:
@@ -112,6 +114,7 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
     return MemoryEstimate(
         params=params,
         optimizer=bytes_per_device(inputs.state.opt_state),
+        average=bytes_per_device(inputs.state.average),
         sums=params * inputs.sums_dtype.itemsize // 4,
         gradients=params,
         cast=params * itemsize // 4 if itemsize < 4 else 0,

@@ -57,6 +57,7 @@ def model_card(
     step: int,
     dtype: str,
     licence: Mapping[str, str],
+    average: str = "",
 ) -> str:
     """Returns the text of a model card.
 
@@ -69,11 +70,12 @@ def model_card(
       step: The step whose weights are exported.
       dtype: The dtype of the exported weights.
       licence: The licence fields of the base model, from `licence_of`.
+      average: What the exported weights are an average of; "" if they are those of the step.
     """
     sections = {
         "Base model": _base(config, licence),
         "Data": _data(report),
-        "Recipe": _recipe(config, report, step, dtype),
+        "Recipe": _recipe(config, report, step, dtype, average),
         "Metrics": _metrics(metrics, step),
         "Versions": _versions(summary),
     }
@@ -150,7 +152,7 @@ def _public(path: str) -> str:
     return path if NAMED_DATA.fullmatch(path) else PurePosixPath(path).name
 
 
-def _recipe(config: Json, report: Json, step: int, dtype: str) -> str:
+def _recipe(config: Json, report: Json, step: int, dtype: str, average: str) -> str:
     get = lambda name: _field(config, name)  # noqa: E731  (a word for what every line below does)
     warmup = f"{get('optim.warmup_steps')} steps" if get("optim.warmup_steps") else get("optim.warmup_ratio")
     planned = report.get("steps")
@@ -170,6 +172,7 @@ def _recipe(config: Json, report: Json, step: int, dtype: str) -> str:
         "seed": get("seed"),
         "steps": f"{step:,}" + (f" of {planned:,}" if planned else ""),
         "weights": dtype,
+        "averaged": average or None,
     }
     text = _table(("setting", "value"), [(name, str(value)) for name, value in rows.items() if value is not None])
     return f"{text}\n\n{_phases(get('data.phases') or [])}".rstrip()

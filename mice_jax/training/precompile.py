@@ -113,7 +113,7 @@ def compile_step_functions(
         announce(f"compiling shape {number} of {len(trained)}: {shape.rows} x {shape.slots} tokens a device")
         fns.accumulate.compile(state.params, sums, abstract_batch(mesh, shape.rows, shape.slots))
     announce("compiling the update")
-    fns.apply.compile(state, sums, 0.0)
+    fns.apply.compile(state, sums, 0.0, None if state.average is None else 0.0)
     if resets:
         fns.from_params.compile(state.params)
     for shape in evaluated:

@@ -21,6 +21,7 @@ from mice_jax.storage.workdir import Workdir
 from mice_jax.training.model_card import README
 
 CONFIG = "config.json"
+AVERAGED = "average.json"  # in a folder that `mice average` has written, which is no run that could go on
 ADDED = ("resolved", "provenance")  # These keys of config.json are not fields of the config.
 
 
@@ -75,6 +76,11 @@ def choices(
 
 def check_same_config(workdir: Workdir, config: Config) -> None:
     """Raises UserError if the workdir has a run of another config, apart from fields that a resume may change."""
+    if workdir.read_json(AVERAGED) is not None:
+        raise UserError(
+            f"--workdir={workdir.path} holds weights that mice average has written, and no run to resume. Give another "
+            "--workdir; model.init_from may name this one."
+        )
     old = workdir.read_json(CONFIG)
     if old is None:
         return

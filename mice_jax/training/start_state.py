@@ -1,5 +1,6 @@
 """Makes the state that a run, or one of its phases, starts with."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -76,11 +77,15 @@ def enter_phase(
             )
         log(f"the phase {phase.name!r} starts from step {best}, the best of {before.phase.name!r}")
         if best != before.end:
-            jax.tree.map(lambda x: x.delete(), (state.params, state.opt_state))  # Two states may not fit in memory.
+            # Two states may not fit in memory.
+            jax.tree.map(lambda x: x.delete(), (state.params, state.opt_state, state.average))
             best_state, _ = checkpoints.restore(best, fns.abstract_state)
-            state = TrainState(state.step, best_state.params, best_state.opt_state)
+            state = dataclasses.replace(best_state, step=state.step)
     if phase.optimizer == "reset":
         jax.tree.map(lambda x: x.delete(), state.opt_state)  # Two optimizer states may not fit in memory.
         fresh = fns.from_params(state.params)
-        state = TrainState(state.step, fresh.params, fresh.opt_state)
+        average = state.average
+        if average is not None:
+            jax.tree.map(lambda x: x.delete(), fresh.average)  # The average goes on.
+        state = TrainState(state.step, fresh.params, fresh.opt_state, average)
     return state

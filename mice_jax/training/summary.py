@@ -118,6 +118,8 @@ def _optimizer(config: Config) -> str:
         parts.append(f"gradients summed over devices in {o.reduce_dtype}")
     if o.frozen:
         parts.append(f"frozen: {', '.join(o.frozen)}")
+    if config.train.ema_half_life:
+        parts.append(f"weights averaged with a half-life of {config.train.ema_half_life:,g} samples")
     return ", ".join(parts)
 
 
@@ -210,6 +212,8 @@ def final_message(run: Run) -> str:
     if not record:
         return f"the run in {path} was complete already, at step {run.start}"
     held_out = f", held-out loss {record['eval/loss']:.4f}" if "eval/loss" in record else ""
+    if "eval/average/loss" in record:
+        held_out += f" ({record['eval/average/loss']:.4f} of the averaged weights)"
     return (
         f"done: step {record['step']}, {record['samples']:,} samples, loss {record['loss']:.4f}{held_out}\n"
         f"next: mice export --workdir={path} --output=HF_DIR"

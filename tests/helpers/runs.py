@@ -214,10 +214,12 @@ def read_json(workdir: Path, name: str) -> Any:
 
 
 def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Reads all arrays of a checkpoint, parameters and optimizer state, with orbax alone."""
+    """Reads all arrays of a checkpoint (parameters, optimizer state and any average) with orbax alone."""
     found = {}
-    for item in ("params", "opt_state"):
+    for item in ("params", "opt_state", "average"):
         folder = workdir.resolve() / "checkpoints" / str(step) / item
+        if item == "average" and not folder.exists():
+            continue
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             whole = jax.tree.map(
                 lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
