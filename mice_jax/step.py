@@ -35,7 +35,7 @@ class TrainState:
 
     step: jax.Array  # number of updates done, int32
     params: Params  # float32
-    opt_state: optax.OptState
+    opt_state: Any  # of optax; None where weights alone are saved
     average: Params | None = None  # running average of params, float32; None if the run keeps none
 
 
