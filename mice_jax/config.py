@@ -387,6 +387,9 @@ class Sweep(_Strict):
     """How combinations are chosen: grid, random or tpe."""
     trials: int = 0
     """The number of trials of random and tpe."""
+    claims: str = ""
+    """A file of claims to register before the first run, relative to the sweep's file; empty for claims.toml beside
+    that file, where there is one, and none for no claims."""
 
     def validate(self) -> None:
         """Raises ConfigError with every problem of the sweep; the configs of its trials are checked when they start."""

@@ -36,6 +36,7 @@ from mice_jax.errors import Preempted, UserError
 from mice_jax.planning import cost
 from mice_jax.report_page import page, read_runs
 from mice_jax.runtime import cluster, watchdog
+from mice_jax.statistics import registered_claims
 from mice_jax.storage.workdir import RESULTS
 from mice_jax.sweeps import live_bracket, workers
 from mice_jax.sweeps.devices import share_of_devices
@@ -118,6 +119,12 @@ def load_sweep(config: str) -> tuple[Sweep, list[str]]:
     sibling_rule(sweep)
     if rule := bracket_rule(sweep):
         live_bracket.check(sweep, rule)
+    claims = registered_claims.find(Path(file), sweep.claims)
+    sweep.claims = str(claims.resolve()) if claims else registered_claims.NONE
+    if claims:
+        registered = registered_claims.read(claims, sweep).claims
+        count = sum(c.primary for c in registered)
+        notes.append(f"claims: {count} to be judged, and {len(registered) - count} explorations, from {claims}")
     return sweep, notes
 
 

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import shutil
 import threading
 import uuid
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from sqlalchemy import exc as sql_exc
 
 from mice_jax.config import Range, Sweep, differences, locate, to_dict
 from mice_jax.errors import UserError, one_line
+from mice_jax.statistics import registered_claims
 from mice_jax.storage.paths import write_atomically
 from mice_jax.storage.workdir import RESULTS
 from mice_jax.sweeps.claims import HEARTBEAT_S, Claims
@@ -36,6 +38,8 @@ from mice_jax.training import stop_rules
 from mice_jax.training.stop_monitor import Trial, read_records, rule_fields
 
 SQLITE_TIMEOUT_S = 60.0  # how long to wait for a SQLite database that other processes have locked
+# In sweep.json. These are claims about results; what claims.py keeps are the claims of workers on trials.
+REGISTERED = "registered_claims"
 UNNEEDED = "unneeded"  # attribute of a trial that the bracket rule has ended; its run neither failed nor diverged
 STATUS_BY_STATE = {TrialState.COMPLETE: "completed", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 CONFIG_FILE = '''"""Trial {number} of the sweep in {folder}: {params}."""
@@ -79,12 +83,13 @@ class Study:
         self.storage = storage or f"sqlite:///{folder.resolve() / 'study.db'}"
         with self._locked():
             settings = self._load_settings()
+            claims_changed = self._register_claims(settings)
             self.name = str(settings["study"])
             self._open_database()
             for params in fixed[len(self.trials()) :]:
                 self.study.enqueue_trial(params)
             # sweep.json is written last: it marks the study as complete.
-            if not (folder / "sweep.json").exists():
+            if claims_changed or not (folder / "sweep.json").exists():
                 write_atomically(folder / "sweep.json", json.dumps(settings, indent=2) + "\n")
 
     def _load_settings(self) -> dict[str, Any]:
@@ -102,6 +107,35 @@ class Study:
                 f"{'; '.join(changed)}. Run it with the file that started it, or give another --workdir."
             )
         return known
+
+    def _register_claims(self, settings: dict[str, Any]) -> bool:
+        """Puts the sweep's claims into its settings, and a copy of their file into its folder.
+
+        Returns:
+            Whether the settings have changed.
+
+        Raises:
+            UserError: the claims are not those that were registered, and runs have begun.
+        """
+        file = None if self.sweep.claims in ("", registered_claims.NONE) else Path(self.sweep.claims)
+        known = settings.get(REGISTERED, {}).get("sha256", "")
+        current = registered_claims.read(file, self.sweep) if file else None
+        if (current.sha256 if current else "") == known:
+            return False
+        if any((self.folder / "runs").iterdir()):
+            was = f"registered the claims with the hash {known[:12]}" if known else "registered no claims"
+            found = f"{file} has the hash {current.sha256[:12]}" if current else "it is now given none"
+            kept = self.folder / registered_claims.FILE
+            mend = f"Restore the file from {kept}" if known else f"Set claims to {registered_claims.NONE}"
+            raise UserError(
+                f"--workdir={self.folder} {was} before its first run, and {found}. A claim that is written once runs "
+                f"have begun is no claim. {mend}, or start a sweep in another --workdir."
+            )
+        settings.pop(REGISTERED, None)
+        if file and current:
+            settings[REGISTERED] = current.to_json()
+            shutil.copyfile(file, self.folder / registered_claims.FILE)
+        return True
 
     def _open_database(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -404,6 +438,9 @@ def read_summary(run: Path) -> dict[str, Any] | None:
 
 
 def _plain_settings(sweep: Sweep) -> dict[str, Any]:
-    """Returns the settings of a sweep but its base, as text that can be compared with that of another process."""
-    fields = {f.name: getattr(sweep, f.name) for f in dataclasses.fields(sweep) if f.name != "base"}
+    """Returns the settings of a sweep as text that can be compared with that of another process.
+
+    Its base and its registered claims are compared otherwise.
+    """
+    fields = {f.name: getattr(sweep, f.name) for f in dataclasses.fields(sweep) if f.name not in ("base", "claims")}
     return {k: repr(v) for k, v in fields.items()}
