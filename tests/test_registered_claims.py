@@ -1,8 +1,10 @@
 """Registered claims: what their file may say, when they count as registered, and the verdicts on them."""
 
+import csv
 import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from helpers.runs import run_verb
 from helpers.sweeps import small_sweep, write_sweep_file
 from mice_jax import sweep
 from mice_jax.errors import UserError
+from mice_jax.report_page import claims_table, content, read_runs
 from mice_jax.statistics import registered_claims, verdicts
 from mice_jax.statistics.registered_claims import Registration, read
 from mice_jax.statistics.verdicts import Result, judge
+from mice_jax.sweeps import stored_sweeps
 from mice_jax.sweeps.study import Study
 
 pytestmark = pytest.mark.smoke
@@ -281,3 +285,84 @@ def test_false_verdicts_stay_within_the_level(tmp_path: Path) -> None:
     wrong = np.mean([any(v.verdict != verdicts.UNKNOWN for v in vs) for vs in found])
     assert wrong < 0.05 + 3.5 * math.sqrt(0.05 * 0.95 / repeats)
     assert np.mean([any(v.p <= 0.05 for v in vs) for vs in found]) > 0.12
+
+
+# ---------------------------------------------------------------------------------------- the page
+def write_sweep(folder: Path, text: str, losses: np.ndarray, axes: dict[str, list[Any]]) -> Registration:
+    """Writes the folder of a finished sweep whose runs have these losses, float array [*axes, seed]."""
+    (folder / "runs").mkdir(parents=True)
+    registration = registered(text, folder, axes=axes, seeds=list(range(losses.shape[-1])))
+    rows = []
+    for run in results_of(losses, axes):
+        workdir = folder / "runs" / run.name
+        workdir.mkdir()
+        line = {"step": 1, "samples": 8, "loss": 2.0, "step_time_s": 1800.0} | dict(run.values)
+        (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        (workdir / "summary.json").write_text(json.dumps({"status": "completed", "last_metrics": line}))
+        (workdir / "config.json").write_text(json.dumps({"resolved": {"mesh": {"data": 2, "fsdp": 1}}}))
+        (workdir / "events.jsonl").write_text(json.dumps({"step": 0, "event": "start", "time": time.time()}) + "\n")
+        row = {"number": run.name} | dict(run.params) | {"seed": run.seed, "status": "completed", "reason": ""}
+        rows.append(row | {"metric": run.values["eval/loss"]})
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    about = {"metric": "'eval/loss'", "mode": "'min'", "stop": "None"}
+    settings = {"base": {}, "sweep": about, "registered_claims": registration.to_json()}
+    (folder / "sweep.json").write_text(json.dumps(settings))
+    return registration
+
+
+def test_page_judges_registered_claims_and_no_changed_ones(tmp_path: Path) -> None:
+    axes, folder = {BATCH: [8, 64], "optim.schedule": ["constant", "cosine"]}, tmp_path / "sweep"
+    rng = np.random.default_rng(0)
+    losses = 2 + 0.01 * rng.normal(size=(2, 2, 5)) + np.array([0.2, 0.0])[:, None, None]
+    exploration = CLAIM.replace("large batch", "another").replace("= 64", '= 64, "optim.schedule" = "cosine"')
+    exploration = exploration.replace("= 8", '= 8, "optim.schedule" = "cosine"') + "primary = false\n"
+    registration = write_sweep(folder, CLAIM + exploration, losses, axes)
+    found = content.of_sweep(folder)["claims"]
+    [judged], [explored] = found["judged"], found["explored"]
+    wanted = judge(registration, results_of(losses, axes))
+    assert judged["verdict"] == "supported" and judged["mean"] == pytest.approx(wanted[0].mean, rel=1e-3)
+    assert judged["contrast"] == "batch_size 64 minus batch_size 8; mean over schedule"
+    assert explored["contrast"] == "batch_size 64, schedule cosine minus batch_size 8, schedule cosine"
+    assert (explored["verdict"], explored["method"]) == ("exploration", "Benjamini-Hochberg")
+    assert judged["device_hours"] == 20.0, "20 runs of half an hour on two devices"
+
+    def problem_of() -> str:
+        read = read_runs.read_sweep(folder)
+        registration, problem = claims_table.registration_of(folder, read.settings, read.runs)
+        assert registration is None
+        return problem
+
+    written = (folder / "claims.toml").read_text()
+    (folder / "claims.toml").write_text(written.replace("ends better", "ends worse"))
+    assert problem_of() == "claims.toml is not the file that was registered before the first run, so no claim is judged"
+    (folder / "claims.toml").write_text(written)
+    settings = json.loads((folder / "sweep.json").read_text())
+    settings["registered_claims"]["registered"] = "2100-01-01T00:00:00+00:00"
+    (folder / "sweep.json").write_text(json.dumps(settings))
+    assert problem_of() == "claims.toml was registered after the first run had begun, so no claim is judged"
+    settings["registered_claims"] = {"claims": 1}
+    (folder / "sweep.json").write_text(json.dumps(settings))
+    assert problem_of() == "the registered claims in sweep.json are damaged, so no claim is judged"
+    del settings["registered_claims"]
+    (folder / "sweep.json").write_text(json.dumps(settings))
+    assert problem_of() == "", "a sweep without claims has no verdicts, and nothing is wrong with it"
+
+
+def test_verdicts_on_a_stored_sweep_of_real_curves(tmp_path: Path) -> None:
+    """The toy network of tests/data/lab_curves, whose rates are chosen on seeds 0 to 2 and compared on 3 to 5."""
+    stored = stored_sweeps.load(Path(__file__).parent / "data" / "lab_curves" / "C.npz")
+    axes, seeds = {name: list(values) for name, values in stored.axes.items()}, list(range(6))
+    text = "choose_seeds = [0, 1, 2]\n"
+    for name, kind, a, b in (("large", "better", 256, 16), ("small", "better", 16, 256), ("alike", "alike", 64, 16)):
+        margin = "margin = 0.02\n" if kind == "alike" else ""
+        text += f'[[claim]]\nname = "{name}"\nkind = "{kind}"\nbest = ["{RATE}"]\n{margin}'
+        text += f'arms = {{"{BATCH}" = {a}}}\nagainst = {{"{BATCH}" = {b}}}\n'
+    losses = np.moveaxis(stored.curves[..., -1].astype(float), 0, -1)
+    found = judge(registered(text, tmp_path, axes=axes, seeds=seeds), results_of(losses, axes))
+    assert [v.verdict for v in found] == ["refuted", "supported", "refuted"]
+    rates = [losses[b][:, :3].mean(axis=1).argmin() for b in (2, 0)]
+    d = losses[2, rates[0], 3:] - losses[0, rates[1], 3:]
+    assert (found[0].mean, found[0].p) == pytest.approx((d.mean(), stats.ttest_1samp(d, 0).pvalue))

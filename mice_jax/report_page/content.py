@@ -16,8 +16,9 @@ import numpy as np
 
 from mice_jax import __version__
 from mice_jax.config import Config, Phase, Source, flatten, to_dict
-from mice_jax.report_page import downsample, read_runs, rule_evaluation
+from mice_jax.report_page import claims_table, downsample, read_runs, rule_evaluation
 from mice_jax.report_page.read_runs import Run, finite
+from mice_jax.statistics.registered_claims import Registration
 from mice_jax.training import stop_rules
 
 # Title of each curve, and what a reader needs to know of it.
@@ -70,6 +71,7 @@ class _Subject:
     axes: list[str] = dataclasses.field(default_factory=list)  # of a sweep
     stop: str = ""  # a sweep's rule among siblings
     problems: list[str] = dataclasses.field(default_factory=list)
+    claims: Registration | None = None  # what a sweep has registered
 
     @functools.cached_property
     def flat_configs(self) -> list[dict[str, Any]]:
@@ -115,7 +117,9 @@ def of_runs(folders: Sequence[Path]) -> dict[str, Any]:
 def of_sweep(folder: Path) -> dict[str, Any]:
     """Returns the content of the page of a sweep."""
     s = read_runs.read_sweep(folder)
-    return _page(_Subject("sweep", folder.resolve().name, s.runs, s.objective, s.axes, s.stop, s.problems))
+    claims, problem = claims_table.registration_of(folder, s.settings, s.runs)
+    problems = [*s.problems, *([problem] if problem else [])]
+    return _page(_Subject("sweep", folder.resolve().name, s.runs, s.objective, s.axes, s.stop, problems, claims))
 
 
 def _page(subject: _Subject) -> dict[str, Any]:
@@ -136,6 +140,7 @@ def _page(subject: _Subject) -> dict[str, Any]:
         "saved": _saved(runs),
         "problems": _problems(subject),
         "warnings": _warnings(subject),
+        "claims": claims_table.of_runs(subject.claims, runs) if subject.claims else None,
         "evidence": _evidence(runs, objective),
         "config": _config(subject),
         "data": [_data_tables(r) for r in runs[:1]] if is_single else [],

@@ -91,6 +91,7 @@ class Sweep:
     objective: Objective
     stop: str  # the rule among siblings as the sweep's file names it; "" for none
     problems: list[str]
+    settings: dict[str, Any]  # all that sweep.json holds
 
 
 def is_sweep(folder: Path) -> bool:
@@ -107,7 +108,8 @@ def is_run(folder: Path) -> bool:
 def read_sweep(folder: Path) -> Sweep:
     """Reads the trials of results.csv, and those that have a folder only, in the order of their numbers."""
     problems: list[str] = []
-    settings = _object(folder / "sweep.json", problems).get("sweep", {})
+    whole = _object(folder / "sweep.json", problems)
+    settings = whole.get("sweep", {})
     rows = _rows(folder / RESULTS, problems)
     names = list(rows[0]) if rows else []
     axes = names[names.index("number") + 1 : names.index("seed")] if {"number", "seed"} <= set(names) else []
@@ -118,7 +120,7 @@ def read_sweep(folder: Path) -> Sweep:
     objective = Objective(_literal(settings.get("metric"), "eval/loss"), _literal(settings.get("mode"), "min"))
     stop = settings.get("stop")
     stop_name = "" if stop in (None, "None") else str(_literal(stop, stop))
-    return Sweep(runs, axes, objective, stop_name, problems)
+    return Sweep(runs, axes, objective, stop_name, problems, whole)
 
 
 def _read_trial(folder: Path, row: dict[str, str], axes: Sequence[str]) -> Run:

@@ -507,6 +507,24 @@ function makeEvidence() {
     body.append(i ? el("details", {}, el("summary", {}, title), ...parts) : el("div", {}, ...parts));
   });
 }
+const VERDICT_PILLS = { supported: "completed", refuted: "failed", "cannot be told": "stopped" };
+const signed = v => known(v) ? (v > 0 ? "+" : "") + short(Number(v.toPrecision(3))).replace("-", "−") : "–";
+const probability = v => !known(v) ? "–" : v < 0.0001 ? "< 0.0001" : v.toPrecision(2);
+function makeClaims() {
+  const found = data.claims;
+  if (!found) return;
+  const body = byId("claims-body"), level = percent(found.level);
+  body.append(el("p", { class_: "note" }, `Registered ${found.registered.slice(0, 16).replace("T", " ")} UTC, before the first run (SHA-256 ${found.sha256.slice(0, 12)}). p is adjusted by Holm's procedure to the number of claims; a verdict needs ${level} or less. ` +
+    "Detectable is the true difference that is found with a power of 80 % (for claims of the kind alike, the margin within which equal arms are found alike). Only these claims get verdicts."));
+  const table = (rows, judged) => plainTable(["claim", ...(judged ? ["verdict"] : []), "difference", judged ? "p, adjusted" : "q", "detectable", "pairs", "device hours"], rows.map(c => [
+    el("td", { class_: "wrap" }, el("b", {}, c.name), el("p", { class_: "quiet" }, `${c.metric}, ${c.kind === "alike" ? `alike within ${short(c.margin)}` : c.mode === "min" ? "lower is better" : "higher is better"}: ${c.contrast}`),
+      ...[c.reason, ...c.notes].filter(known).map(text => el("p", { class_: "quiet" }, text))),
+    ...(judged ? [el("td", {}, el("span", { class_: `pill ${VERDICT_PILLS[c.verdict]}` }, c.verdict))] : []),
+    el("td", { class_: "number" }, signed(c.mean), known(c.low) ? el("div", { class_: "quiet" }, `[${signed(c.low)}, ${signed(c.high)}] at ${percent(c.confidence)}`) : ""),
+    probability(c.adjusted), known(c.detectable) ? short(c.detectable) : "–", c.pairs ? `${c.pairs} ${c.unit}` : "–", known(c.device_hours) ? short(Number(c.device_hours.toPrecision(3))) : "–"]), judged ? [2, 3, 4, 5, 6] : [1, 2, 3, 4, 5]);
+  if (found.judged.length) body.append(table(found.judged, true));
+  if (found.explored.length) body.append(el("h3", {}, "Explorations"), el("p", { class_: "note" }, "Registered as explorations: q is adjusted by the procedure of Benjamini and Hochberg. They suggest what to test next and get no verdict."), table(found.explored, false));
+}
 const spaced = f => f.replace("%", " %");
 const TITLES = name => name === "eval/loss" ? "held-out loss" : data.signals[name]?.title ?? name;
 function correlationTable(group, fractions) {
@@ -564,6 +582,7 @@ function makeProblems() {
 // ------------------------------------------------------------------------------------- all of it
 makeHeader();
 makeProblems();
+makeClaims();
 makeCurves();
 makeEvaluations();
 makeGrid();
@@ -572,7 +591,7 @@ makeEvents();
 makeData();
 makeConfig();
 if (!alone) { paint(); makeTrials(); }
-const needs = { problems: data.problems.length, warnings: data.warnings.length, trials: !alone, curves: byId("charts").childElementCount, evaluations: byId("evaluation-charts").childElementCount, grid: byId("grid-charts").childElementCount,
+const needs = { problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, trials: !alone, curves: byId("charts").childElementCount, evaluations: byId("evaluation-charts").childElementCount, grid: byId("grid-charts").childElementCount,
   parallel: byId("parallel-charts").childElementCount && runs.filter(r => axisOf(r) !== null).length > 1, evidence: data.evidence, events: byId("events").querySelector("tbody").childElementCount, "data-section": byId("data-body").childElementCount, config: byId("config-body").childElementCount };
 for (const [id, there] of Object.entries(needs)) {
   const section = byId(id);
