@@ -22,6 +22,7 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder
 from mice_jax.sharding import replicated_dims
 from mice_jax.storage.paths import RunPath
+from mice_jax.storage.workdir import Workdir
 from mice_jax.training import memory_model
 from mice_jax.training.build import Model, RunData
 from mice_jax.training.lifecycle import Run
@@ -152,6 +153,7 @@ def warnings(config: Config, source: ModelSource, decoder: Decoder, data: RunDat
     return [
         *data.warnings,
         *_model_warnings(config, source, decoder.spec),
+        *_optimizer_warnings(config, source),
         *_mesh_warnings(decoder, mesh),
     ]
 
@@ -173,6 +175,22 @@ def _model_warnings(config: Config, source: ModelSource, spec: ModelSpec) -> Ite
             f"the tokenizer has added tokens beyond the model's {rows:,} embedding rows: {spec.vocab_size - rows:,} "
             f"rows are added, {made}; the export has {spec.vocab_size:,}"
         )
+
+
+def _optimizer_warnings(config: Config, source: ModelSource) -> Iterator[str]:
+    if config.optim.name != "muon" or source.kind == "random":
+        return
+    origin = "that were probably pretrained with Adam, as most published models are,"
+    if source.kind == "run":
+        before = (Workdir(source.folder.parent).read_json("config.json") or {}).get("optim", {}).get("name", "adamw")
+        if before == "muon":
+            return
+        origin = f"that another run trained with {before}"
+    yield (
+        f"optim.name='muon' continues from weights {origin} and a full fine-tune with Muon then tends to end worse "
+        "and to forget more than one with the optimizer of the pretraining, the more so the stronger the updates "
+        "(arXiv 2605.10468): compare it with optim.name='adamw' before you rely on it"
+    )
 
 
 def _mesh_warnings(decoder: Decoder, mesh: Mesh) -> Iterator[str]:
