@@ -6,6 +6,7 @@ its compiler (libtpu 0.0.52) gives to a program, that of a GPU the share that JA
 """
 
 import dataclasses
+import functools
 import os
 import time
 from typing import Any
@@ -146,10 +147,12 @@ def peak_flops_of_all_devices() -> float | None:
     return peak * jax.device_count() if peak else None
 
 
+@functools.cache
 def measure_matmul_flops(n: int = 384, repetitions: int = 100) -> float:
     """Measures the FLOP/s of a float32 product of two [n n] matrices on the first local device.
 
-    A product takes milliseconds, and the fastest of many counts: on a busy machine some still run undisturbed.
+    A product takes milliseconds, and the fastest of many counts: on a busy machine some still run undisturbed. One
+    process measures once.
     """
     x = jax.device_put(jnp.ones((n, n), jnp.float32), jax.local_devices()[0])
     product = jax.jit(jnp.matmul)

@@ -68,6 +68,8 @@ def begin(values: command.Values) -> int | None:
             "all workers share."
         )
     folder = Path(workdir)
+    if values.worker:  # The trials of a sweep share one compilation cache, unless the user set one.
+        os.environ.setdefault(workers.CACHE_VARIABLE, str(folder.resolve() / "programs"))
     if process and process.process_id:
         return workers.follow_main_process(folder, process)
     study = Study(sweep, folder, storage)

@@ -168,7 +168,7 @@ def test_kills_of_sweep_and_workers_leave_each_trial_ended_once(tmp_path: Path) 
         if process.poll() is not None:  # it has ended already: the kills that are left must not start anything again
             process = start_sweep(file, workdir, "--workers=2")
             time.sleep(rng.uniform(0, 4))
-        workers = [n for n, command in processes_of(workdir).items() if "--worker " in command + " "]
+        workers = [n for n, texts in processes_of(workdir).items() if any("--worker " in text for text in texts)]
         if number % 2 and workers:
             for worker in rng.sample(workers, rng.randint(1, len(workers))):
                 kill(worker)

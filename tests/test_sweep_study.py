@@ -160,11 +160,11 @@ def test_trial_asked_to_end_is_preempted_and_a_killed_one_is_retried(
     study = Study(small_sweep(axes={RATE: [1e-3]}), tmp_path / "out")
     started: list[str] = []
 
-    def run_child(module: str, *rest: object) -> int:
+    def run_forked(module: str, *rest: object) -> int:
         started.append(module)
         return 128 + signal.Signals[name]
 
-    monkeypatch.setattr(workers.watchdog, "run_child", run_child)
+    monkeypatch.setattr(workers, "run_forked", run_forked)
     if name == "SIGKILL":
         assert workers.work(study) == 0 and len(started) == workers.MAX_ATTEMPTS
         assert results(tmp_path / "out")[0]["status"] == "failed"

@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from typing import IO, TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Protocol
 
 from mice_jax.runtime import xla_flags
 
@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 PARENT_PIPE = "MICE_JAX_PARENT_PIPE"  # variable of a child: the read end of a pipe that closes when its parent ends
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 LOST = "another process of this run has ended, or could not be reached"
+
+
+class Child(Protocol):
+    """A child process."""
+
+    def wait(self) -> int:
+        """Waits for its end; returns its exit code, which is negative if a signal ended it."""
+        ...
+
+    def send_signal(self, sig: int, /) -> None:
+        """Sends it a signal."""
+        ...
 
 
 def is_child() -> bool:
@@ -77,11 +89,25 @@ def run_child(
         The exit code that this command should have.
     """
     child, write_end = start_child(module, arguments, environment, output)
+    return await_child(child, lambda: os.close(write_end), workdir)
+
+
+def await_child(child: Child, release: Callable[[], None], workdir: "RunPath") -> int:
+    """Forwards signals to a child until it has ended.
+
+    Args:
+        child: the child.
+        release: closes this process's end of the pipe to it.
+        workdir: workdir of the run, for the report on a child that a signal ended.
+
+    Returns:
+        The exit code that this command should have.
+    """
     before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in FORWARDED}
     try:
         code = child.wait()
     finally:
-        os.close(write_end)
+        release()
         for number, handler in before.items():
             signal.signal(number, handler)
     return code if code >= 0 else _report_signal(-code, workdir)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from mice_jax.errors import Paused, Preempted, UserError
-from mice_jax.runtime import watchdog
+from mice_jax.runtime.fork_server import run_forked
 from mice_jax.storage import lock
 from mice_jax.sweeps.process_group import Connection, Followers, ProcessSpec, connect_to_main
 from mice_jax.sweeps.study import Study, has_paused, read_summary
 from mice_jax.training.stop_monitor import TRIAL_VARIABLE, last_record
 
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 POLL_S = 0.5
 UNLOCK_TIMEOUT_S = 60.0  # how long the run of a dead worker may take to release its folder
 SHARED_FILE_TIMEOUT_S = 60.0  # how long a shared file system may take to show a new file
@@ -87,10 +88,8 @@ def follow_main_process(folder: Path, process: ProcessSpec) -> int:
     while "end" not in (message := messages.get()):
         run = folder / "runs" / str(message["trial"])
         config = _await_file(run / "config.py")
-        with (run / f"log.{process.process_id}.txt").open("a") as log:
-            arguments = [f"--config={config}", f"--workdir={run}", *process.flags()]
-            environment = compile_cache_variable(folder)
-            exit_code = watchdog.run_child("mice_jax.train", arguments, run, environment, log)
+        arguments = [f"--config={config}", f"--workdir={run}", *process.flags()]
+        exit_code = run_forked("mice_jax.train", arguments, run, {}, run / f"log.{process.process_id}.txt")
         connection.send(code=exit_code)
     return int(message["end"])
 
@@ -114,15 +113,14 @@ def _run_trial(study: Study, number: int, followers: Followers | None) -> int:
     if known_exit_code is not None:
         return known_exit_code
     config = study.begin(number)
-    environment = {TRIAL_VARIABLE: study.trial_variable(number)} | compile_cache_variable(study.folder)
+    environment = {TRIAL_VARIABLE: study.trial_variable(number)}
     arguments = [f"--config={config}", f"--workdir={folder}", *(followers.process.flags() if followers else [])]
     furthest_step, attempts = -1, 0
     while True:
         _await_unlocked(folder)
         if followers:
             followers.begin_trial(number)
-        with (folder / "log.txt").open("a") as log:
-            exit_code = watchdog.run_child("mice_jax.train", arguments, folder, environment, log)
+        exit_code = run_forked("mice_jax.train", arguments, folder, environment, folder / "log.txt")
         if followers:
             followers.await_trial()
         if _has_paused(study, number, exit_code):
@@ -148,12 +146,6 @@ def _raise_if_preempted(number: int, exit_code: int) -> None:
         raise Preempted(f"trial {number} has saved its state; run the same command to continue.")
     if exit_code in ENDED_BY_SIGNAL:
         raise Preempted(f"trial {number} was asked to end before its first step; run the same command to continue.")
-
-
-def compile_cache_variable(folder: Path) -> dict[str, str]:
-    """Returns the environment by which the trials of a sweep share one compilation cache, unless the user set one."""
-    name = "JAX_COMPILATION_CACHE_DIR"
-    return {} if name in os.environ else {name: str(folder.resolve() / "programs")}
 
 
 def _await_unlocked(folder: Path) -> None:

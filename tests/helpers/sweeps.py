@@ -88,22 +88,26 @@ def run_sweep(file: Path, workdir: Path, *flags: str, **environment: str) -> str
     return output
 
 
-def processes_of(workdir: Path) -> dict[int, str]:
-    """Returns the commands of all other processes whose command names a folder, by process id."""
-    commands = {}
+def processes_of(workdir: Path) -> dict[int, list[str]]:
+    """Returns the commands and open files of all other processes that name a folder, by process id.
+
+    A trial is known by its open log: its command is that of the fork server.
+    """
+    named = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
+                files = [os.readlink(file) for file in (entry / "fd").iterdir()]
+            except OSError:  # it has just ended
                 continue
-            if str(workdir) in command:
-                commands[int(entry.name)] = command
-    return commands
+            if found := [text for text in (command, *files) if str(workdir) in text]:
+                named[int(entry.name)] = found
+    return named
 
 
 def await_no_process(workdir: Path, within_s: float = 30.0) -> None:
-    """Waits until no process names a folder in its command."""
+    """Waits until no process names a folder in its command or has a file in it open."""
     deadline = time.monotonic() + within_s
     while left := processes_of(workdir):
         assert time.monotonic() < deadline, left
