@@ -1,6 +1,6 @@
 """The study's models compiled by `mice plan` for the TPUs that their configs name, without a TPU.
 
-`-m aot_ci` compiles the smallest one only, `-m aot` all of them.
+`-m aot_ci` compiles the fastest one only, `-m aot` all of them.
 """
 
 import ast
@@ -76,17 +76,18 @@ def pairs() -> list[Pair]:
 
 
 PAIRS = pairs()
-SMALLEST = min(PAIRS, key=lambda pair: (PARAMS[pair.model], math.prod(pair.mesh)))
-SELECTABLE = [pytest.param(pair, marks=pytest.mark.aot_ci if pair == SMALLEST else (), id=str(pair)) for pair in PAIRS]
+# The pair that compiles fastest: for a v5e a program takes about half as long again.
+FASTEST = next(pair for pair in PAIRS if str(pair) == "granite-3b-v5p:2x2x1")
+SELECTABLE = [pytest.param(pair, marks=pytest.mark.aot_ci if pair == FASTEST else (), id=str(pair)) for pair in PAIRS]
 
 
 def plan(pair: Pair) -> dict[str, Any]:
     """The JSON that `mice plan` prints.
 
-    The held-out loss needs less memory than the function that trains, so it is compiled for the smallest model only.
+    The held-out loss needs less memory than the function that trains, so it is compiled for that model only.
     """
     flags = [f"--config={pair.config}", f"--topology={pair.topology}"]
-    if pair.model != SMALLEST.model:
+    if pair.model != FASTEST.model:
         flags += ["--config.data.validation_fraction=0"]
     command = [sys.executable, "-m", "mice_jax.plan", *flags, "--json", "--compile_minutes=0"]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, check=False)
