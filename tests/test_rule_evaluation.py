@@ -1,12 +1,15 @@
 """The evaluation of signals and stop rules, on runs small enough to compute by hand."""
 
+import dataclasses
+import itertools
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from mice_jax.report_page.rule_evaluation import FinishedRun, correlations, spearman, verdicts
+from mice_jax.report_page.rule_evaluation import FinishedRun, correlations, verdicts
+from mice_jax.statistics import rank_correlation
 from mice_jax.training.stop_rules import (
     ColumnarRecords,
     HalvingRule,
@@ -35,42 +38,40 @@ RUNS = [
 ]
 
 
-def test_spearman_equals_scipy_s_with_ties() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        x, y = rng.integers(0, 6, 12).astype(float), rng.normal(size=12)
-        assert spearman(x, y) == pytest.approx([stats.spearmanr(x, y).statistic], abs=1e-12)
-    assert np.isnan(spearman(np.ones(3), np.arange(3.0))).all()
-
-
-def test_spearman_counts_each_pair_as_often_as_given() -> None:
-    rng = np.random.default_rng(2)
-    x, y = rng.integers(0, 4, 9).astype(float), rng.normal(size=9)
-    times = rng.integers(0, 4, (20, 9))
-    wanted = [stats.spearmanr(np.repeat(x, t), np.repeat(y, t)).statistic for t in times]
-    assert spearman(x, y, times.astype(float)) == pytest.approx(wanted, abs=1e-12)
-    assert spearman(x, y) != pytest.approx(wanted[:1], abs=1e-3), "they count"
-
-
 def test_signal_that_ranks_runs_as_their_end_correlates_fully() -> None:
     found = {(c.signal, c.fraction): c for c in correlations(RUNS, (0.1, 0.5), ("loss", "grad_norm", "noise_scale"))}
     assert found["grad_norm", 0.1].rho == pytest.approx(1.0) and found["loss", 0.5].rho == pytest.approx(-1.0)
-    assert found["noise_scale", 0.1].runs == 0 and math.isnan(found["noise_scale", 0.1].rho)
+    assert found["noise_scale", 0.1].arms == 0 and math.isnan(found["noise_scale", 0.1].rho)
 
 
-@pytest.mark.parametrize(("count", "has_interval"), [(4, False), (5, True)])
-def test_fewer_than_five_runs_have_no_interval(count: int, has_interval: bool) -> None:
-    runs = [finished(str(i), 1.0, float(i), float(i)) for i in range(count)]
-    [c] = correlations(runs, (0.2,), ("grad_norm",))
-    assert c.rho == pytest.approx(1.0)
-    assert (c.low <= 1.0 <= c.high + 1e-12) == has_interval and math.isnan(c.low) != has_interval
+def test_correlation_is_over_arms_within_their_batch_size() -> None:
+    """Six arms of three runs each; runs as observations, the control, give another number."""
+    rng, runs = np.random.default_rng(0), []
+    for arm, (batch, rate) in enumerate(itertools.product((10, 40), (1e-3, 2e-3, 4e-3))):
+        for seed in range(3):
+            norm, final = rng.normal(5.0, 1.0, 2) + batch
+            run = finished(f"{arm}.{seed}", 1.0, float(norm), float(final), batch)
+            runs.append(dataclasses.replace(run, arm=str(rate), learning_rate=rate))
+    norms, finals = (
+        np.array(v).reshape(6, 3).mean(axis=1)
+        for v in zip(*((signal(r.records, "grad_norm"), r.final) for r in runs), strict=True)
+    )
+    wanted = rank_correlation.over_arms(norms, finals, [10] * 3 + [40] * 3)
+    by_group = {c.group: c for c in correlations(runs, (0.5,), ("grad_norm",))}
+    assert by_group["all"].arms == 6 and by_group["all"].rho == pytest.approx(wanted.rho)
+    assert by_group["all"].p == wanted.p == by_group["all"].q, "of one test, q is p"
+    assert by_group["all"].given_rate != pytest.approx(wanted.rho) and by_group["batch 10"].arms == 3
+    apart = [dataclasses.replace(r, arm="") for r in runs]
+    assert correlations(apart, (0.5,), ("grad_norm",))[0].arms == 18
 
 
-def test_bootstrap_interval_of_unrelated_numbers_contains_zero() -> None:
+def test_q_values_are_adjusted_to_all_signals_and_fractions() -> None:
     rng = np.random.default_rng(1)
-    runs = [finished(str(i), 1.0, n, f) for i, (n, f) in enumerate(rng.normal(size=(30, 2)) ** 2)]
-    [c] = correlations(runs, (0.2,), ("grad_norm",))
-    assert c.low < 0 < c.high and c.low < c.rho < c.high
+    runs = [finished(str(i), *v) for i, v in enumerate(np.abs(rng.normal(size=(8, 3))) + 1)]
+    found = correlations(runs, (0.2,), ("loss", "grad_norm"))
+    p = np.array([c.p for c in found])
+    assert [c.q for c in found] == pytest.approx(stats.false_discovery_control(p)) and len(set(p)) == 2
+    assert math.isnan(found[0].given_rate), "the rates are unknown"
 
 
 def test_paper_rule_saves_the_samples_that_stopped_runs_had_left() -> None:
@@ -98,8 +99,7 @@ def test_batch_sizes_are_evaluated_apart_and_together() -> None:
     runs = [*RUNS, finished("e", 1.0, 0.5, 0.3, 40), finished("f", 2.0, 0.4, 0.2, 40), finished("g", 3.0, 0.3, 0.1, 40)]
     rho = {c.group: c.rho for c in correlations(runs, (0.5,), ("loss",))}
     assert rho.keys() == {"all", "batch 10", "batch 40"}
-    assert rho["batch 10"] == rho["batch 40"] == pytest.approx(-1.0)
-    assert rho["all"] != pytest.approx(-1.0)
+    assert rho["batch 10"] == rho["batch 40"] == rho["all"] == pytest.approx(-1.0)
     assert {v.group: v.runs for v in verdicts(runs, [PaperRule()], Objective(), (0.5,))} == {
         "all": 7,
         "batch 10": 4,

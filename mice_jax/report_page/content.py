@@ -141,7 +141,7 @@ def _page(subject: _Subject) -> dict[str, Any]:
         "problems": _problems(subject),
         "warnings": _warnings(subject),
         "claims": claims_table.of_runs(subject.claims, runs) if subject.claims else None,
-        "evidence": _evidence(runs, objective),
+        "evidence": _evidence(subject),
         "config": _config(subject),
         "data": [_data_tables(r) for r in runs[:1]] if is_single else [],
         "provenance": _provenance(runs[0]) if is_single else [],
@@ -197,7 +197,7 @@ def _row(subject: _Subject, run: Run, flat_config: dict[str, Any], is_best: bool
         "folder": str(run.folder),
         "fields": {f: _shown(v) for f, v in values.items()},
         "seed": run.params.get("seed", flat_config.get("seed")),
-        "group": json.dumps([repr(v) for v in values.values()]),
+        "group": _arm(subject, run, flat_config),
         "best": is_best,
         "planned": run.planned(),
         "step": run.last("step") or 0,
@@ -272,16 +272,18 @@ def _curves(run: Run, subject: _Subject) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------- early termination
-def _evidence(runs: Sequence[Run], objective: stop_rules.Objective) -> dict[str, Any] | None:
+def _evidence(subject: _Subject) -> dict[str, Any] | None:
     """Returns how signals and rules do on the completed runs; None if there are too few of them."""
-    finished = _finished(runs, objective)
+    runs, objective = subject.runs, subject.objective
+    finished = _finished(subject)
     if len(finished) < MIN_FINISHED_RUNS:
         return None
     groups: dict[str, Any] = {}
     for c in rule_evaluation.correlations(finished):
         if not math.isnan(c.rho):
             group = groups.setdefault(c.group, {"runs": 0, "signals": {}, "rules": {}})
-            cell = {"runs": c.runs} | {k: _rounded(getattr(c, k)) for k in ("rho", "low", "high")}
+            numbers = ("rho", "low", "high", "p", "q", "given_rate", "q_given_rate")
+            cell = {"arms": c.arms} | {k: _rounded(getattr(c, k)) for k in numbers}
             group["signals"].setdefault(c.signal, {})[f"{c.fraction:.0%}"] = cell
     rules: list[stop_rules.SiblingRule] = [rule() for rule in stop_rules.SIBLING_RULES.values()]
     for v in rule_evaluation.verdicts(finished, rules, objective):
@@ -295,19 +297,24 @@ def _evidence(runs: Sequence[Run], objective: stop_rules.Objective) -> dict[str,
         "groups": groups,
         "left_out": len(runs) - len(finished),
         "level": rule_evaluation.LEVEL,
-        "resamples": rule_evaluation.RESAMPLES,
         "median": _rounded(statistics.median(f.final for f in finished)),
     }
 
 
-def _finished(runs: Sequence[Run], objective: stop_rules.Objective) -> list[rule_evaluation.FinishedRun]:
+def _finished(subject: _Subject) -> list[rule_evaluation.FinishedRun]:
     finished = []
-    for run in runs:
-        final = _final(run, objective)
+    for run, flat in zip(subject.runs, subject.flat_configs, strict=True):
+        final = _final(run, subject.objective)
         if final is not None and len(run.records):
-            batch_size = int(_flat_config(run).get("optim.batch_size", 0))
-            finished.append(rule_evaluation.FinishedRun(run.name, batch_size, run.records, final))
+            batch_size, rate = int(flat.get("optim.batch_size", 0)), float(flat.get("optim.learning_rate", math.nan))
+            arm = _arm(subject, run, flat)
+            finished.append(rule_evaluation.FinishedRun(run.name, batch_size, run.records, final, arm, rate))
     return finished
+
+
+def _arm(subject: _Subject, run: Run, flat_config: dict[str, Any]) -> str:
+    """Returns what a run shares with those that differ from it in their seed alone."""
+    return json.dumps([repr(run.params.get(f, flat_config.get(f))) for f in subject.fields])
 
 
 # ---------------------------------------------------------------------------------------- config and data

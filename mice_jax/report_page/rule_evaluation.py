@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mice_jax.statistics import multiplicity, rank_correlation
 from mice_jax.training.stop_rules import (
     FRACTIONS,
     SIGNALS,
@@ -23,9 +24,7 @@ from mice_jax.training.stop_rules import (
     signal,
 )
 
-RESAMPLES = 2000  # of the bootstrap
-LEVEL = 0.95  # of the bootstrap intervals
-MIN_INTERVAL_RUNS = 5  # resamples of fewer runs have too few orders for an interval
+LEVEL = 0.95  # of the intervals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,22 +35,30 @@ class FinishedRun:
     batch_size: int
     records: Records
     final: float  # the metric at the end of the run
+    arm: str = ""  # what it shares with the runs that differ in their seed alone; "" for a run of its own
+    learning_rate: float = math.nan
 
 
 @dataclasses.dataclass(frozen=True)
 class Correlation:
-    """Spearman's correlation of a signal at a fraction of the run with the final metric.
+    """Spearman's correlation over arms of a signal at a fraction of the run with the final metric.
 
-    The numbers are NaN where fewer than three runs have the signal, and `low` and `high` where fewer than five have it.
+    An arm is the mean of its runs. Arms are ranked and permuted within their batch size. A number is NaN where too few
+    arms have the signal.
     """
 
     signal: str
     fraction: float
     group: str  # "all", or "batch N" for the runs of one batch size
-    runs: int
+    arms: int
     rho: float
-    low: float  # lower end of the bootstrap interval
+    low: float  # lower end of its interval
     high: float  # its upper end
+    p: float  # of the permutation test
+    q: float  # the p-value, adjusted to all signals and fractions of the group
+    given_rate: float  # the correlation that is left between arms of one learning rate; NaN where there is one rate
+    p_given_rate: float
+    q_given_rate: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,27 +76,63 @@ class Verdict:
 
 
 def correlations(
-    runs: Sequence[FinishedRun], fractions: Sequence[float] = FRACTIONS, names: Sequence[str] = SIGNALS, seed: int = 0
+    runs: Sequence[FinishedRun], fractions: Sequence[float] = FRACTIONS, names: Sequence[str] = SIGNALS
 ) -> list[Correlation]:
-    """Correlates early signals with the final metric, over all runs and within each batch size.
+    """Correlates early signals with the final metric, over all arms and within each batch size.
 
     Args:
         runs: the finished runs.
         fractions: shares of the samples of a run at which its signals are read.
         names: the signals.
-        seed: of the bootstrap.
 
     Returns:
         One correlation for each group of runs, signal and fraction.
     """
     correlated = []
     for group, members in _groups(runs).items():
-        for name, fraction in itertools.product(names, fractions):
-            pairs = [(signal(_records_until(r, fraction), name), r.final) for r in members]
-            known = np.array([p for p in pairs if not any(map(math.isnan, p))]).reshape(-1, 2)
-            rho, low, high = _bootstrap(known[:, 0], known[:, 1], seed)
-            correlated.append(Correlation(name, fraction, group, len(known), rho, low, high))
+        found = [_correlation(members, name, f, group) for name, f in itertools.product(names, fractions)]
+        q, q_given_rate = (_adjusted([getattr(c, k) for c in found]) for k in ("p", "p_given_rate"))
+        correlated += [
+            dataclasses.replace(c, q=a, q_given_rate=b) for c, a, b in zip(found, q, q_given_rate, strict=True)
+        ]
     return correlated
+
+
+def _correlation(runs: Sequence[FinishedRun], name: str, fraction: float, group: str) -> Correlation:
+    """Returns the correlation of one signal at one fraction, its p-values not yet adjusted."""
+    arms: dict[tuple[str, int], list[tuple[float, float, float]]] = {}
+    for run in runs:
+        early = signal(_records_until(run, fraction), name)
+        if not math.isnan(early) and not math.isnan(run.final):
+            arms.setdefault((run.arm or run.name, run.batch_size), []).append((early, run.final, run.learning_rate))
+    x, y, rate = np.array([np.mean(values, axis=0) for values in arms.values()]).reshape(-1, 3).T
+    batches = [batch for _, batch in arms]
+    plain = rank_correlation.over_arms(x, y, batches)
+    # The rate sets both the signal and the end, so it alone makes them correlate.
+    has_rates = len(rate) > 0 and not np.isnan(rate).any() and rate.max() > rate.min()
+    partial = rank_correlation.over_arms(x, y, batches, [rate]) if has_rates else None
+    return Correlation(
+        signal=name,
+        fraction=fraction,
+        group=group,
+        arms=len(arms),
+        rho=plain.rho,
+        low=plain.low,
+        high=plain.high,
+        p=plain.p,
+        q=math.nan,
+        given_rate=partial.rho if partial else math.nan,
+        p_given_rate=partial.p if partial else math.nan,
+        q_given_rate=math.nan,
+    )
+
+
+def _adjusted(p: Sequence[float]) -> list[float]:
+    """Returns the q-values of those p-values that are known; NaN for the others."""
+    values = np.array(p)
+    known = ~np.isnan(values)
+    values[known] = multiplicity.benjamini_hochberg(values[known])
+    return values.tolist()
 
 
 def verdicts(
@@ -173,55 +216,3 @@ def _records_until(run: FinishedRun, fraction: float) -> Records:
     """Returns the records of a run up to a fraction of its samples, at least the first one."""
     samples = math.floor(fraction * run.records[-1]["samples"])
     return first_samples(run.records, samples) or run.records[:1]
-
-
-# ---------------------------------------------------------------------------------------- rank correlation
-def spearman(x: np.ndarray, y: np.ndarray, times: np.ndarray | None = None) -> np.ndarray:
-    """Computes Spearman's rank correlation; equal values share the mean of their ranks.
-
-    Args:
-        x: float array [N].
-        y: float array [N].
-        times: float array [R, N], how often each pair is counted in each of R resamples; each pair once by default.
-
-    Returns:
-        Float array [R], NaN where x or y is constant.
-    """
-    times = np.ones((1, len(x))) if times is None else times
-    count = np.maximum(times.sum(1, keepdims=True), 1)
-    a, b = (_centred(_ranks(values, times), times, count) for values in (x, y))
-    scale = np.sqrt((times * a * a).sum(1) * (times * b * b).sum(1))
-    return np.divide((times * a * b).sum(1), scale, out=np.full(len(times), math.nan), where=scale > 0)
-
-
-def _centred(ranks: np.ndarray, times: np.ndarray, count: np.ndarray) -> np.ndarray:
-    return ranks - (times * ranks).sum(1, keepdims=True) / count
-
-
-def _ranks(x: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Returns the ranks [R, N] of values [N] of which each is counted `times` [R, N]."""
-    order = np.argsort(x, kind="stable")
-    # A run of equal values starts where the difference is not 0; a NaN differs from everything.
-    starts = np.flatnonzero(np.diff(x[order], prepend=math.nan) != 0)
-    counts = np.add.reduceat(times[:, order], starts, axis=1)
-    mean_ranks = np.cumsum(counts, axis=1) - (counts - 1) / 2
-    ranks = np.empty(times.shape)
-    ranks[:, order] = np.repeat(mean_ranks, np.diff(starts, append=len(x)), axis=1)
-    return ranks
-
-
-def _bootstrap(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """Returns Spearman's correlation of two arrays [N] and the ends of its percentile interval over resamples."""
-    if len(x) < 3:
-        return math.nan, math.nan, math.nan
-    rho = float(spearman(x, y)[0])
-    if len(x) < MIN_INTERVAL_RUNS:
-        return rho, math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    times = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), RESAMPLES).astype(np.float64)
-    resampled = spearman(x, y, times)
-    known = resampled[~np.isnan(resampled)]
-    if not len(known):
-        return rho, math.nan, math.nan
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return rho, float(low), float(high)

@@ -66,7 +66,7 @@ def over_arms(
     labels = list(strata) or [0] * len(a)
     number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     stratum = np.array([number[label] for label in labels])
-    taken_out = np.asarray(covariates, np.float64).reshape(-1, len(a))
+    taken_out = np.asarray(covariates, np.float64).reshape(len(np.asarray(covariates)), len(a))
     left = len(a) - len(number) - len(taken_out) + 1  # arms less what is fitted besides a mean
     if left < 3:
         return RankCorrelation(len(a), math.nan, math.nan, math.nan, math.nan)

@@ -291,9 +291,9 @@ def signals_section(
         for c in correlations
     ]
     lines = [
-        "Spearman's correlation of a signal with the held-out loss at the end, over the runs of the first sweep, with",
-        "a bootstrap interval over runs. The paper: a run ends better that has a lower gradient norm early (a",
-        "correlation above 0) and a higher loss early (a correlation below 0).",
+        "Spearman's correlation of a signal with the held-out loss at the end, over the arms of the first sweep,",
+        "ranked within their batch size, with its interval. The paper: a run ends better that has a lower gradient",
+        "norm early (a correlation above 0) and a higher loss early (a correlation below 0).",
         "",
         "![Correlations](mouse_signals.svg)",
         *table(findings),
@@ -416,7 +416,12 @@ def write_page(folder: Path, output: Path) -> Path:
         dots(schedule, (SCHEDULE, WARMUP), output / "mouse_schedule.svg")
     if phases.trials:
         curves(phases, (PHASES, BATCH), output / "mouse_phases.svg")
-    runs = [rule_evaluation.FinishedRun(t.number, int(t.params[BATCH]), t.records, t.final) for t in batch.trials]
+    runs = [
+        rule_evaluation.FinishedRun(
+            t.number, int(t.params[BATCH]), t.records, t.final, t.params[RATE], float(t.params[RATE])
+        )
+        for t in batch.trials
+    ]
     if correlations := correlated(runs):
         signals(correlations, output / "mouse_signals.svg")
     sections = {

@@ -499,9 +499,10 @@ function makeEvidence() {
   if (!found) return;
   const body = byId("evidence-body"), fractions = found.fractions;
   body.append(el("p", { class_: "note" }, `What signals and rules would have shown at ${fractions.map(spaced).join(", ")} of the run, measured on the completed runs${found.left_out ? ` (${found.left_out} others are left out, because they have no end to compare with)` : ""}. ` +
-    `Spearman correlation with the final ${data.metric}, and its ${percent(found.level)} bootstrap interval over runs. Bold: the interval excludes zero. Grey: undecided.`));
+    `Spearman correlation over arms with the final ${data.metric}, and its ${percent(found.level)} interval: an arm is the mean of its seeds, ranked within its batch size. Bold: q is at most 5 %, adjusted to the whole table. Everything here is an exploration, none of it a verdict.`));
   Object.entries(found.groups).forEach(([name, group], i) => {
-    const correlations = Object.keys(group.signals).length ? [el("h3", {}, "How well a signal ranks the runs as their end does"), correlationTable(group, fractions)] : [];
+    const partial = Object.values(group.signals).some(of => Object.values(of).some(c => known(c.given_rate)));
+    const correlations = Object.keys(group.signals).length ? [el("h3", {}, "How well a signal ranks the arms as their end does"), correlationTable(group, fractions), ...(partial ? [el("h3", {}, "The same, given the learning rate"), el("p", { class_: "note" }, "The rate sets both the signal and the end. This is what is left where the rank of the rate is taken out of both."), correlationTable(group, fractions, true)] : [])] : [];
     const parts = [...correlations, el("h3", {}, "What a rule would have saved and lost"), ruleTable(group, fractions)];
     const title = `${name === "all" ? "All runs" : name} (${group.runs})`;
     body.append(i ? el("details", {}, el("summary", {}, title), ...parts) : el("div", {}, ...parts));
@@ -527,12 +528,12 @@ function makeClaims() {
 }
 const spaced = f => f.replace("%", " %");
 const TITLES = name => name === "eval/loss" ? "held-out loss" : data.signals[name]?.title ?? name;
-function correlationTable(group, fractions) {
+function correlationTable(group, fractions, givenRate = false) {
   const rows = Object.entries(group.signals).map(([name, byFraction]) => [TITLES(name), ...fractions.map(f => {
-    const c = byFraction[f];
-    if (!c || !known(c.rho)) return el("td", { class_: "number weak" }, "–");
-    const decided = known(c.low) && (c.low > 0 || c.high < 0), sign = v => v.toFixed(2).replace("-", "−");
-    return el("td", { class_: `number ${decided ? "" : "weak"}`, title: `${c.runs} runs` }, el("span", { class_: decided ? "strong" : null }, sign(c.rho)), known(c.low) ? ` [${sign(c.low)}, ${sign(c.high)}]` : "");
+    const c = byFraction[f], rho = c && (givenRate ? c.given_rate : c.rho), q = c && (givenRate ? c.q_given_rate : c.q);
+    if (!known(rho)) return el("td", { class_: "number weak" }, "–");
+    const found = known(q) && q <= 0.05, sign = v => v.toFixed(2).replace("-", "−"), hasInterval = !givenRate && known(c.low);
+    return el("td", { class_: `number ${found ? "" : "weak"}`, title: `${c.arms} arms, q ${probability(q)}` }, el("span", { class_: found ? "strong" : null }, sign(rho)), hasInterval ? ` [${sign(c.low)}, ${sign(c.high)}]` : "");
   })]);
   return plainTable(["signal", ...fractions.map(f => `at ${spaced(f)}`)], rows, fractions.map((_, i) => i + 1));
 }
