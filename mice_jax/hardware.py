@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mice_jax.models.mixers import MIXERS
 from mice_jax.models.spec import ModelSpec
 
 GIB = 2**30
@@ -89,13 +90,14 @@ def cpu_chip(count: int, peak_flops: float, memory: int) -> Chip:
 
 
 def matmul_flops(spec: ModelSpec) -> int:
-    """FLOPs a token of the forward matmuls with weights: two for each weight.
+    """FLOPs a token of the forward pass without attention's scores and values: two for each weight of a product.
 
     The embedding look-up costs nothing; the output projection costs its matmul whether or not it is tied.
     """
     s = spec
-    attention = 2 * s.d_model * s.head_dim * (s.num_heads + s.num_kv_heads)
-    return 2 * (s.num_layers * (attention + 3 * s.d_model * s.d_ff) + s.vocab_size * s.d_model)
+    attention = 2 * 2 * s.d_model * s.head_dim * (s.num_heads + s.num_kv_heads)
+    mixers = sum(attention if kind is None else MIXERS[type(kind)].flops_per_token(s, kind) for kind in s.mixers)
+    return mixers + 2 * (s.num_layers * 3 * s.d_model * s.d_ff + s.vocab_size * s.d_model)
 
 
 def attention_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
@@ -109,10 +111,11 @@ def attention_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
         lengths: tokens of each sample, int or float [samples].
 
     Returns:
-        FLOPs of all layers and samples together.
+        FLOPs of all layers with attention, and all samples, together.
     """
     n = lengths.astype(np.float64)
-    seen = [np.minimum(n, window or np.inf) for window in spec.windows]
+    windows = [window for window, kind in zip(spec.windows, spec.mixers, strict=True) if kind is None]
+    seen = [np.minimum(n, window or np.inf) for window in windows]
     return 4 * spec.num_heads * spec.head_dim * sum(float((w * n - w * w / 2).sum()) for w in seen)
 
 

@@ -201,9 +201,10 @@ def _adafactor() -> optax.GradientTransformation:
 
 # ---- Muon -------------------------------------------------------------------------------------------------------
 def _muon(axes: Any, beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
-    """Muon for the matrices of each layer separately; Adam for embeddings, norms and biases."""
+    """Muon for the matrices of each layer separately; Adam for embeddings, norms, biases and whatever is no matrix."""
     flat = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))
-    matrices = {path: _matrix(names) for path, names in flat if names[0] == "layers" and not _is_vector(path)}
+    found = {path: _matrix(names) for path, names in flat if names[0] == "layers" and not _is_vector(path)}
+    matrices = {path: dims for path, dims in found.items() if dims is not None}
 
     def labels(params: optax.Params) -> optax.Params:
         return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if path in matrices else "adam", params)
@@ -222,13 +223,14 @@ def _muon(axes: Any, beta1: float, beta2: float, eps: float) -> optax.GradientTr
     return optax.partition({"muon": muon, "adam": optax.scale_by_adam(beta1, beta2, eps)}, labels)
 
 
-def _matrix(names: Axes) -> MuonDimensionNumbers:
-    """The input and output dims of a stacked parameter; head_dim belongs to the same group as its heads."""
+def _matrix(names: Axes) -> MuonDimensionNumbers | None:
+    """The input and output dims of a stacked matrix, or None; head_dim belongs to the same group as its heads."""
     groups: list[list[int]] = []
     for i, name in enumerate(names[1:], 1):
         if name == "head_dim":
             groups[-1].append(i)
         else:
             groups.append([i])
-    assert len(groups) == 2, names
+    if len(groups) != 2:
+        return None
     return MuonDimensionNumbers(reduction_axis=tuple(groups[1]), output_axis=tuple(groups[0]))

@@ -32,6 +32,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "channels": "tensor",  # of recurrent mixers
     "head_dim": None,
     "hidden": None,  # d_model of activations; that of parameters is `embed`
 }

@@ -6,6 +6,7 @@ RoPE was made. With any one of its features switched off, the logits are more th
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,7 @@ from mice_jax.errors import UserError
 from mice_jax.models import hf, untrained
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.rope_config import KINDS
+from mice_jax.models.mixers import short_conv
 from mice_jax.models.spec import ModelSpec, Rope
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.sharding import param_shardings
@@ -73,9 +75,9 @@ def jitted(decoder: Decoder, with_logits: bool) -> Callable[[Params, Arrays], An
     return jax.jit(run, compiler_options=QUICK)
 
 
-def torch_gradients(model: PreTrainedModel) -> tuple[float, dict[str, np.ndarray]]:
+def torch_gradients(model: PreTrainedModel, sample: np.ndarray = TOKENS) -> tuple[float, dict[str, np.ndarray]]:
     model.zero_grad()
-    tokens = torch.tensor(TOKENS)[None].long()
+    tokens = torch.tensor(sample)[None].long()
     loss = model(tokens, labels=tokens).loss
     loss.backward()
     grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
@@ -154,7 +156,8 @@ def test_exaone_4_without_windows_rotates_every_layer(tmp_path: Path) -> None:
 
 def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
     """The spec with each of its features taken away in turn: whatever a plain decoder would not have."""
-    full = Rope(spec.ropes[0].theta, spec.head_dim, None) if spec.ropes[0] else None
+    attended = [rope for rope, kind in zip(spec.ropes, spec.mixers, strict=True) if kind is None]
+    full = Rope(attended[0].theta, spec.head_dim, None) if attended[0] else None
     plain = {
         "windows": (None,) * spec.num_layers,
         "attention_scale": spec.head_dim**-0.5,
@@ -175,7 +178,7 @@ def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
     }
     off = {k: dataclasses.replace(spec, **{k: v}) for k, v in plain.items() if getattr(spec, k) != v}
     off["ropes: none"] = dataclasses.replace(spec, ropes=(None,) * spec.num_layers)
-    if len(set(spec.ropes)) > 1:
+    if len(set(attended)) > 1:
         off["ropes: one for all layers"] = dataclasses.replace(spec, ropes=spec.ropes[:1] * spec.num_layers)
         off["ropes: scaled in all layers"] = dataclasses.replace(spec, ropes=spec.ropes[-1:] * spec.num_layers)
     if spec.qk_norm == "head_after_rope":
@@ -183,13 +186,16 @@ def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
     unscaled = tuple(r and dataclasses.replace(r, scaling=None) for r in spec.ropes)
     if unscaled != spec.ropes:
         off["ropes: scaling"] = dataclasses.replace(spec, ropes=unscaled)
-    if full and spec.ropes[0].dims != spec.head_dim:
+    if full and attended[0].dims != spec.head_dim:
         off["ropes: partial"] = dataclasses.replace(spec, ropes=(full,) * spec.num_layers)
     for i, window in enumerate(spec.windows):  # the window in this layer alone, a slot too wide
         if window is not None:
             wider = (*spec.windows[:i], window + 1, *spec.windows[i + 1 :])
             off[f"windows: {i} one wider"] = dataclasses.replace(spec, windows=wider)
             break
+    for kind in set(spec.mixers) - {None}:
+        unbiased = tuple(k and dataclasses.replace(k, bias=False) for k in spec.mixers)
+        off[f"mixers: bias of {type(kind).__name__}"] = dataclasses.replace(spec, mixers=unbiased)
     return off
 
 
@@ -221,6 +227,7 @@ EXPECTED_OFF = {
     "exaone4": {"post_norm", "qk_norm", "windows", "ropes: one for all layers"},
     "hunyuan": {"qk_norm", "qk_norm: before RoPE", "ropes: scaling", "qkv_bias", "out_bias"},
     "ministral3": {"query_scale", "ropes: scaling", "windows"},
+    "lfm2": {"qk_norm", "mixers: bias of ShortConv"},
     "phi3": {"ropes: scaling", "ropes: partial", "windows"},
     "phi3-mini": {"pre_norm"},
     "gemma2": {
@@ -261,7 +268,9 @@ def test_a_pad_token_that_is_a_real_token_has_its_gradient(tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------------------------------- packing
-@pytest.mark.parametrize("case", ["phi3", "gemma3", "smollm3", "granite4", "olmo3", "exaone4", "hunyuan", "ministral3"])
+@pytest.mark.parametrize(
+    "case", ["phi3", "gemma3", "smollm3", "granite4", "olmo3", "exaone4", "hunyuan", "ministral3", "lfm2"]
+)
 def test_packed_samples_equal_transformers_on_each_alone(case: str, folders: Any) -> None:
     """LongRoPE too, whose frequencies hang on the sample's own length: a short one beside a long one."""
     model, (decoder, params) = made(case), load(folders(case), mesh_of(1, 1, 1))
@@ -279,6 +288,34 @@ def test_packed_samples_equal_transformers_on_each_alone(case: str, folders: Any
         ropes = (dataclasses.replace(spec.ropes[0], scaling=long),) * spec.num_layers
         wrong = uncompiled_logits(make_decoder(dataclasses.replace(spec, ropes=ropes)), params, rows)[0]
         assert gap(wrong[:ORIGINAL], torch_logits(model, samples[0])) > 10 * LOGITS
+
+
+def test_packed_gradients_of_a_recurrent_model_are_those_of_its_samples(
+    folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a negative control: a convolution that reaches over borders, as transformers' own does in a packed row."""
+    model, (decoder, params) = made("lfm2"), load(folders("lfm2"), mesh_of(1, 1, 1))
+    ends = [0, 128, 257, 290, 600]  # of samples that fill a row of the size that is compiled already
+    samples = [TOKENS[start:end] for start, end in itertools.pairwise(ends)]
+    rows = row_of(*samples)
+    loss, grads, _ = jitted(decoder, with_logits=False)(params, rows)
+    theirs = [torch_gradients(model, tokens) for tokens in samples]
+    shares = [(len(tokens) - 1) / (600 - len(samples)) for tokens in samples]  # each one's share of the predictions
+    their_loss = sum(share * one for share, (one, _) in zip(shares, theirs, strict=True))
+    their_grads = {n: sum(s * g[n] for s, (_, g) in zip(shares, theirs, strict=True)) for n in theirs[0][1]}
+    assert abs(float(loss) / their_loss - 1) < RELATIVE
+    gaps = relative_gaps(grads, decoder, "Lfm2ForCausalLM", their_grads)
+    assert max(gaps.values()) < RELATIVE, gaps
+    right = uncompiled_logits(decoder, params, rows)[0]
+    leak = functools.partial(_without_borders, short_conv.causal_conv)
+    monkeypatch.setattr(short_conv, "causal_conv", leak)
+    wrong = uncompiled_logits(decoder, params, rows)[0]
+    assert gap(wrong[:128], right[:128]) < LOGITS
+    assert all(gap(wrong[start], right[start]) > 10 * LOGITS for start in ends[1:-1])
+
+
+def _without_borders(conv: Callable[..., jax.Array], x: jax.Array, kernel: Any, segments: Any, bias: Any) -> jax.Array:
+    return conv(x, kernel, jnp.ones_like(segments), bias)
 
 
 # ---------------------------------------------------------------------------------------- in and out
@@ -360,12 +397,12 @@ def on_mesh(case: str, folder: Path, mesh: Mesh) -> tuple[np.ndarray, float, dic
 
 
 # The families whose parameters are laid out or split differently: plain, with multipliers, with norms of heads, with
-# norms of all heads, with fused projections, with several kinds of layers.
-SPLIT = ("llama", "granite", "qwen3", "olmo2", "phi3", "gemma3")
+# norms of all heads, with fused projections, with several kinds of attention, with several mixers.
+SPLIT = ("llama", "granite", "qwen3", "olmo2", "phi3", "gemma3", "lfm2")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "sizes"), list(zip(SPLIT, [(1, 1, 8), *MESHES, MESHES[0]], strict=True)))
+@pytest.mark.parametrize(("case", "sizes"), list(zip(SPLIT, [(1, 1, 8), *MESHES, MESHES[0], MESHES[2]], strict=True)))
 def test_logits_loss_and_gradients_are_the_same_on_a_mesh(case: str, sizes: tuple[int, int, int], folders: Any) -> None:
     expected, loss, _ = on_one_device(case, folders(case))
     logits, our_loss, gaps = on_mesh(case, folders(case), mesh_of(*sizes))

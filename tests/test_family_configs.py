@@ -38,6 +38,7 @@ from mice_jax.models.spec import (
     NTKScaling,
     QueryScale,
     Rope,
+    ShortConv,
     YarnScaling,
 )
 from mice_jax.models.transformer import make_decoder
@@ -262,6 +263,7 @@ def test_a_wrong_rope_parameter_is_many_ulp_away(kind: str, change: Config, monk
 # Releases whose config.json is tests/data/configs/<name>.json: their number of parameters as published (0 = none is
 # known to the last digit), and the fields of the spec that differ from those of a plain Llama of the same sizes.
 OLMO3 = Rope(5e5, 128, YarnScaling(8.0, 32.0, 1.0, 1.2079441541679836, 8192, truncate=True))
+CONV, LFM2 = ShortConv(3, bias=False), Rope(1e6, 64, None)
 RELEASES: dict[str, tuple[int, Config]] = {
     "Llama-2-7b": (6_738_415_616, {}),
     "Llama-3.1-8B": (8_030_261_248, {}),
@@ -313,6 +315,21 @@ RELEASES: dict[str, tuple[int, Config]] = {
             "ropes": (Rope(1e6, 64, Llama3Scaling(16.0, 1.0, 4.0, 8192)),) * 30,
         },
     ),
+    "LFM2-1.2B": (
+        1_170_340_608,
+        {
+            "tie_embeddings": True, "qk_norm": "head", "d_ff": 8192, "norm_eps": 1e-5,
+            "mixers": ((CONV, CONV, None) * 3 + (CONV, None) * 3 + (CONV,)),
+            "ropes": ((None, None, LFM2) * 3 + (None, LFM2) * 3 + (None,)),
+        },
+    ),
+    "LFM2-2.6B": (
+        0,
+        {
+            "tie_embeddings": True, "qk_norm": "head", "norm_eps": 1e-5,
+            "mixers": (CONV, CONV, None) * 2 + (CONV, CONV, CONV, None) * 4 + (CONV, CONV, None) * 2 + (CONV,) * 2,
+        },
+    ),
     "Hunyuan-7B": (0, {"qk_norm": "head_after_rope", "ropes": (Rope(1e4, 128, NTKScaling(1000.0)),) * 32}),
     "Phi-3-mini-4k": (3_821_079_552, {"windows": (2047,) * 32, "ropes": (Rope(1e4, 96, None),) * 32}),
     "Phi-3-mini-128k": (3_821_079_552, {"windows": (262144,) * 32}),
@@ -346,11 +363,12 @@ def plain_fields(config: Config) -> Config:
     """The spec's fields where a release is as plain a Llama as its config's sizes allow."""
     layers, head_dim = config["num_hidden_layers"], config["hidden_size"] // config["num_attention_heads"]
     return {
-        "vocab_size": config["vocab_size"], "d_model": config["hidden_size"], "d_ff": config["intermediate_size"],
+        "vocab_size": config["vocab_size"], "d_model": config["hidden_size"], "d_ff": config.get("intermediate_size"),
         "num_layers": layers, "num_heads": config["num_attention_heads"], "head_dim": head_dim,
         "num_kv_heads": config["num_key_value_heads"], "max_positions": config["max_position_embeddings"],
         "windows": (None,) * layers, "attention_softcap": None, "qk_norm": "none", "pre_norm": True,
-        "post_norm": False, "norm_eps": config["rms_norm_eps"], "norm_offset": 0.0, "activation": "silu",
+        "post_norm": False, "norm_eps": config.get("rms_norm_eps"), "norm_offset": 0.0, "activation": "silu",
+        "mixers": (None,) * layers,
         "qkv_bias": False, "out_bias": False, "mlp_bias": False, "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0, "logit_scale": 1.0, "logit_softcap": None, "tie_embeddings": False,
         "init_std": 0.02,
@@ -501,6 +519,14 @@ UNSUPPORTED: list[tuple[str, Config, str]] = [
     ("ministral3", rope("linear", llama_4_scaling_beta=0.1), r"a rope_type that this architecture does not have"),
     ("exaone4", {"sliding_window": None}, r"layer_types=.* but no sliding_window"),
     ("exaone4", {"layer_types": None}, r"sliding_window_pattern='LG'; it must be a whole number"),
+    ("lfm2", {"layer_types": ["conv"] * 6 + ["mamba"]}, r"layer_types=.* must list full_attention or conv for each"),
+    ("lfm2", {"full_attn_idxs": [2, 7]}, r"full_attn_idxs=\[2, 7\]; it must list indices of 7 layers"),
+    ("lfm2", {"full_attn_idxs": [2]}, r"layer_types=.* but full_attn_idxs=\[2\]; remove the wrong one"),
+    ("lfm2", {"block_ff_dim": 50}, r"block_ff_dim=50 and intermediate_size=48, which mean the same"),
+    ("lfm2", {"tie_embedding": False}, r"tie_embedding=False and tie_word_embeddings=True, which mean the same"),
+    ("lfm2", {"intermediate_size": 1}, r"an MLP of width 0 after block_auto_adjust_ff_dim, from 1"),
+    ("lfm2", {"conv_dim": 16}, r"conv_dim=16; only 32 is supported"),
+    ("lfm2", {"block_use_swiglu": False}, r"block_use_swiglu=False; only True is supported"),
     ("llama", rope("linear", rope_type=[]), r"rope_type=\[\]"),
     ("llama", rope("linear", mrope_section=[2, 2]), r"mrope_section=\[2, 2\] among its RoPE.*rope_type='linear'"),
     ("llama", rope("linear", factor="2"), r"factor='2'"),
@@ -633,10 +659,11 @@ def test_random_parameters_are_drawn_as_in_transformers(case: str) -> None:
         if x.std() == 0:  # norms and biases
             assert x.ndim == 1 and np.array_equal(ours[name], x), name
         else:
-            assert x.ndim == 2 and is_normal(x) and is_normal(ours[name]), name
-    weights = np.concatenate([x.ravel() for x in ours.values() if x.ndim == 2])
+            assert x.ndim == (3 if name.endswith("conv.weight") else 2), name
+            assert is_normal(x) and is_normal(ours[name]), name
+    weights = np.concatenate([x.ravel() for x in ours.values() if x.ndim > 1])
     assert is_normal(weights)
-    layers = [x for name, x in ours.items() if name.endswith("o_proj.weight")]
+    layers = [x for name, x in ours.items() if name.endswith(("o_proj.weight", "w2.weight"))]
     assert not np.array_equal(layers[0], layers[1])
 
 

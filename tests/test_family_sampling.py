@@ -32,7 +32,7 @@ Loaded = tuple[Decoder, Params]
 
 # A case for each family, and for each kind of layer that a cache has to treat differently.
 ANSWERED = [case for case in CASES if case not in ("llama-linear", "mistral-full", "phi3-mini")]
-CACHED = ["mistral", "phi3", "gemma3"]
+CACHED = ["mistral", "phi3", "gemma3", "lfm2"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -84,9 +84,10 @@ def test_shared_questions_score_as_torch_one_by_one(case: str, tmp_path: Path) -
     assert worst(found, wanted) < CLOSE
     assert [f[1] for f in found] == [w[1] for w in wanted]
     assert any(w[1] for w in wanted)
-    # The trees do share: far fewer tokens are computed than the requests have.
-    grown = prefix_tree.build_prefix_trees(requests, loglikelihood._rope_groups(requests, decoder.spec))
-    assert sum(len(t.tokens) for t in grown) < 0.4 * sum(len(r.ids) for r in requests)
+    # The trees do share: far fewer tokens are computed than the requests have. A recurrent state cannot be shared.
+    grown = prefix_tree.build_prefix_trees(requests, loglikelihood._tree_groups(requests, decoder.spec))
+    computed = sum(len(t.tokens) for t in grown) / sum(len(r.ids) for r in requests)
+    assert computed == 1 if decoder.spec.is_recurrent else computed < 0.4
 
 
 @pytest.fixture(scope="module")

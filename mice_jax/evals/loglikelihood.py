@@ -60,7 +60,7 @@ class Scorer:
         if not requests:
             return []
         assert all(0 < len(r.targets) <= len(r.ids) <= self._spec.max_positions for r in requests)
-        shape, rows = prefix_tree.pack(prefix_tree.build_prefix_trees(requests, _rope_groups(requests, self._spec)))
+        shape, rows = prefix_tree.pack(prefix_tree.build_prefix_trees(requests, _tree_groups(requests, self._spec)))
         sums, best = np.zeros(len(requests)), np.ones(len(requests), bool)
         done = 0
         pending: tuple[Any, list[np.ndarray]] | None = None
@@ -116,11 +116,14 @@ class Scorer:
             return self._score(params, on_devices, attention=attention, chunk=chunk)
 
 
-def _rope_groups(requests: Sequence[Request], spec: ModelSpec) -> list[int] | None:
+def _tree_groups(requests: Sequence[Request], spec: ModelSpec) -> list[int] | None:
     """Returns the group of each request, or None for a single group. Only texts of one group may share a tree.
 
-    With LongRoPE, texts longer than its limit have other rotations than shorter ones.
+    With LongRoPE, texts longer than its limit have other rotations than shorter ones. The state of a recurrent mixer
+    cannot branch, so with such mixers each text is a group of its own.
     """
+    if spec.is_recurrent:
+        return list(range(len(requests)))
     if not rope.needs_lengths(spec.ropes):
         return None
     limits = {r.scaling.original_positions for r in spec.ropes if r and isinstance(r.scaling, LongScaling)}
@@ -132,8 +135,12 @@ def _score(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the log-probability of each target [B M], and whether no token is likelier [B M]."""
     model = decoder.bind(cast_params(params, dtype))
-    forest = Trees(rows["segment_ids"], rows["positions"], rows["number"], rows["reach"])
-    hidden = model.hidden_of_trees(rows["tokens"], rows["lengths"], forest, Compute(dtype, attention, "none"))
+    compute = Compute(dtype, attention, "none")
+    if decoder.spec.is_recurrent:  # Every tree is a trunk without branches, which is an ordinary segment of a row.
+        hidden = model.hidden(rows["tokens"], rows["positions"], rows["segment_ids"], compute)
+    else:
+        forest = Trees(rows["segment_ids"], rows["positions"], rows["number"], rows["reach"])
+        hidden = model.hidden_of_trees(rows["tokens"], rows["lengths"], forest, compute)
     hidden = jnp.take_along_axis(hidden, rows["slots"][..., None], axis=1)  # [B M D]
 
     def compare(scored: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

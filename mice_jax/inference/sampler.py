@@ -21,8 +21,9 @@ import numpy as np
 
 from mice_jax.cli.flags import DEFAULT_MAX_NEW_TOKENS
 from mice_jax.errors import UserError
+from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Cache, Decoder, Params, empty_cache
+from mice_jax.models.transformer import Cache, Decoder, Params, empty_cache, place_cache
 from mice_jax.sharding import constrain
 
 # Shapes: B rows of the batch, R rows that are refilled at once, T prompt slots, C new tokens, D d_model, V vocabulary.
@@ -104,7 +105,7 @@ class _Rows(NamedTuple):
       total: The maximum number of tokens of the row, prompt and answer together [B].
       done: Whether the row's answer has ended [B].
       keys: The random key of each row's prompt [B].
-      cache: The keys and values of all layers.
+      cache: The keys and values, or the states, of all layers.
     """
 
     token: jax.Array
@@ -170,14 +171,14 @@ def cast_params(params: Params, dtype: Any) -> Params:
 
     Args:
       params: The parameters.
-      dtype: The compute dtype; the scales of norms stay in float32, in which they are applied.
+      dtype: The compute dtype; parameters that are applied in float32, such as the scales of norms, stay so.
 
     Returns:
       The parameters, in the same structure.
     """
 
     def cast(path: tuple, p: jax.Array) -> jax.Array:
-        return p if path[-1].key == "scale" else p.astype(dtype)
+        return p if path[-1].key in FLOAT32_PARAMS else p.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
 
@@ -425,16 +426,14 @@ def _empty(decoder: Decoder, dtype: Any, *, rows: int, slots: int) -> _Rows:
     """Returns free rows."""
     zeros = jnp.zeros(rows, jnp.int32)
     keys = jax.vmap(jax.random.key)(zeros)
-    return _placed(_Rows(zeros, zeros, zeros, zeros == 0, keys, empty_cache(decoder.spec, rows, slots, dtype)))
+    cache = empty_cache(decoder.spec, rows, slots, dtype)
+    return _placed(decoder.spec, _Rows(zeros, zeros, zeros, zeros == 0, keys, cache))
 
 
-def _placed(rows: T) -> T:
-    """Constrains the sharding of arrays whose first dim is rows; caches are also sharded by heads."""
-
-    def put(x: jax.Array) -> jax.Array:
-        return constrain(x, "batch", "kv_heads", None, None) if x.ndim == 4 else constrain(x, "batch")
-
-    return jax.tree.map(put, rows)
+def _placed(spec: ModelSpec, rows: _Rows) -> _Rows:
+    """Constrains the sharding of the state of a batch."""
+    token, position, total, done, keys = (constrain(x, "batch") for x in rows[:-1])
+    return _Rows(token, position, total, done, keys, place_cache(spec, rows.cache))
 
 
 def _enter(
@@ -460,7 +459,7 @@ def _enter(
         # The cache of the batch may have more slots than that of the prompts.
         return old.at[where, *map(slice, new.shape[1:])].set(new, mode="drop")
 
-    return _placed(jax.tree.map(put, rows, new)), constrain(token, None)
+    return _placed(decoder.spec, jax.tree.map(put, rows, new)), constrain(token, None)
 
 
 def _decode_loop(
@@ -503,7 +502,7 @@ def _decode_loop(
     start = (jnp.zeros((), jnp.int32), rows._replace(done=rows.done | free), new)
     _, rows, new = jax.lax.while_loop(more, advance, start)
     # The tokens are replicated, so that every process can read them.
-    return _placed(rows), constrain(new, None, None)
+    return _placed(decoder.spec, rows), constrain(new, None, None)
 
 
 def _prefill(decoder: Decoder, decode_params: _DecodeParams, prefill: _PrefillBatch) -> tuple[jax.Array, Cache]:
@@ -517,14 +516,16 @@ def _prefill(decoder: Decoder, decode_params: _DecodeParams, prefill: _PrefillBa
         last, cache = carry
         piece = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
         positions = jnp.broadcast_to(start + jnp.arange(size, dtype=jnp.int32), piece.shape)
-        hidden, cache = model.decode(piece, positions, prefill.totals, cache, decode_params.layers)
+        num_tokens = jnp.clip(lengths - start, 0, size)
+        hidden, cache = model.decode(piece, positions, prefill.totals, cache, decode_params.layers, num_tokens)
         at = lengths - 1 - start
         found = jnp.take_along_axis(hidden, jnp.clip(at, 0, size - 1)[:, None, None], axis=1)[:, 0]
         return (jnp.where(((at >= 0) & (at < size))[:, None], found, last), cache), None
 
     nothing = jnp.zeros((rows, decoder.spec.d_model), dtype)
     starts = jnp.arange(0, width, size, dtype=jnp.int32)
-    carry, _ = jax.lax.scan(enter, (nothing, _placed(empty_cache(decoder.spec, rows, width, dtype))), starts)
+    cache = place_cache(decoder.spec, empty_cache(decoder.spec, rows, width, dtype))
+    carry, _ = jax.lax.scan(enter, (nothing, cache), starts)
     return carry
 
 

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import jax
 
+from mice_jax.models.layer_stacks import layers_of_stack
 from mice_jax.models.transformer import Decoder
 
 
@@ -14,7 +15,7 @@ class Part:
     """One of our parameters, or one layer of it, as a range of rows of a checkpoint's tensor."""
 
     path: str  # dotted path of our parameter
-    layer: int | None  # index along the first dim of a stacked parameter
+    row: int | None  # index along the first dim of a stacked parameter
     shape: tuple[int, ...]  # the parameter's shape without the dim of layers and without padding of the vocabulary
     start: int  # first row in the tensor
     rows: int  # number of rows in the tensor
@@ -50,13 +51,14 @@ def checkpoint_tensors(decoder: Decoder, family: ModuleType) -> list[HFTensor]:
             shapes.append(tuple(dims[stacked:]))
         flat = [_flat_shape(shape, axes[path][stacked:]) for path, shape in zip(name.ours, shapes, strict=True)]
         ends = list(itertools.accumulate(f[0] for f in flat))
-        for layer in range(decoder.spec.num_layers) if stacked else [None]:
+        layers = layers_of_stack(decoder.spec, name.ours[0].split(".")[1]) if stacked else [None]
+        for row, layer in enumerate(layers):
             parts = tuple(
-                Part(path, layer, shape, end - f[0], f[0])
+                Part(path, row if stacked else None, shape, end - f[0], f[0])
                 for path, shape, f, end in zip(name.ours, shapes, flat, ends, strict=True)
             )
-            found.append(HFTensor(name.hf.format(layer), (ends[-1], *flat[0][1:]), parts))
-    return sorted(found, key=lambda t: -1 if t.parts[0].layer is None else t.parts[0].layer)
+            found.append((layer, HFTensor(name.hf.format(layer), (ends[-1], *flat[0][1:]), parts)))
+    return [tensor for _, tensor in sorted(found, key=lambda t: -1 if t[0] is None else t[0])]
 
 
 def _flat_shape(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:

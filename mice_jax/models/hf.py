@@ -227,10 +227,10 @@ def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> 
         raise UserError(f"optim.frozen={list(frozen)} matches every tensor of the model, so nothing would be trained.")
 
     def trained(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        parts = {(p.layer, t.name) for t in tensors for p in t.parts if p.path == dotted_path(path)}
-        layers = sorted(parts, key=lambda part: part[0] or 0)
-        free = np.array([name not in frozen_names for _, name in layers])
-        stacked = layers[0][0] is not None
+        parts = {(p.row, t.name) for t in tensors for p in t.parts if p.path == dotted_path(path)}
+        rows = sorted(parts, key=lambda part: part[0] or 0)
+        free = np.array([name not in frozen_names for _, name in rows])
+        stacked = rows[0][0] is not None
         return free.reshape([-1] + [1] * (leaf.ndim - 1)) if stacked else free[0]
 
     return jax.tree_util.tree_map_with_path(trained, decoder.abstract)
@@ -321,8 +321,8 @@ def _to_hf(params: Params, tensor: HFTensor) -> Iterator[np.ndarray]:
     for part in tensor.parts:
         leaf: Any = functools.reduce(lambda tree, key: tree[key], part.path.split("."), params)
         whole = [(0, n) for n in leaf.shape]
-        if part.layer is not None:
-            layer = _on_host(leaf, [(part.layer, part.layer + 1), *whole[1:]])
+        if part.row is not None:
+            layer = _on_host(leaf, [(part.row, part.row + 1), *whole[1:]])
             flat = layer.reshape(part.rows, *tensor.shape[1:])
             for start, stop in _pieces(part.rows, layer.nbytes // part.rows):
                 yield flat[start:stop]

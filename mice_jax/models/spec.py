@@ -70,8 +70,19 @@ class QueryScale:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShortConv:
+    """A gated causal convolution with a kernel of `taps` for each channel (LFM2, arXiv 2511.23404)."""
+
+    taps: int
+    bias: bool  # of its projections and of the convolution
+
+
+Mixer = ShortConv  # a recurrent mixer; each has a file in mixers/
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """A causal decoder: grouped-query attention, gated MLP, RMS norms.
+    """A causal decoder: grouped-query attention or a recurrent mixer in each layer, gated MLP, RMS norms.
 
     No field has a default, so that every family states each one.
     """
@@ -84,7 +95,8 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     max_positions: int  # the length of the longest sample that the weights were trained for
-    ropes: tuple[Rope | None, ...]  # per layer; None = without positions
+    mixers: tuple[Mixer | None, ...]  # per layer: what mixes tokens instead of attention; None = attention
+    ropes: tuple[Rope | None, ...]  # per layer; None = without positions, as every layer without attention
     windows: tuple[int | None, ...]  # per layer: the number of tokens that a query sees, itself included; None = all
     attention_scale: float
     query_scale: QueryScale | None
@@ -92,7 +104,7 @@ class ModelSpec:
     # Norms of queries and keys: "none", "head" for a norm of each head, "head_after_rope" for the same after their
     # rotation instead of before, or "all" for a norm over all heads.
     qk_norm: str
-    pre_norm: bool  # norms of the inputs of attention and MLP
+    pre_norm: bool  # norms of the inputs of mixer and MLP
     post_norm: bool  # norms of their outputs, before these are added to the residual stream
     norm_eps: float
     norm_offset: float  # is added to each norm's stored scale
@@ -101,8 +113,13 @@ class ModelSpec:
     out_bias: bool
     mlp_bias: bool
     embedding_multiplier: float
-    residual_multiplier: float  # factor on the outputs of attention and MLP
+    residual_multiplier: float  # factor on the outputs of mixer and MLP
     logit_scale: float
     logit_softcap: float | None
     tie_embeddings: bool
     init_std: float
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether any layer has a recurrent mixer."""
+        return any(kind is not None for kind in self.mixers)

@@ -1,14 +1,15 @@
 """The decoder: its layers, stacked and scanned, and the plain pytree of parameters into which it is split.
 
 Flax NNX modules (models/layers.py) exist only while a function is traced; between functions there are nested dicts of
-arrays. Layers are stacked along a leading dim, so that compile time does not grow with depth.
+arrays. Layers are stacked along a leading dim and scanned, so that compile time does not grow with depth
+(models/layer_stacks.py).
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,31 +19,38 @@ from mice_jax.models import rope
 from mice_jax.models.attention import attend
 from mice_jax.models.attention.reference import masked
 from mice_jax.models.attention.score_function import Scoring, softcapped
-from mice_jax.models.attention.segments import SAVED_NAME
 from mice_jax.models.attention.tree import Trees, attend_branched
-from mice_jax.models.layers import AttentionFn, Block, Embed, Head, RMSNorm, scaled
+from mice_jax.models.layer_stacks import (
+    LayerProperties,
+    MixerOf,
+    StackedLayers,
+    layers_of_stack,
+    stack_layers,
+)
+from mice_jax.models.layers import (
+    ApplyMixer,
+    Attention,
+    AttentionFn,
+    Embed,
+    Head,
+    scaled,
+)
 from mice_jax.models.matmul import matmul
-from mice_jax.models.spec import ModelSpec
+from mice_jax.models.mixers import MIXERS
+from mice_jax.models.parameters import RMSNorm
+from mice_jax.models.spec import Mixer, ModelSpec
 from mice_jax.sharding import constrain, constrain_param
 
 # B rows, T slots, S cache slots, D d_model, N query heads, K key heads, H head_dim, F d_ff, V vocabulary, L layers
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values -> result
-# Keys [B K H S] and values [B K S H] of one layer, in the layouts that the matrix products of attention take.
-LayerCache = tuple[jax.Array, jax.Array]
-Cache = list[LayerCache]
+# Of a layer with attention: keys [B K H S] and values [B K S H], in the layouts that its matrix products take. Of a
+# layer with a recurrent mixer: its state, an array or a tuple of arrays.
+AttentionCache = tuple[jax.Array, jax.Array]
+Cache = list[Any]
 
 T = TypeVar("T")
-
-REMAT_POLICIES = {
-    "full": None,  # saves the input of a layer only
-    # Saves the results of products with weights, and of our own attention kernels: recomputing the rest is cheap.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,15 +59,8 @@ class Compute:
 
     dtype: Any
     attention: str  # a key of attention.BACKENDS
-    remat: str  # "none" or a key of REMAT_POLICIES
+    remat: str  # "none" or a key of layer_stacks.REMAT_POLICIES
     reduce_dtype: Any = jnp.float32  # of the sums of weights' gradients over devices, and no part of a forward pass
-
-
-class LayerKind(NamedTuple):
-    """The properties that differ between layers besides parameters, [L] int32, scanned with them."""
-
-    rope: jax.Array  # index into the spec's distinct ropes
-    window: jax.Array  # index into its distinct windows
 
 
 class Transformer(nnx.Module):
@@ -72,13 +73,8 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, spec: ModelSpec, vocab_rows: int, rngs: nnx.Rngs):
-        @nnx.split_rngs(splits=spec.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-        def stacked(rngs: nnx.Rngs) -> Block:
-            return Block(spec, rngs)
-
         self.embed = Embed(vocab_rows, spec, rngs)
-        self.layers = stacked(rngs)
+        self.layers = stack_layers(spec, rngs)
         self.final_norm = RMSNorm((spec.d_model,), ("embed",), spec, rngs)
         if not spec.tie_embeddings:
             self.head = Head(vocab_rows, spec, rngs)
@@ -101,10 +97,13 @@ class Transformer(nnx.Module):
         def attend_within(scoring: Scoring) -> Attend:
             return lambda q, k, v: attend(q, k, v, segment_ids, scoring, backend=compute.attention)
 
-        return self._through_layers(tokens, positions, lengths, attend_within, compute)
+        def recur(mixer: Any, x: jax.Array) -> tuple[jax.Array, None]:
+            return mixer(x, segment_ids, compute.reduce_dtype), None
+
+        return self._through_layers(tokens, positions, lengths, attend_within, recur, compute)
 
     def hidden_of_trees(self, tokens: jax.Array, lengths: jax.Array, trees: Trees, compute: Compute) -> jax.Array:
-        """Runs rows of token trees through all layers.
+        """Runs rows of token trees through all layers, which must all have attention: a state cannot branch.
 
         Args:
           tokens: [B T] int32.
@@ -115,12 +114,18 @@ class Transformer(nnx.Module):
 
         Returns:
           The hidden state after the final norm, [B T D].
+
+        Raises:
+          ValueError: a layer has a recurrent mixer.
         """
 
         def attend_within(scoring: Scoring) -> Attend:
             return lambda q, k, v: attend_branched(q, k, v, trees, scoring, backend=compute.attention)
 
-        return self._through_layers(tokens, trees.positions, lengths, attend_within, compute)
+        def recur(mixer: Any, x: jax.Array) -> tuple[jax.Array, None]:
+            raise ValueError(f"{type(mixer).__name__} cannot continue one state along several branches of a tree.")
+
+        return self._through_layers(tokens, trees.positions, lengths, attend_within, recur, compute)
 
     def _through_layers(
         self,
@@ -128,76 +133,105 @@ class Transformer(nnx.Module):
         positions: jax.Array,
         lengths: jax.Array | None,
         attend_within: Callable[[Scoring], Attend],
+        recur: ApplyMixer,
         compute: Compute,
     ) -> jax.Array:
+        attention = self._attention_of_layers(positions, lengths, attend_within, compute)
+
+        def mixer_of(kind: Mixer | None) -> MixerOf:
+            return attention if kind is None else lambda _: recur
+
+        x = self._embed_tokens(tokens, compute.dtype, compute.reduce_dtype)
+        layers = StackedLayers(self.spec, self.layers)
+        x = layers.scan(x, self._layer_properties(), mixer_of, compute.remat, compute.reduce_dtype)
+        return self.final_norm(x)
+
+    def _attention_of_layers(
+        self,
+        positions: jax.Array,
+        lengths: jax.Array | None,
+        attend_within: Callable[[Scoring], Attend],
+        compute: Compute,
+    ) -> MixerOf:
+        """Makes the attention of every layer that has it, by its rotary positions and its window."""
         tables = self._rope_tables(positions, lengths)
         stacked_tables = jax.tree.map(lambda *x: jnp.stack(x), *tables.values()) if len(tables) > 1 else None
         # There is one branch per window, because a kernel's mask, which includes the window, is fixed at compile time.
-        branches = [attend_within(self._scoring(window)) for window in _distinct(self.spec.windows)]
+        branches = [attend_within(self._scoring(window)) for window in self._distinct_windows()]
         query_factors = self._query_factors(positions)
-        graph, layers = nnx.split(self.layers)
 
-        def layer(x: jax.Array, scanned: tuple[nnx.State, LayerKind]) -> tuple[jax.Array, None]:
-            params, kind = scanned
+        def of_layer(layer: LayerProperties) -> ApplyMixer:
+            if stacked_tables:
+                own_tables = jax.tree.map(lambda x: x[layer.rope], stacked_tables)
+            else:
+                [own_tables] = tables.values()
 
             def attention_fn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
                 q = _scaled_queries(q, query_factors)
                 if len(branches) == 1:
                     return branches[0](q, k, v), None
-                return jax.lax.switch(kind.window, branches, q, k, v), None
+                return jax.lax.switch(layer.window, branches, q, k, v), None
 
-            if stacked_tables:
-                own_tables = jax.tree.map(lambda x: x[kind.rope], stacked_tables)
-            else:
-                [own_tables] = tables.values()
-            return nnx.merge(graph, params)(x, own_tables, attention_fn, compute.reduce_dtype)
+            def apply(attention: Attention, x: jax.Array) -> tuple[jax.Array, None]:
+                return attention(x, own_tables, attention_fn, compute.reduce_dtype)
 
-        if compute.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[compute.remat], prevent_cse=False)
-        x = self._embed_tokens(tokens, compute.dtype, compute.reduce_dtype)
-        x, _ = jax.lax.scan(layer, x, (layers, self._layer_kinds()))
-        return self.final_norm(x)
+            return apply
+
+        return of_layer
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, cache: Cache, layers: list[Params]
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        cache: Cache,
+        layers: list[Params],
+        num_tokens: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Continues rows from a cache.
 
         The tokens of row b go to the cache slots `positions[b]`. They attend to every slot up to their own that is in
-        the layer's window. Layers are not scanned here: on CPU a scan copies each layer's parameters and its part of
-        the cache for every token, which takes as long as everything else.
+        the layer's window, and enter the states of recurrent mixers in their order. Layers are not scanned here: on CPU
+        a scan copies each layer's parameters and its part of the cache for every token, which takes as long as
+        everything else.
 
         Args:
           tokens: [B T] int32.
           positions: [B T] int32.
           lengths: [B] int32, the lengths of the rows at their end. LongRoPE rotates the tokens of long samples
             differently, from the first token on.
-          cache: the keys and values so far, as from `empty_cache`.
+          cache: the cache so far, as from `empty_cache`.
           layers: the parameters of each layer, from `Decoder.unstack`.
+          num_tokens: [B] int32, how many of each row's slots are tokens; the rest, at its end, is padding, which does
+            not enter the states of recurrent mixers. None if there is no padding.
 
         Returns:
           The hidden state after the final norm [B T D], and the new cache.
         """
         tables = self._rope_tables(positions, lengths[:, None])
-        graph, stack = nnx.split(self.layers)
-        distance = positions[:, :, None] - jnp.arange(cache[0][1].shape[2], dtype=jnp.int32)  # [B T S]
-        x = self._embed_tokens(tokens, cache[0][0].dtype)
-        new_cache = []
-        for params, layer_cache, rope_, window in zip(layers, cache, self.spec.ropes, self.spec.windows, strict=True):
-            state = jax.tree.map(lambda x: x, stack)
-            nnx.replace_by_pure_dict(state, params)
-            mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            attention_fn = self._cached_attention(layer_cache, positions, mask)
-            x, layer_cache = nnx.merge(graph, state)(x, tables[rope_], attention_fn)
+        if num_tokens is None:
+            num_tokens = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        x = self._embed_tokens(tokens, self.embed.table.dtype)
+        new_cache, stacked = [], StackedLayers(self.spec, self.layers)
+        of_layers = zip(layers, cache, self.spec.mixers, self.spec.ropes, self.spec.windows, strict=True)
+        for params, layer_cache, kind, rope_, window in of_layers:
+            if kind is None:
+                attention_fn = self._cached_attention(layer_cache, positions, window)
+                apply_mixer: ApplyMixer = functools.partial(_decode_attention, tables[rope_], attention_fn)
+            else:
+                apply_mixer = functools.partial(_decode_recurrent, layer_cache, num_tokens)
+            x, layer_cache = stacked.layer(kind, params)(x, apply_mixer)
             new_cache.append(layer_cache)
         return self.final_norm(x), new_cache
 
-    def _cached_attention(self, cache: LayerCache, positions: jax.Array, mask: jax.Array) -> AttentionFn:
+    def _cached_attention(self, cache: AttentionCache, positions: jax.Array, window: int | None) -> AttentionFn:
         """Returns attention that first writes a layer's new keys and values into its cache."""
         rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
         query_factors = self._query_factors(positions)
+        distance = positions[:, :, None] - jnp.arange(cache[1].shape[2], dtype=jnp.int32)  # [B T S]
+        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
-        def attention_fn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, LayerCache]:
+        def attention_fn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, AttentionCache]:
             keys = cache[0].at[rows, :, :, positions].set(k)
             values = cache[1].at[rows, :, positions].set(v)
             q = _scaled_queries(q, query_factors)
@@ -230,16 +264,26 @@ class Transformer(nnx.Module):
             return None
         return 1 + scale.beta * jnp.log1p((positions // scale.original_positions).astype(jnp.float32))
 
-    def _layer_kinds(self) -> LayerKind:
-        ropes, windows = _distinct(self.spec.ropes), _distinct(self.spec.windows)
-        return LayerKind(
-            rope=jnp.array([ropes.index(r) for r in self.spec.ropes], jnp.int32),
-            window=jnp.array([windows.index(w) for w in self.spec.windows], jnp.int32),
+    def _layer_properties(self) -> LayerProperties:
+        ropes, windows = self._distinct_ropes(), self._distinct_windows()
+        attends = [kind is None for kind in self.spec.mixers]
+        of_layers = list(zip(attends, self.spec.ropes, self.spec.windows, strict=True))
+        return LayerProperties(  # 0 in layers without attention, which do not use them
+            rope=jnp.array([ropes.index(r) if a else 0 for a, r, _ in of_layers], jnp.int32),
+            window=jnp.array([windows.index(w) if a else 0 for a, _, w in of_layers], jnp.int32),
         )
 
+    def _distinct_ropes(self) -> list[rope.Rope | None]:
+        """Returns the distinct rotary positions of the layers with attention."""
+        return _distinct([r for r, kind in zip(self.spec.ropes, self.spec.mixers, strict=True) if kind is None])
+
+    def _distinct_windows(self) -> list[int | None]:
+        """Returns the distinct windows of the layers with attention."""
+        return _distinct([w for w, kind in zip(self.spec.windows, self.spec.mixers, strict=True) if kind is None])
+
     def _rope_tables(self, positions: jax.Array, lengths: jax.Array | None) -> dict[rope.Rope | None, rope.RopeTables]:
-        """Computes the cosines and sines of each distinct RoPE of the layers."""
-        kinds = _distinct(self.spec.ropes)
+        """Computes the cosines and sines of each distinct RoPE of the layers with attention."""
+        kinds = self._distinct_ropes()
         dims = next((kind.dims for kind in kinds if kind), 2)
         return {kind: rope.rope_tables(kind, dims, positions, lengths) for kind in kinds}
 
@@ -267,12 +311,12 @@ class Decoder:
 
     def unstack(self, params: Params) -> list[Params]:
         """Splits the stacked parameters of the layers into one tree per layer, for `Transformer.decode`."""
-        axes = self.axes["layers"]
-
-        def layer(i: int) -> Params:
-            return jax.tree.map(lambda x, axes: constrain_param(x[i], *axes[1:]), params["layers"], axes)
-
-        return [layer(i) for i in range(self.spec.num_layers)]
+        layers: list[Params] = [{} for _ in range(self.spec.num_layers)]
+        for name, stack in params["layers"].items():
+            axes = self.axes["layers"][name]
+            for row, layer in enumerate(layers_of_stack(self.spec, name)):
+                layers[layer][name] = jax.tree.map(lambda x, a, i=row: constrain_param(x[i], *a[1:]), stack, axes)
+        return layers
 
     def bind(self, params: Params) -> Transformer:
         """Returns the module with these parameters, for use inside a traced function."""
@@ -282,7 +326,7 @@ class Decoder:
 
 
 def empty_cache(spec: ModelSpec, rows: int, slots: int, dtype: Any) -> Cache:
-    """Makes the cache of zeros from which decoding starts.
+    """Makes the cache from which decoding starts.
 
     Args:
       spec: the model.
@@ -291,10 +335,30 @@ def empty_cache(spec: ModelSpec, rows: int, slots: int, dtype: Any) -> Cache:
       dtype: the dtype of keys and values.
 
     Returns:
-      Keys [B K H S] and values [B K S H] of each layer.
+      Zeros for the keys [B K H S] and values [B K S H] of each layer with attention; the first state of the others.
     """
     keys = jnp.zeros((rows, spec.num_kv_heads, spec.head_dim, slots), dtype)
-    return [(keys, keys.swapaxes(2, 3))] * spec.num_layers
+    attention = (keys, keys.swapaxes(2, 3))
+    return [attention if k is None else MIXERS[type(k)].empty_state(spec, k, rows, dtype) for k in spec.mixers]
+
+
+def place_cache(spec: ModelSpec, cache: Cache) -> Cache:
+    """Constrains the sharding of a cache: by rows, and by heads or channels.
+
+    Args:
+      spec: the model.
+      cache: as from `empty_cache`.
+
+    Returns:
+      The same cache.
+    """
+
+    def place(kind: Mixer | None, layer_cache: Any) -> Any:
+        if kind is None:
+            return jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), layer_cache)
+        return jax.tree.map(lambda x: constrain(x, *MIXERS[type(kind)].STATE_AXES), layer_cache)
+
+    return [place(kind, layer_cache) for kind, layer_cache in zip(spec.mixers, cache, strict=True)]
 
 
 # The vocabulary is padded to a multiple of this on every mesh, so that checkpoints fit all meshes and fill TPU tiles.
@@ -317,5 +381,15 @@ def _scaled_queries(q: jax.Array, factors: jax.Array | None) -> jax.Array:
     return q if factors is None else q * factors.astype(q.dtype)[:, :, None, None]
 
 
-def _distinct(values: tuple[T, ...]) -> list[T]:
+def _distinct(values: Sequence[T]) -> list[T]:
     return list(dict.fromkeys(values))
+
+
+def _decode_attention(
+    tables: rope.RopeTables, attention_fn: AttentionFn, attention: Attention, x: jax.Array
+) -> tuple[jax.Array, Any]:
+    return attention(x, tables, attention_fn)
+
+
+def _decode_recurrent(state: Any, num_tokens: jax.Array, mixer: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+    return mixer.decode(x, state, num_tokens)

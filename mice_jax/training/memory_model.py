@@ -19,6 +19,9 @@ from jax.sharding import AbstractMesh, Mesh
 from mice_jax.hardware import find_chip
 from mice_jax.loss import tokens_per_chunk
 from mice_jax.models.attention import BACKENDS
+from mice_jax.models.mixers import MIXERS
+from mice_jax.models.mixers.costs import MixerWidths
+from mice_jax.models.spec import Mixer
 from mice_jax.models.transformer import Decoder
 from mice_jax.step import TrainState
 
@@ -106,11 +109,19 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
         The estimate, in bytes of one device.
     """
     params, itemsize = bytes_per_device(inputs.state.params), inputs.dtype.itemsize
-    slots, attention_bytes = rows * inputs.max_length, rows * _attention_bytes_per_row(inputs)
-    saved_by_layer = slots * _saved_per_slot(inputs, remat) * itemsize
-    if remat == "none":
-        saved_by_layer += attention_bytes
-    layer_bytes = (slots * _working_per_slot(inputs) + _gathered_weights(inputs)) * itemsize + attention_bytes
+    mixers, slots = inputs.decoder.spec.mixers, rows * inputs.max_length
+
+    def attention_bytes(kind: Mixer | None) -> int:
+        return rows * _attention_bytes_per_row(inputs) if kind is None else 0
+
+    def saved_by_layer(kind: Mixer | None) -> int:
+        saved = slots * _saved_per_slot(inputs, kind, remat) * itemsize
+        return saved + attention_bytes(kind) if remat == "none" else saved
+
+    def working_bytes(kind: Mixer | None) -> int:
+        entries = slots * _working_per_slot(inputs, kind) + _gathered_weights(inputs)
+        return entries * itemsize + attention_bytes(kind)
+
     return MemoryEstimate(
         params=params,
         optimizer=bytes_per_device(inputs.state.opt_state),
@@ -118,8 +129,8 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
         sums=params * inputs.sums_dtype.itemsize // 4,
         gradients=params,
         cast=params * itemsize // 4 if itemsize < 4 else 0,
-        activations=saved_by_layer * inputs.decoder.spec.num_layers,
-        working=max(layer_bytes, _lm_head_bytes(inputs, rows)),
+        activations=sum(saved_by_layer(kind) for kind in mixers),
+        working=max(_lm_head_bytes(inputs, rows), *map(working_bytes, set(mixers))),
     )
 
 
@@ -217,25 +228,37 @@ def _widths(inputs: MemoryInputs) -> tuple[int, int, int, int]:
     return s.d_model, s.num_heads * head // tensor, s.num_kv_heads * head // tensor, s.d_ff // tensor
 
 
-def _saved_per_slot(inputs: MemoryInputs, remat: str) -> int:
-    """Returns the number of array entries per slot that one layer saves for the backward pass."""
-    d, q, k, f = _widths(inputs)
+def _mixer_widths(inputs: MemoryInputs, kind: Mixer | None) -> MixerWidths:
+    """Returns the widths of the arrays of a layer's mixer on one device; `kind` is None for attention."""
+    spec, tensor = inputs.decoder.spec, inputs.mesh.shape["tensor"]
+    if kind is not None:
+        return MIXERS[type(kind)].widths(spec, kind, tensor)
+    _, q, k, _ = _widths(inputs)
     attention_output = q if BACKENDS[inputs.attention].saved_by_dots else 0
-    windows = len(set(inputs.decoder.spec.windows))  # Each is a branch of a switch, which saves more for several.
+    # Each window is a branch of a switch, which saves more for several.
+    windows = len({w for w, mixer in zip(spec.windows, spec.mixers, strict=True) if mixer is None})
+    working = 2 * q + 2 * k
+    if inputs.attention == "reference":  # It has masks and scores between all slots of a row.
+        working += 4 * inputs.max_length * spec.num_heads // tensor
+    return MixerWidths(
+        products=q + 2 * k + attention_output, saved=3 * q + 3 * k + (windows - 1) * (q + k), working=working
+    )
+
+
+def _saved_per_slot(inputs: MemoryInputs, kind: Mixer | None, remat: str) -> int:
+    """Returns the number of array entries per slot that one layer saves for the backward pass."""
+    (d, _, _, f), mixer = _widths(inputs), _mixer_widths(inputs, kind)
     if remat == "full":  # Only the input of the layer is saved.
         return d
     if remat == "dots":  # The results of all matmuls with weights, except the last, are saved too.
-        return 2 * d + q + 2 * k + 2 * f + attention_output
-    return 10 * d + 3 * q + 3 * k + 6 * f + (windows - 1) * (q + k)
+        return 2 * d + mixer.products + 2 * f
+    return 10 * d + mixer.saved + 6 * f
 
 
-def _working_per_slot(inputs: MemoryInputs) -> int:
+def _working_per_slot(inputs: MemoryInputs, kind: Mixer | None) -> int:
     """Returns the number of array entries per slot of the layer whose backward pass is running."""
-    d, q, k, f = _widths(inputs)
-    entries = 4 * d + 2 * q + 2 * k + 5 * f
-    if inputs.attention == "reference":  # It has masks and scores between all slots of a row.
-        entries += 4 * inputs.max_length * inputs.decoder.spec.num_heads // inputs.mesh.shape["tensor"]
-    return entries
+    d, _, _, f = _widths(inputs)
+    return 4 * d + _mixer_widths(inputs, kind).working + 5 * f
 
 
 def _attention_bytes_per_row(inputs: MemoryInputs) -> int:

@@ -108,6 +108,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": ROPES["yarn"] | {"mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.5},
         },
     ),
+    "lfm2": (  # as in its releases, a group of layers that repeats and begins with a run, and a rest
+        "Lfm2ForCausalLM",
+        {
+            "num_hidden_layers": 7, "full_attn_idxs": [2, 5], "conv_bias": True, "norm_eps": 1e-5,
+            "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.1, "rms_norm_eps": None,
+        },
+    ),
     "phi3": (
         "Phi3ForCausalLM",
         {

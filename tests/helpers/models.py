@@ -42,7 +42,7 @@ def spec_of(**changes: Any) -> ModelSpec:
     layers = changes.get("num_layers", 2)
     sizes = {"vocab_size": VOCAB, "d_model": 32, "d_ff": 48, "num_layers": layers, "max_positions": 640}
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 12}
-    kinds = {"ropes": (Rope(10000.0, 12, None),) * layers, "windows": (None,) * layers}
+    kinds = {"mixers": (None,) * layers, "ropes": (Rope(10000.0, 12, None),) * layers, "windows": (None,) * layers}
     scores = {"attention_scale": 12**-0.5, "query_scale": None, "attention_softcap": None, "qk_norm": "none"}
     norms = {"pre_norm": True, "post_norm": False, "norm_eps": 1e-5, "norm_offset": 0.0}
     biases = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}

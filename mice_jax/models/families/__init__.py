@@ -14,6 +14,7 @@ from mice_jax.models.families import (
     granite,
     granite4,
     hunyuan,
+    lfm2,
     llama,
     ministral3,
     ministral3_wrapped,
@@ -30,6 +31,6 @@ FAMILIES: dict[str, ModuleType] = {
     family.ARCHITECTURE: family
     for family in (
         llama, mistral, granite, granite4, qwen2, qwen3, smollm3, olmo2, olmo3, phi3, gemma2, gemma3, gemma3_wrapped,
-        exaone4, hunyuan, ministral3, ministral3_wrapped,
+        exaone4, hunyuan, ministral3, ministral3_wrapped, lfm2,
     )
 }  # fmt: skip

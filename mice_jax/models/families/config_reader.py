@@ -161,6 +161,7 @@ def llama_like_spec(
     head_dim: int | None = None,
     theta: float = 10_000.0,
     norm_eps: float = 1e-6,
+    norm_eps_key: str = "rms_norm_eps",
     activation: str = "silu",
     activation_key: str = "hidden_act",
     d_ff: int | None = None,
@@ -180,7 +181,8 @@ def llama_like_spec(
       c: the config.json.
       head_dim: default; None for hidden_size / num_attention_heads.
       theta: default of rope_theta.
-      norm_eps: default of rms_norm_eps.
+      norm_eps: default of `norm_eps_key`.
+      norm_eps_key: the key of the constant in norms.
       activation: default of `activation_key`.
       activation_key: the key of the activation.
       d_ff: default of `d_ff_key`; None if the key is required.
@@ -209,6 +211,7 @@ def llama_like_spec(
         num_kv_heads=c.integer("num_key_value_heads", heads),
         head_dim=head_dim,
         max_positions=max_positions,
+        mixers=(None,) * layers,
         ropes=(rope,) * layers,
         windows=(None,) * layers,
         attention_scale=head_dim**-0.5,
@@ -217,7 +220,7 @@ def llama_like_spec(
         qk_norm="none",
         pre_norm=True,
         post_norm=False,
-        norm_eps=c.number("rms_norm_eps", norm_eps),
+        norm_eps=c.number(norm_eps_key, norm_eps),
         norm_offset=0.0,
         activation=c.activation(activation_key, activation),
         qkv_bias=False,

@@ -1,0 +1,203 @@
+"""The layers of a model: their parameters in stacks, and the scan through them.
+
+Every part of a layer is stacked along a leading dim. In a model with several kinds of mixers, those of a kind are
+stacked over the layers that have them, and the other parts over all layers. Layers are scanned in repeating groups
+(layer_groups.py): compile time depends on how irregular the list of mixers is, but not on its length.
+"""
+
+import collections
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from flax import nnx
+
+from mice_jax.models.attention.segments import SAVED_NAME
+from mice_jax.models.layer_groups import Group, Run, find_groups
+from mice_jax.models.layers import ApplyMixer, Block, make_mixer, mixer_name
+from mice_jax.models.spec import Mixer, ModelSpec
+
+# B rows, T slots, D d_model, L layers
+
+T = TypeVar("T")
+Params = dict[str, Any]
+
+REMAT_POLICIES = {
+    "full": None,  # saves the input of a layer only
+    # Saves the results of products with weights, and of our own attention kernels: recomputing the rest is cheap.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
+    ),
+}
+
+
+class LayerProperties(NamedTuple):
+    """What differs between layers with the same mixer besides parameters, [L] int32, scanned with them."""
+
+    rope: jax.Array  # index into the distinct ropes of layers with attention
+    window: jax.Array  # index into their distinct windows
+
+
+# Returns what applies the mixer of a layer, given the properties of the layer.
+MixerOf = Callable[[LayerProperties], ApplyMixer]
+
+
+class _Rows(NamedTuple):
+    """Rows of the stacks of some layers.
+
+    Attributes:
+      params: By their names in the tree of parameters, the parts of all of the layers, and the mixers of some of them.
+      properties: The properties of all of the layers.
+    """
+
+    params: Params
+    properties: LayerProperties
+
+
+def stack_layers(spec: ModelSpec, rngs: nnx.Rngs) -> Block:
+    """Makes the layers of a model as one block of stacked parameters, in which each mixer has a stack of its own."""
+    kinds = list(dict.fromkeys(spec.mixers))
+    assert len({mixer_name(kind) for kind in kinds}) == len(kinds), f"several forms of one mixer: {kinds}"
+
+    def stacked(count: int, make: Callable[[nnx.Rngs], T]) -> T:
+        @nnx.split_rngs(splits=count)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def made(rngs: nnx.Rngs) -> T:
+            return make(rngs)
+
+        return made(rngs)
+
+    if len(kinds) == 1:
+        return stacked(spec.num_layers, lambda rngs: Block(spec, kinds[0], rngs))
+    layers = stacked(spec.num_layers, lambda rngs: Block(spec, kinds[0], rngs, has_mixer=False))
+    for kind in kinds:
+        mixers = stacked(spec.mixers.count(kind), functools.partial(make_mixer, spec, kind))
+        setattr(layers, mixer_name(kind), mixers)
+    return layers
+
+
+def layers_of_stack(spec: ModelSpec, name: str) -> list[int]:
+    """Returns the layers in a stack of parameters.
+
+    Args:
+      spec: the model.
+      name: the name of the stack in the tree of the layers' parameters: that of a mixer, or of a part of all layers.
+
+    Returns:
+      The index of the layer of each row.
+    """
+    names = [mixer_name(kind) for kind in spec.mixers]
+    return [i for i in range(spec.num_layers) if name not in names or names[i] == name]
+
+
+class StackedLayers:
+    """The layers of a model, inside a traced function.
+
+    Args:
+      spec: the model.
+      stacks: its layers, from `stack_layers`.
+    """
+
+    def __init__(self, spec: ModelSpec, stacks: Block):
+        self._spec = spec
+        self._params: Params = nnx.to_pure_dict(nnx.state(stacks, nnx.Param))
+        self._mixers = {mixer_name(kind) for kind in spec.mixers}
+        self._structures = {kind: self._structure(stacks, kind) for kind in set(spec.mixers)}
+
+    def _structure(self, stacks: Block, kind: Mixer | None) -> tuple[Any, Any]:
+        """Returns the structure of a layer with this mixer alone, and a state into which parameters can be put."""
+        block = nnx.merge(*nnx.split(stacks))
+        for other in self._mixers - {mixer_name(kind)}:
+            delattr(block, other)
+        block.mixer_name = mixer_name(kind)
+        return nnx.split(block)
+
+    def layer(self, kind: Mixer | None, params: Params) -> Block:
+        """Returns the module of one layer.
+
+        Args:
+          kind: its mixer.
+          params: its parameters.
+        """
+        graph, structure = self._structures[kind]
+        state = jax.tree.map(lambda x: x, structure)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)
+
+    def scan(
+        self,
+        x: jax.Array,
+        properties: LayerProperties,
+        mixer_of: Callable[[Mixer | None], MixerOf],
+        remat: str,
+        reduce_dtype: Any,
+    ) -> jax.Array:
+        """Runs hidden states through all layers.
+
+        Args:
+          x: [B T D].
+          properties: the properties of all layers.
+          mixer_of: returns what applies a mixer.
+          remat: "none" or a key of `REMAT_POLICIES`.
+          reduce_dtype: the dtype in which gradients are summed over devices.
+
+        Returns:
+          [B T D].
+        """
+
+        def layer(kind: Mixer | None, x: jax.Array, rows: _Rows) -> tuple[jax.Array, None]:
+            return self.layer(kind, rows.params)(x, mixer_of(kind)(rows.properties), reduce_dtype)
+
+        def through_run(run: Run, x: jax.Array, rows: _Rows, *, in_loop: bool) -> jax.Array:
+            alone, one = run.count == 1, functools.partial(layer, run.kind)
+            if remat != "none":
+                # Outside of a loop, XLA would merge what the backward pass recomputes with the forward pass.
+                one = jax.checkpoint(one, policy=REMAT_POLICIES[remat], prevent_cse=alone and not in_loop)
+            if alone:
+                return one(x, jax.tree.map(lambda x: x[0], rows))[0]
+            return jax.lax.scan(one, x, rows)[0]
+
+        def through_group(group: Group, x: jax.Array, rows: _Rows) -> jax.Array:
+            first = collections.Counter()
+            for run in group.runs:
+                own = self._take(Group(1, (run,)), rows, first)
+                x = through_run(run, x, own, in_loop=group.repeats > 1)
+            return x
+
+        stacks, first = _Rows(self._params, properties), collections.Counter()
+        for group in find_groups(self._spec.mixers):
+            rows = self._take(group, stacks, first)
+            if group.repeats == 1:
+                x = through_group(group, x, rows)
+                continue
+            rows = jax.tree.map(lambda x, n=group.repeats: x.reshape(n, -1, *x.shape[1:]), rows)
+            x, _ = jax.lax.scan(lambda x, rows, group=group: (through_group(group, x, rows), None), x, rows)
+        return x
+
+    def _take(self, group: Group, rows: _Rows, first: collections.Counter) -> _Rows:
+        """Takes the rows of a group's layers.
+
+        Args:
+          group: the group.
+          rows: the rows of it and of other groups.
+          first: the first row of the group in the stack of each mixer and, under "", in those of the other parts; it is
+            advanced to the next group.
+
+        Returns:
+          The rows.
+        """
+        sizes = collections.Counter({"": group.repeats * sum(run.count for run in group.runs)})
+        for run in group.runs:
+            sizes[mixer_name(run.kind)] += group.repeats * run.count
+
+        def take(name: str, stacks: Any) -> Any:
+            start, size = first[name], sizes[name]
+            return jax.tree.map(lambda x: x if x.shape[0] == size else x[start : start + size], stacks)
+
+        kept = {name: stacks for name, stacks in rows.params.items() if name not in self._mixers or name in sizes}
+        params = {name: take(name if name in self._mixers else "", stacks) for name, stacks in kept.items()}
+        taken = _Rows(params, take("", rows.properties))
+        first.update(sizes)
+        return taken
