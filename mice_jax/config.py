@@ -290,6 +290,8 @@ class Eval(_Strict):
     """Ask in the tokenizer's chat template."""
     system_instruction: str = ""
     """A text at the start of each prompt."""
+    exact_match: bool = False
+    """Measure on held-out data also the share of samples whose answers greedy decoding writes token for token."""
 
 
 @dataclass

@@ -172,6 +172,11 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
             f"{by_source[0]} and data.validation_fraction={c.data.validation_fraction} are both set: "
             "hold out by sources or by fraction, not both"
         )
+    if c.eval.exact_match and not (by_source or c.data.validation_fraction):
+        problems.append(
+            "eval.exact_match=True measures held-out samples, and none are held out: set data.validation or "
+            "data.validation_fraction, or leave it false"
+        )
     for tracker in c.log.trackers:
         if tracker not in TRACKERS:
             problems.append(f"log.trackers has {tracker!r}, which is not one of {', '.join(TRACKERS)}")

@@ -76,7 +76,8 @@ class StepFunctions(NamedTuple):
     accumulate: Jitted  # (params, sums, batch) -> Sums; donates sums
     # (state, sums, skip_norm_above=inf, average_weight=None) -> TrainState, zeroed Sums, metrics
     apply: Jitted  # donates state and sums
-    evaluate: Jitted  # (params, batch) -> loss_sum, weight_sum, correct_sum
+    # (params, batch) -> loss_sum, weight_sum, correct_sum; where exact matches are counted, also their number and that
+    evaluate: Jitted  # of the samples that could be one
     abstract_state: TrainState  # like abstract_sums, it has jax.ShapeDtypeStruct with a sharding in place of each array
     abstract_sums: Sums
 
@@ -135,6 +136,7 @@ def make_step(
     compiler_options: dict[str, str] | None = None,
     sources: Sequence[str] = (),
     averages: bool = False,
+    max_held_out_samples: int = 0,
 ) -> StepFunctions:
     """Jits the functions of a run for one mesh, with the shardings of `sharding.RULES`.
 
@@ -149,6 +151,8 @@ def make_step(
       compiler_options: XLA's options for the functions that run the model.
       sources: the names of the sources, by the numbers that microbatches have; none adds no metrics by source.
       averages: whether the state keeps a running average of the parameters.
+      max_held_out_samples: the largest number of samples of a microbatch that is evaluated, of which the exact matches
+        are counted; 0 counts none.
 
     Returns:
       The jitted functions; nothing is compiled before the first call.
@@ -182,9 +186,17 @@ def make_step(
     def zero_sums() -> Sums:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_sums)
 
-    def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        loss_sum, (weight_sum, source_sums) = batch_loss(decoder, params, batch, compute)
-        return loss_sum, weight_sum, source_sums.correct[0]
+    def evaluate(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
+        if not max_held_out_samples:
+            loss_sum, (weight_sum, source_sums) = batch_loss(decoder, params, batch, compute)
+            return loss_sum, weight_sum, source_sums.correct[0]
+        # The sums by source are sums by sample where each sample is taken as a source of its own.
+        batch = batch | {"sources": sample_numbers(batch["segment_ids"])}
+        loss_sum, (weight_sum, by_sample) = batch_loss(
+            decoder, params, batch, compute, num_sources=max_held_out_samples
+        )
+        matches, samples = exact_matches(by_sample)
+        return loss_sum, weight_sum, jnp.sum(by_sample.correct), matches, samples
 
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, SourceSums]]:
         return batch_loss(decoder, params, batch, compute, num_sources=num_sources)
@@ -216,12 +228,40 @@ def make_step(
             keep_unused=True,  # sums that no metric reads are donated too
             out_shardings=(state_shardings, sums_shardings, replicated),
         ),
-        evaluate=Jitted(
-            evaluate, mesh, out_shardings=(replicated, replicated, replicated), compiler_options=compiler_options
-        ),
+        evaluate=Jitted(evaluate, mesh, out_shardings=replicated, compiler_options=compiler_options),
         abstract_state=abstract_state,
         abstract_sums=abstract_sums,
     )
+
+
+def sample_numbers(segment_ids: jax.Array) -> jax.Array:
+    """Numbers the samples of a microbatch from 0 on.
+
+    Args:
+      segment_ids: [B T] int32, 0 for padding and 1, 2, ... for the samples of a row.
+
+    Returns:
+      The number of each slot's sample, [B T] int32. Padding gets that of another sample or -1; it has no loss weight.
+    """
+    in_row = segment_ids.max(axis=1)
+    return jnp.cumsum(in_row)[:, None] - in_row[:, None] + segment_ids - 1
+
+
+def exact_matches(by_sample: SourceSums) -> tuple[jax.Array, jax.Array]:
+    """Counts the samples of which every trained token is predicted from those before it.
+
+    These are the samples that greedy decoding writes token for token: as long as it has written the sample's own
+    tokens, it predicts from the very tokens that the sample has.
+
+    Args:
+      by_sample: the sums over the slots of each sample.
+
+    Returns:
+      The number of such samples and that of all samples with a trained token, float32 scalars.
+    """
+    is_sample = by_sample.weight > 0
+    matches = is_sample & (by_sample.correct >= by_sample.weight)
+    return jnp.sum(matches, dtype=jnp.float32), jnp.sum(is_sample, dtype=jnp.float32)
 
 
 def apply_sums(

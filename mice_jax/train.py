@@ -113,7 +113,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             display.log(note)
         data = build.data(config, encoder, display.log, display.watch)
         by_phase = len(config.data.phases) > 1
-        held_out_names = held_out.metric_names(data.dataset.validation, by_phase)
+        held_out_names = held_out.metric_names(data.dataset.validation, by_phase, config.eval.exact_match)
         eval_names = [*benchmarks.metric_names(), *held_out_names]
         if config.train.ema_half_life:
             averaging.check_source_names({h.name for h in data.dataset.validation})
@@ -144,6 +144,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         pack,
         by_phase,
         benchmarks.scorer(source, model.decoder, mesh, model.compute.dtype, log),
+        config.eval.exact_match,
     )
 
     # ---- State: the newest checkpoint of this workdir, or else init_from ------------------------------------------

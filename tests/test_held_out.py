@@ -5,18 +5,26 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
+import torch
 
+from helpers.models import VOCAB, llama, load, mesh_of, packed
 from helpers.runs import make_chats, read_all_metrics, run_train, setting, write_jsonl
 from mice_jax.data.dataset import HeldOut
+from mice_jax.models.transformer import Compute
+from mice_jax.sharding import put_rows
+from mice_jax.step import make_step
 from mice_jax.training import held_out
 
+SLOTS = 40
 HELD = [("a", ("one",)), ("a", ("two",)), ("b", ("two",))]
 
 
 def test_next_rows_are_sent_before_a_microbatch_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = write_jsonl(tmp_path / "held.jsonl", make_chats(60, seed=5))
     body = f"c.data.validation = [Source(path='{held}')]\nc.optim.max_steps = 1\nc.optim.learning_rate = 0.0"
+    body += "\nc.eval.exact_match = True"
     config = setting(tmp_path, body)
     happened: list[str] = []
     evaluate, put_rows, device_get = held_out.evaluate, held_out.put_rows, jax.device_get
@@ -39,6 +47,7 @@ def test_next_rows_are_sent_before_a_microbatch_is_awaited(tmp_path: Path, monke
     first, last = read_all_metrics(tmp_path / "run")
     assert first == {"step": 0, "samples": 0} | {k: v for k, v in last.items() if k.startswith("eval/")}
     assert first["eval/loss"] > 0, "equal, because the learning rate is 0"
+    assert first["eval/exact_match"] == first["eval/macro_exact_match"] == 0.0, "an untrained model"
 
 
 def test_loss_and_accuracy_by_source_and_phase_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +70,59 @@ def test_loss_and_accuracy_by_source_and_phase_by_hand(monkeypatch: pytest.Monke
         expected |= {f"{group}/loss": loss / weight, f"{group}/token_accuracy": correct / weight}
     assert found == expected and list(found) == held_out.metric_names(held, True)
     assert measured(by_phase=False) == {k: v for k, v in expected.items() if "phase" not in k}
+
+
+def test_exact_matches_are_counted_by_source_and_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of the four samples of a match, and none of the two of b."""
+    sums = {0: [(8.0, 4.0, 1.0, 2.0, 2.0)], 1: [(30.0, 10.0, 1.0, 1.0, 2.0)], 2: [(1.0, 2.0, 1.0, 0.0, 2.0)]}
+    held = [HeldOut(name, np.array([i]), phases) for i, (name, phases) in enumerate(HELD)]
+    monkeypatch.setattr(held_out, "put_rows", lambda rows, mesh: rows)
+
+    def steps(mixture: Any) -> Any:
+        return [{"microbatches": sums[int(mixture.phases[0].pools[0].ids[0])]}]
+
+    found = held_out.evaluate(lambda rows: rows, held, steps, None, True, True)  # type: ignore[arg-type]
+    assert list(found) == held_out.metric_names(held, True, True)
+    shares = {"eval": 3 / 6, "eval/a": 3 / 4, "eval/b": 0.0, "eval/phase/one": 1.0, "eval/phase/two": 1 / 4}
+    assert {k: v for k, v in found.items() if "exact" in k} == {
+        **{f"{group}/exact_match": share for group, share in shares.items()},
+        "eval/macro_exact_match": (3 / 4 + 0) / 2,
+    }
+
+
+def test_exact_matches_are_the_samples_that_greedy_decoding_writes(tmp_path: Path) -> None:
+    """Transformers' model writes answers token by token; each is then evaluated as it is, or with one other token."""
+    mesh = mesh_of(1, 2, 1)
+    torch_model = llama(tmp_path)
+    decoder, params = load(tmp_path, mesh)
+    compute = Compute(np.dtype("float32"), "reference", "none")
+    fns = make_step(decoder, optax.sgd(1.0), lambda step: step * 0.0, mesh, compute, max_held_out_samples=32)
+    rng = np.random.default_rng(0)
+
+    def written(prompt: list[int], length: int) -> np.ndarray:
+        tokens = torch.tensor([prompt])
+        for _ in range(length):
+            tokens = torch.cat([tokens, torch_model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+        return tokens[0].numpy()
+
+    rows, wanted = [], []
+    for row in range(4):
+        rows.append([])
+        for _ in range(1 + row):  # so that a sample's number depends on the rows before it
+            prompt, answer = rng.integers(0, VOCAB, 3).tolist(), int(rng.integers(1, 5))
+            ids = written(prompt, answer)
+            is_match = bool(rng.integers(2))
+            if not is_match:
+                place = -int(rng.integers(1, answer + 1))
+                ids[place] = (ids[place] + 1) % VOCAB
+            rows[-1].append((ids, np.arange(len(ids)) >= 3))
+            wanted.append(is_match)
+    rows[0].append((np.array([1, 2, 3]), np.zeros(3, bool)))  # a sample without a trained token is not counted
+    arrays = packed(rows, SLOTS)
+    loss_sum, weight_sum, correct, matches, samples = map(float, fns.evaluate(params, put_rows(arrays, mesh)))
+    assert (matches, samples) == (sum(wanted), len(wanted)) and 0 < sum(wanted) < len(wanted)
+    assert weight_sum == arrays["loss_weights"].sum() and 0 < correct < weight_sum and loss_sum > 0
+    assert matches < correct, "a sample with one other token still has right ones"
 
 
 def test_one_behind_yields_each_item_once_and_in_order() -> None:

@@ -38,7 +38,7 @@ from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_state, make_step
 from mice_jax.storage import hub
-from mice_jax.training import memory_model
+from mice_jax.training import held_out, memory_model
 from mice_jax.training.phases import PhaseSpan, phase_spans
 
 
@@ -484,6 +484,7 @@ def step_functions(
         options,
         names,
         averages=bool(config.train.ema_half_life),
+        max_held_out_samples=held_out.TOGETHER if config.eval.exact_match else 0,
     )
 
 

@@ -39,6 +39,7 @@ class Evaluator:
         pack: Callable[[Mixture], StepSource],
         by_phase: bool,
         score_benchmarks: Callable[[Params], Iterable[dict[str, float | None]]],
+        exact_match: bool = False,
     ):
         """Stores the arguments; nothing is computed yet.
 
@@ -49,9 +50,10 @@ class Evaluator:
           pack: Packs the steps of a mixture into rows for this mesh.
           by_phase: Whether to measure the held-out loss of each phase too.
           score_benchmarks: Yields the scores of one benchmark after the other.
+          exact_match: Whether the step functions count exact matches of held-out samples.
         """
         self._fns, self._mesh, self._held_out, self._pack = fns, mesh, held_out_data, pack
-        self._by_phase, self._score_benchmarks = by_phase, score_benchmarks
+        self._by_phase, self._score_benchmarks, self._exact_match = by_phase, score_benchmarks, exact_match
 
     def __call__(self, params: Params, due: Due, average: Params | None = None) -> Evaluation:
         """Measures what is due.
@@ -83,4 +85,4 @@ class Evaluator:
 
     def _held_out_metrics(self, params: Params) -> dict[str, float]:
         loss = functools.partial(self._fns.evaluate, params)
-        return held_out.evaluate(loss, self._held_out, self._pack, self._mesh, self._by_phase)
+        return held_out.evaluate(loss, self._held_out, self._pack, self._mesh, self._by_phase, self._exact_match)

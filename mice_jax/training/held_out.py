@@ -14,30 +14,35 @@ from mice_jax.sharding import put_rows
 
 T = TypeVar("T")
 
-MACRO = "eval/macro_loss"  # the mean over sources, in which a small source counts as much as a large one
+# The means over sources, in which a small source counts as much as a large one.
+MACRO = "eval/macro_loss"
+MACRO_EXACT_MATCH = "eval/macro_exact_match"
 
 TOGETHER = 512  # The number of samples that are packed together.
 
 
 class Sums(NamedTuple):
-    """Sums over held-out tokens."""
+    """Sums over held-out tokens, and numbers of samples, which are 0 where exact matches are not counted."""
 
     loss: float = 0.0
     weight: float = 0.0
     correct: float = 0.0
+    matches: float = 0.0
+    samples: float = 0.0
 
     def plus(self, other: "Sums") -> "Sums":
         """Returns the sums over the tokens of both."""
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-def metric_names(held_out: Sequence[HeldOut], by_phase: bool) -> list[str]:
+def metric_names(held_out: Sequence[HeldOut], by_phase: bool, exact_match: bool = False) -> list[str]:
     """Returns the names of the metrics that `evaluate` returns."""
     if not held_out:
         return []
     groups = dict.fromkeys(["eval", *(f"eval/{h.name}" for h in held_out), *_phases(held_out, by_phase)])
-    measured = [f"{group}/{metric}" for group in groups for metric in ("loss", "token_accuracy")]
-    return [measured[0], MACRO, *measured[1:]]
+    kinds = ("loss", "token_accuracy", *(["exact_match"] if exact_match else []))
+    measured = [f"{group}/{kind}" for group in groups for kind in kinds]
+    return [measured[0], MACRO, *([MACRO_EXACT_MATCH] if exact_match else []), *measured[1:]]
 
 
 def _phases(held_out: Sequence[HeldOut], by_phase: bool) -> list[str]:
@@ -50,20 +55,22 @@ def sources(held_out: Sequence[HeldOut], source: Callable[[Mixture], StepSource]
 
 
 def evaluate(
-    loss: Callable[[dict[str, jax.Array]], tuple[jax.Array, jax.Array, jax.Array]],
+    loss: Callable[[dict[str, jax.Array]], tuple[jax.Array, ...]],
     held_out: Sequence[HeldOut],
     source: Callable[[Mixture], StepSource],
     mesh: jax.sharding.Mesh,
     by_phase: bool,
+    exact_match: bool = False,
 ) -> dict[str, float]:
-    """Measures on held-out samples. Metrics are means over tokens, even if the training uses another loss reduction.
+    """Measures on held-out samples. Losses are means over tokens, even if the training uses another loss reduction.
 
     Args:
-      loss: Returns the loss_sum, the weight_sum and the correct_sum of a microbatch.
+      loss: Returns what `StepFunctions.evaluate` does of a microbatch.
       held_out: The held-out samples of each source.
       source: Packs the steps of a mixture for this mesh.
       mesh: The run's mesh.
       by_phase: Whether to measure each phase too.
+      exact_match: Whether `loss` counts exact matches.
 
     Returns:
       The metrics by name, see `metric_names`.
@@ -77,9 +84,14 @@ def evaluate(
     for group, total in sums.items():
         metrics[f"{group}/loss"] = total.loss / total.weight
         metrics[f"{group}/token_accuracy"] = total.correct / total.weight
+        if exact_match:
+            metrics[f"{group}/exact_match"] = total.matches / total.samples
+    names = {h.name for h in held_out}
     if held_out:
-        metrics[MACRO] = statistics.fmean(metrics[f"{group}/loss"] for group in {f"eval/{h.name}" for h in held_out})
-    return {name: metrics[name] for name in metric_names(held_out, by_phase)}
+        metrics[MACRO] = statistics.fmean(metrics[f"eval/{name}/loss"] for name in names)
+    if held_out and exact_match:
+        metrics[MACRO_EXACT_MATCH] = statistics.fmean(metrics[f"eval/{name}/exact_match"] for name in names)
+    return {name: metrics[name] for name in metric_names(held_out, by_phase, exact_match)}
 
 
 def _once(held_out: HeldOut) -> Mixture:
