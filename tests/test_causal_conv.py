@@ -90,3 +90,7 @@ def test_ragged_rows_continued_in_pieces_equal_whole_rows(taps: int) -> None:
             outputs[row].append(np.asarray(y)[row, :n])
     for ours, theirs in zip(outputs, inputs, strict=True):
         assert gap(np.concatenate(ours), alone(np.asarray(weight), np.concatenate(theirs))) < ROUNDING
+    if taps > 1:  # a negative control: padding that enters the state
+        full = jnp.full(3, 3, jnp.int32)
+        steps = [causal_conv_step(jnp.asarray(X[:, :3].repeat(3, 0)), weight, state, n) for n in (full, full - 2)]
+        assert gap(steps[0][1], steps[1][1]) > 1e4 * ROUNDING
