@@ -188,6 +188,7 @@ def _run_workers(study: Study, arguments: Sequence[str], shares: Sequence[dict[s
                     break
                 time.sleep(POLL_S)
     study.write_results()
+    study.write_certificate()
     page.write([study.folder], study.folder / page.REPORT)
     left = len(study.trials()) - study.num_ended()
     if left and signals:

@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from helpers.runs import read_all_metrics, read_json
 from helpers.sweeps import results, run_sweep, small_sweep, study_of, sweep_file
 from mice_jax.config import Source, Sweep
 from mice_jax.errors import UserError
-from mice_jax.sweeps import BracketRule, replay
+from mice_jax.report_page import content
+from mice_jax.sweeps import BracketRule, certificate, replay
+from mice_jax.sweeps.grid import checked_grid
 from mice_jax.sweeps.live_bracket import LiveBracket, check
+from mice_jax.sweeps.rule import Runs
 from mice_jax.sweeps.study import Study
 from mice_jax.sweeps.trials import bracket_rule, settled, trial_config
 
@@ -120,6 +124,38 @@ def test_study_pauses_resumes_and_ends_trials(tmp_path: Path) -> None:
     assert rows[9]["reason"] == "not run: the bracket rule has found the best arm without it"
     assert "pause_at_share=0.0" in (study.run_folder(6) / "config.py").read_text(), "so that it can be run by hand"
     assert study.conclusion() == [f"best arm: {RATE}=2e-05; eval/loss 1 (mean of 1 seeds); saved 66%"]
+    study.write_certificate()
+    found = content.of_sweep(study.folder)["certificate"]
+    lags = [(b["axis"], *(b[side]["lag"] for side in ("lower", "higher"))) for b in found["brackets"]]
+    assert (found["values"], lags) == ({RATE: 2e-5}, [(RATE, 1.0, 1.0)])
+    assert found["runner_up"]["seeds"] == 1 and found["runner_up"]["low"] is None, "one seed has no interval"
+
+
+def test_certificate_has_the_neighbours_and_the_runner_up_with_its_interval() -> None:
+    """Arms by rate and schedule: the best one has a neighbour that lags, one that diverged, and a close rival."""
+    grid = checked_grid({RATE: RATES[:4], "optim.schedule": ["constant", "cosine"]})
+    finals = np.full((3, 8), np.nan)
+    finals[:, 2], finals[0, 0] = [1.0, 1.1, 0.9], 1.5  # rate 2e-5 and 1e-5, constant
+    finals[:, 5] = [1.02, 1.13, 0.94]  # rate 4e-5, cosine
+    curves = np.where(np.isnan(finals), 2.0, finals)[..., None].repeat(2, axis=2)
+    done = np.where(np.isnan(finals), 0, 2)
+    curves[0, 4], done[0, 4] = np.inf, 1  # rate 4e-5, constant
+    runs = Runs(curves, done, np.zeros((3, 8), bool), np.array([0.2, 1.0]), 3.0)
+    found = certificate.of_sweep(BracketRule(), grid, runs, "eval/loss", 1.0)
+    assert found and found.values == {RATE: 2e-5, "optim.schedule": "constant"}
+    assert (found.seeds, found.mean) == (3, pytest.approx(1.0)) and found.saved == pytest.approx(1 - (7 + 0.2) / 24)
+    [bracket] = found.brackets
+    assert bracket.lower and bracket.higher and bracket.lower.lag == pytest.approx(0.5) and bracket.lower.seeds == 1
+    assert bracket.higher.status == "diverged" and np.isnan(bracket.higher.lag)
+    lags = finals[:, 5] - finals[:, 2]
+    reference = stats.ttest_1samp(lags, 0).confidence_interval(0.95)
+    assert found.runner_up and found.runner_up.values["optim.schedule"] == "cosine"
+    assert (found.runner_up.low, found.runner_up.high) == pytest.approx((reference.low, reference.high))
+    assert found.runner_up.lag == pytest.approx(0.03)
+    assert json.loads(json.dumps(found.to_json()))["brackets"][0]["higher"]["lag"] is None
+    alone = Runs(curves[:, :1], done[:, :1], np.zeros((3, 1), bool), np.array([0.2, 1.0]), 3.0)
+    at_the_end = certificate.of_sweep(BracketRule(), checked_grid({RATE: RATES[:1]}), alone, "eval/loss", 1.0)
+    assert at_the_end and at_the_end.runner_up is None and at_the_end.brackets == []
 
 
 def test_trials_are_evaluated_at_the_probe() -> None:

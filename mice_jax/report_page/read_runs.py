@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
-from mice_jax.storage.workdir import DIRECTIONS, EVENTS, METRICS, RESULTS, SCORES
+from mice_jax.storage.workdir import CERTIFICATE, DIRECTIONS, EVENTS, METRICS, RESULTS, SCORES
 from mice_jax.training.stop_rules import ColumnarRecords, Objective
 
 # Where a run does not record the direction of a metric, a metric whose name ends so is better when lower.
@@ -92,6 +92,7 @@ class Sweep:
     stop: str  # the rule among siblings as the sweep's file names it; "" for none
     problems: list[str]
     settings: dict[str, Any]  # all that sweep.json holds
+    certificate: dict[str, Any]  # what the bracket rule found; empty where there is none
 
 
 def is_sweep(folder: Path) -> bool:
@@ -120,7 +121,7 @@ def read_sweep(folder: Path) -> Sweep:
     objective = Objective(_literal(settings.get("metric"), "eval/loss"), _literal(settings.get("mode"), "min"))
     stop = settings.get("stop")
     stop_name = "" if stop in (None, "None") else str(_literal(stop, stop))
-    return Sweep(runs, axes, objective, stop_name, problems, whole)
+    return Sweep(runs, axes, objective, stop_name, problems, whole, _object(folder / CERTIFICATE, problems))
 
 
 def _read_trial(folder: Path, row: dict[str, str], axes: Sequence[str]) -> Run:

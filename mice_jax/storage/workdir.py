@@ -18,6 +18,7 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"  # one line each time that a process starts, resumes or ends the run
 # One line for each checkpoint that `evaluate` has scored: {"step", "samples", "<task>/<metric>": value}.
 SCORES = "eval_scores.jsonl"
+CERTIFICATE = "certificate.json"  # what the bracket rule of a sweep found, and what that rests on
 RESULTS = "results.csv"  # results of a sweep, with one row for each trial
 DIRECTIONS = "eval_directions.json"  # {"<task>/<metric>": "max" | "min"}: whether a higher or a lower score is better
 SYNC_EVERY_S = 30.0

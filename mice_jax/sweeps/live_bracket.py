@@ -13,7 +13,9 @@ import numpy as np
 
 from mice_jax.config import Sweep, holds_data_out
 from mice_jax.errors import UserError
+from mice_jax.sweeps import certificate
 from mice_jax.sweeps.bracket_rule import BracketRule
+from mice_jax.sweeps.certificate import Certificate
 from mice_jax.sweeps.grid import checked_grid
 from mice_jax.sweeps.rule import Runs
 from mice_jax.training.stop_monitor import read_run
@@ -98,19 +100,16 @@ class LiveBracket:
             return f"paused at {self.rule.first:.0%}: the bracket rule has found the best arm without it"
         return "not run: the bracket rule has found the best arm without it"
 
+    def certificate(self, finals: Mapping[int, float], failed: Collection[int]) -> Certificate | None:
+        """Returns what the rule found and what that rests on; None if every run has failed or diverged; see `tasks`."""
+        return certificate.of_sweep(self.rule, self.grid, self.state(finals, failed), self._metric, self._sign)
+
     def conclusion(self, finals: Mapping[int, float], failed: Collection[int]) -> list[str]:
         """Returns what the rule found, a sentence each: the best arm, what was saved, and notes; see `tasks`."""
-        runs = self.state(finals, failed)
-        arm = self.rule.choose(self.grid, runs)
-        if arm is None:
+        found = self.certificate(finals, failed)
+        if found is None:
             return ["The bracket rule found no arm, because every run has failed or diverged."]
-        seeds = [s for s in range(self._num_seeds) if runs.finished(s, arm)]
-        mean = self._sign * runs.mean_final(arm, seeds)
-        values = ", ".join(f"{name}={value}" for name, value in self.grid.values(arm).items())
-        shares = np.concatenate([[0.0], runs.shares])
-        saved = 1 - float(shares[runs.done].mean())
-        best = f"best arm: {values}; {self._metric} {mean:.4g} (mean of {len(seeds)} seeds); saved {saved:.0%}"
-        return [best, *self.rule.notes(self.grid, runs)]
+        return [found.sentence(), *found.notes]
 
 
 def check(sweep: Sweep, rule: BracketRule) -> None:

@@ -30,7 +30,7 @@ from mice_jax.config import Range, Sweep, differences, locate, to_dict
 from mice_jax.errors import UserError, one_line
 from mice_jax.statistics import registered_claims
 from mice_jax.storage.paths import write_atomically
-from mice_jax.storage.workdir import RESULTS
+from mice_jax.storage.workdir import CERTIFICATE, RESULTS
 from mice_jax.sweeps.claims import HEARTBEAT_S, Claims
 from mice_jax.sweeps.live_bracket import LiveBracket
 from mice_jax.sweeps.trials import bracket_rule, fixed_params, label, settled, sibling_rule, trial_config
@@ -227,6 +227,12 @@ class Study:
     def conclusion(self) -> list[str]:
         """Returns what the bracket rule found, a sentence each; empty for a sweep without it."""
         return self.bracket.conclusion(*self._outcomes()) if self.bracket else []
+
+    def write_certificate(self) -> None:
+        """Writes what the bracket rule found and what that rests on; nothing for a sweep without it."""
+        found = self.bracket.certificate(*self._outcomes()) if self.bracket else None
+        if found:
+            write_atomically(self.folder / CERTIFICATE, json.dumps(found.to_json(), indent=2) + "\n")
 
     def begin(self, number: int) -> Path:
         """Draws the parameters of a claimed trial, or reads those drawn before; returns its config file."""

@@ -526,6 +526,15 @@ function makeClaims() {
   if (found.judged.length) body.append(table(found.judged, true));
   if (found.explored.length) body.append(el("h3", {}, "Explorations"), el("p", { class_: "note" }, "Registered as explorations: q is adjusted by the procedure of Benjamini and Hochberg. They suggest what to test next and get no verdict."), table(found.explored, false));
 }
+function makeCertificate() {
+  const found = data.certificate;
+  if (!found) return;
+  const named = values => Object.entries(values).map(([axis, v]) => `${data.fields[axis] ?? axis} ${setting(v)}`).join(", ");
+  const row = (where, rival) => [where, rival ? named(rival.values) : "the end of the axis", rival && known(rival.lag) ? el("td", { class_: "number" }, signed(rival.lag), known(rival.low) ? el("div", { class_: "quiet" }, `[${signed(rival.low)}, ${signed(rival.high)}] at 95 %`) : "") : rival ? rival.status : "", rival && rival.seeds ? rival.seeds : ""];
+  byId("certificate-body").append(el("p", { class_: "note" }, `${named(found.values)}: ${found.metric} ${short(found.mean)}, the mean of ${found.seeds} ${found.seeds > 1 ? "seeds" : "seed"}. ${percent(found.saved)} of the samples of the whole grid were not run. The lag of another arm is by how much it is worse, by the seeds with which both were finished; two seeds or fewer give no interval. The arm was chosen by these seeds, so the intervals describe and are no verdict.`),
+    plainTable(["compared with", "arm", "lag", "seeds"], [...found.brackets.flatMap(b => [row(`next lower ${data.fields[b.axis] ?? b.axis}`, b.lower), row(`next higher ${data.fields[b.axis] ?? b.axis}`, b.higher)]), ...(found.runner_up ? [row("runner-up", found.runner_up)] : [])], [2, 3]),
+    ...(found.notes.length ? [el("ul", {}, ...found.notes.map(text => el("li", {}, text)))] : []));
+}
 const spaced = f => f.replace("%", " %");
 const TITLES = name => name === "eval/loss" ? "held-out loss" : data.signals[name]?.title ?? name;
 function correlationTable(group, fractions, givenRate = false) {
@@ -584,6 +593,7 @@ function makeProblems() {
 makeHeader();
 makeProblems();
 makeClaims();
+makeCertificate();
 makeCurves();
 makeEvaluations();
 makeGrid();
@@ -592,7 +602,7 @@ makeEvents();
 makeData();
 makeConfig();
 if (!alone) { paint(); makeTrials(); }
-const needs = { problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, trials: !alone, curves: byId("charts").childElementCount, evaluations: byId("evaluation-charts").childElementCount, grid: byId("grid-charts").childElementCount,
+const needs = { problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, trials: !alone, curves: byId("charts").childElementCount, evaluations: byId("evaluation-charts").childElementCount, grid: byId("grid-charts").childElementCount,
   parallel: byId("parallel-charts").childElementCount && runs.filter(r => axisOf(r) !== null).length > 1, evidence: data.evidence, events: byId("events").querySelector("tbody").childElementCount, "data-section": byId("data-body").childElementCount, config: byId("config-body").childElementCount };
 for (const [id, there] of Object.entries(needs)) {
   const section = byId(id);
