@@ -224,12 +224,12 @@ print(json.dumps([share, *peaks]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "devices"), [("float32", 1), ("bfloat16", 8)])
-def test_import_and_export_need_no_more_memory_than_the_parameters(dtype: str, devices: int, tmp_path: Path) -> None:
+def test_import_and_export_need_no_more_memory_than_the_parameters(tmp_path: Path) -> None:
+    """Files in bfloat16, on eight devices: every tensor is converted and split, which might need a copy."""
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8}
     config = {
         "architectures": ["LlamaForCausalLM"], "vocab_size": 49155, "max_position_embeddings": 4096,
-        "num_hidden_layers": 8 if dtype == "float32" else 16, "torch_dtype": dtype,
+        "num_hidden_layers": 8, "torch_dtype": "bfloat16",
     }  # fmt: skip
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir(), output.mkdir()
@@ -243,8 +243,8 @@ def test_import_and_export_need_no_more_memory_than_the_parameters(dtype: str, d
         return json.loads(done.stdout or "[]")
 
     measured("make", 1)
-    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) > 2e9
-    share, imported, exported = measured("ours", devices)
+    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) > 1e9
+    share, imported, exported = measured("ours", 8)
     assert share > 2e9
     # Both counted from before the import: the parameters are among them.
     assert imported < 1.15 * share and exported < 1.15 * share, (imported / share, exported / share)
