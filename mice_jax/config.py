@@ -264,6 +264,9 @@ class Log(_Strict):
     """Print and send to trackers one step in this many."""
     noise_every: int = 8
     """Compute one step in this many as two microbatches where it has one, to estimate the gradient noise; 0 = never."""
+    profile_steps: str = ""
+    """Write a profiler trace of these steps below the run's `tensorboard` folder, for TensorBoard's profile page and
+    for Perfetto: "10:13" traces the steps 10, 11 and 12; empty traces none."""
     trackers: list[str] = field(default_factory=list)
     """Trackers besides TensorBoard, whose events are always written: wandb, mlflow."""
     project: str = "mice_jax"

@@ -180,6 +180,11 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
     for tracker in c.log.trackers:
         if tracker not in TRACKERS:
             problems.append(f"log.trackers has {tracker!r}, which is not one of {', '.join(TRACKERS)}")
+    if c.log.profile_steps and not profiled_steps(c.log.profile_steps):
+        problems.append(
+            f"log.profile_steps={c.log.profile_steps!r} names no steps: write FIRST:END, such as 10:13 for the steps "
+            "10, 11 and 12"
+        )
     if 0 < c.train.skip_spikes <= 1:
         problems.append(f"train.skip_spikes={c.train.skip_spikes} must be more than 1, or 0 for never")
     if not all(0 < share <= 1 for share in c.eval.at_shares):
@@ -188,6 +193,14 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
         if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
     return problems + _half_life_problems(c) + _mesh_problems(c.mesh) + _phase_problems(c.data)
+
+
+def profiled_steps(text: str) -> range:
+    """Returns the steps that "FIRST:END" names, without END; no steps if the text is not of this form."""
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and int(first) > 0):
+        return range(0)
+    return range(int(first), int(end))
 
 
 def beta2_of_half_life(half_life: float, batch_size: int) -> float:

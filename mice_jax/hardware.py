@@ -133,6 +133,29 @@ def train_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
     return 3 * (matmul_flops(spec) * tokens + attention_flops(spec, lengths))
 
 
+def customary_train_flops(spec: ModelSpec, tokens: int, num_params: int, length: int) -> float:
+    """Computes the FLOPs of a step by the customary formula, (6 P + 12 L d S) per token (PaLM, arXiv 2204.02311).
+
+    It counts the embedding as a product, and attention over whole rows of length S without a causal mask, both of which
+    `train_flops` leaves out. Other frameworks report utilisation by it.
+
+    Args:
+        spec: the model's architecture: its layers with attention L, and the width of all heads together d.
+        tokens: the number of real tokens of the step.
+        num_params: the number of all parameters, P.
+        length: the length of a row, S.
+    """
+    layers, width = sum(kind is None for kind in spec.mixers), spec.num_heads * spec.head_dim
+    return tokens * (6.0 * num_params + 12.0 * layers * width * length)
+
+
+def peak_memory_bytes() -> int | None:
+    """Returns the most memory that a local device has had in use so far; None if the devices do not count it."""
+    counted = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    known = [peak for peak in counted if peak is not None]
+    return max(known) if known else None
+
+
 def peak_flops(device: Any) -> float | None:
     """The peak FLOP/s of one device; None for an unknown device.
 

@@ -211,7 +211,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         selects=uses_best,
         selects_by_benchmark=uses_best and config.checkpoint.best_metric in benchmarks.metric_names(),
     )
-    throughput = Throughput(spec, hardware.peak_flops_of_all_devices())
+    throughput = Throughput(spec, hardware.peak_flops_of_all_devices(), model.num_params, config.data.max_length)
 
     # What the model knows before the first step is a line of its own: the gain of the run is measured from there. Where
     # that is not finite, the first step ends the run and says so.

@@ -187,6 +187,7 @@ def test_an_integer_is_accepted_for_a_float() -> None:
         ("eval.exact_match", True),  # nothing is held out
         ("checkpoint.every_samples", -1),
         ("log.every_steps", 0),
+        ("log.profile_steps", "13:10"),
         ("seed", -1),
         ("seed", 2**32),
     ],

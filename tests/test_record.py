@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from helpers.models import spec_of
+from mice_jax import hardware
 from mice_jax.config import Config
 from mice_jax.errors import UserError
 from mice_jax.hardware import train_flops
 from mice_jax.training.progress import Progress
-from mice_jax.training.record import STEP_METRICS, Throughput, check_best_metric, make_record
+from mice_jax.training.record import PEAK_MEMORY, STEP_METRICS, Throughput, check_best_metric, make_record
 
 pytestmark = pytest.mark.smoke
 
@@ -28,7 +29,7 @@ PROGRESS = Progress(
 
 
 def record_of(peak: float | None = 1e9, skips_spikes: bool = False, **measured: Any) -> dict[str, Any]:
-    throughput = Throughput(SPEC, peak)
+    throughput = Throughput(SPEC, peak, num_params=1000, max_length=512)
     return make_record(7, "one", BATCH, MEASURED | measured, PROGRESS, 2.0, throughput, skips_spikes=skips_spikes)
 
 
@@ -46,6 +47,25 @@ def test_record_values_by_hand() -> None:
     assert (record["tokens_per_s"], record["step_time_s"], record["noise_scale"]) == (150.0, 2.0, 16.0)
     assert (record["noise_scale_tokens"], record["noise_scale_low"], record["noise_scale_high"]) == (200.0, None, None)
     assert record["mfu"] == train_flops(SPEC, BATCH["lengths"]) / 2e9
+
+
+def test_record_has_the_customary_utilisation_too() -> None:
+    flops = 300 * (6 * 1000 + 12 * SPEC.num_layers * SPEC.num_heads * SPEC.head_dim * 512)
+    assert record_of(peak=flops * 1.0)["mfu_6p"] == 0.5  # the step takes 2 s
+
+
+def test_record_has_the_peak_memory_where_devices_count_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def __init__(self, peak: int | None):
+            self.peak = peak
+
+        def memory_stats(self) -> dict[str, int] | None:
+            return None if self.peak is None else {"bytes_in_use": 1, "peak_bytes_in_use": self.peak}
+
+    monkeypatch.setattr(hardware.jax, "local_devices", lambda: [Device(5), Device(7)])
+    assert record_of()[PEAK_MEMORY] == 7
+    monkeypatch.setattr(hardware.jax, "local_devices", lambda: [Device(None)])
+    assert PEAK_MEMORY not in record_of()
 
 
 def test_record_is_null_where_nothing_was_measured() -> None:

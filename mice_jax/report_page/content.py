@@ -42,8 +42,11 @@ SIGNALS = {
     "param_norm": ("Parameter norm", ""),
     "slot_efficiency": ("Slot efficiency", "share of computed slots that hold real tokens"),
     "mfu": ("Model FLOPs utilisation", "share of the devices' peak (of a measured one on CPUs)"),
+    "mfu_6p": ("Utilisation by 6P + 12LdS", "share of the devices' peak, by the formula that other frameworks use"),
+    "device_memory_peak_bytes": ("Peak device memory", "bytes, the most of any device so far"),
 }
-SINGLE_RUN_ONLY = ("slot_efficiency", "mfu", "noise_scale_low")  # curves that would only clutter a page of several runs
+# Curves that would only clutter a page of several runs.
+SINGLE_RUN_ONLY = ("slot_efficiency", "mfu", "mfu_6p", "noise_scale_low")
 # The loss of each source that is trained on, on the page of one run; more curves than that would hide the others.
 SOURCE_LOSS = re.compile(r"train/(.+)/loss")
 MAX_SOURCES = 12

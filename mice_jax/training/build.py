@@ -236,6 +236,11 @@ class Model(NamedTuple):
         """The number of rows of the largest microbatch on one device."""
         return self.shapes[0].rows
 
+    @property
+    def num_params(self) -> int:
+        """The number of parameters, the padding of the vocabulary included."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.decoder.abstract))
+
 
 def model(
     config: Config,

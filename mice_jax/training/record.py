@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mice_jax import hardware
 from mice_jax.config import Config, nearest
 from mice_jax.data.dataset import source_names
 from mice_jax.errors import UserError
-from mice_jax.hardware import train_flops
+from mice_jax.hardware import customary_train_flops, train_flops
 from mice_jax.models.spec import ModelSpec
 from mice_jax.training.progress import Progress
 
@@ -15,11 +16,12 @@ from mice_jax.training.progress import Progress
 STEP_METRICS = (
     "loss", "token_accuracy", "entropy", "grad_norm", "param_norm", "update_norm", "grad_sq_corrected", "noise_scale",
     "noise_scale_low", "noise_scale_high", "noise_scale_tokens", "learning_rate", "epoch", "samples", "tokens",
-    "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "step_time_s",
+    "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "mfu_6p", "step_time_s",
 )  # fmt: skip
 # Those of each source that is trained on, as train/<source>/<metric>.
 SOURCE_METRICS = ("loss", "token_accuracy", "loss_tokens")
 SKIPPED_STEPS = "skipped_steps"  # Records have this only if train.skip_spikes is set.
+PEAK_MEMORY = "device_memory_peak_bytes"  # Records have this only if the devices count their memory (GPU, TPU).
 
 
 class Throughput(NamedTuple):
@@ -28,10 +30,19 @@ class Throughput(NamedTuple):
     Attributes:
       spec: The model's architecture.
       peak_flops: The peak FLOP/s of all devices together; None if it is not known.
+      num_params: The number of the model's parameters.
+      max_length: The number of slots of a row.
     """
 
     spec: ModelSpec
     peak_flops: float | None
+    num_params: int
+    max_length: int
+
+    def utilisation(self, flops: float, seconds: float) -> float | None:
+        """Returns FLOPs in some seconds as a share of the peak; None if that is not known or too low to be right."""
+        share = flops / (seconds * self.peak_flops) if self.peak_flops else None
+        return share if share is not None and share <= 1 else None
 
 
 def make_record(
@@ -69,10 +80,12 @@ def make_record(
     record["num_microbatches"] = len(batch["microbatches"])
     record["slot_efficiency"] = batch["tokens"] / batch["slots"]
     record["tokens_per_s"] = batch["tokens"] / seconds
-    flops, peak = train_flops(throughput.spec, batch["lengths"]), throughput.peak_flops
-    mfu = flops / (seconds * peak) if peak else None
-    record["mfu"] = mfu if mfu is not None and mfu <= 1 else None  # more than the peak: the measured one is too low
+    customary = customary_train_flops(throughput.spec, batch["tokens"], throughput.num_params, throughput.max_length)
+    record["mfu"] = throughput.utilisation(train_flops(throughput.spec, batch["lengths"]), seconds)
+    record["mfu_6p"] = throughput.utilisation(customary, seconds)
     record["step_time_s"] = seconds
+    if (peak := hardware.peak_memory_bytes()) is not None:
+        record[PEAK_MEMORY] = peak
     if skips_spikes:
         record[SKIPPED_STEPS] = progress.skipped
     return record

@@ -47,10 +47,9 @@ def table(config: Config, source: ModelSource, data: RunData, steps: StepSource,
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     mesh, compute = model.memory_inputs.mesh, model.compute
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(model.decoder.abstract))
     memory = memory_model.estimate_memory(model.memory_inputs, model.rows, compute.remat)
     lines = {
-        "model": f"{source.architecture}, {num_params:,} parameters, from {config.model.init_from}"
+        "model": f"{source.architecture}, {model.num_params:,} parameters, from {config.model.init_from}"
         + (f" at commit {source.hosted.commit}" if source.hosted else ""),
         "mesh": ", ".join(f"{k} {v}" for k, v in mesh.shape.items()) + f" on {jax.devices()[0].device_kind}",
         "data": _data(data.dataset),

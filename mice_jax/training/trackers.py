@@ -14,6 +14,7 @@ from mice_jax.config import Config, to_dict
 from mice_jax.errors import UserError, install_command
 from mice_jax.metrics import JsonlWriter, TensorBoardWriter, TerminalWriter, Writer, numbers
 from mice_jax.storage.workdir import METRICS, Workdir
+from mice_jax.training.profiler import ProfileWriter
 
 IDS = "tracking.json"
 
@@ -42,10 +43,13 @@ def make_writers(config: Config, workdir: Workdir, console: Console, first_step:
       The writers, each of which must be closed.
     """
     log = config.log
+    # The profiler comes last, so that a traced step includes the writing of the record of the step before.
+    profile = [ProfileWriter(log.profile_steps, workdir.local / "tensorboard", first_step)] if log.profile_steps else []
     return [
         JsonlWriter(workdir.local / METRICS),
         *make_trackers(log.trackers, workdir, project=log.project, every_steps=log.every_steps, config=to_dict(config)),
         TerminalWriter(console, first_step, total_steps, log.every_steps),
+        *profile,
     ]
 
 

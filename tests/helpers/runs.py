@@ -31,7 +31,7 @@ CHATML = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 WORDS = ["mice", "learn", "compete", "with", "elephants", "large", "batches", "low", "rates", "cold", "red", "barn"]
-TIMES = ("tokens_per_s", "mfu", "step_time_s")  # fields of metrics.jsonl that differ between equal runs
+TIMES = ("tokens_per_s", "mfu", "mfu_6p", "step_time_s")  # fields of metrics.jsonl that differ between equal runs
 # Messages of warnings that other packages cause.
 DEPRECATED = ["the load_module.. method is deprecated"]  # ml_collections calls it up to Python 3.11
 
