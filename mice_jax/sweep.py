@@ -33,7 +33,6 @@ from mice_jax.cli.config_file import allow_imports_next_to
 from mice_jax.cli.flags import define_sweep
 from mice_jax.config import ConfigError, Sweep
 from mice_jax.errors import Preempted, UserError
-from mice_jax.planning import cost
 from mice_jax.report_page import page, read_runs
 from mice_jax.runtime import cluster, watchdog
 from mice_jax.statistics import registered_claims
@@ -148,6 +147,8 @@ def _call_get_sweep(file: Path, arg: str) -> object:
 
 def _dry_run(sweep: Sweep, notes: Sequence[str]) -> None:
     """Prints the trials, their steps and cost; a search has no values yet, so its trials have the cost of the base."""
+    from mice_jax.planning import cost  # It imports jax, which neither the sweep nor its workers need.
+
     console = Console(highlight=False, width=None if sys.stdout.isatty() else DRY_RUN_WIDTH)
     trials = fixed_params(sweep)
     table = Table("trial", *sweep.axes, "seed", "steps", "samples", "tokens", "FLOPs")

@@ -51,5 +51,6 @@ def test_every_command_is_a_module_with_a_main() -> None:
         assert "main" in functions, command.module
 
 
-def test_the_config_is_read_without_jax() -> None:
-    assert run_python("import sys, mice_jax.config\nprint('jax' in sys.modules)").strip() == "False"
+def test_the_config_is_read_and_a_sweep_is_run_without_jax() -> None:
+    """A sweep has three kinds of processes, and only its trials need jax, whose import takes seconds."""
+    assert run_python("import sys, mice_jax.config, mice_jax.sweep\nprint('jax' in sys.modules)").strip() == "False"

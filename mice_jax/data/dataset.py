@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from mice_jax.data import statistics
 from mice_jax.data.bad_records import BadRecordsError, merged
 from mice_jax.data.chat import ChatEncoder, SampleFlag
 from mice_jax.data.mixture import Corpus, PhasePools, Pool, SampleSources
+from mice_jax.data.source_names import source_name
 from mice_jax.data.store import ProgressCallback, TokenStore, build_store
 from mice_jax.errors import UserError
 from mice_jax.storage.cache import cache_folder
@@ -90,27 +90,6 @@ def build_dataset(
     report = pools.entries | _overlaps(corpus, phases, validation)
     fingerprint = hashlib.sha256(" ".join(s.fingerprint for s in stores.values()).encode()).hexdigest()
     return Dataset(corpus, phases, sources, validation, report, fingerprint)
-
-
-def source_names(data: config.Data) -> list[str]:
-    """The names of the sources that are trained on, each once, in their order."""
-    return list(dict.fromkeys(source_name(s) for phase in data.phases for s in phase.sources))
-
-
-def held_out_names(data: config.Data) -> list[str]:
-    """The names of the sources that are held out, each once."""
-    if data.validation_fraction:
-        return source_names(data)
-    held_out = [*data.validation, *(s for phase in data.phases for s in phase.validation)]
-    return list(dict.fromkeys(map(source_name, held_out)))
-
-
-def source_name(source: config.Source) -> str:
-    """The name of a source in reports and metrics: its own, or that of its file or, for a glob, of its folder."""
-    path = Path(source.path)
-    magic = set() if path.exists() else set("*?[")
-    named = [part for part in path.parts if not set(part) & magic] or [source.path]
-    return source.name or named[-1].split(".")[0]
 
 
 def _stores(

@@ -6,12 +6,12 @@ import itertools
 from typing import Any
 
 from mice_jax.config import Config, Range, Sweep, is_set, locate
-from mice_jax.data.dataset import held_out_names
+from mice_jax.data.source_names import held_out_names
 from mice_jax.errors import UserError
 from mice_jax.sweeps import live_bracket
 from mice_jax.sweeps.bracket_rule import BracketRule
 from mice_jax.training import stop_rules
-from mice_jax.training.held_out import MACRO
+from mice_jax.training.metric_names import MACRO
 
 AUTO = "auto"
 

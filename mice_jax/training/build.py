@@ -20,10 +20,11 @@ from mice_jax.config_checks import beta2_of_half_life
 from mice_jax.data import statistics
 from mice_jax.data.batch_size import check_default_batch_size
 from mice_jax.data.chat import ChatEncoder
-from mice_jax.data.dataset import Dataset, build_dataset, source_names
+from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import Shape, microbatch_shapes
+from mice_jax.data.source_names import source_names
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.hardware import find_chip

@@ -11,12 +11,9 @@ from mice_jax.data.dataset import HeldOut
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture, PhasePools, Pool
 from mice_jax.sharding import put_rows
+from mice_jax.training.metric_names import MACRO, MACRO_EXACT_MATCH
 
 T = TypeVar("T")
-
-# The means over sources, in which a small source counts as much as a large one.
-MACRO = "eval/macro_loss"
-MACRO_EXACT_MATCH = "eval/macro_exact_match"
 
 TOGETHER = 512  # The number of samples that are packed together.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from mice_jax import hardware
 from mice_jax.config import Config, nearest
-from mice_jax.data.dataset import source_names
+from mice_jax.data.source_names import source_names
 from mice_jax.errors import UserError
 from mice_jax.hardware import customary_train_flops, train_flops
 from mice_jax.models.spec import ModelSpec
