@@ -1,8 +1,7 @@
 """Fine-tune a 1B to 3B checkpoint on your own chats: the config to copy. docs/tutorial.md walks through it.
 
 What it tests: nothing yet. Replace this docstring with the question that your run answers and the result you expect.
-Data: data/chats.jsonl, one conversation per line. Model: a Hugging Face folder, for example from
-    hf download Qwen/Qwen2.5-1.5B --local-dir models/Qwen2.5-1.5B
+Data: data/chats.jsonl, one conversation per line. Model: one of the Hub, which the first run fetches, or a folder.
 Memory: 16 bytes per parameter for weights, moments and gradients (25 GB for 1.5B parameters), and activations.
 Check yours: mice plan --config=configs/sft.py --topology=h100:1
 Launch:      mice train --config=configs/sft.py --workdir=runs/sft
@@ -15,7 +14,7 @@ def get_config(arg: str = "") -> Config:
     c = Config()
 
     # The model. "chatml" is the template of Qwen and many others; "" takes the tokenizer's own, if it has one.
-    c.model.init_from = arg or "models/Qwen2.5-1.5B"
+    c.model.init_from = arg or "Qwen/Qwen2.5-1.5B"
     c.data.chat_template = "chatml"
 
     # The data. Samples longer than max_length are dropped and counted.
