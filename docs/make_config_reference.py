@@ -12,6 +12,7 @@ OUTPUT = ROOT / "docs" / "config_reference.md"
 PREFIXES = {
     "Config": "",
     "Model": "model.",
+    "Lora": "model.lora.",
     "Data": "data.",
     "Phase": "data.phases[i].",
     "Source": "data.phases[i].sources[j].",

@@ -58,6 +58,8 @@ def average(values: command.Values) -> None:
     made.write_json(AVERAGED, {"workdir": str(workdir), "steps": steps, "average": of})
     for name in ("config.json", "data_report.json", "summary.json"):
         if (content := run.read_json(name)) is not None:
+            if name == "config.json" and "lora" in content["model"]:
+                content["model"]["lora"]["rank"] = 0  # What is written is the mean of merged weights.
             made.write_json(name, content)
     checkpoints = Checkpoints(partial)
     params = mean_params(source, steps)

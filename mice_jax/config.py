@@ -105,6 +105,20 @@ class Phase(_Strict):
 
 
 @dataclass
+class Lora(_Strict):
+    """Low-rank adapters, which are trained in place of the model's own weights."""
+
+    rank: int = 0
+    """The rank of the adapters; 0 trains the model's own weights."""
+    alpha: float = 16.0
+    """The factor on what an adapter adds is alpha / rank."""
+    rslora: bool = False
+    """Make that factor alpha / sqrt(rank), so that a larger rank does not need a larger alpha."""
+    targets: list[str] = field(default_factory=list)
+    """The last parts of the names of the matrices with an adapter, such as `q_proj`; none means all of the layers."""
+
+
+@dataclass
 class Model(_Strict):
     """The model and how it computes."""
 
@@ -117,6 +131,8 @@ class Model(_Strict):
     """The attention backend, by name; auto chooses the best one that supports the run."""
     remat: str = "auto"
     """What the backward pass computes again to save memory: none, full or dots; auto chooses by the device's memory."""
+    lora: Lora = field(default_factory=Lora)
+    """Low-rank adapters, which are trained in place of the model's own weights."""
 
 
 @dataclass

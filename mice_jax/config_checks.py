@@ -39,6 +39,7 @@ BOUNDS = {
     "data.max_length": (2, math.inf),
     "data.num_workers": (0, math.inf),
     "data.prepare_workers": (0, math.inf),
+    "model.lora.rank": (0, math.inf),
     "optim.batch_size": (1, math.inf),
     "optim.learning_rate": (0, math.inf),
     "optim.warmup_steps": (0, math.inf),
@@ -192,7 +193,7 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
     for i, p in enumerate(c.published):
         if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
-    return problems + _half_life_problems(c) + _mesh_problems(c.mesh) + _phase_problems(c.data)
+    return problems + _lora_problems(c) + _half_life_problems(c) + _mesh_problems(c.mesh) + _phase_problems(c.data)
 
 
 def profiled_steps(text: str) -> range:
@@ -213,6 +214,23 @@ def beta2_of_half_life(half_life: float, batch_size: int) -> float:
       batch_size: samples of a step.
     """
     return 0.5 ** (batch_size / half_life)
+
+
+def _lora_problems(c: Any) -> list[str]:
+    lora, problems = c.model.lora, []
+    if not 0 < lora.alpha < math.inf:
+        problems.append(f"model.lora.alpha={lora.alpha} must be more than 0")
+    default = type(lora)()
+    unread = [k for k in ("alpha", "rslora", "targets") if getattr(lora, k) != getattr(default, k)]
+    if not lora.rank and unread:
+        named = ", ".join(f"model.lora.{k}={getattr(lora, k)}" for k in unread)
+        problems.append(f"model.lora.rank=0 trains no adapters, so nothing reads {named}: set a rank too")
+    if lora.rank and c.optim.frozen:
+        problems.append(
+            f"model.lora.rank={lora.rank} freezes all of the model's own weights, and optim.frozen={c.optim.frozen} "
+            "names some of them: choose the adapters by model.lora.targets, and leave optim.frozen empty"
+        )
+    return problems
 
 
 def _half_life_problems(c: Any) -> list[str]:

@@ -3,11 +3,13 @@
   mice export --workdir=runs/demo --output=demo_hf
   mice export --workdir=runs/demo --step=400 --dtype=bfloat16 --output=demo_hf_400
   mice export --workdir=runs/demo --average --output=demo_hf_average
+  mice export --workdir=runs/lora --adapter --output=demo_adapter
   mice export --workdir=runs/demo --output=demo_hf --push_to=ORG/NAME
 
 The dtype is that of the weights the run started from, unless --dtype=float32 or --dtype=bfloat16 is given. --average
-takes the average of the weights that a run with train.ema_half_life keeps, instead of the weights. --push_to uploads
-the folder to the Hugging Face Hub, with the token in HF_TOKEN; a new repository is private.
+takes the average of the weights that a run with train.ema_half_life keeps, instead of the weights. A run with
+model.lora is exported merged with its base or, with --adapter, as the adapter that PEFT loads. --push_to uploads the
+folder to the Hugging Face Hub, with the token in HF_TOKEN; a new repository is private.
 """
 
 from mice_jax.cli import command
@@ -24,13 +26,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.cli.flags import define_export
 from mice_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from mice_jax.errors import UserError
-from mice_jax.model_source import ModelSource, resolve_source, resolve_step, stop_ids
-from mice_jax.models import hf, untrained
+from mice_jax.model_source import (
+    AdapterRun,
+    ModelSource,
+    adapter_run,
+    load_adapters,
+    resolve_source,
+    resolve_step,
+    stop_ids,
+)
+from mice_jax.models import hf, peft_format, untrained
+from mice_jax.sharding import make_mesh
 from mice_jax.storage import hub, jsonl
 from mice_jax.storage.workdir import METRICS, Workdir
 from mice_jax.training import build
@@ -62,26 +74,59 @@ def export(values: command.Values) -> None:
         hub.check_upload(values.push_to)
     step = resolve_step(source, values.step)
     assert step is not None, "a run has steps"
-    model = build.load_for_inference(source, step=step)
+    adapters = adapter_run(source)
+    if values.adapter:
+        _check_adapter(source, adapters)
+        dtype = values.dtype or "float32"
     tokenizer = load_tokenizer(str(source.folder))
     # The export is written to a temporary folder and renamed once it is complete, so that no reader sees half of it.
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    count = hf.save_params(partial, model.params, model.decoder, source.config, dtype, source.folder)
-    untrained.copy_processor_files(source.folder, partial)
+    if values.adapter and adapters is not None:
+        count = _save_adapter(partial, source, adapters, step, dtype)
+    else:
+        model = build.load_for_inference(source, step=step)
+        count = hf.save_params(partial, model.params, model.decoder, source.config, dtype, source.folder)
+        untrained.copy_processor_files(source.folder, partial)
+        generation = _generation_config(source.config, tokenizer)
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     save_tokenizer(tokenizer, partial)
-    generation = _generation_config(source.config, tokenizer)
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     card = _model_card(source, step, dtype, output.resolve().name)
     (partial / README).write_text(card, encoding="utf-8")
     if output.exists():
         output.rmdir()
     partial.rename(output)
     print(f"exported {count:,} parameters in {dtype} to {output}")
-    print(f"weights: {_average(source, step) or f'those after step {step}'}")
+    part = "" if adapters is None else "the adapter alone, " if values.adapter else "merged with the adapter, "
+    print(f"weights: {part}{_average(source, step) or f'those after step {step}'}")
     if values.push_to is not None:
         print(f"uploaded to {hub.upload(output, values.push_to)}")
+
+
+def _check_adapter(source: ModelSource, adapters: AdapterRun | None) -> None:
+    """Raises UserError if a run has no adapter, or one that PEFT's format cannot hold."""
+    if adapters is None:
+        raise UserError(
+            f"--adapter: {source.workdir} trained the model's own weights (model.lora.rank=0), so it has no adapter. "
+            "Leave --adapter out to export the model."
+        )
+    peft_format.check_can_export(source.spec, source.architecture)
+
+
+def _save_adapter(folder: Path, source: ModelSource, run: AdapterRun, step: int, dtype: str) -> int:
+    """Writes the adapter of a run's checkpoint as PEFT loads it; returns its number of parameters."""
+    adapters = load_adapters(source, run.lora, make_mesh(1, -1, 1), step)
+    base = run.base.hosted.repo if run.base.hosted else run.base.folder.name
+    config = {
+        "r": run.lora.rank,
+        "lora_alpha": run.alpha,
+        "use_rslora": run.rslora,
+        "base_model_name_or_path": base,
+    }
+    return peft_format.write_adapter(
+        folder, jax.device_get(adapters), source.spec, source.architecture, config=config, dtype=dtype
+    )
 
 
 def _generation_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

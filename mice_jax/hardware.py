@@ -119,18 +119,25 @@ def attention_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
     return 4 * spec.num_heads * spec.head_dim * sum(float((w * n - w * w / 2).sum()) for w in seen)
 
 
-def train_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
+def train_flops(spec: ModelSpec, lengths: np.ndarray, *, frozen: bool = False) -> float:
     """Model FLOPs of forward and backward, which costs twice as much, over samples; recomputation is not counted.
 
     Args:
         spec: the model.
         lengths: tokens of each sample, int or float [samples].
+        frozen: whether only adapters are trained, so that the weights themselves have no gradients. The adapters' own
+            products, a few percent, are not counted.
 
     Returns:
         FLOPs of all samples together.
     """
     tokens = float(lengths.astype(np.float64).sum())
-    return 3 * (matmul_flops(spec) * tokens + attention_flops(spec, lengths))
+    return passes_with_weights(frozen) * matmul_flops(spec) * tokens + 3 * attention_flops(spec, lengths)
+
+
+def passes_with_weights(frozen: bool) -> int:
+    """Returns how often a step multiplies by each weight: forward, and backward for activations and for the weight."""
+    return 2 if frozen else 3
 
 
 def customary_train_flops(spec: ModelSpec, tokens: int, num_params: int, length: int) -> float:

@@ -21,7 +21,9 @@ from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import file_digests
 from mice_jax.errors import UserError
 from mice_jax.inference.generation_config import GenerationDefaults, read_generation_config, stop_ids_in
-from mice_jax.models import hf
+from mice_jax.models import hf, peft_format
+from mice_jax.models import lora as lora_trees
+from mice_jax.models.lora import LoRA, scale_of
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
 from mice_jax.runtime.devices import find_devices
@@ -201,6 +203,8 @@ def fingerprint(source: ModelSource, step: int | None) -> str:
     if source.workdir is not None:
         files["checkpoint"] = manifest.fingerprint(source.workdir / "checkpoints" / str(step))
         files |= {"item": AVERAGE} if source.averaged else {}
+        if (run := adapter_run(source)) is not None:
+            files["base"] = fingerprint(run.base, resolve_step(run.base, None))
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -301,12 +305,88 @@ def _stored_params(source: ModelSource, decoder: Decoder, shardings: Params, ste
     """Loads the weights of a Hugging Face folder or of a run's checkpoint, whose vocabulary is the decoder's."""
     if source.kind == "hf":
         return hf.load_params(source.folder, decoder, source.architecture, shardings)
+    if (run := adapter_run(source)) is not None:
+        return _merged_params(run, source, decoder, shardings, step)
+    return _restore(source, decoder.abstract, shardings, step)
+
+
+def _restore(source: ModelSource, shapes: Params, shardings: Params, step: int | None) -> Params:
+    """Restores the parameters of a run's checkpoint, or their average."""
     assert source.workdir is not None
     checkpoints = CheckpointReader(source.workdir)
-    abstract = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), decoder.abstract, shardings
-    )
+    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
     step = checkpoints.resolve_step(source.step if step is None else step)
     params = checkpoints.restore_params(step, abstract, AVERAGE if source.averaged else "params")
     checkpoints.close()
     return params
+
+
+# ---------------------------------------------------------------------------------------- runs that train adapters
+@dataclasses.dataclass(frozen=True)
+class AdapterRun:
+    """What a run that trains adapters says of them: its checkpoints hold adapters alone.
+
+    Attributes:
+      lora: The adapters.
+      base: The model whose weights the adapters are added to.
+      seed: The seed of the run, from which random base weights are drawn again.
+      alpha: alpha, as the config has it.
+      rslora: Whether the scale is alpha / sqrt(rank).
+    """
+
+    lora: LoRA
+    base: ModelSource
+    seed: int
+    alpha: float
+    rslora: bool
+
+
+def adapter_run(source: ModelSource) -> AdapterRun | None:
+    """Reads the adapters of a run from its config.json; returns None if the source has none.
+
+    Raises:
+      UserError: The base model, which the run's model.init_from names, is not there any more.
+    """
+    file = source.folder.parent / "config.json"
+    config = json.loads(file.read_text()) if source.kind == "run" and file.exists() else {}
+    made: dict[str, Any] = config.get("model", {}).get("lora", {})
+    if not made.get("rank"):
+        return None
+    init_from, hosted = config["model"]["init_from"], config.get("resolved", {}).get("hub", {})
+    try:
+        base = resolve_source(init_from, commit=hosted.get("model.init_from", {}).get("commit", ""))
+    except UserError as e:
+        raise UserError(
+            f"{source.workdir} holds adapters only, which are added to the weights of model.init_from={init_from!r} "
+            f"({file}): {e}"
+        ) from None
+    targets = peft_format.find_targets(source.spec, source.architecture, made["targets"])
+    scale = scale_of(made["rank"], made["alpha"], made["rslora"])
+    return AdapterRun(LoRA(made["rank"], scale, targets), base, config["seed"], made["alpha"], made["rslora"])
+
+
+def load_adapters(source: ModelSource, lora: LoRA, mesh: jax.sharding.Mesh, step: int | None = None) -> Params:
+    """Loads the adapters of a run's checkpoint.
+
+    Args:
+      source: The run.
+      lora: Its adapters.
+      mesh: The devices.
+      step: The checkpoint; None takes the one in the path, or else the newest.
+
+    Returns:
+      The adapters alone, float32.
+    """
+    decoder = make_decoder(source.spec, mesh.shape["tensor"], lora)
+    abstract, axes = decoder.split(decoder.abstract)[0], decoder.split(decoder.axes)[0]
+    return _restore(source, abstract, param_shardings(abstract, axes, mesh), step)
+
+
+def _merged_params(
+    run: AdapterRun, source: ModelSource, decoder: Decoder, shardings: Params, step: int | None
+) -> Params:
+    """Loads the base of a run that trains adapters and adds the adapters to it."""
+    adapters = load_adapters(source, run.lora, jax.tree.leaves(shardings)[0].mesh, step)
+    base = load_params(run.base, decoder, shardings, seed=run.seed)
+    merge = jax.jit(functools.partial(lora_trees.merge, run.lora), donate_argnums=1, out_shardings=shardings)
+    return merge(adapters, base)

@@ -34,6 +34,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
     "channels": "tensor",  # of recurrent mixers
     "head_dim": None,
+    "rank": None,  # of low-rank adapters
     "hidden": None,  # d_model of activations; that of parameters is `embed`
 }
 

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mice_jax.loss import SourceSums, cross_entropy_sums, tokens_per_chunk
+from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.sharding import BATCH_AXES, gradient_sum, param_shardings
 
@@ -80,6 +81,8 @@ class StepFunctions(NamedTuple):
     evaluate: Jitted  # of the samples that could be one
     abstract_state: TrainState  # like abstract_sums, it has jax.ShapeDtypeStruct with a sharding in place of each array
     abstract_sums: Sums
+    abstract_base: Params | None  # the frozen parameters that adapters are added to; None if all are trained
+    abstract_params: Params  # what `accumulate` and `evaluate` take: those of the state, joined with the base
 
 
 def batch_loss(
@@ -158,6 +161,7 @@ def make_step(
       The jitted functions; nothing is compiled before the first call.
     """
     abstract_state = make_abstract_state(decoder, optimizer, mesh, averages)
+    abstract_base = make_abstract_base(decoder, mesh, compute.dtype)
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     num_sources = max(len(sources), 1)
@@ -176,7 +180,7 @@ def make_step(
     sums_shardings = jax.tree.map(lambda a: a.sharding, abstract_sums)
 
     def init(key: jax.Array) -> TrainState:
-        return from_params(decoder.init(key))
+        return from_params(decoder.split(decoder.init(key))[0])
 
     def from_params(params: Params) -> TrainState:
         # The copy is an array of its own, since `apply` donates both.
@@ -202,7 +206,10 @@ def make_step(
         return batch_loss(decoder, params, batch, compute, num_sources=num_sources)
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
-        (loss_sum, (weight_sum, source_sums)), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        # Adapters alone have gradients where there are some: the base is a constant of the differentiation.
+        own, base = decoder.split(params)
+        differentiate = jax.value_and_grad(lambda own: loss(decoder.join(own, base), batch), has_aux=True)
+        (loss_sum, (weight_sum, source_sums)), grads = differentiate(own)
         grad_sq = optax.tree.norm(_zero_frozen(grads, trained), squared=True)
         microbatch = Sums(grads, loss_sum, weight_sum, grad_sq, weight_sum**2, source_sums)
         return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
@@ -231,6 +238,8 @@ def make_step(
         evaluate=Jitted(evaluate, mesh, out_shardings=replicated, compiler_options=compiler_options),
         abstract_state=abstract_state,
         abstract_sums=abstract_sums,
+        abstract_base=abstract_base,
+        abstract_params=decoder.join(abstract_state.params, abstract_base),
     )
 
 
@@ -374,15 +383,42 @@ def make_abstract_state(
 
     Returns:
       A TrainState of jax.ShapeDtypeStruct. Parameters and moments are sharded by `sharding.RULES`, the rest replicated.
+      The parameters are adapters alone if the model has some.
     """
+    params, axes = decoder.split(decoder.abstract)[0], decoder.split(decoder.axes)[0]
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    opt_state = jax.eval_shape(optimizer.init, decoder.abstract)
-    state = TrainState(step, decoder.abstract, opt_state, decoder.abstract if averages else None)
-    params_shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-    opt_state_shardings = _opt_state_shardings(opt_state, decoder.abstract, params_shardings, replicated)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    state = TrainState(step, params, opt_state, params if averages else None)
+    params_shardings = param_shardings(params, axes, mesh)
+    opt_state_shardings = _opt_state_shardings(opt_state, params, params_shardings, replicated)
     shardings = TrainState(replicated, params_shardings, opt_state_shardings, params_shardings if averages else None)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+
+
+def make_abstract_base(decoder: Decoder, mesh: Mesh | AbstractMesh, dtype: Any) -> Params | None:
+    """Returns the shapes, dtypes and shardings of the frozen parameters that adapters are added to.
+
+    They are held in the compute dtype, in which every product uses them anyway, so this changes no number. The scales
+    of norms, and others that are applied in float32, stay in it.
+
+    Args:
+      decoder: the model.
+      mesh: the devices, which need not be present.
+      dtype: the compute dtype.
+
+    Returns:
+      A tree of jax.ShapeDtypeStruct; None if the model has no adapters.
+    """
+    if decoder.lora is None:
+        return None
+    base = decoder.base
+
+    def held(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        own: Any = leaf.dtype if path[-1].key in FLOAT32_PARAMS else dtype
+        return jax.ShapeDtypeStruct(leaf.shape, own, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(held, base.abstract, param_shardings(base.abstract, base.axes, mesh))
 
 
 def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: NamedSharding) -> Any:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     command.before_imports("train")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
+import functools
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -98,6 +99,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             check_weights(source)
         recorded = run_files.recorded_choices(workdir, mesh)
         attention = build.attention_on_mesh(config, spec, mesh, recorded)
+        build.run_decoder(config, spec, source.architecture, tensor=1)  # Checks the targets of adapters.
         encoder = build.encoder(config, inputs.tokenizer, run_files.first_day(workdir))
         benchmarks = RunBenchmarks(config.eval, inputs.tokenizer, spec)
         if is_main:
@@ -154,7 +156,9 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         warm_start_ranges=phases.warm_start_ranges(data.spans),
         check_ownership=run.check_lock,
     )
-    start, state, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
+    start, state, base, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
+    # With adapters, these alone are in the state; without, `whole` returns what it is given.
+    whole = functools.partial(model.decoder.join, base=base)
 
     # ---- Initial files of the workdir ---------------------------------------------------------------------------
     # They are written before the first step, so that a killed run can be resumed, exported and understood.
@@ -211,11 +215,19 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         selects=uses_best,
         selects_by_benchmark=uses_best and config.checkpoint.best_metric in benchmarks.metric_names(),
     )
-    throughput = Throughput(spec, hardware.peak_flops_of_all_devices(), model.num_params, config.data.max_length)
+    throughput = Throughput(
+        spec,
+        hardware.peak_flops_of_all_devices(),
+        model.num_params,
+        config.data.max_length,
+        frozen=base is not None,
+    )
 
     # What the model knows before the first step is a line of its own: the gain of the run is measured from there. Where
     # that is not finite, the first step ends the run and says so.
-    if start == 0 and (before := evaluator(state.params, HELD_OUT_ALONE, state.average).metrics) and all_finite(before):
+    averaged = state.average and whole(state.average)
+    before = evaluator(whole(state.params), HELD_OUT_ALONE, averaged).metrics if start == 0 else {}
+    if before and all_finite(before):
         run.log({"step": 0, "samples": 0} | before)
 
     timer = LapTimer()
@@ -233,7 +245,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         batch = next_batch
         assert batch is not None, "the loader has every step"
         for microbatch in batch["microbatches"]:
-            sums = fns.accumulate(state.params, sums, microbatch)
+            sums = fns.accumulate(whole(state.params), sums, microbatch)
         threshold = run.progress.spike_threshold(config.train.skip_spikes)
         samples = batch["samples"]
         average_weight = averaging.newest_weight(config.train.ema_half_life, samples, run.progress.samples + samples)
@@ -258,7 +270,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             skips_spikes=bool(config.train.skip_spikes),
         )  # fmt: skip
         due = cadence.due(step, previous.samples, run.progress.samples)
-        evaluation = evaluator(state.params, due, state.average)
+        averaged = state.average and whole(state.average)
+        evaluation = evaluator(whole(state.params), due, averaged)
         record |= evaluation.metrics
         run.log(record)
         workdir.sync(after_s=SYNC_EVERY_S)

@@ -162,6 +162,8 @@ def define_export(values: Values, argv: list[str]) -> None:
     flags.DEFINE_string("dtype", None, "float32 or bfloat16; default as in init_from", flag_values=values)
     average = "export the average of the weights that train.ema_half_life kept, not the weights"
     flags.DEFINE_bool("average", False, average, flag_values=values)
+    adapter = "write the adapter of a run with model.lora as PEFT loads it, not the merged model"
+    flags.DEFINE_bool("adapter", False, adapter, flag_values=values)
     flags.DEFINE_string("push_to", None, "repository of the Hub to upload to, ORG/NAME", flag_values=values)
 
 

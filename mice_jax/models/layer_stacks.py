@@ -16,6 +16,8 @@ from flax import nnx
 from mice_jax.models.attention.segments import SAVED_NAME
 from mice_jax.models.layer_groups import Group, Run, find_groups
 from mice_jax.models.layers import ApplyMixer, Block, make_mixer, mixer_name
+from mice_jax.models.lora import LoRA
+from mice_jax.models.parameters import Adapted
 from mice_jax.models.spec import Mixer, ModelSpec
 
 # B rows, T slots, D d_model, L layers
@@ -56,8 +58,24 @@ class _Rows(NamedTuple):
     properties: LayerProperties
 
 
-def stack_layers(spec: ModelSpec, rngs: nnx.Rngs) -> Block:
-    """Makes the layers of a model as one block of stacked parameters, in which each mixer has a stack of its own."""
+def stack_layers(spec: ModelSpec, rngs: nnx.Rngs, lora: LoRA | None = None) -> Block:
+    """Makes the layers of a model as one block of stacked parameters, in which each mixer has a stack of its own.
+
+    Args:
+      spec: the model.
+      rngs: the source of random parameters.
+      lora: the adapters of the layers' weights, if any.
+    """
+    layers = _stacks(spec, rngs)
+    if lora is not None:
+        for target in lora.targets:
+            part, name = target.split(".")
+            module = getattr(layers, part)
+            setattr(module, name, Adapted(getattr(module, name), lora, rngs))
+    return layers
+
+
+def _stacks(spec: ModelSpec, rngs: nnx.Rngs) -> Block:
     kinds = list(dict.fromkeys(spec.mixers))
     assert len({mixer_name(kind) for kind in kinds}) == len(kinds), f"several forms of one mixer: {kinds}"
 

@@ -6,12 +6,14 @@ to the compute dtype where they are used. The dims of a weight are its outputs, 
 norms are always summed in float32, in which norms compute, as are those of all `FLOAT32_PARAMS`.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mice_jax.models.lora import LoRA
 from mice_jax.models.matmul import add_bias, matmul
 from mice_jax.models.spec import ModelSpec
 
@@ -37,8 +39,30 @@ def axes_of(parameter: nnx.Param) -> tuple[str | None, ...]:
     return tuple(parameter.out_sharding)[-parameter[...].ndim :]
 
 
-def product(x: jax.Array, parameter: nnx.Param, reduce_dtype: Any, in_dims: int = 1) -> jax.Array:
-    """Multiplies activations by a parameter, as `matmul` does."""
+class Adapted(nnx.Module):
+    """Stacked weights W with low-rank adapters, in the place of the weights: the product is W x + scale * B (A x).
+
+    A is drawn as PEFT draws it, uniformly within 1 / sqrt(inputs). B is zero, so that the model is that of W at first.
+    """
+
+    def __init__(self, weight: nnx.Param, lora: LoRA, rngs: nnx.Rngs):
+        layers, *shape = weight[...].shape
+        stack, *axes = weight.out_sharding
+        num_in = 2 if axes[-1] == "head_dim" else 1  # heads and their dims are inputs together
+        bound = 1 / math.sqrt(math.prod(shape[-num_in:]))
+        a = jax.random.uniform(rngs.params(), (layers, lora.rank, *shape[-num_in:]), jnp.float32, -bound, bound)
+        b = jnp.zeros((layers, *shape[:-num_in], lora.rank), jnp.float32)
+        self.weight, self.scale = weight, lora.scale
+        self.a = nnx.Param(a, out_sharding=(stack, "rank", *axes[-num_in:]), eager_sharding=False)
+        self.b = nnx.Param(b, out_sharding=(stack, *axes[:-num_in], "rank"), eager_sharding=False)
+
+
+def product(x: jax.Array, parameter: nnx.Param | Adapted, reduce_dtype: Any, in_dims: int = 1) -> jax.Array:
+    """Multiplies activations by a parameter, as `matmul` does, and adds what its adapter gives if it has one."""
+    if isinstance(parameter, Adapted):
+        low = product(x, parameter.a, reduce_dtype, in_dims)
+        low *= jnp.asarray(parameter.scale, low.dtype)
+        return product(x, parameter.weight, reduce_dtype, in_dims) + product(low, parameter.b, reduce_dtype)
     return matmul(x, parameter[...], in_dims, axes=axes_of(parameter), reduce_dtype=reduce_dtype)
 
 

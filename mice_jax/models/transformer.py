@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mice_jax.models import lora as lora_trees
 from mice_jax.models import rope
 from mice_jax.models.attention import attend
 from mice_jax.models.attention.reference import masked
@@ -35,6 +36,7 @@ from mice_jax.models.layers import (
     Head,
     scaled,
 )
+from mice_jax.models.lora import LoRA
 from mice_jax.models.matmul import matmul
 from mice_jax.models.mixers import MIXERS
 from mice_jax.models.parameters import RMSNorm
@@ -70,11 +72,12 @@ class Transformer(nnx.Module):
       spec: what is computed.
       vocab_rows: the vocabulary size, padded so that the mesh divides it; the padding is never predicted.
       rngs: the source of random parameters.
+      lora: the adapters of the layers' weights, if any.
     """
 
-    def __init__(self, spec: ModelSpec, vocab_rows: int, rngs: nnx.Rngs):
+    def __init__(self, spec: ModelSpec, vocab_rows: int, rngs: nnx.Rngs, lora: LoRA | None = None):
         self.embed = Embed(vocab_rows, spec, rngs)
-        self.layers = stack_layers(spec, rngs)
+        self.layers = stack_layers(spec, rngs, lora)
         self.final_norm = RMSNorm((spec.d_model,), ("embed",), spec, rngs)
         if not spec.tie_embeddings:
             self.head = Head(vocab_rows, spec, rngs)
@@ -296,12 +299,27 @@ class Decoder:
     vocab_rows: int  # the vocabulary size with padding
     abstract: Params  # leaves are jax.ShapeDtypeStruct
     axes: Params  # leaves are tuples of logical axes
+    lora: LoRA | None  # the adapters, which alone are trained
+    _base: "Decoder | None"
     _graph: Any
     _state: Any
 
+    @property
+    def base(self) -> "Decoder":
+        """The same model without adapters."""
+        return self._base or self
+
+    def split(self, params: Params) -> tuple[Params, Params | None]:
+        """Splits parameters into those that are trained and, if these are adapters, the base; copies nothing."""
+        return (params, None) if self.lora is None else lora_trees.split(params)
+
+    def join(self, trained: Params, base: Params | None) -> Params:
+        """Returns the parameters that `split` splits into these parts; copies nothing."""
+        return trained if base is None else lora_trees.join(trained, base)
+
     def init(self, key: jax.Array) -> Params:
         """Draws random parameters, the same on every mesh; the padding of the vocabulary is zero."""
-        module = Transformer(self.spec, self.spec.vocab_size, nnx.Rngs(key))
+        module = Transformer(self.spec, self.spec.vocab_size, nnx.Rngs(key), self.lora)
         params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
         def pad(x: jax.Array, padded: jax.ShapeDtypeStruct) -> jax.Array:
@@ -366,14 +384,15 @@ VOCAB_MULTIPLE = 128
 
 
 @functools.cache
-def make_decoder(spec: ModelSpec, tensor: int = 1) -> Decoder:
+def make_decoder(spec: ModelSpec, tensor: int = 1, lora: LoRA | None = None) -> Decoder:
     """Returns the decoder of a spec, with a vocabulary padded so that a tensor axis of size `tensor` divides it."""
     multiple = math.lcm(VOCAB_MULTIPLE, tensor)
     rows = -(-spec.vocab_size // multiple) * multiple
-    module = nnx.eval_shape(lambda: Transformer(spec, rows, nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: Transformer(spec, rows, nnx.Rngs(0), lora))
     graph, state = nnx.split(module, nnx.Param)
     axes = nnx.to_pure_dict(nnx.get_partition_spec(state))
-    return Decoder(spec, rows, nnx.to_pure_dict(state), jax.tree.map(tuple, axes), graph, state)
+    base = None if lora is None else make_decoder(spec, tensor)
+    return Decoder(spec, rows, nnx.to_pure_dict(state), jax.tree.map(tuple, axes), lora, base, graph, state)
 
 
 def _scaled_queries(q: jax.Array, factors: jax.Array | None) -> jax.Array:

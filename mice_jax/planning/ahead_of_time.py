@@ -200,12 +200,13 @@ def compile_memory(
         The memory of each function, in the order of `names`.
     """
     state, sums, batch = fns.abstract_state, fns.abstract_sums, abstract_batch(mesh, rows, slots)
+    params, base = fns.abstract_params, fns.abstract_base
     functions = {
-        "accumulate": (fns.accumulate, (state.params, sums, batch), (state.step, state.opt_state, state.average)),
-        "apply": (fns.apply, (state, sums, float("inf"), None if state.average is None else 0.0), ()),
-        "evaluate": (fns.evaluate, (state.params, batch), (state.step, state.opt_state, state.average, sums)),
-        "zero_sums": (fns.zero_sums, (), state),
-        "start": (fns.from_params, (state.params,), sums),
+        "accumulate": (fns.accumulate, (params, sums, batch), (state.step, state.opt_state, state.average)),
+        "apply": (fns.apply, (state, sums, float("inf"), None if state.average is None else 0.0), base),
+        "evaluate": (fns.evaluate, (params, batch), (state.step, state.opt_state, state.average, sums)),
+        "zero_sums": (fns.zero_sums, (), (state, base)),
+        "start": (fns.from_params, (state.params,), (sums, base)),
     }
 
     on_gpu = assume_compute_capability(chip.capability) if chip.capability else contextlib.nullcontext()

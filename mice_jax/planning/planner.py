@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from mice_jax.config import Config, holds_data_out
 from mice_jax.models.spec import ModelSpec
-from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.models.transformer import Compute
 from mice_jax.planning import ahead_of_time, step_time
 from mice_jax.planning.ahead_of_time import CompiledMemory, Topology
 from mice_jax.sharding import abstract_mesh, make_mesh, mesh_sizes
@@ -98,7 +98,7 @@ class RunPlan:
         self.layout = Layout(sizes, remat, rows)
 
     def _memory_inputs(self, sizes: tuple[int, ...]) -> memory_model.MemoryInputs:
-        decoder = make_decoder(self.spec, sizes[2])
+        decoder = build.run_decoder(self.config, self.spec, self._architecture, sizes[2])
         mesh = abstract_mesh(sizes)
         return build.memory_inputs(self.config, decoder, self._architecture, mesh, self.dtype, self.attention)
 
@@ -128,7 +128,7 @@ class RunPlan:
         schedule = build.schedule(c, spans, c.optim.max_steps or len(spans))
         reduce_dtype = jnp.dtype(c.optim.reduce_dtype)
         compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat, reduce_dtype)
-        decoder = make_decoder(self.spec, layout.sizes[2])
+        decoder = build.run_decoder(c, self.spec, self._architecture, layout.sizes[2])
         return build.step_functions(c, decoder, self._architecture, mesh, compute, schedule), mesh
 
     def compile(self, layout: Layout, only: Sequence[str] = ()) -> list[CompiledMemory]:

@@ -11,7 +11,15 @@ import math
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from mice_jax.hardware import GPUS_PER_HOST, NETWORK_RATE, Chip, attention_flops, matmul_flops, train_flops
+from mice_jax.hardware import (
+    GPUS_PER_HOST,
+    NETWORK_RATE,
+    Chip,
+    attention_flops,
+    matmul_flops,
+    passes_with_weights,
+    train_flops,
+)
 from mice_jax.models.attention import BACKENDS
 from mice_jax.sharding import num_shards
 from mice_jax.training import memory_model
@@ -69,18 +77,20 @@ def estimate_step_time(
     device_rows = max(tokens / ROW_FILL / num_shards(inputs.mesh) / inputs.max_length, MIN_ROWS)
     microbatches = math.ceil(device_rows / rows)
     slots = device_rows * inputs.max_length
-    weights = memory_model.bytes_per_device(inputs.state.params) / 4  # parameters of one device
+    trained = memory_model.bytes_per_device(inputs.state.params) / 4  # trained parameters of one device
+    weights = trained + memory_model.bytes_per_device(inputs.base) / inputs.dtype.itemsize  # and all of them
 
     compute_s = _device_flops(inputs, remat, slots, mean_length) / (MATMUL_EFFICIENCY * chip.peak_flops)
     network_s = sum(
         count / (LINK_EFFICIENCY * _link_rate(chip, inputs.mesh, axis))
-        for axis, count in _sent_bytes(inputs, slots, microbatches, weights).items()
+        for axis, count in _sent_bytes(inputs, slots, microbatches, weights, trained).items()
     )
-    update_s = weights * UPDATE_BYTES_PER_PARAM / (MEMORY_EFFICIENCY * chip.memory_rate)
+    update_s = trained * UPDATE_BYTES_PER_PARAM / (MEMORY_EFFICIENCY * chip.memory_rate)
     overlapped = network_s * (assumed_overlap(chip) if overlap is None else overlap)
     exposed_s = network_s - overlapped + max(0.0, overlapped - compute_s)
     seconds = compute_s + exposed_s + update_s
-    model_flops = train_flops(inputs.decoder.spec, np.array([mean_length])) * samples
+    frozen = inputs.base is not None
+    model_flops = train_flops(inputs.decoder.spec, np.array([mean_length]), frozen=frozen) * samples
     mfu = model_flops / (seconds * inputs.mesh.size * chip.peak_flops)
     return StepTime(seconds, compute_s, network_s, exposed_s, update_s, microbatches, tokens, mfu)
 
@@ -97,27 +107,30 @@ def _device_flops(inputs: memory_model.MemoryInputs, remat: str, slots: float, m
     spec = inputs.decoder.spec
     whole_rows = inputs.attention in ("splash", "reference")  # these backends compute scores over whole rows
     length = inputs.max_length if whole_rows else mean_length
-    matmul = 3 * matmul_flops(spec) * slots
+    forward = matmul_flops(spec) * slots
+    matmul = passes_with_weights(inputs.base is not None) * forward
     attention = 3 * attention_flops(spec, np.array([length])) / length * slots
     recomputed = 0.0
     if remat == "full":
-        recomputed = (matmul + attention) / 3
+        recomputed = forward + attention / 3
     elif remat == "dots" and not BACKENDS[inputs.attention].saved_by_dots:
         recomputed = attention / 3
     return (matmul + attention + recomputed) / inputs.mesh.shape["tensor"]
 
 
-def _sent_bytes(inputs: memory_model.MemoryInputs, slots: float, microbatches: int, weights: float) -> dict[str, float]:
+def _sent_bytes(
+    inputs: memory_model.MemoryInputs, slots: float, microbatches: int, weights: float, trained: float
+) -> dict[str, float]:
     """Returns the bytes that one device sends along each axis of the mesh in a step.
 
-    Along fsdp, each microbatch all-gathers the weights twice and reduce-scatters their gradients. Along data, the
-    gradients are all-reduced. Along tensor, the activations are all-reduced.
+    Along fsdp, each microbatch all-gathers the weights twice and reduce-scatters the gradients of those that are
+    trained. Along data, the gradients are all-reduced. Along tensor, the activations are all-reduced.
     """
     spec, mesh, itemsize = inputs.decoder.spec, inputs.mesh, inputs.dtype.itemsize
     gradient = inputs.reduce_dtype.itemsize
     return {
-        "fsdp": microbatches * weights * (mesh.shape["fsdp"] - 1) * (2 * itemsize + gradient),
-        "data": microbatches * weights * gradient * 2 * (1 - 1 / mesh.shape["data"]),
+        "fsdp": microbatches * (mesh.shape["fsdp"] - 1) * (2 * itemsize * weights + gradient * trained),
+        "data": microbatches * trained * gradient * 2 * (1 - 1 / mesh.shape["data"]),
         "tensor": 8 * spec.num_layers * slots * spec.d_model * itemsize * (1 - 1 / mesh.shape["tensor"]),
     }
 

@@ -30,14 +30,15 @@ from mice_jax.errors import UserError
 from mice_jax.hardware import find_chip
 from mice_jax.inference.sampler import cast_params
 from mice_jax.model_source import ModelSource, load_params, resolve_source, with_vocabulary
-from mice_jax.models import hf
+from mice_jax.models import hf, peft_format
 from mice_jax.models.attention import AttentionRequirements, choose_backend
+from mice_jax.models.lora import LoRA, scale_of
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.optim import Schedule, make_optimizer, make_phase_schedule
 from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
-from mice_jax.step import StepFunctions, make_abstract_state, make_step
+from mice_jax.step import StepFunctions, make_abstract_base, make_abstract_state, make_step
 from mice_jax.storage import hub
 from mice_jax.training import held_out, memory_model
 from mice_jax.training.phases import PhaseSpan, phase_spans
@@ -267,7 +268,7 @@ def model(
       The model.
     """
     platform = mesh.devices.flat[0].platform
-    decoder = make_decoder(spec, mesh.shape["tensor"])
+    decoder = run_decoder(config, spec, source.architecture, mesh.shape["tensor"])
     dtype = compute_dtype(config, platform)
     needs = memory_inputs(config, decoder, source.architecture, mesh, dtype, attention)
     memory = memory_model.device_memory_bytes(
@@ -278,6 +279,25 @@ def model(
     )
     compute = Compute(jnp.dtype(dtype), attention, remat, jnp.dtype(config.optim.reduce_dtype))
     return Model(decoder, compute, microbatch_shapes(config.data.max_length, rows), needs, memory)
+
+
+def run_decoder(config: Config, spec: ModelSpec, architecture: str, tensor: int) -> Decoder:
+    """Returns the decoder of a run, with the adapters that its config asks for.
+
+    Args:
+      config: The run's config.
+      spec: The run's model, with the vocabulary of its tokenizer.
+      architecture: The name of transformers' class, by whose module names `model.lora.targets` is matched.
+      tensor: The size of the mesh's tensor axis.
+
+    Raises:
+      UserError: A target matches no matrix.
+    """
+    made = config.model.lora
+    if not made.rank:
+        return make_decoder(spec, tensor)
+    targets = peft_format.find_targets(spec, architecture, made.targets)
+    return make_decoder(spec, tensor, LoRA(made.rank, scale_of(made.rank, made.alpha, made.rslora), targets))
 
 
 def compute_dtype(config: Config, platform: str) -> str:
@@ -363,7 +383,7 @@ def optimizer(config: Config, decoder: Decoder, architecture: str) -> tuple[opta
         eps=o.eps,
         weight_decay=o.weight_decay,
         moments_dtype=o.moments_dtype,
-        axes=decoder.axes,
+        axes=decoder.split(decoder.axes)[0],
         trained=trained,
     )
     return made, trained
@@ -393,6 +413,7 @@ def memory_inputs(
         jnp.dtype(config.optim.accumulate_dtype),
         jnp.dtype(config.optim.reduce_dtype),
         config.data.max_length,
+        make_abstract_base(decoder, mesh, jnp.dtype(dtype)),
     )
 
 

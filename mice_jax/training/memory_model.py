@@ -22,7 +22,7 @@ from mice_jax.models.attention import BACKENDS
 from mice_jax.models.mixers import MIXERS
 from mice_jax.models.mixers.costs import MixerWidths
 from mice_jax.models.spec import Mixer
-from mice_jax.models.transformer import Decoder
+from mice_jax.models.transformer import Decoder, Params
 from mice_jax.step import TrainState
 
 # The remat policies, from the fastest to the one that needs the least memory.
@@ -50,6 +50,7 @@ class MemoryInputs:
       sums_dtype: The dtype of the accumulated gradients.
       reduce_dtype: The dtype in which gradients are summed over devices.
       max_length: The number of slots of a row.
+      base: The shapes and shardings of the frozen parameters that adapters are added to; None if all are trained.
     """
 
     decoder: Decoder
@@ -60,6 +61,7 @@ class MemoryInputs:
     sums_dtype: Any
     reduce_dtype: Any
     max_length: int
+    base: Params | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,8 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
     Returns:
         The estimate, in bytes of one device.
     """
-    params, itemsize = bytes_per_device(inputs.state.params), inputs.dtype.itemsize
+    # A base is held in the compute dtype, has no gradients and is used as it is; adapters are what is trained.
+    trained, itemsize = bytes_per_device(inputs.state.params), inputs.dtype.itemsize
     mixers, slots = inputs.decoder.spec.mixers, rows * inputs.max_length
 
     def attention_bytes(kind: Mixer | None) -> int:
@@ -123,12 +126,12 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
         return entries * itemsize + attention_bytes(kind)
 
     return MemoryEstimate(
-        params=params,
+        params=trained + bytes_per_device(inputs.base),
         optimizer=bytes_per_device(inputs.state.opt_state),
         average=bytes_per_device(inputs.state.average),
-        sums=params * inputs.sums_dtype.itemsize // 4,
-        gradients=params,
-        cast=params * itemsize // 4 if itemsize < 4 else 0,
+        sums=trained * inputs.sums_dtype.itemsize // 4,
+        gradients=trained,
+        cast=trained * itemsize // 4 if itemsize < 4 else 0,
         activations=sum(saved_by_layer(kind) for kind in mixers),
         working=max(_lm_head_bytes(inputs, rows), *map(working_bytes, set(mixers))),
     )
@@ -277,4 +280,5 @@ def _lm_head_bytes(inputs: MemoryInputs, rows: int) -> int:
     """Returns the bytes of the gathered output projection, its float32 gradient and three arrays of chunk logits."""
     vocab = inputs.decoder.vocab_rows // inputs.mesh.shape["tensor"]
     tokens = max(rows, tokens_per_chunk(inputs.decoder.vocab_rows))
-    return vocab * (inputs.decoder.spec.d_model * (inputs.dtype.itemsize + 4) + 3 * 4 * tokens)
+    gradient = 4 if inputs.base is None else 0
+    return vocab * (inputs.decoder.spec.d_model * (inputs.dtype.itemsize + gradient) + 3 * 4 * tokens)

@@ -167,6 +167,7 @@ def _recipe(config: Json, report: Json, step: int, dtype: str, average: str) -> 
         "loss": _unless_none(get("optim.loss_reduction"), "mean over each {}"),
         "trained on": get("data.train_on"),
         "longest sample": _unless_none(get("data.max_length"), "{:,} tokens"),
+        "adapters": _adapters(get("model.lora") or {}),
         "frozen": ", ".join(get("optim.frozen") or []) or None,
         "computed in": get("resolved.compute_dtype"),
         "seed": get("seed"),
@@ -176,6 +177,15 @@ def _recipe(config: Json, report: Json, step: int, dtype: str, average: str) -> 
     }
     text = _table(("setting", "value"), [(name, str(value)) for name, value in rows.items() if value is not None])
     return f"{text}\n\n{_phases(get('data.phases') or [])}".rstrip()
+
+
+def _adapters(lora: Json) -> str | None:
+    """Returns a description of the adapters that were trained; None if the model's own weights were."""
+    if not lora.get("rank"):
+        return None
+    scale = "sqrt(rank)" if lora["rslora"] else "rank"
+    on = ", ".join(lora["targets"]) or "all matrices of the layers"
+    return f"rank {lora['rank']}, alpha {lora['alpha']:g} / {scale}, on {on}"
 
 
 def _phases(phases: Sequence[Json]) -> str:

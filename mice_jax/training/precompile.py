@@ -111,14 +111,14 @@ def compile_step_functions(
     state, sums = fns.abstract_state, fns.abstract_sums
     for number, shape in enumerate(trained, 1):
         announce(f"compiling shape {number} of {len(trained)}: {shape.rows} x {shape.slots} tokens a device")
-        fns.accumulate.compile(state.params, sums, abstract_batch(mesh, shape.rows, shape.slots))
+        fns.accumulate.compile(fns.abstract_params, sums, abstract_batch(mesh, shape.rows, shape.slots))
     announce("compiling the update")
     fns.apply.compile(state, sums, 0.0, None if state.average is None else 0.0)
     if resets:
         fns.from_params.compile(state.params)
     for shape in evaluated:
         announce(f"compiling the held-out loss: {shape.rows} x {shape.slots} tokens a device")
-        fns.evaluate.compile(state.params, abstract_batch(mesh, shape.rows, shape.slots))
+        fns.evaluate.compile(fns.abstract_params, abstract_batch(mesh, shape.rows, shape.slots))
     return time.perf_counter() - began
 
 

@@ -32,12 +32,14 @@ class Throughput(NamedTuple):
       peak_flops: The peak FLOP/s of all devices together; None if it is not known.
       num_params: The number of the model's parameters.
       max_length: The number of slots of a row.
+      frozen: Whether only adapters are trained.
     """
 
     spec: ModelSpec
     peak_flops: float | None
     num_params: int
     max_length: int
+    frozen: bool = False
 
     def utilisation(self, flops: float, seconds: float) -> float | None:
         """Returns FLOPs in some seconds as a share of the peak; None if that is not known or too low to be right."""
@@ -81,7 +83,8 @@ def make_record(
     record["slot_efficiency"] = batch["tokens"] / batch["slots"]
     record["tokens_per_s"] = batch["tokens"] / seconds
     customary = customary_train_flops(throughput.spec, batch["tokens"], throughput.num_params, throughput.max_length)
-    record["mfu"] = throughput.utilisation(train_flops(throughput.spec, batch["lengths"]), seconds)
+    flops = train_flops(throughput.spec, batch["lengths"], frozen=throughput.frozen)
+    record["mfu"] = throughput.utilisation(flops, seconds)
     record["mfu_6p"] = throughput.utilisation(customary, seconds)
     record["step_time_s"] = seconds
     if (peak := hardware.peak_memory_bytes()) is not None:

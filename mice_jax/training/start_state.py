@@ -8,7 +8,7 @@ import jax
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.errors import UserError
 from mice_jax.model_source import ModelSource, load_params
-from mice_jax.models.transformer import Decoder
+from mice_jax.models.transformer import Decoder, Params
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.training.phases import PhaseSpan
 from mice_jax.training.progress import Progress
@@ -21,7 +21,7 @@ def restore_or_start(
     fns: StepFunctions,
     seed: int,
     log: Callable[[str], None],
-) -> tuple[int, TrainState, Progress]:
+) -> tuple[int, TrainState, Params | None, Progress]:
     """Restores the newest intact checkpoint of the run, or starts from what `model.init_from` names.
 
     Args:
@@ -33,7 +33,8 @@ def restore_or_start(
       log: Called with a sentence about each damaged checkpoint.
 
     Returns:
-      The number of steps done, the state after them, and the counters.
+      The number of steps done, the state after them, the frozen parameters that adapters are added to (None if all are
+      trained), and the counters. Checkpoints hold no frozen parameters, which are loaded each time.
 
     Raises:
       UserError: All checkpoints are damaged.
@@ -41,9 +42,28 @@ def restore_or_start(
     restored = checkpoints.restore_newest(fns.abstract_state, log)
     if restored is not None:
         step, state, progress = restored
-        return step, state, Progress(**progress)
+        return step, state, _load_base(source, decoder, fns, seed), Progress(**progress)
     shardings = jax.tree.map(lambda p: p.sharding, fns.abstract_state.params)
-    return 0, fns.from_params(load_params(source, decoder, shardings, seed=seed)), Progress()
+    if decoder.lora is None:
+        return 0, fns.from_params(load_params(source, decoder, shardings, seed=seed)), None, Progress()
+    # XLA computes the adapters alone of what `init` returns.
+    adapters = jax.jit(lambda key: decoder.split(decoder.init(key))[0], out_shardings=shardings)(jax.random.key(seed))
+    return 0, fns.from_params(adapters), _load_base(source, decoder, fns, seed), Progress()
+
+
+def _load_base(source: ModelSource, decoder: Decoder, fns: StepFunctions, seed: int) -> Params | None:
+    """Loads the frozen parameters that adapters are added to, in the dtype that they are held in."""
+    if fns.abstract_base is None:
+        return None
+    shardings = jax.tree.map(lambda p: p.sharding, fns.abstract_base)
+    dtypes = jax.tree.map(lambda p: p.dtype, fns.abstract_base)
+    loaded = load_params(source, decoder.base, shardings, seed=seed)
+    cast = jax.jit(
+        lambda params: jax.tree.map(lambda p, dtype: p.astype(dtype), params, dtypes),
+        donate_argnums=0,
+        out_shardings=shardings,
+    )
+    return cast(loaded)
 
 
 def enter_phase(

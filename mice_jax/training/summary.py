@@ -118,6 +118,8 @@ def _optimizer(config: Config) -> str:
         parts.append(f"gradients summed over devices in {o.reduce_dtype}")
     if o.frozen:
         parts.append(f"frozen: {', '.join(o.frozen)}")
+    if (lora := config.model.lora).rank:
+        parts.append(f"adapters of rank {lora.rank} alone on {', '.join(lora.targets) or 'all matrices of the layers'}")
     if config.train.ema_half_life:
         parts.append(f"weights averaged with a half-life of {config.train.ema_half_life:,g} samples")
     return ", ".join(parts)
@@ -174,10 +176,13 @@ def _model_warnings(config: Config, source: ModelSource, spec: ModelSpec) -> Ite
             f"the tokenizer has added tokens beyond the model's {rows:,} embedding rows: {spec.vocab_size - rows:,} "
             f"rows are added, {made}; the export has {spec.vocab_size:,}"
         )
+        if config.model.lora.rank:
+            yield "the added embedding rows are not trained, since model.lora trains adapters alone"
 
 
 def _optimizer_warnings(config: Config, source: ModelSource) -> Iterator[str]:
-    if config.optim.name != "muon" or source.kind == "random":
+    # Low-rank updates are too small for the effect, as the paper shows.
+    if config.optim.name != "muon" or source.kind == "random" or config.model.lora.rank:
         return
     origin = "that were probably pretrained with Adam, as most published models are,"
     if source.kind == "run":

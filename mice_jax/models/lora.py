@@ -1,0 +1,90 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): which weights have one, and trees of parameters with and without them.
+
+An adapted weight W [O... I...] stands in a tree of parameters as {"weight": W, "a": A [R I...], "b": B [O... R]}, and
+its product is W x + scale * B (A x). Adapters alone are a tree of {"a", "b"}, and the base is the tree that a decoder
+without adapters has. `split` and `join` only rearrange dicts: they copy no array.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# The weights of a block that may have an adapter: those of its products with activations.
+ADAPTABLE = (
+    "attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down",
+)  # fmt: skip
+
+Tree = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """The adapters of a model.
+
+    Attributes:
+      rank: R, the number of rows of A and of columns of B.
+      scale: The factor on what an adapter adds.
+      targets: The adapted weights of each block, of ADAPTABLE.
+    """
+
+    rank: int
+    scale: float
+    targets: tuple[str, ...]
+
+
+def scale_of(rank: int, alpha: float, rslora: bool) -> float:
+    """Returns alpha / rank, or alpha / sqrt(rank) for rank-stabilised adapters (arXiv 2312.03732)."""
+    return alpha / (rank**0.5 if rslora else rank)
+
+
+def split(tree: Tree) -> tuple[Tree, Tree]:
+    """Returns the adapters and the base of a tree of parameters, or of anything that stands in their place."""
+    adapters, base = {}, {}
+    for name, value in tree.items():
+        if not isinstance(value, dict):
+            base[name] = value
+        elif value.keys() == {"weight", "a", "b"}:
+            adapters[name], base[name] = {"a": value["a"], "b": value["b"]}, value["weight"]
+        else:
+            inner, base[name] = split(value)
+            adapters |= {name: inner} if inner else {}
+    return adapters, base
+
+
+def join(adapters: Tree, base: Tree) -> Tree:
+    """Returns the tree whose adapters and base these are."""
+
+    def joined(value: Any, adapter: Tree | None) -> Any:
+        if adapter is None:
+            return value
+        return join(adapter, value) if isinstance(value, dict) else {"weight": value, **adapter}
+
+    return {name: joined(value, adapters.get(name)) for name, value in base.items()}
+
+
+def merge(lora: LoRA, adapters: Tree, base: Tree) -> Tree:
+    """Adds adapters to the weights of a base, in float32: W + scale * B A.
+
+    Args:
+      lora: The adapters' scale.
+      adapters: The adapters, stacked over layers.
+      base: The base, stacked over layers.
+
+    Returns:
+      Parameters in the structure of the base.
+    """
+
+    def merged(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        if node.keys() != {"weight", "a", "b"}:
+            return {name: merged(value) for name, value in node.items()}
+        weight, a, b = node["weight"], node["a"], node["b"]
+        flat_a, flat_b = a.reshape(*a.shape[:2], -1), b.reshape(b.shape[0], -1, b.shape[-1])  # [L R I] and [L O R]
+        product = jax.lax.Precision.HIGHEST
+        change = jnp.einsum("lor,lri->loi", flat_b, flat_a, precision=product, preferred_element_type=jnp.float32)
+        return weight + lora.scale * change.reshape(weight.shape)
+
+    return merged(join(adapters, base))

@@ -1,0 +1,108 @@
+"""Adapters under the names of Hugging Face checkpoints: the targets of a config, and folders that PEFT loads."""
+
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from mice_jax.errors import UserError
+from mice_jax.models import lora
+from mice_jax.models.checkpoint_layout import Part, checkpoint_tensors
+from mice_jax.models.families import FAMILIES
+from mice_jax.models.spec import ModelSpec
+from mice_jax.models.transformer import Params, make_decoder
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHT = ".weight"
+
+
+def find_targets(spec: ModelSpec, architecture: str, targets: Sequence[str]) -> tuple[str, ...]:
+    """Finds the weights that adapters are added to.
+
+    Args:
+      spec: The model.
+      architecture: A key of `FAMILIES`.
+      targets: The last part of modules' names in a checkpoint, such as `q_proj`; none means all matrices of the layers.
+
+    Returns:
+      The weights, of `lora.ADAPTABLE`, in its order.
+
+    Raises:
+      UserError: A target matches no matrix of the layers.
+    """
+    modules = _modules(spec, architecture)
+    known = {name.rsplit(".", 1)[-1]: parts for name, parts in modules.items()}
+    for target in targets:
+        if target not in known:
+            raise UserError(
+                f"model.lora.targets has {target!r}, which matches no matrix in the layers of {architecture}. The "
+                f"matrices that can have an adapter are {', '.join(known)}; an empty list takes all of them."
+            )
+    paths = {_path(part) for name, parts in known.items() if not targets or name in targets for part in parts}
+    return tuple(path for path in lora.ADAPTABLE if path in paths)
+
+
+def check_can_export(spec: ModelSpec, architecture: str) -> None:
+    """Raises UserError if a checkpoint holds several of our weights in one tensor, for which PEFT has one adapter."""
+    for name, parts in _modules(spec, architecture).items():
+        if len(parts) > 1:
+            raise UserError(
+                f"--adapter: a checkpoint of {architecture} holds {len(parts)} matrices in one tensor, "
+                f"{name.rsplit('.', 1)[-1]}, and this run has an adapter for each of them, which PEFT's format cannot "
+                "hold. Export the merged model instead, without --adapter."
+            )
+
+
+def write_adapter(
+    folder: Path, adapters: Params, spec: ModelSpec, architecture: str, *, config: dict[str, Any], dtype: str
+) -> int:
+    """Writes an adapter folder that PEFT loads.
+
+    Args:
+      folder: The folder to write to, which exists.
+      adapters: The adapters, stacked over layers.
+      spec: The model.
+      architecture: A key of `FAMILIES`.
+      config: `r`, `lora_alpha`, `use_rslora` and `base_model_name_or_path` of adapter_config.json.
+      dtype: float32 or bfloat16.
+
+    Returns:
+      The number of parameters written.
+    """
+    tensors, names = {}, []
+    for module, parts in _modules(spec, architecture, rows=range(spec.num_layers)).items():
+        [part] = parts
+        found: Any = functools.reduce(lambda tree, key: (tree or {}).get(key), part.path.split("."), adapters)
+        if found is None:
+            continue
+        a, b = np.asarray(found["a"][part.row]), np.asarray(found["b"][part.row])
+        prefix = f"base_model.model.{module}"
+        tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a.reshape(len(a), -1), dtype)
+        tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b.reshape(-1, b.shape[-1]), dtype)
+        names.append(module.rsplit(".", 1)[-1])
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    fixed = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False,
+        "inference_mode": True, "target_modules": list(dict.fromkeys(names)),
+    }  # fmt: skip
+    (folder / CONFIG).write_text(json.dumps(fixed | config, indent=2) + "\n")
+    return sum(math.prod(t.shape) for t in tensors.values())
+
+
+def _modules(spec: ModelSpec, architecture: str, rows: Sequence[int] = (0,)) -> dict[str, tuple[Part, ...]]:
+    """Returns the modules of some rows of the stacks that may have an adapter, and our parameters in each."""
+    tensors = checkpoint_tensors(make_decoder(spec), FAMILIES[architecture])
+    return {
+        t.name.removesuffix(WEIGHT): t.parts
+        for t in tensors
+        if t.name.endswith(WEIGHT) and t.parts[0].row in rows and _path(t.parts[0]) in lora.ADAPTABLE
+    }
+
+
+def _path(part: Part) -> str:
+    return part.path.removeprefix("layers.")
