@@ -309,6 +309,9 @@ class Eval(_Strict):
     """Ask in the tokenizer's chat template."""
     system_instruction: str = ""
     """A text at the start of each prompt."""
+    retain: list[str] = field(default_factory=list)
+    """Names of held-out sources of what the base model knew before; the means over sources leave them out, and the
+    report shows how much of them is kept."""
     exact_match: bool = False
     """Measure on held-out data also the share of samples whose answers greedy decoding writes token for token."""
 

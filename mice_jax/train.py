@@ -115,6 +115,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             display.log(note)
         data = build.data(config, encoder, display.log, display.watch)
         by_phase = len(config.data.phases) > 1
+        held_out.check_retained(config.eval.retain, {h.name for h in data.dataset.validation})
         held_out_names = held_out.metric_names(data.dataset.validation, by_phase, config.eval.exact_match)
         eval_names = [*benchmarks.metric_names(), *held_out_names]
         if config.train.ema_half_life:
@@ -147,6 +148,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         by_phase,
         benchmarks.scorer(source, model.decoder, mesh, model.compute.dtype, log),
         config.eval.exact_match,
+        config.eval.retain,
     )
 
     # ---- State: the newest checkpoint of this workdir, or else init_from ------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from helpers.models import VOCAB, llama, load, mesh_of, packed
 from helpers.runs import make_chats, read_all_metrics, run_train, setting, write_jsonl
 from mice_jax.data.dataset import HeldOut
+from mice_jax.errors import UserError
 from mice_jax.models.transformer import Compute
 from mice_jax.sharding import put_rows
 from mice_jax.step import make_step
@@ -84,6 +85,9 @@ def test_exact_matches_are_counted_by_source_and_averaged(monkeypatch: pytest.Mo
     found = held_out.evaluate(lambda rows: rows, held, steps, None, True, True)  # type: ignore[arg-type]
     assert list(found) == held_out.metric_names(held, True, True)
     shares = {"eval": 3 / 6, "eval/a": 3 / 4, "eval/b": 0.0, "eval/phase/one": 1.0, "eval/phase/two": 1 / 4}
+    retained = held_out.evaluate(lambda rows: rows, held, steps, None, False, True, ["b"])  # type: ignore[arg-type]
+    assert retained["eval/macro_loss"] == retained["eval/a/loss"] and retained["eval/b/loss"] == found["eval/b/loss"]
+    assert retained["eval/macro_exact_match"] == 3 / 4, "a source that is retained is left out"
     assert {k: v for k, v in found.items() if "exact" in k} == {
         **{f"{group}/exact_match": share for group, share in shares.items()},
         "eval/macro_exact_match": (3 / 4 + 0) / 2,
@@ -123,6 +127,20 @@ def test_exact_matches_are_the_samples_that_greedy_decoding_writes(tmp_path: Pat
     assert (matches, samples) == (sum(wanted), len(wanted)) and 0 < sum(wanted) < len(wanted)
     assert weight_sum == arrays["loss_weights"].sum() and 0 < correct < weight_sum and loss_sum > 0
     assert matches < correct, "a sample with one other token still has right ones"
+
+
+@pytest.mark.parametrize(
+    ("retain", "message"),
+    [
+        (["old"], "names 'old', which is not a held-out source; those are a, b"),
+        (["a", "b"], "names all held-out sources"),
+    ],
+)
+def test_source_to_retain_must_be_held_out_beside_others(retain: list[str], message: str) -> None:
+    held_out.check_retained(["a"], {"a", "b"})
+    held_out.check_retained([], set())
+    with pytest.raises(UserError, match=message):
+        held_out.check_retained(retain, {"a", "b"})
 
 
 def test_one_behind_yields_each_item_once_and_in_order() -> None:

@@ -17,7 +17,7 @@ import pytest
 from helpers.runs import run_verb, write_jsonl
 from mice_jax import report
 from mice_jax.config import Config, Phase, Published, Source, to_dict
-from mice_jax.report_page import content, downsample, page, read_runs
+from mice_jax.report_page import content, downsample, frontier, page, read_runs
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><b>\'&amp;'
 
@@ -180,6 +180,36 @@ def test_page_shows_checkpoint_scores_and_published_numbers(tmp_path: Path) -> N
     assert data["runs"][0]["published"] == {"MMLU": 0.516, "ARC": 0.7}
     assert data["runs"][0]["evaluations"]["mmlu/acc"] == [[20, 40, 60], [2560, 5120, 7680], [0.3, 0.5, 0.4]]
     assert "wiki/word_perplexity" in data["lower"] and "mmlu/acc" not in data["lower"]
+
+
+def test_frontier_is_what_is_learned_and_the_share_that_is_kept(tmp_path: Path) -> None:
+    config = make_config()
+    write_run(tmp_path / "a", config)
+    places = [(0, 0, 0.1, 0.8, 0.5), (5, 40, 0.3, 0.6, 0.6), (9, 72, 0.5, 0.4, 0.7)]
+
+    def evaluations(exact: str, *omitted: int) -> list[dict[str, Any]]:
+        return [
+            {"step": step, "samples": samples, "eval/loss": 1.0, f"eval/new/{exact}": new, f"eval/old/{exact}": old}
+            | {"eval/new/token_accuracy": accuracy, "eval/old/token_accuracy": accuracy, f"eval/phase/one/{exact}": 0.9}
+            | {"eval/new/loss": 1.0, "eval/old/loss": 1.0, f"eval/gsm8k/{exact}": 0.0, "eval/average/loss": 1.0}
+            | {f"eval/average/{exact}": 0.0}
+            for i, (step, samples, new, old, accuracy) in enumerate(places)
+            if i not in omitted
+        ]
+
+    def frontier_of(lines: list[dict[str, Any]], retain: list[str]) -> Any:
+        config.eval.retain = retain
+        (tmp_path / "a" / "config.json").write_text(json.dumps(to_dict(config)))
+        write_jsonl(tmp_path / "a" / "metrics.jsonl", lines)
+        return frontier.of_run(read_runs.read_run(tmp_path / "a"))
+
+    found = frontier_of(evaluations("exact_match"), ["old"])
+    assert (found.metric, found.samples, found.learned) == ("exact_match", [0, 40, 72], [0.1, 0.3, 0.5])
+    assert found.kept == pytest.approx([1, 0.6 / 0.8, 0.5])
+    assert content.of_runs([tmp_path / "a"])["runs"][0]["frontier"]["kept"] == pytest.approx([1, 0.75, 0.5])
+    assert frontier_of(evaluations("other"), ["old"]).kept == pytest.approx([1, 1.2, 1.4]), "by token accuracy"
+    assert frontier_of(evaluations("exact_match"), []) is None
+    assert frontier_of(evaluations("exact_match", 0), ["old"]) is None, "nothing was measured before the first step"
 
 
 def test_lower_is_better_as_the_run_records_or_its_name_suggests(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mice_jax import __version__
 from mice_jax.config import Config, Phase, Source, flatten, to_dict
-from mice_jax.report_page import claims_table, downsample, read_runs, rule_evaluation
+from mice_jax.report_page import claims_table, downsample, frontier, read_runs, rule_evaluation
 from mice_jax.report_page.read_runs import Run, finite
 from mice_jax.statistics.registered_claims import Registration
 from mice_jax.training import stop_rules
@@ -214,6 +214,7 @@ def _row(subject: _Subject, run: Run, flat_config: dict[str, Any], is_best: bool
         "published": read_runs.published_of(flat_config),
         "evaluations": {k: _evaluation(c) for k, c in run.evaluations.items()},
         "phases": _phases(run),
+        "frontier": _frontier(run),
         "checkpoints": run.checkpoints,
         "events": run.events,
     }
@@ -221,6 +222,14 @@ def _row(subject: _Subject, run: Run, flat_config: dict[str, Any], is_best: bool
 
 def _evaluation(curve: read_runs.Curve) -> list[list[Any]]:
     return [curve.steps, curve.samples, [_rounded(v) for v in curve.values]]
+
+
+def _frontier(run: Run) -> dict[str, Any] | None:
+    found = frontier.of_run(run)
+    if found is None:
+        return None
+    rounded = {k: [_rounded(v) for v in getattr(found, k)] for k in ("learned", "kept")}
+    return {"metric": found.metric, "samples": found.samples} | rounded
 
 
 def _final(run: Run, objective: stop_rules.Objective) -> float | None:

@@ -1,7 +1,7 @@
 """Evaluates the model in memory between two steps of its run: first the held-out loss, then benchmarks."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -40,6 +40,7 @@ class Evaluator:
         by_phase: bool,
         score_benchmarks: Callable[[Params], Iterable[dict[str, float | None]]],
         exact_match: bool = False,
+        retain: Collection[str] = (),
     ):
         """Stores the arguments; nothing is computed yet.
 
@@ -51,9 +52,11 @@ class Evaluator:
           by_phase: Whether to measure the held-out loss of each phase too.
           score_benchmarks: Yields the scores of one benchmark after the other.
           exact_match: Whether the step functions count exact matches of held-out samples.
+          retain: The names of held-out sources that the means over sources leave out.
         """
         self._fns, self._mesh, self._held_out, self._pack = fns, mesh, held_out_data, pack
         self._by_phase, self._score_benchmarks, self._exact_match = by_phase, score_benchmarks, exact_match
+        self._retain = retain
 
     def __call__(self, params: Params, due: Due, average: Params | None = None) -> Evaluation:
         """Measures what is due.
@@ -85,4 +88,6 @@ class Evaluator:
 
     def _held_out_metrics(self, params: Params) -> dict[str, float]:
         loss = functools.partial(self._fns.evaluate, params)
-        return held_out.evaluate(loss, self._held_out, self._pack, self._mesh, self._by_phase, self._exact_match)
+        return held_out.evaluate(
+            loss, self._held_out, self._pack, self._mesh, self._by_phase, self._exact_match, self._retain
+        )

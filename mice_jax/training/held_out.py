@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -10,6 +10,7 @@ import jax
 from mice_jax.data.dataset import HeldOut
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture, PhasePools, Pool
+from mice_jax.errors import UserError
 from mice_jax.sharding import put_rows
 from mice_jax.training.metric_names import MACRO, MACRO_EXACT_MATCH
 
@@ -46,6 +47,22 @@ def _phases(held_out: Sequence[HeldOut], by_phase: bool) -> list[str]:
     return [f"eval/phase/{phase}" for h in held_out for phase in h.phases * by_phase]
 
 
+def check_retained(retain: Sequence[str], names: Collection[str]) -> None:
+    """Raises UserError where a source to be retained is not held out, or where no other source is held out."""
+    for name in retain:
+        if name not in names:
+            has = f"are {', '.join(sorted(names))}" if names else "do not exist"
+            raise UserError(
+                f"eval.retain names {name!r}, which is not a held-out source; those {has}. Hold the source out in "
+                "data.validation, under that name."
+            )
+    if retain and not set(names) - set(retain):
+        raise UserError(
+            f"eval.retain={list(retain)} names all held-out sources, so none is left that shows what is learned. Hold "
+            "out samples of what the run trains on too, in data.validation."
+        )
+
+
 def sources(held_out: Sequence[HeldOut], source: Callable[[Mixture], StepSource]) -> list[StepSource]:
     """Returns the steps of one pass over each set of held-out samples."""
     return [source(_once(h)) for h in held_out]
@@ -58,6 +75,7 @@ def evaluate(
     mesh: jax.sharding.Mesh,
     by_phase: bool,
     exact_match: bool = False,
+    retain: Collection[str] = (),
 ) -> dict[str, float]:
     """Measures on held-out samples. Losses are means over tokens, even if the training uses another loss reduction.
 
@@ -68,6 +86,7 @@ def evaluate(
       mesh: The run's mesh.
       by_phase: Whether to measure each phase too.
       exact_match: Whether `loss` counts exact matches.
+      retain: The names of sources that the means over sources leave out.
 
     Returns:
       The metrics by name, see `metric_names`.
@@ -83,7 +102,7 @@ def evaluate(
         metrics[f"{group}/token_accuracy"] = total.correct / total.weight
         if exact_match:
             metrics[f"{group}/exact_match"] = total.matches / total.samples
-    names = {h.name for h in held_out}
+    names = {h.name for h in held_out} - set(retain)
     if held_out:
         metrics[MACRO] = statistics.fmean(metrics[f"eval/{name}/loss"] for name in names)
     if held_out and exact_match:

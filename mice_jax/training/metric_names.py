@@ -1,5 +1,5 @@
 """Names of metrics that other modules than the one that measures them use; this module imports nothing."""
 
-# The means over sources, in which a small source counts as much as a large one.
+# The means over sources, in which a small source counts as much as a large one; those in eval.retain are left out.
 MACRO = "eval/macro_loss"
 MACRO_EXACT_MATCH = "eval/macro_exact_match"

@@ -482,6 +482,21 @@ function makeEvaluations() {
     { label: "best", of: r => r.best, number: true }, { label: "at step", of: r => r.step, number: true }, { label: "samples to it", title: REACH, of: r => r.samples, number: true, row: r => [reach(r)] }];
   sortable(byId("best"), columns, items.map(r => [r, el("tr", {}, ...columns.map(c => c.row ? el("td", { class_: NUMBER }, ...c.row(r)) : cell(c, c.of(r))))]));
 }
+function drawFrontier() {
+  const members = visible.map(i => ({ i, run: runs[i] })).filter(e => e.run.frontier);
+  const traces = members.map(({ i, run }) => {
+    const f = run.frontier, fill = alone ? mainColour() : colour(run), last = f.kept.length - 1;
+    return { type: "scatter", mode: "lines+markers", x: f.learned, y: f.kept, name: clean(runLabel(run, true)), line: { color: faint(fill, 0.45), width: 1 }, marker: { color: fill, size: f.kept.map((_, k) => k === last ? 9 : 3) }, opacity: state.chosen.size && !state.chosen.has(i) ? 0.12 : 1,
+      text: f.samples.map(n => `${short(n)} samples`), hovertemplate: `%{text}<br>learned %{x:.3f}, kept %{y:.3f}<extra>${clean(alone ? "" : runLabel(run, true))}</extra>` };
+  });
+  return { traces, layout: { xaxis: { title: { text: "learned" } }, yaxis: { title: { text: "kept" } } } };
+}
+function makeFrontier() {
+  const first = runs.find(r => r.frontier);
+  if (!first) return;
+  const what = first.frontier.metric === "exact_match" ? "exact match" : "token accuracy";
+  figure("frontier-charts", "frontier", "Learned against kept", `${what} of the other held-out sources, and that of eval.retain as a share of what it was before the first step; the large point is the last evaluation`, drawFrontier);
+}
 function makeGrid() {
   const fields = Object.keys(data.fields).filter(n => distinct(runs.map(r => r.fields[n])).length > 1);
   if (alone || !fields.length) return;
@@ -596,13 +611,14 @@ makeClaims();
 makeCertificate();
 makeCurves();
 makeEvaluations();
+makeFrontier();
 makeGrid();
 makeEvidence();
 makeEvents();
 makeData();
 makeConfig();
 if (!alone) { paint(); makeTrials(); }
-const needs = { problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, trials: !alone, curves: byId("charts").childElementCount, evaluations: byId("evaluation-charts").childElementCount, grid: byId("grid-charts").childElementCount,
+const needs = { problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, trials: !alone, curves: byId("charts").childElementCount, evaluations: byId("evaluation-charts").childElementCount, frontier: byId("frontier-charts").childElementCount, grid: byId("grid-charts").childElementCount,
   parallel: byId("parallel-charts").childElementCount && runs.filter(r => axisOf(r) !== null).length > 1, evidence: data.evidence, events: byId("events").querySelector("tbody").childElementCount, "data-section": byId("data-body").childElementCount, config: byId("config-body").childElementCount };
 for (const [id, there] of Object.entries(needs)) {
   const section = byId(id);
