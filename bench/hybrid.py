@@ -1,0 +1,140 @@
+"""Measures what a token costs in a model with recurrent layers, next to a model of attention alone of the same size.
+
+    python bench/hybrid.py                        # about a minute
+    python bench/hybrid.py --layers=32 --rounds=9
+
+Both models train on the same packed rows of samples with log-normal lengths, from random weights. The width of the MLP
+of the second is chosen so that both have as many parameters. They take turns, one step each, and a pair is one round.
+CPU seconds are user and system time of all threads, which on a shared machine are more reliable than wall-clock time.
+
+The script also prints how many layers of each are compiled, and the seconds that XLA took, at this depth and at half.
+Target: a ratio of at most 1.3.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mice_jax.models.layer_groups import find_groups
+from mice_jax.models.spec import ModelSpec, Rope, ShortConv
+from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.step import batch_loss
+
+CONV = ShortConv(3, bias=False)
+MIXERS = {"lfm2": (CONV, CONV, None, CONV, CONV, None, CONV, None)}
+
+
+def hybrid_spec(model: str, layers: int, d_model: int) -> ModelSpec:
+    """The spec of a model with recurrent layers, whose list of mixers is repeated to a number of layers."""
+    mixers = (MIXERS[model] * layers)[:layers]
+    rope, heads = Rope(1e6, 64, None), d_model // 64
+    return ModelSpec(
+        vocab_size=8192, d_model=d_model, d_ff=4 * d_model, num_layers=layers, num_heads=heads,
+        num_kv_heads=max(1, heads // 4), head_dim=64, max_positions=4096, mixers=mixers,
+        ropes=tuple(rope if kind is None else None for kind in mixers), windows=(None,) * layers,
+        attention_scale=0.125, query_scale=None, attention_softcap=None, qk_norm="head", pre_norm=True,
+        post_norm=False, norm_eps=1e-5, norm_offset=0.0, activation="silu", qkv_bias=False, out_bias=False,
+        mlp_bias=False, embedding_multiplier=1.0, residual_multiplier=1.0, logit_scale=1.0, logit_softcap=None,
+        tie_embeddings=True, init_std=0.02,
+    )  # fmt: skip
+
+
+def num_params(spec: ModelSpec) -> int:
+    """The number of parameters of a model."""
+    return sum(x.size for x in jax.tree.leaves(make_decoder(spec).abstract))
+
+
+def dense_sibling(spec: ModelSpec) -> ModelSpec:
+    """The model of attention alone with the width of the MLP that brings it closest to the same size."""
+    layers, rope = spec.num_layers, next(rope for rope in spec.ropes if rope)
+    dense = dataclasses.replace(spec, mixers=(None,) * layers, ropes=(rope,) * layers)
+    more = (num_params(spec) - num_params(dense)) / (3 * layers * spec.d_model)
+    return dataclasses.replace(dense, d_ff=spec.d_ff + round(more))
+
+
+def packed_rows(rows: int, slots: int, vocab: int) -> dict[str, np.ndarray]:
+    """Rows that are full of samples of log-normal lengths, about 200 tokens."""
+    rng = np.random.default_rng(0)
+    segments, positions = np.zeros((rows, slots), np.int32), np.zeros((rows, slots), np.int32)
+    for row in range(rows):
+        at, number = 0, 1
+        while at < slots:
+            end = min(slots, at + max(2, int(rng.lognormal(5, 0.8))))
+            segments[row, at:end], positions[row, at:end] = number, np.arange(end - at)
+            at, number = end, number + 1
+    tokens = rng.integers(0, vocab, (rows, slots)).astype(np.int32)
+    weights = np.ones((rows, slots), np.float32)
+    return {
+        "tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "segment_ids": segments, "positions": positions,
+        "loss_weights": weights,
+    }  # fmt: skip
+
+
+def compiled(spec: ModelSpec, rows: dict[str, np.ndarray], remat: str) -> tuple[Any, float]:
+    """The compiled gradient of the loss, and the CPU seconds that compiling it took."""
+    decoder = make_decoder(spec)
+    compute = Compute(jnp.dtype("float32"), "blockwise", remat)
+    loss = jax.value_and_grad(lambda params, rows: batch_loss(decoder, params, rows, compute, chunk_size=512)[0])
+    lowered = jax.jit(loss).lower(decoder.abstract, rows)
+    start = time.process_time()
+    return lowered.compile(), time.process_time() - start
+
+
+def main() -> None:
+    """Prints one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="lfm2", choices=sorted(MIXERS))
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--d_model", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--slots", type=int, default=1024)
+    parser.add_argument("--remat", default="dots")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+
+    spec = hybrid_spec(args.model, args.layers, args.d_model)
+    sides = {"hybrid": spec, "dense": dense_sibling(spec)}
+    rows = packed_rows(args.rows, args.slots, spec.vocab_size)
+    steps, params, result = {}, {}, {}
+    for side, of_side in sides.items():
+        steps[side], seconds = compiled(of_side, rows, args.remat)
+        half = dataclasses.replace(
+            of_side, num_layers=args.layers // 2, mixers=of_side.mixers[: args.layers // 2],
+            ropes=of_side.ropes[: args.layers // 2], windows=of_side.windows[: args.layers // 2],
+        )  # fmt: skip
+        params[side] = make_decoder(of_side).init(jax.random.key(0))
+        result[side] = {
+            "params": num_params(of_side),
+            "layers_compiled": sum(len(group.runs) for group in find_groups(of_side.mixers)),
+            "compile_cpu_s": round(seconds, 1),
+            "compile_cpu_s_at_half_depth": round(compiled(half, rows, args.remat)[1], 1),
+        }
+    spent: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(args.rounds + 1):
+        for side in sides:
+            start = time.process_time()
+            jax.block_until_ready(steps[side](params[side], rows))
+            if number:  # the first is a warm-up
+                spent[side].append(time.process_time() - start)
+    ratios = [h / d for h, d in zip(spent["hybrid"], spent["dense"], strict=True)]
+    for side, seconds in spent.items():
+        result[side]["cpu_s_per_step"] = round(statistics.median(seconds), 3)
+    result |= {"ratio": round(statistics.median(ratios), 3), "ratios": [round(r, 3) for r in ratios]}
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
