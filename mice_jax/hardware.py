@@ -95,7 +95,8 @@ def matmul_flops(spec: ModelSpec) -> int:
     The embedding look-up costs nothing; the output projection costs its matmul whether or not it is tied.
     """
     s = spec
-    attention = 2 * 2 * s.d_model * s.head_dim * (s.num_heads + s.num_kv_heads)
+    heads = 2 * s.num_heads + 2 * s.num_kv_heads + (s.num_heads if s.attention_gate else 0)
+    attention = 2 * s.d_model * s.head_dim * heads
     mixers = sum(attention if kind is None else MIXERS[type(kind)].flops_per_token(s, kind) for kind in s.mixers)
     return mixers + 2 * (s.num_layers * 3 * s.d_model * s.d_ff + s.vocab_size * s.d_model)
 

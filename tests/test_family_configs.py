@@ -31,9 +31,11 @@ from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.rope_config import KINDS, read_rope, with_both_rope_spellings
 from mice_jax.models.rope import frequencies
 from mice_jax.models.spec import (
+    GatedDelta,
     LinearScaling,
     Llama3Scaling,
     LongScaling,
+    Mamba2,
     ModelSpec,
     NTKScaling,
     QueryScale,
@@ -263,6 +265,7 @@ def test_a_wrong_rope_parameter_is_many_ulp_away(kind: str, change: Config, monk
 # Releases whose config.json is tests/data/configs/<name>.json: their number of parameters as published (0 = none is
 # known to the last digit), and the fields of the spec that differ from those of a plain Llama of the same sizes.
 OLMO3 = Rope(5e5, 128, YarnScaling(8.0, 32.0, 1.0, 1.2079441541679836, 8192, truncate=True))
+MAMBA = Mamba2(48, 32, 1, 128, 4, (0.0, float("inf")), bias=False, conv_bias=True)
 CONV, LFM2 = ShortConv(3, bias=False), Rope(1e6, 64, None)
 RELEASES: dict[str, tuple[int, Config]] = {
     "Llama-2-7b": (6_738_415_616, {}),
@@ -290,6 +293,14 @@ RELEASES: dict[str, tuple[int, Config]] = {
         {
             "tie_embeddings": True, "attention_scale": 0.015625, "logit_scale": 0.1, "embedding_multiplier": 12.0,
             "residual_multiplier": 0.22, "init_std": 0.1,
+        },
+    ),
+    "granite-4.0-h-350m": (
+        0,
+        {
+            "tie_embeddings": True, "attention_scale": 0.015625, "logit_scale": 1 / 3, "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.246, "init_std": 0.1, "ropes": (None,) * 32,
+            "mixers": tuple(None if i in (10, 13, 17, 27) else MAMBA for i in range(32)),
         },
     ),
     "Mistral-7B-v0.1": (7_241_732_096, {"windows": (4096,) * 32}),
@@ -427,7 +438,7 @@ def test_every_family_has_a_published_config() -> None:
 
 
 # As published for all of the checkpoint; 0 = none is known to the last digit.
-WRAPPED_RELEASES = {"Gemma-3-4B": 4_300_079_472, "Ministral-3-8B": 0}
+WRAPPED_RELEASES = {"Gemma-3-4B": 4_300_079_472, "Ministral-3-8B": 0, "Qwen3.5-4B": 0}
 
 
 @pytest.mark.parametrize("release", WRAPPED_RELEASES)
@@ -450,6 +461,9 @@ def test_fields_of_the_decoder_in_a_wrapped_config() -> None:
     spec = spec_of(release_config("Ministral-3-8B"))
     assert spec.windows == (None,) * 34 and spec.query_scale == QueryScale(0.1, 16384)
     assert set(spec.ropes) == {Rope(1e6, 128, YarnScaling(16.0, 32.0, 1.0, 1.0, 16384, truncate=True))}
+    spec = spec_of(release_config("Qwen3.5-4B"))
+    assert spec.mixers == (*[GatedDelta(16, 32, 128, 128, 4)] * 3, None) * 8
+    assert spec.ropes == (*[None] * 3, Rope(1e7, 64, None)) * 8 and spec.tie_embeddings and spec.attention_gate
 
 
 WRAPPED_ERRORS: list[tuple[Config, str]] = [
@@ -573,9 +587,14 @@ UNSUPPORTED: list[tuple[str, Config, str]] = [
     ("granite", {"residual_multiplier": float("inf")}, r"residual_multiplier=inf; it must be a number above 0"),
     ("granite4", {"num_local_experts": 8}, r"num_local_experts=8; mixture-of-experts layers are not supported"),
     ("granite4", {"num_local_experts": None}, r"num_local_experts=8; .*must be 0"),
-    ("granite4", {"layer_types": ["mamba", "attention"]}, r"layer_types=\['mamba', 'attention'\]; Mamba-2 layers are"),
-    ("granite4", {"layer_types": None}, r"layer_types=\['mamba', 'mamba'\]; Mamba-2 layers are not supported"),
-    ("granite4", {"position_embedding_type": None}, r"position_embedding_type=None; only 'rope' is supported"),
+    ("granite4", {"layer_types": ["mamba"]}, r"layer_types=\['mamba'\]; it must list one of attention, "),
+    ("granite4", {"position_embedding_type": "alibi"}, r"position_embedding_type='alibi'; only 'rope' and 'nope'"),
+    ("granite4-hybrid", {"mamba_d_head": 7}, r"mamba_n_heads=8; it must divide .*=64 into heads of mamba_d_head=7"),
+    ("granite4-hybrid", {"time_step_limit": [0.1]}, r"time_step_limit=\[0\.1\]; it must be the least and the greatest"),
+    ("granite4-hybrid", {"hidden_act": "gelu"}, r"hidden_act='gelu'; only 'silu' is supported with Mamba-2 layers"),
+    ("qwen3_5", {"layer_types": ["mamba", "full_attention"]}, r"layer_types=.* linear_attention or full_attention for"),
+    ("qwen3_5", {"linear_num_value_heads": 3}, r"linear_num_value_heads=3; it must be a multiple of .*heads=2"),
+    ("qwen3_5", {"attn_output_gate": False}, r"attn_output_gate=False; only True is supported"),
     ("olmo2", {"rms_norm_eps": "1e-6"}, r"rms_norm_eps='1e-6'; it must be a number above 0"),
     ("mistral", {"sliding_window": -1}, r"sliding_window=-1; it must be a number above 0"),
     ("mistral", {"sliding_window": 4.5}, r"sliding_window=4\.5; it must be a whole number"),
@@ -630,16 +649,19 @@ SPREAD = 0.03  # no family's default
 DEVIATIONS = 5.0  # of an estimate from a sample: about 2000 of them, and one such chance in two million each
 
 
+def larger(case: str) -> Any:
+    return their_config(case, hidden_size=48, intermediate_size=160, initializer_range=SPREAD)
+
+
 def their_start(case: str) -> dict[str, np.ndarray]:
-    config = their_config(case, hidden_size=48, intermediate_size=160, initializer_range=SPREAD)
+    config = larger(case)
     torch.manual_seed(1)
     model = getattr(transformers, CASES[case][0])(config)
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
 def our_start(case: str) -> dict[str, np.ndarray]:
-    config = config_of(case, hidden_size=48, intermediate_size=160, initializer_range=SPREAD)
-    decoder = make_decoder(spec_of(config))
+    decoder = make_decoder(spec_of(json.loads(larger(case).to_json_string())))
     params = decoder.init(jax.random.key(1))  # not jitted: cases share the shapes of their operations
     return dict(hf_arrays(params, decoder, CASES[case][0]))
 
@@ -658,12 +680,15 @@ def test_random_parameters_are_drawn_as_in_transformers(case: str) -> None:
     for name, x in theirs.items():
         if x.std() == 0:  # norms and biases
             assert x.ndim == 1 and np.array_equal(ours[name], x), name
+        elif name.endswith("A_log"):  # the same rates of decay, or drawn from the same range
+            drawn = [np.exp(rates) for rates in (x, ours[name])]
+            assert np.allclose(*drawn) or all(0.01 <= rate <= 16 for rate in np.concatenate(drawn))
         else:
-            assert x.ndim == (3 if name.endswith("conv.weight") else 2), name
+            assert x.ndim == (3 if name.endswith(("conv.weight", "conv1d.weight")) else 2), name
             assert is_normal(x) and is_normal(ours[name]), name
     weights = np.concatenate([x.ravel() for x in ours.values() if x.ndim > 1])
     assert is_normal(weights)
-    layers = [x for name, x in ours.items() if name.endswith(("o_proj.weight", "w2.weight"))]
+    layers = [x for name, x in ours.items() if name.endswith(("down_proj.weight", "w2.weight", "output_linear.weight"))]
     assert not np.array_equal(layers[0], layers[1])
 
 

@@ -37,13 +37,15 @@ class Attention(nnx.Module):
 
     def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
         d, n, k, h, std = spec.d_model, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.init_std
-        self.q = param(rngs, (n, h, d), ("heads", "head_dim", "embed"), std)
+        q_dims = 2 * h if spec.attention_gate else h
+        self.q = param(rngs, (n, q_dims, d), ("heads", "head_dim", "embed"), std)
         self.k = param(rngs, (k, h, d), ("kv_heads", "head_dim", "embed"), std)
         self.v = param(rngs, (k, h, d), ("kv_heads", "head_dim", "embed"), std)
         self.o = param(rngs, (d, n, h), ("embed", "heads", "head_dim"), std)
         self.qkv_bias, self.out_bias, self.qk_norm = spec.qkv_bias, spec.out_bias, spec.qk_norm
+        self.gated = spec.attention_gate
         if spec.qkv_bias:
-            self.q_bias = param(rngs, (n, h), ("heads", "head_dim"), 0)
+            self.q_bias = param(rngs, (n, q_dims), ("heads", "head_dim"), 0)
             self.k_bias = param(rngs, (k, h), ("kv_heads", "head_dim"), 0)
             self.v_bias = param(rngs, (k, h), ("kv_heads", "head_dim"), 0)
         if spec.out_bias:
@@ -59,24 +61,32 @@ class Attention(nnx.Module):
         self, x: jax.Array, tables: rope.RopeTables, attention_fn: AttentionFn, reduce_dtype: Any = jnp.float32
     ) -> tuple[jax.Array, Any]:
         """Computes the mixer: [B T D] -> [B T D], and the second result of `attention_fn`."""
-        attended, cache = attention_fn(*self.project(x, tables, reduce_dtype))
+        q, k, v, gate = self.project(x, tables, reduce_dtype)
+        attended, cache = attention_fn(q, k, v)
+        if gate is not None:
+            attended *= jax.nn.sigmoid(gate)
         return self.output(attended, reduce_dtype), cache
 
     def project(
         self, x: jax.Array, tables: rope.RopeTables, reduce_dtype: Any
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Projects [B T D] to rotated queries [B T N H], rotated keys [B T K H] and values [B T K H]."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Projects [B T D].
+
+        Returns:
+          Rotated queries [B T N H], rotated keys [B T K H], values [B T K H], and gates [B T N H] or None.
+        """
         q, k, v = (product(x, weight, reduce_dtype) for weight in (self.q, self.k, self.v))
         if self.qkv_bias:
             q = plus(q, self.q_bias, reduce_dtype)
             k = plus(k, self.k_bias, reduce_dtype)
             v = plus(v, self.v_bias, reduce_dtype)
+        q, gate = jnp.split(q, 2, axis=-1) if self.gated else (q, None)
         if self.qk_norm in ("head", "all"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.apply_rope(q, tables), rope.apply_rope(k, tables)
         if self.qk_norm == "head_after_rope":
             q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+        return q, k, v, gate
 
     def output(self, attended: jax.Array, reduce_dtype: Any) -> jax.Array:
         """Projects the result of attention, [B T N H], to [B T D]."""

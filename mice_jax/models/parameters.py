@@ -20,7 +20,10 @@ from mice_jax.models.spec import ModelSpec
 # B rows, T slots
 
 # The last names of parameters that are applied in float32, in whatever dtype the rest is computed.
-FLOAT32_PARAMS = frozenset({"scale", "kernel", "kernel_bias"})
+FLOAT32_PARAMS = frozenset(
+    {"scale", "rate_log", "skip", "step_bias", "kernel", "kernel_bias", "q_kernel", "k_kernel", "v_kernel", "x_kernel"}
+    | {"b_kernel", "c_kernel", "x_kernel_bias", "b_kernel_bias", "c_kernel_bias"}
+)
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float | None) -> nnx.Param:
@@ -31,6 +34,11 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
         value = jnp.zeros(shape, jnp.float32)
     else:
         value = std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return param_of(value, axes)
+
+
+def param_of(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A parameter with a given first value."""
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 

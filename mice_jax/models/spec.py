@@ -77,7 +77,32 @@ class ShortConv:
     bias: bool  # of its projections and of the convolution
 
 
-Mixer = ShortConv  # a recurrent mixer; each has a file in mixers/
+@dataclasses.dataclass(frozen=True)
+class Mamba2:
+    """A state space model between a causal convolution and a gated norm (Mamba-2, arXiv 2405.21060)."""
+
+    num_heads: int
+    head_dim: int
+    num_groups: int  # of heads that share what they add to the state by and read from it by
+    state_dim: int
+    taps: int  # of the convolution
+    time_step_limits: tuple[float, float]
+    bias: bool  # of its projections
+    conv_bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedDelta:
+    """The gated delta rule between a causal convolution and a gated norm (arXiv 2412.06464)."""
+
+    num_key_heads: int
+    num_value_heads: int  # a multiple of num_key_heads
+    key_dim: int  # of a head
+    value_dim: int  # of a head
+    taps: int  # of the convolution
+
+
+Mixer = ShortConv | Mamba2 | GatedDelta  # a recurrent mixer; each has a file in mixers/
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +126,9 @@ class ModelSpec:
     attention_scale: float
     query_scale: QueryScale | None
     attention_softcap: float | None  # s -> cap * tanh(s / cap), on attention scores
+    # Whether what a head attends to is multiplied by the sigmoid of a gate, whose projection follows that of the head's
+    # queries in the same tensor.
+    attention_gate: bool
     # Norms of queries and keys: "none", "head" for a norm of each head, "head_after_rope" for the same after their
     # rotation instead of before, or "all" for a norm over all heads.
     qk_norm: str

@@ -374,7 +374,9 @@ def place_cache(spec: ModelSpec, cache: Cache) -> Cache:
     def place(kind: Mixer | None, layer_cache: Any) -> Any:
         if kind is None:
             return jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), layer_cache)
-        return jax.tree.map(lambda x: constrain(x, *MIXERS[type(kind)].STATE_AXES), layer_cache)
+        arrays, structure = jax.tree.flatten(layer_cache)
+        axes = MIXERS[type(kind)].STATE_AXES
+        return structure.unflatten(constrain(x, *a) for x, a in zip(arrays, axes, strict=True))
 
     return [place(kind, layer_cache) for kind, layer_cache in zip(spec.mixers, cache, strict=True)]
 

@@ -240,11 +240,13 @@ def _mixer_widths(inputs: MemoryInputs, kind: Mixer | None) -> MixerWidths:
     attention_output = q if BACKENDS[inputs.attention].saved_by_dots else 0
     # Each window is a branch of a switch, which saves more for several.
     windows = len({w for w, mixer in zip(spec.windows, spec.mixers, strict=True) if mixer is None})
-    working = 2 * q + 2 * k
+    working, gate = 2 * q + 2 * k, q if spec.attention_gate else 0
     if inputs.attention == "reference":  # It has masks and scores between all slots of a row.
         working += 4 * inputs.max_length * spec.num_heads // tensor
     return MixerWidths(
-        products=q + 2 * k + attention_output, saved=3 * q + 3 * k + (windows - 1) * (q + k), working=working
+        products=q + 2 * k + attention_output + gate,
+        saved=3 * q + 3 * k + (windows - 1) * (q + k) + 3 * gate,
+        working=working + 2 * gate,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 VOCAB = 1001
@@ -115,6 +116,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.1, "rms_norm_eps": None,
         },
     ),
+    "granite4-hybrid": (
+        "GraniteMoeHybridForCausalLM",
+        {
+            "embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.4, "logits_scaling": 3.0,
+            "tie_word_embeddings": True, "head_dim": None, "shared_intermediate_size": 40, "num_local_experts": 0,
+            "mamba_n_heads": 8, "mamba_d_state": 6, "mamba_n_groups": 2, "mamba_proj_bias": True,
+            "time_step_limit": [0.0, 1000.0],  # transformers does not apply it while decoding
+            "position_embedding_type": "nope", "layer_types": ["linear_attention"] * 2 + ["full_attention"],
+        },
+    ),
+    # With a usual eps, the norm of the rule's outputs would magnify the roundings of outputs near zero: the logits of
+    # transformers itself are then 2.5e-4 away from those in float64.
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        {
+            "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "attention_bias": True,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "head_dim": 16,
+            "linear_value_head_dim": 12, "linear_conv_kernel_dim": 3, "rms_norm_eps": 1e-3,
+            "rope_parameters": ROPES["default"] | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+        },
+    ),
     "phi3": (
         "Phi3ForCausalLM",
         {
@@ -163,15 +185,27 @@ def torch_model(case: str, folder: Path | None = None, **changes: Any) -> PreTra
 
 
 # Checkpoints whose decoder is that of a case, with a vision tower beside it.
-WRAPPED = {"Gemma3ForConditionalGeneration": "gemma3", "Mistral3ForConditionalGeneration": "ministral3"}
+WRAPPED = {
+    "Gemma3ForConditionalGeneration": "gemma3", "Mistral3ForConditionalGeneration": "ministral3",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+}  # fmt: skip
 TOWER = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 14,
+    "patch_size": 14, "head_dim": 8,
+}  # fmt: skip
+TOWERS: dict[str, dict[str, Any]] = {
+    "gemma3": TOWER | {"model_type": "siglip_vision_model"},
+    "ministral3": TOWER | {"model_type": "pixtral"},
+    "qwen3_5": {
+        "hidden_size": 16, "intermediate_size": 24, "depth": 1, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32,
+        "num_position_embeddings": 4,
+    },
 }  # fmt: skip
 # Their decoders have two layers; transformers applies no soft cap to the logits of Gemma 3 in this class.
 WRAPPED_CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": TWO_KINDS | {"final_logit_softcapping": None, "model_type": "gemma3_text"},
     "ministral3": {"model_type": "ministral3"},
+    "qwen3_5": {},
 }
 
 
@@ -180,10 +214,9 @@ def wrapped_model(architecture: str, folder: Path, **changes: Any) -> PreTrained
     case, model_class = WRAPPED[architecture], getattr(transformers, architecture)
     changes = WRAPPED_CHANGES[case] | changes
     text = SIZES | CASES[case][1] | changes
-    tower = TOWER | {"model_type": "siglip_vision_model" if case == "gemma3" else "pixtral", "head_dim": 8}
-    tied = text.get("tie_word_embeddings", False)
+    tied, image = text.get("tie_word_embeddings", False), "image_token_id" if case == "qwen3_5" else "image_token_index"
     config = model_class.config_class(
-        text_config=text, vision_config=tower, image_token_index=99, tie_word_embeddings=tied
+        text_config=text, vision_config=TOWERS[case], tie_word_embeddings=tied, **{image: 99}
     )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
@@ -191,7 +224,12 @@ def wrapped_model(architecture: str, folder: Path, **changes: Any) -> PreTrained
     decoder = torch_model(case, **changes)
     model.get_decoder().load_state_dict(decoder.model.state_dict())
     model.lm_head.load_state_dict(decoder.lm_head.state_dict())
-    model.model.vision_tower.to(torch.bfloat16)
+    (model.model.visual if case == "qwen3_5" else model.model.vision_tower).to(torch.bfloat16)
     model.save_pretrained(folder)
+    if case == "qwen3_5":  # releases have a head that predicts several tokens, which transformers ignores
+        tensors = load_file(folder / "model.safetensors")
+        save_file(
+            tensors | {"mtp.fc.weight": torch.randn(8, 4).bfloat16()}, folder / "model.safetensors", {"format": "pt"}
+        )
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "AnImageProcessor"}')
     return model

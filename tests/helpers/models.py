@@ -44,6 +44,7 @@ def spec_of(**changes: Any) -> ModelSpec:
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 12}
     kinds = {"mixers": (None,) * layers, "ropes": (Rope(10000.0, 12, None),) * layers, "windows": (None,) * layers}
     scores = {"attention_scale": 12**-0.5, "query_scale": None, "attention_softcap": None, "qk_norm": "none"}
+    scores["attention_gate"] = False
     norms = {"pre_norm": True, "post_norm": False, "norm_eps": 1e-5, "norm_offset": 0.0}
     biases = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
     factors = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logit_scale": 1.0, "logit_softcap": None}

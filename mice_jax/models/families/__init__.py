@@ -24,6 +24,8 @@ from mice_jax.models.families import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
+    qwen3_5_wrapped,
     smollm3,
 )
 
@@ -31,6 +33,6 @@ FAMILIES: dict[str, ModuleType] = {
     family.ARCHITECTURE: family
     for family in (
         llama, mistral, granite, granite4, qwen2, qwen3, smollm3, olmo2, olmo3, phi3, gemma2, gemma3, gemma3_wrapped,
-        exaone4, hunyuan, ministral3, ministral3_wrapped, lfm2,
+        exaone4, hunyuan, ministral3, ministral3_wrapped, lfm2, qwen3_5, qwen3_5_wrapped,
     )
 }  # fmt: skip

@@ -168,7 +168,7 @@ def llama_like_spec(
     d_ff_key: str = "intermediate_size",
     tied: bool = False,
     layer_type: str = "",
-    partial_rope: bool = False,
+    partial_rope: float | None = None,
     ntk_rope: bool = False,
     own_rope_keys: tuple[str, ...] = (),
 ) -> ModelSpec:
@@ -189,7 +189,7 @@ def llama_like_spec(
       d_ff_key: the key of the width of the MLP.
       tied: default of tie_word_embeddings.
       layer_type: the kind of layer whose RoPE is read, where kinds differ.
-      partial_rope: whether RoPE may rotate a part of a head's dims.
+      partial_rope: the default share of a head's dims that RoPE rotates; None if it must be all.
       ntk_rope: whether RoPE may be "dynamic" with an alpha.
       own_rope_keys: keys among the RoPE parameters that the family reads itself.
 
@@ -217,6 +217,7 @@ def llama_like_spec(
         attention_scale=head_dim**-0.5,
         query_scale=None,
         attention_softcap=None,
+        attention_gate=False,
         qk_norm="none",
         pre_norm=True,
         post_norm=False,

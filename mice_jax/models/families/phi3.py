@@ -25,7 +25,7 @@ NAMES = [
 def spec_from_hf(c: ConfigReader) -> ModelSpec:
     """Makes the spec of a Phi-3 model from its config.json."""
     c.only(attention_bias=False, mlp_bias=False, lm_head_bias=False, full_attn_mod=1, interpolate_factor=1)
-    spec = llama_like_spec(c, norm_eps=1e-5, partial_rope=True)
+    spec = llama_like_spec(c, norm_eps=1e-5, partial_rope=1.0)
     scaling = spec.ropes[0].scaling if spec.ropes[0] else None
     if scaling is not None:
         if not isinstance(scaling, LongScaling):

@@ -34,7 +34,7 @@ def read_rope(
     default_theta: float,
     layer_type: str = "",
     *,
-    partial: bool = False,
+    partial: float | None = None,
     ntk: bool = False,
     own_keys: tuple[str, ...] = (),
 ) -> Rope:
@@ -45,8 +45,8 @@ def read_rope(
       head_dim: the number of dims of a head.
       default_theta: the value of an absent rope_theta.
       layer_type: the object of `rope_parameters` to read, where there is one per kind of layer.
-      partial: whether the architecture can rotate a part of a head's dims. In transformers most architectures ignore
-        such a key or fail with it.
+      partial: the default share of a head's dims that are rotated, if the architecture can rotate a part of them. In
+        transformers most architectures ignore such a key or fail with it.
       ntk: whether the architecture reads `alpha` where the kind is "dynamic". The others ignore it and stretch RoPE by
         the length of the batch, which is not supported.
       own_keys: keys that do not describe RoPE, which the family reads itself.
@@ -60,10 +60,10 @@ def read_rope(
     scaling = _object(c, "rope_scaling")
     old = {key: c.get(key) for key in TOP_LEVEL_KEYS if c.get(key) is not None} | scaling
     new, max_positions = _parameters(c, layer_type), c.get("max_position_embeddings")
-    rope = _agreed(old, new, head_dim, default_theta, max_positions, own_keys)
+    rope = _agreed(old, new, head_dim, default_theta, max_positions, own_keys, partial or 1.0)
     if isinstance(rope.scaling, NTKScaling) and not ntk:
         raise ValueError("rope_type='dynamic' among its RoPE parameters, which depends on the length of a batch")
-    return rope if partial else _of_all_dims(rope, head_dim)
+    return rope if partial is not None else _of_all_dims(rope, head_dim)
 
 
 def read_local_rope(c: Keys, head_dim: int, default_theta: float, theta_key: str = "rope_local_base_freq") -> Rope:
@@ -120,6 +120,7 @@ def _agreed(
     default_theta: float,
     max_positions: int,
     own_keys: tuple[str, ...] = (),
+    default_share: float = 1.0,
 ) -> Rope:
     old, new = dict(old), dict(new)
     for spelling in (old, new):
@@ -134,7 +135,7 @@ def _agreed(
                 f"{key}={old[key]!r} in the old spelling of RoPE (rope_theta, rope_scaling) and {new[key]!r} in the "
                 "new one (rope_parameters); remove the wrong one"
             )
-    parameters = {"rope_theta": default_theta} | old | new
+    parameters = {"rope_theta": default_theta, "partial_rotary_factor": default_share} | old | new
     return _rope({k: v for k, v in parameters.items() if k not in own_keys}, head_dim, max_positions)
 
 
@@ -281,7 +282,7 @@ def _with_old_spelling(config: dict[str, Any], parameters: dict[str, Any]) -> di
             del scaling["factor"]  # the factor equals its default
         scaling = {"type": scaling.pop("rope_type")} | scaling
     spelled |= {key: full[key] for key in TOP_LEVEL_KEYS[:2] if full.get(key) is not None}
-    return config | spelled | {"rope_scaling": scaling if kind != "default" else None}
+    return config | spelled | {"rope_scaling": scaling if kind != "default" or "mrope_section" in scaling else None}
 
 
 def _local_theta_key(config: dict[str, Any]) -> str | None:

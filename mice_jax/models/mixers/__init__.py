@@ -4,7 +4,11 @@ A mixer is a Flax NNX module of the layer. Besides its parameters it has, as `Sh
 packed rows and its continuation of rows from a state, the state before the first token, and what it costs.
 """
 
-from mice_jax.models.mixers.short_conv import ShortConvMixer
-from mice_jax.models.spec import Mixer, ShortConv
+from typing import Any
 
-MIXERS: dict[type[Mixer], type[ShortConvMixer]] = {ShortConv: ShortConvMixer}
+from mice_jax.models.mixers.gated_delta_mixer import GatedDeltaMixer
+from mice_jax.models.mixers.mamba2_mixer import Mamba2Mixer
+from mice_jax.models.mixers.short_conv import ShortConvMixer
+from mice_jax.models.spec import GatedDelta, Mamba2, Mixer, ShortConv
+
+MIXERS: dict[type[Mixer], Any] = {ShortConv: ShortConvMixer, Mamba2: Mamba2Mixer, GatedDelta: GatedDeltaMixer}

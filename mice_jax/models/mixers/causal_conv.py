@@ -73,3 +73,33 @@ def empty_conv_state(rows: int, channels: int, taps: int, dtype: jnp.dtype) -> C
 
 def _plus(y: jax.Array, bias: jax.Array | None) -> jax.Array:
     return y if bias is None else y + bias.astype(jnp.float32)
+
+
+def heads_conv(x: jax.Array, kernel: jax.Array, segment_ids: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Convolves heads as `causal_conv` does, and applies SiLU.
+
+    Args:
+      x: [B T N H].
+      kernel: [N H 1 K], as checkpoints have it.
+      segment_ids: [B T] int32.
+      bias: [N H], or None.
+
+    Returns:
+      [B T N H].
+    """
+    weight, bias = _of_channels(kernel, bias)
+    return jax.nn.silu(causal_conv(x.reshape(*x.shape[:2], -1), weight, segment_ids, bias)).reshape(x.shape)
+
+
+def heads_conv_step(
+    x: jax.Array, kernel: jax.Array, state: ConvState, num_tokens: jax.Array, bias: jax.Array | None = None
+) -> tuple[jax.Array, ConvState]:
+    """Continues rows as `causal_conv_step` does, with heads as in `heads_conv`; the state has channels N*H."""
+    weight, bias = _of_channels(kernel, bias)
+    y, state = causal_conv_step(x.reshape(*x.shape[:2], -1), weight, state, num_tokens, bias)
+    return jax.nn.silu(y).reshape(x.shape), state
+
+
+def _of_channels(kernel: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Joins heads and their dims to channels."""
+    return kernel.reshape(-1, kernel.shape[-1]), None if bias is None else bias.reshape(-1)

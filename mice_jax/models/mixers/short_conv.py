@@ -19,7 +19,7 @@ class ShortConvMixer(nnx.Module):
     """The gated short convolution of a layer."""
 
     NAME = "short_conv"  # of its parameters among those of a layer
-    STATE_AXES = ("batch", None, "channels")  # the logical axes of each array of its state
+    STATE_AXES = (("batch", None, "channels"),)  # the logical axes of each array of its state
 
     def __init__(self, spec: ModelSpec, kind: ShortConv, rngs: nnx.Rngs):
         d, std = spec.d_model, spec.init_std
