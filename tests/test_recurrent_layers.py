@@ -87,7 +87,7 @@ def test_kernels_stay_in_float32_and_are_no_matrices_for_muon() -> None:
     decoder = make_decoder(spec_with((ShortConv(3, bias=True), None)))
     cast = jax.eval_shape(lambda p: cast_params(p, jnp.bfloat16), decoder.abstract)["layers"]["short_conv"]
     assert {name for name, x in cast.items() if x.dtype == jnp.float32} == {"kernel", "kernel_bias"}
-    settings = {"grad_clip": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
+    settings: dict[str, Any] = {"grad_clip": 0.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
     state = jax.eval_shape(make_optimizer(name="muon", axes=decoder.axes, **settings).init, decoder.abstract)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     with_adam = {n.split("'")[-2] for n in names if ".nu" in n and "short_conv" in n}
