@@ -95,4 +95,4 @@ class ShortConvMixer(nnx.Module):
     def widths(spec: ModelSpec, kind: ShortConv, tensor: int) -> MixerWidths:
         """Returns the widths of its arrays on one of `tensor` devices."""
         channels = spec.d_model // tensor
-        return MixerWidths(products=3 * channels, saved=8 * channels, working=8 * channels)
+        return MixerWidths(products=3 * channels, saved=6 * channels, working=8 * channels)
