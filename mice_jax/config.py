@@ -115,7 +115,7 @@ class Lora(_Strict):
     rslora: bool = False
     """Make that factor alpha / sqrt(rank), so that a larger rank does not need a larger alpha."""
     targets: list[str] = field(default_factory=list)
-    """The last parts of the names of the matrices with an adapter, such as `q_proj`; none means all of the layers."""
+    """The last parts of the names of matrices with an adapter, such as `q_proj`; none: those of attention and MLP."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Lfm2Config, LlamaConfig, LlamaForCausalLM
 
 from helpers.models import Sample, in_float64, llama, load, mesh_of, packed, relative_gap, sample_of
 from helpers.runs import (
@@ -33,7 +33,7 @@ from mice_jax import average
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import UserError
 from mice_jax.hardware import matmul_flops, train_flops
-from mice_jax.models import lora, peft_format
+from mice_jax.models import hf, lora, peft_format
 from mice_jax.models.lora import LoRA, scale_of
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.optim import make_optimizer
@@ -202,6 +202,16 @@ def test_new_adapters_change_nothing_until_they_are_trained(folder: Path) -> Non
     assert 0.9 * bound < np.max(np.abs(a)) <= bound and abs(np.std(a) * np.sqrt(3) / bound - 1) < 0.15
     merged = lora.merge(ours.decoder.lora, jax.device_get(drawn), jax.device_get(ours.base))
     jax.tree.map(np.testing.assert_array_equal, merged, jax.device_get(ours.base))
+
+
+def test_target_modules_of_the_folder_name_no_other_module() -> None:
+    sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    config = Lfm2Config(**sizes, **heads).to_dict() | {"architectures": ["Lfm2ForCausalLM"]}
+    spec = hf.spec_from_config({k: v for k, v in config.items() if k != "pad_token_id"}, Path("config.json"))
+    modules = [f"model.layers.1.self_attn.{name}" for name in ("q_proj", "out_proj")]
+    found = peft_format._shortest_names(modules, spec, "Lfm2ForCausalLM")
+    assert found == ["q_proj", "self_attn.out_proj"], "a convolution has an out_proj too"
 
 
 # ---------------------------------------------------------------------------------------- bad input

@@ -27,7 +27,7 @@ def find_targets(spec: ModelSpec, architecture: str, targets: Sequence[str]) -> 
     Args:
       spec: The model.
       architecture: A key of `FAMILIES`.
-      targets: The last part of modules' names in a checkpoint, such as `q_proj`; none means all matrices of the layers.
+      targets: The last part of modules' names in a checkpoint, such as `q_proj`; none means all of attention and MLP.
 
     Returns:
       The weights, of `lora.ADAPTABLE`, in its order.
@@ -84,14 +84,26 @@ def write_adapter(
         prefix = f"base_model.model.{module}"
         tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a.reshape(len(a), -1), dtype)
         tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b.reshape(-1, b.shape[-1]), dtype)
-        names.append(module.rsplit(".", 1)[-1])
+        names.append(module)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     fixed = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False,
-        "inference_mode": True, "target_modules": list(dict.fromkeys(names)),
+        "inference_mode": True, "target_modules": _shortest_names(names, spec, architecture),
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(fixed | config, indent=2) + "\n")
     return sum(math.prod(t.shape) for t in tensors.values())
+
+
+def _shortest_names(modules: Sequence[str], spec: ModelSpec, architecture: str) -> list[str]:
+    """Returns the ends of modules' names by which PEFT finds these modules and no others.
+
+    One part is enough unless another module ends in it too, as those of LFM2's attention and convolutions do.
+    """
+    tensors = checkpoint_tensors(make_decoder(spec), FAMILIES[architecture])
+    others = {t.name.removesuffix(WEIGHT) for t in tensors} - {*modules}
+    taken = {name.rsplit(".", 1)[-1] for name in others}
+    ends = (m.rsplit(".", 2)[1:] for m in modules)
+    return list(dict.fromkeys(".".join(end) if end[-1] in taken else end[-1] for end in ends))
 
 
 def _modules(spec: ModelSpec, architecture: str, rows: Sequence[int] = (0,)) -> dict[str, tuple[Part, ...]]:

@@ -184,7 +184,7 @@ def _adapters(lora: Json) -> str | None:
     if not lora.get("rank"):
         return None
     scale = "sqrt(rank)" if lora["rslora"] else "rank"
-    on = ", ".join(lora["targets"]) or "all matrices of the layers"
+    on = ", ".join(lora["targets"]) or "all matrices of attention and MLP"
     return f"rank {lora['rank']}, alpha {lora['alpha']:g} / {scale}, on {on}"
 
 
