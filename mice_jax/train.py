@@ -41,12 +41,12 @@ from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import parse_path
 from mice_jax.storage.provenance import code_state
 from mice_jax.storage.workdir import SYNC_EVERY_S
-from mice_jax.training import averaging, build, held_out, phases, precompile, run_files, summary, trackers
-from mice_jax.training.cadence import HELD_OUT_ALONE, Cadence, last_steps_before_warm_start, uses_best_checkpoint
-from mice_jax.training.evaluator import Evaluator
+from mice_jax.training import averaging, build, phases, precompile, run_files, summary, trackers
+from mice_jax.training.cadence import HELD_OUT_ALONE, make_cadence
+from mice_jax.training.evaluator import Evaluator, check_metrics
 from mice_jax.training.lifecycle import Run, lifecycle
 from mice_jax.training.progress import Deadline, LapTimer
-from mice_jax.training.record import Throughput, all_finite, check_best_metric, make_record
+from mice_jax.training.record import Throughput, all_finite, make_record
 from mice_jax.training.start_state import enter_phase, restore_or_start
 from mice_jax.training.stop_monitor import StopMonitor
 from mice_jax.training.stop_rules import step_at_fraction
@@ -114,17 +114,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         for note in inputs.notes:
             display.log(note)
         data = build.data(config, encoder, display.log, display.watch)
-        by_phase = len(config.data.phases) > 1
-        held_out.check_retained(config.eval.retain, {h.name for h in data.dataset.validation})
-        held_out_names = held_out.metric_names(data.dataset.validation, by_phase, config.eval.exact_match)
-        eval_names = [*benchmarks.metric_names(), *held_out_names]
-        if config.train.ema_half_life:
-            averaging.check_source_names({h.name for h in data.dataset.validation})
-            eval_names += map(averaging.of_average_name, held_out_names)
-        # Checkpoints are scored only if the best ones are kept or a phase starts from the best one.
-        uses_best = uses_best_checkpoint(config, data.spans)
-        if uses_best:
-            check_best_metric(config, eval_names, bool(data.dataset.validation))
+        check_metrics(config, data.dataset.validation, data.spans, benchmarks.metric_names())
     distributed.assert_same_on_all_processes("data", data.dataset.fingerprint)
     distributed.assert_same_on_all_processes("tasks", benchmarks.fingerprint())
 
@@ -140,16 +130,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     # The schedule spans max_steps or the whole mixture, even if the data or a stop rule end the run earlier.
     schedule = build.schedule(config, data.spans, horizon=config.optim.max_steps or len(data.mixture))
     fns = build.step_functions(config, model.decoder, source.architecture, mesh, model.compute, schedule)
-    evaluator = Evaluator(
-        fns,
-        mesh,
-        data.dataset.validation,
-        pack,
-        by_phase,
-        benchmarks.scorer(source, model.decoder, mesh, model.compute.dtype, log),
-        config.eval.exact_match,
-        config.eval.retain,
-    )
+    score_benchmarks = benchmarks.scorer(source, model.decoder, mesh, model.compute.dtype, log)
 
     # ---- State: the newest checkpoint of this workdir, or else init_from ------------------------------------------
     checkpoints = Checkpoints(
@@ -159,8 +140,9 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         check_ownership=run.check_lock,
     )
     start, state, base, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
-    # With adapters, these alone are in the state; without, `whole` returns what it is given.
-    whole = functools.partial(model.decoder.join, base=base)
+    # With adapters, these alone are in the state; without, `join` returns what it is given.
+    join = functools.partial(model.decoder.join, base=base)
+    evaluator = Evaluator(config, fns, mesh, data.dataset.validation, pack, score_benchmarks, join)
 
     # ---- Initial files of the workdir ---------------------------------------------------------------------------
     # They are written before the first step, so that a killed run can be resumed, exported and understood.
@@ -208,28 +190,14 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         pause_at=pause_at,
         stop_rules=monitor.reason_to_stop if monitor else None,
     )
-    cadence = Cadence(
-        total_steps=data.total_steps,
-        save_every=config.checkpoint.every_samples,
-        eval_every=config.eval.every_samples,
-        eval_at=frozenset(step_at_fraction(share, data.total_steps) for share in config.eval.at_shares),
-        always_saved=last_steps_before_warm_start(data.spans),
-        selects=uses_best,
-        selects_by_benchmark=uses_best and config.checkpoint.best_metric in benchmarks.metric_names(),
-    )
+    cadence = make_cadence(config, data.spans, data.total_steps, benchmarks.metric_names())
     throughput = Throughput(
-        spec,
-        hardware.peak_flops_of_all_devices(),
-        model.num_params,
-        config.data.max_length,
-        frozen=base is not None,
+        spec, hardware.peak_flops_of_all_devices(), model.num_params, config.data.max_length, frozen=base is not None
     )
 
     # What the model knows before the first step is a line of its own: the gain of the run is measured from there. Where
     # that is not finite, the first step ends the run and says so.
-    averaged = state.average and whole(state.average)
-    before = evaluator(whole(state.params), HELD_OUT_ALONE, averaged).metrics if start == 0 else {}
-    if before and all_finite(before):
+    if start == 0 and (before := evaluator(state, HELD_OUT_ALONE).metrics) and all_finite(before):
         run.log({"step": 0, "samples": 0} | before)
 
     timer = LapTimer()
@@ -247,7 +215,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         batch = next_batch
         assert batch is not None, "the loader has every step"
         for microbatch in batch["microbatches"]:
-            sums = fns.accumulate(whole(state.params), sums, microbatch)
+            sums = fns.accumulate(join(state.params), sums, microbatch)
         threshold = run.progress.spike_threshold(config.train.skip_spikes)
         samples = batch["samples"]
         average_weight = averaging.newest_weight(config.train.ema_half_life, samples, run.progress.samples + samples)
@@ -272,8 +240,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             skips_spikes=bool(config.train.skip_spikes),
         )  # fmt: skip
         due = cadence.due(step, previous.samples, run.progress.samples)
-        averaged = state.average and whole(state.average)
-        evaluation = evaluator(whole(state.params), due, averaged)
+        evaluation = evaluator(state, due)
         record |= evaluation.metrics
         run.log(record)
         workdir.sync(after_s=SYNC_EVERY_S)

@@ -1,11 +1,12 @@
 """Decides what is due after a step: the held-out loss, benchmarks or a checkpoint."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mice_jax.config import Config
 from mice_jax.training.phases import PhaseSpan, next_starts_from_best
 from mice_jax.training.progress import crosses_multiple
+from mice_jax.training.stop_rules import step_at_fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,27 @@ class Cadence:
             benchmarks=evaluation or (checkpoint and self.selects_by_benchmark),
             checkpoint=checkpoint,
         )
+
+
+def make_cadence(config: Config, spans: Sequence[PhaseSpan], total_steps: int, benchmarks: Collection[str]) -> Cadence:
+    """Returns the cadence of a run.
+
+    Args:
+      config: The run's config.
+      spans: The phases of the run.
+      total_steps: The number of steps of the run.
+      benchmarks: The names of the benchmarks' metrics.
+    """
+    selects = uses_best_checkpoint(config, spans)
+    return Cadence(
+        total_steps=total_steps,
+        save_every=config.checkpoint.every_samples,
+        eval_every=config.eval.every_samples,
+        eval_at=frozenset(step_at_fraction(share, total_steps) for share in config.eval.at_shares),
+        always_saved=last_steps_before_warm_start(spans),
+        selects=selects,
+        selects_by_benchmark=selects and config.checkpoint.best_metric in benchmarks,
+    )
 
 
 def last_steps_before_warm_start(spans: Sequence[PhaseSpan]) -> frozenset[int]:

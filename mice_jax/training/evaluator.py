@@ -1,19 +1,22 @@
 """Evaluates the model in memory between two steps of its run: first the held-out loss, then benchmarks."""
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from mice_jax.config import Config
 from mice_jax.data.dataset import HeldOut
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture
 from mice_jax.models.transformer import Params
 from mice_jax.runtime import distributed
-from mice_jax.step import StepFunctions
+from mice_jax.step import StepFunctions, TrainState
 from mice_jax.training import averaging, held_out
-from mice_jax.training.cadence import Due
+from mice_jax.training.cadence import Due, uses_best_checkpoint
+from mice_jax.training.phases import PhaseSpan
+from mice_jax.training.record import check_best_metric
 
 
 class Evaluation(NamedTuple):
@@ -28,56 +31,84 @@ class Evaluation(NamedTuple):
     failure: Exception | None
 
 
+def check_metrics(
+    config: Config, held_out_data: Sequence[HeldOut], spans: Sequence[PhaseSpan], benchmarks: Sequence[str]
+) -> None:
+    """Checks that the run measures what its config refers to: sources to retain, and the metric of the best checkpoint.
+
+    Args:
+      config: The run's config.
+      held_out_data: The held-out samples of each source.
+      spans: The phases of the run.
+      benchmarks: The names of the benchmarks' metrics.
+
+    Raises:
+      UserError: A source or a metric is not measured, or two have the same name.
+    """
+    sources = {held.name for held in held_out_data}
+    held_out.check_retained(config.eval.retain, sources)
+    measured = held_out.metric_names(held_out_data, _has_phases(config), config.eval.exact_match)
+    if config.train.ema_half_life:
+        averaging.check_source_names(sources)
+        measured += [averaging.of_average_name(name) for name in measured]
+    if uses_best_checkpoint(config, spans):
+        check_best_metric(config, [*benchmarks, *measured], bool(held_out_data))
+
+
+def _has_phases(config: Config) -> bool:
+    """Returns whether the held-out loss is measured by phase too."""
+    return len(config.data.phases) > 1
+
+
 class Evaluator:
     """Measures the held-out loss and scores the benchmarks when they are due."""
 
     def __init__(
         self,
+        config: Config,
         fns: StepFunctions,
         mesh: Mesh,
         held_out_data: Sequence[HeldOut],
         pack: Callable[[Mixture], StepSource],
-        by_phase: bool,
         score_benchmarks: Callable[[Params], Iterable[dict[str, float | None]]],
-        exact_match: bool = False,
-        retain: Collection[str] = (),
+        join: Callable[[Params], Params],
     ):
         """Stores the arguments; nothing is computed yet.
 
         Args:
+          config: The run's config.
           fns: The run's step functions.
           mesh: The mesh that they are compiled for.
           held_out_data: The held-out samples of each source.
           pack: Packs the steps of a mixture into rows for this mesh.
-          by_phase: Whether to measure the held-out loss of each phase too.
           score_benchmarks: Yields the scores of one benchmark after the other.
-          exact_match: Whether the step functions count exact matches of held-out samples.
-          retain: The names of held-out sources that the means over sources leave out.
+          join: Adds the frozen parameters, if there are any, to those of a state.
         """
         self._fns, self._mesh, self._held_out, self._pack = fns, mesh, held_out_data, pack
-        self._by_phase, self._score_benchmarks, self._exact_match = by_phase, score_benchmarks, exact_match
-        self._retain = retain
+        self._score_benchmarks, self._join = score_benchmarks, join
+        self._by_phase, self._exact_match = _has_phases(config), config.eval.exact_match
+        self._retain = config.eval.retain
 
-    def __call__(self, params: Params, due: Due, average: Params | None = None) -> Evaluation:
+    def __call__(self, state: TrainState, due: Due) -> Evaluation:
         """Measures what is due.
 
         Args:
-          params: The parameters after a step.
+          state: The state after a step. Where it has a running average of the parameters, the held-out loss of the
+            average is measured too.
           due: The evaluations that are due after that step.
-          average: The running average of the parameters, whose held-out loss is measured too; None if there is none.
 
         Returns:
           The metrics, and the error of a benchmark that could not be scored.
         """
         metrics: dict[str, Any] = {}
         if due.held_out and self._held_out:
-            metrics |= self._held_out_metrics(params)
-            if average is not None:
-                metrics |= averaging.of_average(self._held_out_metrics(average))
+            metrics |= self._held_out_metrics(state.params)
+            if state.average is not None:
+                metrics |= averaging.of_average(self._held_out_metrics(state.average))
         failure = None
         if due.benchmarks:
             try:
-                for scores in self._score_benchmarks(params):
+                for scores in self._score_benchmarks(self._join(state.params)):
                     metrics |= scores
             except Exception as error:  # A task's own code may raise anything.
                 # The loss of another process is not an error of the task.
@@ -87,7 +118,7 @@ class Evaluator:
         return Evaluation(metrics, failure)
 
     def _held_out_metrics(self, params: Params) -> dict[str, float]:
-        loss = functools.partial(self._fns.evaluate, params)
+        loss = functools.partial(self._fns.evaluate, self._join(params))
         return held_out.evaluate(
             loss, self._held_out, self._pack, self._mesh, self._by_phase, self._exact_match, self._retain
         )
