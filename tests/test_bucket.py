@@ -26,12 +26,12 @@ from helpers.runs import (
     start_train,
     timeless,
 )
-from mice_jax import metrics
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.errors import StoreError, UserError
 from mice_jax.storage import lock, paths, workdir
 from mice_jax.storage.paths import parse_path
 from mice_jax.storage.workdir import Workdir
+from mice_jax.training import writers
 
 
 @pytest.fixture(scope="module")
@@ -316,15 +316,15 @@ def test_a_killed_run_in_a_bucket_resumes_and_equals_the_run_on_disk(
 @pytest.fixture
 def at_line(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What calls a function once a run in this process has written its line of a step."""
-    write = metrics.JsonlWriter.write
+    write = writers.JsonlWriter.write
 
     def at_line(step: int, then: Any) -> None:
-        def written(self: metrics.JsonlWriter, record: Any) -> None:
+        def written(self: writers.JsonlWriter, record: Any) -> None:
             write(self, record)
             if record["step"] == step:
                 then()
 
-        monkeypatch.setattr(metrics.JsonlWriter, "write", written)
+        monkeypatch.setattr(writers.JsonlWriter, "write", written)
 
     return at_line
 

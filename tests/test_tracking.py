@@ -9,9 +9,9 @@ import pytest
 
 from helpers.runs import read_json, read_metrics, run_train, setting
 from mice_jax.errors import UserError
-from mice_jax.metrics import numbers
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training import trackers
+from mice_jax.training.writers import numbers
 
 Calls = list[tuple[Any, ...]]
 CONFIG = {"optim": {"batch_size": 8}}

@@ -35,12 +35,11 @@ from helpers.runs import (
     timeless,
     write_jsonl,
 )
-from mice_jax import metrics as metrics_module
 from mice_jax import sharding as sharding_module
 from mice_jax import train as train_module
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.step import Jitted
-from mice_jax.training import build, start_state
+from mice_jax.training import build, start_state, writers
 from mice_jax.training.record import SOURCE_METRICS, STEP_METRICS
 
 SAMPLES, EPOCHS, BATCH = 36, 4, 8  # five steps an epoch, the last of four samples
@@ -406,15 +405,15 @@ def test_a_run_that_is_asked_to_leave_saves_and_goes_on_as_if_it_had_not(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, write = tmp_path / "run", metrics_module.JsonlWriter.write
+    run, write = tmp_path / "run", writers.JsonlWriter.write
 
-    def ask(self: metrics_module.JsonlWriter, record: Record) -> None:
+    def ask(self: writers.JsonlWriter, record: Record) -> None:
         write(self, record)
         if record["step"] == 7:
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patched:
-        patched.setattr(metrics_module.JsonlWriter, "write", ask)
+        patched.setattr(writers.JsonlWriter, "write", ask)
         assert run_train(config, run) == 75
     err = capsys.readouterr().err
     assert f"preempted: {number.name} after step 7" in err
@@ -443,8 +442,9 @@ def test_signal_before_the_first_step_ends_the_run_with_exit_code_75(config: Pat
 LEAVING = """
 import os, signal, sys, threading, time
 import orbax.checkpoint as ocp
-from mice_jax import metrics, train
-write = metrics.JsonlWriter.write
+from mice_jax import train
+from mice_jax.training import writers
+write = writers.JsonlWriter.write
 def ask(self, record):
     write(self, record)
     if record["step"] == 7:
@@ -452,7 +452,7 @@ def ask(self, record):
         ocp.CheckpointManager.wait_until_finished = lambda self: time.sleep(600)
         os.kill(os.getpid(), signal.SIGINT)
         threading.Timer(2, os.kill, [os.getpid(), signal.SIGINT]).start()
-metrics.JsonlWriter.write = ask
+writers.JsonlWriter.write = ask
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -476,10 +476,10 @@ def test_second_sigint_exits_at_once_and_leaves_the_last_checkpoint_whole(
 def test_a_failure_of_our_own_keeps_its_traceback_and_is_in_the_summary(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: metrics_module.JsonlWriter, record: Record) -> None:
+    def fail(self: writers.JsonlWriter, record: Record) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(metrics_module.JsonlWriter, "write", fail)
+    monkeypatch.setattr(writers.JsonlWriter, "write", fail)
     with pytest.raises(OSError, match="no space left"):
         run_train(config, tmp_path / "run")
     summary = read_json(tmp_path / "run", "summary.json")

@@ -23,10 +23,10 @@ from helpers.runs import (
     write_jsonl,
 )
 from mice_jax import train as train_module
-from mice_jax.metrics import JsonlWriter
 from mice_jax.training.noise_scale import NoiseScale
 from mice_jax.training.progress import Progress
 from mice_jax.training.record import SOURCE_METRICS, STEP_METRICS
+from mice_jax.training.writers import JsonlWriter
 
 SAME = {"rel": 1e-5}  # the same arithmetic on rows dealt in another order
 

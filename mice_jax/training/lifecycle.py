@@ -13,7 +13,6 @@ from typing import Any
 
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.errors import AgreedError, Paused, Preempted, StoppedByRule, StoreError, one_line
-from mice_jax.metrics import Writer
 from mice_jax.runtime import distributed, watchdog
 from mice_jax.runtime.signals import PreemptionHandler
 from mice_jax.step import TrainState
@@ -21,6 +20,7 @@ from mice_jax.storage.paths import RunPath
 from mice_jax.storage.provenance import environment
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training.progress import Progress
+from mice_jax.training.writers import Writer
 
 STATUS = {StoppedByRule: "stopped", Paused: "paused", Preempted: "preempted"}  # Any other error is a failure.
 

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from mice_jax.config import Config, to_dict
 from mice_jax.errors import UserError, install_command
-from mice_jax.metrics import JsonlWriter, TensorBoardWriter, TerminalWriter, Writer, numbers
 from mice_jax.storage.workdir import METRICS, Workdir
 from mice_jax.training.profiler import ProfileWriter
+from mice_jax.training.writers import JsonlWriter, TensorBoardWriter, TerminalWriter, Writer, numbers
 
 IDS = "tracking.json"
 

@@ -14,8 +14,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from helpers.models import spec_of
 from mice_jax.hardware import CHIPS, peak_flops, train_flops
-from mice_jax.metrics import JsonlWriter, TensorBoardWriter, TerminalWriter
 from mice_jax.models.spec import ModelSpec
+from mice_jax.training.writers import JsonlWriter, TensorBoardWriter, TerminalWriter
 
 
 # ---------------------------------------------------------------------------------------- FLOPs
