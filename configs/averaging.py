@@ -3,6 +3,10 @@
 What it tests: whether a constant rate with averaging reaches what a decayed rate reaches. A constant rate leaves the
 weights noisy, so a comparison of the two schedules without an average is in favour of the decayed one.
 Read: eval/loss is that of the weights, eval/average/loss that of their average, in the metrics.jsonl of each run.
+Measured after 240 steps, one seed: constant 1.795 and averaged 1.667; cosine 1.661 and averaged 1.690, since its
+average holds weights from before the decay. Without averaging, the constant rate would seem to lose 0.134 nats; with
+it, 0.005.
+Cost: about two minutes of two cores for each schedule.
 Data and model: those of the demo (`make demo` makes them), shortened to STEPS steps.
 Launch: mice sweep --config=configs/averaging.py --workdir=runs/averaging
 """
