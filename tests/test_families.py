@@ -412,11 +412,13 @@ def on_mesh(case: str, folder: Path, mesh: Mesh) -> tuple[np.ndarray, float, dic
 
 # The families whose parameters are laid out or split differently: plain, with multipliers, with norms of heads, with
 # norms of all heads, with fused projections, with several kinds of attention, with several mixers.
-SPLIT = ("llama", "granite", "qwen3", "olmo2", "phi3", "gemma3", "lfm2")
+SPLIT = ("llama", "granite", "qwen3", "olmo2", "phi3", "gemma3", "lfm2", "granite4-hybrid", "qwen3_5")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "sizes"), list(zip(SPLIT, [(1, 1, 8), *MESHES, MESHES[0], MESHES[2]], strict=True)))
+@pytest.mark.parametrize(
+    ("case", "sizes"), list(zip(SPLIT, [(1, 1, 8), *MESHES, MESHES[0], *MESHES[2:], MESHES[1]], strict=True))
+)
 def test_logits_loss_and_gradients_are_the_same_on_a_mesh(case: str, sizes: tuple[int, int, int], folders: Any) -> None:
     expected, loss, _ = on_one_device(case, folders(case))
     logits, our_loss, gaps = on_mesh(case, folders(case), mesh_of(*sizes))
