@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh
 from mice_jax.hardware import find_chip
 from mice_jax.loss import tokens_per_chunk
 from mice_jax.models.attention import BACKENDS
+from mice_jax.models.layer_groups import Group, find_groups
 from mice_jax.models.mixers import MIXERS
 from mice_jax.models.mixers.costs import MixerWidths
 from mice_jax.models.spec import Mixer
@@ -125,15 +126,23 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
         entries = slots * _working_per_slot(inputs, kind) + _gathered_weights(inputs)
         return entries * itemsize + attention_bytes(kind)
 
+    def working_of_group(group: Group) -> int:
+        """Counts every run of a group, and twice more what a run saves that is a scan inside of a scan."""
+        nested = [run.count * saved_by_layer(run.kind) for run in group.runs if run.count > 1 and group.repeats > 1]
+        return sum(working_bytes(run.kind) for run in group.runs) + 2 * max(nested, default=0)
+
+    groups = find_groups(mixers)
+    # The gradients of each group are put into stacks of all layers, and then added.
+    padded = trained if len(groups) > 1 else 0
     return MemoryEstimate(
         params=trained + bytes_per_device(inputs.base),
         optimizer=bytes_per_device(inputs.state.opt_state),
         average=bytes_per_device(inputs.state.average),
         sums=trained * inputs.sums_dtype.itemsize // 4,
-        gradients=trained,
+        gradients=trained + padded,
         cast=trained * itemsize // 4 if itemsize < 4 else 0,
         activations=sum(saved_by_layer(kind) for kind in mixers),
-        working=max(_lm_head_bytes(inputs, rows), *map(working_bytes, set(mixers))),
+        working=max(_lm_head_bytes(inputs, rows), *map(working_of_group, groups)),
     )
 
 
