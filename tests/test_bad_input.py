@@ -179,7 +179,6 @@ CONFIG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "an unknown backend": (["--config.model.attention=magic"], ["model.attention='magic'", "auto"]),
     "a backend of other devices": (["--config.model.attention=cudnn"], ["platform cpu", "Set it to one of blockwise"]),
-    "half a cluster": (["--num_processes=2"], ["--coordinator_address", "--process_id"]),
 }
 
 

@@ -439,13 +439,19 @@ def test_a_process_of_several_trains_in_a_child_before_any_slow_import(
     assert run_train(monkeypatch, *flags, *place) == (0, True)
 
 
-def test_wrong_config_of_a_process_of_several_reaches_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_config_of_a_process_of_several_reaches_the_others(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sent = []
     monkeypatch.setattr(watchdog, "broadcast_startup_error", lambda address, error: sent.append((address, error)))
     place = ["--coordinator_address=a:1", "--num_processes=2", "--process_id=1"]
     assert run_train(monkeypatch, "--config=absent.py", *place) == (2, False)
     [(address, error)] = sent
     assert address == ("a:1", 2, 1) and "the file absent.py does not exist" in error
+    # Without all three flags there is no address to send anything to.
+    assert run_train(monkeypatch, f"--config={config_file}", "--workdir=w", "--num_processes=2") == (2, False)
+    said = capsys.readouterr().err
+    assert "--coordinator_address and --process_id missing" in said and len(sent) == 1
     assert run_train(monkeypatch, "--config=absent.py") == (2, False) and len(sent) == 1
 
 

@@ -39,7 +39,7 @@ from mice_jax import sharding as sharding_module
 from mice_jax import train as train_module
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.step import Jitted
-from mice_jax.training import build, start_state, writers
+from mice_jax.training import build, held_out, start_state, writers
 from mice_jax.training.record import SOURCE_METRICS, STEP_METRICS
 
 SAMPLES, EPOCHS, BATCH = 36, 4, 8  # five steps an epoch, the last of four samples
@@ -281,7 +281,7 @@ def test_training_of_all_shapes_compiles_nothing_after_its_first_step(
         monkeypatch.setattr(module, name, lambda *a, **k: happened.append(name) or f(*a, **k))
 
     say(train_module, "load_steps")
-    say(train_module.held_out, "evaluate")
+    say(held_out, "evaluate")
     held = write_jsonl(tmp_path / "held.jsonl", HELD_OUT)
     body = f"c.data.max_length = 512\nc.train.rows_per_device = 2\nc.data.validation = [Source(path='{held}')]"
     # Chats are of some 38 tokens and a largest microbatch has 8,192 slots: steps of 250 take one and a small one, the

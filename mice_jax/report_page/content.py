@@ -46,7 +46,7 @@ SIGNALS = {
     "device_memory_peak_bytes": ("Peak device memory", "bytes, the most of any device so far"),
 }
 # Curves that would only clutter a page of several runs.
-SINGLE_RUN_ONLY = ("slot_efficiency", "mfu", "mfu_6p", "noise_scale_low")
+SINGLE_RUN_ONLY = ("slot_efficiency", "mfu", "mfu_6p", "device_memory_peak_bytes", "noise_scale_low")
 # The loss of each source that is trained on, on the page of one run; more curves than that would hide the others.
 SOURCE_LOSS = re.compile(r"train/(.+)/loss")
 MAX_SOURCES = 12
