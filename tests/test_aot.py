@@ -1,6 +1,6 @@
 """The study's models compiled by `mice plan` for the TPUs that their configs name, without a TPU.
 
-`-m aot_ci` compiles the fastest one only, `-m aot` all of them.
+`-m aot_ci` compiles one of them only, `-m aot` all of them.
 """
 
 import ast
@@ -76,9 +76,9 @@ def pairs() -> list[Pair]:
 
 
 PAIRS = pairs()
-# The pair that compiles fastest: for a v5e a program takes about half as long again.
-FASTEST = next(pair for pair in PAIRS if str(pair) == "granite-3b-v5p:2x2x1")
-SELECTABLE = [pytest.param(pair, marks=pytest.mark.aot_ci if pair == FASTEST else (), id=str(pair)) for pair in PAIRS]
+# For a v5e: with the SparseCores of a v5p, libtpu's compiler sometimes ends with a stack overflow (BUILD_NOTES.md).
+IN_CI = next(pair for pair in PAIRS if str(pair) == "llama-3.2-3b-v5e:4x4")
+SELECTABLE = [pytest.param(pair, marks=pytest.mark.aot_ci if pair == IN_CI else (), id=str(pair)) for pair in PAIRS]
 
 
 def plan(pair: Pair) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def plan(pair: Pair) -> dict[str, Any]:
     The held-out loss needs less memory than the function that trains, so it is compiled for that model only.
     """
     flags = [f"--config={pair.config}", f"--topology={pair.topology}"]
-    if pair.model != FASTEST.model:
+    if pair.model != IN_CI.model:
         flags += ["--config.data.validation_fraction=0"]
     command = [sys.executable, "-m", "mice_jax.plan", *flags, "--json", "--compile_minutes=0"]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, check=False)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from helpers.runs import REPOSITORY, place_flags
@@ -116,3 +117,19 @@ def test_a_child_ended_by_a_signal_is_reported_by_its_parent(
     assert watchdog._report_signal(number, tmp_path) == code
     text = capsys.readouterr().err
     assert ("the training process was ended by SIGKILL" in text) == (number == signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:33992: Connection reset by peer"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: Gloo ReduceScatter failed: Connection closed by peer"), True),
+        (ValueError("the connection of these layers is wrong"), False),  # a mistake in the code
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (OSError("UNKNOWN: connection reset by peer"), False),
+    ],
+)
+def test_errors_of_a_lost_peer(error: Exception, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not distributed.is_lost_peer_error(error), "one process has no peer"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert distributed.is_lost_peer_error(error) == lost

@@ -104,8 +104,8 @@ def test_a_plan_has_the_numbers_of_what_train_runs(
     spies: dict[str, Spy] = {}
     make_step = build.make_step
 
-    def spying(*arguments: Any) -> Any:
-        fns = make_step(*arguments)
+    def spying(*arguments: Any, **settings: Any) -> Any:
+        fns = make_step(*arguments, **settings)
         spies.update({name: Spy(getattr(fns, name)) for name in ("accumulate", "apply", "evaluate")})
         return fns._replace(**spies)
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ JOIN_TIMEOUT_S = 100
 BARRIER_TIMEOUT_S = 3600  # a process may compile for long before it arrives
 # Lower-case words of the errors that a lost peer causes.
 LOST_PEER_WORDS = ("gloo", "nccl", "connection", "peer", "heartbeat", "coordination service", "barrier timed out")
+STATUS = re.compile(r"[A-Z_]+: ")  # how the text of an error of JAX's runtime begins
 MAX_MESSAGE_BYTES = 2000  # limit of an error message that is sent to the other processes
 
 
@@ -166,8 +168,13 @@ def exit_immediately(error: BaseException) -> NoReturn:
 
 
 def is_lost_peer_error(error: BaseException) -> bool:
-    """Whether a collective or the coordination service raised this error because another process is gone."""
-    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
-        return False
-    text = str(error).lower()
-    return any(word in text for word in LOST_PEER_WORDS)
+    """Whether a collective or the coordination service raised this error because another process is gone.
+
+    JAX raises the same failure as a JaxRuntimeError or, from some of its paths, as a ValueError, of which it is only
+    the text: "UNKNOWN: Gloo AllGather failed: ...".
+    """
+    text = str(error)
+    from_runtime = isinstance(error, jax.errors.JaxRuntimeError) or (
+        isinstance(error, ValueError) and STATUS.match(text) is not None
+    )
+    return jax.process_count() > 1 and from_runtime and any(word in text.lower() for word in LOST_PEER_WORDS)
