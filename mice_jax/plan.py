@@ -16,7 +16,10 @@ if __name__ == "__main__":
 # isort: split
 import contextlib
 import dataclasses
+import functools
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -35,13 +38,13 @@ from mice_jax.config import Config
 from mice_jax.data.readers import open_source
 from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
-from mice_jax.hardware import GPU_MEMORY_FRACTION_VARIABLE, gpu_memory_fraction
+from mice_jax.hardware import CHIPS, GPU_MEMORY_FRACTION_VARIABLE, gpu_memory_fraction
 from mice_jax.model_source import RANDOM, ModelSource, resolve_source, with_vocabulary
 from mice_jax.models.spec import ModelSpec
 from mice_jax.planning import ahead_of_time, cost, step_time
 from mice_jax.planning.ahead_of_time import CompiledMemory
 from mice_jax.planning.planner import Layout, RunPlan
-from mice_jax.runtime import xla_flags
+from mice_jax.runtime import watchdog, xla_flags
 from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import replicated_dims
 from mice_jax.training import memory_model
@@ -49,6 +52,7 @@ from mice_jax.training import memory_model
 READ_BYTES = 16 * 2**20  # a plan reads the run's data only if they are at most this large
 MEAN_LENGTH = 512  # the assumed mean tokens of a sample, if neither the data nor --mean_length give it
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+COMPILE_ATTEMPTS = 4  # for TPUs with SparseCores; about one compilation in three crashes
 WIDTH = 160  # columns of a table if the output is not a terminal
 
 
@@ -345,9 +349,43 @@ def _lines(result: dict[str, Any]) -> dict[str, str]:
     return {name: line for name, line in lines.items() if line}
 
 
+def begin(arguments: Sequence[str], values: command.Values) -> int | None:
+    """Plans in this process or, where the compiler may crash, in a child that is started again if it does."""
+    if watchdog.is_child():
+        watchdog.exit_when_parent_exits()
+    elif _may_crash(command.required(values, "topology")):
+        return _plan_in_child(arguments)
+    plan(values)
+    return None
+
+
+def _may_crash(topology: str) -> bool:
+    """Whether libtpu compiles for SparseCores, which sometimes overflows a stack of its compiler (BUILD_NOTES.md)."""
+    chip = CHIPS.get(topology.partition(":")[0])
+    return chip is not None and chip.sparse_cores
+
+
+def _plan_in_child(arguments: Sequence[str]) -> int:
+    """Runs this command as a child, again if the compiler crashes; returns the exit code."""
+    for attempt in range(1, COMPILE_ATTEMPTS + 1):
+        child, pipe = watchdog.start_child("mice_jax.plan", arguments)
+        try:
+            code = child.wait()
+        finally:
+            os.close(pipe)  # Ends the child where this process was interrupted.
+        if code != -signal.SIGSEGV:
+            return code if code >= 0 else 128 - code
+        print(f"libtpu's compiler crashed in attempt {attempt} of {COMPILE_ATTEMPTS}", file=sys.stderr, flush=True)
+    raise UserError(
+        f"libtpu's compiler crashed {COMPILE_ATTEMPTS} times, which it does at random when it compiles for "
+        "SparseCores. Run the command again, or install another version of libtpu."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return command.run(__doc__, define_plan, plan, sys.argv[1:] if argv is None else argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    return command.run(__doc__, define_plan, functools.partial(begin, arguments), arguments)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +279,9 @@ def test_the_flags_of_a_suggestion_give_the_memory_that_it_states(
     ],
 )
 def test_an_unknown_topology_is_an_error_with_the_nearest_one(
-    topology: str, said: str, config: Path, capsys: pytest.CaptureFixture[str]
+    topology: str, said: str, config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plan, "_may_crash", lambda topology: False)  # A child's error would not be captured here.
     told = plan_error(config, capsys, f"--topology={topology}")
     assert f"--topology={topology}" in told and said in told
 
@@ -602,3 +605,39 @@ def test_rows_are_at_most_what_cudnn_can_index() -> None:
         memory_model.max_useful_rows(dataclasses.replace(load, attention="pallas"), "gpu", wanted=1000)
         == memory_model.MAX_ROWS
     )
+
+
+@pytest.mark.parametrize(
+    ("codes", "exit_code"),
+    [
+        ([0], 0),
+        ([-signal.SIGSEGV, -signal.SIGSEGV, 0], 0),
+        ([2], 2),
+        ([-signal.SIGKILL], 137),
+        ([-signal.SIGSEGV] * 4, 2),
+    ],
+)
+def test_plan_for_sparse_cores_is_made_again_where_libtpu_crashes(
+    codes: list[int],
+    exit_code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left, started = list(codes), []
+
+    class Child:
+        def wait(self) -> int:
+            return left.pop(0)
+
+    def start_child(module: str, arguments: list[str]) -> tuple[Child, int]:
+        started.append((module, arguments))
+        return Child(), os.open(os.devnull, os.O_RDONLY)
+
+    monkeypatch.setattr(plan.watchdog, "start_child", start_child)
+    flags = [f"--config={setting(tmp_path)}", "--topology=v5p:2x2x1"]
+    assert run_verb(plan.main, flags) == exit_code
+    assert started == [("mice_jax.plan", flags)] * len(codes) and not left
+    said = capsys.readouterr().err
+    assert said.count("libtpu's compiler crashed in attempt") == codes.count(-signal.SIGSEGV)
+    assert ("error: libtpu's compiler crashed 4 times" in said) == (exit_code == 2 and len(codes) == 4)
