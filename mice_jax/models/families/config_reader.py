@@ -4,11 +4,12 @@ A missing required key is a KeyError. An unsupported value is a ValueError with 
 name of the file.
 """
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mice_jax.models.families.rope_config import is_positive, read_rope
-from mice_jax.models.spec import ModelSpec
+from mice_jax.models.spec import Mixer, ModelSpec
 
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
@@ -116,6 +117,24 @@ class ConfigReader:
         keys = [k for k in self.config if k not in self.was_read and self.config[k] is not None]
         return ", ".join(f"{k}={self.config[k]!r}" for k in sorted(keys))
 
+    def layer_types(self, known: Mapping[str, bool], default: list[bool]) -> list[bool]:
+        """Reads which layers are of a kind from `layer_types`.
+
+        Args:
+          known: the names of all types, and whether a layer of that type is of the kind.
+          default: whether each layer is of the kind, if the key is absent.
+
+        Returns:
+          Whether each layer is of the kind.
+        """
+        types = self.get("layer_types")
+        if types is None:
+            return default
+        if not isinstance(types, list) or len(types) != len(default) or any(t not in list(known) for t in types):
+            names = " or ".join(known) if len(known) == 2 else f"one of {', '.join(known)}"
+            raise ValueError(f"layer_types={types!r}; it must list {names} for each of {len(default)} layers")
+        return [known[t] for t in types]
+
     def windows(self, window: int | None, sliding: Iterable[bool]) -> tuple[int | None, ...]:
         """Reads the windows of the layers from `layer_types`.
 
@@ -126,18 +145,9 @@ class ConfigReader:
         Returns:
           The window of each layer, or None.
         """
-        types = self.get("layer_types")
-        sliding = list(sliding)
-        if types is not None:
-            known = {"sliding_attention": True, "full_attention": False}
-            if not isinstance(types, list) or len(types) != len(sliding) or any(t not in list(known) for t in types):
-                raise ValueError(
-                    f"layer_types={types!r}; it must list sliding_attention or full_attention for each of "
-                    f"{len(sliding)} layers"
-                )
-            sliding = [known[t] for t in types]
+        sliding = self.layer_types({"sliding_attention": True, "full_attention": False}, list(sliding))
         if any(sliding) and window is None:
-            raise ValueError(f"layer_types={types!r} but no sliding_window")
+            raise ValueError(f"layer_types={self.get('layer_types')!r} but no sliding_window")
         return tuple(window if s else None for s in sliding)
 
     def late_windows(self, layers: int) -> tuple[int | None, ...]:
@@ -153,6 +163,21 @@ class ConfigReader:
         if value is None:
             raise KeyError(key)
         return value
+
+
+def with_recurrent_layers(spec: ModelSpec, mixer: Mixer | None, attends: Sequence[bool]) -> ModelSpec:
+    """Returns a spec in which layers without attention have a recurrent mixer, and no rotary positions.
+
+    Args:
+      spec: the spec with attention in all layers.
+      mixer: what layers without attention have; None if there are none.
+      attends: whether each layer has attention.
+    """
+    return dataclasses.replace(
+        spec,
+        mixers=tuple(None if attention else mixer for attention in attends),
+        ropes=tuple(rope if attention else None for rope, attention in zip(spec.ropes, attends, strict=True)),
+    )
 
 
 def llama_like_spec(

@@ -6,7 +6,7 @@ The class has experts too, which are not supported.
 import dataclasses
 
 from mice_jax.models.families import names
-from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec
+from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec, with_recurrent_layers
 from mice_jax.models.families.granite import with_multipliers
 from mice_jax.models.families.names import name
 from mice_jax.models.spec import Mamba2, ModelSpec
@@ -54,21 +54,15 @@ def spec_from_hf(c: ConfigReader) -> ModelSpec:
     for key in (*WITHOUT_EFFECT, "time_step_limit", *(f"mamba_{key}" for key in MAMBA)):
         c.get(key)
     spec = with_multipliers(c, llama_like_spec(c, d_ff_key="shared_intermediate_size", d_ff=1024))
-    types = c.get("layer_types", ["mamba"] * spec.num_layers)
-    if not isinstance(types, list) or len(types) != spec.num_layers or any(t not in list(ATTENDS) for t in types):
-        raise ValueError(f"layer_types={types!r}; it must list one of {', '.join(ATTENDS)} for each layer")
+    attends = c.layer_types(ATTENDS, default=[False] * spec.num_layers)
     if (positions := c.get("position_embedding_type")) not in (None, "nope", "rope"):
         raise ValueError(f"position_embedding_type={positions!r}; only 'rope' and 'nope' are supported")
-    attends = [ATTENDS[t] for t in types]
     mamba = None if all(attends) else _mamba(c, spec)
     if spec.activation != "silu" and not all(attends):
         raise ValueError(f"hidden_act={c.get('hidden_act')!r}; only 'silu' is supported with Mamba-2 layers")
-    rope = spec.ropes[0] if positions == "rope" else None
-    return dataclasses.replace(
-        spec,
-        mixers=tuple(None if attention else mamba for attention in attends),
-        ropes=tuple(rope if attention else None for attention in attends),
-    )
+    if positions != "rope":
+        spec = dataclasses.replace(spec, ropes=(None,) * spec.num_layers)
+    return with_recurrent_layers(spec, mamba, attends)
 
 
 def _mamba(c: ConfigReader, spec: ModelSpec) -> Mamba2:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from mice_jax.models.families import names
-from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec
+from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec, with_recurrent_layers
 from mice_jax.models.families.names import name
 from mice_jax.models.spec import ModelSpec, ShortConv
 
@@ -48,14 +48,8 @@ def spec_from_hf(c: ConfigReader) -> ModelSpec:
         c.get(key)
     conv = ShortConv(c.integer("conv_L_cache", 3), c.flag("conv_bias", False))
     attends = _layers_with_attention(c, spec.num_layers)
-    return dataclasses.replace(
-        spec,
-        d_ff=_adjusted(c, width),
-        qk_norm="head",
-        tie_embeddings=tied,
-        mixers=tuple(None if attention else conv for attention in attends),
-        ropes=tuple(rope if attention else None for attention in attends),
-    )
+    spec = dataclasses.replace(spec, d_ff=_adjusted(c, width), qk_norm="head", tie_embeddings=tied)
+    return with_recurrent_layers(spec, conv, attends)
 
 
 def _check_equal(c: ConfigReader, first: str, second: str) -> None:
@@ -67,18 +61,14 @@ def _check_equal(c: ConfigReader, first: str, second: str) -> None:
 
 def _layers_with_attention(c: ConfigReader, layers: int) -> list[bool]:
     """Reads which layers have attention: by name, by index, or all of them."""
-    types, indices = c.get("layer_types"), c.get("full_attn_idxs")
+    indices = c.get("full_attn_idxs")
     every = list(range(layers))
     if indices is not None and (not isinstance(indices, list) or any(i not in every for i in indices)):
         raise ValueError(f"full_attn_idxs={indices!r}; it must list indices of {layers} layers")
     by_index = None if indices is None else [i in indices for i in every]
-    if types is None:
-        return by_index or [True] * layers
-    known = {"full_attention": True, "conv": False}
-    if not isinstance(types, list) or len(types) != layers or any(t not in list(known) for t in types):
-        raise ValueError(f"layer_types={types!r}; it must list full_attention or conv for each of {layers} layers")
-    by_name = [known[t] for t in types]
+    by_name = c.layer_types({"full_attention": True, "conv": False}, default=by_index or [True] * layers)
     if by_index not in (None, by_name):
+        types = c.get("layer_types")
         raise ValueError(f"layer_types={types!r} but full_attn_idxs={indices!r}; remove the wrong one")
     return by_name
 

@@ -6,7 +6,7 @@ Text has the same position in all of the sections of its RoPE, which then equals
 import dataclasses
 
 from mice_jax.models.families import names
-from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec
+from mice_jax.models.families.config_reader import ConfigReader, llama_like_spec, with_recurrent_layers
 from mice_jax.models.families.names import name
 from mice_jax.models.spec import GatedDelta, ModelSpec
 
@@ -26,7 +26,6 @@ NAMES = [
 # Keys of the head that predicts several tokens, and of positions in images, which have no effect on a decoder of text.
 OF_MTP = ("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
 OF_IMAGES = ("mrope_section", "mrope_interleaved")
-ATTENDS = {"full_attention": True, "linear_attention": False}
 
 
 def spec_from_hf(c: ConfigReader) -> ModelSpec:
@@ -35,7 +34,9 @@ def spec_from_hf(c: ConfigReader) -> ModelSpec:
     for key in OF_MTP:
         c.get(key)
     spec = llama_like_spec(c, head_dim=256, partial_rope=0.25, own_rope_keys=OF_IMAGES)
-    bias, attends = c.flag("attention_bias", False), _layers_with_attention(c, spec.num_layers)
+    bias, interval = c.flag("attention_bias", False), c.integer("full_attention_interval", 4)
+    periodic = [i % interval == 0 for i in range(1, spec.num_layers + 1)]
+    attends = c.layer_types({"linear_attention": False, "full_attention": True}, default=periodic)
     if spec.activation != "silu":
         raise ValueError(f"hidden_act={c.get('hidden_act')!r}; only 'silu' is supported")
     delta = GatedDelta(
@@ -50,23 +51,5 @@ def spec_from_hf(c: ConfigReader) -> ModelSpec:
             f"linear_num_value_heads={delta.num_value_heads}; it must be a multiple of "
             f"linear_num_key_heads={delta.num_key_heads}"
         )
-    return dataclasses.replace(
-        spec,
-        mixers=tuple(None if attention else delta for attention in attends),
-        ropes=tuple(rope if attention else None for rope, attention in zip(spec.ropes, attends, strict=True)),
-        attention_gate=True,
-        qk_norm="head",
-        norm_offset=1.0,
-        qkv_bias=bias,
-        out_bias=bias,
-    )
-
-
-def _layers_with_attention(c: ConfigReader, layers: int) -> list[bool]:
-    interval = c.integer("full_attention_interval", 4)
-    types = c.get(
-        "layer_types", ["linear_attention" if i % interval else "full_attention" for i in range(1, layers + 1)]
-    )
-    if not isinstance(types, list) or len(types) != layers or any(t not in list(ATTENDS) for t in types):
-        raise ValueError(f"layer_types={types!r}; it must list linear_attention or full_attention for each layer")
-    return [ATTENDS[t] for t in types]
+    spec = with_recurrent_layers(spec, delta, attends)
+    return dataclasses.replace(spec, attention_gate=True, qk_norm="head", norm_offset=1.0, qkv_bias=bias, out_bias=bias)
