@@ -3,6 +3,8 @@
 It computes in float32 whatever the dtype of its inputs: the kernel is small, and its gradient is a sum over all slots.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +12,8 @@ import jax.numpy as jnp
 
 # The last K-1 inputs of a row, [B K-1 C].
 ConvState = jax.Array
+# A kernel [N H 1 K], as checkpoints have it, and its bias [N H], if it has one.
+Kernel = tuple[jax.Array, jax.Array | None]
 
 
 def causal_conv(x: jax.Array, weight: jax.Array, segment_ids: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -91,13 +95,27 @@ def heads_conv(x: jax.Array, kernel: jax.Array, segment_ids: jax.Array, bias: ja
     return jax.nn.silu(causal_conv(x.reshape(*x.shape[:2], -1), weight, segment_ids, bias)).reshape(x.shape)
 
 
-def heads_conv_step(
-    x: jax.Array, kernel: jax.Array, state: ConvState, num_tokens: jax.Array, bias: jax.Array | None = None
-) -> tuple[jax.Array, ConvState]:
-    """Continues rows as `causal_conv_step` does, with heads as in `heads_conv`; the state has channels N*H."""
-    weight, bias = _of_channels(kernel, bias)
-    y, state = causal_conv_step(x.reshape(*x.shape[:2], -1), weight, state, num_tokens, bias)
-    return jax.nn.silu(y).reshape(x.shape), state
+def heads_conv_steps(
+    inputs: Sequence[jax.Array], kernels: Sequence[Kernel], states: Sequence[ConvState], num_tokens: jax.Array
+) -> tuple[list[jax.Array], list[ConvState]]:
+    """Continues the rows of several convolutions as `causal_conv_step` does, with heads as in `heads_conv`.
+
+    Args:
+      inputs: of each convolution, [B T N H].
+      kernels: the kernel and bias of each, as `heads_conv` takes them.
+      states: the last inputs of each, with channels N*H.
+      num_tokens: [B] int32, the number of slots of each row that are tokens.
+
+    Returns:
+      The outputs [B T N H] and the new states.
+    """
+    outputs, new_states = [], []
+    for x, (kernel, bias), state in zip(inputs, kernels, states, strict=True):
+        weight, bias = _of_channels(kernel, bias)
+        y, new_state = causal_conv_step(x.reshape(*x.shape[:2], -1), weight, state, num_tokens, bias)
+        outputs.append(jax.nn.silu(y).reshape(x.shape))
+        new_states.append(new_state)
+    return outputs, new_states
 
 
 def _of_channels(kernel: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:

@@ -1,8 +1,8 @@
 """What the chunked scans of recurrent mixers share: rows in chunks, and decays that end at the borders of samples.
 
 A state that decays by a factor per slot links two slots of a chunk by the product of the factors between them. Here
-every such product is zero if a sample starts in between. This is how a state starts anew with each sample, wherever in
-a chunk that is.
+every such product is zero if a sample starts in between. This is how a state is reset at the start of each sample,
+wherever in a chunk that is.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 
 # B rows, T slots, M chunks of a row, C slots of a chunk, N heads, H dims of a head
+
+CHUNK = 64  # the slots of a chunk
+MAX_STEPS = 8  # more slots of a sample that is continued are computed in chunks
 
 
 class Decays(NamedTuple):

@@ -16,13 +16,19 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mice_jax.models.mixers.chunks import chunk_decays, from_chunks, into_chunks, pad_rows, product_precision
+from mice_jax.models.mixers.chunks import (
+    CHUNK,
+    MAX_STEPS,
+    chunk_decays,
+    from_chunks,
+    into_chunks,
+    pad_rows,
+    product_precision,
+)
 
 # B rows, T slots, M chunks, C slots of a chunk, K key heads, N value heads, G = N/K, D key dims, E value dims
 
-CHUNK = 64
 BLOCK = 8  # the size of the blocks on the diagonal of a chunk's system that are inverted at once
-MAX_STEPS = 8  # more slots of a sample that is continued are computed in chunks
 LENGTH_EPS = 1e-6  # is added to the squared length by which queries and keys are divided
 
 
@@ -37,7 +43,7 @@ def gated_delta(
     *,
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the gated delta rule over packed rows; the state starts anew with each sample.
+    """Computes the gated delta rule over packed rows; the state is reset at the start of each sample.
 
     The backward pass computes everything again from the inputs; between chunks it keeps the states only.
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mice_jax.models.mixers.causal_conv import empty_conv_state, heads_conv, heads_conv_step
+from mice_jax.models.mixers.causal_conv import Kernel, empty_conv_state, heads_conv, heads_conv_steps
+from mice_jax.models.mixers.chunks import CHUNK
 from mice_jax.models.mixers.costs import MixerWidths
-from mice_jax.models.mixers.gated_delta import CHUNK, gated_delta, gated_delta_step
+from mice_jax.models.mixers.gated_delta import gated_delta, gated_delta_step
 from mice_jax.models.parameters import param, param_of, product
 from mice_jax.models.spec import GatedDelta, ModelSpec
 from mice_jax.sharding import constrain
@@ -17,7 +18,7 @@ from mice_jax.sharding import constrain
 
 # The last inputs of the convolutions of queries and keys [B W-1 K*D] and of values [B W-1 N*E], and the state
 # [B N D E].
-State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+State = tuple[jax.Array, ...]
 
 
 class GatedDeltaMixer(nnx.Module):
@@ -59,7 +60,9 @@ class GatedDeltaMixer(nnx.Module):
           [B T M].
         """
         *inputs, gate, log_decay, beta = self._projected(x, reduce_dtype)
-        q, k, v = (heads_conv(y, w, segment_ids) for y, w in zip(inputs, self._kernels(), strict=True))
+        q, k, v = (
+            heads_conv(y, kernel, segment_ids, bias) for y, (kernel, bias) in zip(inputs, self._kernels(), strict=True)
+        )
         y, _ = gated_delta(q, k, v, log_decay, beta, segment_ids)
         return self._output(y, gate, reduce_dtype)
 
@@ -75,14 +78,9 @@ class GatedDeltaMixer(nnx.Module):
           [B T M], and the new state.
         """
         *inputs, gate, log_decay, beta = self._projected(x, jnp.float32)
-        mixed, last = [], []
-        for y, kernel, before in zip(inputs, self._kernels(), state[:3], strict=True):
-            y, after = heads_conv_step(y, kernel, before, num_tokens)
-            mixed.append(y)
-            last.append(after)
-        q, k, v = mixed
+        (q, k, v), last = heads_conv_steps(inputs, self._kernels(), state[:3], num_tokens)
         y, heads = gated_delta_step(q, k, v, log_decay, beta, state[3], num_tokens)
-        return self._output(y, gate, jnp.float32), (last[0], last[1], last[2], heads)
+        return self._output(y, gate, jnp.float32), (*last, heads)
 
     def _projected(self, x: jax.Array, reduce_dtype: Any) -> tuple[jax.Array, ...]:
         """Projects [B T M].
@@ -99,8 +97,8 @@ class GatedDeltaMixer(nnx.Module):
         rate = jnp.exp(self.rate_log[...])
         return *projected, -rate * jax.nn.softplus(step + self.step_bias[...]), jax.nn.sigmoid(beta)
 
-    def _kernels(self) -> tuple[jax.Array, ...]:
-        return self.q_kernel[...], self.k_kernel[...], self.v_kernel[...]
+    def _kernels(self) -> list[Kernel]:
+        return [(kernel[...], None) for kernel in (self.q_kernel, self.k_kernel, self.v_kernel)]
 
     def _output(self, y: jax.Array, gate: jax.Array, reduce_dtype: Any) -> jax.Array:
         """Normalises each head of [B T N E], multiplies it by its gate, and projects it to [B T M]."""

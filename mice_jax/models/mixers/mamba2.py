@@ -14,12 +14,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mice_jax.models.mixers.chunks import chunk_decays, from_chunks, into_chunks, pad_rows, product_precision
+from mice_jax.models.mixers.chunks import (
+    CHUNK,
+    MAX_STEPS,
+    chunk_decays,
+    from_chunks,
+    into_chunks,
+    pad_rows,
+    product_precision,
+)
 
 # B rows, T slots, M chunks, C slots of a chunk, N heads, G groups, R = N/G heads of a group, P head dims, D state dims
-
-CHUNK = 64
-MAX_STEPS = 8  # more slots of a sample that is continued are computed in chunks
 
 
 def time_steps(raw: jax.Array, bias: jax.Array, limits: tuple[float, float]) -> jax.Array:
@@ -48,7 +53,7 @@ def mamba2(
     *,
     chunk: int = CHUNK,
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes the state space model over packed rows; the state starts anew with each sample.
+    """Computes the state space model over packed rows; the state is reset at the start of each sample.
 
     The backward pass computes everything again from the inputs; between chunks it keeps the states only.
 

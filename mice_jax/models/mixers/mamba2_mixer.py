@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mice_jax.models.mixers.causal_conv import empty_conv_state, heads_conv, heads_conv_step
+from mice_jax.models.mixers.causal_conv import Kernel, empty_conv_state, heads_conv, heads_conv_steps
+from mice_jax.models.mixers.chunks import CHUNK
 from mice_jax.models.mixers.costs import MixerWidths
-from mice_jax.models.mixers.mamba2 import CHUNK, mamba2, mamba2_step, time_steps
+from mice_jax.models.mixers.mamba2 import mamba2, mamba2_step, time_steps
 from mice_jax.models.parameters import param, param_of, plus, product
 from mice_jax.models.spec import Mamba2, ModelSpec
 from mice_jax.sharding import constrain
@@ -16,7 +17,7 @@ from mice_jax.sharding import constrain
 # B rows, T slots, D d_model, N heads, P head dims, G groups, S state dims, K taps of the kernels
 
 # The last inputs of the convolutions of x [B K-1 N*P], b [B K-1 G*S] and c [B K-1 G*S], and the state [B N P S].
-State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+State = tuple[jax.Array, ...]
 
 
 class Mamba2Mixer(nnx.Module):
@@ -90,14 +91,9 @@ class Mamba2Mixer(nnx.Module):
           [B T D], and the new state.
         """
         gate, *inputs, steps = self._projected(x, jnp.float32)
-        mixed, last = [], []
-        for y, (kernel, bias), before in zip(inputs, self._kernels(), state[:3], strict=True):
-            y, after = heads_conv_step(y, kernel, before, num_tokens, bias)
-            mixed.append(y)
-            last.append(after)
-        x, b, c = mixed
+        (x, b, c), last = heads_conv_steps(inputs, self._kernels(), state[:3], num_tokens)
         y, heads = mamba2_step(x, steps, self._rate(), b, c, self.skip[...], state[3], num_tokens)
-        return self._output(y, gate, jnp.float32), (last[0], last[1], last[2], heads)
+        return self._output(y, gate, jnp.float32), (*last, heads)
 
     def _projected(self, x: jax.Array, reduce_dtype: Any) -> tuple[jax.Array, ...]:
         """Projects [B T D] to gates and x [B T N P], b and c [B T G S], and time steps [B T N], float32."""
@@ -109,7 +105,7 @@ class Mamba2Mixer(nnx.Module):
         *projected, raw = (constrain(y, "batch", "length", "heads", *[None] * (y.ndim - 3)) for y in projected)
         return *projected, time_steps(raw, self.step_bias[...], self.kind.time_step_limits)
 
-    def _kernels(self) -> list[tuple[jax.Array, jax.Array | None]]:
+    def _kernels(self) -> list[Kernel]:
         """Returns the kernel and the bias of the convolution of x, of b and of c."""
         kernels = [kernel[...] for kernel in (self.x_kernel, self.b_kernel, self.c_kernel)]
         if not self.kind.conv_bias:
