@@ -183,6 +183,12 @@ class Optim(_Strict):
     fewer samples."""
     learning_rate: float = 2e-5
     """The peak learning rate."""
+    rate_for_batch: str = "none"
+    """How the learning rate follows the batch size: none, sqrt or linear; learning_rate then belongs to steps of
+    rate_batch_size samples."""
+    rate_batch_size: int = 0
+    """The samples of a step to which learning_rate, and that of a phase, belongs where rate_for_batch is sqrt or
+    linear."""
     schedule: str = "constant"
     """The schedule after warm-up: constant, linear, cosine or wsd."""
     warmup_steps: int = 0

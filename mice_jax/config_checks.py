@@ -21,6 +21,7 @@ CHOICES = {
     "data.overlong": ("drop", "truncate", "error"),
     "data.train_on": ("all", "last"),
     "data.reasoning": ("template", "last", "per_turn", "drop"),
+    "optim.rate_for_batch": ("none", "sqrt", "linear"),
     "optim.schedule": ("constant", "linear", "cosine", "wsd"),
     "optim.loss_reduction": ("token", "sample"),
     "optim.name": ("adamw", "adafactor", "muon", "lion", "sgd"),
@@ -42,6 +43,7 @@ BOUNDS = {
     "model.lora.rank": (0, math.inf),
     "optim.batch_size": (1, math.inf),
     "optim.learning_rate": (0, math.inf),
+    "optim.rate_batch_size": (0, math.inf),
     "optim.warmup_steps": (0, math.inf),
     "optim.warmup_ratio": (0, 1),
     "optim.final_ratio": (0, 1),
@@ -193,7 +195,8 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
     for i, p in enumerate(c.published):
         if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
-    return problems + _lora_problems(c) + _half_life_problems(c) + _mesh_problems(c.mesh) + _phase_problems(c.data)
+    problems += _lora_problems(c) + _half_life_problems(c) + _rate_problems(c)
+    return problems + _mesh_problems(c.mesh) + _phase_problems(c.data)
 
 
 def profiled_steps(text: str) -> range:
@@ -214,6 +217,44 @@ def beta2_of_half_life(half_life: float, batch_size: int) -> float:
       batch_size: samples of a step.
     """
     return 0.5 ** (batch_size / half_life)
+
+
+def rate_for_batch(rate: float, rule: str, batch_size: int, of_batch_size: int) -> float:
+    """Computes the learning rate at a batch size from the one that belongs to another.
+
+    Args:
+      rate: the rate at `of_batch_size` samples a step.
+      rule: none leaves it as it is; sqrt and linear multiply it by the ratio of the batch sizes, or its square root.
+      batch_size: samples of a step.
+      of_batch_size: samples of a step to which `rate` belongs; not read by none.
+    """
+    if rule == "none":
+        return rate
+    ratio = batch_size / of_batch_size
+    return rate * (math.sqrt(ratio) if rule == "sqrt" else ratio)
+
+
+def resolved_rate(flat: dict[str, Any]) -> float:
+    """Returns the peak learning rate of a flat config at its batch size; NaN where a field is missing."""
+    rate, batch_size = flat.get("optim.learning_rate", math.nan), flat.get("optim.batch_size", 0)
+    return rate_for_batch(
+        rate, flat.get("optim.rate_for_batch", "none"), batch_size, flat.get("optim.rate_batch_size", 0)
+    )
+
+
+def _rate_problems(c: Any) -> list[str]:
+    rule, of = c.optim.rate_for_batch, c.optim.rate_batch_size
+    if rule == "none" and of:
+        return [
+            f"optim.rate_batch_size={of} is read by optim.rate_for_batch alone, which is none: set that to sqrt or "
+            "linear, or leave the size at 0"
+        ]
+    if rule != "none" and not of:
+        return [
+            f"optim.rate_for_batch={rule} needs the batch size to which optim.learning_rate={c.optim.learning_rate:g} "
+            "belongs: set optim.rate_batch_size"
+        ]
+    return []
 
 
 def _lora_problems(c: Any) -> list[str]:

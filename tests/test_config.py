@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from helpers.runs import REPOSITORY
-from mice_jax.config import Config, ConfigError, Phase, Source, differences, field_names, to_dict
+from mice_jax.config import Config, ConfigError, Phase, Source, differences, field_names, flatten, to_dict
+from mice_jax.config_checks import resolved_rate
 
 pytestmark = pytest.mark.smoke
 
@@ -272,6 +273,28 @@ def test_half_life_of_beta2_excludes_what_it_cannot_decide(write: Callable[[Conf
     config.optim.beta2_half_life = 1730.0
     write(config)
     assert words in error_of(config) if words else config.validate() is None
+
+
+@pytest.mark.parametrize(
+    "rule, rate_batch_size, wanted",
+    [("none", 0, 2e-5), ("sqrt", 960, 4e-5), ("linear", 960, 8e-5), ("sqrt", 3840, 2e-5), ("linear", 15360, 5e-6)],
+)
+def test_rate_follows_the_batch_size_by_its_rule(rule: str, rate_batch_size: int, wanted: float) -> None:
+    """The batch size of a config is 3,840 by default, and its rate 2e-5."""
+    config = good()
+    config.optim.rate_for_batch, config.optim.rate_batch_size = rule, rate_batch_size
+    config.validate()
+    assert resolved_rate(flatten(to_dict(config))) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rule, rate_batch_size, words",
+    [("none", 64, "is read by optim.rate_for_batch alone"), ("sqrt", 0, "set optim.rate_batch_size")],
+)
+def test_rate_rule_without_its_batch_size_is_named(rule: str, rate_batch_size: int, words: str) -> None:
+    config = good()
+    config.optim.rate_for_batch, config.optim.rate_batch_size = rule, rate_batch_size
+    assert words in error_of(config)
 
 
 def test_all_problems_are_reported_at_once() -> None:

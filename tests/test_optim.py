@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from helpers.models import spec_of
-from mice_jax.config import Config
+from mice_jax.config import Config, Phase
 from mice_jax.models.transformer import make_decoder
 from mice_jax.optim import make_optimizer, make_schedule
 from mice_jax.training import build
+from mice_jax.training.phases import PhaseSpan
 
 RATE = 2e-5
 # Schedules are float32: a few roundings, of the rate's size where they subtract.
@@ -142,6 +143,15 @@ def test_a_gradient_s_weight_halves_every_half_life(batch_size: int, half_life: 
     assert np.asarray(first) == pytest.approx(4.0 * (1 - 0.5 ** (batch_size / half_life)), rel=1e-6)
     assert np.asarray(state[1].nu["layers"]["q"]) == pytest.approx(np.asarray(first) * 0.5**halvings, rel=1e-6)
     assert np.asarray(first) != pytest.approx(4.0 * (1 - 0.95), rel=1e-2), "beta2 itself is not read"
+
+
+def test_phase_of_its_own_batch_size_gets_a_rate_of_its_own() -> None:
+    config = Config()
+    config.optim.batch_size, config.optim.rate_for_batch, config.optim.rate_batch_size = 64, "sqrt", 16
+    phases = [Phase(name="a"), Phase(name="b", batch_size=4), Phase(name="c", learning_rate=3e-5, batch_size=144)]
+    spans = [PhaseSpan(phase, first, first + 1) for first, phase in enumerate(phases)]
+    schedule = build.schedule(config, spans, horizon=3)
+    assert [float(schedule(s)) for s in range(3)] == pytest.approx([4e-5, 1e-5, 9e-5], rel=1e-6)  # float32
 
 
 def moments(gradient: float, grad_clip: float) -> optax.Updates:

@@ -87,6 +87,16 @@ def test_different_sweep_in_the_same_folder_is_an_error(tmp_path: Path) -> None:
         Study(sweep, tmp_path / "out")
 
 
+def test_results_have_the_rate_that_follows_the_batch_size(tmp_path: Path) -> None:
+    sweep = small_sweep(axes={"optim.batch_size": [4, 16], "optim.rate_for_batch": ["sqrt", "linear"]})
+    sweep.base.optim.learning_rate, sweep.base.optim.rate_batch_size = 1e-3, 4
+    study = Study(sweep, tmp_path / "out")
+    rates = [row["resolved_learning_rate"] for row in study.rows()]
+    assert rates == pytest.approx([1e-3, 1e-3, 2e-3, 4e-3], rel=1e-12)
+    plain = Study(small_sweep(axes={RATE: [1e-3]}), tmp_path / "plain")
+    assert "resolved_learning_rate" not in plain.rows()[0]
+
+
 # ---------------------------------------------------------------------------------------- claims
 def test_claim_belongs_to_one_worker_until_it_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = small_sweep(axes={RATE: [1e-3, 1e-2]})

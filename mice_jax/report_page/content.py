@@ -16,6 +16,7 @@ import numpy as np
 
 from mice_jax import __version__
 from mice_jax.config import Config, Phase, Source, flatten, to_dict
+from mice_jax.config_checks import resolved_rate
 from mice_jax.report_page import claims_table, downsample, frontier, read_runs, rule_evaluation
 from mice_jax.report_page.read_runs import Run, finite
 from mice_jax.statistics.registered_claims import Registration
@@ -54,6 +55,7 @@ STEPWISE = ("loss", "grad_norm")  # curves that a page of several runs also show
 MAX_POINTS = 200_000  # points of all curves of a page together; keeps the page below ten megabytes
 SIGNIFICANT_DIGITS = 5
 MAX_RUNS_SIDE_BY_SIDE = 6  # with more runs, the values of a config field are counted instead of listed
+RESOLVED_RATE = "optim.resolved_learning_rate"  # the name of no field: what optim.rate_for_batch makes of the rate
 MIN_FINISHED_RUNS = 3  # fewer runs do not allow to measure signals and rules
 # Default values of config fields, by a pattern of the field's flat name whose group is the key into the values.
 DEFAULTS = [
@@ -91,6 +93,12 @@ class _Subject:
     def fields(self) -> list[str]:
         """The config fields that distinguish runs: the axes of a sweep, else all fields that differ except the seed."""
         return self.axes or [k for k in self.differing if k != "seed"]
+
+    @property
+    def shown_fields(self) -> list[str]:
+        """The fields that the table of runs shows: those that distinguish runs, and the rate that a rule resolves."""
+        follows = any(c.get("optim.rate_for_batch", "none") != "none" for c in self.flat_configs)
+        return [*self.fields, RESOLVED_RATE] if follows and len(self.runs) > 1 else self.fields
 
     @property
     def signals(self) -> list[str]:
@@ -139,7 +147,7 @@ def _page(subject: _Subject) -> dict[str, Any]:
         "metric": objective.metric,
         "mode": objective.mode,
         "stop": subject.stop,
-        "fields": dict(zip(subject.fields, read_runs.short_names(subject.fields, "."), strict=True)),
+        "fields": dict(zip(subject.shown_fields, read_runs.short_names(subject.shown_fields, "."), strict=True)),
         "signals": {n: dict(zip(("title", "note"), _title_and_note(n), strict=True)) for n in subject.signals},
         "lower": sorted({n for r in runs for n in r.evaluations if r.lower_is_better(n)}),
         "runs": _rows(subject),
@@ -196,7 +204,8 @@ def _rows(subject: _Subject) -> list[dict[str, Any]]:
 
 
 def _row(subject: _Subject, run: Run, flat_config: dict[str, Any], is_best: bool) -> dict[str, Any]:
-    values = {f: run.params.get(f, flat_config.get(f)) for f in subject.fields}
+    known = flat_config | {RESOLVED_RATE: _rounded(resolved_rate(flat_config))} | run.params
+    values = {f: known.get(f) for f in subject.shown_fields}
     return {
         "name": run.name,
         "status": run.status,
@@ -322,7 +331,7 @@ def _finished(subject: _Subject) -> list[rule_evaluation.FinishedRun]:
     for run, flat in zip(subject.runs, subject.flat_configs, strict=True):
         final = _final(run, subject.objective)
         if final is not None and len(run.records):
-            batch_size, rate = int(flat.get("optim.batch_size", 0)), float(flat.get("optim.learning_rate", math.nan))
+            batch_size, rate = int(flat.get("optim.batch_size", 0)), resolved_rate(flat)
             arm = _arm(subject, run, flat)
             finished.append(rule_evaluation.FinishedRun(run.name, batch_size, run.records, final, arm, rate))
     return finished

@@ -26,14 +26,23 @@ import sqlalchemy as sql
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import exc as sql_exc
 
-from mice_jax.config import Range, Sweep, differences, locate, to_dict
+from mice_jax.config import Range, Sweep, differences, flatten, locate, to_dict
+from mice_jax.config_checks import resolved_rate
 from mice_jax.errors import UserError, one_line
 from mice_jax.statistics import registered_claims
 from mice_jax.storage.paths import write_atomically
 from mice_jax.storage.workdir import CERTIFICATE, RESULTS
 from mice_jax.sweeps.claims import HEARTBEAT_S, Claims
 from mice_jax.sweeps.live_bracket import LiveBracket
-from mice_jax.sweeps.trials import bracket_rule, fixed_params, label, settled, sibling_rule, trial_config
+from mice_jax.sweeps.trials import (
+    bracket_rule,
+    fixed_params,
+    label,
+    settled,
+    sibling_rule,
+    trial_config,
+    uses_rate_rule,
+)
 from mice_jax.training import stop_rules
 from mice_jax.training.stop_monitor import Trial, read_records, rule_fields
 
@@ -41,6 +50,7 @@ SQLITE_TIMEOUT_S = 60.0  # how long to wait for a SQLite database that other pro
 # In sweep.json. These are claims about results; what claims.py keeps are the claims of workers on trials.
 REGISTERED = "registered_claims"
 UNNEEDED = "unneeded"  # attribute of a trial that the bracket rule has ended; its run neither failed nor diverged
+RESOLVED_RATE = "resolved_learning_rate"  # column of results.csv where the rate follows the batch size
 STATUS_BY_STATE = {TrialState.COMPLETE: "completed", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 CONFIG_FILE = '''"""Trial {number} of the sweep in {folder}: {params}."""
 
@@ -352,7 +362,16 @@ class Study:
                 row[f"{name}@{fraction:.0%}"] = "" if math.isnan(value) else value
         row["metric"] = trial.value if trial.state == TrialState.COMPLETE else ""
         row["reason"] = trial.user_attrs.get("reason", "")
+        if uses_rate_rule(self.sweep):
+            row[RESOLVED_RATE] = self._resolved_rate(row)
         return row
+
+    def _resolved_rate(self, row: dict[str, Any]) -> float | str:
+        """Returns the peak learning rate of a trial at its batch size; "" before its parameters are drawn."""
+        params = {name: row[name] for name in self.sweep.axes}
+        if "" in params.values():
+            return ""
+        return resolved_rate(flatten(to_dict(trial_config(self.sweep, params))))
 
     def status(self, trial: FrozenTrial) -> str:
         """Returns the status of a trial as `status_of`, or "paused"."""

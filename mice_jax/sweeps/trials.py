@@ -100,3 +100,8 @@ def bracket_rule(sweep: Sweep) -> BracketRule | None:
     if sweep.stop == "bracket":
         return BracketRule()
     return sweep.stop if isinstance(sweep.stop, BracketRule) else None
+
+
+def uses_rate_rule(sweep: Sweep) -> bool:
+    """Returns whether the learning rate of some trials follows their batch size."""
+    return "optim.rate_for_batch" in sweep.axes or sweep.base.optim.rate_for_batch != "none"

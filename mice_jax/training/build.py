@@ -15,8 +15,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax.config import Config, is_set
-from mice_jax.config_checks import beta2_of_half_life
+from mice_jax.config import Config, Phase, is_set
+from mice_jax.config_checks import beta2_of_half_life, rate_for_batch
 from mice_jax.data import statistics
 from mice_jax.data.batch_size import check_default_batch_size
 from mice_jax.data.chat import ChatEncoder
@@ -473,7 +473,7 @@ def schedule(config: Config, spans: Sequence[PhaseSpan], horizon: int) -> Schedu
     """
     o = config.optim
     return make_phase_schedule(
-        [(s.first, s.phase.learning_rate or o.learning_rate, s.phase.schedule == "restart") for s in spans],
+        [(s.first, peak_rate(config, s.phase), s.phase.schedule == "restart") for s in spans],
         horizon=horizon,
         kind=o.schedule,
         warmup_steps=o.warmup_steps,
@@ -481,6 +481,13 @@ def schedule(config: Config, spans: Sequence[PhaseSpan], horizon: int) -> Schedu
         final_ratio=o.final_ratio,
         decay_ratio=o.decay_ratio,
     )
+
+
+def peak_rate(config: Config, phase: Phase) -> float:
+    """Returns the peak learning rate of a phase at its batch size."""
+    o = config.optim
+    rate = phase.learning_rate or o.learning_rate
+    return rate_for_batch(rate, o.rate_for_batch, phase.batch_size or o.batch_size, o.rate_batch_size)
 
 
 def step_functions(

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mice_jax.cli.format import format_bytes
 from mice_jax.config import Config
-from mice_jax.config_checks import beta2_of_half_life
+from mice_jax.config_checks import beta2_of_half_life, rate_for_batch
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.model_source import ModelSource
@@ -24,7 +24,7 @@ from mice_jax.sharding import replicated_dims
 from mice_jax.storage.paths import RunPath
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training import memory_model
-from mice_jax.training.build import Model, RunData
+from mice_jax.training.build import Model, RunData, peak_rate
 from mice_jax.training.lifecycle import Run
 from mice_jax.training.phases import PhaseSpan
 
@@ -101,7 +101,10 @@ def _memory(needed: memory_model.MemoryEstimate, there: int) -> str:
 
 def _optimizer(config: Config) -> str:
     o = config.optim
-    parts = [f"{o.name}, {o.schedule} learning rate {o.learning_rate:g}"]
+    rate = rate_for_batch(o.learning_rate, o.rate_for_batch, o.batch_size, o.rate_batch_size)
+    parts = [f"{o.name}, {o.schedule} learning rate {rate:g}"]
+    if o.rate_for_batch != "none":
+        parts.append(f"from {o.learning_rate:g} at {o.rate_batch_size:,} samples by the {o.rate_for_batch} rule")
     if o.warmup_steps:
         parts.append(f"warm-up {o.warmup_steps} steps")
     else:
@@ -131,7 +134,7 @@ def _phase(config: Config, span: PhaseSpan, number: int) -> str:
     p, o = span.phase, config.optim
     line = (
         f"{p.name}: steps {span.first + 1:,} to {span.end:,}, {p.batch_size or o.batch_size:,} samples per step, "
-        f"learning rate {p.learning_rate or o.learning_rate:g}"
+        f"learning rate {peak_rate(config, p):g}"
     )
     if number == 1:
         return line
