@@ -376,6 +376,13 @@ MARKS = """plot => ['.scatterlayer path.js-line', '.scatterlayer path.point', '.
   .flatMap(kind => [...plot.querySelectorAll(kind)])
   .filter(mark => (mark.getAttribute('d') || mark.href?.baseVal || '').length > 4).length"""
 
+# The number of plots whose tool bar covers a part of where their data are drawn.
+COVERED = """() => [...document.querySelectorAll('figure:not([hidden]) .plot')].filter(plot => {
+  const bar = plot.querySelector('.modebar').getBoundingClientRect();
+  return [...plot.querySelectorAll('.nsewdrag')].map(n => n.getBoundingClientRect())
+    .some(area => bar.bottom > area.top && bar.top < area.bottom && bar.right > area.left && bar.left < area.right);
+}).length"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -433,6 +440,9 @@ def test_browser_draws_sorts_and_filters_the_page_of_a_sweep(browser: Any, tmp_p
     page.write([folder], folder / "report.html")
     shown = OpenPage(browser, folder / "report.html")
     shown.assert_drawn_without_errors()
+    assert shown.tab.evaluate(COVERED) == 0
+    plain = "document.querySelector('#parallel-charts .plot').layout.annotations.filter(a => !a.bgcolor).length"
+    assert shown.tab.evaluate(plain) == 0, "no line crosses a label"
     heads = shown.tab.eval_on_selector_all("#table th", "heads => heads.map(h => h.textContent)")
     assert heads[:6] == ["trial", "learning_rate", "batch_size", "seed", "status", "steps"]
     metric = heads.index("eval/loss") + 1
@@ -511,9 +521,12 @@ def test_browser_checks_fail_on_an_empty_plot_and_a_broken_script(browser: Any, 
     shown = OpenPage(browser, tmp_path / "run.html")
     shown.tab.evaluate("Plotly.restyle(document.querySelector('.plot'), 'y', [[null]])")
     assert shown.tab.query_selector(".plot").evaluate(MARKS) == 0
+    assert shown.tab.evaluate(COVERED) == 0
+    shown.tab.evaluate("Plotly.relayout(document.querySelectorAll('.plot')[1], 'margin.t', 5)")
+    assert shown.tab.evaluate(COVERED) == 1
     whole = (tmp_path / "run.html").read_text()
     (tmp_path / "bad.html").write_text(
-        whole.replace("makeHeader();", 'document.body.innerHTML += `<img src=x onerror="window.hacked=1">`;', 1)
+        whole.replace("\nmake();", 'document.body.innerHTML += `<img src=x onerror="window.hacked=1">`;', 1)
         .replace("default-src 'none'", "default-src *")
         .replace("script-src 'unsafe-inline'", "script-src * 'unsafe-inline'")
     )

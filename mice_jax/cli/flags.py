@@ -17,6 +17,7 @@ Values = flags.FlagValues
 DefineFlags = Callable[[Values, list[str]], None]
 
 DEFAULT_MAX_NEW_TOKENS = 256  # also halved for models of few positions, see generate.py
+DEFAULT_REPORT_PORT = 8008
 DEFAULT_JUDGE_KEY_ENV = "OPENAI_API_KEY"
 
 
@@ -108,6 +109,10 @@ def define_report(values: Values, argv: list[str]) -> None:
     """Defines the flags of `mice report`."""
     flags.DEFINE_list("workdir", None, "folder of a run or a sweep, or several runs with commas", flag_values=values)
     flags.DEFINE_string("output", None, "the page, F.html", flag_values=values)
+    serve = "serve the page on this machine instead, following a run in progress"
+    flags.DEFINE_bool("serve", False, serve, flag_values=values)
+    port = f"the port of --serve ({DEFAULT_REPORT_PORT}); 0 = any that is free"
+    flags.DEFINE_integer("port", DEFAULT_REPORT_PORT, port, 0, 65535, flag_values=values)
 
 
 def define_evidence(values: Values, argv: list[str]) -> None:

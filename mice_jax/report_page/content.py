@@ -224,6 +224,7 @@ def _row(subject: _Subject, run: Run, flat_config: dict[str, Any], is_best: bool
         "evaluations": {k: _evaluation(c) for k, c in run.evaluations.items()},
         "phases": _phases(run),
         "frontier": _frontier(run),
+        "memory": run.last("device_memory_peak_bytes"),
         "checkpoints": run.checkpoints,
         "events": run.events,
     }

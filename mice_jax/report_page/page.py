@@ -16,6 +16,7 @@ from mice_jax.storage.paths import write_atomically
 
 REPORT = "report.html"
 ASSETS = Path(__file__).parent / "assets"
+REFRESH_S = 5.0  # A page of a run in progress asks for what is new after so many seconds.
 
 
 def write(folders: Sequence[Path], output: Path) -> list[str]:
@@ -28,14 +29,27 @@ def write(folders: Sequence[Path], output: Path) -> list[str]:
     Returns:
         A sentence for each thing that could not be read.
     """
-    is_sweep = len(folders) == 1 and read_runs.is_sweep(folders[0])
-    data = content.of_sweep(folders[0]) if is_sweep else content.of_runs(folders)
+    data = collect(folders)
     write_atomically(output, render(data))
     return [f"{p['run']}: {p['text']}" if p["run"] else p["text"] for p in data["problems"]]
 
 
-def render(data: dict[str, Any]) -> str:
-    """Returns the HTML of a page with the given content; raises UserError where Plotly is not installed."""
+def collect(folders: Sequence[Path]) -> dict[str, Any]:
+    """Returns the content of the page of a sweep or of runs, as plain JSON values."""
+    is_sweep = len(folders) == 1 and read_runs.is_sweep(folders[0])
+    return content.of_sweep(folders[0]) if is_sweep else content.of_runs(folders)
+
+
+def render(data: dict[str, Any], live: bool = False) -> str:
+    """Returns the HTML of a page.
+
+    Args:
+        data: The content, see `collect`.
+        live: Whether the page asks the server that it came from for its content, every REFRESH_S seconds.
+
+    Raises:
+        UserError: Plotly is not installed.
+    """
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -46,4 +60,4 @@ def render(data: dict[str, Any]) -> str:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     template = environment.get_template("page.html.jinja")
     css, js = ((ASSETS / f"page.{kind}").read_text() for kind in ("css", "js"))
-    return template.render(data=data, plotly=get_plotlyjs(), css=css, js=js)
+    return template.render(data=data, plotly=get_plotlyjs(), css=css, js=js, refresh_s=REFRESH_S if live else 0)

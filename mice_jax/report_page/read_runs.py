@@ -10,6 +10,9 @@ import dataclasses
 import io
 import json
 import math
+import os
+import re
+import socket
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
-from mice_jax.storage.workdir import CERTIFICATE, DIRECTIONS, EVENTS, METRICS, RESULTS, SCORES
+from mice_jax.storage.workdir import CERTIFICATE, DIRECTIONS, EVENTS, LOCK, METRICS, RESULTS, SCORES
 from mice_jax.training.stop_rules import ColumnarRecords, Objective
 
 # Where a run does not record the direction of a metric, a metric whose name ends so is better when lower.
@@ -52,7 +55,7 @@ class Run:
     directions: dict[str, str]
     checkpoints: list[int]
     events: list[dict[str, Any]]
-    status: str  # completed | stopped | failed | preempted | paused | unknown; of a trial also running | waiting
+    status: str  # completed | stopped | failed | preempted | paused | running | unknown; of a trial also waiting
     reason: str
     problems: list[str]
     params: dict[str, Any] = dataclasses.field(default_factory=dict)  # a trial's value on every axis, and its seed
@@ -171,7 +174,9 @@ def read_run(folder: Path, name: str = "") -> Run:
     records = _steps_alone(lines)
     _add_scores(evaluations, folder / SCORES, problems)
     checkpoints = sorted(int(f.name) for f in (folder / "checkpoints").glob("*") if f.name.isdigit())
-    status = str(summary.get("status", "unknown"))
+    events = _lines(folder / EVENTS, problems)
+    is_running = _is_running(folder, events)
+    status = "running" if is_running else str(summary.get("status", "unknown"))
     if status == "unknown" and folder.is_dir() and not any("summary.json" in p for p in problems):
         problems.append("it has no summary.json: it is running, or was killed")
     return Run(
@@ -184,11 +189,28 @@ def read_run(folder: Path, name: str = "") -> Run:
         evaluations=evaluations,
         directions=_object(folder / DIRECTIONS, problems),
         checkpoints=checkpoints,
-        events=_lines(folder / EVENTS, problems),
+        events=events,
         status=status,
-        reason=str(summary.get("reason") or ""),
+        reason="" if is_running else str(summary.get("reason") or ""),
         problems=problems,
     )
+
+
+def _is_running(folder: Path, events: Sequence[dict[str, Any]]) -> bool:
+    """Whether a process of this machine that has begun or resumed a run, and not ended it, is alive."""
+    if not events or events[-1].get("event") not in ("started", "resumed"):
+        return False
+    file = folder / LOCK
+    holder = re.fullmatch(r"process (\d+) on (.+)\n", file.read_text(errors="replace") if file.is_file() else "")
+    if holder is None or holder[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(holder[1]), 0)  # It sends nothing.
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # It is another user's.
+        return True
+    return True
 
 
 def _add_scores(evaluations: dict[str, Curve], file: Path, problems: list[str]) -> None:

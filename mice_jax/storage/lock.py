@@ -17,6 +17,7 @@ from etils import epath
 from mice_jax.errors import StoreError, UserError, one_line
 from mice_jax.storage.paths import RunPath, filesystem
 
+FILE = "lock"  # of a folder; it names the process that holds it, or held it last
 HEARTBEAT_S = 10.0  # how often the holder of a bucket's lock writes its heartbeat object
 DEAD_AFTER_S = 60.0  # a holder without a heartbeat for this long is dead
 POLL_S = 1.0
@@ -52,7 +53,7 @@ class FolderLock:
     def __init__(self, folder: Path):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / "lock").open("a+")
+            file = (folder / FILE).open("a+")
         except OSError as e:
             raise UserError(f"--workdir={folder} cannot be written: {e.strerror}.") from None
         try:

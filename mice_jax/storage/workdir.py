@@ -15,6 +15,7 @@ from mice_jax.storage import jsonl, lock
 from mice_jax.storage.paths import RunPath, copy_small_files, download_small_files, upload, write_atomically
 
 METRICS = "metrics.jsonl"
+LOCK = lock.FILE
 EVENTS = "events.jsonl"  # one line each time that a process starts, resumes or ends the run
 # One line for each checkpoint that `evaluate` has scored: {"step", "samples", "<task>/<metric>": value}.
 SCORES = "eval_scores.jsonl"

@@ -2,8 +2,8 @@
 // in Plotly, which reads a little HTML of its own.
 "use strict";
 (() => {
-const data = JSON.parse(document.getElementById("data").textContent);
-const runs = data.runs, alone = data.kind === "run";
+let data = JSON.parse(document.getElementById("data").textContent), runs = data.runs;
+const alone = data.kind === "run";
 const byId = id => document.getElementById(id);
 const colourOf = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const clean = text => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
@@ -32,6 +32,7 @@ function short(v) {
 // A setting is shown as it was written.
 const setting = v => typeof v === "number" && v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential().replace("e+", "e") : known(v) ? String(v) : "";
 const percent = v => known(v) ? `${Math.round(v * 100)} %` : "";
+const gigabytes = v => known(v) ? `${Number((v / 1e9).toPrecision(3))} GB` : "";
 function duration(s) {
   if (!known(s)) return "";
   if (s < 90) return `${Number(s.toPrecision(3))} s`;
@@ -39,7 +40,7 @@ function duration(s) {
 }
 
 // ------------------------------------------------------------------------------------- what is shown
-const state = { x: "samples", smoothing: alone ? 1 : 2, colour: "", bands: false, log: {}, filter: "", chosen: new Set(), statuses: new Set(runs.map(r => r.status)) };
+const state = { x: "samples", smoothing: alone ? 1 : 2, colour: "", bands: false, log: {}, filter: "", chosen: new Set(), hidden: new Set(), sorted: {} };
 let visible = runs.map((_, i) => i);
 const WIDTHS = [0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2]; // of a curve, which a smoothed point is the mean of
 
@@ -132,21 +133,24 @@ function dot(fill) { const node = el("span", { class_: "dot" }); node.style.back
 
 // ------------------------------------------------------------------------------------- plots
 const figures = [];
-/** A plot with its heading; `draw` gives traces and what its layout has of its own, or nothing to show. */
+/** A plot with its heading, unless the page has it; `draw` gives traces and what its layout has of its own, or nothing to show. */
 function figure(parent, name, title, note, draw, logs = null) {
+  if (figures.some(f => f.id === `${parent} ${name}`)) return;
   const button = logs === null ? "" : el("button", { type: "button", "aria-pressed": String(logs), title: "logarithmic scale", onclick: () => { state.log[name] = !state.log[name]; button.setAttribute("aria-pressed", String(state.log[name])); show(entry); } }, "log");
   state.log[name] = logs === true;
   const caption = el("span", {}, note), plot = el("div", { class_: "plot", role: "img", "aria-label": title });
   const node = el("figure", {}, el("figcaption", {}, el("b", {}, title), caption, button), plot);
-  const entry = { name, node, plot, draw, caption, note };
+  const entry = { id: `${parent} ${name}`, name, node, plot, draw, caption, note };
   byId(parent).append(node);
   figures.push(entry);
 }
+const BAR = 30; // pixels above a plot that the tool bar has for itself
+const LEGEND = 24; // pixels of a line of the legend
 function layoutOf(own) {
   const soft = colourOf("--soft"), line = colourOf("--line"), axis = { gridcolor: line, linecolor: line, zerolinecolor: line, tickfont: { color: soft }, automargin: true };
   const { xaxis = {}, yaxis = {}, ...rest } = own;
   return { font: { family: "system-ui, -apple-system, Segoe UI, Roboto, sans-serif", size: 12, color: colourOf("--ink") }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    margin: { l: 48, r: 12, t: 10, b: 36 }, showlegend: false, hovermode: "closest", dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    margin: { l: 48, r: 12, t: BAR, b: 36 }, modebar: { bgcolor: "rgba(0,0,0,0)", color: colourOf("--faint"), activecolor: colourOf("--accent") }, showlegend: false, hovermode: "closest", uirevision: "kept", dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     hoverlabel: { bgcolor: colourOf("--card"), bordercolor: line, font: { color: colourOf("--ink") }, namelength: -1 },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: soft } }, ...rest,
     xaxis: { ...axis, showgrid: false, ticks: "outside", tickcolor: line, ...xaxis }, yaxis: { ...axis, ...yaxis } };
@@ -209,10 +213,10 @@ function drawCurves(entry) {
   const range = bounds(traces, logarithmic);
   const cut = range && traces.some(t => !t.skip && t.y.some(v => v !== null && (logarithmic ? v > 0 && Math.log10(v) > range[1] : v > range[1])));
   entry.caption.textContent = entry.note + (cut ? `${entry.note ? " · " : ""}axis cut, a double click shows all` : "");
-  const layout = { xaxis: { title: { text: xTitle(), font: { size: 11, color: colourOf("--faint") } }, rangemode: "tozero" }, yaxis: { type: logarithmic ? "log" : "linear" } };
+  const layout = { xaxis: { title: { text: xTitle(), font: { size: 11, color: colourOf("--faint") } }, rangemode: "tozero" }, yaxis: logarithmic ? { type: "log", nticks: 7, tickformat: "~g" } : { type: "linear" }, uirevision: `${state.x} ${logarithmic}` };
   if (range) layout.yaxis.range = range;
   const named = traces.filter(t => t.hoverinfo !== "skip").length > 1;
-  if (alone) Object.assign(layout, { showlegend: named, hovermode: "x unified", ...landmarks() }, named ? { margin: { l: 48, r: 12, t: innerWidth < 600 ? 58 : 34, b: 36 } } : {});
+  if (alone) Object.assign(layout, { showlegend: named, hovermode: "x unified", ...landmarks() }, named ? { margin: { l: 48, r: 12, t: BAR + LEGEND * (innerWidth < 600 ? 2 : 1), b: 36 } } : {});
   return { traces, layout };
 }
 const mainColour = () => CATEGORIES[theme()][0];
@@ -226,10 +230,10 @@ function faint(fill, alpha = 0.16) {
 /** A run in words: what it was given. */
 function runLabel(run, withSeed = false) {
   const parts = Object.entries(data.fields).map(([name, label]) => `${label} ${setting(run.fields[name])}`);
-  if (withSeed && seeded) parts.push(`seed ${run.seed}`);
+  if (withSeed && seeded()) parts.push(`seed ${run.seed}`);
   return (withSeed || !parts.length ? [run.name, ...parts] : parts).join(" · ");
 }
-const seeded = distinct(runs.map(r => r.seed)).length > 1;
+const seeded = () => distinct(runs.map(r => r.seed)).length > 1;
 /** Held-out losses beside the training loss. */
 function held(traces) {
   const all = runs[0].evaluations, whole = JSON.stringify(all["eval/loss"]); // of a single source the same again
@@ -285,7 +289,7 @@ function drawGrid() {
   const axis = (values, name) => ({ tickvals: values.map((_, i) => i), ticktext: values.map(v => clean(setting(v) || "none")), range: [-0.5, values.length - 0.5], title: { text: clean(data.fields[name] ?? name) }, showgrid: false, zeroline: false, ticks: "" });
   const hover = cells.map((row, j) => row.map((c, i) => `${clean(data.fields[a] ?? a)} ${clean(setting(xs[i]))}<br>${clean(data.fields[b] ?? b)} ${clean(setting(ys[j]))}<br>${clean(data.metric)} ${short(z[j][i])}, ${c.filter(r => axisOf(r) !== null).length} of ${c.length} at their end`));
   return { traces: [{ type: "heatmap", z, zmin: low, zmax: high, colorscale: scale, xgap: 4, ygap: 4, hoverongaps: false, text: hover, hovertemplate: "%{text}<extra></extra>", colorbar: { thickness: 10, outlinewidth: 0, tickfont: { color: colourOf("--soft") } } }],
-    layout: { annotations, xaxis: axis(xs, a), yaxis: axis(ys, b), margin: { l: 70, r: 12, t: 10, b: 52 } },
+    layout: { annotations, xaxis: axis(xs, a), yaxis: axis(ys, b), margin: { l: 70, r: 12, t: BAR, b: 52 } },
     height: `${Math.max(14, Math.min(40, 7 + 3.4 * ys.length))}rem` };
 }
 const RESULTS = [["loss", "loss"], ["grad_norm_corrected", "corrected norm"]];
@@ -306,22 +310,24 @@ function drawParallel() {
   const x = columns.map((_, i) => i);
   const traces = ranked.map(({ i, run }, rank) => {
     const share = members.length > 1 ? rank / (members.length - 1) : 1, best = rank === members.length - 1;
-    return { type: "scatter", mode: "lines+markers", x, y: columns.map((c, k) => { const v = c.of(run); return known(v) ? scales[k].at(v) : null; }), line: { color: best ? colourOf("--bad") : ramp(dark.matches ? share : 1 - share), width: best || state.chosen.has(i) ? 3 : 1.4, shape: "spline", smoothing: 0.5 }, marker: { size: 4 }, opacity: state.chosen.size && !state.chosen.has(i) ? 0.1 : best ? 1 : 0.75,
+    return { type: "scatter", mode: "lines+markers", x, y: columns.map((c, k) => { const v = c.of(run); return known(v) ? scales[k].at(v) : null; }), line: { color: best ? colourOf("--bad") : ramp(dark.matches ? share : 1 - share), width: best || state.chosen.has(i) ? 3 : 1.4 }, marker: { size: 4 }, opacity: state.chosen.size && !state.chosen.has(i) ? 0.1 : best ? 1 : 0.75,
       hovertemplate: `${clean(runLabel(run, true))}<br>${clean(data.metric)} ${short(run.metric)}${best ? " ★ best" : ""}<extra></extra>` };
   });
-  const annotations = scales.flatMap((s, k) => s.ticks.map(([v, text]) => ({ x: k, y: s.at(v), xanchor: "right", xshift: -6, text: clean(text), showarrow: false, font: { size: 11, color: colourOf("--soft") } })));
+  const annotations = scales.flatMap((s, k) => s.ticks.map(([v, text]) => ({ x: k, y: s.at(v), xanchor: "right", xshift: -6, text: clean(text), showarrow: false, bgcolor: colourOf("--card"), borderpad: 2, font: { size: 11, color: colourOf("--ink") } })));
   const shapes = x.map(k => ({ type: "line", x0: k, x1: k, y0: 0, y1: 1, line: { color: colourOf("--line"), width: 1.5 }, layer: "below" }));
-  return { traces, layout: { annotations, shapes, margin: { l: 30, r: 30, t: 12, b: 40 }, yaxis: { visible: false, range: [-0.06, 1.06] }, xaxis: { tickvals: x, ticktext: columns.map(c => clean(c.label)), range: [-0.45, columns.length - 0.75], showgrid: false, zeroline: false, ticks: "" } } };
+  return { traces, layout: { annotations, shapes, margin: { l: 30, r: 30, t: BAR, b: 40 }, yaxis: { visible: false, range: [-0.06, 1.06] }, xaxis: { tickvals: x, ticktext: columns.map(c => clean(c.label)), range: [-0.45, columns.length - 0.75], showgrid: false, zeroline: false, ticks: "" } } };
 }
 
 // ------------------------------------------------------------------------------------- tables
 const NUMBER = "number";
-function cell(c, value, extra = "") { return el("td", { class_: [c.number ? NUMBER : "", c.wrap ? "wrap" : ""].join(" ").trim() || null, title: c.hint ? c.hint(value) : null }, c.show ? c.show(value) : typeof value === "number" ? short(value) : value ?? "", extra); }
+const LONG = 40; // characters of a text that is broken into lines
+const isLong = v => typeof v === "string" && v.length > LONG;
+function cell(c, value, extra = "") { return el("td", { class_: [c.number ? NUMBER : "", c.wrap || isLong(value) ? "wrap" : ""].join(" ").trim() || null, title: c.hint ? c.hint(value) : null }, c.show ? c.show(value) : typeof value === "number" ? short(value) : value ?? "", extra); }
 function columnsOf() {
   const has = f => runs.some(r => known(f(r)));
   const columns = [{ key: data.kind === "sweep" ? "trial" : "run", of: r => data.kind === "sweep" && /^\d+$/.test(r.name) ? Number(r.name) : r.name, show: String }];
   for (const [name, label] of Object.entries(data.fields)) columns.push({ key: label, title: name, of: r => r.fields[name], show: setting, number: runs.every(r => typeof r.fields[name] === "number") });
-  if (seeded || data.kind === "sweep") columns.push({ key: "seed", of: r => r.seed, number: true, show: setting });
+  if (seeded() || data.kind === "sweep") columns.push({ key: "seed", of: r => r.seed, number: true, show: setting });
   columns.push({ key: "status", of: r => r.status, show: v => el("span", { class_: `pill ${v}` }, v) });
   columns.push({ key: "steps", of: r => r.step, number: true, row: r => [bar(r), short(r.step)] });
   columns.push({ key: "samples", of: r => r.samples, number: true });
@@ -330,6 +336,7 @@ function columnsOf() {
   columns.push({ key: "grad_norm", title: "raw gradient norm at the end", label: "norm, raw", of: r => r.signals.grad_norm, number: true });
   columns.push({ key: "grad_norm_corrected", title: "gradient norm at the end, corrected for noise", label: "norm, corrected", of: r => r.signals.grad_norm_corrected, number: true });
   columns.push({ key: "tokens_per_s", label: "tokens/s", of: r => r.signals.tokens_per_s, number: true });
+  columns.push({ key: "memory", title: "the most memory of any device", of: r => r.memory, number: true, row: r => [gigabytes(r.memory)] });
   if (runs.some(r => r.evaluations[data.metric]?.[0].length > 1)) {
     columns.push({ key: "best", title: `the best ${data.metric} of the run`, label: `best ${data.metric}`, of: r => bestOf(r, data.metric)?.value, number: true });
     columns.push({ key: "samples_to_best", label: "samples to it", title: REACH, of: r => bestOf(r, data.metric)?.samples, number: true, row: r => [reach(bestOf(r, data.metric))] });
@@ -360,12 +367,13 @@ function bestOf(run, name) {
 const REACH = "reached after the first of these numbers of samples and not later than at the second; there is no evaluation between them";
 function reach(best) { return best ? `${short(best.after)} to ${short(best.samples)}` : ""; }
 /** Heads that sort; `rows` are [item, tr], whose items the columns read. */
-function sortable(table, columns, rows, start = null) {
+function sortable(table, columns, rows) {
   let by = null, down = false;
   const heads = columns.map(c => el("th", { scope: "col", class_: c.number ? NUMBER : null, title: c.title, "aria-sort": "none" }, el("button", { type: "button", onclick: () => sort(c) }, c.label)));
   const body = table.tBodies[0];
   function sort(c, turned = by === c ? !down : false) {
     by = c; down = turned;
+    state.sorted[table.id] = { label: c.label, down };
     heads.forEach((h, i) => h.setAttribute("aria-sort", columns[i] === c ? (down ? "descending" : "ascending") : "none"));
     const value = r => c.of(r);
     rows.sort(([p], [q]) => known(value(p)) !== known(value(q)) ? (known(value(p)) ? -1 : 1) : (down ? -1 : 1) * order(value(p), value(q)));
@@ -373,12 +381,13 @@ function sortable(table, columns, rows, start = null) {
   }
   table.tHead.replaceChildren(el("tr", {}, ...heads));
   body.replaceChildren(...rows.map(([, tr]) => tr));
-  if (start) sort(start, false);
+  const before = state.sorted[table.id], column = before && columns.find(c => c.label === before.label);
+  if (column) sort(column, before.down);
 }
 function plainTable(headings, rows, numbers = []) {
   const kind = i => numbers.includes(i) ? NUMBER : null;
   return el("div", { class_: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, ...headings.map((h, i) => el("th", { scope: "col", class_: kind(i) }, h)))),
-    el("tbody", {}, ...rows.map(row => el("tr", {}, ...row.map((v, i) => v instanceof HTMLTableCellElement ? v : el("td", { class_: kind(i) }, v instanceof Node ? v : typeof v === "number" ? short(v) : v ?? "")))))));
+    el("tbody", {}, ...rows.map(row => el("tr", {}, ...row.map((v, i) => v instanceof HTMLTableCellElement ? v : el("td", { class_: isLong(v instanceof Node ? v.textContent : v) ? "wrap" : kind(i) }, v instanceof Node ? v : typeof v === "number" ? short(v) : v ?? "")))))));
 }
 
 // ------------------------------------------------------------------------------------- the filter
@@ -397,7 +406,7 @@ function matches(run, columns, text) {
 function makeTrials() {
   const columns = columnsOf(), table = byId("table");
   const rows = runs.map((run, i) => {
-    const tr = el("tr", { class_: run.best ? "best" : null, "data-run": run.name, onclick: () => { state.chosen.has(i) ? state.chosen.delete(i) : state.chosen.add(i); tr.classList.toggle("chosen"); showAll(); } },
+    const tr = el("tr", { class_: [run.best ? "best" : "", state.chosen.has(i) ? "chosen" : ""].join(" ").trim() || null, "data-run": run.name, onclick: () => { state.chosen.has(i) ? state.chosen.delete(i) : state.chosen.add(i); tr.classList.toggle("chosen"); showAll(); } },
       ...columns.map(c => c.row ? el("td", { class_: NUMBER }, ...c.row(run)) : cell(c, c.of(run))));
     return [run, tr, i];
   });
@@ -406,7 +415,7 @@ function makeTrials() {
   const filter = () => {
     visible = [];
     runs.forEach((run, i) => {
-      const stays = state.statuses.has(run.status) && matches(run, columns, state.filter);
+      const stays = !state.hidden.has(run.status) && matches(run, columns, state.filter);
       byRun.get(i).hidden = !stays;
       if (stays) visible.push(i);
     });
@@ -414,11 +423,11 @@ function makeTrials() {
   };
   let waiting = 0;
   const later = () => { clearTimeout(waiting); waiting = setTimeout(showAll, 150); };
-  byId("filter").addEventListener("input", e => { state.filter = e.target.value; filter(); later(); });
+  byId("filter").oninput = e => { state.filter = e.target.value; filter(); later(); };
 
   const statuses = distinct(runs.map(r => r.status));
-  if (statuses.length > 1) byId("statuses").append(...statuses.map(s => {
-    const chip = el("button", { type: "button", class_: "chip", "aria-pressed": "true", onclick: () => { state.statuses.has(s) ? state.statuses.delete(s) : state.statuses.add(s); chip.setAttribute("aria-pressed", String(state.statuses.has(s))); filter(); later(); } }, `${s} ${runs.filter(r => r.status === s).length}`);
+  if (statuses.length > 1) byId("statuses").replaceChildren(...statuses.map(s => {
+    const chip = el("button", { type: "button", class_: "chip", "aria-pressed": String(!state.hidden.has(s)), onclick: () => { state.hidden.has(s) ? state.hidden.delete(s) : state.hidden.add(s); chip.setAttribute("aria-pressed", String(!state.hidden.has(s))); filter(); later(); } }, `${s} ${runs.filter(r => r.status === s).length}`);
     return chip;
   }));
   filter();
@@ -434,7 +443,7 @@ function makeHeader() {
     byId("lead").textContent = r.reason || r.folder;
     tiles = [tile("status", r.status), tile("steps", short(r.step), steps ? `of ${short(steps)}` : ""), tile("samples", short(r.samples), samples ? `of ${short(samples)}` : ""),
       tile("loss", short(r.signals.loss), "mean of the latest quarter"), heldOut ? tile("held-out loss", short(heldOut[2][heldOut[2].length - 1]), `best ${short(bestOf(r, "eval/loss").value)} at ${short(bestOf(r, "eval/loss").samples)} samples`) : "",
-      tile("throughput", short(r.signals.tokens_per_s), "tokens a second"), time.length ? tile("training time", duration(time[time.length - 1])) : "",
+      tile("throughput", short(r.signals.tokens_per_s), "tokens a second"), tile("device memory", gigabytes(r.memory), "the most of any device so far"), time.length ? tile("training time", duration(time[time.length - 1])) : "",
       ...Object.entries(r.published).map(([n, v]) => tile(`${n}, published`, short(v), "for this config, in the paper"))];
   } else {
     const statuses = distinct(runs.map(r => r.status));
@@ -444,22 +453,24 @@ function makeHeader() {
       data.kind === "sweep" && known(data.saved) ? tile("samples not trained on", percent(data.saved), "share of the planned samples of ended trials") : "",
       tile("samples in all", short(runs.reduce((a, r) => a + r.samples, 0)))];
   }
-  byId("tiles").append(...tiles.filter(known));
+  byId("tiles").replaceChildren(...tiles.filter(known));
 }
 const LOGARITHMIC = ["grad_norm", "grad_norm_corrected", "noise_scale", "noise_scale_low", "update_norm"]; // until their button says otherwise
 function makeCurves() {
   for (const [name, { title, note }] of Object.entries(data.signals))
     if (runs.some(r => name in r.means)) figure("charts", name, title, note, drawCurves, LOGARITHMIC.includes(name) || (name === "learning_rate" && !alone));
+}
+function makeControls() {
   byId("x").addEventListener("change", e => { state.x = e.target.value; showAll(); });
   byId("smoothing").value = state.smoothing;
   byId("smoothing").addEventListener("input", e => { state.smoothing = Number(e.target.value); showAll(); });
   document.querySelectorAll(".several").forEach(n => { n.hidden = alone; });
   if (alone) return;
-  const choices = [...Object.entries(data.fields), ...(seeded ? [["seed", "seed"]] : []), ["status", "status"], ["", "run"]];
+  const choices = [...Object.entries(data.fields), ...(seeded() ? [["seed", "seed"]] : []), ["status", "status"], ["", "run"]];
   state.colour = Object.keys(data.fields)[0] ?? "";
   byId("colour").append(...choices.map(([name, label]) => el("option", { value: name, selected: name === state.colour }, label)));
   byId("colour").addEventListener("change", e => { state.colour = e.target.value; paint(); showAll(); });
-  const grouped = new Set(runs.map(r => r.group)).size < runs.length && seeded;
+  const grouped = new Set(runs.map(r => r.group)).size < runs.length && seeded();
   state.bands = grouped;
   byId("bands-label").hidden = !grouped;
   byId("bands").checked = grouped;
@@ -468,11 +479,10 @@ function makeCurves() {
 function makeEvaluations() {
   const names = distinct(runs.flatMap(r => Object.keys(r.evaluations)));
   if (!names.length) return;
-  const select = byId("evaluation"), first = names.includes(data.metric) ? data.metric : names[0];
-  select.append(...names.map(n => el("option", { selected: n === first }, n)));
-  figure("evaluation-charts", "evaluation", first, "", entry => { entry.name = select.value; entry.node.querySelector("b").textContent = select.value; return drawCurves(entry); });
-  const entry = figures[figures.length - 1];
-  select.addEventListener("change", () => show(entry));
+  const select = byId("evaluation"), first = names.includes(data.metric) ? data.metric : names[0], before = new Set([...select.options].map(o => o.value));
+  select.append(...names.filter(n => !before.has(n)).map(n => el("option", { selected: !before.size && n === first }, n)));
+  if (!before.size) figure("evaluation-charts", "evaluation", first, "", entry => { entry.name = select.value; entry.node.querySelector("b").textContent = select.value; return drawCurves(entry); });
+  select.onchange = () => showAll(figures.filter(f => f.node.parentNode.id === "evaluation-charts"));
   const items = names.map(name => {
     const lower = data.lower.includes(name), all = runs.map(r => ({ run: r, ...bestOf(r, name) })).filter(b => known(b.value));
     const best = all.reduce((p, q) => p && (lower ? p.value <= q.value : p.value >= q.value) ? p : q, null), values = runs[0].evaluations[name]?.[2] ?? [];
@@ -499,20 +509,22 @@ function makeFrontier() {
 }
 function makeGrid() {
   const fields = Object.keys(data.fields).filter(n => distinct(runs.map(r => r.fields[n])).length > 1);
-  if (alone || !fields.length) return;
   const [a, b] = [byId("grid-x"), byId("grid-y")];
+  if (alone || !fields.length || a.options.length === fields.length) return;
+  a.replaceChildren();
+  b.replaceChildren();
   a.append(...fields.map((n, i) => el("option", { value: n, selected: i === 0 }, data.fields[n])));
   b.append(...(fields.length < 2 ? [el("option", { value: "" }, "(the metric)")] : []), ...fields.slice(fields.length < 2 ? 1 : 0).map((n, i) => el("option", { value: n, selected: i === 1 }, data.fields[n])));
   if (fields.length < 2) byId("grid").querySelector("h2").textContent = "The metric by the axis";
   figure("grid-charts", "grid", data.metric, "mean over seeds; ★ the best", drawGrid);
-  const entry = figures[figures.length - 1];
-  [a, b].forEach(s => s.addEventListener("change", () => show(entry)));
-  if (fields.length) figure("parallel-charts", "parallel", "All completed runs", "", drawParallel);
+  [a, b].forEach(s => { s.onchange = () => showAll(figures.filter(f => f.node.parentNode.id === "grid-charts")); });
+  figure("parallel-charts", "parallel", "All completed runs", "", drawParallel);
 }
 function makeEvidence() {
   const found = data.evidence;
   if (!found) return;
   const body = byId("evidence-body"), fractions = found.fractions;
+  body.replaceChildren();
   body.append(el("p", { class_: "note" }, `What signals and rules would have shown at ${fractions.map(spaced).join(", ")} of the run, measured on the completed runs${found.left_out ? ` (${found.left_out} others are left out, because they have no end to compare with)` : ""}. ` +
     `Spearman correlation over arms with the final ${data.metric}, and its ${percent(found.level)} interval: an arm is the mean of its seeds, ranked within its batch size. Bold: q is at most 5 %, adjusted to the whole table. Everything here is an exploration, none of it a verdict.`));
   Object.entries(found.groups).forEach(([name, group], i) => {
@@ -530,6 +542,7 @@ function makeClaims() {
   const found = data.claims;
   if (!found) return;
   const body = byId("claims-body"), level = percent(found.level);
+  body.replaceChildren();
   body.append(el("p", { class_: "note" }, `Registered ${found.registered.slice(0, 16).replace("T", " ")} UTC, before the first run (SHA-256 ${found.sha256.slice(0, 12)}). p is adjusted by Holm's procedure to the number of claims; a verdict needs ${level} or less. ` +
     "Detectable is the true difference that is found with a power of 80 % (for claims of the kind alike, the margin within which equal arms are found alike). Only these claims get verdicts."));
   const table = (rows, judged) => plainTable(["claim", ...(judged ? ["verdict"] : []), "difference", judged ? "p, adjusted" : "q", "detectable", "pairs", "device hours"], rows.map(c => [
@@ -546,7 +559,7 @@ function makeCertificate() {
   if (!found) return;
   const named = values => Object.entries(values).map(([axis, v]) => `${data.fields[axis] ?? axis} ${setting(v)}`).join(", ");
   const row = (where, rival) => [where, rival ? named(rival.values) : "the end of the axis", rival && known(rival.lag) ? el("td", { class_: "number" }, signed(rival.lag), known(rival.low) ? el("div", { class_: "quiet" }, `[${signed(rival.low)}, ${signed(rival.high)}] at 95 %`) : "") : rival ? rival.status : "", rival && rival.seeds ? rival.seeds : ""];
-  byId("certificate-body").append(el("p", { class_: "note" }, `${named(found.values)}: ${found.metric} ${short(found.mean)}, the mean of ${found.seeds} ${found.seeds > 1 ? "seeds" : "seed"}. ${percent(found.saved)} of the samples of the whole grid were not run. The lag of another arm is by how much it is worse, by the seeds with which both were finished; two seeds or fewer give no interval. The arm was chosen by these seeds, so the intervals describe and are no verdict.`),
+  byId("certificate-body").replaceChildren(el("p", { class_: "note" }, `${named(found.values)}: ${found.metric} ${short(found.mean)}, the mean of ${found.seeds} ${found.seeds > 1 ? "seeds" : "seed"}. ${percent(found.saved)} of the samples of the whole grid were not run. The lag of another arm is by how much it is worse, by the seeds with which both were finished; two seeds or fewer give no interval. The arm was chosen by these seeds, so the intervals describe and are no verdict.`),
     plainTable(["compared with", "arm", "lag", "seeds"], [...found.brackets.flatMap(b => [row(`next lower ${data.fields[b.axis] ?? b.axis}`, b.lower), row(`next higher ${data.fields[b.axis] ?? b.axis}`, b.higher)]), ...(found.runner_up ? [row("runner-up", found.runner_up)] : [])], [2, 3]),
     ...(found.notes.length ? [el("ul", {}, ...found.notes.map(text => el("li", {}, text)))] : []));
 }
@@ -583,15 +596,16 @@ function makeData() {
   const tables = data.data[0];
   if (!tables || !tables.sources.length) return;
   const of = rows => { const names = Object.keys(rows[0]); return plainTable(names, rows.map(r => names.map(n => r[n])), names.map((n, i) => typeof rows[0][n] === "number" ? i : -1)); };
-  byId("data-body").append(of(tables.sources), el("h3", {}, "What is drawn"), ...(tables.phases.length ? [of(tables.phases)] : []), known(tables.packing) ? el("p", { class_: "quiet" }, `${percent(tables.packing)} of the slots of its first steps hold tokens.`) : "");
+  byId("data-body").replaceChildren(of(tables.sources), el("h3", {}, "What is drawn"), ...(tables.phases.length ? [of(tables.phases)] : []), known(tables.packing) ? el("p", { class_: "quiet" }, `${percent(tables.packing)} of the slots of its first steps hold tokens.`) : "");
 }
 function makeConfig() {
   const c = data.config, body = byId("config-body");
+  body.replaceChildren();
   if (!c.fields.length && !c.differing.length) return;
   const value = v => el("td", { class_: "wrap mono" }, setting(v) === "" ? "\"\"" : setting(v));
   if (!alone) {
     if (!c.differing.length) body.append(el("p", { class_: "note" }, "All runs have the same config."));
-    else if (c.runs.length) body.append(el("p", { class_: "note" }, "What differs."), plainTable(["field", ...c.runs], c.differing.map(d => [el("td", { class_: "mono" }, d.name), ...d.values.map(v => el("td", {}, el("span", { class_: "changed mono" }, known(v) ? setting(v) : "none")))])));
+    else if (c.runs.length) body.append(el("p", { class_: "note" }, "What differs."), plainTable(["field", ...c.runs], c.differing.map(d => [el("td", { class_: "mono" }, d.name), ...d.values.map(v => el("span", { class_: "changed mono" }, known(v) ? setting(v) : "none"))])));
     else body.append(el("p", { class_: "note" }, "Fields that differ, and how many runs have each value."), plainTable(["field", "values"], c.differing.map(d => [el("td", { class_: "mono" }, d.name), el("td", { class_: "wrap" }, ...d.counts.slice(0, 40).flatMap(([v, n]) => [el("span", { class_: "changed mono" }, known(v) ? setting(v) : "none"), ` × ${n}  `]), d.counts.length > 40 ? `and ${d.counts.length - 40} more` : "")])));
   }
   const rows = c.fields.map(f => [el("td", { class_: "mono" }, f.name), f.changed ? el("td", { class_: "wrap" }, el("span", { class_: "changed mono" }, setting(f.value) || "\"\"")) : value(f.value), el("td", { class_: "mono weak" }, f.changed ? (known(f.default) ? setting(f.default) : "") : "")]);
@@ -600,31 +614,65 @@ function makeConfig() {
   if (data.provenance.length) body.append(el("details", {}, el("summary", {}, "Provenance: command, commit, versions, automatic choices"), plainTable(["", ""], data.provenance.map(([k, v]) => [el("td", { class_: "mono" }, k), el("td", { class_: "wrap mono" }, v)]))));
 }
 function makeProblems() {
-  byId("problems").querySelector("ul").append(...data.problems.map(p => el("li", {}, p.run ? el("b", {}, `${p.run}: `) : "", p.text)));
-  byId("warnings").querySelector("ul").append(...data.warnings.map(w => el("li", {}, w.runs ? el("b", {}, `${w.runs}: `) : "", w.text)));
+  byId("problems").querySelector("ul").replaceChildren(...data.problems.map(p => el("li", {}, p.run ? el("b", {}, `${p.run}: `) : "", p.text)));
+  byId("warnings").querySelector("ul").replaceChildren(...data.warnings.map(w => el("li", {}, w.runs ? el("b", {}, `${w.runs}: `) : "", w.text)));
 }
 
 // ------------------------------------------------------------------------------------- all of it
-makeHeader();
-makeProblems();
-makeClaims();
-makeCertificate();
-makeCurves();
-makeEvaluations();
-makeFrontier();
-makeGrid();
-makeEvidence();
-makeEvents();
-makeData();
-makeConfig();
-if (!alone) { paint(); makeTrials(); }
-const needs = { problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, trials: !alone, curves: byId("charts").childElementCount, evaluations: byId("evaluation-charts").childElementCount, frontier: byId("frontier-charts").childElementCount, grid: byId("grid-charts").childElementCount,
-  parallel: byId("parallel-charts").childElementCount && runs.filter(r => axisOf(r) !== null).length > 1, evidence: data.evidence, events: byId("events").querySelector("tbody").childElementCount, "data-section": byId("data-body").childElementCount, config: byId("config-body").childElementCount };
-for (const [id, there] of Object.entries(needs)) {
-  const section = byId(id);
-  section.hidden = !there;
-  if (there) byId("nav").append(el("a", { href: `#${id}` }, section.dataset.nav));
+const has = id => byId(id).childElementCount > 0;
+/** Which sections have something to show. */
+const needs = () => ({ problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, trials: !alone, curves: has("charts"), evaluations: has("evaluation-charts"), frontier: has("frontier-charts"), grid: has("grid-charts"),
+  parallel: has("parallel-charts") && runs.filter(r => axisOf(r) !== null).length > 1, evidence: data.evidence, events: byId("events").querySelector("tbody").childElementCount, "data-section": has("data-body"), config: has("config-body") });
+/** The parts of the page, each with what it is made from: a refresh leaves those alone of which nothing is new. */
+const PARTS = [[makeHeader, () => [data.runs, data.saved]], [makeProblems, () => [data.problems, data.warnings]], [makeClaims, () => data.claims], [makeCertificate, () => data.certificate], [makeCurves, () => data.runs], [makeEvaluations, () => data.runs], [makeFrontier, () => data.runs], [makeGrid, () => data.runs],
+  [makeEvidence, () => data.evidence], [makeEvents, () => data.runs], [makeData, () => data.data], [makeConfig, () => [data.config, data.provenance]]];
+const every = Number(document.documentElement.dataset.refreshS ?? 0); // seconds between refreshes, 0 for none
+const made = new Map();
+function make() {
+  for (const [part, of] of PARTS) {
+    const from = every ? JSON.stringify(of()) : "";
+    if (made.get(part) === from) continue;
+    made.set(part, from);
+    part();
+  }
+  if (!alone) { paint(); makeTrials(); }
+  byId("nav").replaceChildren(...Object.entries(needs()).map(([id, there]) => {
+    byId(id).hidden = !there;
+    return there ? el("a", { href: `#${id}` }, byId(id).dataset.nav) : "";
+  }).filter(known));
 }
+make();
+makeControls();
+if (!alone) paint();
 showAll();
 dark.addEventListener("change", () => { if (!alone) paint(); showAll(); });
+
+// ------------------------------------------------------------------------------------- while it is served
+/** Draws what is new in place, so that the reader keeps the scroll, the zoom, the order of the tables and the filter. */
+function refresh(fresh) {
+  const chosen = new Set([...state.chosen].map(i => runs[i].name));
+  [data, runs] = [fresh, fresh.runs];
+  state.chosen = new Set(runs.map((_, i) => i).filter(i => chosen.has(runs[i].name)));
+  visible = runs.map((_, i) => i);
+  make();
+  showAll();
+}
+let shown = null; // the tag of the content that is drawn
+async function poll(seconds) {
+  if (!document.hidden) {
+    let said = "the server of this page does not answer";
+    try {
+      const answer = await fetch("content", { cache: "no-cache" });
+      if (answer.ok) {
+        said = "live";
+        const tag = answer.headers.get("ETag");
+        if (tag !== shown) refresh(await answer.json());
+        shown = tag;
+      }
+    } catch { /* it has ended, or is busy */ }
+    byId("made").textContent = `${said} · ${new Date().toLocaleTimeString("sv")}`;
+  }
+  setTimeout(poll, 1000 * seconds, seconds);
+}
+if (every) setTimeout(poll, 1000 * every, every);
 })();
