@@ -320,6 +320,9 @@ class Eval(_Strict):
     report shows how much of them is kept."""
     exact_match: bool = False
     """Measure on held-out data also the share of samples whose answers greedy decoding writes token for token."""
+    answers: int = 0
+    """Held-out prompts that the model answers in full each time that the held-out loss is measured; the report shows
+    its answers."""
 
 
 @dataclass

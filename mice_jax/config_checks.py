@@ -70,6 +70,7 @@ BOUNDS = {
     "eval.every_samples": (0, math.inf),
     "eval.num_fewshot": (-1, math.inf),
     "eval.limit": (0, math.inf),
+    "eval.answers": (0, 1000),
     "seed": (0, 2**32 - 1),
 }
 
@@ -179,6 +180,11 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
         problems.append(
             "eval.exact_match=True measures held-out samples, and none are held out: set data.validation or "
             "data.validation_fraction, or leave it false"
+        )
+    if c.eval.answers and not (by_source or c.data.validation_fraction):
+        problems.append(
+            f"eval.answers={c.eval.answers} asks held-out prompts, and none are held out: set data.validation or "
+            "data.validation_fraction, or leave it 0"
         )
     for tracker in c.log.trackers:
         if tracker not in TRACKERS:

@@ -142,7 +142,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     start, state, base, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
     # With adapters, these alone are in the state; without, `join` returns what it is given.
     join = functools.partial(model.decoder.join, base=base)
-    evaluator = Evaluator(config, fns, mesh, data.dataset.validation, pack, score_benchmarks, join)
+    answer = build.sample_answerer(config, data, source, model, mesh, inputs.tokenizer)
+    evaluator = Evaluator(config, fns, mesh, data.dataset.validation, pack, score_benchmarks, join, answer)
 
     # ---- Initial files of the workdir ---------------------------------------------------------------------------
     # They are written before the first step, so that a killed run can be resumed, exported and understood.
@@ -197,8 +198,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
     # What the model knows before the first step is a line of its own: the gain of the run is measured from there. Where
     # that is not finite, the first step ends the run and says so.
-    if start == 0 and (before := evaluator(state, HELD_OUT_ALONE).metrics) and all_finite(before):
-        run.log({"step": 0, "samples": 0} | before)
+    if start == 0 and (before := evaluator(state, HELD_OUT_ALONE)).metrics and all_finite(before.metrics):
+        run.log({"step": 0, "samples": 0} | before.metrics, before.answers)
 
     timer = LapTimer()
     sums = fns.zero_sums()
@@ -242,7 +243,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         due = cadence.due(step, previous.samples, run.progress.samples)
         evaluation = evaluator(state, due)
         record |= evaluation.metrics
-        run.log(record)
+        run.log(record, evaluation.answers)
         workdir.sync(after_s=SYNC_EVERY_S)
 
         # Every process takes part in the poll. A run saves before it stops, even if a benchmark failed. Only scheduled

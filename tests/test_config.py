@@ -186,6 +186,7 @@ def test_an_integer_is_accepted_for_a_float() -> None:
         ("train.pause_at_share", 1.5),
         ("eval.at_shares", [0.2, 0.0]),
         ("eval.exact_match", True),  # nothing is held out
+        ("eval.answers", 3),  # nothing is held out
         ("checkpoint.every_samples", -1),
         ("log.every_steps", 0),
         ("log.profile_steps", "13:10"),

@@ -1,5 +1,6 @@
 """The loss over what is held out: that the devices are kept busy, and that every microbatch counts once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,18 @@ import numpy as np
 import optax
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.models import VOCAB, llama, load, mesh_of, packed
-from helpers.runs import make_chats, read_all_metrics, run_train, setting, write_jsonl
+from helpers.runs import make_chats, read_all_metrics, run_export, run_train, setting, write_jsonl
 from mice_jax.data.dataset import HeldOut
 from mice_jax.errors import UserError
 from mice_jax.models.transformer import Compute
 from mice_jax.sharding import put_rows
 from mice_jax.step import make_step
-from mice_jax.training import held_out
+from mice_jax.storage import jsonl
+from mice_jax.storage.workdir import ANSWERS
+from mice_jax.training import held_out, sample_answers
 
 SLOTS = 40
 HELD = [("a", ("one",)), ("a", ("two",)), ("b", ("two",))]
@@ -25,7 +29,7 @@ HELD = [("a", ("one",)), ("a", ("two",)), ("b", ("two",))]
 def test_next_rows_are_sent_before_a_microbatch_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = write_jsonl(tmp_path / "held.jsonl", make_chats(60, seed=5))
     body = f"c.data.validation = [Source(path='{held}')]\nc.optim.max_steps = 1\nc.optim.learning_rate = 0.0"
-    body += "\nc.eval.exact_match = True"
+    body += "\nc.eval.exact_match = True\nc.eval.answers = 3"
     config = setting(tmp_path, body)
     happened: list[str] = []
     evaluate, put_rows, device_get = held_out.evaluate, held_out.put_rows, jax.device_get
@@ -49,6 +53,43 @@ def test_next_rows_are_sent_before_a_microbatch_is_awaited(tmp_path: Path, monke
     assert first == {"step": 0, "samples": 0} | {k: v for k, v in last.items() if k.startswith("eval/")}
     assert first["eval/loss"] > 0, "equal, because the learning rate is 0"
     assert first["eval/exact_match"] == first["eval/macro_exact_match"] == 0.0, "an untrained model"
+    assert_answered_as_transformers(tmp_path, make_chats(60, seed=5)[:3])
+
+
+def assert_answered_as_transformers(folder: Path, chats: Sequence[Any]) -> None:
+    """The answers of a run that has not changed its weights, held to what transformers' greedy decoding writes."""
+    assert run_export(folder / "run", folder / "hf") == 0
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    lines = jsonl.read(folder / "run" / ANSWERS)
+    assert [line["step"] for line in lines] == [0] * 3 + [1] * 3 and {line["source"] for line in lines} == {"held"}
+    for chat, before, after in zip(chats, lines[:3], lines[3:], strict=True):
+        question, answer = chat["messages"][:2]
+        ids = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        written = model.generate(ids, do_sample=False, max_new_tokens=128, eos_token_id=tokenizer.eos_token_id)[0]
+        assert before | {"step": 1} == after and after["expected"] == answer["content"].strip()
+        assert after["answer"] == tokenizer.decode(written[ids.shape[1] :], skip_special_tokens=True).strip()
+        assert question["content"] in after["prompt"] and after["expected"] not in after["prompt"]
+
+
+def test_questions_are_the_first_turns_of_each_source_in_turn() -> None:
+    samples = {
+        0: ([5, 6, 7, 8, 9], [0, 0, 1, 1, 0]),  # a turn ends before its sample does
+        1: ([1, 2, 3], [1, 1, 1]),  # a document has no prompt
+        2: ([1, 2, 3], [0, 0, 1]),
+        3: ([4, 4, 4, 4], [0, 0, 0, 1]),  # a prompt that is too long
+        4: ([7, 8], [0, 1]),
+        5: ([3, 2, 1], [0, 0, 0]),  # a sample cut before its answer
+    }
+
+    class Samples:
+        def sample(self, i: int) -> Any:
+            return tuple(map(np.array, samples[i]))
+
+    held = [HeldOut("a", np.array([1, 0, 4]), ()), HeldOut("b", np.array([3, 5, 2]), ())]
+    found = sample_answers.questions(held, Samples(), 9, longest=2)  # type: ignore[arg-type]
+    assert found == [("a", [5, 6], [7, 8]), ("b", [1, 2], [3]), ("a", [7], [8])]
+    assert sample_answers.questions(held, Samples(), 2, longest=2) == found[:2]  # type: ignore[arg-type]
 
 
 def test_loss_and_accuracy_by_source_and_phase_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,20 @@ def test_lower_is_better_as_the_run_records_or_its_name_suggests(tmp_path: Path)
 
 
 # ---------------------------------------------------------------------------------------- warnings
+def test_answers_are_shown_as_they_were_first_and_last(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", make_config())
+    asked = {"source": "chats", "prompt": "Two and two?", "expected": "4"}
+    given = [(0, "a"), (20, "3"), (40, "4"), (20, "5"), (40, HOSTILE)]  # the run was resumed after step 0
+    write_jsonl(tmp_path / "run" / "answers.jsonl", [asked | {"step": s, "answer": a} for s, a in given])
+    with (tmp_path / "run" / "answers.jsonl").open("a") as file:
+        file.write('{"step": 60, "answer": "no prompt"}\n{"step": 60, "sour')
+    data = page_of(tmp_path, tmp_path / "run")
+    assert data["answers"] == [asked | {"first": {"step": 0, "text": "a"}, "last": {"step": 40, "text": HOSTILE}}]
+    assert "answers.jsonl: 1 lines are damaged" in str(data["problems"])
+    write_run(tmp_path / "other", make_config())
+    assert page_of(tmp_path, tmp_path / "other")["answers"] == []
+
+
 def test_warnings_of_runs_are_listed_with_the_runs_that_had_them(tmp_path: Path) -> None:
     given = {"a": ["of both", "of one"], "b": ["of both"], "c": []}
     for name, warnings in given.items():
@@ -499,8 +513,12 @@ def test_browser_draws_the_page_of_a_run_on_phone_and_desktop(
     scores = [(20, 0.3), (40, None), (60, 0.5), (80, 0.4)]
     lines = [{"step": s, "samples": 100 * s, "mmlu/acc": a} for s, a in scores]
     write_jsonl(tmp_path / "run" / "eval_scores.jsonl", lines)
+    asked = {"source": "chats", "prompt": f"A line\n{'long ' * 99}", "expected": "4"}
+    given = [asked | {"step": step, "answer": answer} for step, answer in ((0, HOSTILE), (40, "4"))]
+    write_jsonl(tmp_path / "run" / "answers.jsonl", given)
     page.write([tmp_path / "run"], tmp_path / "run.html")
     shown = OpenPage(browser, tmp_path / "run.html", width, scheme)
+    assert "1 of 1 are as in the data, 0 at first" in shown.tab.text_content("#answers")
     shown.assert_drawn_without_errors()
     assert shown.tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the screen"
     lightness = shown.tab.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")

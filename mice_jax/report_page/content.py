@@ -158,6 +158,7 @@ def _page(subject: _Subject) -> dict[str, Any]:
         "claims": claims_table.of_runs(subject.claims, runs) if subject.claims else None,
         "evidence": _evidence(subject),
         "config": _config(subject),
+        "answers": _answers(runs[0]) if is_single else [],
         "data": [_data_tables(r) for r in runs[:1]] if is_single else [],
         "provenance": _provenance(runs[0]) if is_single else [],
     }
@@ -370,6 +371,17 @@ def _flat_config(run: Run) -> dict[str, Any]:
 def _default(name: str) -> Any:
     """Returns the default of a field of a flat config; None if it has none."""
     return next(defaults.get(m[1]) for pattern, defaults in DEFAULTS if (m := re.fullmatch(pattern, name)))
+
+
+def _answers(run: Run) -> list[dict[str, Any]]:
+    """Returns each held-out prompt that the model was asked, with its first and its last answer."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for line in run.answers:
+        key = ("source", "prompt", "expected")
+        entry = found.setdefault(tuple(line[k] for k in key), {k: line[k] for k in key})
+        given = {"step": line["step"], "text": line["answer"]}
+        entry |= {"first": entry.get("first", given), "last": given}
+    return list(found.values())
 
 
 def _data_tables(run: Run) -> dict[str, Any]:

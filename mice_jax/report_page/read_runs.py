@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
-from mice_jax.storage.workdir import CERTIFICATE, DIRECTIONS, EVENTS, LOCK, METRICS, RESULTS, SCORES
+from mice_jax.storage.workdir import ANSWERS, CERTIFICATE, DIRECTIONS, EVENTS, LOCK, METRICS, RESULTS, SCORES
 from mice_jax.training.stop_rules import ColumnarRecords, Objective
 
 # Where a run does not record the direction of a metric, a metric whose name ends so is better when lower.
@@ -55,6 +55,7 @@ class Run:
     directions: dict[str, str]
     checkpoints: list[int]
     events: list[dict[str, Any]]
+    answers: list[dict[str, Any]]  # to held-out prompts, in the order of the steps
     status: str  # completed | stopped | failed | preempted | paused | running | unknown; of a trial also waiting
     reason: str
     problems: list[str]
@@ -190,10 +191,19 @@ def read_run(folder: Path, name: str = "") -> Run:
         directions=_object(folder / DIRECTIONS, problems),
         checkpoints=checkpoints,
         events=events,
+        answers=_answers(folder, problems),
         status=status,
         reason="" if is_running else str(summary.get("reason") or ""),
         problems=problems,
     )
+
+
+def _answers(folder: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """Reads the answers to held-out prompts; those that a resumed run gave again are there once."""
+    texts = ("source", "prompt", "expected", "answer")
+    whole = [a for a in _lines(folder / ANSWERS, problems) if all(isinstance(a.get(k), str) for k in texts)]
+    by_place = {(int(a["step"]), a["source"], a["prompt"], a["expected"]): a for a in whole}
+    return [by_place[place] for place in sorted(by_place, key=lambda place: place[0])]
 
 
 def _is_running(folder: Path, events: Sequence[dict[str, Any]]) -> bool:

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from mice_jax.storage.paths import RunPath, copy_small_files, download_small_fil
 
 METRICS = "metrics.jsonl"
 LOCK = lock.FILE
+ANSWERS = "answers.jsonl"  # one line for each answer to a held-out prompt, with the step after which it was given
 EVENTS = "events.jsonl"  # one line each time that a process starts, resumes or ends the run
 # One line for each checkpoint that `evaluate` has scored: {"step", "samples", "<task>/<metric>": value}.
 SCORES = "eval_scores.jsonl"
@@ -169,6 +170,11 @@ class Workdir:
     def log_event(self, event: str, step: int) -> None:
         """Appends a line with the event, the step and the time to events.jsonl."""
         jsonl.append(self.local / EVENTS, {"event": event, "step": step, "time": time.time()})
+
+    def log_answers(self, step: int, answers: Sequence[Mapping[str, str]]) -> None:
+        """Appends a line with the step for each answer of the model to answers.jsonl."""
+        for answer in answers:
+            jsonl.append(self.local / ANSWERS, {"step": step, **answer})
 
     def truncate_metrics(self, step: int) -> None:
         """Removes the lines after `step` from metrics.jsonl, as a run that resumes after that step needs.

@@ -29,7 +29,7 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.hardware import find_chip
 from mice_jax.inference.sampler import cast_params
-from mice_jax.model_source import ModelSource, load_params, resolve_source, with_vocabulary
+from mice_jax.model_source import ModelSource, load_params, resolve_source, stop_ids, with_vocabulary
 from mice_jax.models import hf, peft_format
 from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.lora import LoRA, scale_of
@@ -40,7 +40,7 @@ from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_base, make_abstract_state, make_step
 from mice_jax.storage import hub
-from mice_jax.training import held_out, memory_model
+from mice_jax.training import held_out, memory_model, sample_answers
 from mice_jax.training.phases import PhaseSpan, phase_spans
 
 
@@ -520,6 +520,28 @@ def step_functions(
         averages=bool(config.train.ema_half_life),
         max_held_out_samples=held_out.TOGETHER if config.eval.exact_match else 0,
     )
+
+
+def sample_answerer(
+    config: Config, data: RunData, source: ModelSource, model: Model, mesh: Mesh, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Params], list[dict[str, str]]]:
+    """Returns a function that lets a model answer the held-out prompts that eval.answers asks for.
+
+    Args:
+      config: The run's config.
+      data: The run's data.
+      source: The model that the run starts from, whose config.json has the tokens that end an answer.
+      model: The run's model.
+      mesh: The run's mesh.
+      tokenizer: The run's tokenizer.
+    """
+    longest = model.decoder.spec.max_positions - sample_answers.max_new_tokens(model.decoder)
+    dataset, count = data.dataset, config.eval.answers
+    asked = sample_answers.questions(dataset.validation, dataset.corpus, count, longest) if count else []
+    if not asked:
+        return lambda params: []
+    stops = stop_ids(source.config, tokenizer)
+    return sample_answers.answerer(asked, model.decoder, mesh, model.compute.dtype, tokenizer, stops)
 
 
 # ---------------------------------------------------------------------------------------- inference

@@ -25,10 +25,12 @@ class Evaluation(NamedTuple):
     Attributes:
       metrics: The values by the names that metrics.jsonl has.
       failure: The error of a benchmark, if any; the step is saved before it is raised.
+      answers: What the model answers to held-out prompts, see training/sample_answers.py.
     """
 
     metrics: dict[str, float | None]
     failure: Exception | None
+    answers: list[dict[str, str]]
 
 
 def check_metrics(
@@ -72,6 +74,7 @@ class Evaluator:
         pack: Callable[[Mixture], StepSource],
         score_benchmarks: Callable[[Params], Iterable[dict[str, float | None]]],
         join: Callable[[Params], Params],
+        answer: Callable[[Params], list[dict[str, str]]],
     ):
         """Stores the arguments; nothing is computed yet.
 
@@ -83,9 +86,10 @@ class Evaluator:
           pack: Packs the steps of a mixture into rows for this mesh.
           score_benchmarks: Yields the scores of one benchmark after the other.
           join: Adds the frozen parameters, if there are any, to those of a state.
+          answer: Returns what parameters answer to held-out prompts.
         """
         self._fns, self._mesh, self._held_out, self._pack = fns, mesh, held_out_data, pack
-        self._score_benchmarks, self._join = score_benchmarks, join
+        self._score_benchmarks, self._join, self._answer = score_benchmarks, join, answer
         self._by_phase, self._exact_match = _has_phases(config), config.eval.exact_match
         self._retain = config.eval.retain
 
@@ -101,10 +105,12 @@ class Evaluator:
           The metrics, and the error of a benchmark that could not be scored.
         """
         metrics: dict[str, Any] = {}
+        answers: list[dict[str, str]] = []
         if due.held_out and self._held_out:
             metrics |= self._held_out_metrics(state.params)
             if state.average is not None:
                 metrics |= averaging.of_average(self._held_out_metrics(state.average))
+            answers = self._answer(self._join(state.params))
         failure = None
         if due.benchmarks:
             try:
@@ -115,7 +121,7 @@ class Evaluator:
                 if distributed.is_lost_peer_error(error):
                     raise
                 failure = error
-        return Evaluation(metrics, failure)
+        return Evaluation(metrics, failure, answers)
 
     def _held_out_metrics(self, params: Params) -> dict[str, float]:
         loss = functools.partial(self._fns.evaluate, self._join(params))

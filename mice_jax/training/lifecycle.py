@@ -8,7 +8,7 @@ into the error whose exit code the command returns.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mice_jax.checkpoint import Checkpoints
@@ -60,11 +60,13 @@ class Run:
         self.progress, self._checkpoints, self._writers = progress, checkpoints, writers
         self.preemption.enable_saving()
 
-    def log(self, record: dict[str, Any]) -> None:
-        """Passes a step's record to every writer."""
+    def log(self, record: dict[str, Any], answers: Sequence[Mapping[str, str]] = ()) -> None:
+        """Passes a step's record to every writer, and stores what the model answered after that step."""
         self.record = record
         for writer in self._writers:
             writer.write(record)
+        if distributed.is_main_process():
+            self.workdir.log_answers(record["step"], answers)
 
     def save(self, state: TrainState, score: float | None = None) -> None:
         """Saves a state unless its step is saved already. The lines of metrics.jsonl are stored first.

@@ -492,6 +492,14 @@ function makeEvaluations() {
     { label: "best", of: r => r.best, number: true }, { label: "at step", of: r => r.step, number: true }, { label: "samples to it", title: REACH, of: r => r.samples, number: true, row: r => [reach(r)] }];
   sortable(byId("best"), columns, items.map(r => [r, el("tr", {}, ...columns.map(c => c.row ? el("td", { class_: NUMBER }, ...c.row(r)) : cell(c, c.of(r))))]));
 }
+/** What the model wrote to held-out prompts before its training, and what it writes now. */
+function makeAnswers() {
+  if (!data.answers.length) return;
+  const right = a => data.answers.filter(q => q[a].text === q.expected).length, [{ first, last }] = data.answers, text = v => el("td", { class_: "wrap answer" }, v);
+  const given = (q, a) => el("td", { class_: `wrap answer ${a.text === q.expected ? "right" : ""}` }, a.text);
+  byId("answers-body").replaceChildren(el("p", { class_: "note" }, `Written by the likeliest tokens${first.step < last.step ? ` at step ${short(first.step)} and at step ${short(last.step)}` : ` at step ${short(last.step)}`}. ${right("last")} of ${data.answers.length} are as in the data${first.step < last.step ? `, ${right("first")} at first` : ""}; these are marked.`),
+    plainTable(["source", "prompt", "in the data", ...(first.step < last.step ? [`at step ${short(first.step)}`] : []), `at step ${short(last.step)}`], data.answers.map(q => [q.source, text(q.prompt), text(q.expected), ...(first.step < last.step ? [given(q, q.first)] : []), given(q, q.last)])));
+}
 function drawFrontier() {
   const members = visible.map(i => ({ i, run: runs[i] })).filter(e => e.run.frontier);
   const traces = members.map(({ i, run }) => {
@@ -621,10 +629,10 @@ function makeProblems() {
 // ------------------------------------------------------------------------------------- all of it
 const has = id => byId(id).childElementCount > 0;
 /** Which sections have something to show. */
-const needs = () => ({ problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, trials: !alone, curves: has("charts"), evaluations: has("evaluation-charts"), frontier: has("frontier-charts"), grid: has("grid-charts"),
+const needs = () => ({ problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, trials: !alone, curves: has("charts"), evaluations: has("evaluation-charts"), answers: data.answers.length, frontier: has("frontier-charts"), grid: has("grid-charts"),
   parallel: has("parallel-charts") && runs.filter(r => axisOf(r) !== null).length > 1, evidence: data.evidence, events: byId("events").querySelector("tbody").childElementCount, "data-section": has("data-body"), config: has("config-body") });
 /** The parts of the page, each with what it is made from: a refresh leaves those alone of which nothing is new. */
-const PARTS = [[makeHeader, () => [data.runs, data.saved]], [makeProblems, () => [data.problems, data.warnings]], [makeClaims, () => data.claims], [makeCertificate, () => data.certificate], [makeCurves, () => data.runs], [makeEvaluations, () => data.runs], [makeFrontier, () => data.runs], [makeGrid, () => data.runs],
+const PARTS = [[makeHeader, () => [data.runs, data.saved]], [makeProblems, () => [data.problems, data.warnings]], [makeClaims, () => data.claims], [makeCertificate, () => data.certificate], [makeCurves, () => data.runs], [makeEvaluations, () => data.runs], [makeAnswers, () => data.answers], [makeFrontier, () => data.runs], [makeGrid, () => data.runs],
   [makeEvidence, () => data.evidence], [makeEvents, () => data.runs], [makeData, () => data.data], [makeConfig, () => [data.config, data.provenance]]];
 const every = Number(document.documentElement.dataset.refreshS ?? 0); // seconds between refreshes, 0 for none
 const made = new Map();
