@@ -45,6 +45,7 @@ def test_next_rows_are_sent_before_a_microbatch_is_awaited(tmp_path: Path, monke
             return evaluate(*args)
 
     monkeypatch.setattr(held_out, "evaluate", watched)
+    monkeypatch.setattr(sample_answers, "MAX_NEW_TOKENS", 20)
     assert run_train(config, tmp_path / "run") == 0
     microbatches = happened.count("put") // 2
     assert microbatches > 2
@@ -66,7 +67,7 @@ def assert_answered_as_transformers(folder: Path, chats: Sequence[Any]) -> None:
     for chat, before, after in zip(chats, lines[:3], lines[3:], strict=True):
         question, answer = chat["messages"][:2]
         ids = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_tensors="pt")["input_ids"]
-        written = model.generate(ids, do_sample=False, max_new_tokens=128, eos_token_id=tokenizer.eos_token_id)[0]
+        written = model.generate(ids, do_sample=False, max_new_tokens=20, eos_token_id=tokenizer.eos_token_id)[0]
         assert before | {"step": 1} == after and after["expected"] == answer["content"].strip()
         assert after["answer"] == tokenizer.decode(written[ids.shape[1] :], skip_special_tokens=True).strip()
         assert question["content"] in after["prompt"] and after["expected"] not in after["prompt"]
