@@ -79,6 +79,7 @@ class StepFunctions(NamedTuple):
     apply: Jitted  # donates state and sums
     # (params, batch) -> loss_sum, weight_sum, correct_sum; where exact matches are counted, also their number and that
     evaluate: Jitted  # of the samples that could be one
+    gradients: Callable  # what `accumulate` differentiates, not jitted: (params, batch) -> (loss_sum, sums), gradients
     abstract_state: TrainState  # like abstract_sums, it has jax.ShapeDtypeStruct with a sharding in place of each array
     abstract_sums: Sums
     abstract_base: Params | None  # the frozen parameters that adapters are added to; None if all are trained
@@ -110,21 +111,22 @@ def batch_loss(
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
     output_weight = model.output_weight()
     of_devices = gradient_sum(output_weight.shape, ("vocab", "embed"), compute.reduce_dtype)
-    loss_sum, weight_sum, source_sums = cross_entropy_sums(
-        hidden,
-        output_weight,
-        batch["targets"],
-        batch["loss_weights"],
-        batch["sources"] if num_sources > 1 else None,
-        vocab_size=decoder.spec.vocab_size,
-        logit_scale=decoder.spec.logit_scale,
-        softcap=decoder.spec.logit_softcap,
-        chunk_size=chunk_size or tokens_per_chunk(decoder.vocab_rows),
-        num_sources=num_sources,
-        batch_axes=BATCH_AXES,
-        weight_spec=of_devices.spec,
-        add_weight_gradients=of_devices.add,
-    )
+    with jax.named_scope("loss"):
+        loss_sum, weight_sum, source_sums = cross_entropy_sums(
+            hidden,
+            output_weight,
+            batch["targets"],
+            batch["loss_weights"],
+            batch["sources"] if num_sources > 1 else None,
+            vocab_size=decoder.spec.vocab_size,
+            logit_scale=decoder.spec.logit_scale,
+            softcap=decoder.spec.logit_softcap,
+            chunk_size=chunk_size or tokens_per_chunk(decoder.vocab_rows),
+            num_sources=num_sources,
+            batch_axes=BATCH_AXES,
+            weight_spec=of_devices.spec,
+            add_weight_gradients=of_devices.add,
+        )
     return loss_sum, (weight_sum, source_sums)
 
 
@@ -205,11 +207,13 @@ def make_step(
     def loss(params: Params, batch: Batch) -> tuple[jax.Array, tuple[jax.Array, SourceSums]]:
         return batch_loss(decoder, params, batch, compute, num_sources=num_sources)
 
-    def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
+    def gradients(params: Params, batch: Batch) -> tuple[tuple[jax.Array, tuple[jax.Array, SourceSums]], Params]:
         # Adapters alone have gradients where there are some: the base is a constant of the differentiation.
         own, base = decoder.split(params)
-        differentiate = jax.value_and_grad(lambda own: loss(decoder.join(own, base), batch), has_aux=True)
-        (loss_sum, (weight_sum, source_sums)), grads = differentiate(own)
+        return jax.value_and_grad(lambda own: loss(decoder.join(own, base), batch), has_aux=True)(own)
+
+    def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
+        (loss_sum, (weight_sum, source_sums)), grads = gradients(params, batch)
         grad_sq = optax.tree.norm(_zero_frozen(grads, trained), squared=True)
         microbatch = Sums(grads, loss_sum, weight_sum, grad_sq, weight_sum**2, source_sums)
         return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
@@ -236,6 +240,7 @@ def make_step(
             out_shardings=(state_shardings, sums_shardings, replicated),
         ),
         evaluate=Jitted(evaluate, mesh, out_shardings=replicated, compiler_options=compiler_options),
+        gradients=gradients,
         abstract_state=abstract_state,
         abstract_sums=abstract_sums,
         abstract_base=abstract_base,

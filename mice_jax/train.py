@@ -41,7 +41,7 @@ from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import parse_path
 from mice_jax.storage.provenance import code_state
 from mice_jax.storage.workdir import SYNC_EVERY_S
-from mice_jax.training import averaging, build, phases, precompile, run_files, summary, trackers
+from mice_jax.training import averaging, build, first_nonfinite, phases, precompile, run_files, summary, trackers
 from mice_jax.training.cadence import HELD_OUT_ALONE, make_cadence
 from mice_jax.training.evaluator import Evaluator, check_metrics
 from mice_jax.training.lifecycle import Run, lifecycle
@@ -60,6 +60,7 @@ class Launch(NamedTuple):
     num_processes: int | None = None
     process_id: int | None = None
     expect_devices: int | None = None
+    debug_nans: bool = False
     provenance: Mapping[str, Any] = types.MappingProxyType({})  # the config file and the command-line overrides
 
 
@@ -228,7 +229,11 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         if not metrics["finite"]:
             run.save(state)  # `apply` has left the state as it was before the step.
             checkpoints.wait()
-            raise StoppedByRule(summary.not_finite(step, metrics, checkpoints.folder, run.saved_step))
+            cause = ""
+            if launch.debug_nans:
+                find = first_nonfinite.Finder(fns.gradients, mesh)
+                cause = first_nonfinite.explain(spec, find, join(state.params), batch["microbatches"])
+            raise StoppedByRule(summary.not_finite(step, metrics, checkpoints.folder, run.saved_step, cause))
         previous = run.progress
         run.progress = previous.advance(batch, metrics["grad_norm"], metrics["skipped"], metrics["grad_sq_corrected"])
         if metrics["skipped"]:
@@ -271,6 +276,7 @@ def begin(values: command.Values) -> int | None:
         values.num_processes,
         values.process_id,
         values.expect_devices,
+        values.debug_nans,
         command.config_provenance(values),
     )
     with lifecycle(workdir) as run:

@@ -346,11 +346,15 @@ def test_a_first_step_that_is_not_finite_leaves_the_weights_as_they_were(
     load = start_state.load_params
 
     def broken(*args: Any, **keys: Any) -> Any:
-        return jax.tree.map(lambda x: x * np.float32(np.inf), load(*args, **keys))
+        params = load(*args, **keys)
+        down = params["layers"]["mlp"]["down"]
+        params["layers"]["mlp"]["down"] = jax.device_put(down.at[1, 0].set(np.nan), down.sharding)
+        return params
 
     monkeypatch.setattr(start_state, "load_params", broken)
-    assert run_train(config, tmp_path / "run") == 3
-    assert "step 1 is not finite" in capsys.readouterr().err
+    assert run_train(config, tmp_path / "run", "--debug_nans") == 3
+    said = capsys.readouterr().err
+    assert "step 1 is not finite" in said and "layers.mlp.down of layer 1." in said
     summary = read_json(tmp_path / "run", "summary.json")
     assert (summary["status"], summary["samples"], summary["last_metrics"]) == ("stopped", 0, {})
     assert read_metrics(tmp_path / "run") == []

@@ -69,6 +69,8 @@ def define_train(values: Values, argv: list[str]) -> None:
     """Defines the flags of `mice train`."""
     define_config(values, argv)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    debug = "say which operation made the first value that is not finite, if a step ends the run so"
+    flags.DEFINE_bool("debug_nans", False, debug, flag_values=values)
     define_processes(values)
 
 

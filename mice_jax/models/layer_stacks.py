@@ -7,7 +7,8 @@ stacked over the layers that have them, and the other parts over all layers. Lay
 
 import collections
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -41,6 +42,8 @@ class LayerProperties(NamedTuple):
     rope: jax.Array  # index into the distinct ropes of layers with attention
     window: jax.Array  # index into their distinct windows
 
+
+LAYER_SCOPE = re.compile(r"\blayers_(\d+)(?:_by_(\d+))?\b")
 
 # Returns what applies the mixer of a layer, given the properties of the layer.
 MixerOf = Callable[[LayerProperties], ApplyMixer]
@@ -110,6 +113,41 @@ def layers_of_stack(spec: ModelSpec, name: str) -> list[int]:
     return [i for i in range(spec.num_layers) if name not in names or names[i] == name]
 
 
+def layer_scope(first: int, stride: int = 1) -> str:
+    """Names the operations of some layers, for profiles and for messages.
+
+    Args:
+      first: the index of the first of the layers, counted from the first of the group of which they are a part.
+      stride: the number of layers in one iteration of the loop through them.
+
+    Returns:
+      A name, from which `layer_of_scopes` tells the layer of an operation.
+    """
+    return f"layers_{first}" if stride == 1 else f"layers_{first}_by_{stride}"
+
+
+def is_loop_of_layers(names: str) -> bool:
+    """Returns whether a loop with these scopes goes through layers; one inside of a layer has more names."""
+    found = list(LAYER_SCOPE.finditer(names))
+    return bool(found) and not names[found[-1].end() :].strip(")")
+
+
+def layer_of_scopes(scopes: Sequence[tuple[str, int]]) -> int | None:
+    """Returns the index of the layer to which an operation belongs; None if it belongs to none.
+
+    Args:
+      scopes: the names of the scopes in which the operation is, from the outside in. The first of each pair has those
+        of one loop, or of the operation itself; the second is the iteration of that loop, 0 for the operation itself.
+    """
+    layer = None
+    for names, iteration in scopes:
+        for found in LAYER_SCOPE.finditer(names):
+            layer = (layer or 0) + int(found[1])
+            if is_loop_of_layers(names):
+                layer += iteration * int(found[2] or 1)
+    return layer
+
+
 class StackedLayers:
     """The layers of a model, inside a traced function.
 
@@ -177,21 +215,25 @@ class StackedLayers:
                 return one(x, jax.tree.map(lambda x: x[0], rows))[0]
             return jax.lax.scan(one, x, rows)[0]
 
-        def through_group(group: Group, x: jax.Array, rows: _Rows) -> jax.Array:
-            first = collections.Counter()
+        def through_group(group: Group, layers_before: int, x: jax.Array, rows: _Rows) -> jax.Array:
+            first, before = collections.Counter(), 0 if group.repeats > 1 else layers_before
             for run in group.runs:
-                own = self._take(Group(1, (run,)), rows, first)
-                x = through_run(run, x, own, in_loop=group.repeats > 1)
+                with jax.named_scope(layer_scope(before + first[""])):
+                    own = self._take(Group(1, (run,)), rows, first)
+                    x = through_run(run, x, own, in_loop=group.repeats > 1)
             return x
 
         stacks, first = _Rows(self._params, properties), collections.Counter()
         for group in find_groups(self._spec.mixers):
+            before = first[""]
             rows = self._take(group, stacks, first)
             if group.repeats == 1:
-                x = through_group(group, x, rows)
+                x = through_group(group, before, x, rows)
                 continue
             rows = jax.tree.map(lambda x, n=group.repeats: x.reshape(n, -1, *x.shape[1:]), rows)
-            x, _ = jax.lax.scan(lambda x, rows, group=group: (through_group(group, x, rows), None), x, rows)
+            once = functools.partial(through_group, group, before)
+            with jax.named_scope(layer_scope(before, sum(run.count for run in group.runs))):
+                x, _ = jax.lax.scan(lambda x, rows, once=once: (once(x, rows), None), x, rows)
         return x
 
     def _take(self, group: Group, rows: _Rows, first: collections.Counter) -> _Rows:

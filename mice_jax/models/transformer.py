@@ -144,10 +144,12 @@ class Transformer(nnx.Module):
         def mixer_of(kind: Mixer | None) -> MixerOf:
             return attention if kind is None else lambda _: recur
 
-        x = self._embed_tokens(tokens, compute.dtype, compute.reduce_dtype)
+        with jax.named_scope("embed"):
+            x = self._embed_tokens(tokens, compute.dtype, compute.reduce_dtype)
         layers = StackedLayers(self.spec, self.layers)
         x = layers.scan(x, self._layer_properties(), mixer_of, compute.remat, compute.reduce_dtype)
-        return self.final_norm(x)
+        with jax.named_scope("final_norm"):
+            return self.final_norm(x)
 
     def _attention_of_layers(
         self,

@@ -215,7 +215,7 @@ def _mesh_warnings(decoder: Decoder, mesh: Mesh) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------- the end
-def not_finite(step: int, measured: dict[str, Any], checkpoints: RunPath, saved_step: int) -> str:
+def not_finite(step: int, measured: dict[str, Any], checkpoints: RunPath, saved_step: int, cause: str) -> str:
     """Returns the error message of a run whose loss or gradient norm is not finite.
 
     Args:
@@ -223,13 +223,14 @@ def not_finite(step: int, measured: dict[str, Any], checkpoints: RunPath, saved_
       measured: The loss and gradient norm of the step.
       checkpoints: The folder of the run's checkpoints.
       saved_step: The newest step that is saved; 0 if there is none.
+      cause: What --debug_nans found, in sentences; "" if it is not set.
     """
     good = "There is no checkpoint yet"
     if saved_step:
         good = f"The last good checkpoint is {checkpoints / str(saved_step)}"
     return (
         f"the loss ({measured['loss']}) or the gradient norm ({measured['grad_norm']}) of step {step} is not finite; "
-        f"the update was not made. {good}."
+        f"the update was not made. {good}. {cause or 'Run again with --debug_nans to see which operation fails first.'}"
     )
 
 
