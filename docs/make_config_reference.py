@@ -23,6 +23,7 @@ PREFIXES = {
     "Log": "log.",
     "Eval": "eval.",
     "Stop": "stop.",
+    "Branch": "branch.",
     "Published": "published[i].",
     "Sweep": "",
     "Range": "",

@@ -337,6 +337,26 @@ class Stop(_Strict):
 
 
 @dataclass
+class Branch(_Strict):
+    """The run that this one branches off from, whose checkpoint its workdir begins with; `mice branch` sets these."""
+
+    step: int = 0
+    """The steps of the other run before the branch; 0 means that this run is no branch."""
+    samples: int = 0
+    """The number of samples, those of the other run before the branch included, after which the branch ends."""
+    batch_size: int = 0
+    """The value of optim.batch_size of the other run."""
+    seed: int = 0
+    """The seed of the other run."""
+    beta2: float = 0.0
+    """The beta2 of the other run, by which the second moment is corrected where the branch has another one."""
+    max_steps: int = 0
+    """The value of optim.max_steps of the other run, over which the schedule is spread; 0 means over the phases."""
+    data: str = ""
+    """The fingerprint of the other run's data, which must be that of this run's; empty means that it is unknown."""
+
+
+@dataclass
 class Published(_Strict):
     """A published number of this very run, which the report shows next to ours; nothing else reads it."""
 
@@ -371,6 +391,8 @@ class Config(_Strict):
     """Evaluation during the run."""
     stop: Stop = field(default_factory=Stop)
     """Rules that stop a run early."""
+    branch: Branch = field(default_factory=Branch)
+    """The run that this one branches off from."""
     seed: int = 0
     """The seed of the sample order and of random initial weights."""
     published: list[Published] = field(default_factory=list)
@@ -455,6 +477,27 @@ def locate(config: Config, name: str) -> tuple[Any, str]:
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain dicts, lists and scalars, for config.json."""
     return dataclasses.asdict(config)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """The config that `to_dict` made, or config.json of a run, which has parts that are not of the config.
+
+    Raises:
+        ConfigError: A field is unknown to this version.
+    """
+    return _from_dict(Config, {k: v for k, v in tree.items() if k not in ("resolved", "provenance")})
+
+
+def _from_dict(hint: Any, value: Any) -> Any:
+    if typing.get_origin(hint) is list:
+        return [_from_dict(typing.get_args(hint)[0], v) for v in value]
+    if not dataclasses.is_dataclass(hint):
+        return value
+    hints = typing.get_type_hints(hint)
+    made = hint()
+    for name, v in value.items():
+        setattr(made, name, _from_dict(hints.get(name), v))
+    return made
 
 
 def identity(config: Config) -> str:

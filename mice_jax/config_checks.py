@@ -63,6 +63,11 @@ BOUNDS = {
     "checkpoint.keep_last": (0, math.inf),
     "checkpoint.keep_best": (0, math.inf),
     "checkpoint.keep_every": (0, math.inf),
+    "branch.step": (0, math.inf),
+    "branch.samples": (0, math.inf),
+    "branch.batch_size": (0, math.inf),
+    "branch.seed": (0, 2**32 - 1),
+    "branch.max_steps": (0, math.inf),
     "stop.margin": (0, math.inf),
     "stop.steps": (0, math.inf),
     "log.every_steps": (1, math.inf),
@@ -154,7 +159,7 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
         if not low <= flat[name] <= high:  # also false for NaN
             bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             problems.append(f"{name}={flat[name]} must be {bound}")
-    for name in ("optim.beta1", "optim.beta2", "data.validation_fraction"):
+    for name in ("optim.beta1", "optim.beta2", "branch.beta2", "data.validation_fraction"):
         if not 0 <= flat[name] < 1:
             problems.append(f"{name}={flat[name]} must be at least 0 and less than 1")
     if c.optim.learning_rate == math.inf:
@@ -202,7 +207,7 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
         if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
     problems += _lora_problems(c) + _half_life_problems(c) + _rate_problems(c)
-    return problems + _mesh_problems(c.mesh) + _phase_problems(c.data)
+    return problems + _branch_problems(c) + _mesh_problems(c.mesh) + _phase_problems(c.data)
 
 
 def profiled_steps(text: str) -> range:
@@ -211,6 +216,28 @@ def profiled_steps(text: str) -> range:
     if not (first.isdecimal() and end.isdecimal() and int(first) > 0):
         return range(0)
     return range(int(first), int(end))
+
+
+def beta2_of(optim: Any) -> float:
+    """Returns the beta2 of an optimizer's config: that of its half-life, or beta2 itself."""
+    o = optim
+    return beta2_of_half_life(o.beta2_half_life, o.batch_size) if o.beta2_half_life else o.beta2
+
+
+def half_life_of_beta2(beta2: float, batch_size: int) -> float:
+    """Computes the half-life, in samples, whose beta2 at a batch size is exactly this one, or the closest to it.
+
+    Args:
+      beta2: more than 0 and less than 1.
+      batch_size: samples of a step.
+    """
+    near = -batch_size * math.log(2) / math.log(beta2)
+    low = high = near
+    candidates = [near]
+    for _ in range(64):  # the rounding of the logarithm and of the power are a few units in the last place
+        low, high = math.nextafter(low, 0), math.nextafter(high, math.inf)
+        candidates += [low, high]
+    return min(candidates, key=lambda h: abs(beta2_of_half_life(h, batch_size) - beta2))
 
 
 def beta2_of_half_life(half_life: float, batch_size: int) -> float:
@@ -261,6 +288,26 @@ def _rate_problems(c: Any) -> list[str]:
             "belongs: set optim.rate_batch_size"
         ]
     return []
+
+
+def _branch_problems(c: Any) -> list[str]:
+    branch, default = c.branch, type(c.branch)()
+    if not branch.step:
+        unread = [k for k in vars(default) if not k.startswith("_") and getattr(branch, k) != getattr(default, k)]
+        named = ", ".join(f"branch.{k}={getattr(branch, k)!r}" for k in unread)
+        return [f"branch.step=0 is no branch, so nothing reads {named}: let mice branch set these"] if unread else []
+    problems = []
+    if not branch.batch_size or not branch.samples:
+        problems.append(
+            f"branch.step={branch.step} with branch.batch_size={branch.batch_size} and "
+            f"branch.samples={branch.samples}: a branch needs both, as mice branch sets them"
+        )
+    if c.optim.max_steps:
+        problems.append(
+            f"optim.max_steps={c.optim.max_steps} in a branch: it ends after branch.samples={branch.samples} samples, "
+            "so set it to 0"
+        )
+    return problems
 
 
 def _lora_problems(c: Any) -> list[str]:

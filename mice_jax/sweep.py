@@ -37,7 +37,7 @@ from mice_jax.report_page import page, read_runs
 from mice_jax.runtime import cluster, watchdog
 from mice_jax.statistics import registered_claims
 from mice_jax.storage.workdir import RESULTS
-from mice_jax.sweeps import live_bracket, workers
+from mice_jax.sweeps import branch_results, live_bracket, workers
 from mice_jax.sweeps.devices import share_of_devices
 from mice_jax.sweeps.process_group import ProcessSpec
 from mice_jax.sweeps.progress_table import ProgressTable
@@ -190,6 +190,7 @@ def _run_workers(study: Study, arguments: Sequence[str], shares: Sequence[dict[s
                 time.sleep(POLL_S)
     study.write_results()
     study.write_certificate()
+    critical = branch_results.write(study.folder, study.sweep)
     page.write([study.folder], study.folder / page.REPORT)
     left = len(study.trials()) - study.num_ended()
     if left and signals:
@@ -197,7 +198,7 @@ def _run_workers(study: Study, arguments: Sequence[str], shares: Sequence[dict[s
     if left:
         lines = log_file.read_text().strip().splitlines() or ["they printed nothing"]
         raise UserError(f"the workers ended before {left} trials did. The last line of {log_file} is: {lines[-1]}")
-    console.print(_summary(study))
+    console.print("\n".join([_summary(study), *critical]))
 
 
 @contextlib.contextmanager

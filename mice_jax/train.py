@@ -29,6 +29,7 @@ from mice_jax.checkpoint import Checkpoints
 from mice_jax.cli.flags import define_train
 from mice_jax.cli.progress_display import Display
 from mice_jax.config import Config, identity
+from mice_jax.config_checks import beta2_of
 from mice_jax.data import statistics
 from mice_jax.data.loader import load_steps
 from mice_jax.errors import StoppedByRule
@@ -47,7 +48,7 @@ from mice_jax.training.evaluator import Evaluator, check_metrics
 from mice_jax.training.lifecycle import Run, lifecycle
 from mice_jax.training.progress import Deadline, LapTimer
 from mice_jax.training.record import Throughput, all_finite, make_record
-from mice_jax.training.start_state import enter_phase, restore_or_start
+from mice_jax.training.start_state import enter_branch, enter_phase, restore_or_start
 from mice_jax.training.stop_monitor import StopMonitor
 from mice_jax.training.stop_rules import step_at_fraction
 from mice_jax.training.stop_signals import StopSignals, paused
@@ -128,8 +129,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     pack = build.held_out_packer(config, data, model.shapes, mesh)
 
     # ---- Optimizer and step functions ---------------------------------------------------------------------------
-    # The schedule spans max_steps or the whole mixture, even if the data or a stop rule end the run earlier.
-    schedule = build.schedule(config, data.spans, horizon=config.optim.max_steps or len(data.mixture))
+    schedule = build.run_schedule(config, data)
     fns = build.step_functions(config, model.decoder, source.architecture, mesh, model.compute, schedule)
     score_benchmarks = benchmarks.scorer(source, model.decoder, mesh, model.compute.dtype, log)
 
@@ -141,6 +141,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         check_ownership=run.check_lock,
     )
     start, state, base, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
+    if start and start == config.branch.step:
+        state = enter_branch(state, config.branch.beta2, beta2_of(config.optim))
     # With adapters, these alone are in the state; without, `join` returns what it is given.
     join = functools.partial(model.decoder.join, base=base)
     answer = build.sample_answerer(config, data, source, model, mesh, inputs.tokenizer)

@@ -4,13 +4,14 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mice_jax.data.mixture import Mixture, PhasePools, Pool, Step
+from mice_jax.data.mixture import Mixture, PhasePools, Pool, Step, Trunk
 from mice_jax.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -21,7 +22,7 @@ def phase(*pools: tuple[Sequence[int], float], num_epochs: float = 1.0, num_step
     return PhasePools("stacked", num_epochs, tuple(made), num_steps)
 
 
-def mix(*phases: PhasePools, batch_size: int, seed: int = 0, **options: bool) -> Mixture:
+def mix(*phases: PhasePools, batch_size: int, seed: int = 0, **options: Any) -> Mixture:
     return Mixture(phases, batch_size=batch_size, seed=seed, **options)
 
 
@@ -258,3 +259,44 @@ def test_order_is_random() -> None:
     order = np.array(drawn(mix(phase((range(300), 1.0)), batch_size=300), 0, 0))
     apart = np.abs(np.diff(np.argsort(order))).mean()
     assert 80 < apart < 120
+
+
+# ---------------------------------------------------------------------------------------- branches
+BRANCHED = (phase((range(40), 1.0), (range(40, 60), 0.5), num_epochs=2.5), phase((range(60, 90), 1.0), num_steps=7))
+
+
+def equal(a: Step, b: Step) -> bool:
+    return (a.phase, a.epoch, a.samples.tolist()) == (b.phase, b.epoch, b.samples.tolist())
+
+
+@pytest.mark.parametrize("at", [0, 3, 7, 11, 19, 23])  # of 7, 7, 4 and 7 steps: within epochs and at their ends
+@pytest.mark.parametrize("batch_size, seed", [(8, 0), (4, 0), (16, 0), (8, 5), (3, 5)])
+def test_branch_goes_on_with_what_its_trunk_has_not_seen(at: int, batch_size: int, seed: int) -> None:
+    trunk = mix(*BRANCHED, batch_size=8)
+    branch = mix(*BRANCHED, batch_size=batch_size, seed=seed, trunk=Trunk(at, 8, 0))
+    assert all(equal(branch.step(i), trunk.step(i)) for i in range(at))
+    for name in [(0, 0), (0, 1), (0, 2), (1, 0)]:
+        ours, theirs = drawn(branch, *name), drawn(trunk, *name)
+        assert len(ours) == len(theirs), "every epoch has as many samples"
+        if name != (0, 2) or seed == 0:  # the third epoch is a half, and an order of its own has another half of it
+            assert sorted(ours) == sorted(theirs), "and the same ones"
+        assert (ours == theirs) or seed, "in the same order unless the seed differs"
+    sizes = [len(s.samples) for s in steps_of(branch)]
+    assert branch.samples_before().tolist() == [0, *itertools.accumulate(sizes)]
+    assert set(sizes[at:]) - {batch_size} <= {s for s in sizes if s < batch_size}
+    assert sum(e.samples for e in branch.epochs(len(branch))) == sum(sizes)
+    by_pool = Counter()
+    for epoch in branch.epochs(len(branch)):
+        by_pool.update({(epoch.phase, i): n for i, n in enumerate(epoch.by_pool)})
+    seen = Counter((s.phase, int(s.phase == 0 and i >= 40)) for s in steps_of(branch) for i in s.samples)
+    assert by_pool == seen, "the report counts what the steps hold"
+    same = (batch_size, seed) == (8, 0)
+    assert same == (len(branch) == len(trunk) and all(map(equal, steps_of(branch), steps_of(trunk))))
+    assert not same or all(
+        branch.block(i, 16).samples.tolist() == trunk.block(i, 16).samples.tolist() for i in range(len(trunk))
+    ), "and it is planned in the same blocks"
+
+
+def test_samples_of_steps_without_remainder_are_counted_too() -> None:
+    mixture = mix(phase((range(10), 1.0), num_epochs=3), batch_size=4, drop_remainder=True, trunk=Trunk(1, 3, 0))
+    assert mixture.samples_before().tolist() == [0, 3, 7, 11, 15, 19, 23] and mixture.samples_left_out == 7

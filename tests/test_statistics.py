@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from mice_jax.statistics import multiplicity, paired, power, rank_correlation, student_t
+from mice_jax.statistics.critical_batch import critical_batch
 
 pytestmark = pytest.mark.smoke
 
@@ -224,3 +225,40 @@ def test_rank_interval_covers_the_populations_correlation(monkeypatch: pytest.Mo
     # The interval is an approximation for large numbers of arms: at 12, it may cover 2 % less or more.
     assert covered == pytest.approx(0.95, abs=near(0.05, repeats) + 0.02)
     assert np.mean([f.low <= true + 0.25 <= f.high for f in found]) < 0.8
+
+
+# ---------------------------------------------------------------------------------------- the critical batch size
+BATCH_SIZES = (16, 32, 64, 128)
+
+
+def test_critical_batch_of_clear_differences_is_told_by_hand() -> None:
+    noise = np.array([0.001, -0.001, 0.0])
+    held = np.array([0.0, 0.004, 0.012, 0.05])[:, None] + 2.0 + noise * np.array([0, 1, -1, 1])[:, None]
+    found = critical_batch({"eval/loss": held}, BATCH_SIZES, 0.01)
+    assert (found.low, found.high) == (32, 128), "64 is too close to the tolerance to tell"
+    assert found.estimate == pytest.approx(32 * 2 ** (0.006 / 0.008), rel=1e-9)
+    train = held.copy()
+    train[1] += 0.1  # the training loss alone rules 32 out
+    both = critical_batch({"eval/loss": held, "loss": train}, BATCH_SIZES, 0.01)
+    assert both.low == 16 and both.estimate == pytest.approx(16 * 2 ** (0.01 / 0.104), rel=1e-9)
+    two = critical_batch({"eval/loss": held[:, :2]}, BATCH_SIZES, 0.01)
+    assert (two.low, two.high) == (None, None) and 32 < two.estimate < 64
+    held[2:] = math.inf
+    diverged = critical_batch({"eval/loss": held}, BATCH_SIZES, 0.01)
+    assert (diverged.low, diverged.high, diverged.estimate) == (32, 64, 32)
+    flat = critical_batch({"eval/loss": np.zeros((4, 3)) + noise}, BATCH_SIZES, 0.01)
+    assert (flat.low, flat.high, flat.estimate) == (128, math.inf, math.inf)
+
+
+def test_interval_of_the_critical_batch_covers_it() -> None:
+    """32 is critical: 64 is just beyond the tolerance, where it is hardest to tell, and 32 just within it."""
+    rng, repeats, missed, single = np.random.default_rng(3), 3000, 0, 0
+    mean = np.array([0.0, 0.01, 0.01 + 1e-9, 0.03])[:, None]
+    for _ in range(repeats):
+        values = {m: mean + 0.01 * rng.normal(size=(4, 5)) for m in ("held", "train")}
+        found = critical_batch(values, BATCH_SIZES, 0.01)
+        missed += found.low > 32 or found.high <= 32
+        bound = critical_batch({"held": values["held"]}, BATCH_SIZES, 0.01, level=0.5)
+        single += bound.low > 32 or bound.high <= 32
+    assert missed / repeats <= 0.05 + near(0.05, repeats)
+    assert single / repeats > 0.1, "an interval at half the confidence misses more often"

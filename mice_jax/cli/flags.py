@@ -107,6 +107,25 @@ def define_sweep(values: Values, argv: list[str]) -> None:
     flags.DEFINE_bool("dry_run", False, "print the trials, their steps and cost, and end", flag_values=values)
 
 
+def define_branch(values: Values, argv: list[str]) -> None:
+    """Defines the flags of `mice branch`."""
+    flags.DEFINE_string("from", None, "folder of the run", flag_values=values)
+    flags.DEFINE_integer("at", None, "samples of the checkpoint to branch off from", flag_values=values)
+    axes = "FIELD=VALUE,VALUE, such as optim.batch_size=16,32,64; may be repeated"
+    flags.DEFINE_multi_string("axes", [], axes, flag_values=values)
+    samples = "samples that each branch trains on; default to the end of the run"
+    flags.DEFINE_integer("for", 0, samples, lower_bound=0, flag_values=values)
+    scale = "how the learning rate follows the batch size (sqrt)"
+    flags.DEFINE_enum("scale", "sqrt", ["none", "sqrt", "linear"], scale, flag_values=values)
+    seeds = "seeds of the orders, with commas; default three, of which the first is the run's"
+    flags.DEFINE_list("seeds", [], seeds, flag_values=values)
+    tolerance = "loss above the smallest batch size's that does not count (0.01)"
+    flags.DEFINE_float("tolerance", 0.01, tolerance, flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the branches", flag_values=values)
+    flags.DEFINE_integer("workers", 1, "branches at a time, each on its share of devices", 1, flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "print the branches and end", flag_values=values)
+
+
 def define_report(values: Values, argv: list[str]) -> None:
     """Defines the flags of `mice report`."""
     flags.DEFINE_list("workdir", None, "folder of a run or a sweep, or several runs with commas", flag_values=values)
@@ -217,6 +236,7 @@ COMMANDS = {
     "plan": Command("mice_jax.plan", define_plan, "predict memory, time and cost on given devices", True),
     "config": Command("mice_jax.cli.show_config", define_config, "print the resolved config of a run"),
     "sweep": Command("mice_jax.sweep", define_sweep, "run many trials of a config, and stop the poor ones early"),
+    "branch": Command("mice_jax.branch", define_branch, "go on from a run's checkpoint with other settings"),
     "report": Command("mice_jax.report", define_report, "write one HTML page of a run, of several, or of a sweep"),
     "evidence": Command("mice_jax.evidence", define_evidence, "measure what the rules of sweeps save and lose"),
     "evaluate": Command("mice_jax.evaluate", define_evaluate, "score a model on benchmarks"),

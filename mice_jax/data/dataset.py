@@ -89,7 +89,7 @@ def build_dataset(
     sources = _sample_sources(named, len(corpus.lengths))
     report = pools.entries | _overlaps(corpus, phases, validation)
     fingerprint = hashlib.sha256(" ".join(s.fingerprint for s in stores.values()).encode()).hexdigest()
-    return Dataset(corpus, phases, sources, validation, report, fingerprint)
+    return Dataset(corpus, phases, sources, validation, report | {"fingerprint": fingerprint}, fingerprint)
 
 
 def _stores(

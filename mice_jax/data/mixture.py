@@ -6,7 +6,7 @@ exactly `batch_size` samples and never crosses an epoch or a phase; only an epoc
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -158,8 +158,42 @@ class StepBlock:
     samples: np.ndarray  # [steps, samples]
 
 
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """The beginning of another run, from which a run goes on with another batch size or another order.
+
+    Attributes:
+        steps: the steps of that run before the branch.
+        batch_size: samples per step of that run.
+        seed: the seed of that run's order.
+    """
+
+    steps: int
+    batch_size: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Consecutive samples of one epoch that are trained on with one batch size."""
+
+    phase: int
+    epoch: int
+    offset: int  # of its first sample in the order of the epoch
+    samples: int
+    batch_size: int
+
+    def num_steps(self, drop_remainder: bool) -> int:
+        return num_steps(self.samples, self.batch_size, drop_remainder)
+
+
 class Mixture:
-    """The steps of a run, by number; they are the same on every host and do not depend on earlier calls."""
+    """The steps of a run, by number; they are the same on every host and do not depend on earlier calls.
+
+    After a trunk, a run trains on what the trunk has not: the rest of the epoch, in the trunk's order or, with another
+    seed, in an order of its own, and then the later epochs. Each epoch has the samples that it would have had without
+    the branch, so runs that branch off with other batch sizes or seeds train on equally many.
+    """
 
     def __init__(
         self,
@@ -168,18 +202,19 @@ class Mixture:
         batch_size: int,
         seed: int,
         drop_remainder: bool = False,
+        trunk: Trunk | None = None,
     ):
         self.phases = tuple(phases)
         self._batch_sizes, self._seed = [p.batch_size or batch_size for p in phases], seed
-        self._epochs: list[tuple[int, int, int]] = []  # phase, epoch, samples
+        # Without a change, the steps are those of the trunk to the end, and their blocks of planning too.
+        self._trunk = trunk if trunk and (trunk.batch_size, trunk.seed) != (batch_size, seed) else None
+        self._parts: list[_Part] = []
         steps = [0]
         self.samples_left_out = 0
-        for p, phase in enumerate(self.phases):
-            sizes = phase.epoch_sizes(self._batch_sizes[p], drop_remainder)
-            for e, size in enumerate(sizes):
-                self.samples_left_out += size % self._batch_sizes[p] * drop_remainder
-                self._epochs.append((p, e, size))
-                steps.append(steps[-1] + num_steps(size, self._batch_sizes[p], drop_remainder))
+        for part in self._divided(drop_remainder):
+            self.samples_left_out += part.samples % part.batch_size * drop_remainder
+            self._parts.append(part)
+            steps.append(steps[-1] + part.num_steps(drop_remainder))
         self._first_step = np.array(steps)
         if not len(self):
             sizes = "; ".join(
@@ -191,60 +226,86 @@ class Mixture:
             raise UserError(f"there is no step to take ({sizes}): {fix}.")
         self._latest: tuple[tuple[int, int], np.ndarray] = ((-1, -1), np.zeros(0, int))
 
+    def _divided(self, drop_remainder: bool) -> Iterator[_Part]:
+        """Yields the parts of the run: whole epochs, of which that of the branch is in two parts."""
+        trunk, done, steps = self._trunk, 0, 0
+        for p, phase in enumerate(self.phases):
+            before = (phase.batch_size or trunk.batch_size) if trunk else 0
+            for e, size in enumerate(phase.epoch_sizes(before or self._batch_sizes[p], drop_remainder)):
+                if not trunk:
+                    yield _Part(p, e, 0, size, self._batch_sizes[p])
+                    continue
+                steps, done = done, done + num_steps(size, before, drop_remainder)
+                at = min(max(trunk.steps - steps, 0) * before, size) if trunk.steps < done else size
+                if at:
+                    yield _Part(p, e, 0, at, before)
+                if at < size:
+                    yield _Part(p, e, at, size - at, self._batch_sizes[p])
+
     def __len__(self) -> int:
         return int(self._first_step[-1])
 
+    def samples_before(self) -> np.ndarray:
+        """The samples that the run has trained on before each of its steps, and after the last; int64 [steps + 1]."""
+        counts = np.diff(self._first_step)
+        sizes = np.repeat([part.batch_size for part in self._parts], counts)
+        # The last step of a part holds what is left of it; where that is left out, all of its steps are whole.
+        last = self._first_step[1:][counts > 0] - 1
+        left = [p.samples - (n - 1) * p.batch_size for p, n in zip(self._parts, counts, strict=True) if n]
+        sizes[last] = np.minimum(sizes[last], left)
+        return np.concatenate([[0], np.cumsum(sizes)])
+
     def step(self, i: int) -> Step:
         """Step i, counted from 0 over the whole run."""
-        phase, epoch, size, number = self._find(i)
-        count = self._batch_sizes[phase]
-        start = number * count
-        return Step(phase, epoch, self._order(phase, epoch)[:size][start : start + count])
+        part, number = self._find(i)
+        start = number * part.batch_size
+        return Step(part.phase, part.epoch, self._order(part)[start : start + part.batch_size])
 
     def block(self, i: int, about: int) -> StepBlock:
         """The block of about `about` samples that step i is planned in; every step of a block gives the same one."""
-        phase, epoch, size, number = self._find(i)
-        count = self._batch_sizes[phase]
-        whole = size // count  # steps; one of fewer samples may follow
+        part, number = self._find(i)
+        count = part.batch_size
+        whole = part.samples // count  # steps; one of fewer samples may follow
         steps = max(1, about // count)
         first, end = number // steps * steps, whole
         if number >= whole:
             first, end = whole, whole + 1
         end = min(first + steps, end)
-        samples = self._order(phase, epoch)[:size][first * count : end * count]
-        return StepBlock(phase, epoch, i - number + first, samples.reshape(end - first, -1))
+        samples = self._order(part)[first * count : end * count]
+        return StepBlock(part.phase, part.epoch, i - number + first, samples.reshape(end - first, -1))
 
-    def _find(self, i: int) -> tuple[int, int, int, int]:
-        """Step i's phase and epoch, the epoch's samples, and its number in the epoch."""
+    def _find(self, i: int) -> tuple[_Part, int]:
+        """The part that step i belongs to, and the step's number in it."""
         assert 0 <= i < len(self)
         at = int(np.searchsorted(self._first_step, i, side="right")) - 1
-        return *self._epochs[at], int(i - self._first_step[at])
+        return self._parts[at], int(i - self._first_step[at])
 
     def phase_ends(self) -> list[int]:
         """For each phase, the number of the first step after it."""
         ends = np.zeros(len(self.phases), int)
-        for (phase, _, _), end in zip(self._epochs, self._first_step[1:], strict=True):
-            ends[phase] = end
+        for part, end in zip(self._parts, self._first_step[1:], strict=True):
+            ends[part.phase] = end
         return np.maximum.accumulate(ends).tolist()  # a phase without steps ends where it begins
 
     def epochs(self, max_steps: int) -> list[Epoch]:
-        """The epochs of the first `max_steps` steps, with exact counts."""
+        """The epochs of the first `max_steps` steps, with exact counts; that of a branch is in two parts."""
         found = []
-        for (phase, epoch, size), first, end in zip(self._epochs, self._first_step, self._first_step[1:], strict=False):
+        for part, first, end in zip(self._parts, self._first_step, self._first_step[1:], strict=False):
             steps = int(min(end, max_steps) - first)
             if steps <= 0:
                 continue
-            samples = min(size, steps * self._batch_sizes[phase])
-            counts = [p.per_epoch for p in self.phases[phase].pools]
+            samples = min(part.samples, steps * part.batch_size)
+            counts = [p.per_epoch for p in self.phases[part.phase].pools]
             if samples < sum(counts):
-                pool_of = self._rng(phase, epoch).permutation(np.repeat(np.arange(len(counts)), counts))
-                counts = np.bincount(pool_of[:samples], minlength=len(counts)).tolist()
-            found.append(Epoch(phase, epoch, steps, samples, tuple(counts)))
+                pool_of = self._permuted(part.phase, part.epoch, np.repeat(np.arange(len(counts)), counts))
+                drawn = pool_of[part.offset : part.offset + samples]
+                counts = np.bincount(drawn, minlength=len(counts)).tolist()
+            found.append(Epoch(part.phase, part.epoch, steps, samples, tuple(counts)))
         return found
 
     def _epoch_sizes(self) -> list[list[int]]:
         """The samples of each epoch of each phase."""
-        return [[size for p, _, size in self._epochs if p == number] for number in range(len(self.phases))]
+        return [[part.samples for part in self._parts if part.phase == p] for p in range(len(self.phases))]
 
     def largest_epochs(self) -> list[int]:
         """The samples of each phase's largest epoch; 0 for a phase without epochs."""
@@ -259,18 +320,32 @@ class Mixture:
             if size < batch_size
         ]
 
-    def _order(self, phase: int, epoch: int) -> np.ndarray:
-        """All samples of an epoch in the order drawn; the latest epoch is cached, since its steps come together."""
+    def _order(self, part: _Part) -> np.ndarray:
+        """The samples of a part in the order drawn; the latest epoch is cached, since its steps come together."""
         key, order = self._latest
-        if key != (phase, epoch):
-            order = self._epoch_order(phase, epoch)
-            self._latest = ((phase, epoch), order)
-        return order
+        if key != (part.phase, part.epoch):
+            key = part.phase, part.epoch
+            order = self._epoch_order(*key)
+            self._latest = (key, order)
+        return order[part.offset : part.offset + part.samples]
 
     def _epoch_order(self, phase: int, epoch: int) -> np.ndarray:
         drawn = [self._draw(phase, i, epoch) for i in range(len(self.phases[phase].pools))]
-        samples = np.concatenate(drawn)
-        return self._rng(phase, epoch).permutation(samples)
+        return self._permuted(phase, epoch, np.concatenate(drawn))
+
+    def _permuted(self, phase: int, epoch: int, drawn: np.ndarray) -> np.ndarray:
+        """What an epoch draws, in the order of the run: that of the trunk's seed up to the branch, then of its own."""
+        trunk = self._trunk
+        if not trunk or trunk.seed == self._seed:
+            return self._rng(phase, epoch).permutation(drawn)
+        own = [p.offset for p in self._parts if (p.phase, p.epoch) == (phase, epoch) and not self._is_of_trunk(p)]
+        order = _rng(trunk.seed, phase, epoch).permutation(drawn)
+        at = own[0] if own else len(order)
+        return np.concatenate([order[:at], self._rng(phase, epoch).permutation(order[at:])])
+
+    def _is_of_trunk(self, part: _Part) -> bool:
+        assert self._trunk
+        return self._first_step[self._parts.index(part)] < self._trunk.steps
 
     def _draw(self, phase: int, pool: int, epoch: int) -> np.ndarray:
         """A pool's samples of one epoch: the next `per_epoch` of an endless sequence of shuffled passes over it.
@@ -280,9 +355,15 @@ class Mixture:
         ids, count = self.phases[phase].pools[pool].ids, self.phases[phase].pools[pool].per_epoch
         first, last = epoch * count, (epoch + 1) * count
         passes = range(first // len(ids), -(-last // len(ids))) if count else range(0)
-        shuffled = [self._rng(phase, p, pool).permutation(ids) for p in passes]
+        # With a trunk, each epoch draws the samples that it would have drawn there, so that none is drawn again.
+        seed = self._trunk.seed if self._trunk else self._seed
+        shuffled = [_rng(seed, phase, p, pool).permutation(ids) for p in passes]
         skip = first % len(ids)
         return np.concatenate([ids[:0], *shuffled])[skip : skip + count]
 
     def _rng(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, len(key), *key])
+        return _rng(self._seed, *key)
+
+
+def _rng(seed: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng([seed, len(key), *key])

@@ -78,6 +78,7 @@ class _Subject:
     problems: list[str] = dataclasses.field(default_factory=list)
     claims: Registration | None = None  # what a sweep has registered
     certificate: dict[str, Any] = dataclasses.field(default_factory=dict)  # what its bracket rule found
+    critical: dict[str, Any] = dataclasses.field(default_factory=dict)  # the critical batch size that branches found
 
     @functools.cached_property
     def flat_configs(self) -> list[dict[str, Any]]:
@@ -131,9 +132,8 @@ def of_sweep(folder: Path) -> dict[str, Any]:
     s = read_runs.read_sweep(folder)
     claims, problem = claims_table.registration_of(folder, s.settings, s.runs)
     problems = [*s.problems, *([problem] if problem else [])]
-    return _page(
-        _Subject("sweep", folder.resolve().name, s.runs, s.objective, s.axes, s.stop, problems, claims, s.certificate)
-    )
+    found = {"claims": claims, "certificate": s.certificate, "critical": s.critical}
+    return _page(_Subject("sweep", folder.resolve().name, s.runs, s.objective, s.axes, s.stop, problems, **found))
 
 
 def _page(subject: _Subject) -> dict[str, Any]:
@@ -155,6 +155,7 @@ def _page(subject: _Subject) -> dict[str, Any]:
         "problems": _problems(subject),
         "warnings": _warnings(subject),
         "certificate": subject.certificate or None,
+        "critical": subject.critical or None,
         "claims": claims_table.of_runs(subject.claims, runs) if subject.claims else None,
         "evidence": _evidence(subject),
         "config": _config(subject),

@@ -21,7 +21,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
-from mice_jax.storage.workdir import ANSWERS, CERTIFICATE, DIRECTIONS, EVENTS, LOCK, METRICS, RESULTS, SCORES
+from mice_jax.storage.workdir import (
+    ANSWERS,
+    CERTIFICATE,
+    CRITICAL_BATCH,
+    DIRECTIONS,
+    EVENTS,
+    LOCK,
+    METRICS,
+    RESULTS,
+    SCORES,
+)
 from mice_jax.training.stop_rules import ColumnarRecords, Objective
 
 # Where a run does not record the direction of a metric, a metric whose name ends so is better when lower.
@@ -97,6 +107,7 @@ class Sweep:
     problems: list[str]
     settings: dict[str, Any]  # all that sweep.json holds
     certificate: dict[str, Any]  # what the bracket rule found; empty where there is none
+    critical: dict[str, Any]  # the critical batch size that branches found; empty where there is none
 
 
 def is_sweep(folder: Path) -> bool:
@@ -125,7 +136,8 @@ def read_sweep(folder: Path) -> Sweep:
     objective = Objective(_literal(settings.get("metric"), "eval/loss"), _literal(settings.get("mode"), "min"))
     stop = settings.get("stop")
     stop_name = "" if stop in (None, "None") else str(_literal(stop, stop))
-    return Sweep(runs, axes, objective, stop_name, problems, whole, _object(folder / CERTIFICATE, problems))
+    certificate, critical = (_object(folder / name, problems) for name in (CERTIFICATE, CRITICAL_BATCH))
+    return Sweep(runs, axes, objective, stop_name, problems, whole, certificate, critical)
 
 
 def _read_trial(folder: Path, row: dict[str, str], axes: Sequence[str]) -> Run:

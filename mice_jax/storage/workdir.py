@@ -21,6 +21,8 @@ EVENTS = "events.jsonl"  # one line each time that a process starts, resumes or 
 # One line for each checkpoint that `evaluate` has scored: {"step", "samples", "<task>/<metric>": value}.
 SCORES = "eval_scores.jsonl"
 CERTIFICATE = "certificate.json"  # what the bracket rule of a sweep found, and what that rests on
+BRANCH = "branch.json"  # what a sweep of branches branches off from
+CRITICAL_BATCH = "critical_batch.json"  # the critical batch size that branches found
 RESULTS = "results.csv"  # results of a sweep, with one row for each trial
 DIRECTIONS = "eval_directions.json"  # {"<task>/<metric>": "max" | "min"}: whether a higher or a lower score is better
 SYNC_EVERY_S = 30.0

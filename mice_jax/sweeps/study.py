@@ -55,7 +55,7 @@ STATUS_BY_STATE = {TrialState.COMPLETE: "completed", TrialState.PRUNED: "stopped
 CONFIG_FILE = '''"""Trial {number} of the sweep in {folder}: {params}."""
 
 from mice_jax.config import (
-    Checkpoint, Config, Data, Eval, Log, Lora, Mesh, Model, Optim, Phase, Published, Source, Stop, Train,
+    Branch, Checkpoint, Config, Data, Eval, Log, Lora, Mesh, Model, Optim, Phase, Published, Source, Stop, Train,
 )  # fmt: skip
 
 

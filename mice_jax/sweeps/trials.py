@@ -74,6 +74,8 @@ def trial_config(sweep: Sweep, params: dict[str, Any]) -> Config:
             value = next(v for v in choices if label(v) == value)
         part, field = locate(config, name)
         setattr(part, field, copy.deepcopy(value))
+    if "optim.rate_for_batch" in params and config.optim.rate_for_batch == "none":
+        config.optim.rate_batch_size = 0  # of the other trials
     if rule := bracket_rule(sweep):
         config.eval.at_shares = sorted({*config.eval.at_shares, rule.first})
     config.validate()

@@ -11,18 +11,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.config import Config, Phase, is_set
-from mice_jax.config_checks import beta2_of_half_life, rate_for_batch
+from mice_jax.config_checks import beta2_of, rate_for_batch
 from mice_jax.data import statistics
 from mice_jax.data.batch_size import check_default_batch_size
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.dataset import Dataset, build_dataset
 from mice_jax.data.loader import StepSource
-from mice_jax.data.mixture import Mixture
+from mice_jax.data.mixture import Mixture, Trunk
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.data.source_names import source_names
 from mice_jax.data.tokenizer import load_tokenizer
@@ -148,15 +149,25 @@ def data(
       UserError: The data cannot be read, a phase has no sample, or a batch of the default size is larger than an epoch.
     """
     dataset = build_dataset(config.data, encoder, log, watch)
+    branch = config.branch
+    if branch.step and branch.data not in ("", dataset.fingerprint):
+        raise UserError(
+            f"the data is not that of the run that this one branches off from (branch.data={branch.data[:12]}, here "
+            f"{dataset.fingerprint[:12]}), so its order cannot be continued. Restore the files of data.phases, and the "
+            "tokenizer, as they were."
+        )
     mixture = Mixture(
         dataset.phases,
         batch_size=config.optim.batch_size,
         seed=config.seed,
         drop_remainder=config.data.drop_remainder,
+        trunk=Trunk(branch.step, branch.batch_size, branch.seed) if branch.step else None,
     )
     if not is_set(config.optim, "batch_size"):
         check_default_batch_size(mixture, config.optim.batch_size)
     total_steps = min(len(mixture), config.optim.max_steps or len(mixture))
+    if branch.step:
+        total_steps = min(len(mixture), int(np.searchsorted(mixture.samples_before(), branch.samples)))
     spans = phase_spans(config.data.phases, mixture.phase_ends(), total_steps)
     warnings = [*statistics.data_warnings(dataset.report), *_step_warnings(config, dataset, mixture)]
     return RunData(dataset, mixture, total_steps, spans, warnings)
@@ -379,7 +390,7 @@ def optimizer(config: Config, decoder: Decoder, architecture: str) -> tuple[opta
         name=o.name,
         grad_clip=o.grad_clip,
         beta1=o.beta1,
-        beta2=beta2_of_half_life(o.beta2_half_life, o.batch_size) if o.beta2_half_life else o.beta2,
+        beta2=beta2_of(o),
         eps=o.eps,
         weight_decay=o.weight_decay,
         moments_dtype=o.moments_dtype,
@@ -481,6 +492,29 @@ def schedule(config: Config, spans: Sequence[PhaseSpan], horizon: int) -> Schedu
         final_ratio=o.final_ratio,
         decay_ratio=o.decay_ratio,
     )
+
+
+def run_schedule(config: Config, data: RunData) -> Schedule:
+    """Returns the learning rate schedule of a run, over the steps that the whole run takes without a stop.
+
+    In a branch of another batch size, a step has the rate that the other run's schedule has after as many samples.
+
+    Args:
+      config: The run's config.
+      data: The run's data.
+    """
+    branch, mixture = config.branch, data.mixture
+    if not branch.step or branch.batch_size == config.optim.batch_size:
+        # The data or a stop rule may end the run earlier.
+        return schedule(config, data.spans, horizon=config.optim.max_steps or branch.max_steps or len(mixture))
+    trunk = Mixture(
+        mixture.phases, batch_size=branch.batch_size, seed=branch.seed, drop_remainder=config.data.drop_remainder
+    )
+    spans = phase_spans(config.data.phases, trunk.phase_ends(), len(trunk))
+    of_trunk = schedule(config, spans, horizon=branch.max_steps or len(trunk))
+    places = np.interp(mixture.samples_before()[:-1], trunk.samples_before(), np.arange(len(trunk) + 1))
+    rates = np.asarray(jax.vmap(of_trunk)(places.astype(np.float32)))
+    return lambda step: jnp.asarray(rates)[step]
 
 
 def peak_rate(config: Config, phase: Phase) -> float:

@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import optax
 
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.errors import UserError
@@ -64,6 +66,40 @@ def _load_base(source: ModelSource, decoder: Decoder, fns: StepFunctions, seed: 
         out_shardings=shardings,
     )
     return cast(loaded)
+
+
+def enter_branch(state: TrainState, old_beta2: float, new_beta2: float) -> TrainState:
+    """Returns the state with which a branch begins: that of the other run, its second moment kept without bias.
+
+    After n steps, Adam divides the second moment by 1 - beta2^n. A moment that was summed with the other run's beta2
+    must be divided by 1 - old_beta2^n, so it is scaled by the ratio of the two; the ratio is 1 after many steps, or
+    without a change, when the state is returned as it is.
+
+    Args:
+      state: The state of the checkpoint, whose second moments may be deleted.
+      old_beta2: The beta2 of the run that saved it.
+      new_beta2: The beta2 of the branch.
+    """
+    if old_beta2 == new_beta2:
+        return state
+
+    def rescale(node: Any) -> Any:
+        if not _is_adam(node):
+            return node
+        count = int(jax.device_get(node.count))
+        factor = (1 - new_beta2**count) / (1 - old_beta2**count)
+
+        def scaled(moment: jax.Array) -> jax.Array:
+            scale = jax.jit(lambda m: m * factor, donate_argnums=0, out_shardings=moment.sharding)
+            return scale(moment)
+
+        return node._replace(nu=jax.tree.map(scaled, node.nu))
+
+    return dataclasses.replace(state, opt_state=jax.tree.map(rescale, state.opt_state, is_leaf=_is_adam))
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
 
 
 def enter_phase(

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mice_jax.cli.format import format_bytes
 from mice_jax.config import Config
-from mice_jax.config_checks import beta2_of_half_life, rate_for_batch
+from mice_jax.config_checks import beta2_of, rate_for_batch
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.model_source import ModelSource
@@ -111,8 +111,7 @@ def _optimizer(config: Config) -> str:
         parts.append(f"warm-up ratio {o.warmup_ratio:g}" if o.warmup_ratio else "no warm-up")
     parts.append(f"clipped at {o.grad_clip:g}" if o.grad_clip else "not clipped")
     if o.beta2_half_life:
-        beta2 = beta2_of_half_life(o.beta2_half_life, o.batch_size)
-        parts.append(f"beta2 {beta2:.6g} by a half-life of {o.beta2_half_life:,g} samples")
+        parts.append(f"beta2 {beta2_of(o):.6g} by a half-life of {o.beta2_half_life:,g} samples")
     if o.moments_dtype != "float32":
         parts.append(f"{o.moments_dtype} moments")
     if o.accumulate_dtype != "float32":

@@ -571,6 +571,15 @@ function makeCertificate() {
     plainTable(["compared with", "arm", "lag", "seeds"], [...found.brackets.flatMap(b => [row(`next lower ${data.fields[b.axis] ?? b.axis}`, b.lower), row(`next higher ${data.fields[b.axis] ?? b.axis}`, b.higher)]), ...(found.runner_up ? [row("runner-up", found.runner_up)] : [])], [2, 3]),
     ...(found.notes.length ? [el("ul", {}, ...found.notes.map(text => el("li", {}, text)))] : []));
 }
+function makeCritical() {
+  const found = data.critical;
+  if (!found) return;
+  const metrics = Object.keys(found.excesses), bound = e => known(e.low) ? `[${signed(e.low)}, ${signed(e.high)}]` : "";
+  const cellOf = e => el("td", { class_: "number" }, known(e.mean) ? signed(e.mean) : "diverged", known(e.mean) ? el("div", { class_: "quiet" }, bound(e)) : "");
+  byId("critical-body").replaceChildren(...found.sentences.map(text => el("p", {}, text)),
+    el("p", { class_: "note" }, `Each number is by how much a batch size ends above the smallest after equally many samples, paired over ${found.seeds} ${found.seeds > 1 ? "seeds" : "seed"}, with the one-sided bounds that decide the interval at ${percent(1 - found.level)}. Of several arms of one batch size, the best one counts, chosen by these seeds. The training loss is the mean of the last quarter.`),
+    plainTable(["batch size", ...metrics], found.batch_sizes.map((b, i) => [b, ...metrics.map(m => cellOf(found.excesses[m][i]))]), [0]));
+}
 const spaced = f => f.replace("%", " %");
 const TITLES = name => name === "eval/loss" ? "held-out loss" : data.signals[name]?.title ?? name;
 function correlationTable(group, fractions, givenRate = false) {
@@ -629,10 +638,10 @@ function makeProblems() {
 // ------------------------------------------------------------------------------------- all of it
 const has = id => byId(id).childElementCount > 0;
 /** Which sections have something to show. */
-const needs = () => ({ problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, trials: !alone, curves: has("charts"), evaluations: has("evaluation-charts"), answers: data.answers.length, frontier: has("frontier-charts"), grid: has("grid-charts"),
+const needs = () => ({ problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, critical: data.critical, trials: !alone, curves: has("charts"), evaluations: has("evaluation-charts"), answers: data.answers.length, frontier: has("frontier-charts"), grid: has("grid-charts"),
   parallel: has("parallel-charts") && runs.filter(r => axisOf(r) !== null).length > 1, evidence: data.evidence, events: byId("events").querySelector("tbody").childElementCount, "data-section": has("data-body"), config: has("config-body") });
 /** The parts of the page, each with what it is made from: a refresh leaves those alone of which nothing is new. */
-const PARTS = [[makeHeader, () => [data.runs, data.saved]], [makeProblems, () => [data.problems, data.warnings]], [makeClaims, () => data.claims], [makeCertificate, () => data.certificate], [makeCurves, () => data.runs], [makeEvaluations, () => data.runs], [makeAnswers, () => data.answers], [makeFrontier, () => data.runs], [makeGrid, () => data.runs],
+const PARTS = [[makeHeader, () => [data.runs, data.saved]], [makeProblems, () => [data.problems, data.warnings]], [makeClaims, () => data.claims], [makeCertificate, () => data.certificate], [makeCritical, () => data.critical], [makeCurves, () => data.runs], [makeEvaluations, () => data.runs], [makeAnswers, () => data.answers], [makeFrontier, () => data.runs], [makeGrid, () => data.runs],
   [makeEvidence, () => data.evidence], [makeEvents, () => data.runs], [makeData, () => data.data], [makeConfig, () => [data.config, data.provenance]]];
 const every = Number(document.documentElement.dataset.refreshS ?? 0); // seconds between refreshes, 0 for none
 const made = new Map();
