@@ -46,9 +46,9 @@ def hybrid_spec(model: str, layers: int, d_model: int) -> ModelSpec:
         num_kv_heads=max(1, heads // 4), head_dim=64, max_positions=4096, mixers=mixers,
         ropes=tuple(rope if kind is None else None for kind in mixers), windows=(None,) * layers,
         attention_scale=0.125, query_scale=None, attention_softcap=None, attention_gate=False, qk_norm="head",
-        pre_norm=True, post_norm=False, norm_eps=1e-5, norm_offset=0.0, activation="silu", qkv_bias=False,
-        out_bias=False, mlp_bias=False, embedding_multiplier=1.0, residual_multiplier=1.0, logit_scale=1.0,
-        logit_softcap=None, tie_embeddings=True, init_std=0.02,
+        pre_norm=True, post_norm=False, norm_eps=1e-5, norm_offset=0.0, value_norm=False, activation="silu",
+        qkv_bias=False, out_bias=False, mlp_bias=False, embedding_multiplier=1.0, residual_multiplier=1.0,
+        layer_scales=False, per_layer_dim=0, logit_scale=1.0, logit_softcap=None, tie_embeddings=True, init_std=0.02,
     )  # fmt: skip
 
 

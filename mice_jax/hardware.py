@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mice_jax.models.mixers import MIXERS
-from mice_jax.models.spec import ModelSpec
+from mice_jax.models.spec import Kind, ModelSpec, is_recurrent
 
 GIB = 2**30
 
@@ -95,10 +95,18 @@ def matmul_flops(spec: ModelSpec) -> int:
     The embedding look-up costs nothing; the output projection costs its matmul whether or not it is tied.
     """
     s = spec
-    heads = 2 * s.num_heads + 2 * s.num_kv_heads + (s.num_heads if s.attention_gate else 0)
-    attention = 2 * s.d_model * s.head_dim * heads
-    mixers = sum(attention if kind is None else MIXERS[type(kind)].flops_per_token(s, kind) for kind in s.mixers)
-    return mixers + 2 * (s.num_layers * 3 * s.d_model * s.d_ff + s.vocab_size * s.d_model)
+
+    def of_mixer(kind: Kind) -> int:
+        if is_recurrent(kind):
+            return MIXERS[type(kind)].flops_per_token(s, kind)
+        attention = s.attention_of(kind)
+        projections = 0 if attention.keys == "borrowed" else 1 if attention.values_are_keys else 2
+        heads = (3 if s.attention_gate else 2) * s.num_heads + projections * attention.num_kv_heads
+        return 2 * s.d_model * attention.head_dim * heads
+
+    of_layers = sum(of_mixer(kind) + 6 * s.d_model * s.d_ff_of(kind) for kind in s.mixers)
+    own_embeddings = 2 * s.num_layers * 3 * s.d_model * s.per_layer_dim
+    return of_layers + own_embeddings + 2 * s.vocab_size * s.d_model
 
 
 def attention_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
@@ -115,9 +123,10 @@ def attention_flops(spec: ModelSpec, lengths: np.ndarray) -> float:
         FLOPs of all layers with attention, and all samples, together.
     """
     n = lengths.astype(np.float64)
-    windows = [window for window, kind in zip(spec.windows, spec.mixers, strict=True) if kind is None]
-    seen = [np.minimum(n, window or np.inf) for window in windows]
-    return 4 * spec.num_heads * spec.head_dim * sum(float((w * n - w * w / 2).sum()) for w in seen)
+    of_layers = zip(spec.windows, spec.mixers, strict=True)
+    attending = [(window, spec.attention_of(kind).head_dim) for window, kind in of_layers if not is_recurrent(kind)]
+    seen = [(np.minimum(n, window or np.inf), dims) for window, dims in attending]
+    return 4 * spec.num_heads * sum(dims * float((w * n - w * w / 2).sum()) for w, dims in seen)
 
 
 def train_flops(spec: ModelSpec, lengths: np.ndarray, *, frozen: bool = False) -> float:
@@ -148,13 +157,13 @@ def customary_train_flops(spec: ModelSpec, tokens: int, num_params: int, length:
     `train_flops` leaves out. Other frameworks report utilisation by it.
 
     Args:
-        spec: the model's architecture: its layers with attention L, and the width of all heads together d.
+        spec: the model's architecture: its layers with attention L, and the width d of all heads of each together.
         tokens: the number of real tokens of the step.
         num_params: the number of all parameters, P.
         length: the length of a row, S.
     """
-    layers, width = sum(kind is None for kind in spec.mixers), spec.num_heads * spec.head_dim
-    return tokens * (6.0 * num_params + 12.0 * layers * width * length)
+    dims = sum(spec.attention_of(kind).head_dim for kind in spec.mixers if not is_recurrent(kind))
+    return tokens * (6.0 * num_params + 12.0 * spec.num_heads * dims * length)
 
 
 def peak_memory_bytes() -> int | None:

@@ -40,7 +40,7 @@ from mice_jax.models import hf, untrained
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.families.rope_config import KINDS
 from mice_jax.models.mixers import MIXERS
-from mice_jax.models.spec import ModelSpec, Rope
+from mice_jax.models.spec import AttentionKind, ModelSpec, Rope, is_recurrent
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.sharding import param_shardings
 from mice_jax.step import batch_loss
@@ -81,7 +81,8 @@ def torch_gradients(model: PreTrainedModel, sample: np.ndarray = TOKENS) -> tupl
     loss = model(tokens, labels=tokens).loss
     loss.backward()
     grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    return loss.item(), grads
+    fixed = {name: np.zeros(1, np.float32) for name, _ in model.named_buffers() if name.endswith("layer_scalar")}
+    return loss.item(), grads | fixed
 
 
 def relative_gaps(
@@ -156,7 +157,7 @@ def test_exaone_4_without_windows_rotates_every_layer(tmp_path: Path) -> None:
 
 def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
     """The spec with each of its features taken away in turn: whatever a plain decoder would not have."""
-    attended = [rope for rope, kind in zip(spec.ropes, spec.mixers, strict=True) if kind is None]
+    attended = [rope for rope, kind in zip(spec.ropes, spec.mixers, strict=True) if not is_recurrent(kind)]
     full = Rope(attended[0].theta, spec.head_dim, None) if attended[0] else None
     plain = {
         "windows": (None,) * spec.num_layers,
@@ -168,6 +169,9 @@ def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
         "pre_norm": False,
         "post_norm": False,
         "norm_offset": 0.0,
+        "value_norm": False,
+        "layer_scales": False,
+        "per_layer_dim": 0,
         "activation": "silu",
         "qkv_bias": False,
         "out_bias": False,
@@ -182,7 +186,7 @@ def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
         off["ropes: none"] = dataclasses.replace(spec, ropes=(None,) * spec.num_layers)
     else:
         off["ropes: some"] = dataclasses.replace(spec, ropes=(Rope(1e4, spec.head_dim, None),) * spec.num_layers)
-    if len(set(attended)) > 1:
+    if len(set(attended)) > 1 and not any(isinstance(kind, AttentionKind) for kind in spec.mixers):
         off["ropes: one for all layers"] = dataclasses.replace(spec, ropes=spec.ropes[:1] * spec.num_layers)
         off["ropes: scaled in all layers"] = dataclasses.replace(spec, ropes=spec.ropes[-1:] * spec.num_layers)
     if spec.qk_norm == "head_after_rope":
@@ -190,14 +194,20 @@ def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
     unscaled = tuple(r and dataclasses.replace(r, scaling=None) for r in spec.ropes)
     if unscaled != spec.ropes:
         off["ropes: scaling"] = dataclasses.replace(spec, ropes=unscaled)
-    if full and attended[0].dims != spec.head_dim:
+    if full and all(rope and rope.dims != spec.max_head_dim for rope in attended):
         off["ropes: partial"] = dataclasses.replace(spec, ropes=(full,) * spec.num_layers)
     for i, window in enumerate(spec.windows):  # the window in this layer alone, a slot too wide
         if window is not None:
             wider = (*spec.windows[:i], window + 1, *spec.windows[i + 1 :])
             off[f"windows: {i} one wider"] = dataclasses.replace(spec, windows=wider)
             break
-    for kind in set(spec.mixers) - {None}:
+    lends = [i for i, kind in enumerate(spec.mixers) if isinstance(kind, AttentionKind) and kind.keys == "lent"]
+    if lends:  # by another layer of the same kind
+        kinds = list(spec.mixers)
+        first = next(i for i, kind in enumerate(kinds) if kind.name == kinds[lends[0]].name)
+        kinds[first], kinds[lends[0]] = kinds[lends[0]], kinds[first]
+        off["mixers: lent by another layer"] = dataclasses.replace(spec, mixers=tuple(kinds))
+    for kind in {kind for kind in spec.mixers if is_recurrent(kind)}:
         for bias in {"bias", "conv_bias"} & vars(kind).keys():
             unbiased = tuple(k and dataclasses.replace(k, **{bias: False}) for k in spec.mixers)
             off[f"mixers: {bias} of {type(kind).__name__}"] = dataclasses.replace(spec, mixers=unbiased)
@@ -250,6 +260,12 @@ EXPECTED_OFF = {
         "logit_softcap", "attention_scale", "norm_offset", "post_norm", "activation", "embedding_multiplier", "qk_norm",
         "windows", "ropes: scaling", "ropes: one for all layers", "qkv_bias", "out_bias",
     },
+    "gemma4": {
+        "logit_softcap", "attention_scale", "post_norm", "activation", "embedding_multiplier", "qk_norm", "windows",
+        "ropes: scaling", "qkv_bias", "out_bias", "value_norm", "layer_scales", "per_layer_dim",
+        "mixers: lent by another layer",
+    },
+    "gemma4-keys": {"attention_scale", "qk_norm", "ropes: scaling", "value_norm", "layer_scales"},
 }  # fmt: skip
 
 
@@ -281,7 +297,8 @@ def test_a_pad_token_that_is_a_real_token_has_its_gradient(tmp_path: Path) -> No
 
 # ---------------------------------------------------------------------------------------- packing
 @pytest.mark.parametrize(
-    "case", ["phi3", "gemma3", "smollm3", "granite4", "olmo3", "exaone4", "hunyuan", "ministral3", "lfm2"]
+    "case",
+    ["phi3", "gemma3", "smollm3", "granite4", "olmo3", "exaone4", "hunyuan", "ministral3", "lfm2", "gemma4"],
 )
 def test_packed_samples_equal_transformers_on_each_alone(case: str, folders: Any) -> None:
     """LongRoPE too, whose frequencies hang on the sample's own length: a short one beside a long one."""
@@ -320,7 +337,7 @@ def test_packed_gradients_of_a_recurrent_model_are_those_of_its_samples(
     gaps = relative_gaps(grads, decoder, CASES[case][0], their_grads)
     assert max(gaps.values()) < RELATIVE, gaps
     right = uncompiled_logits(decoder, params, rows)[0]
-    (mixer,) = {MIXERS[type(kind)] for kind in decoder.spec.mixers if kind is not None}
+    (mixer,) = {MIXERS[type(kind)] for kind in decoder.spec.mixers if is_recurrent(kind)}
     inside = mixer.__call__
     monkeypatch.setattr(mixer, "__call__", lambda m, x, segments, dtype: inside(m, x, jnp.ones_like(segments), dtype))
     wrong = uncompiled_logits(decoder, params, rows)[0]
@@ -354,7 +371,7 @@ def test_decoder_of_a_wrapped_checkpoint_equals_transformers(architecture: str, 
     loss, grads, _ = jitted(decoder, with_logits=False)(params, row_of(TOKENS))
     their_loss, their_grads = torch_gradients(model)
     stored = their_grads
-    if architecture != "Qwen3_5ForConditionalGeneration":  # it alone is stored as it is named in the model
+    if architecture.startswith(("Gemma3", "Mistral3")):  # the others are stored as they are named in the model
         stored = {
             f"language_model.{n}".replace("language_model.model.language_model.", "language_model.model."): g
             for n, g in their_grads.items()
@@ -382,7 +399,7 @@ def test_vision_tower_is_exported_bit_for_bit_by_a_run_of_a_run(architecture: st
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert np.array_equal(torch_logits(again.eval(), TOKENS), torch_logits(model, TOKENS))
     with pytest.raises(
-        UserError, match=r"has no untrained\.safetensors, .*(multi_modal_projector|model\.visual|mtp)\."
+        UserError, match=r"has no untrained\.safetensors, .*(multi_modal_projector|model\.visual|mtp|audio_tower)\."
     ):
         hf.save_params(out, params, decoder, config, "float32", source)
 
@@ -411,13 +428,14 @@ def on_mesh(case: str, folder: Path, mesh: Mesh) -> tuple[np.ndarray, float, dic
 
 
 # The families whose parameters are laid out or split differently: plain, with multipliers, with norms of heads, with
-# norms of all heads, with fused projections, with several kinds of attention, with several mixers.
-SPLIT = ("llama", "granite", "qwen3", "olmo2", "phi3", "gemma3", "lfm2", "granite4-hybrid", "qwen3_5")
+# norms of all heads, with fused projections, with several kinds of attention, with several mixers, with other heads in
+# some layers.
+SPLIT = ("llama", "granite", "qwen3", "olmo2", "phi3", "gemma3", "lfm2", "granite4-hybrid", "qwen3_5", "gemma4")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "sizes"), list(zip(SPLIT, [(1, 1, 8), *MESHES, MESHES[0], *MESHES[2:], MESHES[1]], strict=True))
+    ("case", "sizes"), list(zip(SPLIT, [(1, 1, 8), *MESHES, MESHES[0], *MESHES[2:], MESHES[1], MESHES[2]], strict=True))
 )
 def test_logits_loss_and_gradients_are_the_same_on_a_mesh(case: str, sizes: tuple[int, int, int], folders: Any) -> None:
     expected, loss, _ = on_one_device(case, folders(case))

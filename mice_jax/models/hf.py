@@ -81,8 +81,9 @@ def dropouts(config: dict[str, Any]) -> dict[str, float]:
 
 def with_sizes(config: dict[str, Any], vocab_size: int, dtype: str) -> dict[str, Any]:
     """Returns a config.json with the vocabulary and the dtype of a model's weights."""
-    sized = {"vocab_size": vocab_size}
-    config = config | ({"text_config": config["text_config"] | sized} if "text_config" in config else sized)
+    text = config.get("text_config", config)
+    sized = dict.fromkeys(("vocab_size", "vocab_size_per_layer_input") & text.keys() | {"vocab_size"}, vocab_size)
+    config = config | ({"text_config": text | sized} if "text_config" in config else sized)
     return config | {"dtype": dtype, "torch_dtype": dtype}
 
 
@@ -101,7 +102,8 @@ def check_weights(folder: Path, decoder: Decoder, architecture: str) -> dict[str
       UserError: lists all tensors that are missing or unexpected or have another shape or an unsupported dtype.
     """
     family = FAMILIES[architecture]
-    files = {n: f for n, f in tensor_files(folder).items() if not n.startswith(untrained.prefixes(family))}
+    kept = untrained.prefixes(family, read_config(folder / "config.json"))
+    files = {n: f for n, f in tensor_files(folder).items() if not n.startswith(kept)}
     _check_headers(folder, files, checkpoint_tensors(decoder, family), decoder.spec.tie_embeddings)
     return files
 
@@ -214,7 +216,8 @@ def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> 
     Raises:
       UserError: a pattern matches no tensor, or all tensors are matched.
     """
-    tensors = checkpoint_tensors(decoder, FAMILIES[architecture])
+    family = FAMILIES[architecture]
+    tensors = checkpoint_tensors(decoder, family)
     names = [t.name for t in tensors]
     for pattern in frozen:
         if not fnmatch.filter(names, pattern):
@@ -222,7 +225,8 @@ def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> 
                 f"optim.frozen has {pattern!r}, which matches no tensor of the model. Use the names in a checkpoint, "
                 f"such as {names[0]!r} or {names[len(names) // 2]!r}."
             )
-    frozen_names = {t.name for t in tensors if any(fnmatch.fnmatchcase(t.name, p) for p in frozen)}
+    patterns = (*always_frozen(architecture), *frozen)
+    frozen_names = {t.name for t in tensors if any(fnmatch.fnmatchcase(t.name, p) for p in patterns)}
     if len(frozen_names) == len(names):
         raise UserError(f"optim.frozen={list(frozen)} matches every tensor of the model, so nothing would be trained.")
 
@@ -234,6 +238,11 @@ def trained_mask(decoder: Decoder, architecture: str, frozen: Sequence[str]) -> 
         return free.reshape([-1] + [1] * (leaf.ndim - 1)) if stacked else free[0]
 
     return jax.tree_util.tree_map_with_path(trained, decoder.abstract)
+
+
+def always_frozen(architecture: str) -> tuple[str, ...]:
+    """Returns patterns of names of a family's tensors that are never trained; most families have none."""
+    return getattr(FAMILIES[architecture], "FROZEN", ())
 
 
 def stored_dtype(folder: Path) -> str:

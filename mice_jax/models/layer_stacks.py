@@ -1,8 +1,8 @@
 """The layers of a model: their parameters in stacks, and the scan through them.
 
-Every part of a layer is stacked along a leading dim. In a model with several kinds of mixers, those of a kind are
-stacked over the layers that have them, and the other parts over all layers. Layers are scanned in repeating groups
-(layer_groups.py): compile time depends on how irregular the list of mixers is, but not on its length.
+Every part of a layer is stacked along a leading dim. In a model with several kinds of layers, mixers and MLPs that not
+all layers have are stacked over those that have them, and the other parts over all layers. Layers are scanned in
+repeating groups (layer_groups.py): compile time depends on how irregular the list of kinds is, but not on its length.
 """
 
 import collections
@@ -16,10 +16,10 @@ from flax import nnx
 
 from mice_jax.models.attention.segments import SAVED_NAME
 from mice_jax.models.layer_groups import Group, Run, find_groups
-from mice_jax.models.layers import ApplyMixer, Block, make_mixer, mixer_name
+from mice_jax.models.layers import ApplyMixer, Block, make_part, mixer_name, mlp_name
 from mice_jax.models.lora import LoRA
 from mice_jax.models.parameters import Adapted
-from mice_jax.models.spec import Mixer, ModelSpec
+from mice_jax.models.spec import AttentionKind, Kind, ModelSpec
 
 # B rows, T slots, D d_model, L layers
 
@@ -37,23 +37,26 @@ REMAT_POLICIES = {
 
 
 class LayerProperties(NamedTuple):
-    """What differs between layers with the same mixer besides parameters, [L] int32, scanned with them."""
+    """What differs between layers of a kind besides parameters, scanned with them."""
 
-    rope: jax.Array  # index into the distinct ropes of layers with attention
-    window: jax.Array  # index into their distinct windows
+    rope: jax.Array  # [L] int32, index into the distinct ropes of the kind
+    window: jax.Array  # [L] int32, index into its distinct windows
+    own_inputs: jax.Array | None  # [L B T P], in models with embeddings of each layer
 
 
 LAYER_SCOPE = re.compile(r"\blayers_(\d+)(?:_by_(\d+))?\b")
 
-# Returns what applies the mixer of a layer, given the properties of the layer.
-MixerOf = Callable[[LayerProperties], ApplyMixer]
+# The keys and values that layers lend, by the names of their attention.
+Lent = dict[str, Any]
+# Returns what applies the mixer of a layer, given the properties of the layer and what earlier layers lend.
+MixerOf = Callable[[LayerProperties, Lent], ApplyMixer]
 
 
 class _Rows(NamedTuple):
     """Rows of the stacks of some layers.
 
     Attributes:
-      params: By their names in the tree of parameters, the parts of all of the layers, and the mixers of some of them.
+      params: By their names in the tree of parameters, the parts of all of the layers, and those of some of them.
       properties: The properties of all of the layers.
     """
 
@@ -62,7 +65,7 @@ class _Rows(NamedTuple):
 
 
 def stack_layers(spec: ModelSpec, rngs: nnx.Rngs, lora: LoRA | None = None) -> Block:
-    """Makes the layers of a model as one block of stacked parameters, in which each mixer has a stack of its own.
+    """Makes the layers of a model as one block of stacked parameters; parts that not all layers have are in it too.
 
     Args:
       spec: the model.
@@ -79,8 +82,7 @@ def stack_layers(spec: ModelSpec, rngs: nnx.Rngs, lora: LoRA | None = None) -> B
 
 
 def _stacks(spec: ModelSpec, rngs: nnx.Rngs) -> Block:
-    kinds = list(dict.fromkeys(spec.mixers))
-    assert len({mixer_name(kind) for kind in kinds}) == len(kinds), f"several forms of one mixer: {kinds}"
+    varying = _varying_parts(spec)
 
     def stacked(count: int, make: Callable[[nnx.Rngs], T]) -> T:
         @nnx.split_rngs(splits=count)
@@ -90,13 +92,23 @@ def _stacks(spec: ModelSpec, rngs: nnx.Rngs) -> Block:
 
         return made(rngs)
 
-    if len(kinds) == 1:
-        return stacked(spec.num_layers, lambda rngs: Block(spec, kinds[0], rngs))
-    layers = stacked(spec.num_layers, lambda rngs: Block(spec, kinds[0], rngs, has_mixer=False))
-    for kind in kinds:
-        mixers = stacked(spec.mixers.count(kind), functools.partial(make_mixer, spec, kind))
-        setattr(layers, mixer_name(kind), mixers)
+    layers = stacked(spec.num_layers, lambda rngs: Block(spec, spec.mixers[0], rngs, without=varying))
+    for name in varying:
+        rows = layers_of_stack(spec, name)
+        part = stacked(len(rows), functools.partial(make_part, spec, spec.mixers[rows[0]], name))
+        setattr(layers, name, part)
     return layers
+
+
+def _parts(kind: Kind) -> tuple[str, str]:
+    """Returns the names of the parts of a layer that may differ between kinds."""
+    return mixer_name(kind), mlp_name(kind)
+
+
+def _varying_parts(spec: ModelSpec) -> list[str]:
+    """Returns the names of the parts that some layers have and others lack."""
+    parts = [_parts(kind) for kind in spec.mixers]
+    return [name for name in dict.fromkeys(sum(parts, ())) if not all(name in of_layer for of_layer in parts)]
 
 
 def layers_of_stack(spec: ModelSpec, name: str) -> list[int]:
@@ -104,13 +116,14 @@ def layers_of_stack(spec: ModelSpec, name: str) -> list[int]:
 
     Args:
       spec: the model.
-      name: the name of the stack in the tree of the layers' parameters: that of a mixer, or of a part of all layers.
+      name: the name of the stack in the tree of the layers' parameters.
 
     Returns:
       The index of the layer of each row.
     """
-    names = [mixer_name(kind) for kind in spec.mixers]
-    return [i for i in range(spec.num_layers) if name not in names or names[i] == name]
+    if name not in _varying_parts(spec):
+        return list(range(spec.num_layers))
+    return [i for i, kind in enumerate(spec.mixers) if name in _parts(kind)]
 
 
 def layer_scope(first: int, stride: int = 1) -> str:
@@ -159,22 +172,22 @@ class StackedLayers:
     def __init__(self, spec: ModelSpec, stacks: Block):
         self._spec = spec
         self._params: Params = nnx.to_pure_dict(nnx.state(stacks, nnx.Param))
-        self._mixers = {mixer_name(kind) for kind in spec.mixers}
+        self._varying = set(_varying_parts(spec))
         self._structures = {kind: self._structure(stacks, kind) for kind in set(spec.mixers)}
 
-    def _structure(self, stacks: Block, kind: Mixer | None) -> tuple[Any, Any]:
-        """Returns the structure of a layer with this mixer alone, and a state into which parameters can be put."""
+    def _structure(self, stacks: Block, kind: Kind) -> tuple[Any, Any]:
+        """Returns the structure of a layer of this kind alone, and a state into which parameters can be put."""
         block = nnx.merge(*nnx.split(stacks))
-        for other in self._mixers - {mixer_name(kind)}:
+        for other in self._varying - {*_parts(kind)}:
             delattr(block, other)
-        block.mixer_name = mixer_name(kind)
+        block.mixer_name, block.mlp_name = _parts(kind)
         return nnx.split(block)
 
-    def layer(self, kind: Mixer | None, params: Params) -> Block:
+    def layer(self, kind: Kind, params: Params) -> Block:
         """Returns the module of one layer.
 
         Args:
-          kind: its mixer.
+          kind: its kind.
           params: its parameters.
         """
         graph, structure = self._structures[kind]
@@ -186,7 +199,7 @@ class StackedLayers:
         self,
         x: jax.Array,
         properties: LayerProperties,
-        mixer_of: Callable[[Mixer | None], MixerOf],
+        mixer_of: Callable[[Kind], MixerOf],
         remat: str,
         reduce_dtype: Any,
     ) -> jax.Array:
@@ -202,9 +215,11 @@ class StackedLayers:
         Returns:
           [B T D].
         """
+        lent: Lent = {}
 
-        def layer(kind: Mixer | None, x: jax.Array, rows: _Rows) -> tuple[jax.Array, None]:
-            return self.layer(kind, rows.params)(x, mixer_of(kind)(rows.properties), reduce_dtype)
+        def layer(kind: Kind, x: jax.Array, rows: _Rows) -> tuple[jax.Array, Any]:
+            own = rows.properties.own_inputs
+            return self.layer(kind, rows.params)(x, mixer_of(kind)(rows.properties, lent), reduce_dtype, own)
 
         def through_run(run: Run, x: jax.Array, rows: _Rows, *, in_loop: bool) -> jax.Array:
             alone, one = run.count == 1, functools.partial(layer, run.kind)
@@ -212,7 +227,11 @@ class StackedLayers:
                 # Outside of a loop, XLA would merge what the backward pass recomputes with the forward pass.
                 one = jax.checkpoint(one, policy=REMAT_POLICIES[remat], prevent_cse=alone and not in_loop)
             if alone:
-                return one(x, jax.tree.map(lambda x: x[0], rows))[0]
+                x, kept = one(x, jax.tree.map(lambda x: x[0], rows))
+                if isinstance(run.kind, AttentionKind) and run.kind.keys == "lent":
+                    assert not in_loop, "one layer lends the keys of a name"
+                    lent[run.kind.name] = kept
+                return x
             return jax.lax.scan(one, x, rows)[0]
 
         def through_group(group: Group, layers_before: int, x: jax.Array, rows: _Rows) -> jax.Array:
@@ -242,22 +261,22 @@ class StackedLayers:
         Args:
           group: the group.
           rows: the rows of it and of other groups.
-          first: the first row of the group in the stack of each mixer and, under "", in those of the other parts; it is
-            advanced to the next group.
+          first: the first row of the group in the stack of each varying part and, under "", in those of the other
+            parts; it is advanced to the next group.
 
         Returns:
           The rows.
         """
         sizes = collections.Counter({"": group.repeats * sum(run.count for run in group.runs)})
         for run in group.runs:
-            sizes[mixer_name(run.kind)] += group.repeats * run.count
+            sizes.update(dict.fromkeys(_parts(run.kind), group.repeats * run.count))
 
         def take(name: str, stacks: Any) -> Any:
             start, size = first[name], sizes[name]
             return jax.tree.map(lambda x: x if x.shape[0] == size else x[start : start + size], stacks)
 
-        kept = {name: stacks for name, stacks in rows.params.items() if name not in self._mixers or name in sizes}
-        params = {name: take(name if name in self._mixers else "", stacks) for name, stacks in kept.items()}
+        kept = {name: stacks for name, stacks in rows.params.items() if name not in self._varying or name in sizes}
+        params = {name: take(name if name in self._varying else "", stacks) for name, stacks in kept.items()}
         taken = _Rows(params, take("", rows.properties))
         first.update(sizes)
         return taken

@@ -11,10 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# The weights of a block that may have an adapter: those of its products with activations.
+from mice_jax.models.spec import ATTENTION_NAMES, MLP_NAMES
+
+# The weights of a block that may have an adapter: those of the products of attention and MLP with activations.
 ADAPTABLE = (
-    "attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down",
-)  # fmt: skip
+    *(f"{part}.{weight}" for part in ATTENTION_NAMES for weight in ("q", "k", "v", "o")),
+    *(f"{part}.{weight}" for part in MLP_NAMES for weight in ("gate", "up", "down")),
+)
 
 Tree = dict[str, Any]
 

@@ -79,6 +79,12 @@ def plus(x: jax.Array, parameter: nnx.Param, reduce_dtype: Any) -> jax.Array:
     return add_bias(x, parameter[...], axes=axes_of(parameter), reduce_dtype=reduce_dtype)
 
 
+def normalized(x: jax.Array, eps: float, dims: int = 1) -> jax.Array:
+    """Divides x by the root mean square over its last dims, in float32; returns float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=tuple(range(-dims, 0)), keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """RMS norm over all dims of `shape` together; its factor is the stored scale plus the spec's `norm_offset`."""
 
@@ -89,7 +95,4 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes x, whose last dims are `shape`, in float32; returns the same shape and dtype."""
         scale = self.scale[...] + self.offset
-        wide = x.astype(jnp.float32)
-        dims = tuple(range(-scale.ndim, 0))
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=dims, keepdims=True) + self.eps)
-        return (scale * wide).astype(x.dtype)
+        return (scale * normalized(x, self.eps, scale.ndim)).astype(x.dtype)

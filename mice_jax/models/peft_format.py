@@ -36,7 +36,9 @@ def find_targets(spec: ModelSpec, architecture: str, targets: Sequence[str]) -> 
       UserError: A target matches no matrix of the layers.
     """
     modules = _modules(spec, architecture)
-    known = {name.rsplit(".", 1)[-1]: parts for name, parts in modules.items()}
+    known: dict[str, list[Part]] = {}  # a name may be that of modules of several shapes in different layers
+    for name, parts in modules.items():
+        known.setdefault(name.rsplit(".", 1)[-1], []).extend(parts)
     for target in targets:
         if target not in known:
             raise UserError(

@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, NTKScaling, Rope, YarnScaling
+from mice_jax.models.spec import (
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    NTKScaling,
+    ProportionalScaling,
+    Rope,
+    YarnScaling,
+)
 
 # B rows, T slots, H head_dim, R = half the number of dims that are rotated
 
@@ -45,6 +53,9 @@ def frequencies(rope: Rope) -> Frequencies:
             return Frequencies(_llama3(base, scaling), None, 0, 1.0)
         case YarnScaling():
             return Frequencies(_yarn(periods, rope, scaling), None, 0, scaling.attention_factor)
+        case ProportionalScaling():
+            rotated = np.where(np.arange(len(base)) < scaling.rotated, base, np.float32(0))
+            return Frequencies(rotated / np.float32(scaling.factor), None, 0, 1.0)
         case LongScaling():
             short = np.float32(1) / (np.array(scaling.short_factors, np.float32) * periods)
             long = np.float32(1) / (np.array(scaling.long_factors, np.float32) * periods)

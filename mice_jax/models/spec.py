@@ -1,6 +1,7 @@
 """The description of a decoder into which every model family is translated."""
 
 import dataclasses
+from typing import TypeGuard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,14 @@ class YarnScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProportionalScaling:
+    """The first `rotated` of a head's frequencies divided by `factor`, and the others zero (Gemma 4)."""
+
+    rotated: int
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class LongScaling:
     """A divisor per frequency: one list for samples within the original length, one for longer samples.
 
@@ -58,7 +67,7 @@ class Rope:
 
     theta: float
     dims: int
-    scaling: LinearScaling | Llama3Scaling | NTKScaling | YarnScaling | LongScaling | None
+    scaling: LinearScaling | Llama3Scaling | NTKScaling | YarnScaling | ProportionalScaling | LongScaling | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +114,31 @@ class GatedDelta:
 Mixer = ShortConv | Mamba2 | GatedDelta  # a recurrent mixer; each has a file in mixers/
 
 
+# The names that attention and an MLP may have among the parameters of a layer.
+ATTENTION_NAMES = (
+    "attention", "local_attention", "global_attention", "borrowing_local_attention", "borrowing_global_attention",
+)  # fmt: skip
+MLP_NAMES = ("mlp", "wide_mlp")
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKind:
+    """Attention in some layers of a model whose layers differ in more than rotary positions and windows (Gemma 4).
+
+    Layers that borrow attend to the keys and values of the one layer of the same name that lends its own.
+    """
+
+    name: str  # of its parameters among those of a layer, after "borrowing_" if it borrows; one of ATTENTION_NAMES
+    head_dim: int
+    num_kv_heads: int
+    values_are_keys: bool  # whether values are the keys' projections, before norm and rotation
+    keys: str  # "own", "lent" for own ones that later layers use too, or "borrowed"
+    wide_mlp: bool  # whether the MLP of the layer is twice as wide
+
+
+Kind = Mixer | AttentionKind | None  # of a layer; None for attention as the fields of the spec say
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """A causal decoder: grouped-query attention or a recurrent mixer in each layer, gated MLP, RMS norms.
@@ -120,7 +154,7 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     max_positions: int  # the length of the longest sample that the weights were trained for
-    mixers: tuple[Mixer | None, ...]  # per layer: what mixes tokens instead of attention; None = attention
+    mixers: tuple[Kind, ...]  # per layer: what mixes tokens; None = attention as the fields below say
     ropes: tuple[Rope | None, ...]  # per layer; None = without positions, as every layer without attention
     windows: tuple[int | None, ...]  # per layer: the number of tokens that a query sees, itself included; None = all
     attention_scale: float
@@ -136,12 +170,17 @@ class ModelSpec:
     post_norm: bool  # norms of their outputs, before these are added to the residual stream
     norm_eps: float
     norm_offset: float  # is added to each norm's stored scale
+    value_norm: bool  # a norm of each head's values, without a scale
     activation: str  # a key of transformer.ACTIVATIONS
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     embedding_multiplier: float
     residual_multiplier: float  # factor on the outputs of mixer and MLP
+    layer_scales: bool  # whether the output of each layer is multiplied by a stored scalar, which is not trained
+    # The width of embeddings that each layer has of its own: each token adds a gated projection of its embedding to
+    # the output of the MLP. 0 for none.
+    per_layer_dim: int
     logit_scale: float
     logit_softcap: float | None
     tie_embeddings: bool
@@ -150,4 +189,29 @@ class ModelSpec:
     @property
     def is_recurrent(self) -> bool:
         """Whether any layer has a recurrent mixer."""
-        return any(kind is not None for kind in self.mixers)
+        return any(is_recurrent(kind) for kind in self.mixers)
+
+    def attention_of(self, kind: AttentionKind | None) -> AttentionKind:
+        """Returns the attention of a layer in full."""
+        if kind is not None:
+            return kind
+        return AttentionKind("attention", self.head_dim, self.num_kv_heads, False, "own", False)
+
+    @property
+    def attention_kinds(self) -> list[AttentionKind]:
+        """The attention of the model in full: each kind once."""
+        return list(dict.fromkeys(self.attention_of(kind) for kind in self.mixers if not is_recurrent(kind)))
+
+    @property
+    def max_head_dim(self) -> int:
+        """The number of dims of the widest heads."""
+        return max((attention.head_dim for attention in self.attention_kinds), default=self.head_dim)
+
+    def d_ff_of(self, kind: Kind) -> int:
+        """Returns the width of the MLP of a layer."""
+        return self.d_ff * (2 if isinstance(kind, AttentionKind) and kind.wide_mlp else 1)
+
+
+def is_recurrent(kind: Kind) -> TypeGuard[Mixer]:
+    """Whether a layer has a recurrent mixer instead of attention."""
+    return kind is not None and not isinstance(kind, AttentionKind)

@@ -23,6 +23,7 @@ from mice_jax.models.attention.score_function import Scoring, softcapped
 from mice_jax.models.attention.tree import Trees, attend_branched
 from mice_jax.models.layer_stacks import (
     LayerProperties,
+    Lent,
     MixerOf,
     StackedLayers,
     layers_of_stack,
@@ -34,21 +35,22 @@ from mice_jax.models.layers import (
     AttentionFn,
     Embed,
     Head,
+    OwnEmbeddings,
     scaled,
 )
 from mice_jax.models.lora import LoRA
 from mice_jax.models.matmul import matmul
 from mice_jax.models.mixers import MIXERS
 from mice_jax.models.parameters import RMSNorm
-from mice_jax.models.spec import Mixer, ModelSpec
+from mice_jax.models.spec import AttentionKind, Kind, ModelSpec, is_recurrent
 from mice_jax.sharding import constrain, constrain_param
 
 # B rows, T slots, S cache slots, D d_model, N query heads, K key heads, H head_dim, F d_ff, V vocabulary, L layers
 
 Params = dict[str, Any]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # queries, keys, values -> result
-# Of a layer with attention: keys [B K H S] and values [B K S H], in the layouts that its matrix products take. Of a
-# layer with a recurrent mixer: its state, an array or a tuple of arrays.
+# Of a layer with attention: keys [B K H S] and values [B K S H], in the layouts that its matrix products take, or
+# nothing if it borrows them. Of a layer with a recurrent mixer: its state, an array or a tuple of arrays.
 AttentionCache = tuple[jax.Array, jax.Array]
 Cache = list[Any]
 
@@ -77,6 +79,8 @@ class Transformer(nnx.Module):
 
     def __init__(self, spec: ModelSpec, vocab_rows: int, rngs: nnx.Rngs, lora: LoRA | None = None):
         self.embed = Embed(vocab_rows, spec, rngs)
+        if spec.per_layer_dim:
+            self.own_embeddings = OwnEmbeddings(vocab_rows, spec, rngs)
         self.layers = stack_layers(spec, rngs, lora)
         self.final_norm = RMSNorm((spec.d_model,), ("embed",), spec, rngs)
         if not spec.tie_embeddings:
@@ -139,43 +143,53 @@ class Transformer(nnx.Module):
         recur: ApplyMixer,
         compute: Compute,
     ) -> jax.Array:
-        attention = self._attention_of_layers(positions, lengths, attend_within, compute)
+        tables, query_factors = self._rope_tables(positions, lengths), self._query_factors(positions)
 
-        def mixer_of(kind: Mixer | None) -> MixerOf:
-            return attention if kind is None else lambda _: recur
+        def mixer_of(kind: Kind) -> MixerOf:
+            return (lambda *_: recur) if is_recurrent(kind) else attention[kind]
 
+        attention = {
+            kind: self._attention_of_layers(kind, tables, query_factors, attend_within, compute)
+            for kind in _distinct(self.spec.mixers)
+            if not is_recurrent(kind)
+        }
         with jax.named_scope("embed"):
             x = self._embed_tokens(tokens, compute.dtype, compute.reduce_dtype)
+            properties = self._layer_properties(self._own_inputs(tokens, x, compute.reduce_dtype))
         layers = StackedLayers(self.spec, self.layers)
-        x = layers.scan(x, self._layer_properties(), mixer_of, compute.remat, compute.reduce_dtype)
+        x = layers.scan(x, properties, mixer_of, compute.remat, compute.reduce_dtype)
         with jax.named_scope("final_norm"):
             return self.final_norm(x)
 
     def _attention_of_layers(
         self,
-        positions: jax.Array,
-        lengths: jax.Array | None,
+        kind: AttentionKind | None,
+        all_tables: dict[rope.Rope | None, rope.RopeTables],
+        query_factors: jax.Array | None,
         attend_within: Callable[[Scoring], Attend],
         compute: Compute,
     ) -> MixerOf:
-        """Makes the attention of every layer that has it, by its rotary positions and its window."""
-        tables = self._rope_tables(positions, lengths)
-        stacked_tables = jax.tree.map(lambda *x: jnp.stack(x), *tables.values()) if len(tables) > 1 else None
+        """Makes the attention of every layer of a kind, by its rotary positions and its window."""
+        tables = [all_tables[rope_] for rope_ in self._distinct(kind, self.spec.ropes)]
+        stacked_tables = jax.tree.map(lambda *x: jnp.stack(x), *tables) if len(tables) > 1 else None
         # There is one branch per window, because a kernel's mask, which includes the window, is fixed at compile time.
-        branches = [attend_within(self._scoring(window)) for window in self._distinct_windows()]
-        query_factors = self._query_factors(positions)
+        branches = [attend_within(self._scoring(window)) for window in self._distinct(kind, self.spec.windows)]
+        keys, name = self.spec.attention_of(kind).keys, self.spec.attention_of(kind).name
 
-        def of_layer(layer: LayerProperties) -> ApplyMixer:
+        def of_layer(layer: LayerProperties, lent: Lent) -> ApplyMixer:
             if stacked_tables:
                 own_tables = jax.tree.map(lambda x: x[layer.rope], stacked_tables)
             else:
-                [own_tables] = tables.values()
+                [own_tables] = tables
 
-            def attention_fn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            def attention_fn(q: jax.Array, k: Any, v: Any) -> tuple[jax.Array, Any]:
                 q = _scaled_queries(q, query_factors)
+                if keys == "borrowed":
+                    k, v = lent[name]
+                kept = (k, v) if keys == "lent" else None
                 if len(branches) == 1:
-                    return branches[0](q, k, v), None
-                return jax.lax.switch(layer.window, branches, q, k, v), None
+                    return branches[0](q, k, v), kept
+                return jax.lax.switch(layer.window, branches, q, k, v), kept
 
             def apply(attention: Attention, x: jax.Array) -> tuple[jax.Array, None]:
                 return attention(x, own_tables, attention_fn, compute.reduce_dtype)
@@ -217,29 +231,39 @@ class Transformer(nnx.Module):
         if num_tokens is None:
             num_tokens = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
         x = self._embed_tokens(tokens, self.embed.table.dtype)
-        new_cache, stacked = [], StackedLayers(self.spec, self.layers)
+        own_inputs = self._own_inputs(tokens, x)
+        new_cache, stacked, lent = [], StackedLayers(self.spec, self.layers), {}
         of_layers = zip(layers, cache, self.spec.mixers, self.spec.ropes, self.spec.windows, strict=True)
-        for params, layer_cache, kind, rope_, window in of_layers:
-            if kind is None:
-                attention_fn = self._cached_attention(layer_cache, positions, window)
-                apply_mixer: ApplyMixer = functools.partial(_decode_attention, tables[rope_], attention_fn)
+        for i, (params, layer_cache, kind, rope_, window) in enumerate(of_layers):
+            if is_recurrent(kind):
+                apply_mixer: ApplyMixer = functools.partial(_decode_recurrent, layer_cache, num_tokens)
             else:
-                apply_mixer = functools.partial(_decode_recurrent, layer_cache, num_tokens)
-            x, layer_cache = stacked.layer(kind, params)(x, apply_mixer)
+                borrows = self.spec.attention_of(kind).keys == "borrowed"
+                seen = lent[self.spec.attention_of(kind).name] if borrows else layer_cache
+                attention_fn = self._cached_attention(seen, positions, window, borrows=borrows)
+                apply_mixer = functools.partial(_decode_attention, tables[rope_], attention_fn)
+            own = None if own_inputs is None else own_inputs[i]
+            x, layer_cache = stacked.layer(kind, params)(x, apply_mixer, own_inputs=own)
+            if isinstance(kind, AttentionKind) and kind.keys == "lent":
+                lent[kind.name] = layer_cache
             new_cache.append(layer_cache)
         return self.final_norm(x), new_cache
 
-    def _cached_attention(self, cache: AttentionCache, positions: jax.Array, window: int | None) -> AttentionFn:
-        """Returns attention that first writes a layer's new keys and values into its cache."""
+    def _cached_attention(
+        self, cache: AttentionCache, positions: jax.Array, window: int | None, *, borrows: bool
+    ) -> AttentionFn:
+        """Returns attention that first writes a layer's new keys and values into its cache, unless it borrows them."""
         rows = jnp.arange(positions.shape[0], dtype=jnp.int32)[:, None]
         query_factors = self._query_factors(positions)
         distance = positions[:, :, None] - jnp.arange(cache[1].shape[2], dtype=jnp.int32)  # [B T S]
         mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
-        def attention_fn(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, AttentionCache]:
-            keys = cache[0].at[rows, :, :, positions].set(k)
-            values = cache[1].at[rows, :, positions].set(v)
-            q = _scaled_queries(q, query_factors)
+        def attention_fn(q: jax.Array, k: Any, v: Any) -> tuple[jax.Array, AttentionCache | tuple[()]]:
+            q, (keys, values) = _scaled_queries(q, query_factors), cache
+            if borrows:
+                return masked(q, keys, values, mask, self._scoring(None)), ()
+            keys = keys.at[rows, :, :, positions].set(k)
+            values = values.at[rows, :, positions].set(v)
             return masked(q, keys, values, mask, self._scoring(None)), (keys, values)
 
         return attention_fn
@@ -259,6 +283,10 @@ class Transformer(nnx.Module):
         x = scaled(self.embed(tokens, dtype, reduce_dtype), self.spec.embedding_multiplier)
         return constrain(x, "batch", "length", "hidden")
 
+    def _own_inputs(self, tokens: jax.Array, x: jax.Array, reduce_dtype: Any = jnp.float32) -> jax.Array | None:
+        """Computes what the embeddings of each layer are of tokens [B T] embedded as x [B T D]: [L B T P], or None."""
+        return self.own_embeddings(tokens, x, reduce_dtype) if self.spec.per_layer_dim else None
+
     def _scoring(self, window: int | None) -> Scoring:
         return Scoring(self.spec.attention_scale, window, self.spec.attention_softcap)
 
@@ -269,28 +297,24 @@ class Transformer(nnx.Module):
             return None
         return 1 + scale.beta * jnp.log1p((positions // scale.original_positions).astype(jnp.float32))
 
-    def _layer_properties(self) -> LayerProperties:
-        ropes, windows = self._distinct_ropes(), self._distinct_windows()
-        attends = [kind is None for kind in self.spec.mixers]
-        of_layers = list(zip(attends, self.spec.ropes, self.spec.windows, strict=True))
-        return LayerProperties(  # 0 in layers without attention, which do not use them
-            rope=jnp.array([ropes.index(r) if a else 0 for a, r, _ in of_layers], jnp.int32),
-            window=jnp.array([windows.index(w) if a else 0 for a, _, w in of_layers], jnp.int32),
-        )
+    def _layer_properties(self, own_inputs: jax.Array | None) -> LayerProperties:
+        def indices(values: Sequence[Any]) -> jax.Array:
+            of_layers = zip(self.spec.mixers, values, strict=True)  # 0 for recurrent mixers, which do not use them
+            places = [0 if is_recurrent(k) else self._distinct(k, values).index(value) for k, value in of_layers]
+            return jnp.array(places, jnp.int32)
 
-    def _distinct_ropes(self) -> list[rope.Rope | None]:
-        """Returns the distinct rotary positions of the layers with attention."""
-        return _distinct([r for r, kind in zip(self.spec.ropes, self.spec.mixers, strict=True) if kind is None])
+        return LayerProperties(indices(self.spec.ropes), indices(self.spec.windows), own_inputs)
 
-    def _distinct_windows(self) -> list[int | None]:
-        """Returns the distinct windows of the layers with attention."""
-        return _distinct([w for w, kind in zip(self.spec.windows, self.spec.mixers, strict=True) if kind is None])
+    def _distinct(self, kind: Kind, values: Sequence[T]) -> list[T]:
+        """Returns the distinct values, of which each layer has one, of the layers of a kind."""
+        return _distinct([value for k, value in zip(self.spec.mixers, values, strict=True) if k == kind])
 
     def _rope_tables(self, positions: jax.Array, lengths: jax.Array | None) -> dict[rope.Rope | None, rope.RopeTables]:
         """Computes the cosines and sines of each distinct RoPE of the layers with attention."""
-        kinds = self._distinct_ropes()
-        dims = next((kind.dims for kind in kinds if kind), 2)
-        return {kind: rope.rope_tables(kind, dims, positions, lengths) for kind in kinds}
+        of_layers = zip(self.spec.mixers, self.spec.ropes, strict=True)
+        ropes = _distinct([rope_ for kind, rope_ in of_layers if not is_recurrent(kind)])
+        dims = next((rope_.dims for rope_ in ropes if rope_), 2)
+        return {rope_: rope.rope_tables(rope_, dims, positions, lengths) for rope_ in ropes}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -355,11 +379,21 @@ def empty_cache(spec: ModelSpec, rows: int, slots: int, dtype: Any) -> Cache:
       dtype: the dtype of keys and values.
 
     Returns:
-      Zeros for the keys [B K H S] and values [B K S H] of each layer with attention; the first state of the others.
+      Zeros for the keys [B K H S] and values [B K S H] of each layer with attention, and nothing if it borrows them;
+      the first state of the others.
     """
-    keys = jnp.zeros((rows, spec.num_kv_heads, spec.head_dim, slots), dtype)
-    attention = (keys, keys.swapaxes(2, 3))
-    return [attention if k is None else MIXERS[type(k)].empty_state(spec, k, rows, dtype) for k in spec.mixers]
+
+    def empty(kind: Kind) -> Any:
+        if is_recurrent(kind):
+            return MIXERS[type(kind)].empty_state(spec, kind, rows, dtype)
+        attention = spec.attention_of(kind)
+        if attention.keys == "borrowed":
+            return ()
+        keys = jnp.zeros((rows, attention.num_kv_heads, attention.head_dim, slots), dtype)
+        return keys, keys.swapaxes(2, 3)
+
+    of_kinds = {kind: empty(kind) for kind in _distinct(spec.mixers)}
+    return [of_kinds[kind] for kind in spec.mixers]
 
 
 def place_cache(spec: ModelSpec, cache: Cache) -> Cache:
@@ -373,8 +407,8 @@ def place_cache(spec: ModelSpec, cache: Cache) -> Cache:
       The same cache.
     """
 
-    def place(kind: Mixer | None, layer_cache: Any) -> Any:
-        if kind is None:
+    def place(kind: Kind, layer_cache: Any) -> Any:
+        if not is_recurrent(kind):
             return jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), layer_cache)
         arrays, structure = jax.tree.flatten(layer_cache)
         axes = MIXERS[type(kind)].STATE_AXES

@@ -6,9 +6,10 @@ A run keeps them in a file of its `model` folder, so that it can be exported wit
 import shutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from mice_jax.errors import UserError
-from mice_jax.models.checkpoint_files import tensor_files
+from mice_jax.models.checkpoint_files import read_config, tensor_files
 from mice_jax.models.tensors import copy_tensors
 
 FILE = "untrained.safetensors"
@@ -16,9 +17,16 @@ FILE = "untrained.safetensors"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
-def prefixes(family: ModuleType) -> tuple[str, ...]:
-    """Returns the prefixes of the names of a family's tensors that are not trained; most families have none."""
-    return getattr(family, "UNTRAINED", ())
+def prefixes(family: ModuleType, config: dict[str, Any] | None = None) -> tuple[str, ...]:
+    """Returns the prefixes of the names of tensors that are not trained; most families have none.
+
+    Args:
+      family: the family of the model.
+      config: the content of its config.json, by which some layers have tensors that nothing reads; None
+        leaves these out.
+    """
+    unused = getattr(family, "unused", None)
+    return getattr(family, "UNTRAINED", ()) + (unused(config) if unused and config is not None else ())
 
 
 def keep(family: ModuleType, source: Path, folder: Path) -> None:
@@ -35,8 +43,8 @@ def keep(family: ModuleType, source: Path, folder: Path) -> None:
     if (source / FILE).exists():
         shutil.copyfile(source / FILE, folder / FILE)
         return
-    files = tensor_files(source)
-    copy_tensors(folder / FILE, {name: files[name] for name in sorted(files) if name.startswith(prefixes(family))})
+    files, kept = tensor_files(source), prefixes(family, read_config(source / "config.json"))
+    copy_tensors(folder / FILE, {name: files[name] for name in sorted(files) if name.startswith(kept)})
 
 
 def find(family: ModuleType, folder: Path) -> Path | None:

@@ -220,7 +220,8 @@ class RunPlan:
     def _meshes(self) -> Iterator[tuple[int, ...]]:
         """Yields every mesh whose tensor axis divides the number of key heads, so that no head is replicated."""
         for tensor in TENSOR_AXIS_SIZES:
-            if self.topology.count % tensor or self.spec.num_kv_heads % tensor:
+            heads = [attention.num_kv_heads for attention in self.spec.attention_kinds]
+            if self.topology.count % tensor or any(n % tensor for n in heads):
                 continue
             left = self.topology.count // tensor
             yield from ((left // fsdp, fsdp, tensor) for fsdp in range(1, left + 1) if left % fsdp == 0)

@@ -385,7 +385,8 @@ def optimizer(config: Config, decoder: Decoder, architecture: str) -> tuple[opta
       The optimizer, and the mask of the parameters that are trained; None if all of them are.
     """
     o = config.optim
-    trained = hf.trained_mask(decoder, architecture, o.frozen) if o.frozen else None
+    some_frozen = o.frozen or (decoder.lora is None and hf.always_frozen(architecture))
+    trained = hf.trained_mask(decoder, architecture, o.frozen) if some_frozen else None
     made = make_optimizer(
         name=o.name,
         grad_clip=o.grad_clip,

@@ -22,7 +22,7 @@ from mice_jax.models.attention import BACKENDS
 from mice_jax.models.layer_groups import Group, find_groups
 from mice_jax.models.mixers import MIXERS
 from mice_jax.models.mixers.costs import MixerWidths
-from mice_jax.models.spec import Mixer
+from mice_jax.models.spec import Kind, is_recurrent
 from mice_jax.models.transformer import Decoder, Params
 from mice_jax.step import TrainState
 
@@ -115,14 +115,14 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
     trained, itemsize = bytes_per_device(inputs.state.params), inputs.dtype.itemsize
     mixers, slots = inputs.decoder.spec.mixers, rows * inputs.max_length
 
-    def attention_bytes(kind: Mixer | None) -> int:
-        return rows * _attention_bytes_per_row(inputs) if kind is None else 0
+    def attention_bytes(kind: Kind) -> int:
+        return 0 if is_recurrent(kind) else rows * _attention_bytes_per_row(inputs)
 
-    def saved_by_layer(kind: Mixer | None) -> int:
+    def saved_by_layer(kind: Kind) -> int:
         saved = slots * _saved_per_slot(inputs, kind, remat) * itemsize
         return saved + attention_bytes(kind) if remat == "none" else saved
 
-    def working_bytes(kind: Mixer | None) -> int:
+    def working_bytes(kind: Kind) -> int:
         entries = slots * _working_per_slot(inputs, kind) + _gathered_weights(inputs)
         return entries * itemsize + attention_bytes(kind)
 
@@ -134,6 +134,7 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
     groups = find_groups(mixers)
     # The gradients of each group are put into stacks of all layers, and then added.
     padded = trained if len(groups) > 1 else 0
+    own_inputs = 2 * slots * inputs.decoder.spec.num_layers * inputs.decoder.spec.per_layer_dim  # and their gradients
     return MemoryEstimate(
         params=trained + bytes_per_device(inputs.base),
         optimizer=bytes_per_device(inputs.state.opt_state),
@@ -141,8 +142,8 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
         sums=trained * inputs.sums_dtype.itemsize // 4,
         gradients=trained + padded,
         cast=trained * itemsize // 4 if itemsize < 4 else 0,
-        activations=sum(saved_by_layer(kind) for kind in mixers),
-        working=max(_lm_head_bytes(inputs, rows), *map(working_of_group, groups)),
+        activations=sum(saved_by_layer(kind) for kind in mixers) + own_inputs * itemsize,
+        working=max(_lm_head_bytes(inputs, rows), _own_table_bytes(inputs), *map(working_of_group, groups)),
     )
 
 
@@ -205,7 +206,7 @@ def max_useful_rows(inputs: MemoryInputs, platform: str, wanted: float) -> int:
         The number of rows, at least one.
     """
     most = max(1, MAX_CPU_SLOTS // inputs.max_length) if platform == "cpu" else MAX_ROWS
-    _, query_width, _, _ = _widths(inputs)
+    query_width = max(_widths(inputs, kind)[1] for kind in inputs.decoder.spec.mixers)
     indexable = BACKENDS[inputs.attention].max_entries / (inputs.max_length * query_width)
     return max(1, int(min(most, round(wanted), indexable)))
 
@@ -233,22 +234,25 @@ def bytes_per_device(tree: Any) -> int:
 
 
 # ---------------------------------------------------------------------------------------- arrays alive at the peak
-def _widths(inputs: MemoryInputs) -> tuple[int, int, int, int]:
-    """Returns d_model, and the widths of the queries, the keys and the MLP on one device."""
+def _widths(inputs: MemoryInputs, kind: Kind) -> tuple[int, int, int, int]:
+    """Returns d_model, and the widths of the queries, the keys and the MLP of a layer on one device."""
     s, tensor = inputs.decoder.spec, inputs.mesh.shape["tensor"]
-    head = -(-s.head_dim // TPU_LANES) * TPU_LANES if inputs.attention == "splash" else s.head_dim
-    return s.d_model, s.num_heads * head // tensor, s.num_kv_heads * head // tensor, s.d_ff // tensor
+    attention = s.attention_of(None if is_recurrent(kind) else kind)
+    head = attention.head_dim
+    if inputs.attention == "splash":
+        head = -(-head // TPU_LANES) * TPU_LANES
+    return s.d_model, s.num_heads * head // tensor, attention.num_kv_heads * head // tensor, s.d_ff_of(kind) // tensor
 
 
-def _mixer_widths(inputs: MemoryInputs, kind: Mixer | None) -> MixerWidths:
-    """Returns the widths of the arrays of a layer's mixer on one device; `kind` is None for attention."""
+def _mixer_widths(inputs: MemoryInputs, kind: Kind) -> MixerWidths:
+    """Returns the widths of the arrays of a layer's mixer on one device."""
     spec, tensor = inputs.decoder.spec, inputs.mesh.shape["tensor"]
-    if kind is not None:
+    if is_recurrent(kind):
         return MIXERS[type(kind)].widths(spec, kind, tensor)
-    _, q, k, _ = _widths(inputs)
+    _, q, k, _ = _widths(inputs, kind)
     attention_output = q if BACKENDS[inputs.attention].saved_by_dots else 0
     # Each window is a branch of a switch, which saves more for several.
-    windows = len({w for w, mixer in zip(spec.windows, spec.mixers, strict=True) if mixer is None})
+    windows = len({w for w, mixer in zip(spec.windows, spec.mixers, strict=True) if mixer == kind})
     working, gate = 2 * q + 2 * k, q if spec.attention_gate else 0
     if inputs.attention == "reference":  # It has masks and scores between all slots of a row.
         working += 4 * inputs.max_length * spec.num_heads // tensor
@@ -259,9 +263,9 @@ def _mixer_widths(inputs: MemoryInputs, kind: Mixer | None) -> MixerWidths:
     )
 
 
-def _saved_per_slot(inputs: MemoryInputs, kind: Mixer | None, remat: str) -> int:
+def _saved_per_slot(inputs: MemoryInputs, kind: Kind, remat: str) -> int:
     """Returns the number of array entries per slot that one layer saves for the backward pass."""
-    (d, _, _, f), mixer = _widths(inputs), _mixer_widths(inputs, kind)
+    (d, _, _, f), mixer = _widths(inputs, kind), _mixer_widths(inputs, kind)
     if remat == "full":  # Only the input of the layer is saved.
         return d
     if remat == "dots":  # The results of all matmuls with weights, except the last, are saved too.
@@ -269,9 +273,9 @@ def _saved_per_slot(inputs: MemoryInputs, kind: Mixer | None, remat: str) -> int
     return 10 * d + mixer.saved + 6 * f
 
 
-def _working_per_slot(inputs: MemoryInputs, kind: Mixer | None) -> int:
+def _working_per_slot(inputs: MemoryInputs, kind: Kind) -> int:
     """Returns the number of array entries per slot of the layer whose backward pass is running."""
-    d, _, _, f = _widths(inputs)
+    d, _, _, f = _widths(inputs, kind)
     return 4 * d + _mixer_widths(inputs, kind).working + 5 * f
 
 
@@ -285,6 +289,13 @@ def _gathered_weights(inputs: MemoryInputs) -> int:
     """Returns the number of entries of the weights that a device has gathered, which are those of two layers."""
     total = sum(x.size for x in jax.tree.leaves(inputs.decoder.abstract["layers"]))
     return 2 * total // inputs.decoder.spec.num_layers // inputs.mesh.shape["tensor"]
+
+
+def _own_table_bytes(inputs: MemoryInputs) -> int:
+    """Returns the bytes of the gathered table of the layers' own embeddings and of its float32 gradient."""
+    spec, tensor = inputs.decoder.spec, inputs.mesh.shape["tensor"]
+    entries = inputs.decoder.vocab_rows // tensor * spec.num_layers * spec.per_layer_dim
+    return entries * (inputs.dtype.itemsize + (4 if inputs.base is None else 0))
 
 
 def _lm_head_bytes(inputs: MemoryInputs, rows: int) -> int:

@@ -29,6 +29,9 @@ ROPES: dict[str, dict[str, Any]] = {
         "rope_type": "yarn", "rope_theta": 10000.0, "factor": 5.0, "original_max_position_embeddings": ORIGINAL,
     },
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0},
+    "proportional": {
+        "rope_type": "proportional", "rope_theta": 100000.0, "factor": 2.0, "partial_rotary_factor": 0.5,
+    },
     "longrope": {
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": ORIGINAL,
         "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.5, 3.0, 5.0], "partial_rotary_factor": 0.5,
@@ -163,6 +166,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    # Layers with a window and layers without, which use their own keys, lend them, or borrow them. The eps is that of
+    # qwen3_5 for the same reason: with a usual one, one rounding of each weight moves logits by 7e-5.
+    "gemma4": (
+        "Gemma4ForCausalLM",
+        {
+            "num_hidden_layers": 5,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention", "sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "global_head_dim": 16, "attention_bias": True,
+            "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "final_logit_softcapping": 8.0,
+            "sliding_window": WINDOW, "tie_word_embeddings": True, "rms_norm_eps": 1e-3,
+            "rope_parameters": {"full_attention": ROPES["proportional"], "sliding_attention": ROPES["default"]},
+        },
+    ),
+    # As in its larger releases, without embeddings of each layer and with keys for values.
+    "gemma4-keys": (
+        "Gemma4ForCausalLM",
+        {
+            **TWO_KINDS, "attention_k_eq_v": True, "rms_norm_eps": 1e-3, "num_global_key_value_heads": 1,
+            "global_head_dim": 16, "hidden_size_per_layer_input": 0, "sliding_window": WINDOW,
+            "tie_word_embeddings": False,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -179,15 +204,18 @@ def torch_model(case: str, folder: Path | None = None, **changes: Any) -> PreTra
         for name, p in model.named_parameters():
             if name.endswith("bias") or p.ndim == 1:
                 p.add_(0.2 * torch.randn_like(p))
+        for name, scale in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                scale.add_(0.2 * torch.randn_like(scale))
     if folder is not None:
         model.save_pretrained(folder)
     return model
 
 
-# Checkpoints whose decoder is that of a case, with a vision tower beside it.
+# Checkpoints whose decoder is that of a case, with towers for images and sound beside it.
 WRAPPED = {
     "Gemma3ForConditionalGeneration": "gemma3", "Mistral3ForConditionalGeneration": "ministral3",
-    "Qwen3_5ForConditionalGeneration": "qwen3_5",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5", "Gemma4ForConditionalGeneration": "gemma4",
 }  # fmt: skip
 TOWER = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -200,24 +228,39 @@ TOWERS: dict[str, dict[str, Any]] = {
         "hidden_size": 16, "intermediate_size": 24, "depth": 1, "num_heads": 2, "patch_size": 14, "out_hidden_size": 32,
         "num_position_embeddings": 4,
     },
+    "gemma4": {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16,
+    },
 }  # fmt: skip
 # Their decoders have two layers; transformers applies no soft cap to the logits of Gemma 3 in this class.
 WRAPPED_CHANGES: dict[str, dict[str, Any]] = {
     "gemma3": TWO_KINDS | {"final_logit_softcapping": None, "model_type": "gemma3_text"},
     "ministral3": {"model_type": "ministral3"},
     "qwen3_5": {},
+    "gemma4": {  # no test has the padding, which transformers looks up in place of images
+        "pad_token_id": 1,
+        "num_hidden_layers": 3,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
 }
+EARS = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16,
+    "subsampling_conv_channels": [8, 4],
+}  # fmt: skip
 
 
 def wrapped_model(architecture: str, folder: Path, **changes: Any) -> PreTrainedModel:
-    """Makes and saves a model with the decoder of a case, and a vision tower in bfloat16 and of no special kind."""
+    """Makes and saves a model with the decoder of a case, and towers in bfloat16 and of no special kind."""
     case, model_class = WRAPPED[architecture], getattr(transformers, architecture)
     changes = WRAPPED_CHANGES[case] | changes
     text = SIZES | CASES[case][1] | changes
-    tied, image = text.get("tie_word_embeddings", False), "image_token_id" if case == "qwen3_5" else "image_token_index"
-    config = model_class.config_class(
-        text_config=text, vision_config=TOWERS[case], tie_word_embeddings=tied, **{image: 99}
-    )
+    tied = text.get("tie_word_embeddings", False)
+    others = {"image_token_id" if case == "qwen3_5" else "image_token_index": 99}
+    if case == "gemma4":
+        others = {"audio_config": EARS}
+    config = model_class.config_class(text_config=text, vision_config=TOWERS[case], tie_word_embeddings=tied, **others)
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     model = model_class(config).eval()
@@ -225,11 +268,19 @@ def wrapped_model(architecture: str, folder: Path, **changes: Any) -> PreTrained
     model.get_decoder().load_state_dict(decoder.model.state_dict())
     model.lm_head.load_state_dict(decoder.lm_head.state_dict())
     (model.model.visual if case == "qwen3_5" else model.model.vision_tower).to(torch.bfloat16)
+    if case == "gemma4":
+        model.model.audio_tower.to(torch.bfloat16)
     model.save_pretrained(folder)
     if case == "qwen3_5":  # releases have a head that predicts several tokens, which transformers ignores
         tensors = load_file(folder / "model.safetensors")
         save_file(
             tensors | {"mtp.fc.weight": torch.randn(8, 4).bfloat16()}, folder / "model.safetensors", {"format": "pt"}
         )
+    if case == "gemma4":  # releases have keys of layers that borrow, too, which transformers ignores
+        tensors, unused = (
+            load_file(folder / "model.safetensors"),
+            "model.language_model.layers.2.self_attn.k_proj.weight",
+        )
+        save_file(tensors | {unused: torch.randn(8, 4)}, folder / "model.safetensors", {"format": "pt"})
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "AnImageProcessor"}')
     return model

@@ -45,10 +45,10 @@ def spec_of(**changes: Any) -> ModelSpec:
     kinds = {"mixers": (None,) * layers, "ropes": (Rope(10000.0, 12, None),) * layers, "windows": (None,) * layers}
     scores = {"attention_scale": 12**-0.5, "query_scale": None, "attention_softcap": None, "qk_norm": "none"}
     scores["attention_gate"] = False
-    norms = {"pre_norm": True, "post_norm": False, "norm_eps": 1e-5, "norm_offset": 0.0}
+    norms = {"pre_norm": True, "post_norm": False, "norm_eps": 1e-5, "norm_offset": 0.0, "value_norm": False}
     biases = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
     factors = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logit_scale": 1.0, "logit_softcap": None}
-    rest = {"activation": "silu", "tie_embeddings": False, "init_std": 0.2}
+    rest = {"activation": "silu", "tie_embeddings": False, "init_std": 0.2, "layer_scales": False, "per_layer_dim": 0}
     return ModelSpec(**(sizes | heads | kinds | scores | norms | biases | factors | rest | changes))
 
 

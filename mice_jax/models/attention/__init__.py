@@ -83,8 +83,10 @@ class Backend:
         newer, newer_max_dims = self.max_head_dim_from
         if version >= newer:
             max_dims, where = newer_max_dims, f" on capability {run.compute_capability}"
-        if run.spec.head_dim > max_dims:
-            problems.append(f"its heads have at most {max_dims} dims{where}, and the model's have {run.spec.head_dim}")
+        if run.spec.max_head_dim > max_dims:
+            problems.append(
+                f"its heads have at most {max_dims} dims{where}, and the model's have {run.spec.max_head_dim}"
+            )
         size = self.row_bytes(run.max_length, run.spec.num_heads)
         if size > MAX_ROW_BYTES:
             problems.append(

@@ -11,6 +11,8 @@ from mice_jax.models.families import (
     gemma2,
     gemma3,
     gemma3_wrapped,
+    gemma4,
+    gemma4_wrapped,
     granite,
     granite4,
     hunyuan,
@@ -33,6 +35,6 @@ FAMILIES: dict[str, ModuleType] = {
     family.ARCHITECTURE: family
     for family in (
         llama, mistral, granite, granite4, qwen2, qwen3, smollm3, olmo2, olmo3, phi3, gemma2, gemma3, gemma3_wrapped,
-        exaone4, hunyuan, ministral3, ministral3_wrapped, lfm2, qwen3_5, qwen3_5_wrapped,
+        gemma4, gemma4_wrapped, exaone4, hunyuan, ministral3, ministral3_wrapped, lfm2, qwen3_5, qwen3_5_wrapped,
     )
 }  # fmt: skip

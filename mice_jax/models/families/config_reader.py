@@ -49,6 +49,13 @@ class ConfigReader:
             raise ValueError(f"{key}={value!r}; it must be a whole number from 1 up")
         return value
 
+    def count(self, key: str, default: int) -> int:
+        """Returns a whole number from 0 up."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{key}={value!r}; it must be a whole number from 0 up")
+        return value
+
     def number(self, key: str, default: float | None = None) -> float:
         """Returns a number above 0; the key is required if `default` is None."""
         value = self._required(key, default)
@@ -152,9 +159,7 @@ class ConfigReader:
 
     def late_windows(self, layers: int) -> tuple[int | None, ...]:
         """The windows of Qwen: in layers from `max_window_layers` on, if `use_sliding_window` is true."""
-        first, window = self.get("max_window_layers", 28), self.window("sliding_window", 4096)
-        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            raise ValueError(f"max_window_layers={first!r}; it must be a whole number from 0 up")
+        first, window = self.count("max_window_layers", 28), self.window("sliding_window", 4096)
         window = window if self.flag("use_sliding_window", False) else None
         return self.windows(window, [window is not None and i >= first for i in range(layers)])
 
@@ -248,12 +253,15 @@ def llama_like_spec(
         post_norm=False,
         norm_eps=c.number(norm_eps_key, norm_eps),
         norm_offset=0.0,
+        value_norm=False,
         activation=c.activation(activation_key, activation),
         qkv_bias=False,
         out_bias=False,
         mlp_bias=False,
         embedding_multiplier=1.0,
         residual_multiplier=1.0,
+        layer_scales=False,
+        per_layer_dim=0,
         logit_scale=1.0,
         logit_softcap=None,
         tie_embeddings=c.flag("tie_word_embeddings", tied),

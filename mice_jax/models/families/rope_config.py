@@ -9,14 +9,23 @@ import math
 import sys
 from typing import Any, Protocol, TypeGuard
 
-from mice_jax.models.spec import LinearScaling, Llama3Scaling, LongScaling, NTKScaling, Rope, YarnScaling
+from mice_jax.models.spec import (
+    LinearScaling,
+    Llama3Scaling,
+    LongScaling,
+    NTKScaling,
+    ProportionalScaling,
+    Rope,
+    YarnScaling,
+)
 
-KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic")
+KINDS = ("default", "linear", "llama3", "yarn", "longrope", "dynamic", "proportional")
 # Keys of the old spelling outside `rope_scaling`.
 TOP_LEVEL_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 # Of each `model_type` whose `rope_parameters` has an object per kind of layer: the key of the old spelling that has the
 # theta of layers with a window.
 LOCAL_THETA_KEYS = {"gemma3_text": "rope_local_base_freq", "olmo3": "rope_theta"}
+NEW_SPELLING_ONLY = ("gemma4_text",)  # each `model_type` that is younger than the new spelling
 QUERY_SCALE_KEYS = ("llama_4_scaling_beta", "max_position_embeddings")  # the second has no effect
 YARN_MAGNITUDES = ("mscale", "mscale_all_dim")  # 0 counts as absent
 
@@ -147,7 +156,8 @@ def _rope(parameters: dict[str, Any], head_dim: int, max_positions: int) -> Rope
     theta = _number(left, "rope_theta")
     if not theta > 1:
         raise ValueError(f"rope_theta={theta!r}; it must be above 1")
-    dims = int(head_dim * _number(left, "partial_rotary_factor", 1.0))
+    share = _number(left, "partial_rotary_factor", 1.0)
+    dims = head_dim if kind == "proportional" else int(head_dim * share)
     if dims % 2 or not 0 < dims <= head_dim:
         raise ValueError(f"a partial_rotary_factor that rotates {dims} of {head_dim} dims; it must be an even number")
     original = _whole(left, "original_max_position_embeddings", max_positions)
@@ -163,6 +173,8 @@ def _rope(parameters: dict[str, Any], head_dim: int, max_positions: int) -> Rope
         scaling = _yarn(left, original, max_positions)
     elif kind == "dynamic":
         scaling = _ntk(left, dims)
+    elif kind == "proportional":
+        scaling = _proportional(left, share, dims)
     elif kind == "longrope":
         scaling = _long(left, dims, original, max_positions)
     unknown = {k: v for k, v in left.items() if v is not None}
@@ -201,6 +213,13 @@ def _ntk(left: dict[str, Any], dims: int) -> NTKScaling:
     if _number(left, "factor", 1.0) != 1:
         raise ValueError("a factor other than 1 among its RoPE parameters, which rope_type='dynamic' does not use")
     return NTKScaling(_number(left, "alpha"))
+
+
+def _proportional(left: dict[str, Any], share: float, dims: int) -> ProportionalScaling:
+    rotated = int(share * dims // 2)
+    if not 0 < rotated <= dims // 2:
+        raise ValueError(f"a partial_rotary_factor that rotates {2 * rotated} of {dims} dims")
+    return ProportionalScaling(rotated, _number(left, "factor", 1.0))
 
 
 def _long(left: dict[str, Any], dims: int, original: int, max_positions: int) -> LongScaling:
@@ -246,6 +265,8 @@ def with_both_rope_spellings(config: dict[str, Any]) -> dict[str, Any]:
     """Spells the rotary positions of a config.json for transformers 4 and for 5, from either spelling."""
     if isinstance(config.get("text_config"), dict):
         return config | {"text_config": with_both_rope_spellings(config["text_config"])}
+    if config.get("model_type") in NEW_SPELLING_ONLY:
+        return config
     if config.get("rope_parameters"):
         return _with_old_spelling(config, config["rope_parameters"])
     return _with_new_spelling(config)
