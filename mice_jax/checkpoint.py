@@ -189,7 +189,7 @@ class Checkpoints(CheckpointReader):
           score: the step's value of the policy's `best_metric`, if it was measured.
         """
         self.wait()
-        step = int(state.step)
+        step = int(jax.device_get(state.step))
         self._saved[step] = {"samples": progress["samples"]}
         if score is not None:
             self._saved[step]["score"] = score

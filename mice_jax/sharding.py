@@ -336,9 +336,21 @@ def put_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
             return rows[start : start + per_shard]
 
         shape = (per_shard * num_shards(mesh), *rows.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, shard_rows)
+        return _put(shape, sharding, shard_rows)
 
     return {name: put(rows) for name, rows in arrays.items()}
+
+
+def put_scalar(value: float, mesh: Mesh) -> jax.Array:
+    """Makes a float32 scalar on all devices, of the same number in every process."""
+    everywhere, scalar = NamedSharding(mesh, PartitionSpec()), np.asarray(value, np.float32)
+    return _put((), everywhere, lambda index: scalar)
+
+
+def _put(shape: tuple[int, ...], sharding: NamedSharding, shard: Callable[[Any], np.ndarray]) -> jax.Array:
+    """Makes a global array from the shards of this process; a guard against implicit transfers lets this one pass."""
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(shape, sharding, shard)
 
 
 def put_steps(steps: Iterator[dict[str, Any]], mesh: Mesh) -> Iterator[dict[str, Any]]:

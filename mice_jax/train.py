@@ -35,9 +35,9 @@ from mice_jax.data.loader import load_steps
 from mice_jax.errors import StoppedByRule
 from mice_jax.evals.run_benchmarks import RunBenchmarks
 from mice_jax.model_source import check_weights
-from mice_jax.runtime import compile_cache, distributed, watchdog, xla_flags
+from mice_jax.runtime import compile_cache, distributed, transfers, watchdog, xla_flags
 from mice_jax.runtime.precision import set_float32_matmul_precision
-from mice_jax.sharding import local_shards, make_mesh, num_shards, put_steps
+from mice_jax.sharding import local_shards, make_mesh, num_shards, put_scalar, put_steps
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import parse_path
 from mice_jax.storage.provenance import code_state
@@ -215,19 +215,23 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         if index > 0 and step - 1 == span.first:
             state = enter_phase(data.spans, index, state, fns, checkpoints, console.print)
 
-        # The update is queued on the devices; the next batch is sent to them while they work.
+        # The update is queued on the devices; the next batch is sent to them while they work. Nothing else may cross
+        # between host and devices, since each implicit transfer would make the devices wait.
         batch = next_batch
         assert batch is not None, "the loader has every step"
-        for microbatch in batch["microbatches"]:
-            sums = fns.accumulate(join(state.params), sums, microbatch)
         threshold = run.progress.spike_threshold(config.train.skip_spikes)
         samples = batch["samples"]
-        average_weight = averaging.newest_weight(config.train.ema_half_life, samples, run.progress.samples + samples)
-        state, sums, device_metrics = fns.apply(state, sums, threshold, average_weight)
-        next_batch = next(batches, None)
+        weight = averaging.newest_weight(config.train.ema_half_life, samples, run.progress.samples + samples)
+        with transfers.guard():
+            for microbatch in batch["microbatches"]:
+                sums = fns.accumulate(join(state.params), sums, microbatch)
+            average_weight = None if weight is None else put_scalar(weight, mesh)
+            state, sums, device_metrics = fns.apply(state, sums, put_scalar(threshold, mesh), average_weight)
+            next_batch = next(batches, None)
+            on_host = jax.device_get(device_metrics)
 
         # A loss or gradient norm that is not finite ends the run before anything of the step is recorded.
-        metrics = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
+        metrics = {name: value.item() for name, value in on_host.items()}
         if not metrics["finite"]:
             run.save(state)  # `apply` has left the state as it was before the step.
             checkpoints.wait()

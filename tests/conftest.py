@@ -13,6 +13,7 @@ import threading
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["MICE_JAX_TRANSFER_GUARD"] = "disallow"  # no implicit transfer between host and devices within a step
 # Most of a test's time goes into compiling programs that run for milliseconds: LLVM need not optimise them, and the
 # older code generation for fused operations takes half as long to compile.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"

@@ -322,6 +322,15 @@ def test_next_batch_is_sent_to_devices_before_metrics_are_awaited(
     assert order.startswith("p" * (steps[0] + steps[1]) + "a" + "p" * steps[2] + "a")
 
 
+def test_an_implicit_transfer_within_a_step_fails(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows that stay on the host would be sent by the compiled function, while the devices wait.
+    monkeypatch.setattr(sharding_module, "put_rows", lambda rows, mesh: dict(rows))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        run_train(config, tmp_path / "run")
+
+
 # ---------------------------------------------------------------------------------------- ends
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

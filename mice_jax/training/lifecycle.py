@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.errors import AgreedError, Paused, Preempted, StoppedByRule, StoreError, one_line
 from mice_jax.runtime import distributed, watchdog
@@ -75,7 +77,7 @@ class Run:
           state: The state after a step.
           score: The step's value of checkpoint.best_metric; None if the checkpoint may not be selected.
         """
-        step = int(state.step)
+        step = int(jax.device_get(state.step))
         if step == self.saved_step:
             return
         assert self._checkpoints is not None, "training has begun"

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mice_jax.cli.progress_display import Display
 from mice_jax.data.loader import StepSource, empty_rows
@@ -113,7 +114,8 @@ def compile_step_functions(
         announce(f"compiling shape {number} of {len(trained)}: {shape.rows} x {shape.slots} tokens a device")
         fns.accumulate.compile(fns.abstract_params, sums, abstract_batch(mesh, shape.rows, shape.slots))
     announce("compiling the update")
-    fns.apply.compile(state, sums, 0.0, None if state.average is None else 0.0)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    fns.apply.compile(state, sums, scalar, None if state.average is None else scalar)
     if resets:
         fns.from_params.compile(state.params)
     for shape in evaluated:
