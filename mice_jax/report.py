@@ -46,11 +46,13 @@ def begin(values: command.Values) -> None:
     if values["port"].present:
         raise UserError("--port is the port of --serve, which is missing.")
     output = _output(values, folders)
-    problems = page.write(folders, output)
+    problems, verdicts = page.write(folders, output)
     for problem in problems[:MAX_WARNINGS]:
         console.print(f"[yellow]warning: {escape(problem)}[/yellow]")
     if len(problems) > MAX_WARNINGS:
         console.print(f"[yellow]and {len(problems) - MAX_WARNINGS} more warnings; the page lists all[/yellow]")
+    for line in verdicts:
+        console.print(escape(line))
     console.print(f"report: {escape(str(output))}")
 
 

@@ -191,14 +191,14 @@ def _run_workers(study: Study, arguments: Sequence[str], shares: Sequence[dict[s
     study.write_results()
     study.write_certificate()
     critical = branch_results.write(study.folder, study.sweep)
-    page.write([study.folder], study.folder / page.REPORT)
+    verdicts = page.write([study.folder], study.folder / page.REPORT).verdicts
     left = len(study.trials()) - study.num_ended()
     if left and signals:
         raise Preempted(f"{left} trials have not ended; run the same command to continue.")
     if left:
         lines = log_file.read_text().strip().splitlines() or ["they printed nothing"]
         raise UserError(f"the workers ended before {left} trials did. The last line of {log_file} is: {lines[-1]}")
-    console.print("\n".join([_summary(study), *critical]))
+    console.print(escape("\n".join([_summary(study), *critical, *verdicts])))
 
 
 @contextlib.contextmanager

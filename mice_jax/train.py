@@ -14,6 +14,7 @@ if __name__ == "__main__":
     command.before_imports("train")  # Handles --help and wrong flags before the imports below, which take seconds.
 
 # isort: split
+import dataclasses
 import functools
 import sys
 import types
@@ -43,7 +44,7 @@ from mice_jax.storage.paths import parse_path
 from mice_jax.storage.provenance import code_state
 from mice_jax.storage.workdir import SYNC_EVERY_S
 from mice_jax.training import averaging, build, first_nonfinite, phases, precompile, run_files, summary, trackers
-from mice_jax.training.cadence import HELD_OUT_ALONE, make_cadence
+from mice_jax.training.cadence import make_cadence
 from mice_jax.training.evaluator import Evaluator, check_metrics
 from mice_jax.training.lifecycle import Run, lifecycle
 from mice_jax.training.progress import Deadline, LapTimer
@@ -201,8 +202,11 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
     # What the model knows before the first step is a line of its own: the gain of the run is measured from there. Where
     # that is not finite, the first step ends the run and says so.
-    if start == 0 and (before := evaluator(state, HELD_OUT_ALONE)).metrics and all_finite(before.metrics):
-        run.log({"step": 0, "samples": 0} | before.metrics, before.answers)
+    if start == 0:
+        before, known = evaluator.before_training(state)
+        run.progress = dataclasses.replace(run.progress, known_before=known)
+        if before.metrics and all_finite(before.metrics):
+            run.log({"step": 0, "samples": 0} | before.metrics, before.answers)
 
     timer = LapTimer()
     sums = fns.zero_sums()
@@ -252,7 +256,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             skips_spikes=bool(config.train.skip_spikes),
         )  # fmt: skip
         due = cadence.due(step, previous.samples, run.progress.samples)
-        evaluation = evaluator(state, due)
+        evaluation = evaluator(state, due, run.progress.known_before)
         record |= evaluation.metrics
         run.log(record, evaluation.answers)
         workdir.sync(after_s=SYNC_EVERY_S)

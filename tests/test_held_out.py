@@ -1,7 +1,10 @@
 """The loss over what is held out: that the devices are kept busy, and that every microbatch counts once."""
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,6 +24,9 @@ from mice_jax.step import make_step
 from mice_jax.storage import jsonl
 from mice_jax.storage.workdir import ANSWERS
 from mice_jax.training import held_out, sample_answers
+from mice_jax.training.cadence import HELD_OUT_ALONE
+from mice_jax.training.evaluator import Evaluator
+from mice_jax.training.progress import Progress
 
 SLOTS = 40
 HELD = [("a", ("one",)), ("a", ("two",)), ("b", ("two",))]
@@ -196,3 +202,36 @@ def test_one_behind_yields_each_item_once_and_in_order() -> None:
         assert [(i, len(queued)) for i in held_out._one_behind(queue(count))] == [
             (i, min(i + 2, count)) for i in range(count)
         ]
+
+
+def test_kept_share_is_measured_against_what_was_known_before_the_first_step() -> None:
+    before = {"eval/old/exact_match": 0.8, "eval/old/token_accuracy": 0.9, "eval/new/exact_match": 0.0}
+    before |= {"eval/older/exact_match": 0.5, "eval/older/token_accuracy": 0.6}
+    known = held_out.known_before(before, ["old", "older"])
+    assert known == {"eval/old/exact_match": 0.8, "eval/older/exact_match": 0.5}
+    assert held_out.kept(before, known) == {"eval/kept": 1.0}
+    now = {"eval/old/exact_match": 0.2, "eval/older/exact_match": 0.5, "eval/new/exact_match": 0.9}
+    assert held_out.kept(now, known) == {"eval/kept": pytest.approx((0.25 + 1) / 2, rel=1e-12)}
+    assert held_out.kept(now, held_out.known_before(before, ["new"])) == {}, "nothing was known of it"
+    assert held_out.kept(now, {}) == {}
+    loss_alone = {k: v for k, v in before.items() if "exact" not in k}
+    assert held_out.known_before(loss_alone, ["old"]) == {"eval/old/token_accuracy": 0.9}
+
+
+def test_run_measures_what_it_keeps_from_before_its_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = Evaluator.__new__(Evaluator)
+    evaluator._held_out, evaluator._retain, evaluator._answer = ["something"], ["old"], lambda params: []
+    evaluator._join = lambda params: params
+    accuracy = {"params": 0.5, "average": 0.5}
+    monkeypatch.setattr(
+        evaluator, "_held_out_metrics", lambda of: {"eval/loss": 1.0, "eval/old/token_accuracy": accuracy[of]}
+    )
+    state: Any = SimpleNamespace(params="params", average="average")
+    before, known = evaluator.before_training(state)
+    assert before.metrics["eval/kept"] == before.metrics["eval/average/kept"] == 1.0
+    accuracy.update(params=0.1, average=0.4)
+    # A checkpoint keeps the counters as JSON, and a resumed run goes on from them.
+    progress = Progress(**json.loads(json.dumps(dataclasses.asdict(Progress(known_before=known)))))
+    now = evaluator(state, HELD_OUT_ALONE, progress.known_before).metrics
+    assert (now["eval/kept"], now["eval/average/kept"]) == pytest.approx((0.2, 0.8), rel=1e-12)
+    assert "eval/kept" not in evaluator(state, HELD_OUT_ALONE, Progress().known_before).metrics, "of an older run"

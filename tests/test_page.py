@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import pytest
 from helpers.runs import run_verb, write_jsonl
 from mice_jax import report
 from mice_jax.config import Config, Phase, Published, Source, to_dict
-from mice_jax.report_page import content, downsample, frontier, page, read_runs
+from mice_jax.report_page import content, downsample, equal_views, frontier, page, read_runs
+from mice_jax.training.stop_rules import ColumnarRecords
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><b>\'&amp;'
 
@@ -210,6 +212,32 @@ def test_frontier_is_what_is_learned_and_the_share_that_is_kept(tmp_path: Path) 
     assert frontier_of(evaluations("other"), ["old"]).kept == pytest.approx([1, 1.2, 1.4]), "by token accuracy"
     assert frontier_of(evaluations("exact_match"), []) is None
     assert frontier_of(evaluations("exact_match", 0), ["old"]) is None, "nothing was measured before the first step"
+
+
+def test_runs_are_compared_by_equal_samples_updates_and_flops() -> None:
+    """By hand: b has half of the updates of a, and each of its updates takes three times the FLOPs."""
+
+    def run(name: str, batch: int, flops: float, values: list[float], status: str = "completed") -> Any:
+        steps = [0, 2, 4] if name == "a" else [0, 1, 2]
+        curve = read_runs.Curve(steps, [batch * s for s in steps], values)
+        records = ColumnarRecords({"flops": np.full(steps[-1], flops)})
+        return SimpleNamespace(name=name, status=status, evaluations={"eval/loss": curve}, records=records)
+
+    a, b = run("a", 8, 1.0, [3.0, 2.0, 1.0]), run("b", 16, 3.0, [3.0, 2.5, 2.0])
+    found = equal_views.of_runs([a, b, run("c", 8, 1.0, [3.0, 0.0, 0.0], "stopped")], "eval/loss", "min")
+    assert found and found.runs == ["a", "b"]
+    assert found.budget == {"samples": 32, "steps": 2, "flops": 4} and found.target == 1.5
+    assert found.at_budget == {"samples": [1.0, 2.0], "steps": [2.0, 2.0], "flops": [1.0, pytest.approx(2.5 - 1 / 6)]}
+    assert found.to_target == {"samples": [24, None], "steps": [3, None], "flops": [3, None]}
+    a.evaluations["eval/loss"], b.records = (
+        read_runs.Curve([0, 2, 4], [0, 16, 32], [0.0, 0.5, 0.9]),
+        ColumnarRecords({}),
+    )
+    b.evaluations["eval/loss"] = read_runs.Curve([0, 1, 2], [0, 16, 32], [0.0, 0.8, 0.7])
+    more = equal_views.of_runs([a, b], "eval/loss", "max")
+    assert more and list(more.budget) == ["samples", "steps"] and more.target == pytest.approx(0.8)
+    assert more.to_target["samples"] == [pytest.approx(28.0), 16]
+    assert equal_views.of_runs([a], "eval/loss", "min") is None
 
 
 def test_lower_is_better_as_the_run_records_or_its_name_suggests(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_record_values_by_hand() -> None:
     assert (record["num_microbatches"], record["slot_efficiency"], record["skipped_steps"]) == (2, 0.75, 3)
     assert (record["tokens_per_s"], record["step_time_s"], record["noise_scale"]) == (150.0, 2.0, 16.0)
     assert (record["noise_scale_tokens"], record["noise_scale_low"], record["noise_scale_high"]) == (200.0, None, None)
-    assert record["mfu"] == train_flops(SPEC, BATCH["lengths"]) / 2e9
+    assert record["flops"] == train_flops(SPEC, BATCH["lengths"]) == 2e9 * record["mfu"]
 
 
 def test_record_has_the_customary_utilisation_too() -> None:

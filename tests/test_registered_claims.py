@@ -14,7 +14,7 @@ from scipy import stats
 
 from helpers.runs import run_verb
 from helpers.sweeps import small_sweep, write_sweep_file
-from mice_jax import sweep
+from mice_jax import report, sweep
 from mice_jax.errors import UserError
 from mice_jax.report_page import claims_table, content, read_runs
 from mice_jax.statistics import registered_claims, verdicts
@@ -313,7 +313,7 @@ def write_sweep(folder: Path, text: str, losses: np.ndarray, axes: dict[str, lis
     return registration
 
 
-def test_page_judges_registered_claims_and_no_changed_ones(tmp_path: Path) -> None:
+def test_page_judges_registered_claims_and_no_changed_ones(tmp_path: Path, capsys: Any) -> None:
     axes, folder = {BATCH: [8, 64], "optim.schedule": ["constant", "cosine"]}, tmp_path / "sweep"
     rng = np.random.default_rng(0)
     losses = 2 + 0.01 * rng.normal(size=(2, 2, 5)) + np.array([0.2, 0.0])[:, None, None]
@@ -328,6 +328,11 @@ def test_page_judges_registered_claims_and_no_changed_ones(tmp_path: Path) -> No
     assert explored["contrast"] == "batch_size 64, schedule cosine minus batch_size 8, schedule cosine"
     assert (explored["verdict"], explored["method"]) == ("exploration", "Benjamini-Hochberg")
     assert judged["device_hours"] == 20.0, "20 runs of half an hour on two devices"
+
+    assert run_verb(report.main, [f"--workdir={folder}"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("claim ")]
+    assert line.startswith("claim 'large batch ends better': supported; difference -0.2")
+    assert "adjusted p" in line and line.endswith("; 20 device hours")
 
     def problem_of() -> str:
         read = read_runs.read_sweep(folder)

@@ -62,10 +62,10 @@ def _result(registration: Registration, run: Run) -> Result:
     values = {name: v for name, value in (last or {}).items() if (v := finite(value)) is not None}
     params = {axis: registered_claims.text_of(run.params.get(axis, "")) for axis in registration.axes}
     seed = run.params.get("seed", registration.seeds[0])
-    return Result(run.name, params, seed if isinstance(seed, int) else -1, run.status, values, _device_hours(run))
+    return Result(run.name, params, seed if isinstance(seed, int) else -1, run.status, values, device_hours(run))
 
 
-def _device_hours(run: Run) -> float:
+def device_hours(run: Run) -> float:
     """Returns the time of a run's steps, in hours of one device; NaN where it is unknown."""
     if not len(run.records):
         return 0.0
@@ -73,6 +73,21 @@ def _device_hours(run: Run) -> float:
     devices = math.prod(mesh.values()) if mesh else math.nan
     seconds = stop_rules.column(run.records, "step_time_s")
     return float(np.nansum(seconds)) * devices / 3600
+
+
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    """Returns the verdict on each claim that is judged as one line, from `of_runs`."""
+    lines = []
+    for row in found["judged"]:
+        parts = [f"claim {row['name']!r}: {row['verdict']}"]
+        if row["mean"] is not None:
+            interval = f" [{row['low']:+.4g}, {row['high']:+.4g}]" if row["low"] is not None else ""
+            parts.append(f"difference {row['mean']:+.4g}{interval}")
+        parts += [f"adjusted p {row['adjusted']:.2g}"] if row["adjusted"] is not None else []
+        parts += [f"detectable {row['detectable']:.3g}"] if row["detectable"] is not None else []
+        parts += [f"{row['device_hours']:.3g} device hours"] if row["device_hours"] is not None else []
+        lines.append("; ".join([*parts, *([row["reason"]] if row["reason"] else [])]))
+    return lines
 
 
 def _row(registration: Registration, v: Verdict) -> dict[str, Any]:

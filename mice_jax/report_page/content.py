@@ -17,7 +17,7 @@ import numpy as np
 from mice_jax import __version__
 from mice_jax.config import Config, Phase, Source, flatten, to_dict
 from mice_jax.config_checks import resolved_rate
-from mice_jax.report_page import claims_table, downsample, frontier, read_runs, rule_evaluation
+from mice_jax.report_page import claims_table, downsample, equal_views, frontier, read_runs, rule_evaluation
 from mice_jax.report_page.read_runs import Run, finite
 from mice_jax.statistics.registered_claims import Registration
 from mice_jax.training import stop_rules
@@ -156,6 +156,8 @@ def _page(subject: _Subject) -> dict[str, Any]:
         "warnings": _warnings(subject),
         "certificate": subject.certificate or None,
         "critical": subject.critical or None,
+        "views": _views(subject),
+        "device_hours": _rounded(_device_hours(runs)),
         "claims": claims_table.of_runs(subject.claims, runs) if subject.claims else None,
         "evidence": _evidence(subject),
         "config": _config(subject),
@@ -260,6 +262,24 @@ def _best(runs: Sequence[Run], objective: stop_rules.Objective) -> int:
     return min([(sign * v, i) for i, v in enumerate(finals) if v is not None], default=(0, -1))[1]
 
 
+def _views(subject: _Subject) -> dict[str, Any] | None:
+    """Returns the metric at equal samples, updates and FLOPs, and what each run needed to one value."""
+    found = equal_views.of_runs(subject.runs, subject.objective.metric, subject.objective.mode)
+    if found is None:
+        return None
+    rounded = {
+        name: {unit: [_rounded(v) for v in values] for unit, values in getattr(found, name).items()}
+        for name in ("at_budget", "to_target")
+    }
+    return rounded | {"budget": found.budget, "target": _rounded(found.target), "runs": found.runs}
+
+
+def _device_hours(runs: Sequence[Run]) -> float | None:
+    """Returns what all runs took, in hours of one device; None where that of one is unknown."""
+    hours = sum(claims_table.device_hours(r) for r in runs)
+    return hours if math.isfinite(hours) else None
+
+
 def _saved(runs: Sequence[Run]) -> float | None:
     """Returns the share of the samples of all ended runs that was not trained on; None if it is unknown."""
     ended = [r for r in runs if r.status in ("completed", "stopped", "failed") and r.planned()[1]]
@@ -281,11 +301,13 @@ def _phases(run: Run) -> list[list[Any]]:
 def _curves(run: Run, subject: _Subject) -> dict[str, Any]:
     """Returns `grid`, the positions of the averaged curves `means`, and `stepwise`, single steps and their values."""
     if not len(run.records):
-        return {"grid": [[], [], []], "means": {}, "stepwise": {}}
+        return {"grid": [[], [], [], []], "means": {}, "stepwise": {}}
     steps, samples = (run.records.columns[k] for k in ("step", "samples"))
     time = np.nancumsum(stop_rules.column(run.records, "step_time_s"))
     points, is_single = subject.points_per_curve, len(subject.runs) == 1
+    flops = np.nancumsum(stop_rules.column(run.records, "flops"))
     grid = [[_one_decimal(v) for v in downsample.means(x, points)] for x in (steps, samples, time)]
+    grid.append([_rounded(v) for v in downsample.means(flops, points)])
     means, stepwise = {}, {}
     for name in subject.signals:
         values = stop_rules.column(run.records, stop_rules.recorded_name(name))

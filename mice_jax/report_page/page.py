@@ -6,12 +6,12 @@ Text from data or configs reaches the page in a JSON block only and is inserted 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
 from mice_jax.errors import UserError, install_command
-from mice_jax.report_page import content, read_runs
+from mice_jax.report_page import claims_table, content, read_runs
 from mice_jax.storage.paths import write_atomically
 
 REPORT = "report.html"
@@ -19,19 +19,29 @@ ASSETS = Path(__file__).parent / "assets"
 REFRESH_S = 5.0  # A page of a run in progress asks for what is new after so many seconds.
 
 
-def write(folders: Sequence[Path], output: Path) -> list[str]:
+class Written(NamedTuple):
+    """What a page that was written says in short.
+
+    Attributes:
+        problems: A sentence for each thing that could not be read.
+        verdicts: A line for each registered claim.
+    """
+
+    problems: list[str]
+    verdicts: list[str]
+
+
+def write(folders: Sequence[Path], output: Path) -> Written:
     """Writes the page of a run, a sweep or several runs.
 
     Args:
         folders: the folder of one sweep, or those of one or more runs.
         output: the HTML file.
-
-    Returns:
-        A sentence for each thing that could not be read.
     """
     data = collect(folders)
     write_atomically(output, render(data))
-    return [f"{p['run']}: {p['text']}" if p["run"] else p["text"] for p in data["problems"]]
+    problems = [f"{p['run']}: {p['text']}" if p["run"] else p["text"] for p in data["problems"]]
+    return Written(problems, claims_table.sentences(data["claims"]) if data["claims"] else [])
 
 
 def collect(folders: Sequence[Path]) -> dict[str, Any]:

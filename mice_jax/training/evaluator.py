@@ -1,7 +1,7 @@
 """Evaluates the model in memory between two steps of its run: first the held-out loss, then benchmarks."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
@@ -14,7 +14,8 @@ from mice_jax.models.transformer import Params
 from mice_jax.runtime import distributed
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.training import averaging, held_out
-from mice_jax.training.cadence import Due, uses_best_checkpoint
+from mice_jax.training.cadence import HELD_OUT_ALONE, Due, uses_best_checkpoint
+from mice_jax.training.metric_names import KEPT
 from mice_jax.training.phases import PhaseSpan
 from mice_jax.training.record import check_best_metric
 
@@ -50,6 +51,7 @@ def check_metrics(
     sources = {held.name for held in held_out_data}
     held_out.check_retained(config.eval.retain, sources)
     measured = held_out.metric_names(held_out_data, _has_phases(config), config.eval.exact_match)
+    measured += [KEPT] * bool(config.eval.retain)
     if config.train.ema_half_life:
         averaging.check_source_names(sources)
         measured += [averaging.of_average_name(name) for name in measured]
@@ -93,10 +95,17 @@ class Evaluator:
         self._by_phase, self._exact_match = _has_phases(config), config.eval.exact_match
         self._retain = config.eval.retain
 
-    def __call__(self, state: TrainState, due: Due) -> Evaluation:
+    def before_training(self, state: TrainState) -> tuple[Evaluation, dict[str, float]]:
+        """Measures on held-out data before the first step; returns also what is known of the sources to retain."""
+        found = self(state, HELD_OUT_ALONE, None)
+        return found, held_out.known_before(found.metrics, self._retain) if found.metrics else {}
+
+    def __call__(self, state: TrainState, due: Due, known: Mapping[str, float] | None) -> Evaluation:
         """Measures what is due.
 
         Args:
+          known: What was known of the sources to retain before the first step, see `held_out.known_before`; None
+            before that step.
           state: The state after a step. Where it has a running average of the parameters, the held-out loss of the
             average is measured too.
           due: The evaluations that are due after that step.
@@ -107,9 +116,12 @@ class Evaluator:
         metrics: dict[str, Any] = {}
         answers: list[dict[str, str]] = []
         if due.held_out and self._held_out:
-            metrics |= self._held_out_metrics(state.params)
+            measured = self._held_out_metrics(state.params)
+            known = held_out.known_before(measured, self._retain) if known is None else known
+            metrics |= measured | held_out.kept(measured, known)
             if state.average is not None:
-                metrics |= averaging.of_average(self._held_out_metrics(state.average))
+                measured = self._held_out_metrics(state.average)
+                metrics |= averaging.of_average(measured | held_out.kept(measured, known))
             answers = self._answer(self._join(state.params))
         failure = None
         if due.benchmarks:

@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -12,7 +12,7 @@ from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture, PhasePools, Pool
 from mice_jax.errors import UserError
 from mice_jax.sharding import put_rows
-from mice_jax.training.metric_names import MACRO, MACRO_EXACT_MATCH
+from mice_jax.training.metric_names import KEPT, MACRO, MACRO_EXACT_MATCH
 
 T = TypeVar("T")
 
@@ -108,6 +108,29 @@ def evaluate(
     if held_out and exact_match:
         metrics[MACRO_EXACT_MATCH] = statistics.fmean(metrics[f"eval/{name}/exact_match"] for name in names)
     return {name: metrics[name] for name in metric_names(held_out, by_phase, exact_match)}
+
+
+def known_before(metrics: Mapping[str, float], retain: Sequence[str]) -> dict[str, float]:
+    """Returns what a model knows of the sources to retain, by the names of the metrics that tell it.
+
+    Args:
+      metrics: What was measured before the first step.
+      retain: The names of the sources.
+    """
+    kind = "exact_match" if all(f"eval/{name}/exact_match" in metrics for name in retain) else "token_accuracy"
+    return {f"eval/{name}/{kind}": metrics[f"eval/{name}/{kind}"] for name in retain}
+
+
+def kept(metrics: Mapping[str, float], known: Mapping[str, float]) -> dict[str, float]:
+    """Returns the share that is kept of what was known before the first step, as the mean over sources.
+
+    Args:
+      metrics: What is measured now.
+      known: What `known_before` returned; where it is empty or nothing of a source was known, nothing is returned.
+    """
+    if not known or min(known.values()) <= 0:
+        return {}
+    return {KEPT: statistics.fmean(metrics[name] / value for name, value in known.items())}
 
 
 def _once(held_out: HeldOut) -> Mixture:

@@ -25,6 +25,7 @@ class Progress:
       skipped: The number of steps whose update was skipped because of train.skip_spikes.
       norms: The gradient norms of the latest steps.
       noise: The sums from which the noise scale is estimated, as `NoiseSums`.
+      known_before: What was known of the sources in eval.retain before the first step, by the names of metrics.
     """
 
     samples: int = 0
@@ -34,6 +35,7 @@ class Progress:
     skipped: int = 0
     norms: tuple[float, ...] = ()
     noise: tuple[float, ...] = NoiseSums()
+    known_before: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def advance(
         self, batch: Mapping[str, Any], grad_norm: float, skipped: bool, grad_sq_unbiased: float = math.nan
@@ -60,6 +62,7 @@ class Progress:
             skipped=self.skipped + skipped,
             norms=(*self.norms, grad_norm)[-NORMS_KEPT:],
             noise=tuple(noise),
+            known_before=self.known_before,
         )
 
     def counters(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from mice_jax.training.progress import Progress
 STEP_METRICS = (
     "loss", "token_accuracy", "entropy", "grad_norm", "param_norm", "update_norm", "grad_sq_corrected", "noise_scale",
     "noise_scale_low", "noise_scale_high", "noise_scale_tokens", "learning_rate", "epoch", "samples", "tokens",
-    "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "mfu", "mfu_6p", "step_time_s",
+    "loss_tokens", "num_microbatches", "slot_efficiency", "tokens_per_s", "flops", "mfu", "mfu_6p", "step_time_s",
 )  # fmt: skip
 # Those of each source that is trained on, as train/<source>/<metric>.
 SOURCE_METRICS = ("loss", "token_accuracy", "loss_tokens")
@@ -84,6 +84,7 @@ def make_record(
     record["tokens_per_s"] = batch["tokens"] / seconds
     customary = customary_train_flops(throughput.spec, batch["tokens"], throughput.num_params, throughput.max_length)
     flops = train_flops(throughput.spec, batch["lengths"], frozen=throughput.frozen)
+    record["flops"] = flops
     record["mfu"] = throughput.utilisation(flops, seconds)
     record["mfu_6p"] = throughput.utilisation(customary, seconds)
     record["step_time_s"] = seconds

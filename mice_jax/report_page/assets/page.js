@@ -58,7 +58,7 @@ function between(steps, from, to) {
 }
 function placed(run, steps) {
   if (state.x === "step") return steps;
-  const at = between(steps, run.grid[0], run.grid[state.x === "samples" ? 1 : 2]);
+  const at = between(steps, run.grid[0], run.grid[["step", "samples", "time", "flops"].indexOf(state.x)]);
   return state.x === "samples" ? at.map(v => Math.round(v)) : at;
 }
 /** Running means over an odd number of points, of those that are known. */
@@ -176,7 +176,7 @@ function showAll(which = figures) {
   };
   next();
 }
-const xTitle = () => ({ samples: "samples", step: "steps", time: "training time, s" })[state.x];
+const xTitle = () => ({ samples: "samples", step: "steps", time: "training time, s", flops: "model FLOPs" })[state.x];
 /** The part of an axis that most of the curves need: a run that blew up is not let to flatten the others. */
 function bounds(traces, logarithmic) {
   const values = traces.filter(t => !t.skip).flatMap(t => t.y).filter(v => v !== null && (!logarithmic || v > 0)).map(v => logarithmic ? Math.log10(v) : v).sort((a, b) => a - b);
@@ -451,7 +451,8 @@ function makeHeader() {
     tiles = [tile(data.kind === "sweep" ? "trials" : "runs", String(runs.length), statuses.map(s => `${count(s)} ${s}`).join(", ")),
       best ? tile(`best ${data.metric}`, short(best.metric), `${data.kind === "sweep" ? "trial " : ""}${runLabel(best, true)}`) : "",
       data.kind === "sweep" && known(data.saved) ? tile("samples not trained on", percent(data.saved), "share of the planned samples of ended trials") : "",
-      tile("samples in all", short(runs.reduce((a, r) => a + r.samples, 0)))];
+      tile("samples in all", short(runs.reduce((a, r) => a + r.samples, 0))),
+      known(data.device_hours) ? tile("cost", `${short(Number(data.device_hours.toPrecision(3)))} device hours`, data.certificate ? "for the best arm" : data.critical ? "for the critical batch size" : "") : ""];
   }
   byId("tiles").replaceChildren(...tiles.filter(known));
 }
@@ -461,6 +462,7 @@ function makeCurves() {
     if (runs.some(r => name in r.means)) figure("charts", name, title, note, drawCurves, LOGARITHMIC.includes(name) || (name === "learning_rate" && !alone));
 }
 function makeControls() {
+  byId("x").querySelector("option[value=flops]").hidden = !runs.some(r => r.grid[3]?.some(v => v > 0));
   byId("x").addEventListener("change", e => { state.x = e.target.value; showAll(); });
   byId("smoothing").value = state.smoothing;
   byId("smoothing").addEventListener("input", e => { state.smoothing = Number(e.target.value); showAll(); });
@@ -571,6 +573,15 @@ function makeCertificate() {
     plainTable(["compared with", "arm", "lag", "seeds"], [...found.brackets.flatMap(b => [row(`next lower ${data.fields[b.axis] ?? b.axis}`, b.lower), row(`next higher ${data.fields[b.axis] ?? b.axis}`, b.higher)]), ...(found.runner_up ? [row("runner-up", found.runner_up)] : [])], [2, 3]),
     ...(found.notes.length ? [el("ul", {}, ...found.notes.map(text => el("li", {}, text)))] : []));
 }
+function makeViews() {
+  const found = data.views;
+  if (!found) return;
+  const units = Object.keys(found.budget), label = { samples: "samples", steps: "updates", flops: "FLOPs" };
+  const named = name => { const run = runs.find(r => r.name === name); return run ? runLabel(run, true) : name; };
+  const rows = found.runs.map((name, i) => [named(name), ...units.map(u => found.at_budget[u][i]), ...units.map(u => known(found.to_target[u][i]) ? found.to_target[u][i] : "–")]);
+  byId("views-body").replaceChildren(el("p", { class_: "note" }, `${data.metric} of completed runs, compared by what is equal: ${units.map(u => `${short(found.budget[u])} ${label[u]}`).join(", ")} (as much as each of these runs has had), and by what a run needs to ${short(found.target)}, the median of their ends. Between two evaluations the metric is taken to be on a line.`),
+    plainTable(["run", ...units.map(u => `at equal ${label[u]}`), ...units.map(u => `${label[u]} to target`)], rows, rows[0].map((_, i) => i).slice(1)));
+}
 function makeCritical() {
   const found = data.critical;
   if (!found) return;
@@ -638,10 +649,10 @@ function makeProblems() {
 // ------------------------------------------------------------------------------------- all of it
 const has = id => byId(id).childElementCount > 0;
 /** Which sections have something to show. */
-const needs = () => ({ problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, critical: data.critical, trials: !alone, curves: has("charts"), evaluations: has("evaluation-charts"), answers: data.answers.length, frontier: has("frontier-charts"), grid: has("grid-charts"),
+const needs = () => ({ problems: data.problems.length, warnings: data.warnings.length, claims: data.claims, certificate: data.certificate, critical: data.critical, trials: !alone, curves: has("charts"), evaluations: has("evaluation-charts"), answers: data.answers.length, views: data.views, frontier: has("frontier-charts"), grid: has("grid-charts"),
   parallel: has("parallel-charts") && runs.filter(r => axisOf(r) !== null).length > 1, evidence: data.evidence, events: byId("events").querySelector("tbody").childElementCount, "data-section": has("data-body"), config: has("config-body") });
 /** The parts of the page, each with what it is made from: a refresh leaves those alone of which nothing is new. */
-const PARTS = [[makeHeader, () => [data.runs, data.saved]], [makeProblems, () => [data.problems, data.warnings]], [makeClaims, () => data.claims], [makeCertificate, () => data.certificate], [makeCritical, () => data.critical], [makeCurves, () => data.runs], [makeEvaluations, () => data.runs], [makeAnswers, () => data.answers], [makeFrontier, () => data.runs], [makeGrid, () => data.runs],
+const PARTS = [[makeHeader, () => [data.runs, data.saved]], [makeProblems, () => [data.problems, data.warnings]], [makeClaims, () => data.claims], [makeCertificate, () => data.certificate], [makeCritical, () => data.critical], [makeCurves, () => data.runs], [makeEvaluations, () => data.runs], [makeAnswers, () => data.answers], [makeViews, () => [data.views, data.runs]], [makeFrontier, () => data.runs], [makeGrid, () => data.runs],
   [makeEvidence, () => data.evidence], [makeEvents, () => data.runs], [makeData, () => data.data], [makeConfig, () => [data.config, data.provenance]]];
 const every = Number(document.documentElement.dataset.refreshS ?? 0); // seconds between refreshes, 0 for none
 const made = new Map();
