@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 import mice_jax
-from helpers.runs import DEPRECATED, REPOSITORY, write_config
+from helpers.runs import DEPRECATED, REPOSITORY, setting, write_config
 from mice_jax.cli import command, main
 from mice_jax.cli.flags import COMMANDS, define_config
 from mice_jax.config import Config, ConfigError
@@ -461,12 +461,21 @@ from mice_jax.runtime import unused_packages
 unused_packages.hide()
 import mice_jax.train
 unused_packages.show()
-print(*sorted({"torch", "tensorflow", "scipy", "lm_eval", "pandas", "google.cloud.storage"} & {*sys.modules}))
-print(importlib.util.find_spec("torch") is not None)
+setting = f"--config={sys.argv[1]}", f"--workdir={sys.argv[2]}"
+assert mice_jax.train.main(setting) == 0
+heavy = {"torch", "tensorflow", "scipy", "lm_eval", "pandas", "numba", "google.cloud.storage"}
+print(*sorted(heavy & {*sys.modules}), file=sys.stderr)
+import pandas, pyarrow
+table = pyarrow.Table.from_pandas(pandas.DataFrame({"when": pandas.to_datetime(["2026-01-02"])}))
+print(table.to_pandas().when[0].year, pyarrow.array(pandas.Categorical(["a"])).to_pylist(), file=sys.stderr)
+print(importlib.util.find_spec("torch") is not None, file=sys.stderr)
 """
 
 
 @pytest.mark.slow
-def test_train_imports_none_of_the_large_packages_that_it_does_not_use() -> None:
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=200, cwd=REPOSITORY)
-    assert done.stdout.splitlines() == ["", "True"], done.stdout + done.stderr
+def test_train_imports_none_of_the_large_packages_that_it_does_not_use(tmp_path: Path) -> None:
+    """A whole run: pyarrow and numba would import pandas and scipy in the middle of it."""
+    config = setting(tmp_path, "c.optim.max_steps = 1")
+    code = [sys.executable, "-c", IMPORTS, str(config), str(tmp_path / "run")]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+    assert done.stderr.splitlines()[-3:] == ["", "2026 ['a']", "True"], done.stdout + done.stderr

@@ -25,10 +25,11 @@ def test_data_modules_import_no_jax_and_packing_imports_numba_late() -> None:
 import sys, {", ".join(modules)}
 print([m for m in {(*ACCELERATOR[:5], "numba")} if m in sys.modules])
 import numpy as np, mice_jax.data.packing as p
-p.pack_steps(np.ones((1, 1), int), p.microbatch_shapes(128, 1), 1, np.random.default_rng(0))
-print([m for m in {(*ACCELERATOR[:5], "numba")} if m in sys.modules])
+for samples in (8, 1000):
+    p.pack_steps(np.ones((1, samples), int), p.microbatch_shapes(128, 1), 1, np.random.default_rng(0))
+    print([m for m in {(*ACCELERATOR[:5], "numba")} if m in sys.modules])
 """
-    assert run_python(code).split("\n")[:2] == ["[]", "['numba']"]
+    assert run_python(code).split("\n")[:3] == ["[]", "[]", "['numba']"]
 
 
 def test_the_loader_imports_no_more_than_grain_and_commands_no_numba() -> None:

@@ -258,6 +258,22 @@ def test_rows_found_by_wide_numbers_are_those_found_by_narrow_ones(case: tuple, 
     assert wide == narrow
 
 
+@settings(deadline=None, max_examples=40)
+@given(CASES, st.integers(0, 5))
+def test_plans_made_by_python_itself_are_those_of_compiled_loops(case: tuple, seed: int) -> None:
+    (max_length, rows, num_shards), listed = case
+    lengths, shapes = np.array(listed, np.int32), microbatch_shapes(max_length, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(best_fit, "MOST_INTERPRETED", -1)
+        compiled = pack(lengths, shapes, num_shards, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in best_fit.HELPERS:
+            patch.setattr(best_fit, name, getattr(best_fit, name).py_func)
+        patch.setattr(best_fit, "MOST_INTERPRETED", sys.maxsize)
+        patch.setattr(best_fit, "_compiled", None)
+        assert pack(lengths, shapes, num_shards, seed) == compiled
+
+
 # ---------------------------------------------------------------------------------------- what numba keeps
 PLAN = """
 import numpy as np

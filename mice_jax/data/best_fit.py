@@ -1,18 +1,22 @@
 """Best-fit packing of samples and random dealing of rows for a block of steps, compiled by numba.
 
-This module is separate from `packing`, which imports it with its first plan, because numba is slow to import.
+The import of numba and the loading of what it has compiled take two CPU seconds, so Python itself runs the loops until
+it has planned as much as takes it a tenth of a second. The plans are the same.
 """
 
 import functools
 import sys
 from typing import Any
 
-import numba
 import numpy as np
-from numba import njit
 
 # A row's key holds its free slots and its number; keys below this limit use uint32, which is twice as fast as uint64.
 NARROW = 2**31
+# As many comparisons of a sample with a row does Python make in this process before the loops are compiled.
+MOST_INTERPRETED = 100_000
+HELPERS = ("_best_fit", "_deal", "_write")  # what `_pack` calls
+
+_interpreted = 0  # comparisons that Python has made
 
 
 def pack(ranked: np.ndarray, seeds: np.ndarray, *numbers: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,7 +35,23 @@ def pack(ranked: np.ndarray, seeds: np.ndarray, *numbers: Any) -> tuple[np.ndarr
     word = np.uint32 if main_slots << most_rows.bit_length() < NARROW else np.uint64
     most = np.iinfo(word).max
     arguments = ranked, seeds, np.array([most // 2, most], word), *numbers
+    global _interpreted
+    _interpreted += ranked.size * most_rows
+    if _interpreted <= MOST_INTERPRETED:
+        with np.errstate(over="ignore"):  # numbers wrap around, as they do where the loops are compiled
+            return _pack(*arguments)
+    import numba
+
     return _compiled(tuple(map(numba.typeof, arguments)))(*arguments)
+
+
+@functools.cache
+def _compile_helpers() -> None:
+    """Compiles what `_pack` calls: numba looks these functions up in this module."""
+    from numba import njit
+
+    for name in HELPERS:
+        globals()[name] = njit(globals()[name])
 
 
 @functools.cache
@@ -41,6 +61,9 @@ def _compiled(types: tuple[Any, ...]) -> Any:
     The cache may be damaged, in which case numba may raise any error, and the disk may be full or read-only. Then this
     process compiles without the cache, which takes two seconds, and prints a remark.
     """
+    from numba import njit
+
+    _compile_helpers()
     try:
         loops = njit(cache=True)(_pack)
         loops.compile(types)
@@ -111,7 +134,6 @@ def _pack(ranked, seeds, limits, main_rows, main_slots, least_charge, tail_slots
     return samples, bounds[:begin], chosen
 
 
-@njit
 def _best_fit(charges, slots, keys, limits, row_of):
     """Packs by best-fit-decreasing; writes the row of each sample into `row_of`, and returns False if one does not fit.
 
@@ -136,7 +158,6 @@ def _best_fit(charges, slots, keys, limits, row_of):
     return True
 
 
-@njit
 def _deal(place, start, end, seed):
     """Permutes the places of the rows from `start` up to `end` at random, with numbers from SplitMix64."""
     for row in range(start, end):
@@ -150,7 +171,6 @@ def _deal(place, start, end, seed):
         place[row], place[other] = place[other], place[row]
 
 
-@njit
 def _write(ranked, row_of, place, samples, bounds):
     """Writes the samples of each place into `samples`, longest first, and the bounds of the places into `bounds`."""
     count, rows = len(row_of), len(bounds) - 1

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mice_jax.data.best_fit import pack
 from mice_jax.packing_limits import max_segments
 
 MAX_SHAPES = 6  # each shape costs a compilation
@@ -128,8 +129,6 @@ def pack_steps(lengths: np.ndarray, shapes: tuple[Shape, ...], num_shards: int, 
     assert lengths.size and lengths.min() >= 1 and lengths.max() <= main.slots
     num_steps, count = lengths.shape
     layouts = _layouts(shapes, num_shards)
-    from mice_jax.data.best_fit import pack  # imported here because it takes a while
-
     # In ascending order, the longest sample comes last; of equally long ones, the first.
     ranked = np.sort(lengths.astype(np.int64) << 32 | np.arange(count - 1, -1, -1), axis=1)
     seeds = rng.integers(2**64, size=num_steps, dtype=np.uint64)

@@ -22,3 +22,28 @@ def show() -> None:
     for name in PACKAGES:
         if name in sys.modules and sys.modules[name] is None:
             del sys.modules[name]
+    keep_pandas_from_pyarrow()
+
+
+def keep_pandas_from_pyarrow() -> None:
+    """Keeps pyarrow from importing pandas, which its first array does where pandas is installed.
+
+    pyarrow looks for pandas once, and again where something asks it for a data frame, so all conversions still work.
+    """
+    pyarrow = sys.modules.get("pyarrow")
+    if pyarrow is None or "pandas" in sys.modules:
+        return
+    absent = _NoPandas()
+    sys.meta_path.insert(0, absent)
+    try:
+        pyarrow.array([0])
+    finally:
+        sys.meta_path.remove(absent)
+
+
+class _NoPandas:
+    """A finder of modules that does not find pandas. With None in sys.modules pyarrow would fail."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name, name=name)
