@@ -1,18 +1,20 @@
-"""Runs by two processes of four devices each: equal to one process of eight, and ended together."""
+"""Runs by two processes of two devices each: equal to one process of four, and ended together."""
 
 import contextlib
+import functools
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from helpers import bucket
+from helpers.forked import ForkedTrain, fork_train
 from helpers.runs import (
     arrays,
     lines_of,
@@ -22,18 +24,19 @@ from helpers.runs import (
     read_metrics,
     run_train,
     setting,
-    start_train,
     timeless,
     write_jsonl,
 )
+from mice_jax import train as train_module
 from mice_jax.runtime import distributed
+from mice_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
-STEPS = 20
+STEPS = 10
 HEARTBEAT_S = "10"
 COUNTS = ("step", "phase", "epoch", "samples", "tokens", "loss_tokens", "learning_rate", "num_microbatches")
 
-Processes = list[subprocess.Popen[str]]
+Processes = list[ForkedTrain]
 Start = Callable[..., Processes]
 
 
@@ -42,10 +45,10 @@ def starting() -> Iterator[Start]:
     """A function that starts a run of two processes; those that still run at the end are killed."""
     started: Processes = []
 
-    def start(configs: Sequence[Path], run: Path, *flags: str, **more: str) -> Processes:
+    def start(configs: Sequence[Path], run: Path, *flags: str, pace_s: float = 0.0, **more: str) -> Processes:
         for config, place in zip(configs, place_flags(2), strict=True):
             heartbeat = {"MICE_JAX_HEARTBEAT_S": HEARTBEAT_S}
-            started.append(start_train(config, run, *flags, *place, devices=4, **heartbeat, **more))
+            started.append(fork_train(config, run, *flags, *place, devices=2, pace_s=pace_s, **heartbeat, **more))
         return started[-2:]
 
     try:
@@ -86,24 +89,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path) -> Path:
     held = write_jsonl(folder / "held.jsonl", make_chats(6, seed=5))
     body = [
-        "c.data.phases[0].num_epochs = 4",
+        "c.data.phases[0].num_epochs = 2",
         f"c.data.validation = [Source(path='{held}')]",
-        "c.eval.every_samples = 100",
-        "c.checkpoint.every_samples = 56",  # steps 7 and 14, in the middle of an epoch of five
-        "c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 2, 2",
+        "c.eval.every_samples = 40",
+        "c.checkpoint.every_samples = 32",  # steps 4 and 8, in the middle of an epoch of five
+        "c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, 2, 2",  # each process holds half of the parameters,
     ]
     return setting(folder, "\n".join(body))
 
 
+def run_alone(config: Path, run: Path) -> int:
+    """Runs in this process, on four of its devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:4]))
+        return run_train(config, run)
+
+
 @pytest.fixture(scope="module")
 def one_process_run(config: Path, folder: Path) -> Path:
-    """The workdir of the run by one process of eight devices."""
+    """The workdir of the run by one process."""
     compared: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             distributed, "assert_same_on_all_processes", lambda *what, **named: compared.extend([*what, *named])
         )
-        assert run_train(config, folder / "one") == 0
+        assert run_alone(config, folder / "one") == 0
     assert {"config", "data"} <= set(compared)  # what two processes would compare
     assert len(read_metrics(folder / "one")) == STEPS
     return folder / "one"
@@ -111,11 +121,12 @@ def one_process_run(config: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def two_process_run(config: Path, folder: Path) -> Path:
-    """The workdir of the run by two processes of four devices each."""
+    """The workdir of the run by two processes."""
     with starting() as start:
         ended = wait_for_end(start([config, config], folder / "two"))
     assert [code for code, _ in ended] == [0, 0], ended
-    assert "step 20/20" in ended[0][1] and "step 20/20" not in ended[1][1]  # only the main process prints
+    last = f"step {STEPS}/{STEPS}"
+    assert last in ended[0][1] and last not in ended[1][1]  # only the main process prints
     return folder / "two"
 
 
@@ -143,23 +154,15 @@ def test_two_processes_equal_one_process(one_process_run: Path, two_process_run:
 
 
 def copy_first_half(run: Path, other: Path) -> None:
-    """Copies a run as it was after its checkpoint of step 7."""
+    """Copies a run as it was after its checkpoint of step 4."""
     shutil.copytree(run, other)
-    for step in (14, 20):
+    for step in (8, STEPS):
         shutil.rmtree(other / "checkpoints" / str(step))
     (other / "lock").unlink()
 
 
-def test_one_process_resumes_a_run_of_two(
-    config: Path, one_process_run: Path, two_process_run: Path, tmp_path: Path
-) -> None:
-    copy_first_half(two_process_run, tmp_path / "run")
-    assert run_train(config, tmp_path / "run") == 0
-    assert_same_run(one_process_run, tmp_path / "run")
-
-
-def test_two_processes_resume_a_run_of_one_and_are_preempted_twice(
-    config: Path, one_process_run: Path, two_process_run: Path, tmp_path: Path, start: Start
+def test_run_of_one_goes_on_as_two_that_are_preempted_twice_and_as_one(
+    config: Path, one_process_run: Path, tmp_path: Path, start: Start
 ) -> None:
     """First while they start, when JAX's coordination service passes SIGTERM on; then between two steps."""
     run = tmp_path / "run"
@@ -169,22 +172,22 @@ def test_two_processes_resume_a_run_of_one_and_are_preempted_twice(
     processes[1].send_signal(signal.SIGTERM)
     ended = wait_for_end(processes)
     assert [code for code, _ in ended] == [75, 75], ended
-    assert "resumed after step 7" in ended[0][1]
+    assert "resumed after step 4" in ended[0][1]
     assert all("notice that a machine is to be taken away after step" in text for _, text in ended)
     first = read_json(run, "summary.json")
-    assert first["status"] == "preempted" and 7 < first["step"] < STEPS
+    assert first["status"] == "preempted" and 4 < first["step"] < STEPS
 
-    processes = start([config, config], run)
-    wait_for(processes, lambda: lines_of(run) >= first["step"] + 2)
+    processes = start([config, config], run, pace_s=0.5)
+    wait_for(processes, lambda: lines_of(run) > first["step"])
     processes[1].send_signal(signal.SIGTERM)
     ended = wait_for_end(processes)
     assert [code for code, _ in ended] == [75, 75], ended
     assert "another process was asked to stop" in ended[0][1] and "SIGTERM" in ended[1][1]
-    assert read_json(run, "summary.json")["status"] == "preempted"
+    second = read_json(run, "summary.json")
+    assert second["status"] == "preempted" and first["step"] < second["step"] < STEPS
 
-    ended = wait_for_end(start([config, config], run))
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert_same_run(two_process_run, run)
+    assert run_alone(config, run) == 0
+    assert_same_run(one_process_run, run)
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -214,6 +217,7 @@ def test_a_config_error_before_the_processes_join_ends_both(config: Path, tmp_pa
 def test_a_peer_killed_before_the_first_step_ends_the_other(
     config: Path, one_process_run: Path, tmp_path: Path, start: Start
 ) -> None:
+    """The next test and test_launch.py kill one between two steps."""
     run = tmp_path / "run"
     copy_first_half(one_process_run, run)
     processes = start([config, config], run)
@@ -222,21 +226,7 @@ def test_a_peer_killed_before_the_first_step_ends_the_other(
     code, text = wait_for_end([processes[0]])[0]
     assert code == 75, text
     assert text.splitlines()[-1].startswith("preempted: another process of this run has ended"), text
-    assert "Traceback" not in text and "step 8/" not in text
-
-
-def test_a_peer_killed_between_steps_ends_the_other(config: Path, tmp_path: Path, start: Start) -> None:
-    """The test in a bucket, below, resumes such a run."""
-    run = tmp_path / "run"
-    processes = start([config, config], run)
-    wait_for(processes, lambda: lines_of(run) >= 8)
-    began = time.monotonic()
-    processes[1].kill()
-    code, text = wait_for_end([processes[0]])[0]
-    assert time.monotonic() - began < 120
-    assert code == 75, text
-    last = text.splitlines()[-1]
-    assert last.startswith("preempted: another process of this run has ended") and "checkpoints/" in last
+    assert "Traceback" not in text and "step 5/" not in text
 
 
 # ---------------------------------------------------------------------------------------- in a bucket
@@ -248,7 +238,7 @@ def test_a_run_in_a_bucket_whose_main_process_is_killed_resumes_bit_equal(
         environment, keep = bucket.environment(store), "--config.checkpoint.keep_last=2"
         name: Any = f"gs://{bucket.NAME}/run"
         processes = start([config, config], name, keep, **environment)
-        wait_for(processes, lambda: "run/checkpoints/14/manifest.json" in store.objects)
+        wait_for(processes, lambda: "run/checkpoints/8/manifest.json" in store.objects)
         processes[0].kill()
         code, text = wait_for_end([processes[1]])[0]
         assert code == 75 and f"{name}/checkpoints/" in text.splitlines()[-1], text
@@ -258,10 +248,10 @@ def test_a_run_in_a_bucket_whose_main_process_is_killed_resumes_bit_equal(
         )  # one process moves it away, both see it
         ended = wait_for_end(start([config, config], name, keep, **environment))
         assert [code for code, _ in ended] == [0, 0], ended
-        assert newest == 14 and "resumed after step 7" in ended[0][1]
+        assert newest == 8 and "resumed after step 4" in ended[0][1]
         run = bucket.download(store, "run", tmp_path / "run")
     assert timeless(read_metrics(run)) == timeless(read_metrics(two_process_run))
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["14", "20", "damaged"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["10", "8", "damaged"]
     left, right = arrays(run, STEPS), arrays(two_process_run, STEPS)
     assert all(left[k].tobytes() == right[k].tobytes() for k in right) and left.keys() == right.keys()
     assert not (run / "lock").exists()

@@ -255,7 +255,7 @@ def saving(workdir: Path) -> bool:
         return False
 
 
-def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+def kill_when(process: Any, ready: Callable[[], bool]) -> None:
     """Sends SIGKILL as soon as `ready` returns True; fails if the run ends before."""
     try:
         while not ready():
