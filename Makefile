@@ -9,6 +9,9 @@ TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
 PARALLEL := -n auto --maxprocesses=4 --dist loadfile
 # The modules whose tests compile nothing: pytest imports these alone, which takes most of its time otherwise.
 SMOKE = $(shell grep -lE '^pytestmark = .*pytest\.mark\.smoke' tests/test_*.py)
+# The modules with slow tests and those with aot ones, for the same reason.
+SLOW = $(shell grep -lE 'pytest\.mark\.slow' tests/test_*.py)
+AOT = $(shell grep -lE 'pytest\.mark\.aot' tests/test_*.py)
 
 .PHONY: help install demo smoke test test-slow test-aot lint docs docker format clean
 
@@ -37,10 +40,10 @@ test: .venv/.test
 	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -m 'not slow and not gpu and not aot' $(ARGS)
 
 test-slow: .venv/.test
-	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -m 'slow and not gpu and not aot' $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -m 'slow and not gpu and not aot' $(ARGS) $(SLOW)
 
 test-aot: .venv/.test
-	$(TEST_ENV) $(PY) -m pytest -q -m aot -rP $(ARGS)
+	$(TEST_ENV) $(PY) -m pytest -q -m aot -rP $(ARGS) $(AOT)
 
 lint: .venv/.test
 	.venv/bin/ruff check .
