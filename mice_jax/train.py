@@ -36,7 +36,8 @@ from mice_jax.data.loader import load_steps
 from mice_jax.errors import StoppedByRule
 from mice_jax.evals.run_benchmarks import RunBenchmarks
 from mice_jax.model_source import check_weights
-from mice_jax.runtime import compile_cache, distributed, transfers, watchdog, xla_flags
+from mice_jax.runtime import compile_cache, cpu_devices, distributed, transfers, watchdog, xla_flags
+from mice_jax.runtime.devices import split_cpu
 from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import local_shards, make_mesh, num_shards, put_scalar, put_steps
 from mice_jax.storage.cache import cache_folder
@@ -82,6 +83,12 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     # ---- Processes and devices ----------------------------------------------------------------------------------
     # XLA reads its flags once, when its backend starts, so they are set before anything touches a device.
     xla_flags.set_flags(config.train.deterministic)
+    cpu_count = None
+    if launch.num_processes is None and launch.expect_devices is None:
+        axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        recorded = run_files.recorded_cpu_devices(workdir)
+        cpu_count = cpu_devices.default_count(axes, config.optim.batch_size, recorded)
+    splits_cpu = split_cpu(cpu_count)
     cache = compile_cache.enable(cache_folder(config.data.cache_dir))
     distributed.initialize(launch.coordinator_address, launch.num_processes, launch.process_id)
     is_main = distributed.is_main_process()
@@ -168,6 +175,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             run_files.write_model_folder(workdir.local / "model", source, spec, inputs.tokenizer)
             workdir.sync()
     console.print(summary.table(config, source, data, steps, start, model))
+    if splits_cpu and mesh.devices.flat[0].platform == "cpu":
+        console.print(f"[dim]{cpu_devices.describe(mesh.size)}[/dim]")
     for warning in warnings:
         console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from helpers.sweeps import results, small_sweep, study_of
 from mice_jax.config import Config, ConfigError, Phase, Range
 from mice_jax.errors import Preempted, UserError
+from mice_jax.runtime.cpu_devices import usable_cores
 from mice_jax.sweeps import claims, worker_pool, workers
 from mice_jax.sweeps.devices import share_of_devices
 from mice_jax.sweeps.progress_table import ProgressTable, trials_to_show
@@ -253,6 +254,8 @@ def test_devices_are_split_evenly() -> None:
     assert [c["TPU_VISIBLE_CHIPS"] for c in chips] == ["0,1", "2,3"]
     cpu = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     assert share_of_devices(2, cpu) == [{"JAX_NUM_CPU_DEVICES": "4"}] * 2
+    each = max(1, usable_cores() // 2)
+    assert share_of_devices(2, {"JAX_PLATFORMS": "cpu"}) == [{"JAX_NUM_CPU_DEVICES": str(each)}] * 2
 
 
 # ---------------------------------------------------------------------------------------- the terminal

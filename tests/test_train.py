@@ -38,6 +38,8 @@ from helpers.runs import (
 from mice_jax import sharding as sharding_module
 from mice_jax import train as train_module
 from mice_jax.data.packing import Shape, microbatch_shapes
+from mice_jax.runtime import cpu_devices
+from mice_jax.runtime.cpu_devices import usable_cores
 from mice_jax.step import Jitted
 from mice_jax.training import build, held_out, start_state, writers
 from mice_jax.training.record import SOURCE_METRICS, STEP_METRICS
@@ -320,6 +322,21 @@ def test_next_batch_is_sent_to_devices_before_metrics_are_awaited(
     steps = [line["num_microbatches"] for line in read_metrics(tmp_path / "run")]
     order = "".join(x[0] for x in happened).lstrip("a")  # without the held-out loss before the first step
     assert order.startswith("p" * (steps[0] + steps[1]) + "a" + "p" * steps[2] + "a")
+
+
+@pytest.mark.slow
+def test_cpu_is_split_by_default_and_another_number_resumes(workdir: Path, config: Path, tmp_path: Path) -> None:
+    environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "mice_jax.train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    command += ["--config.train.pause_at_share=0.2"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    count = min(usable_cores(), cpu_devices.MOST, BATCH)
+    assert done.returncode == 75 and cpu_devices.describe(count) in " ".join(done.stdout.split()), done
+    assert read_json(tmp_path / "run", "config.json")["resolved"]["mesh"] == {"data": 1, "fsdp": count, "tensor": 1}
+    assert run_train(config, tmp_path / "run") == 0  # on eight devices
+    ours, theirs = read_metrics(tmp_path / "run"), read_metrics(workdir)
+    assert [r["samples"] for r in ours] == [r["samples"] for r in theirs]
+    np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in theirs], rtol=1e-6)
 
 
 def test_an_implicit_transfer_within_a_step_fails(

@@ -10,6 +10,26 @@ from mice_jax.errors import UserError, install_command, one_line
 EXTRAS = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}  # by the name of a platform in JAX_PLATFORMS
 
 
+def split_cpu(count: int | None) -> bool:
+    """Makes a CPU that number of devices, once JAX starts its backend.
+
+    Args:
+      count: the number; None leaves it as it is.
+
+    Returns:
+      Whether this has an effect. It has none if JAX's own setting has been made, or if its backend has started already,
+      in a process that has used JAX before.
+    """
+    settings: Any = jax.config  # pyright does not see its attributes, which JAX adds at import
+    if count is None or settings.jax_num_cpu_devices > 0:
+        return False
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:
+        return False
+    return True
+
+
 def find_devices() -> list[Any]:
     """Returns all devices of the run, over all processes; the first call starts JAX's backend.
 

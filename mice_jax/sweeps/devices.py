@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mice_jax.errors import UserError
+from mice_jax.runtime import cpu_devices
 
 
 def share_of_devices(workers: int, environment: Mapping[str, str] = os.environ) -> list[dict[str, str]]:
     """Splits the devices of this machine evenly among workers.
 
-    CPU cores are shared by the operating system, so only JAX's virtual CPU devices are split.
+    The operating system shares CPU cores among the workers, so each gets its share of JAX's CPU devices: of as many as
+    JAX_NUM_CPU_DEVICES says, or as there are cores.
 
     Args:
         workers: number of workers.
@@ -32,9 +34,8 @@ def share_of_devices(workers: int, environment: Mapping[str, str] = os.environ) 
     if platform in ("", "tpu") and (ids := _tpus(environment)):
         bounds = {"TPU_CHIPS_PER_PROCESS_BOUNDS": f"1,{len(ids) // workers},1", "TPU_PROCESS_BOUNDS": "1,1,1"}
         return [bounds | {"TPU_VISIBLE_CHIPS": ",".join(part)} for part in _split(ids, workers, "TPU chips")]
-    count = int(environment.get("JAX_NUM_CPU_DEVICES", 0))
-    share = {"JAX_NUM_CPU_DEVICES": str(max(1, count // workers))} if count > 0 else {}
-    return [dict(share) for _ in range(workers)]
+    count = int(environment.get(cpu_devices.VARIABLE, 0)) or cpu_devices.usable_cores()
+    return [{cpu_devices.VARIABLE: str(max(1, count // workers))} for _ in range(workers)]
 
 
 def _split(ids: list[str], workers: int, kind: str) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """Writes the files of a run that exist before its first step, and reads them when the run is resumed."""
 
 import datetime
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ def recorded_choices(workdir: Workdir, mesh: Mesh) -> dict[str, Any]:
     """Returns what "auto" stood for when the run last ran on such a mesh; empty if it never did."""
     resolved = _resolved(workdir)
     return resolved if mesh_and_device(mesh).items() <= resolved.items() else {}
+
+
+def recorded_cpu_devices(workdir: Workdir) -> int | None:
+    """Returns the number of devices that a run last had on a CPU; None for a new run, or one on other devices."""
+    resolved = _resolved(workdir)
+    return math.prod(resolved["mesh"].values()) if resolved.get("device") == "cpu" else None
 
 
 def hub_models(workdir: Workdir) -> dict[str, dict[str, str]]:

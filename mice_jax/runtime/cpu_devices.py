@@ -1,0 +1,84 @@
+"""How many devices a run on a CPU has: by default one for each core that its process may use.
+
+XLA computes a matrix product with all cores, but much of the rest of a program with one core a device. The number is
+fixed when JAX starts its backend. This module does not import jax, since the workers of a sweep use it.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mice_jax.runtime.cluster import in_cluster
+
+VARIABLE = "JAX_NUM_CPU_DEVICES"
+XLA_FLAG = "xla_force_host_platform_device_count"
+MOST = 8  # by default; whether more are faster was never measured
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cores(cgroup: Path = CGROUP) -> int:
+    """Returns the number of cores that this process may use by its affinity and by its control group's quota.
+
+    Args:
+      cgroup: The folder of the control group, of version 2 or 1.
+    """
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.floor(min(affinity, _quota(cgroup))))
+
+
+def _quota(cgroup: Path) -> float:
+    """Returns the cores that the quota of a control group amounts to; infinity if there is none."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except OSError:
+        try:
+            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        except OSError:
+            return math.inf
+    return int(quota) / int(period) if quota.strip() not in ("max", "-1") else math.inf
+
+
+def choose(limit: int, mesh_sizes: Sequence[int]) -> int:
+    """Returns the number of devices of a mesh.
+
+    Args:
+      limit: The largest number of devices.
+      mesh_sizes: The sizes of the mesh's axes, of which one may be -1 for the devices that are left.
+
+    Returns:
+      The largest number that the sizes divide, or their product if none is -1; 1 where that is above the limit.
+    """
+    given = math.prod(size for size in mesh_sizes if size != -1)
+    if given > limit:
+        return 1
+    return limit // given * given if -1 in mesh_sizes else given
+
+
+def default_count(
+    mesh_sizes: Sequence[int],
+    batch_size: int,
+    recorded: int | None,
+    *,
+    cores: int | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> int | None:
+    """Returns how many CPU devices a run of one process should have; None if the user has said how many.
+
+    Args:
+      mesh_sizes: The sizes of the mesh's axes data, fsdp and tensor.
+      batch_size: The number of samples of a step, since each device should have one.
+      recorded: The number of CPU devices that a resumed run last had, which it keeps; None for other runs.
+      cores: The number of cores; None finds it out.
+      environment: The environment variables of this process.
+    """
+    said = VARIABLE in environment or XLA_FLAG in environment.get("XLA_FLAGS", "")
+    if said or environment.get("JAX_PLATFORMS", "") not in ("", "cpu") or in_cluster():
+        return None
+    shards = batch_size * max(1, mesh_sizes[2])
+    return choose(recorded or min(cores or usable_cores(), MOST, shards), mesh_sizes)
+
+
+def describe(count: int) -> str:
+    """Returns a sentence about a number of CPU devices that the user did not choose."""
+    return f"the CPU is used as {count} device{'s' * (count > 1)}; {VARIABLE} sets another number"
