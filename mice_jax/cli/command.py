@@ -190,7 +190,7 @@ def _docstring(module: str) -> str | None:
 def required(values: Values, name: str) -> Any:
     """A flag's value; UserError where it was not given."""
     if values[name].value is None:
-        raise UserError(f"--{name} is missing. See --help for an example.")
+        raise UserError(f"--{name} is missing: {values[name].help}. See --help for an example.")
     return values[name].value
 
 

@@ -1,6 +1,7 @@
 """Reads --config and its overrides, and turns every failure into a message with the file, line or field."""
 
 import dataclasses
+import difflib
 import os
 import re
 import sys
@@ -12,6 +13,11 @@ from absl import flags
 from mice_jax import config
 from mice_jax.config import ConfigError, field_names, nearest
 from mice_jax.errors import UserError
+
+NUMBERS = {
+    r"invalid literal for int\(\) with base 10: .*": "it must be a whole number",
+    r"could not convert string to float: .*": "it must be a number",
+}
 
 
 def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
@@ -35,11 +41,24 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
     except flags.Error as e:
         if "parsing config file" in str(e):  # the file's own error, wrapped in absl's
             raise _config_error(e, argv) from e
-        raise UserError(f"{e}.") from None
+        raise UserError(f"{_in_words(str(e))}.") from None
     except Exception as e:
         raise _config_error(e, argv) from e
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every argument is given as --name=value. See --help.")
+
+
+def _in_words(error: str) -> str:
+    """Returns absl's sentence about a flag's value, with what Python says of a number in words."""
+    for of_python, words in NUMBERS.items():
+        error = re.sub(of_python, words, error)
+    return error
+
+
+def _missing_file(file: Path) -> UserError:
+    close = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.py")], n=1)
+    suggestion = f"; did you mean {file.parent / close[0]}?" if close else f" from {Path.cwd()}."
+    return UserError(f"--config: the file {file} does not exist{suggestion}")
 
 
 def allow_imports_next_to(file: Path) -> None:
@@ -58,7 +77,7 @@ def _check_config_flags(argv: list[str]) -> None:
     for argument in argv:
         name = _flag_name(argument)
         if name == "config" and not Path(_config_file(argv)).is_file():
-            raise UserError(f"--config: the file {_config_file(argv)} does not exist.")
+            raise _missing_file(Path(_config_file(argv)))
         field = re.sub(r"^(no)?config\.", "", name)
         if field != name and re.sub(r"\[-?[0-9]+\]", "[]", field) not in field_names():
             raise ConfigError(f"--config.{field}: the config has no field {field}{nearest(field, field_names())}")

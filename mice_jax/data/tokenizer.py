@@ -7,6 +7,7 @@ part byte by byte, by their lengths. It is an error if the tokens of the parts d
 """
 
 import copy
+import difflib
 import hashlib
 import itertools
 import json
@@ -185,9 +186,10 @@ def _compare_conversion(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
 
 def _read_template(path: str) -> str:
     if not Path(path).exists():
+        close = difflib.get_close_matches(path, templates.TOKENS, n=1)
         raise UserError(
             f"data.chat_template={path!r} is neither the name of a built-in template ({templates.NAMES}) nor an "
-            "existing file."
+            f"existing file{f'; did you mean {close[0]!r}?' if close else '.'}"
         )
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

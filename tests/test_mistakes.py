@@ -1,0 +1,111 @@
+"""What new users get wrong in the commands of the documentation: each mistake is one paragraph with the fix."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.runs import DEPRECATED, REPOSITORY, make_chats, write_config, write_init, write_jsonl
+from mice_jax.cli import main
+
+pytestmark = [
+    pytest.mark.smoke,
+    *(pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning") for message in DEPRECATED),
+]
+
+CONFIG, RUN, SFT = "--config=run.py", "--workdir=runs/sft", f"--config={REPOSITORY}/configs/sft.py"
+# The arguments of `mice`, and what its answer has to say.
+MISTAKES: dict[str, tuple[str, list[str]]] = {
+    "a misspelt command": ("trian", ["'trian'", "did you mean 'train'"]),
+    "nothing but the command": ("train", ["--config is missing", "FILE.py"]),
+    "no workdir": (f"train {CONFIG}", ["--workdir is missing", "folder of the run"]),
+    "a misspelt config file": (f"train --config=rum.py {RUN}", ["rum.py does not exist", "did you mean run.py"]),
+    "a config in another folder": (f"train --config=x/y.py {RUN}", ["x/y.py does not exist from"]),
+    "a misspelt flag": (f"train --confg=run.py {RUN}", ["--confg", "did you mean 'config'"]),
+    "a config without its flag": ("train run.py", ["'run.py'", "--name=value"]),
+    "a misspelt field": (f"train {CONFIG} {RUN} --config.optim.learning_rte=1", ["did you mean 'optim.learning_rate'"]),
+    "a word for a number": (
+        f"train {CONFIG} {RUN} --config.optim.batch_size=many",
+        ["batch_size=many", "a whole number"],
+    ),
+    "a negative rate": (f"train {CONFIG} {RUN} --config.optim.learning_rate=-1", ["-1.0 must be at least 0"]),
+    "a misspelt schedule": (f"train {CONFIG} {RUN} --config.optim.schedule=cosin", ["constant, linear, cosine, wsd"]),
+    "a model of the Hub without a network": (f"train {SFT} {RUN}", ["hf download Qwen/Qwen2.5-1.5B", "Unset"]),
+    "a model folder that is not there": (
+        f"train {CONFIG} {RUN} --config.model.init_from=/models/mouse",
+        ["/models/mouse does not exist", "Hugging Face folder"],
+    ),
+    "a misspelt template": (
+        f"train {CONFIG} {RUN} --config.data.chat_template=chatlm",
+        ["did you mean 'chatml'", "plain"],
+    ),
+    "data that are not there": (
+        f"prepare {CONFIG} --config.data.phases[0].sources[0].path=data/chats.jsonl",
+        ["'data/chats.jsonl' names no file", ".parquet", "Source.path"],
+    ),
+    "a spreadsheet as data": (
+        f"prepare {CONFIG} --config.data.phases[0].sources[0].path=table.csv",
+        ["table.csv", ".jsonl"],
+    ),
+    "a word for a count": (f"prepare {CONFIG} --inspect=many", ["--inspect=many", "a whole number"]),
+    "no topology": (f"plan {CONFIG}", ["--topology is missing", "cpu:N"]),
+    "an unknown device": (f"plan {CONFIG} --topology=h10:1", ["'h10'", "did you mean 'h100'", "cpu:8"]),
+    "a run's config for a sweep": (f"sweep {CONFIG} --workdir=sweeps/a", ["get_sweep(arg)", "Sweep"]),
+    "no model": ("generate --prompt=Hello", ["--model is missing", "Hugging Face folder"]),
+    "a model that is not there": ("generate --model=sft_hf --prompt=Hello", ["sft_hf does not exist", "owner/name"]),
+    "a repository that is not there": ("generate --model=Qwen/Qwen9 --prompt=x", ["Qwen/Qwen9", "hf download"]),
+    "questions without a file for answers": ("generate --model=init --input=q.jsonl", ["--output go together"]),
+    "a hot temperature": ("generate --model=sft_hf --prompt=x --temperature=hot", ["--temperature=hot", "a number"]),
+    "an evaluation of no model": ("evaluate --tasks=mmlu", ["--model is missing"]),
+    "an evaluation without tasks": ("evaluate --model=init", ["--tasks is missing", "mmlu"]),
+    "an export of no run": ("export --workdir=nowhere --output=out", ["nowhere is not a run's workdir"]),
+    "an export to nowhere": ("export --workdir=runs/sft", ["--output is missing", "folder to write"]),
+    "a report of no run": ("report --workdir=runs", ["neither the folder of a run", "sweep.json"]),
+    "a report of a missing folder": ("report --workdir=nowhere", ["nowhere does not exist"]),
+    "an average of no run": ("average --workdir=nowhere --last=3", ["nowhere"]),
+    "the evidence of no sweep": ("evidence --sweeps=runs", ["not the folder of a sweep", "sweep.json"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config, data and a model without weights."""
+    folder = tmp_path_factory.mktemp("new")
+    write_config(folder / "run.py", write_jsonl(folder / "chats.jsonl", make_chats(9)), write_init(folder / "init"))
+    (folder / "runs").mkdir()
+    (folder / "table.csv").write_text("question,answer\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_one_paragraph_with_the_fix(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, words = MISTAKES[name]
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main._run(arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said, said
+    assert all(word in said for word in words), said
+    assert said.rstrip()[-1] in ".?)" and not any(part.name == "sft" for part in (folder / "runs").iterdir())
+
+
+CPU_S = """
+import resource, subprocess, sys
+done = subprocess.run([sys.executable, "-m", "mice_jax", *sys.argv[1:]], capture_output=True, text=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(done.returncode, used.ru_utime + used.ru_stime)
+"""
+
+
+@pytest.mark.parametrize("arguments", ["train --confg=run.py", f"train {CONFIG} {RUN} --config.optim.batch_size=0"])
+def test_mistake_costs_little_in_a_process_of_its_own(arguments: str, folder: Path) -> None:
+    """A busy machine may double the time; with the imports of training it would be five seconds and more."""
+    command = [sys.executable, "-c", CPU_S, *arguments.split()]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    code, seconds = done.stdout.split()
+    assert code == "2" and float(seconds) < 3.0
