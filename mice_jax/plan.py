@@ -52,6 +52,7 @@ from mice_jax.training import memory_model
 READ_BYTES = 16 * 2**20  # a plan reads the run's data only if they are at most this large
 MEAN_LENGTH = 512  # the assumed mean tokens of a sample, if neither the data nor --mean_length give it
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+AMPLE = 16  # other layouts of a run that needs less than 1/16 of the memory are estimated, not compiled
 COMPILE_ATTEMPTS = 4  # for TPUs with SparseCores; about one compilation in three crashes
 WIDTH = 160  # columns of a table if the output is not a terminal
 
@@ -82,6 +83,9 @@ def plan(values: command.Values) -> None:
     began = time.perf_counter()
     needs = run.compile(run.layout)
     compile_s = time.perf_counter() - began
+    ample = needs and AMPLE * max(n.total for n in needs) <= target.chip.memory
+    if ample and not values["compile_minutes"].present:
+        run.stop_compiling()  # Nobody needs to know to the byte by how much more would fit.
     rows, rows_known_by = run.largest_rows(needs)
     result = {
         "config": str(config_file),

@@ -8,7 +8,8 @@ sum over all tokens of the step, divided by the sum of the weights. Only `apply_
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,10 +63,15 @@ class Jitted:
         with jax.set_mesh(self._mesh):
             return self.jitted(*args)
 
-    def compile(self, *args: Any) -> Any:
-        """Compiles for arguments of these shapes, without running; a later call finds the program in JAX's cache."""
+    def compile(self, *args: Any, options: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
+        """Compiles for arguments of these shapes, without running; a later call finds the program in JAX's cache.
+
+        Args:
+          *args: The arguments, as jax.ShapeDtypeStruct or numbers.
+          options: More options of the compiler; with these, a later call compiles anew.
+        """
         with jax.set_mesh(self._mesh):
-            return self.jitted.lower(*args).compile()
+            return self.jitted.lower(*args).compile(dict(options) or None)
 
 
 class StepFunctions(NamedTuple):

@@ -50,6 +50,8 @@ WITHOUT_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
+# Options for a program that is not run: LLVM, which comes after buffers are assigned, leaves its slow passes out.
+MEMORY_ONLY = {"cpu": {"xla_backend_optimization_level": 0}}
 OUT_OF_MEMORY = re.compile(r"\(([0-9.]+)([KMG])\) exceeds available HBM|Used ([0-9.]+)([KMG]) of [0-9.]+[KMG] hbm")
 
 
@@ -211,10 +213,10 @@ def compile_memory(
 
     on_gpu = assume_compute_capability(chip.capability) if chip.capability else contextlib.nullcontext()
     with on_gpu, ThreadPoolExecutor(MAX_CONCURRENT_COMPILES) as pool:
-        return list(pool.map(lambda name: _compile_function(name, *functions[name]), names))
+        return list(pool.map(lambda name: _compile_function(name, *functions[name], chip.platform), names))
 
 
-def _compile_function(name: str, function: Jitted, arguments: tuple, held: Any) -> CompiledMemory:
+def _compile_function(name: str, function: Jitted, arguments: tuple, held: Any, platform: str) -> CompiledMemory:
     """Compiles one function and returns its memory.
 
     Args:
@@ -222,10 +224,11 @@ def _compile_function(name: str, function: Jitted, arguments: tuple, held: Any) 
         function: the function.
         arguments: its arguments, as jax.ShapeDtypeStruct or numbers.
         held: a tree of the arrays that are live during a call without being arguments.
+        platform: cpu, gpu or tpu.
     """
     held_bytes = bytes_per_device(held)
     try:
-        compiled = function.compile(*arguments)
+        compiled = function.compile(*arguments, options=MEMORY_ONLY.get(platform, {}))
     except jax.errors.JaxRuntimeError as e:
         if (match := OUT_OF_MEMORY.search(str(e))) is None:
             raise

@@ -6,6 +6,7 @@ The memory model and the step-time estimate propose layouts, and the compiler ch
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -150,6 +151,10 @@ class RunPlan:
         if layout == self.layout:
             self.overlap = next((n.overlap for n in needs if n.function == "accumulate"), self.overlap)
         return needs
+
+    def stop_compiling(self) -> None:
+        """Estimates from now on what it would have compiled before the deadline."""
+        self._deadline = -math.inf
 
     # ---------------------------------------------------------------------------------------- rows
     def largest_rows(self, needs: list[CompiledMemory]) -> tuple[int, str]:
