@@ -194,6 +194,12 @@ def test_weight_one_and_a_half_sees_each_sample_three_times_in_two_epochs() -> N
     assert set(Counter(drawn(mixture, 0, 0)).values()) == {1, 2}
 
 
+def test_pool_without_samples_draws_none_beside_others() -> None:
+    """All samples of a source may be longer than max_length."""
+    mixture = mix(phase((range(6), 1.0), ((), 1.0), num_epochs=2.0), batch_size=4)
+    assert sorted(drawn(mixture, 0, 0)) == sorted(drawn(mixture, 0, 1)) == list(range(6))
+
+
 def test_pools_are_mixed_within_an_epoch() -> None:
     first = drawn(mix(phase((range(50), 1.0), (range(50, 100), 1.0)), batch_size=100), 0, 0)
     assert 15 < sum(i < 50 for i in first[:50]) < 35  # 25 on average, with a deviation of 2.5

@@ -353,8 +353,10 @@ class Mixture:
         A weight of 0.5 therefore draws every sample once in two epochs, and a weight of 1 once an epoch.
         """
         ids, count = self.phases[phase].pools[pool].ids, self.phases[phase].pools[pool].per_epoch
+        if not count:
+            return ids[:0]  # all samples of the source may have been left out
         first, last = epoch * count, (epoch + 1) * count
-        passes = range(first // len(ids), -(-last // len(ids))) if count else range(0)
+        passes = range(first // len(ids), -(-last // len(ids)))
         # With a trunk, each epoch draws the samples that it would have drawn there, so that none is drawn again.
         seed = self._trunk.seed if self._trunk else self._seed
         shuffled = [_rng(seed, phase, p, pool).permutation(ids) for p in passes]
