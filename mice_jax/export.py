@@ -24,10 +24,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-from transformers import PreTrainedTokenizerBase
 
 from mice_jax.cli.flags import define_export
 from mice_jax.data.tokenizer import load_tokenizer, save_tokenizer
@@ -36,10 +34,10 @@ from mice_jax.model_source import (
     AdapterRun,
     ModelSource,
     adapter_run,
+    exported_generation_config,
     load_adapters,
     resolve_source,
     resolve_step,
-    stop_ids,
 )
 from mice_jax.models import hf, peft_format, untrained
 from mice_jax.sharding import make_mesh
@@ -89,7 +87,7 @@ def export(values: command.Values) -> None:
         model = build.load_for_inference(source, step=step)
         count = hf.save_params(partial, model.params, model.decoder, source.config, dtype, source.folder)
         untrained.copy_processor_files(source.folder, partial)
-        generation = _generation_config(source.config, tokenizer)
+        generation = exported_generation_config(source, tokenizer)
         (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     save_tokenizer(tokenizer, partial)
     card = _model_card(source, step, dtype, output.resolve().name)
@@ -127,14 +125,6 @@ def _save_adapter(folder: Path, source: ModelSource, run: AdapterRun, step: int,
     return peft_format.write_adapter(
         folder, jax.device_get(adapters), source.spec, source.architecture, config=config, dtype=dtype
     )
-
-
-def _generation_config(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Returns generation_config.json: answers end at the token that ends a turn, and at the model's own stop tokens."""
-    generation = {"eos_token_id": stop_ids(config, tokenizer), "do_sample": False}
-    if config.get("bos_token_id") is not None:
-        generation["bos_token_id"] = config["bos_token_id"]
-    return generation | ({} if tokenizer.pad_token_id is None else {"pad_token_id": tokenizer.pad_token_id})
 
 
 def _average(source: ModelSource, step: int) -> str:

@@ -20,7 +20,15 @@ from mice_jax.checkpoint import CheckpointReader
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import file_digests
 from mice_jax.errors import UserError
-from mice_jax.inference.generation_config import GenerationDefaults, read_generation_config, stop_ids_in
+from mice_jax.inference.generation_config import (
+    FILE,
+    GenerationDefaults,
+    defaults_in,
+    fields_of_export,
+    read_fields,
+    read_generation_config,
+    stop_ids_in,
+)
 from mice_jax.models import hf, peft_format
 from mice_jax.models import lora as lora_trees
 from mice_jax.models.lora import LoRA, scale_of
@@ -170,8 +178,14 @@ def stop_ids(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
 def generation_config_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> GenerationDefaults:
     """Returns the model's own generation defaults, which are those of the exported model for a run."""
     if source.kind == "run":
-        return GenerationDefaults(tuple(stop_ids(source.config, tokenizer)))
+        return defaults_in(exported_generation_config(source, tokenizer), source.folder / FILE)
     return read_generation_config(source.folder, source.config)
+
+
+def exported_generation_config(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Returns the generation_config.json of a run's export: the fields of its base, and the tokens that end answers."""
+    stops, bos_id = stop_ids(source.config, tokenizer), source.config.get("bos_token_id")
+    return fields_of_export(read_fields(source.folder), stops, bos_id=bos_id, pad_id=tokenizer.pad_token_id)
 
 
 def resolve_step(source: ModelSource, asked: int | None) -> int | None:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from helpers.runs import chat, make_tokenizer, read_json, read_metrics, run_export, run_train, setting
+from mice_jax.inference.generation_config import GenerationDefaults, defaults_in, fields_of_export
 from mice_jax.model_source import load_params, resolve_source
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
@@ -164,3 +165,15 @@ def test_unknown_step_is_an_error_with_the_known_ones(
     assert run_export(workdir, tmp_path / "hf", "--step=7") == 2
     assert "has no step 7; it has 1, 2." in capsys.readouterr().err
     assert not (tmp_path / "hf").exists()
+
+
+# ---------------------------------------------------------------------------------------- generation_config.json
+def test_export_keeps_what_the_base_says_of_sampling(tmp_path: Path) -> None:
+    base = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1}
+    told = {"eos_token_id": [2, 7], "pad_token_id": 5, "_from_model_config": True, "transformers_version": "4.57.0"}
+    written = fields_of_export(base | told, [9, 2], bos_id=1, pad_id=3)
+    assert written == base | {"eos_token_id": [9, 2, 7], "bos_token_id": 1, "pad_token_id": 3}
+    defaults = defaults_in(written, tmp_path / "generation_config.json")
+    assert defaults == GenerationDefaults((9, 2, 7), 0.6, 0.95, 20, ("repetition_penalty=1.1",))
+    assert fields_of_export(None, [9], bos_id=None, pad_id=None) == {"do_sample": False, "eos_token_id": [9]}
+    assert fields_of_export({"eos_token_id": 4}, [], bos_id=None, pad_id=None)["eos_token_id"] == [4]

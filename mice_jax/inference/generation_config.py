@@ -6,6 +6,7 @@ changes those too). mice_jax takes the same defaults, and reports the fields tha
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,58 @@ def read_generation_config(folder: Path, config: dict[str, Any]) -> GenerationDe
     Raises:
       UserError: The file is not valid; the message names the field.
     """
+    fields = read_fields(folder)
+    return GenerationDefaults(tuple(stop_ids_in(config))) if fields is None else defaults_in(fields, folder / FILE)
+
+
+def read_fields(folder: Path) -> dict[str, Any] | None:
+    """Returns the fields of a folder's generation_config.json; None if there is no such file.
+
+    Raises:
+      UserError: The file is not a JSON object.
+    """
     file = folder / FILE
     if not file.exists():
-        return GenerationDefaults(tuple(stop_ids_in(config)))
+        return None
     try:
         fields: Any = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as e:
         raise UserError(f"{file} is not valid JSON: {e}. Fix or remove it.") from None
     if not isinstance(fields, dict):
         raise UserError(f"{file} is not a JSON object. Fix or remove it.")
+    return fields
+
+
+def fields_of_export(
+    base: dict[str, Any] | None, stop_ids: Sequence[int], *, bos_id: int | None, pad_id: int | None
+) -> dict[str, Any]:
+    """Returns the fields of the generation_config.json of a trained model.
+
+    Args:
+      base: The fields of the model that training started from; None if it has no such file. All are kept, except those
+        that say where the file comes from.
+      stop_ids: The token ids that end an answer of the trained model; those of the base end it too.
+      bos_id: The bos_token_id of config.json, if it has one.
+      pad_id: The tokenizer's padding token, if it has one.
+    """
+    base = base or {}
+    kept = {key: value for key, value in base.items() if key not in ("_from_model_config", "transformers_version")}
+    stops = list(dict.fromkeys([*stop_ids, *stop_ids_in(base)]))
+    ids = {"bos_token_id": bos_id, "pad_token_id": pad_id}
+    known = {key: value for key, value in ids.items() if value is not None}
+    return {"do_sample": False} | kept | {"eos_token_id": stops} | known
+
+
+def defaults_in(fields: dict[str, Any], file: Path) -> GenerationDefaults:
+    """Returns the defaults that a generation_config.json sets.
+
+    Args:
+      fields: Its content.
+      file: Its path, for error messages.
+
+    Raises:
+      UserError: A value is not valid; the message names the field.
+    """
     stops = stop_ids_in(fields)
     if not all(type(i) is int for i in stops):
         raise UserError(f"{file} has eos_token_id={fields['eos_token_id']!r}; it must be a token id or a list of them.")

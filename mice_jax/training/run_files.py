@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from mice_jax.config import Config, differences, to_dict
 from mice_jax.data.tokenizer import save_tokenizer
 from mice_jax.errors import UserError
+from mice_jax.inference import generation_config
 from mice_jax.model_source import ModelSource
 from mice_jax.models import hf, untrained
 from mice_jax.models.families import FAMILIES
@@ -112,7 +113,7 @@ def write_config(workdir: Workdir, config: Config, resolved: dict[str, Any], pro
 
 
 def write_model_folder(folder: Path, source: ModelSource, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes what an export needs: config.json, tokenizer, chat template, README.md; does nothing if they exist.
+    """Writes what an export needs: config.json, tokenizer, chat template and more; does nothing if they exist.
 
     Args:
       folder: The run's `model` folder.
@@ -126,8 +127,10 @@ def write_model_folder(folder: Path, source: ModelSource, spec: ModelSpec, token
     save_tokenizer(tokenizer, folder)
     if source.kind != "random":
         untrained.keep(FAMILIES[source.architecture], source.folder, folder)
-        if (source.folder / README).is_file():  # Its licence goes into the model card of an export.
-            shutil.copyfile(source.folder / README, folder / README)
+        # An export has the licence of the first in its model card, and keeps the fields of the second.
+        for name in (README, generation_config.FILE):
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, folder / name)
     stored = hf.with_sizes(source.config, spec.vocab_size, source.stored_dtype())
     Workdir(folder).write_json(CONFIG, stored)  # This is written last: its presence means that the folder is complete.
 
