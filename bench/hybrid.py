@@ -14,6 +14,7 @@ Target: a ratio of at most 1.3.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import statistics
 import sys
@@ -29,17 +30,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from mice_jax.models.layer_groups import find_groups
-from mice_jax.models.spec import ModelSpec, Rope, ShortConv
+from mice_jax.models.spec import GatedDelta, Mamba2, Mixer, ModelSpec, Rope, ShortConv
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.step import batch_loss
 
 CONV = ShortConv(3, bias=False)
-MIXERS = {"lfm2": (CONV, CONV, None, CONV, CONV, None, CONV, None)}
+# Of each model: the kinds of layers that repeat, True for attention.
+ATTENDS = {
+    "lfm2": (False, False, True, False, False, True, False, True),
+    "granite4": (False,) * 5 + (True,) + (False,) * 4,
+    "qwen3_5": (False, False, False, True),
+}
+
+
+def mixer_of(model: str, d_model: int) -> Mixer:
+    """The recurrent mixer of a model, with heads in the proportion to its width that its releases have."""
+    if model == "granite4":
+        return Mamba2(2 * d_model // 64, 64, 1, 128, taps=4, time_step_limits=(0, math.inf), bias=False, conv_bias=True)
+    return GatedDelta(d_model // 128, d_model // 64, 128, 128, taps=4) if model == "qwen3_5" else CONV
 
 
 def hybrid_spec(model: str, layers: int, d_model: int) -> ModelSpec:
     """The spec of a model with recurrent layers, whose list of mixers is repeated to a number of layers."""
-    mixers = (MIXERS[model] * layers)[:layers]
+    mixer = mixer_of(model, d_model)
+    mixers = tuple(None if attends else mixer for attends in (ATTENDS[model] * layers)[:layers])
     rope, heads = Rope(1e6, 64, None), d_model // 64
     return ModelSpec(
         vocab_size=8192, d_model=d_model, d_ff=4 * d_model, num_layers=layers, num_heads=heads,
@@ -96,7 +110,7 @@ def compiled(spec: ModelSpec, rows: dict[str, np.ndarray], remat: str) -> tuple[
 def main() -> None:
     """Prints one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="lfm2", choices=sorted(MIXERS))
+    parser.add_argument("--model", default="lfm2", choices=sorted(ATTENDS))
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--d_model", type=int, default=256)
     parser.add_argument("--rows", type=int, default=1)
