@@ -4,6 +4,7 @@ The cases are in helpers/families.py. Each is tiny, but 600 tokens go past its w
 RoPE was made. With any one of its features switched off, the logits are more than ten tolerances away.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -42,6 +43,7 @@ from mice_jax.models.families.rope_config import KINDS
 from mice_jax.models.mixers import MIXERS
 from mice_jax.models.spec import AttentionKind, ModelSpec, Rope, is_recurrent
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
+from mice_jax.optim import make_optimizer
 from mice_jax.sharding import param_shardings
 from mice_jax.step import batch_loss
 
@@ -142,6 +144,51 @@ def test_logits_loss_and_gradients_equal_transformers(case: str, folders: Any, s
     assert abs(float(loss) / their_loss - 1) < RELATIVE
     gaps = relative_gaps(grads, decoder, CASES[case][0], their_grads)
     assert max(gaps.values()) < RELATIVE, gaps
+    check_four_steps(case, decoder, params)
+
+
+# Of AdamW. Rounding moves gradients by 1e-7 or so, and with a usual eps Adam would make steps of it where a gradient is
+# nearly zero.
+RATE, BETAS, EPS, DECAY = 0.01, (0.9, 0.95), 1e-4, 0.1
+# The distance between two updates of all weights, in units of an update's length: 3e-5 was seen, of gemma4 7e-4.
+UPDATES = 1e-3
+
+
+def check_four_steps(case: str, decoder: Decoder, params: Params) -> None:
+    """Compares the losses of four steps of AdamW with torch's, and then the weights."""
+    model, architecture = copy.deepcopy(made(case)), CASES[case][0]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    their_optimizer = torch.optim.AdamW(groups, RATE, BETAS, EPS, DECAY)
+    trained = hf.trained_mask(decoder, architecture, ())
+    adamw = make_optimizer(grad_clip=0, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, trained=trained)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def updated(params: Params, grads: Params, state: Any) -> tuple[Params, Any]:
+        directions, state = adamw.update(grads, state, params)
+        return jax.tree.map(lambda p, d: p - RATE * d, params, directions), state
+
+    first, state = dict(hf_arrays(params, decoder, architecture)), adamw.init(params)
+    for _ in range(4):
+        loss, grads, _ = jitted(decoder, with_logits=False)(params, row_of(TOKENS))
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            params, state = updated(params, grads, state)
+        their_loss, _ = torch_gradients(model)
+        their_optimizer.step()
+        assert abs(float(loss) / their_loss - 1) < RELATIVE
+    last, theirs = dict(hf_arrays(params, decoder, architecture)), model.state_dict()
+    ours, expected, decays = (
+        np.concatenate([of(name).ravel() for name in first])
+        for of in (
+            lambda name: last[name] - first[name],
+            lambda name: theirs[name].numpy() - first[name],
+            lambda name: -4 * RATE * DECAY * first[name] * (first[name].ndim > 1),
+        )
+    )
+    length = np.linalg.norm(expected)
+    assert np.linalg.norm(ours - expected) < UPDATES * length
+    assert np.linalg.norm(ours - decays - expected) > 10 * UPDATES * length  # a negative control: without decay
 
 
 def test_exaone_4_without_windows_rotates_every_layer(tmp_path: Path) -> None:
