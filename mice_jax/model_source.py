@@ -35,6 +35,7 @@ from mice_jax.models.lora import LoRA, scale_of
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
 from mice_jax.runtime.devices import find_devices
+from mice_jax.runtime.xla_flags import options_of_init
 from mice_jax.sharding import param_shardings
 from mice_jax.storage import hub, manifest
 from mice_jax.storage.cache import cache_folder
@@ -289,7 +290,9 @@ def load_params(
       UserError: The stored weights are missing, damaged or of other shapes.
     """
     if source.kind == "random":
-        return jax.jit(decoder.init, out_shardings=shardings)(jax.random.key(seed))
+        (platform,) = {device.platform for device in jax.tree.leaves(shardings)[0].device_set}
+        draw = jax.jit(decoder.init, out_shardings=shardings, compiler_options=options_of_init(platform))
+        return draw(jax.random.key(seed))
     if decoder.spec == source.spec:
         return _stored_params(source, decoder, shardings, step)
     assert decoder.spec == dataclasses.replace(source.spec, vocab_size=decoder.spec.vocab_size)

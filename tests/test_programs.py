@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from helpers.models import gap, spec_of
+from mice_jax.models.transformer import make_decoder
 from mice_jax.runtime import compile_cache, xla_flags
 
 HITS, MISSES = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
@@ -106,6 +109,23 @@ def test_deterministic_runs_set_one_more_xla_flag(monkeypatch: pytest.MonkeyPatc
     assert os.environ["XLA_FLAGS"].split() == list(xla_flags.FLAGS["gpu"][1])
     xla_flags.set_flags(deterministic=True)
     assert os.environ["XLA_FLAGS"].split() == [*xla_flags.FLAGS["gpu"][1], *xla_flags.DETERMINISTIC["gpu"]]
+
+
+@pytest.mark.slow  # compiles three programs as a run does
+def test_quick_passes_draw_the_same_random_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "xla_backend_optimization_level"
+    assert xla_flags.options_of_init("cpu") == {}  # conftest.py sets the flag
+    monkeypatch.setenv("XLA_FLAGS", "")
+    quick = xla_flags.options_of_init("cpu")
+    assert quick == {name: 1} and xla_flags.options_of_init("tpu") == {}
+    decoder, as_in_a_run = make_decoder(spec_of(num_layers=1)), {"xla_cpu_use_fusion_emitters": True}
+
+    def drawn(options: dict[str, int]) -> Any:
+        return jax.device_get(jax.jit(decoder.init, compiler_options=as_in_a_run | options)(jax.random.key(0)))
+
+    # XLA's default level is 3. Without any passes the last bits differ, so that this would be seen.
+    all_passes = drawn({name: 3})
+    assert gap(drawn(quick), all_passes) == 0 < gap(drawn({name: 0}), all_passes) < 1e-6
 
 
 @pytest.mark.slow  # two processes that import jax

@@ -69,6 +69,19 @@ def compiler_options(sparse_cores: bool) -> dict[str, str]:
     return {name: value for name, value in options.items() if name not in names}
 
 
+def options_of_init(platform: str) -> dict[str, int]:
+    """Returns the options of the function that draws random parameters, unless the user's flags set them.
+
+    It runs once, so its code need not be fast. On CPUs LLVM's quick passes take a third of the time of all of them, and
+    give the same bits.
+
+    Args:
+      platform: The platform of the devices: cpu, gpu or tpu.
+    """
+    name = "xla_backend_optimization_level"
+    return {name: 1} if platform == "cpu" and f"--{name}=" not in os.environ.get("XLA_FLAGS", "") else {}
+
+
 def reexec_with_huge_pages() -> None:
     """Executes this command again, in the same process, with the setting that makes malloc use huge pages (Linux).
 
