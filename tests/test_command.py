@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,23 @@ def test_a_broken_pipe_that_is_not_the_terminal_s_is_a_bug() -> None:
 
 
 # ---------------------------------------------------------------------------------------- completion
+def test_zsh_and_bash_complete_files_behind_a_flag_and_its_equals_sign(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "run.py").touch()
+    assert main._run(["--completion"]) == 0
+    script = capsys.readouterr().out
+    for shell in filter(shutil.which, ("bash", "zsh")):
+        for typed, completed in (("--config=ru", "--config=run.py --config=runs/"), ("--config=x", "")):
+            arrays = "emulate sh; setopt ksharrays; " if shell == "zsh" else ""
+            ask = f'{arrays}COMP_WORDS=(mice train {typed}); COMP_CWORD=2; _mice; echo "${{COMPREPLY[*]}}"'
+            done = subprocess.run(
+                [shell, "-c", f"{script}\n{ask}"], capture_output=True, text=True, timeout=60, cwd=tmp_path
+            )
+            assert (done.stdout.strip(), done.stderr) == (completed, ""), shell
+
+
 @pytest.mark.parametrize(
     ("typed", "completed"),
     [

@@ -10,7 +10,7 @@ SCRIPT = """\
 # zsh runs bash's completion functions after this line.
 [ -z "$ZSH_VERSION" ] || {{ autoload -U +X compinit bashcompinit && compinit -u && bashcompinit; }}
 _mice() {{
-  local current="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}" candidates=""
+  local current="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}" candidates="" file
   COMPREPLY=()
   if [ "$COMP_CWORD" -eq 1 ]; then
     candidates="{commands}"
@@ -19,7 +19,12 @@ _mice() {{
   else
     case "$current" in
       --config.*=*) return ;;
-      --*=*) COMPREPLY=($(compgen -f -- "${{current#*=}}" | sed "s|^|${{current%%=*}}=|")); return ;;
+      --*=*) # a value in zsh, whose compgen knows no files but those of the whole word
+        for file in "${{current#*=}}"*; do
+          [ ! -d "$file" ] || file="$file/"
+          [ ! -e "$file" ] || COMPREPLY+=("${{current%%=*}}=$file")
+        done
+        return ;;
       --*) case "${{COMP_WORDS[1]}}" in
 {cases}
         esac ;;
