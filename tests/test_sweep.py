@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import socket
@@ -18,7 +17,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from helpers.runs import read_json, read_metrics, run_train, run_verb, start_train, timeless
+from helpers.forked import fork_train
+from helpers.runs import lines_of, read_json, read_metrics, run_train, run_verb, timeless
 from helpers.sweeps import (
     await_no_process,
     kill,
@@ -91,20 +91,20 @@ def test_dry_run_prints_trials_steps_and_cost_and_leaves_nothing(tmp_path: Path,
 @pytest.mark.slow
 def test_halving_sweep_stops_poor_trials_and_never_the_best(tmp_path: Path) -> None:
     """The one sweep here that runs undisturbed: its trials, results.csv, study.db and report.html agree."""
-    rates = [1e-2, 3e-3, 5e-3, 2e-2, 7e-3, *POOR, DIVERGING]
+    rates = [1e-2, 5e-3, 2e-2, *POOR, DIVERGING]
     body = "c.optim.batch_size = 4\nc.eval.every_samples = 16\n"
-    file = sweep_file(tmp_path, f"axes={{'{RATE}': {rates}}}, stop='halving'", body, samples=100)
+    file = sweep_file(tmp_path, f"axes={{'{RATE}': {rates}}}, stop='halving'", body, samples=60)
     workdir = tmp_path / "sweep"
-    output = run_sweep(file, workdir, "--workers=2")
+    output = run_sweep(file, workdir)
     rows = results(workdir)
-    assert len(rows) == 8 and "8 of 8 ended" in output
+    assert len(rows) == 6 and "6 of 6 ended" in output
     assert_results_agree_with_study(workdir)
     assert_page_agrees_with_results(workdir)
     by_rate = {float(r[RATE]): r for r in rows}
     for rate in (*POOR, DIVERGING):
         assert by_rate[rate]["status"] == "stopped" and by_rate[rate]["reason"]
     total_steps = max(int(r["steps"]) for r in rows)
-    assert sum(int(r["steps"]) for r in rows) <= 0.6 * 8 * total_steps, "two fifths of the compute are saved"
+    assert sum(int(r["steps"]) for r in rows) <= 0.6 * len(rows) * total_steps, "two fifths of the compute are saved"
     best = min((r for r in rows if r["metric"]), key=lambda r: float(r["metric"]))
     assert best["status"] == "completed" and int(best["steps"]) == total_steps
     best_records = read_metrics(workdir / "runs" / best["number"])
@@ -156,32 +156,33 @@ def assert_page_agrees_with_results(workdir: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- kills
+def await_steps(process: subprocess.Popen[str], workdir: Path, steps: int) -> None:
+    """Waits until one of the trials of a running sweep has done so many steps."""
+    while max((lines_of(run) for run in workdir.glob("runs/*")), default=0) < steps:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kills_of_sweep_and_workers_leave_each_trial_ended_once(tmp_path: Path) -> None:
     body = "c.checkpoint.every_samples = 24\nc.optim.batch_size = 4\nc.data.phases[0].num_epochs = 8.0\n"
-    file = sweep_file(tmp_path, f"axes={{'{RATE}': [1e-2, 3e-3]}}, seeds=[0, 1]", body, samples=60)
-    workdir, rng = tmp_path / "sweep", random.Random(0)
+    file = sweep_file(tmp_path, f"axes={{'{RATE}': [1e-2, 3e-3]}}", body, samples=60)
+    workdir = tmp_path / "sweep"
     process = start_sweep(file, workdir, "--workers=2")
-    for number in range(3):
-        time.sleep(rng.uniform(4, 9))
-        if process.poll() is not None:  # it has ended already: the kills that are left must not start anything again
-            process = start_sweep(file, workdir, "--workers=2")
-            time.sleep(rng.uniform(0, 4))
-        workers = [n for n, texts in processes_of(workdir).items() if any("--worker " in text for text in texts)]
-        if number % 2 and workers:
-            for worker in rng.sample(workers, rng.randint(1, len(workers))):
-                kill(worker)
-        else:
-            process.kill()
-            process.communicate()
-            await_no_process(workdir)  # a killed sweep leaves no training process behind
-            process = start_sweep(file, workdir, "--workers=2")
+    await_steps(process, workdir, 5)
+    kill(next(n for n, texts in processes_of(workdir).items() if any("--worker " in text for text in texts)))
+    await_steps(process, workdir, 30)
+    process.kill()
+    process.communicate()
+    await_no_process(workdir)  # a killed sweep leaves no training process behind
+    assert not all((workdir / "runs" / n / "summary.json").exists() for n in "01"), "both had ended before the kill"
+    process = start_sweep(file, workdir, "--workers=2")
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     await_no_process(workdir)
     rows = results(workdir)
-    assert [r["status"] for r in rows] == ["completed"] * 4
+    assert [r["status"] for r in rows] == ["completed"] * 2
     assert_results_agree_with_study(workdir)
     for row in rows:
         run = workdir / "runs" / row["number"]
@@ -189,7 +190,7 @@ def test_kills_of_sweep_and_workers_leave_each_trial_ended_once(tmp_path: Path) 
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "no step is there twice"
         assert (run / "log.txt").read_text().count("\ndone: ") == 1, "it ended once"
     # Killed or not, a trial has the numbers of its config run alone.
-    alone = start_train(workdir / "runs" / "1" / "config.py", tmp_path / "alone", devices=1)
+    alone = fork_train(workdir / "runs" / "1" / "config.py", tmp_path / "alone", devices=1)
     output, _ = alone.communicate()
     assert alone.returncode == 0, output
     assert timeless(read_metrics(tmp_path / "alone")) == timeless(read_metrics(workdir / "runs" / "1"))
@@ -253,13 +254,13 @@ def postgres() -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.postgres
 def test_two_workers_share_a_study_on_postgresql(tmp_path: Path, postgres: str) -> None:
-    file = sweep_file(tmp_path, f"axes={{'{RATE}': [1e-2, 3e-3]}}, seeds=[0, 1]")
+    file = sweep_file(tmp_path, f"axes={{'{RATE}': [1e-2, 3e-3]}}")
     workdir = tmp_path / "sweep"
     both = [start_sweep(file, workdir, "--worker", f"--storage={postgres}") for _ in range(2)]
     outputs = [p.communicate(timeout=400)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0], outputs
     rows = results(workdir)
-    assert [r["status"] for r in rows] == ["completed"] * 4
+    assert [r["status"] for r in rows] == ["completed"] * 2
     for row in rows:
         assert (workdir / "runs" / row["number"] / "log.txt").read_text().count("\ndone: ") == 1
     assert not (workdir / "study.db").exists()
