@@ -60,7 +60,7 @@ MESHES = {
     "key heads that tensor 2 does not divide": ((2, 2, 2), (6, 3)),
 }
 CASES = [
-    *itertools.product(["splash", "pallas", "cudnn"], ["tensor 2"], ["full"]),
+    ("pallas", "tensor 2", "full"),  # the arrays' dims are laid out alike for every backend
     # "dots" keeps the result of every backend but cudnn.
     *itertools.product(
         ["splash", "pallas", "cudnn", "blockwise"], ["key heads that tensor 2 does not divide"], ["dots"]
