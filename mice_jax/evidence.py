@@ -105,7 +105,7 @@ def _print(summaries: Sequence[evidence.Summary]) -> None:
         group = s.group
     console.print(table)
     for s in summaries:
-        if s.rule == "bracket":
+        if s.rule.startswith("bracket"):
             console.print(_verdict(s))
 
 
@@ -117,7 +117,7 @@ def _interval(values: tuple[float, float, float], digits: int) -> str:
 def _verdict(s: evidence.Summary) -> str:
     verdict = "meets" if s.passes else "misses"
     return (
-        f"bracket, {s.group} ({s.sweeps} {'sweep' if s.sweeps == 1 else 'sweeps'}): {verdict} the targets. Saved "
+        f"{s.rule}, {s.group} ({s.sweeps} {'sweep' if s.sweeps == 1 else 'sweeps'}): {verdict} the targets. Saved "
         f"{s.saved[0]:.0%} (at least {evidence.MIN_SAVED:.0%}), upper end of the mean regret {s.regret[2]:.2%} (at "
         f"most {evidence.MAX_REGRET:.0%}), P(regret > {evidence.MISS:.0%}) {s.misses:.2f} (at most "
         f"{evidence.MAX_MISSES})."

@@ -306,7 +306,7 @@ def _curves(run: Run, subject: _Subject) -> dict[str, Any]:
     time = np.nancumsum(stop_rules.column(run.records, "step_time_s"))
     points, is_single = subject.points_per_curve, len(subject.runs) == 1
     flops = np.nancumsum(stop_rules.column(run.records, "flops"))
-    grid = [[_one_decimal(v) for v in downsample.means(x, points)] for x in (steps, samples, time)]
+    grid: list[list[Any]] = [[_one_decimal(v) for v in downsample.means(x, points)] for x in (steps, samples, time)]
     grid.append([_rounded(v) for v in downsample.means(flops, points)])
     means, stepwise = {}, {}
     for name in subject.signals:

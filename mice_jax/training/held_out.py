@@ -110,7 +110,7 @@ def evaluate(
     return {name: metrics[name] for name in metric_names(held_out, by_phase, exact_match)}
 
 
-def known_before(metrics: Mapping[str, float], retain: Sequence[str]) -> dict[str, float]:
+def known_before(metrics: Mapping[str, Any], retain: Sequence[str]) -> dict[str, float]:
     """Returns what a model knows of the sources to retain, by the names of the metrics that tell it.
 
     Args:
