@@ -188,6 +188,14 @@ def test_each_error_class_has_its_exit_code_and_label(
     assert capsys.readouterr().err == f"{label}: {error}\n"
 
 
+def test_interrupt_is_one_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(_: command.Values) -> None:
+        raise KeyboardInterrupt
+
+    assert command.run("doc", lambda v, argv: None, interrupt, []) == 130
+    assert capsys.readouterr().err == "interrupted: run the same command again\n"
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     def fail(_: command.Values) -> None:
         raise KeyError("ours")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 HELP_FLAGS = {"h", "help", "helpfull"}
 # Environment variables of a process that may be one of several.
 MULTI_PROCESS_ENV = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
+INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as shells report SIGINT
 CLOSED_PIPE = 141  # exit code of a command whose output nobody reads any more, as shells report SIGPIPE
 
 
@@ -51,7 +52,8 @@ def run(
       on_user_error: called with an error that the user has to fix, after it is printed.
 
     Returns:
-      The exit code: 0 done; 2 the user's input is wrong; 3 stopped by a rule; 75 preempted or paused, its state saved.
+      The exit code: 0 done; 2 the user's input is wrong; 3 stopped by a rule; 75 preempted or paused, its state saved;
+      130 interrupted by Ctrl-C.
     """
     unused_packages.show()
     logging.set_verbosity(logging.ERROR)  # users need not see the warnings of libraries to each other
@@ -74,6 +76,9 @@ def run(
         if e.exit_code == 2:
             on_user_error(e)
         return e.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again", file=sys.stderr, flush=True)
+        return INTERRUPTED
 
 
 def exit_on_closed_pipe(main: Callable[[], int]) -> int:
