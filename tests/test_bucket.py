@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import time
 import uuid
@@ -17,13 +16,13 @@ import pytest
 from etils import epath
 
 from helpers import bucket
+from helpers.forked import fork_train
 from helpers.runs import (
     arrays,
     read_metrics,
     run_export,
     run_train,
     setting,
-    start_train,
     timeless,
 )
 from mice_jax.checkpoint import Checkpoints
@@ -283,18 +282,18 @@ def test_a_killed_run_in_a_bucket_resumes_and_equals_the_run_on_disk(
     config: Path, store: bucket.Bucket, name: str, run_on_disk: Path, tmp_path: Path
 ) -> None:
     """Its newest checkpoint is damaged besides: it is set aside, and the run goes on from the one before."""
-    process = start_train(config, name, **bucket.environment(store))  # type: ignore[arg-type]
+    process = fork_train(config, name, **bucket.environment(store))  # type: ignore[arg-type]
     try:
         while key_of(name, "checkpoints/4/manifest.json") not in store.objects:
             assert process.poll() is None, process.stdout.read() if process.stdout else ""
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     finally:
         process.kill()
         process.communicate()
     assert key_of(name, "lock") in store.objects  # a dead writer's
     store.put(b"{", {"name": key_of(name, "checkpoints/4/params/_METADATA")})
-    process = start_train(config, name, **bucket.environment(store))  # type: ignore[arg-type]
+    process = fork_train(config, name, **bucket.environment(store))  # type: ignore[arg-type]
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     assert "the checkpoint of step 4 is damaged" in said and "resumed after step 2" in said, said
