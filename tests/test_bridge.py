@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
 
 from helpers.families import CASES, torch_model, wrapped_model
+from helpers.forked import fork_train
 from helpers.models import hf_arrays, llama, load, mesh_of, same_bits, whole
-from helpers.runs import REPOSITORY, make_tokenizer, read_metrics, run_export, run_train, setting, start_train
+from helpers.runs import REPOSITORY, make_tokenizer, read_metrics, run_export, run_train, setting
 from mice_jax.errors import UserError
 from mice_jax.model_source import check_vocabulary, load_params, resolve_source, with_vocabulary
 from mice_jax.models import hf
@@ -113,7 +114,7 @@ def test_a_run_on_three_devices_equals_one_on_eight(
 ) -> None:
     config = setting(tmp_path / "setting")
     flags = ("--config.mesh.tensor=3", "--config.mesh.fsdp=1", "--config.optim.max_steps=2")
-    process = start_train(config, tmp_path / "three", *flags, devices=3)
+    process = fork_train(config, tmp_path / "three", *flags, devices=3)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "mesh.tensor=3 does not divide them" in output  # two heads
@@ -135,9 +136,7 @@ def test_a_run_on_three_devices_equals_one_on_eight(
 
 # ---------------------------------------------------------------------------------------- every family
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", ["llama", "phi3", "gemma3", "lfm2", "gemma4"]
-)  # test_families imports and exports every one
+@pytest.mark.parametrize("case", ["phi3", "lfm2", "gemma4"])  # test_families imports and exports every one
 def test_family_is_trained_exported_and_loaded_in_transformers(case: str, tmp_path: Path) -> None:
     """A step with learning rate 0 gives back every bit; another changes every tensor."""
     config = setting(tmp_path / "setting")
@@ -228,7 +227,7 @@ print(json.dumps([share, *peaks]))
 @pytest.mark.slow
 def test_import_and_export_need_no_more_memory_than_the_parameters(tmp_path: Path) -> None:
     """Files in bfloat16, on eight devices: every tensor is converted and split, which might need a copy."""
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 8}
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 4}
     config = {
         "architectures": ["LlamaForCausalLM"], "vocab_size": 49155, "max_position_embeddings": 4096,
         "num_hidden_layers": 8, "torch_dtype": "bfloat16",
@@ -245,9 +244,9 @@ def test_import_and_export_need_no_more_memory_than_the_parameters(tmp_path: Pat
         return json.loads(done.stdout or "[]")
 
     measured("make", 1)
-    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) > 1e9
+    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) > 0.4e9
     share, imported, exported = measured("ours", 8)
-    assert share > 2e9
+    assert share > 0.8e9
     # Both counted from before the import: the parameters are among them.
     assert imported < 1.15 * share and exported < 1.15 * share, (imported / share, exported / share)
     assert imported > 0.95 * share  # the parameters themselves are seen
