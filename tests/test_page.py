@@ -376,17 +376,15 @@ def test_page_of_two_hundred_runs_stays_below_ten_megabytes(tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_page_of_fifty_long_runs_takes_less_than_ten_seconds(
-    tmp_path: Path,
-) -> None:
-    for i in range(50):
+def test_page_of_twenty_long_runs_takes_less_than_four_seconds(tmp_path: Path) -> None:
+    for i in range(20):
         write_run(tmp_path / str(i), make_config(1e-3 * (1 + i % 7), (4, 8)[i % 2], i), steps=5000)
-    began = time.perf_counter()
-    data = content.of_runs([tmp_path / str(i) for i in range(50)])
+    began = time.process_time()
+    data = content.of_runs([tmp_path / str(i) for i in range(20)])
     page.render(data)
     # 20 s for 200 runs on an idle core, twice that where others keep it busy.
-    assert time.perf_counter() - began < 10
-    assert data["evidence"]["groups"]["all"]["runs"] == 50
+    assert time.process_time() - began < 4
+    assert data["evidence"]["groups"]["all"]["runs"] == 20
 
 
 @pytest.mark.parametrize(
