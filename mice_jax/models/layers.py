@@ -43,7 +43,7 @@ class Attention(nnx.Module):
       rngs: the source of random parameters.
     """
 
-    def __init__(self, spec: ModelSpec, kind: AttentionKind | None, rngs: nnx.Rngs):
+    def __init__(self, spec: ModelSpec, kind: Kind, rngs: nnx.Rngs):
         full = spec.attention_of(kind)
         d, n, k, h, std = spec.d_model, spec.num_heads, full.num_kv_heads, full.head_dim, spec.init_std
         q_dims = 2 * h if spec.attention_gate else h
@@ -195,6 +195,7 @@ class Block(nnx.Module):
             y = getattr(self, self.mlp_name)(self.mlp_norm(x) if self.pre else x, reduce_dtype)
             x = self._add(x, self.mlp_post_norm(y) if self.post else y)
         if self.has_own_embedding:
+            assert own_inputs is not None
             with jax.named_scope("own_embedding"):
                 x = constrain(x + self.own_embedding(x, own_inputs, reduce_dtype), "batch", "length", "hidden")
         if self.has_scale:
@@ -230,10 +231,10 @@ def make_part(spec: ModelSpec, kind: Kind, name: str, rngs: nnx.Rngs) -> nnx.Mod
 
 def mixer_name(kind: Kind) -> str:
     """Returns the name of a mixer's parameters among those of a layer; `kind` is None for the spec's attention."""
-    if is_recurrent(kind):
-        return MIXERS[type(kind)].NAME
     if kind is None:
         return "attention"
+    if not isinstance(kind, AttentionKind):
+        return MIXERS[type(kind)].NAME
     name = f"borrowing_{kind.name}" if kind.keys == "borrowed" else kind.name
     assert name in ATTENTION_NAMES, f"{kind} has a name that families cannot list"
     return name

@@ -191,10 +191,11 @@ class ModelSpec:
         """Whether any layer has a recurrent mixer."""
         return any(is_recurrent(kind) for kind in self.mixers)
 
-    def attention_of(self, kind: AttentionKind | None) -> AttentionKind:
-        """Returns the attention of a layer in full."""
-        if kind is not None:
+    def attention_of(self, kind: Kind) -> AttentionKind:
+        """Returns the attention of a layer, which must not be recurrent, in full."""
+        if isinstance(kind, AttentionKind):
             return kind
+        assert kind is None, f"{kind} is no attention"
         return AttentionKind("attention", self.head_dim, self.num_kv_heads, False, "own", False)
 
     @property

@@ -163,7 +163,7 @@ class Transformer(nnx.Module):
 
     def _attention_of_layers(
         self,
-        kind: AttentionKind | None,
+        kind: Kind,
         all_tables: dict[rope.Rope | None, rope.RopeTables],
         query_factors: jax.Array | None,
         attend_within: Callable[[Scoring], Attend],

@@ -56,7 +56,7 @@ def spec_from_hf(c: ConfigReader) -> ModelSpec:
         raise ValueError(
             f"use_bidirectional_attention={c.get('use_bidirectional_attention')!r}; only None is supported"
         )
-    activation = {"activation_key": "hidden_activation", "activation": "gelu_pytorch_tanh"}
+    activation: dict[str, Any] = {"activation_key": "hidden_activation", "activation": "gelu_pytorch_tanh"}
     spec = llama_like_spec(c, tied=True, head_dim=256, layer_type="sliding_attention", **activation)
     sliding = [i % 6 != 0 for i in range(1, spec.num_layers)] + [False]
     windows = c.windows(c.integer("sliding_window", 512), sliding)
@@ -68,7 +68,7 @@ def spec_from_hf(c: ConfigReader) -> ModelSpec:
         raise ValueError(f"vocab_size_per_layer_input={own_rows}; only vocab_size={spec.vocab_size} is supported")
     kinds = _kinds(c, spec, [window is not None for window in windows])
     ropes: Any = c.get("rope_parameters") or ROPES
-    positions = {"rope_parameters": ropes, "max_position_embeddings": spec.max_positions}
+    positions: Any = {"rope_parameters": ropes, "max_position_embeddings": spec.max_positions}
     full = read_rope(positions, kinds[-1].head_dim, 1e6, "full_attention")
     return dataclasses.replace(
         spec,
