@@ -67,7 +67,7 @@ def assert_answered_as_transformers(folder: Path, chats: Sequence[Any]) -> None:
     """The answers of a run that has not changed its weights, held to what transformers' greedy decoding writes."""
     assert run_export(folder / "run", folder / "hf") == 0
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
-    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     lines = jsonl.read(folder / "run" / ANSWERS)
     assert [line["step"] for line in lines] == [0] * 3 + [1] * 3 and {line["source"] for line in lines} == {"held"}
     for chat, before, after in zip(chats, lines[:3], lines[3:], strict=True):

@@ -213,7 +213,7 @@ def compile_memory(
 
     on_gpu = assume_compute_capability(chip.capability) if chip.capability else contextlib.nullcontext()
     with on_gpu, ThreadPoolExecutor(MAX_CONCURRENT_COMPILES) as pool:
-        return list(pool.map(lambda name: _compile_function(name, *functions[name], chip.platform), names))
+        return list(pool.map(lambda name: _compile_function(name, *functions[name], platform=chip.platform), names))
 
 
 def _compile_function(name: str, function: Jitted, arguments: tuple, held: Any, platform: str) -> CompiledMemory:

@@ -76,7 +76,7 @@ def answerer(
     how = Sampling(max_new_tokens(decoder))
 
     def text(ids: Sequence[int]) -> str:
-        return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def answer(params: Params) -> list[dict[str, str]]:
         with jax.set_mesh(mesh):
