@@ -378,6 +378,7 @@ def run_train(monkeypatch: pytest.MonkeyPatch, *argv: str) -> tuple[int, bool]:
         (["--config=FILE", "--config.optim.batchsize=3"], "did you mean 'optim.batch_size'"),
         (["--config", "FILE", "--config.optim.batch_size", "-1", "--workdir", "w"], "optim.batch_size=-1"),
         (["--workdir=w"], "--config is missing"),
+        (["--config=FILE"], "--workdir is missing: folder of the run. See --help"),
         (["--config=FILE", "--wrkdir=w"], "unknown flag --wrkdir; did you mean 'workdir'?"),
     ],
 )

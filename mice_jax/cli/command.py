@@ -150,6 +150,8 @@ def early_exit(name: str, argv: Sequence[str]) -> int | None:
             check_names(asked.tasks, asked.include_path)
         if name == "evaluate":
             check_names(values.tasks, values.include_path)
+        for flag in command.required:
+            required(values, flag)
         if name == "train" and cluster.is_multi_process(*processes_of(argv)):
             code = watchdog.run_child(command.module, argv, workdir_of(values))
             ended = True
@@ -195,7 +197,7 @@ def _docstring(module: str) -> str | None:
 def required(values: Values, name: str) -> Any:
     """A flag's value; UserError where it was not given."""
     if values[name].value is None:
-        raise UserError(f"--{name} is missing: {values[name].help}. See --help for an example.")
+        raise UserError(f"--{name} is missing: {values[name].help.rstrip(' .,')}. See --help for an example.")
     return values[name].value
 
 

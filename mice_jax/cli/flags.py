@@ -222,25 +222,50 @@ def define_generate(values: Values, argv: list[str]) -> None:
 
 # ---------------------------------------------------------------------------------------- the table
 class Command(NamedTuple):
-    """A command of `mice`: the module with its `main(argv)`, its flags, and one line for the list of commands."""
+    """A command of `mice`: the module with its `main(argv)`, its flags, and one line for the list of commands.
+
+    Flags are checked before the imports of the command's module.
+    """
 
     module: str
     define_flags: DefineFlags
     summary: str
-    reads_run_config: bool = False  # --config must be a valid config of a run, which is checked before any import
+    reads_run_config: bool = False  # --config must be a valid config of a run
+    required: tuple[str, ...] = ()  # flags without which the command can do nothing
 
 
 COMMANDS = {
-    "train": Command("mice_jax.train", define_train, "fine-tune a model, or resume a run", True),
+    "train": Command("mice_jax.train", define_train, "fine-tune a model, or resume a run", True, required=("workdir",)),
     "prepare": Command("mice_jax.prepare", define_prepare, "tokenise the data ahead of a run, and look at it", True),
-    "plan": Command("mice_jax.plan", define_plan, "predict memory, time and cost on given devices", True),
+    "plan": Command(
+        "mice_jax.plan", define_plan, "predict memory, time and cost on given devices", True, required=("topology",)
+    ),
     "config": Command("mice_jax.cli.show_config", define_config, "print the resolved config of a run"),
-    "sweep": Command("mice_jax.sweep", define_sweep, "run many trials of a config, and stop the poor ones early"),
+    "sweep": Command(
+        "mice_jax.sweep",
+        define_sweep,
+        "run many trials of a config, and stop the poor ones early",
+        required=("config", "workdir"),
+    ),
     "branch": Command("mice_jax.branch", define_branch, "go on from a run's checkpoint with other settings"),
-    "report": Command("mice_jax.report", define_report, "write one HTML page of a run, of several, or of a sweep"),
+    "report": Command(
+        "mice_jax.report",
+        define_report,
+        "write one HTML page of a run, of several, or of a sweep",
+        required=("workdir",),
+    ),
     "evidence": Command("mice_jax.evidence", define_evidence, "measure what the rules of sweeps save and lose"),
-    "evaluate": Command("mice_jax.evaluate", define_evaluate, "score a model on benchmarks"),
-    "export": Command("mice_jax.export", define_export, "write a run's model as a Hugging Face folder"),
-    "average": Command("mice_jax.average", define_average, "average the weights of a run's last checkpoints"),
-    "generate": Command("mice_jax.generate", define_generate, "answer prompts with a model, or chat"),
+    "evaluate": Command("mice_jax.evaluate", define_evaluate, "score a model on benchmarks", required=("model",)),
+    "export": Command(
+        "mice_jax.export", define_export, "write a run's model as a Hugging Face folder", required=("workdir", "output")
+    ),
+    "average": Command(
+        "mice_jax.average",
+        define_average,
+        "average the weights of a run's last checkpoints",
+        required=("workdir", "last"),
+    ),
+    "generate": Command(
+        "mice_jax.generate", define_generate, "answer prompts with a model, or chat", required=("model",)
+    ),
 }
