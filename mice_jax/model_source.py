@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.checkpoint import CheckpointReader
@@ -290,9 +291,8 @@ def load_params(
       UserError: The stored weights are missing, damaged or of other shapes.
     """
     if source.kind == "random":
-        (platform,) = {device.platform for device in jax.tree.leaves(shardings)[0].device_set}
-        draw = jax.jit(decoder.init, out_shardings=shardings, compiler_options=options_of_init(platform))
-        return draw(jax.random.key(seed))
+        leaves, tree = jax.tree.flatten(shardings)
+        return _random_init(decoder, tree, tuple(leaves))(jax.random.key(seed))
     if decoder.spec == source.spec:
         return _stored_params(source, decoder, shardings, step)
     assert decoder.spec == dataclasses.replace(source.spec, vocab_size=decoder.spec.vocab_size)
@@ -301,6 +301,22 @@ def load_params(
     params = _stored_params(source, stored, param_shardings(stored.abstract, stored.axes, mesh), step)
     grow = jax.jit(functools.partial(_grown, stored, decoder), donate_argnums=0, out_shardings=shardings)
     return grow(params)
+
+
+@functools.lru_cache(maxsize=4)
+def _random_init(decoder: Decoder, tree: Any, shardings: tuple[NamedSharding, ...]) -> Callable[[jax.Array], Params]:
+    """Jits the initialisation of a decoder, once for all runs of a process.
+
+    Args:
+      decoder: The decoder.
+      tree: The structure of its parameters.
+      shardings: Their shardings.
+
+    Returns:
+      A function from a key to parameters.
+    """
+    (platform,) = {device.platform for device in shardings[0].device_set}
+    return jax.jit(decoder.init, out_shardings=tree.unflatten(shardings), compiler_options=options_of_init(platform))
 
 
 def _grown(stored: Decoder, decoder: Decoder, params: Params) -> Params:

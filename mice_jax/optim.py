@@ -4,8 +4,9 @@ The step multiplies a direction by the learning rate, so that the rate depends o
 schedule is part of an optimizer's state.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import jax
@@ -73,33 +74,62 @@ def make_schedule(
     return schedule
 
 
-def make_phase_schedule(phases: Sequence[tuple[int, float, bool]], horizon: int, kind: str, **shape: float) -> Schedule:
-    """Makes the learning rate of a run with several phases.
+@dataclasses.dataclass(frozen=True)
+class PhaseSchedule:
+    """The learning rate of a run with several phases; schedules with equal attributes are equal.
 
-    From each restart of the schedule to the next, or to `horizon`, the rate has the shape of `make_schedule`, times
+    From each restart of the schedule to the next, or to the horizon, the rate has the shape of `make_schedule`, times
     the learning rate of the phase.
+
+    Attributes:
+      phases: for each phase its first step, its learning rate, and whether the schedule restarts there.
+      horizon: the number of steps of the run.
+      kind: as in `make_schedule`.
+      shape: names and values of other arguments of `make_schedule`.
+    """
+
+    phases: tuple[tuple[int, float, bool], ...]
+    horizon: int
+    kind: str
+    shape: tuple[tuple[str, float], ...]
+
+    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
+        """Returns the rate of a step, which may be traced, as a float32 scalar."""
+        starts = [0, *(first for first, _, restarts in self.phases[1:] if restarts)]
+        ends = [*starts[1:], max(self.horizon, starts[-1] + 1)]
+        shape = cast(Any, dict(self.shape))
+        shapes = [make_schedule(self.kind, 1.0, e - s, **shape) for s, e in zip(starts, ends, strict=True)]
+        firsts, rates = (np.array([p[i] for p in self.phases], dtype) for i, dtype in ((0, np.int32), (1, np.float32)))
+        s = jnp.asarray(step)
+        factors = jnp.stack([shape(s - start) for shape, start in zip(shapes, starts, strict=True)])
+        factor = factors[jnp.searchsorted(jnp.array(starts), s, side="right") - 1]
+        return jnp.asarray(rates)[jnp.searchsorted(jnp.asarray(firsts), s, side="right") - 1] * factor
+
+
+@dataclasses.dataclass(frozen=True)
+class TabulatedSchedule:
+    """A learning rate that is given for each step; schedules with equal rates are equal."""
+
+    rates: tuple[float, ...]
+
+    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
+        """Returns the rate of a step, which may be traced, as a float32 scalar."""
+        return jnp.asarray(np.array(self.rates, np.float32))[step]
+
+
+def make_phase_schedule(
+    phases: Iterable[tuple[int, float, bool]], horizon: int, kind: str, **shape: float
+) -> PhaseSchedule:
+    """Makes the learning rate of a run with several phases; see PhaseSchedule.
 
     Args:
       phases: for each phase its first step, its learning rate, and whether the schedule restarts there.
       horizon: the number of steps of the run.
       kind: as in `make_schedule`.
       **shape: other arguments of `make_schedule`.
-
-    Returns:
-      A function of a step, which may be traced, to a float32 scalar.
     """
-    assert phases[0][0] == 0
-    starts = [0, *(first for first, _, restarts in phases[1:] if restarts)]
-    ends = [*starts[1:], max(horizon, starts[-1] + 1)]
-    shapes = [make_schedule(kind, 1.0, e - s, **cast(Any, shape)) for s, e in zip(starts, ends, strict=True)]
-    firsts, rates = np.array([p[0] for p in phases]), np.array([p[1] for p in phases], np.float32)
-
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        s = jnp.asarray(step)
-        factors = jnp.stack([shape(s - start) for shape, start in zip(shapes, starts, strict=True)])
-        factor = factors[jnp.searchsorted(jnp.array(starts), s, side="right") - 1]
-        return jnp.asarray(rates)[jnp.searchsorted(jnp.array(firsts), s, side="right") - 1] * factor
-
+    schedule = PhaseSchedule(tuple(phases), horizon, kind, tuple(sorted(shape.items())))
+    assert schedule.phases[0][0] == 0
     return schedule
 
 

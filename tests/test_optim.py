@@ -133,7 +133,7 @@ def test_a_gradient_s_weight_halves_every_half_life(batch_size: int, half_life: 
     """Of the config's own optimizer: a gradient of 2, then none for some steps, is left as its power of a half."""
     config = Config()
     config.optim.batch_size, config.optim.beta2_half_life, config.optim.grad_clip = batch_size, half_life, 0.0
-    optimizer, _ = build.optimizer(config, make_decoder(spec_of()), "LlamaForCausalLM")
+    optimizer, _ = build.optimizer(build.OptimizerSettings.of(config), make_decoder(spec_of()), "LlamaForCausalLM")
     grads = jax.tree.map(lambda p: jnp.full_like(p, 2.0), PARAMS)
     state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)[1]
     first = state[1].nu["layers"]["q"]

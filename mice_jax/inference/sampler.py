@@ -193,13 +193,7 @@ class Sampler:
     def __init__(self, decoder: Decoder, dtype: Any):
         """Makes a sampler for a decoder that computes in `dtype`."""
         self.spec = decoder.spec
-        static = ("num_ranked", "nucleus")
-        self._decode_params = jax.jit(functools.partial(_decode_params, decoder, dtype))
-        self._empty = jax.jit(functools.partial(_empty, decoder, dtype), static_argnames=("rows", "slots"))
-        self._enter = jax.jit(functools.partial(_enter, decoder), static_argnames=static, donate_argnames="rows")
-        self._decode_loop = jax.jit(
-            functools.partial(_decode_loop, decoder), static_argnames=static, donate_argnames="rows"
-        )
+        self._decode_params, self._empty, self._enter, self._decode_loop = shared_functions(decoder, jnp.dtype(dtype))
 
     def generate(
         self,
@@ -289,6 +283,27 @@ class Sampler:
             "num_ranked": min(sampling.top_k or size, size) if sampling.temperature else 1,
             "nucleus": sampling.top_p < 1,
         }
+
+
+class SamplerFunctions(NamedTuple):
+    """The jitted functions of a sampler; see the functions of these names."""
+
+    decode_params: Callable
+    empty: Callable
+    enter: Callable
+    decode_loop: Callable
+
+
+@functools.lru_cache(maxsize=4)
+def shared_functions(decoder: Decoder, dtype: Any) -> SamplerFunctions:
+    """Jits the functions of a sampler, once for all samplers of a decoder."""
+    static = ("num_ranked", "nucleus")
+    return SamplerFunctions(
+        jax.jit(functools.partial(_decode_params, decoder, dtype)),
+        jax.jit(functools.partial(_empty, decoder, dtype), static_argnames=("rows", "slots")),
+        jax.jit(functools.partial(_enter, decoder), static_argnames=static, donate_argnames="rows"),
+        jax.jit(functools.partial(_decode_loop, decoder), static_argnames=static, donate_argnames="rows"),
+    )
 
 
 # ---------------------------------------------------------------------------------------- on the host

@@ -6,6 +6,7 @@ the config is read in one function only.
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.lora import LoRA, scale_of
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
-from mice_jax.optim import Schedule, make_optimizer, make_phase_schedule
+from mice_jax.optim import Schedule, TabulatedSchedule, make_optimizer, make_phase_schedule
 from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_base, make_abstract_state, make_step
@@ -373,32 +374,43 @@ def attention_on_mesh(config: Config, spec: ModelSpec, mesh: Mesh, recorded: dic
     return attention(config, spec, device.platform, getattr(device, "compute_capability", None), recorded)
 
 
-def optimizer(config: Config, decoder: Decoder, architecture: str) -> tuple[optax.GradientTransformation, Any]:
+class OptimizerSettings(NamedTuple):
+    """What the optimizer of a run depends on besides the model; see the fields of `config.optim`."""
+
+    name: str
+    grad_clip: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    moments_dtype: str
+    frozen: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config) -> "OptimizerSettings":
+        """Returns those of a run's config."""
+        o = config.optim
+        return cls(o.name, o.grad_clip, o.beta1, beta2_of(o), o.eps, o.weight_decay, o.moments_dtype, tuple(o.frozen))
+
+
+def optimizer(
+    settings: OptimizerSettings, decoder: Decoder, architecture: str
+) -> tuple[optax.GradientTransformation, Any]:
     """Makes the optimizer of a run.
 
     Args:
-      config: The run's config.
+      settings: What it depends on.
       decoder: The model.
       architecture: The name of transformers' class, by whose parameter names `optim.frozen` is matched.
 
     Returns:
       The optimizer, and the mask of the parameters that are trained; None if all of them are.
     """
-    o = config.optim
-    some_frozen = o.frozen or (decoder.lora is None and hf.always_frozen(architecture))
-    trained = hf.trained_mask(decoder, architecture, o.frozen) if some_frozen else None
-    made = make_optimizer(
-        name=o.name,
-        grad_clip=o.grad_clip,
-        beta1=o.beta1,
-        beta2=beta2_of(o),
-        eps=o.eps,
-        weight_decay=o.weight_decay,
-        moments_dtype=o.moments_dtype,
-        axes=decoder.split(decoder.axes)[0],
-        trained=trained,
-    )
-    return made, trained
+    some_frozen = settings.frozen or (decoder.lora is None and hf.always_frozen(architecture))
+    trained = hf.trained_mask(decoder, architecture, settings.frozen) if some_frozen else None
+    numbers = settings._asdict()
+    del numbers["frozen"]
+    return make_optimizer(**numbers, axes=decoder.split(decoder.axes)[0], trained=trained), trained
 
 
 def memory_inputs(
@@ -417,7 +429,10 @@ def memory_inputs(
     return memory_model.MemoryInputs(
         decoder,
         make_abstract_state(
-            decoder, optimizer(config, decoder, architecture)[0], mesh, averages=bool(config.train.ema_half_life)
+            decoder,
+            optimizer(OptimizerSettings.of(config), decoder, architecture)[0],
+            mesh,
+            averages=bool(config.train.ema_half_life),
         ),
         mesh,
         jnp.dtype(dtype),
@@ -514,8 +529,7 @@ def run_schedule(config: Config, data: RunData) -> Schedule:
     spans = phase_spans(config.data.phases, trunk.phase_ends(), len(trunk))
     of_trunk = schedule(config, spans, horizon=branch.max_steps or len(trunk))
     places = np.interp(mixture.samples_before()[:-1], trunk.samples_before(), np.arange(len(trunk) + 1))
-    rates = np.asarray(jax.vmap(of_trunk)(places.astype(np.float32)))
-    return lambda step: jnp.asarray(rates)[step]
+    return TabulatedSchedule(tuple(jax.vmap(of_trunk)(places.astype(np.float32)).tolist()))
 
 
 def peak_rate(config: Config, phase: Phase) -> float:
@@ -525,10 +539,21 @@ def peak_rate(config: Config, phase: Phase) -> float:
     return rate_for_batch(rate, o.rate_for_batch, phase.batch_size or o.batch_size, o.rate_batch_size)
 
 
+class StepSettings(NamedTuple):
+    """What the step functions of a run depend on besides the model, the mesh and the schedule."""
+
+    optimizer: OptimizerSettings
+    accumulate_dtype: str
+    compiler_options: tuple[tuple[str, str], ...]
+    sources: tuple[str, ...]
+    averages: bool
+    max_held_out_samples: int
+
+
 def step_functions(
     config: Config, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute, schedule: Schedule
 ) -> StepFunctions:
-    """Makes the step functions of a run.
+    """Makes the step functions of a run. Runs of one process whose settings are equal share them, and what is compiled.
 
     Args:
       config: The run's config.
@@ -538,10 +563,25 @@ def step_functions(
       compute: The dtype, attention backend and remat policy.
       schedule: The learning rate schedule.
     """
-    made, trained = optimizer(config, decoder, architecture)
     chip = find_chip(mesh.devices.flat[0])
     options = compiler_options(chip is not None and chip.sparse_cores)
-    names = source_names(config.data)
+    settings = StepSettings(
+        OptimizerSettings.of(config),
+        config.optim.accumulate_dtype,
+        tuple((options or {}).items()),
+        tuple(source_names(config.data)),
+        averages=bool(config.train.ema_half_life),
+        max_held_out_samples=held_out.TOGETHER if config.eval.exact_match else 0,
+    )
+    return shared_step_functions(settings, decoder, architecture, mesh, compute, schedule)
+
+
+@functools.lru_cache(maxsize=4)
+def shared_step_functions(
+    settings: StepSettings, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute, schedule: Schedule
+) -> StepFunctions:
+    """Makes step functions, or returns those of the last few runs of the process that equal them in all arguments."""
+    made, trained = optimizer(settings.optimizer, decoder, architecture)
     return make_step(
         decoder,
         made,
@@ -549,11 +589,11 @@ def step_functions(
         mesh,
         compute,
         trained,
-        config.optim.accumulate_dtype,
-        options,
-        names,
-        averages=bool(config.train.ema_half_life),
-        max_held_out_samples=held_out.TOGETHER if config.eval.exact_match else 0,
+        settings.accumulate_dtype,
+        dict(settings.compiler_options),
+        settings.sources,
+        averages=settings.averages,
+        max_held_out_samples=settings.max_held_out_samples,
     )
 
 
