@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import Mesh
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from helpers.families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, WRAPPED, torch_model, wrapped_model
@@ -27,7 +27,6 @@ from helpers.models import (
     gap,
     hf_arrays,
     load,
-    logits_of,
     mesh_of,
     packed,
     same_bits,
@@ -52,8 +51,19 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, 600).astype(np.int32)
 # float64 is up to 5e-5 here, where RoPE turns by 600 radians.
 LOGITS = 1e-4
 RELATIVE = 1e-4  # of loss, and of a gradient in units of the largest entry of its tensor
-# The last of them has more tensor shards than there are key heads. Each case is run on one of them, in turn.
-MESHES = [(1, 8, 1), (1, 4, 2), (2, 2, 2), (1, 2, 4)]
+# A row of four samples, long and short for each RoPE that distinguishes them. Its end is padding.
+SAMPLES = [TOKENS[:ORIGINAL], TOKENS[200 : 200 + ORIGINAL + 1], TOKENS[:30], TOKENS]
+SLOTS = 896
+# Enough tokens to go past any window and the length before RoPE was scaled.
+SOME = TOKENS[:256]
+
+# The meshes of the families whose parameters are laid out or split differently: plain, with multipliers, with norms of
+# heads, with norms of all heads, with fused projections, with several kinds of attention, with several mixers, with
+# other heads in some layers. The others run on one device. Some have more tensor shards than there are key heads.
+MESHES = {
+    "llama": (1, 1, 8), "granite": (1, 8, 1), "qwen3": (1, 4, 2), "olmo2": (2, 2, 2), "phi3": (1, 2, 4),
+    "gemma3": (1, 8, 1), "lfm2": (2, 2, 2), "granite4-hybrid": (1, 2, 4), "qwen3_5": (1, 4, 2), "gemma4": (1, 4, 2),
+}  # fmt: skip
 
 
 def row_of(*samples: np.ndarray, slots: int = 0) -> Arrays:
@@ -61,30 +71,48 @@ def row_of(*samples: np.ndarray, slots: int = 0) -> Arrays:
     return packed([[(tokens, np.ones(len(tokens), bool)) for tokens in samples]], slots or sum(map(len, samples)))
 
 
+class Seen:
+    """A decoder whose hidden states can be had beside the loss, without a second forward pass."""
+
+    def __init__(self, decoder: Decoder):
+        self.spec, self.vocab_rows, self._decoder = decoder.spec, decoder.vocab_rows, decoder
+
+    def bind(self, params: Params) -> Any:
+        model = self._decoder.bind(params)
+        self.logits, hidden = model.logits, model.hidden
+
+        def remembered(*inputs: Any) -> jax.Array:
+            self.hidden = hidden(*inputs)
+            return self.hidden
+
+        return types.SimpleNamespace(hidden=remembered, output_weight=model.output_weight)
+
+
 @functools.cache
-def jitted(decoder: Decoder, with_logits: bool) -> Callable[[Params, Arrays], Any]:
-    """The loss, its gradients and, if asked for, logits [B T V], with the loss and the attention of training."""
+def jitted(decoder: Decoder) -> Callable[[Params, Arrays], Any]:
+    """The loss and logits [B T V] of rows, and the gradients of the loss, with the loss and attention of training."""
     compute = Compute(jnp.dtype("float32"), "blockwise", "full")
 
-    def loss(params: Params, rows: Arrays) -> jax.Array:
-        loss_sum, (weight_sum, _) = batch_loss(decoder, params, rows, compute, chunk_size=128)
-        return loss_sum / weight_sum
+    def loss(params: Params, rows: Arrays) -> tuple[jax.Array, jax.Array]:
+        seen = Seen(decoder)
+        loss_sum, (weight_sum, _) = batch_loss(seen, params, rows, compute, chunk_size=128)
+        return loss_sum / weight_sum, seen.logits(seen.hidden)
 
-    def run(params: Params, rows: Arrays) -> tuple[jax.Array, Params, jax.Array | None]:
-        logits = logits_of(decoder, params, rows, compute) if with_logits else None
-        return *jax.value_and_grad(loss)(params, rows), logits
-
-    return jax.jit(run, compiler_options=QUICK)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)
 
 
-def torch_gradients(model: PreTrainedModel, sample: np.ndarray = TOKENS) -> tuple[float, dict[str, np.ndarray]]:
+def torch_gradients(model: PreTrainedModel, *samples: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+    """The mean loss of all predictions in some samples, each alone in a forward pass, and its gradients."""
     model.zero_grad()
-    tokens = torch.tensor(sample)[None].long()
-    loss = model(tokens, labels=tokens).loss
-    loss.backward()
+    predictions, total = sum(len(tokens) - 1 for tokens in samples), 0.0
+    for tokens in samples:
+        batch = torch.tensor(tokens)[None].long()
+        loss = model(batch, labels=batch).loss * ((len(tokens) - 1) / predictions)
+        loss.backward()
+        total += loss.item()
     grads = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
     fixed = {name: np.zeros(1, np.float32) for name, _ in model.named_buffers() if name.endswith("layer_scalar")}
-    return loss.item(), grads | fixed
+    return total, grads | fixed
 
 
 def relative_gaps(
@@ -131,17 +159,22 @@ def test_cases_cover_every_family_and_every_rope_scaling() -> None:
 
 # ---------------------------------------------------------------------------------------- parity
 @pytest.mark.parametrize("case", CASES)
-def test_logits_loss_and_gradients_equal_transformers(case: str, folders: Any, strict_dtypes: None) -> None:
-    model = made(case)
-    decoder, params = load(folders(case), mesh_of(1, 1, 1))
-    expected = torch_logits(model, TOKENS)
+def test_packed_logits_loss_and_gradients_equal_transformers(case: str, folders: Any, strict_dtypes: None) -> None:
+    """Each sample of a packed row is as transformers has it alone."""
+    model, sizes = made(case), MESHES.get(case, (1, 1, 1))
+    mesh = mesh_of(*sizes)
+    decoder, params = load(folders(case), mesh)
+    row = row_of(*SAMPLES, slots=SLOTS)
+    rows = {k: np.repeat(v, mesh.size, axis=0) for k, v in row.items()}
+    with jax.set_mesh(mesh):
+        (loss, logits), grads = jitted(decoder)(params, rows)
+    assert logits.shape == (mesh.size, SLOTS, VOCAB) and logits.dtype == np.float32
+    expected = np.concatenate([torch_logits(model, tokens) for tokens in SAMPLES])
     assert np.abs(expected).max() > 1  # large enough that the tolerance is small
-    logits = uncompiled_logits(decoder, params, row_of(TOKENS))[0]
-    assert logits.shape == (600, VOCAB) and logits.dtype == np.float32
-    assert gap(logits, expected) < LOGITS
-    loss, grads, _ = jitted(decoder, with_logits=False)(params, row_of(TOKENS))
-    their_loss, their_grads = torch_gradients(model)
+    assert gap(logits[:, : len(expected)], np.broadcast_to(expected, (mesh.size, *expected.shape))) < LOGITS
+    their_loss, their_grads = torch_gradients(model, *SAMPLES)
     assert abs(float(loss) / their_loss - 1) < RELATIVE
+    grads = jax.device_put(grads, param_shardings(decoder.abstract, decoder.axes, mesh))
     gaps = relative_gaps(grads, decoder, CASES[case][0], their_grads)
     assert max(gaps.values()) < RELATIVE, gaps
     check_four_steps(case, decoder, params)
@@ -196,11 +229,11 @@ def test_exaone_4_without_windows_rotates_every_layer(tmp_path: Path) -> None:
     full = {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": ROPES["llama3"]}
     model = torch_model("exaone4", tmp_path, **full)
     decoder, params = load(tmp_path, mesh_of(1, 1, 1))
-    logits = uncompiled_logits(decoder, params, row_of(TOKENS))[0]
-    assert gap(logits, torch_logits(model, TOKENS)) < LOGITS
+    logits = uncompiled_logits(decoder, params, row_of(SOME))[0]
+    assert gap(logits, torch_logits(model, SOME)) < LOGITS
     half = make_decoder(dataclasses.replace(decoder.spec, ropes=(decoder.spec.ropes[0], None)))
-    wrong = uncompiled_logits(half, params, row_of(TOKENS))[0]
-    assert gap(wrong, torch_logits(model, TOKENS)) > 10 * LOGITS
+    wrong = uncompiled_logits(half, params, row_of(SOME))[0]
+    assert gap(wrong, torch_logits(model, SOME)) > 10 * LOGITS
 
 
 def switched_off(spec: ModelSpec) -> dict[str, ModelSpec]:
@@ -320,12 +353,12 @@ EXPECTED_OFF = {
 @pytest.mark.parametrize("case", CASES)
 def test_switching_off_any_feature_moves_logits_ten_tolerances(case: str, folders: Any) -> None:
     decoder, params = load(folders(case), mesh_of(1, 1, 1))
-    expected = torch_logits(made(case), TOKENS)
+    expected = torch_logits(made(case), SOME)
     off = switched_off(decoder.spec)
     assert EXPECTED_OFF[case] | {"ropes: none" if any(decoder.spec.ropes) else "ropes: some"} <= off.keys()
     for what, spec in off.items():
         other = make_decoder(spec)
-        logits = uncompiled_logits(other, pruned(params, other.abstract), row_of(TOKENS))[0]
+        logits = uncompiled_logits(other, pruned(params, other.abstract), row_of(SOME))[0]
         assert not gap(logits, expected) <= 10 * LOGITS, what  # NaN is as wrong
 
 
@@ -334,63 +367,41 @@ def test_a_pad_token_that_is_a_real_token_has_its_gradient(tmp_path: Path) -> No
     pad, table = int(TOKENS[100]), "model.embed_tokens.weight"
     model = torch_model("mistral-full", tmp_path, pad_token_id=pad, eos_token_id=pad)
     decoder, params = load(tmp_path, mesh_of(1, 1, 1))
-    grads = jitted(decoder, with_logits=False)(params, row_of(TOKENS))[1]
-    theirs = torch_gradients(model)[1]
+    grads = jitted(decoder)(params, row_of(*SAMPLES, slots=SLOTS))[1]
+    theirs = torch_gradients(model, *SAMPLES)[1]
     assert not theirs[table][pad].any()
     assert relative_gaps(grads, decoder, "MistralForCausalLM", theirs)[table] > 10 * RELATIVE
     model.get_input_embeddings().padding_idx = None
-    theirs = torch_gradients(model)[1]
+    theirs = torch_gradients(model, *SAMPLES)[1]
     assert max(relative_gaps(grads, decoder, "MistralForCausalLM", theirs).values()) < RELATIVE
 
 
 # ---------------------------------------------------------------------------------------- packing
-@pytest.mark.parametrize(
-    "case",
-    ["phi3", "gemma3", "smollm3", "granite4", "olmo3", "exaone4", "hunyuan", "ministral3", "lfm2", "gemma4"],
-)
-def test_packed_samples_equal_transformers_on_each_alone(case: str, folders: Any) -> None:
-    """LongRoPE too, whose frequencies hang on the sample's own length: a short one beside a long one."""
-    model, (decoder, params) = made(case), load(folders(case), mesh_of(1, 1, 1))
-    samples = [TOKENS[:ORIGINAL], TOKENS[200 : 200 + ORIGINAL + 1], TOKENS[:30], TOKENS[100:500]]
-    rows = row_of(*samples, slots=704)
-    logits, at = uncompiled_logits(decoder, params, rows)[0], 0
-    for tokens in samples:
-        alone = torch_logits(model, tokens)
-        assert gap(logits[at : at + len(tokens)], alone) < LOGITS, len(tokens)
-        at += len(tokens)
-    if case == "phi3":  # as if the whole row were one long sample: what a batch-wide choice gives
-        spec = decoder.spec
-        scaling = spec.ropes[0].scaling
-        long = dataclasses.replace(scaling, short_factors=scaling.long_factors)
-        ropes = (dataclasses.replace(spec.ropes[0], scaling=long),) * spec.num_layers
-        wrong = uncompiled_logits(make_decoder(dataclasses.replace(spec, ropes=ropes)), params, rows)[0]
-        assert gap(wrong[:ORIGINAL], torch_logits(model, samples[0])) > 10 * LOGITS
+def test_longrope_factors_of_the_whole_row_change_its_short_samples(folders: Any) -> None:
+    """What a choice of the factors for a whole batch gives, as a negative control of packing."""
+    decoder, params = load(folders("phi3"), mesh_of(1, 1, 1))
+    short, spec = TOKENS[:ORIGINAL], decoder.spec
+    long = dataclasses.replace(spec.ropes[0].scaling, short_factors=spec.ropes[0].scaling.long_factors)
+    ropes = (dataclasses.replace(spec.ropes[0], scaling=long),) * spec.num_layers
+    wrong = uncompiled_logits(make_decoder(dataclasses.replace(spec, ropes=ropes)), params, row_of(short, SOME[:128]))
+    assert gap(wrong[0, :ORIGINAL], torch_logits(made("phi3"), short)) > 10 * LOGITS
 
 
 @pytest.mark.parametrize("case", ["lfm2", "granite4-hybrid", "qwen3_5"])
-def test_packed_gradients_of_a_recurrent_model_are_those_of_its_samples(
+def test_mixers_that_continue_over_borders_change_the_next_sample(
     case: str, folders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a negative control: mixers that continue over borders, as transformers' own do in a packed row."""
-    model, (decoder, params) = made(case), load(folders(case), mesh_of(1, 1, 1))
-    ends = [0, 128, 257, 290, 600]  # of samples that fill a row of the size that is compiled already
+    """A negative control of packing: transformers' own mixers continue so in a packed row."""
+    decoder, params = load(folders(case), mesh_of(1, 1, 1))
+    ends = [0, 64, 129, 145, 256]
     samples = [TOKENS[start:end] for start, end in itertools.pairwise(ends)]
-    rows = row_of(*samples)
-    loss, grads, _ = jitted(decoder, with_logits=False)(params, rows)
-    theirs = [torch_gradients(model, tokens) for tokens in samples]
-    shares = [(len(tokens) - 1) / (600 - len(samples)) for tokens in samples]  # each one's share of the predictions
-    their_loss = sum(share * one for share, (one, _) in zip(shares, theirs, strict=True))
-    their_grads = {n: sum(s * g[n] for s, (_, g) in zip(shares, theirs, strict=True)) for n in theirs[0][1]}
-    assert abs(float(loss) / their_loss - 1) < RELATIVE
-    gaps = relative_gaps(grads, decoder, CASES[case][0], their_grads)
-    assert max(gaps.values()) < RELATIVE, gaps
-    right = uncompiled_logits(decoder, params, rows)[0]
     (mixer,) = {MIXERS[type(kind)] for kind in decoder.spec.mixers if is_recurrent(kind)}
     inside = mixer.__call__
     monkeypatch.setattr(mixer, "__call__", lambda m, x, segments, dtype: inside(m, x, jnp.ones_like(segments), dtype))
-    wrong = uncompiled_logits(decoder, params, rows)[0]
-    assert gap(wrong[:128], right[:128]) < LOGITS
-    assert all(gap(wrong[start], right[start]) > 10 * LOGITS for start in ends[1:-1])
+    wrong = uncompiled_logits(decoder, params, row_of(*samples))[0]
+    first, *others = (torch_logits(made(case), tokens) for tokens in samples)
+    assert gap(wrong[:64], first) < LOGITS
+    assert all(gap(wrong[at], right[0]) > 10 * LOGITS for at, right in zip(ends[1:-1], others, strict=True))
 
 
 # ---------------------------------------------------------------------------------------- in and out
@@ -414,10 +425,10 @@ def test_import_then_export_is_bit_equal_and_loads_in_transformers(case: str, fo
 def test_decoder_of_a_wrapped_checkpoint_equals_transformers(architecture: str, tmp_path: Path) -> None:
     model = wrapped_model(architecture, tmp_path)
     decoder, params = load(tmp_path, mesh_of(1, 1, 1))
-    logits = uncompiled_logits(decoder, params, row_of(TOKENS))[0]
-    assert gap(logits, torch_logits(model, TOKENS)) < LOGITS
-    loss, grads, _ = jitted(decoder, with_logits=False)(params, row_of(TOKENS))
-    their_loss, their_grads = torch_gradients(model)
+    (loss, logits), grads = jitted(decoder)(params, row_of(*SAMPLES, slots=SLOTS))
+    expected = np.concatenate([torch_logits(model, tokens) for tokens in SAMPLES])
+    assert gap(logits[0, : len(expected)], expected) < LOGITS
+    their_loss, their_grads = torch_gradients(model, *SAMPLES)
     stored = their_grads
     if architecture.startswith(("Gemma3", "Mistral3")):  # the others are stored as they are named in the model
         stored = {
@@ -450,44 +461,3 @@ def test_vision_tower_is_exported_bit_for_bit_by_a_run_of_a_run(architecture: st
         UserError, match=r"has no untrained\.safetensors, .*(multi_modal_projector|model\.visual|mtp|audio_tower)\."
     ):
         hf.save_params(out, params, decoder, config, "float32", source)
-
-
-# ---------------------------------------------------------------------------------------- meshes
-@functools.cache
-def on_one_device(case: str, folder: Path) -> tuple[np.ndarray, float, dict[str, np.ndarray]]:
-    model = made(case)
-    return torch_logits(model, TOKENS), *torch_gradients(model)
-
-
-def on_mesh(case: str, folder: Path, mesh: Mesh) -> tuple[np.ndarray, float, dict[str, float]]:
-    """Logits, the loss, and the distance of its gradients from torch's, with eight rows split over the mesh."""
-    decoder, params = load(folder, mesh)
-    row = row_of(TOKENS)
-    rows = {k: np.repeat(v, 8, axis=0) for k, v in row.items()}
-    with jax.set_mesh(mesh):
-        loss, grads, logits = jitted(decoder, with_logits=True)(params, rows)
-    shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-    grads = jax.device_put(grads, shardings)
-    return (
-        np.asarray(logits),
-        float(loss),
-        relative_gaps(grads, decoder, CASES[case][0], on_one_device(case, folder)[2]),
-    )
-
-
-# The families whose parameters are laid out or split differently: plain, with multipliers, with norms of heads, with
-# norms of all heads, with fused projections, with several kinds of attention, with several mixers, with other heads in
-# some layers.
-SPLIT = ("llama", "granite", "qwen3", "olmo2", "phi3", "gemma3", "lfm2", "granite4-hybrid", "qwen3_5", "gemma4")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "sizes"), list(zip(SPLIT, [(1, 1, 8), *MESHES, MESHES[0], *MESHES[2:], MESHES[1], MESHES[2]], strict=True))
-)
-def test_logits_loss_and_gradients_are_the_same_on_a_mesh(case: str, sizes: tuple[int, int, int], folders: Any) -> None:
-    expected, loss, _ = on_one_device(case, folders(case))
-    logits, our_loss, gaps = on_mesh(case, folders(case), mesh_of(*sizes))
-    assert gap(logits, np.broadcast_to(expected, logits.shape)) < LOGITS
-    assert abs(our_loss / loss - 1) < RELATIVE
-    assert max(gaps.values()) < RELATIVE, gaps

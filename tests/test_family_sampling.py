@@ -23,7 +23,7 @@ from mice_jax.models.transformer import Compute, Decoder, Params, empty_cache, m
 # The last answer starts past the window, past ORIGINAL, and comes past phi3's window of 200. A LongRoPE turns by the
 # length that a row has in the end: transformers gives the same where each answer ends on the side of ORIGINAL on
 # which its prompt does.
-LENGTHS = [3, 60, 185]
+LENGTHS = [3, 31, 185]
 NEW = 64
 EARLY = 24  # of a short prompt's answer, within the window
 PROMPTS = [np.random.default_rng(n).integers(0, VOCAB, n).tolist() for n in LENGTHS]

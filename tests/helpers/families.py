@@ -14,7 +14,7 @@ ORIGINAL = 128  # the length before RoPE was scaled
 WINDOW = 48
 
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": POSITIONS, "rms_norm_eps": 1e-5,
     "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
@@ -38,8 +38,8 @@ ROPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# A layer with a window and a layer without: cases of two layers cost less to compile.
-TWO_KINDS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+# A layer with a window and a layer without.
+TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
 
 # Each case has an architecture, and the keys of its config besides the sizes.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,8 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.4,
             "logits_scaling": 3.0, "attention_bias": True, "tie_word_embeddings": True, "head_dim": None,
             "shared_intermediate_size": 40, "num_local_experts": 0, "num_experts_per_tok": 0, "mamba_n_heads": 8,
-            "time_step_limit": [0.0, 8.0], "position_embedding_type": "rope", "num_hidden_layers": 2,
-            "layer_types": ["full_attention"] * 2,
+            "time_step_limit": [0.0, 8.0], "position_embedding_type": "rope", "layer_types": ["full_attention"] * 2,
         },
     ),
     "qwen2": (
@@ -77,12 +76,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": (
         "Qwen3ForCausalLM",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2, "attention_bias": True},
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "attention_bias": True},
     ),
     "smollm3": (
         "SmolLM3ForCausalLM",
         {
-            "no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True, "use_sliding_window": True,
+            "no_rope_layers": [1, 0], "attention_bias": True, "mlp_bias": True, "use_sliding_window": True,
             "sliding_window": WINDOW, "head_dim": None, "tie_word_embeddings": True,
         },
     ),
@@ -103,12 +102,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hunyuan": (
         "HunYuanDenseV1ForCausalLM",
-        {"rope_parameters": ROPES["dynamic"], "attention_bias": True, "num_hidden_layers": 2},
+        {"rope_parameters": ROPES["dynamic"], "attention_bias": True},
     ),
     "ministral3": (
         "Ministral3ForCausalLM",
         {
-            "num_hidden_layers": 2, "sliding_window": WINDOW,
+            "sliding_window": WINDOW,
             "rope_parameters": ROPES["yarn"] | {"mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.5},
         },
     ),
@@ -126,7 +125,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True, "head_dim": None, "shared_intermediate_size": 40, "num_local_experts": 0,
             "mamba_n_heads": 8, "mamba_d_state": 6, "mamba_n_groups": 2, "mamba_proj_bias": True,
             "time_step_limit": [0.0, 1000.0],  # transformers does not apply it while decoding
-            "position_embedding_type": "nope", "layer_types": ["linear_attention"] * 2 + ["full_attention"],
+            "position_embedding_type": "nope", "num_hidden_layers": 3,
+            "layer_types": ["linear_attention"] * 2 + ["full_attention"],
         },
     ),
     # With a usual eps, the norm of the rule's outputs would magnify the roundings of outputs near zero: the logits of
@@ -134,7 +134,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": (
         "Qwen3_5ForCausalLM",
         {
-            "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "attention_bias": True,
+            "layer_types": ["linear_attention", "full_attention"], "attention_bias": True,
             "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "head_dim": 16,
             "linear_value_head_dim": 12, "linear_conv_kernel_dim": 3, "rms_norm_eps": 1e-3,
             "rope_parameters": ROPES["default"] | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
@@ -159,7 +159,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3ForCausalLM",
         {
             "sliding_window": WINDOW, "query_pre_attn_scalar": 20, "attention_bias": True, "tie_word_embeddings": True,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "final_logit_softcapping": 8.0,
+            **TWO_KINDS, "final_logit_softcapping": 8.0,
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "rope_theta": 100000.0, "factor": 5.0},
                 "sliding_attention": ROPES["default"],

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -53,16 +54,21 @@ def spec_of(**changes: Any) -> ModelSpec:
 
 
 def random_params(decoder: Decoder, seed: int = 0) -> Params:
-    """Draws all parameters, including norms and biases, so that each of them affects the result."""
-    rng = np.random.default_rng(seed)
+    """Draws all parameters, including norms and biases, so that each of them affects the result.
 
-    def drawn(path: tuple, x: jax.Array) -> jax.Array:
+    It draws them with numpy, because tracing and lowering the initialisation of a decoder takes a second.
+    """
+    rng, spec = np.random.default_rng(seed), decoder.spec
+
+    def drawn(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
-        if name == "scale" or name.endswith("bias"):
-            return x + rng.normal(0, 0.2, x.shape).astype(np.float32)
-        return x
+        if name == "scale":
+            values = rng.normal(1 - spec.norm_offset, 0.2, x.shape)
+        else:
+            values = rng.normal(0, 0.2 if name.endswith("bias") else spec.init_std, x.shape)
+        return jnp.asarray(values, x.dtype)
 
-    return jax.tree_util.tree_map_with_path(drawn, jax.jit(decoder.init, compiler_options=QUICK)(jax.random.key(seed)))
+    return jax.tree_util.tree_map_with_path(drawn, decoder.abstract)
 
 
 def llama(folder: Path | None = None, seed: int = 0, **changes: Any) -> LlamaForCausalLM:
@@ -173,7 +179,8 @@ def uncompiled_logits(decoder: Decoder, params: Params, rows: Arrays) -> np.ndar
     a program for each of many variants of a model.
     """
     compute = Compute(jnp.dtype("float32"), "reference", "none")
-    with jax.disable_jit():
+    # Rematerialisation would trace functions only to run them once.
+    with jax.disable_jit(), mock.patch.object(jax, "checkpoint", lambda function, **_: function):
         return np.asarray(
             logits_of(decoder, jax.tree.map(jnp.asarray, params), jax.tree.map(jnp.asarray, rows), compute)
         )
