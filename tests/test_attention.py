@@ -374,7 +374,7 @@ def assert_tolerances_tell_apart(segments: np.ndarray, scoring: Scoring, head_di
 
 
 # Neither 80 nor 256 is a tile of 128 lanes: the one is cut from it or padded to it, the other takes two.
-@pytest.mark.parametrize("head_dim", [80, 256, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("head_dim", [80, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 256))])
 @pytest.mark.parametrize("backend", OTHERS)
 def test_backends_equal_reference_at_head_dims_of_real_models(backend: str, head_dim: int, strict_dtypes: None) -> None:
     segments, scoring = segments_of([PACKED]), of_head_dim(head_dim, window=70)
@@ -395,6 +395,7 @@ def test_splash_tiles_query_statistics_over_wide_heads(
     assert {reps for dtype, reps in spread if dtype == jnp.float32} == {(1, 1), (1, tiles)}
 
 
+@pytest.mark.slow
 def test_splash_equals_reference_at_its_largest_block(strict_dtypes: None) -> None:
     # Two blocks of 512 slots. The second segment crosses from one to the other, farther than the window reaches.
     segments = segments_of([[(1, 300), (2, 424), (3, 188), (0, 112)]])
