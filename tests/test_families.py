@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import Mesh
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from helpers.families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, WRAPPED, torch_model, wrapped_model
@@ -177,7 +178,7 @@ def test_packed_logits_loss_and_gradients_equal_transformers(case: str, folders:
     grads = jax.device_put(grads, param_shardings(decoder.abstract, decoder.axes, mesh))
     gaps = relative_gaps(grads, decoder, CASES[case][0], their_grads)
     assert max(gaps.values()) < RELATIVE, gaps
-    check_four_steps(case, decoder, params)
+    check_four_steps(case, decoder, params, rows, mesh)
 
 
 # Of AdamW. Rounding moves gradients by 1e-7 or so, and with a usual eps Adam would make steps of it where a gradient is
@@ -188,7 +189,7 @@ RATE, BETAS, EPS, DECAY = 0.01, (0.9, 0.95), 1e-4, 0.1
 UPDATES = 1e-3
 
 
-def check_four_steps(case: str, decoder: Decoder, params: Params) -> None:
+def check_four_steps(case: str, decoder: Decoder, params: Params, rows: Arrays, mesh: Mesh) -> None:
     """Compares the losses of four steps of AdamW with torch's, and then the weights."""
     model, architecture = copy.deepcopy(made(case)), CASES[case][0]
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -204,11 +205,14 @@ def check_four_steps(case: str, decoder: Decoder, params: Params) -> None:
         return jax.tree.map(lambda p, d: p - RATE * d, params, directions), state
 
     first, state = dict(hf_arrays(params, decoder, architecture)), adamw.init(params)
+    shardings = jax.tree.map(lambda p: p.sharding, params)
     for _ in range(4):
-        loss, grads, _ = jitted(decoder, with_logits=False)(params, row_of(TOKENS))
+        with jax.set_mesh(mesh):
+            (loss, _), grads = jitted(decoder)(params, rows)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it
             params, state = updated(params, grads, state)
-        their_loss, _ = torch_gradients(model)
+        params = jax.device_put(params, shardings)
+        their_loss, _ = torch_gradients(model, *SAMPLES)
         their_optimizer.step()
         assert abs(float(loss) / their_loss - 1) < RELATIVE
     last, theirs = dict(hf_arrays(params, decoder, architecture)), model.state_dict()
