@@ -491,7 +491,7 @@ def from_dict(tree: dict[str, Any]) -> Config:
 def _from_dict(hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) is list:
         return [_from_dict(typing.get_args(hint)[0], v) for v in value]
-    if not dataclasses.is_dataclass(hint):
+    if not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
         return value
     hints = typing.get_type_hints(hint)
     made = hint()

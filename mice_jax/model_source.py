@@ -187,7 +187,8 @@ def generation_config_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase
 def exported_generation_config(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Returns the generation_config.json of a run's export: the fields of its base, and the tokens that end answers."""
     stops, bos_id = stop_ids(source.config, tokenizer), source.config.get("bos_token_id")
-    return fields_of_export(read_fields(source.folder), stops, bos_id=bos_id, pad_id=tokenizer.pad_token_id)
+    pad_id: Any = tokenizer.pad_token_id
+    return fields_of_export(read_fields(source.folder), stops, bos_id=bos_id, pad_id=pad_id)
 
 
 def resolve_step(source: ModelSource, asked: int | None) -> int | None:

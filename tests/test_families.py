@@ -52,6 +52,9 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, 600).astype(np.int32)
 # float64 is up to 5e-5 here, where RoPE turns by 600 radians.
 LOGITS = 1e-4
 RELATIVE = 1e-4  # of loss, and of a gradient in units of the largest entry of its tensor
+# The gradients of the decays of the gated delta rule are a hundred times smaller than others, the rest of sums that
+# cancel: one rounding of each weight moves those of transformers by up to 1.2e-4.
+RELATIVE_OF_DECAYS = 3e-4
 # A row of four samples, long and short for each RoPE that distinguishes them. Its end is padding.
 SAMPLES = [TOKENS[:ORIGINAL], TOKENS[200 : 200 + ORIGINAL + 1], TOKENS[:30], TOKENS]
 SLOTS = 896
@@ -177,15 +180,17 @@ def test_packed_logits_loss_and_gradients_equal_transformers(case: str, folders:
     assert abs(float(loss) / their_loss - 1) < RELATIVE
     grads = jax.device_put(grads, param_shardings(decoder.abstract, decoder.axes, mesh))
     gaps = relative_gaps(grads, decoder, CASES[case][0], their_grads)
-    assert max(gaps.values()) < RELATIVE, gaps
+    decays = {name for name in gaps if case == "qwen3_5" and name.endswith(("A_log", "dt_bias"))}
+    assert max(gaps[name] for name in gaps.keys() - decays) < RELATIVE, gaps
+    assert max((gaps[name] for name in decays), default=0) < RELATIVE_OF_DECAYS, gaps
     check_four_steps(case, decoder, params, rows, mesh)
 
 
 # Of AdamW. Rounding moves gradients by 1e-7 or so, and with a usual eps Adam would make steps of it where a gradient is
 # nearly zero.
-RATE, BETAS, EPS, DECAY = 0.01, (0.9, 0.95), 1e-4, 0.1
-# The distance between two updates of all weights, in units of an update's length. 3e-5 was seen, but of gemma4 7e-4:
-# there it is 4e-5 after one step, in which gradients near zero are rounded, and doubles with each further one.
+RATE, BETAS, EPS, DECAY = 0.01, (0.9, 0.95), 1e-3, 0.1
+# The distance between two updates of all weights, in units of an update's length: with an eps of 1e-4, 3e-5 was seen,
+# and 7e-4 to 1e-3 of gemma4.
 UPDATES = 1e-3
 
 

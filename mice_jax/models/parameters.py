@@ -88,7 +88,7 @@ def normalized(x: jax.Array, eps: float, dims: int = 1) -> jax.Array:
 class RMSNorm(nnx.Module):
     """RMS norm over all dims of `shape` together; its factor is the stored scale plus the spec's `norm_offset`."""
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], spec: ModelSpec, rngs: nnx.Rngs):
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str | None, ...], spec: ModelSpec, rngs: nnx.Rngs):
         self.scale = param(rngs, shape, axes, 0 if spec.norm_offset else None)
         self.eps, self.offset = spec.norm_eps, spec.norm_offset
 
