@@ -138,12 +138,12 @@ AS_FOUR_WROTE: dict[str, tuple[str, Config, tuple[Rope, ...]]] = {
     "Gemma 3 with both thetas": (
         "gemma3",
         {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-        (Rope(2e4, 12, None), Rope(1e6, 12, LinearScaling(8.0)), Rope(2e4, 12, None)),
+        (Rope(2e4, 12, None), Rope(1e6, 12, LinearScaling(8.0))),
     ),
     "Gemma 3 without a theta for windows": (
         "gemma3",
         {"rope_theta": 2e6, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-        (Rope(1e4, 12, None), Rope(2e6, 12, LinearScaling(8.0)), Rope(1e4, 12, None)),
+        (Rope(1e4, 12, None), Rope(2e6, 12, LinearScaling(8.0))),
     ),
     "OLMo 3": (
         "olmo3",
@@ -156,7 +156,7 @@ AS_FOUR_WROTE: dict[str, tuple[str, Config, tuple[Rope, ...]]] = {
         {"rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "alpha": 1e3, "factor": 1.0, "beta_fast": 32}},
         (Rope(1e4, 12, NTKScaling(1e3)),),
     ),
-    "Gemma 3 without any": ("gemma3", {}, (Rope(1e4, 12, None), Rope(1e6, 12, None), Rope(1e4, 12, None))),
+    "Gemma 3 without any": ("gemma3", {}, (Rope(1e4, 12, None), Rope(1e6, 12, None))),
 }
 
 
@@ -601,7 +601,7 @@ UNSUPPORTED: list[tuple[str, Config, str]] = [
     ("gemma2", {"layer_types": [["full_attention"]] * 3}, r"layer_types="),
     ("gemma2", {"sliding_window": None}, r"layer_types=.* but no sliding_window"),
     ("qwen2", {"max_window_layers": "1"}, r"max_window_layers='1'"),
-    ("smollm3", {"no_rope_layers": [1, 0, 1]}, r"no_rope_layers=\[1, 0, 1\]; it must list 0 or 1 for each of 2"),
+    ("smollm3", {"no_rope_layers": [1]}, r"no_rope_layers=\[1\]; it must list 0 or 1 for each of 2"),
     ("smollm3", {"no_rope_layers": [1, "yes"]}, r"no_rope_layers=\[1, 'yes'\]"),
     ("qwen3", {"hidden_act": "relu"}, r"hidden_act='relu'; supported are silu"),
     ("gemma2", {"hidden_activation": ["silu"]}, r"hidden_activation=\['silu'\]; supported are silu"),
