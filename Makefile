@@ -34,7 +34,7 @@ install: .venv/.base
 	@echo 'installed in .venv; now: source .venv/bin/activate'
 
 smoke: .venv/.test
-	$(TEST_ENV) $(PY) -m pytest -q -m 'smoke and not slow' $(ARGS) $(SMOKE)
+	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -m 'smoke and not slow' $(ARGS) $(SMOKE)
 
 test: .venv/.test
 	$(TEST_ENV) $(PY) -m pytest -q $(PARALLEL) -m 'not slow and not gpu and not aot' $(ARGS)

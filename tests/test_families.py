@@ -169,7 +169,14 @@ def test_cases_cover_every_family_and_every_rope_scaling() -> None:
 
 
 # ---------------------------------------------------------------------------------------- parity
-@pytest.mark.parametrize("case", CASES)
+# Those on a mesh are slow, but for the recurrent mixers, of which there is no other case.
+PARITY = [
+    pytest.param(case, marks=pytest.mark.slow if case in MESHES.keys() - {"lfm2", "granite4-hybrid", "qwen3_5"} else [])
+    for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", PARITY)
 def test_packed_logits_loss_and_gradients_equal_transformers(case: str, folders: Any, strict_dtypes: None) -> None:
     """Each sample of a packed row is as transformers has it alone."""
     model, sizes = made(case), MESHES.get(case, (1, 1, 1))
@@ -364,7 +371,13 @@ EXPECTED_OFF = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case in ("granite4-hybrid", "qwen3_5", "gemma4") else [])
+        for case in CASES
+    ],
+)
 def test_switching_off_any_feature_moves_logits_ten_tolerances(case: str, folders: Any) -> None:
     decoder, params = load(folders(case), mesh_of(1, 1, 1))
     expected = torch_logits(made(case), SOME)

@@ -25,8 +25,6 @@ CONV = ShortConv(3, bias=False)
 PERIOD: tuple[Mixer | None, ...] = (CONV, CONV, None)
 ROWS = packed([[sample_of(20, slice(0, 20), np.random.default_rng(0))]], 96)  # more slots than MAX_DECODE_SLOTS
 
-pytestmark = pytest.mark.smoke
-
 
 def spec_with(mixers: tuple[Mixer | None, ...], **changes: Any) -> ModelSpec:
     return spec_of(mixers=mixers, **{"num_layers": len(mixers)} | changes)
