@@ -140,7 +140,7 @@ def test_a_program_that_does_not_fit_is_reported_with_its_memory() -> None:
     def need(rows: int) -> ahead_of_time.CompiledMemory:
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         x = jax.ShapeDtypeStruct((rows, 2**20), jnp.float32, sharding=sharding)
-        return ahead_of_time._compile_function("sort", sort, (x,), ())
+        return ahead_of_time._compile_function("sort", sort, (x,), (), platform="tpu")
 
     small, large = need(2**8), need(2**12)  # 1 and 16 GiB, of which a sort holds some copies
     assert not small.out_of_memory and large.out_of_memory
