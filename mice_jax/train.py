@@ -40,10 +40,11 @@ from mice_jax.runtime import compile_cache, cpu_devices, distributed, transfers,
 from mice_jax.runtime.devices import split_cpu
 from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import local_shards, make_mesh, num_shards, put_scalar, put_steps
+from mice_jax.step import TrainState
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import parse_path
 from mice_jax.storage.provenance import code_state
-from mice_jax.storage.workdir import SYNC_EVERY_S
+from mice_jax.storage.workdir import SYNC_EVERY_S, Workdir
 from mice_jax.training import averaging, build, first_nonfinite, phases, precompile, run_files, summary, trackers
 from mice_jax.training.cadence import make_cadence
 from mice_jax.training.evaluator import Evaluator, check_metrics
@@ -83,12 +84,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     # ---- Processes and devices ----------------------------------------------------------------------------------
     # XLA reads its flags once, when its backend starts, so they are set before anything touches a device.
     xla_flags.set_flags(config.train.deterministic)
-    cpu_count = None
-    if launch.num_processes is None and launch.expect_devices is None:
-        axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        recorded = run_files.recorded_cpu_devices(workdir)
-        cpu_count = cpu_devices.default_count(axes, config.optim.batch_size, recorded)
-    splits_cpu = split_cpu(cpu_count)
+    splits_cpu = _split_cpu(config, launch, workdir)
     cache = compile_cache.enable(cache_folder(config.data.cache_dir))
     distributed.initialize(launch.coordinator_address, launch.num_processes, launch.process_id)
     is_main = distributed.is_main_process()
@@ -209,13 +205,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         spec, hardware.peak_flops_of_all_devices(), model.num_params, config.data.max_length, frozen=base is not None
     )
 
-    # What the model knows before the first step is a line of its own: the gain of the run is measured from there. Where
-    # that is not finite, the first step ends the run and says so.
     if start == 0:
-        before, known = evaluator.before_training(state)
-        run.progress = dataclasses.replace(run.progress, known_before=known)
-        if before.metrics and all_finite(before.metrics):
-            run.log({"step": 0, "samples": 0} | before.metrics, before.answers)
+        _measure_before_training(evaluator, state, run)
 
     timer = LapTimer()
     sums = fns.zero_sums()
@@ -234,24 +225,22 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         assert batch is not None, "the loader has every step"
         threshold = run.progress.spike_threshold(config.train.skip_spikes)
         samples = batch["samples"]
-        weight = averaging.newest_weight(config.train.ema_half_life, samples, run.progress.samples + samples)
+        average_weight = averaging.newest_weight(config.train.ema_half_life, samples, run.progress.samples + samples)
         with transfers.guard():
             for microbatch in batch["microbatches"]:
                 sums = fns.accumulate(join(state.params), sums, microbatch)
-            average_weight = None if weight is None else put_scalar(weight, mesh)
-            state, sums, device_metrics = fns.apply(state, sums, put_scalar(threshold, mesh), average_weight)
+            scalars = [None if x is None else put_scalar(x, mesh) for x in (threshold, average_weight)]
+            state, sums, device_metrics = fns.apply(state, sums, *scalars)
             next_batch = next(batches, None)
-            on_host = jax.device_get(device_metrics)
+            metrics = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
 
         # A loss or gradient norm that is not finite ends the run before anything of the step is recorded.
-        metrics = {name: value.item() for name, value in on_host.items()}
         if not metrics["finite"]:
             run.save(state)  # `apply` has left the state as it was before the step.
             checkpoints.wait()
             cause = ""
             if launch.debug_nans:
-                find = first_nonfinite.Finder(fns.gradients, mesh)
-                cause = first_nonfinite.explain(spec, find, join(state.params), batch["microbatches"])
+                cause = first_nonfinite.explain_step(spec, fns, mesh, join(state.params), batch["microbatches"])
             raise StoppedByRule(summary.not_finite(step, metrics, checkpoints.folder, run.saved_step, cause))
         previous = run.progress
         run.progress = previous.advance(batch, metrics["grad_norm"], metrics["skipped"], metrics["grad_sq_corrected"])
@@ -281,6 +270,26 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             checkpoints.wait()
             raise poll.stop
     checkpoints.wait()
+
+
+def _split_cpu(config: Config, launch: Launch, workdir: Workdir) -> bool:
+    """Splits a CPU into a device for each core, unless the user has said otherwise; returns whether it did."""
+    if launch.num_processes is not None or launch.expect_devices is not None:
+        return False
+    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    recorded = run_files.recorded_cpu_devices(workdir)
+    return split_cpu(cpu_devices.default_count(axes, config.optim.batch_size, recorded))
+
+
+def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) -> None:
+    """Measures what the model knows before the first step: the gain of the run is measured from there.
+
+    Where that is not finite, there is no record of it: the first step ends the run and says so.
+    """
+    before, known = evaluator.before_training(state)
+    run.progress = dataclasses.replace(run.progress, known_before=known)
+    if before.metrics and all_finite(before.metrics):
+        run.log({"step": 0, "samples": 0} | before.metrics, before.answers)
 
 
 # ---------------------------------------------------------------------------------------- the command

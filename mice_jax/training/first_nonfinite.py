@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mice_jax.models.layer_stacks import is_loop_of_layers, layer_of_scopes, layers_of_stack
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Params
-from mice_jax.step import Batch, Jitted
+from mice_jax.step import Batch, Jitted, StepFunctions
 
 PACKAGE = Path(__file__).parents[1]
 # Words in the names of scopes that JAX adds.
@@ -278,6 +278,11 @@ def describe(found: Found) -> str:
     at = f" at {found.operation.place}" if found.operation.place else ""
     value = "NaN" if found.worst.outputs == NAN else "infinite value"
     return f"{', '.join(place)}: {found.operation.name}{at} makes the first {value} from finite inputs"
+
+
+def explain_step(spec: ModelSpec, fns: StepFunctions, mesh: Mesh, params: Params, microbatches: Sequence[Batch]) -> str:
+    """Explains why the loss or the gradient of a step is not finite, as `explain` does, with the step functions."""
+    return explain(spec, Finder(fns.gradients, mesh), params, microbatches)
 
 
 def explain(spec: ModelSpec, find: Finder, params: Params, microbatches: Sequence[Batch]) -> str:
