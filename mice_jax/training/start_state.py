@@ -88,12 +88,9 @@ def enter_branch(state: TrainState, old_beta2: float, new_beta2: float) -> Train
             return node
         count = int(jax.device_get(node.count))
         factor = (1 - new_beta2**count) / (1 - old_beta2**count)
-
-        def scaled(moment: jax.Array) -> jax.Array:
-            scale = jax.jit(lambda m: m * factor, donate_argnums=0, out_shardings=moment.sharding)
-            return scale(moment)
-
-        return node._replace(nu=jax.tree.map(scaled, node.nu))
+        shardings = jax.tree.map(lambda moment: moment.sharding, node.nu)
+        scale = jax.jit(lambda nu: jax.tree.map(lambda m: m * factor, nu), donate_argnums=0, out_shardings=shardings)
+        return node._replace(nu=scale(node.nu))
 
     return dataclasses.replace(state, opt_state=jax.tree.map(rescale, state.opt_state, is_leaf=_is_adam))
 
