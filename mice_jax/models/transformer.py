@@ -170,10 +170,10 @@ class Transformer(nnx.Module):
         compute: Compute,
     ) -> MixerOf:
         """Makes the attention of every layer of a kind, by its rotary positions and its window."""
-        tables = [all_tables[rope_] for rope_ in self._distinct(kind, self.spec.ropes)]
+        tables = [all_tables[rope_] for rope_ in self._distinct_of_kind(kind, self.spec.ropes)]
         stacked_tables = jax.tree.map(lambda *x: jnp.stack(x), *tables) if len(tables) > 1 else None
         # There is one branch per window, because a kernel's mask, which includes the window, is fixed at compile time.
-        branches = [attend_within(self._scoring(window)) for window in self._distinct(kind, self.spec.windows)]
+        branches = [attend_within(self._scoring(window)) for window in self._distinct_of_kind(kind, self.spec.windows)]
         keys, name = self.spec.attention_of(kind).keys, self.spec.attention_of(kind).name
 
         def of_layer(layer: LayerProperties, lent: Lent) -> ApplyMixer:
@@ -300,12 +300,14 @@ class Transformer(nnx.Module):
     def _layer_properties(self, own_inputs: jax.Array | None) -> LayerProperties:
         def indices(values: Sequence[Any]) -> jax.Array:
             of_layers = zip(self.spec.mixers, values, strict=True)  # 0 for recurrent mixers, which do not use them
-            places = [0 if is_recurrent(k) else self._distinct(k, values).index(value) for k, value in of_layers]
+            places = [
+                0 if is_recurrent(k) else self._distinct_of_kind(k, values).index(value) for k, value in of_layers
+            ]
             return jnp.array(places, jnp.int32)
 
         return LayerProperties(indices(self.spec.ropes), indices(self.spec.windows), own_inputs)
 
-    def _distinct(self, kind: Kind, values: Sequence[T]) -> list[T]:
+    def _distinct_of_kind(self, kind: Kind, values: Sequence[T]) -> list[T]:
         """Returns the distinct values, of which each layer has one, of the layers of a kind."""
         return _distinct([value for k, value in zip(self.spec.mixers, values, strict=True) if k == kind])
 

@@ -24,9 +24,9 @@ from mice_jax.statistics.registered_claims import NONE
 from mice_jax.storage import jsonl
 from mice_jax.storage.paths import write_atomically
 from mice_jax.storage.workdir import BRANCH, DIRECTIONS, METRICS
+from mice_jax.sweeps.branch_results import BATCH_SIZE
 from mice_jax.sweeps.trials import fixed_params, settled, trial_config
 
-BATCH_SIZE = "optim.batch_size"
 # Settings that a branch may change: the others decide what the checkpoint holds, or what was trained on before.
 AXES = tuple(
     f"optim.{name}"

@@ -104,11 +104,11 @@ class Evaluator:
         """Measures what is due.
 
         Args:
-          known: What was known of the sources to retain before the first step, see `held_out.known_before`; None
-            before that step.
           state: The state after a step. Where it has a running average of the parameters, the held-out loss of the
             average is measured too.
           due: The evaluations that are due after that step.
+          known: What was known of the sources to retain before the first step, see `held_out.known_before`; None
+            before that step.
 
         Returns:
           The metrics, and the error of a benchmark that could not be scored.
