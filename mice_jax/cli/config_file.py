@@ -57,7 +57,7 @@ def _in_words(error: str) -> str:
 
 def _missing_file(file: Path) -> UserError:
     close = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.py")], n=1)
-    suggestion = f"; did you mean {file.parent / close[0]}?" if close else f" from {Path.cwd()}."
+    suggestion = f"; did you mean {file.parent / close[0]}?" if close else f"; paths are relative to {Path.cwd()}."
     return UserError(f"--config: the file {file} does not exist{suggestion}")
 
 
