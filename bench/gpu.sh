@@ -54,7 +54,7 @@ run() { # run NAME COMMAND...
 }
 
 # The most valuable first, in case the machine is taken away: whether the kernels compute what the reference does, through
-# the train step; then the step beside torch; then attention alone.
+# the train step; then the step paired with torch; then attention alone.
 if [ -n "$tiny" ]; then
   run correctness "$python" -m pytest -q -m 'not slow' tests/test_attention_gpu.py -k step
   run tiny "$python" bench/step.py --size=tiny --parts=peers,start --rows=2 --slots=256 --steps=1 --rounds=1

@@ -22,8 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mice_jax.cli.flags import define_branch
-from mice_jax.config import flatten, to_dict
-from mice_jax.config_checks import beta2_of, resolved_rate
+from mice_jax.config_checks import beta2_of, rate_of
 from mice_jax.errors import UserError
 from mice_jax.runtime import watchdog
 from mice_jax.sweeps import branches
@@ -69,7 +68,7 @@ def _print(made: branches.Plan) -> None:
     for params, steps in made.ends:
         config = trial_config(made.sweep, params)
         values = [str(params[name]) for name in made.sweep.axes]
-        rate = f"{resolved_rate(flatten(to_dict(config))):.6g}"
+        rate = f"{rate_of(config.optim):.6g}"
         table.add_row(*values, rate, f"{beta2_of(config.optim):.6g}", f"{steps:,}", f"{end - made.samples:,}")
     console.print(table)
     seeds = ", ".join(map(str, made.sweep.seeds))

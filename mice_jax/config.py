@@ -341,7 +341,7 @@ class Branch(_Strict):
     """The run that this one branches off from, whose checkpoint its workdir begins with; `mice branch` sets these."""
 
     step: int = 0
-    """The steps of the other run before the branch; 0 means that this run is no branch."""
+    """The step of the other run at which this run branches off; 0 means that this run is not a branch."""
     samples: int = 0
     """The number of samples, those of the other run before the branch included, after which the branch ends."""
     batch_size: int = 0

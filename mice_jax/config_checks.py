@@ -5,7 +5,6 @@ config.py, which imports it; so it takes a config as `Any`.
 """
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -14,6 +13,8 @@ import types
 import typing
 from collections.abc import Collection
 from typing import Any
+
+from mice_jax.errors import did_you_mean
 
 CHOICES = {
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
@@ -83,8 +84,7 @@ BOUNDS = {
 def nearest(name: str, names: typing.Iterable[str]) -> str:
     """The end of an error message: `; did you mean 'x'?` for the closest of `names`, or all names if none is close."""
     names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}."
+    return did_you_mean(name, names, f"; it has {', '.join(names)}.", cutoff=0.5)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -267,6 +267,11 @@ def rate_for_batch(rate: float, rule: str, batch_size: int, of_batch_size: int) 
     return rate * (math.sqrt(ratio) if rule == "sqrt" else ratio)
 
 
+def rate_of(optim: Any) -> float:
+    """Returns the peak learning rate of an optimizer's config at its batch size."""
+    return rate_for_batch(optim.learning_rate, optim.rate_for_batch, optim.batch_size, optim.rate_batch_size)
+
+
 def resolved_rate(flat: dict[str, Any]) -> float:
     """Returns the peak learning rate of a flat config at its batch size; NaN where a field is missing."""
     rate, batch_size = flat.get("optim.learning_rate", math.nan), flat.get("optim.batch_size", 0)
@@ -294,8 +299,12 @@ def _branch_problems(c: Any) -> list[str]:
     branch, default = c.branch, type(c.branch)()
     if not branch.step:
         unread = [k for k in vars(default) if not k.startswith("_") and getattr(branch, k) != getattr(default, k)]
+        if not unread:
+            return []
         named = ", ".join(f"branch.{k}={getattr(branch, k)!r}" for k in unread)
-        return [f"branch.step=0 is no branch, so nothing reads {named}: let mice branch set these"] if unread else []
+        return [
+            f"branch.step=0 means that this run is not a branch, so nothing reads {named}: let mice branch set these"
+        ]
     problems = []
     if not branch.batch_size or not branch.samples:
         problems.append(

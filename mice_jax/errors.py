@@ -4,6 +4,8 @@ Raise `UserError` for everything that the user can fix: its text is one paragrap
 line, field), the value found, and the fix. Invariants of the code are `assert`s, which keep their traceback.
 """
 
+import difflib
+from collections.abc import Collection
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[1]
@@ -47,6 +49,19 @@ def one_line(error: BaseException) -> str:
 def sentence(text: str) -> str:
     """Returns the text with a full stop at its end, unless it ends with a question mark."""
     return text if text.endswith("?") else f"{text}."
+
+
+def did_you_mean(name: str, names: Collection[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """Returns the end of an error message about an unknown name.
+
+    Args:
+        name: the name that was given.
+        names: the names that are known.
+        otherwise: what the message ends with if none of them is close.
+        cutoff: how close it must be, from 0 to 1, as in `difflib.get_close_matches`.
+    """
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else otherwise
 
 
 def install_command(extra: str) -> str:

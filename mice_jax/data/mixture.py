@@ -190,9 +190,9 @@ class _Part:
 class Mixture:
     """The steps of a run, by number; they are the same on every host and do not depend on earlier calls.
 
-    After a trunk, a run trains on what the trunk has not: the rest of the epoch, in the trunk's order or, with another
-    seed, in an order of its own, and then the later epochs. Each epoch has the samples that it would have had without
-    the branch, so runs that branch off with other batch sizes or seeds train on equally many.
+    After a trunk, a run trains on the samples that the trunk did not reach: the rest of the epoch, in the trunk's order
+    or, with another seed, in an order of its own, and then the later epochs. Each epoch has the samples that it would
+    have had without the branch, so runs that branch off with other batch sizes or seeds train on equally many.
     """
 
     def __init__(

@@ -5,7 +5,6 @@ A reader yields records, each with the place it came from ("a.jsonl line 12"). A
 that neither a format nor a template can read are listed with the sample, so that they can be counted and reported.
 """
 
-import difflib
 import json
 import re
 import reprlib
@@ -19,7 +18,7 @@ from mice_jax.data.json_list import DECODER
 from mice_jax.data.readers import Block, Reader
 from mice_jax.data.reasoning import REASONING
 from mice_jax.data.template_source import RESERVED
-from mice_jax.errors import UserError, one_line, sentence
+from mice_jax.errors import UserError, did_you_mean, one_line, sentence
 
 ROLES = ("system", "user", "assistant", "tool", "pretraining")
 # Keys of a message that say whether it is trained on. `weight` is that of OpenAI's format, `loss` that of ms-swift.
@@ -432,5 +431,4 @@ def _brief(value: Any) -> str:
 
 def _nearest(name: str, names: Collection[str]) -> str:
     """Returns the end of an error message: the name that was probably meant, or else all names."""
-    close = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; it is one of {', '.join(names)}"
+    return did_you_mean(name.lower(), names, f"; it is one of {', '.join(names)}")

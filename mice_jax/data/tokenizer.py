@@ -7,7 +7,6 @@ part byte by byte, by their lengths. It is an error if the tokens of the parts d
 """
 
 import copy
-import difflib
 import hashlib
 import itertools
 import json
@@ -27,7 +26,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mice_jax.data import templates
 from mice_jax.data.byte_level import bytes_of_tokens, spans_by_bytes, word_table
 from mice_jax.data.template_source import check_defaults, with_defaults
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import UserError, did_you_mean, one_line
 from mice_jax.storage import hub
 
 Span = tuple[int, int]  # characters, the end excluded
@@ -186,10 +185,9 @@ def _compare_conversion(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
 
 def _read_template(path: str) -> str:
     if not Path(path).exists():
-        close = difflib.get_close_matches(path, templates.TOKENS, n=1)
         raise UserError(
             f"data.chat_template={path!r} is neither the name of a built-in template ({templates.NAMES}) nor an "
-            f"existing file{f'; did you mean {close[0]!r}?' if close else '.'}"
+            f"existing file{did_you_mean(path, templates.TOKENS, '.')}"
         )
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

@@ -26,8 +26,8 @@ import sqlalchemy as sql
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import exc as sql_exc
 
-from mice_jax.config import Range, Sweep, differences, flatten, locate, to_dict
-from mice_jax.config_checks import resolved_rate
+from mice_jax.config import Range, Sweep, differences, locate, to_dict
+from mice_jax.config_checks import rate_of
 from mice_jax.errors import UserError, one_line
 from mice_jax.statistics import registered_claims
 from mice_jax.storage.paths import write_atomically
@@ -371,7 +371,7 @@ class Study:
         params = {name: row[name] for name in self.sweep.axes}
         if "" in params.values():
             return ""
-        return resolved_rate(flatten(to_dict(trial_config(self.sweep, params))))
+        return rate_of(trial_config(self.sweep, params).optim)
 
     def status(self, trial: FrozenTrial) -> str:
         """Returns the status of a trial as `status_of`, or "paused"."""

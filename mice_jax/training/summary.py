@@ -12,7 +12,7 @@ from rich.table import Table
 
 from mice_jax.cli.format import format_bytes
 from mice_jax.config import Config
-from mice_jax.config_checks import beta2_of, rate_for_batch
+from mice_jax.config_checks import beta2_of, rate_of
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.model_source import ModelSource
@@ -101,8 +101,7 @@ def _memory(needed: memory_model.MemoryEstimate, there: int) -> str:
 
 def _optimizer(config: Config) -> str:
     o = config.optim
-    rate = rate_for_batch(o.learning_rate, o.rate_for_batch, o.batch_size, o.rate_batch_size)
-    parts = [f"{o.name}, {o.schedule} learning rate {rate:g}"]
+    parts = [f"{o.name}, {o.schedule} learning rate {rate_of(o):g}"]
     if o.rate_for_batch != "none":
         parts.append(f"from {o.learning_rate:g} at {o.rate_batch_size:,} samples by the {o.rate_for_batch} rule")
     if o.warmup_steps:
