@@ -22,7 +22,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "nothing but the command": ("train", ["--config is missing", "FILE.py"]),
     "no workdir": (f"train {CONFIG}", ["--workdir is missing", "folder of the run"]),
     "a misspelt config file": (f"train --config=rum.py {RUN}", ["rum.py does not exist", "did you mean run.py"]),
-    "a config in another folder": (f"train --config=x/y.py {RUN}", ["x/y.py does not exist from"]),
+    "a config in another folder": (f"train --config=x/y.py {RUN}", ["x/y.py does not exist; paths are relative to"]),
     "a misspelt flag": (f"train --confg=run.py {RUN}", ["--confg", "did you mean 'config'"]),
     "a config without its flag": ("train run.py", ["'run.py'", "--name=value"]),
     "a misspelt field": (f"train {CONFIG} {RUN} --config.optim.learning_rte=1", ["did you mean 'optim.learning_rate'"]),
