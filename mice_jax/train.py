@@ -22,8 +22,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.markup import escape
 
 from mice_jax import hardware
 from mice_jax.checkpoint import Checkpoints
@@ -49,7 +49,7 @@ from mice_jax.training import averaging, build, first_nonfinite, phases, precomp
 from mice_jax.training.cadence import make_cadence
 from mice_jax.training.evaluator import Evaluator, check_metrics
 from mice_jax.training.lifecycle import Run, lifecycle
-from mice_jax.training.progress import Deadline, LapTimer
+from mice_jax.training.progress import Deadline, LapTimer, Progress
 from mice_jax.training.record import Throughput, all_finite, make_record
 from mice_jax.training.start_state import enter_branch, enter_phase, restore_or_start
 from mice_jax.training.stop_monitor import StopMonitor
@@ -133,8 +133,9 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     pack = build.held_out_packer(config, data, model.shapes, mesh)
 
     # ---- Optimizer and step functions ---------------------------------------------------------------------------
-    schedule = build.run_schedule(config, data)
-    fns = build.step_functions(config, model.decoder, source.architecture, mesh, model.compute, schedule)
+    fns = build.step_functions(
+        config, model.decoder, source.architecture, mesh, model.compute, build.run_schedule(config, data)
+    )
     score_benchmarks = benchmarks.scorer(source, model.decoder, mesh, model.compute.dtype, log)
 
     # ---- State: the newest checkpoint of this workdir, or else init_from ------------------------------------------
@@ -165,16 +166,16 @@ def train(config: Config, run: Run, launch: Launch) -> None:
                 run_files.choices(mesh, model.compute, model.rows, encoder.today, inputs.hosted),
                 {**launch.provenance, **code_state()},
             )
-            report = statistics.with_steps(data.dataset.report, steps, data.total_steps, warnings)
-            workdir.write_json("data_report.json", report)
+            workdir.write_json(
+                "data_report.json", statistics.with_steps(data.dataset.report, steps, data.total_steps, warnings)
+            )
             benchmarks.write_directions(workdir)
             run_files.write_model_folder(workdir.local / "model", source, spec, inputs.tokenizer)
             workdir.sync()
     console.print(summary.table(config, source, data, steps, start, model))
     if splits_cpu and mesh.devices.flat[0].platform == "cpu":
         console.print(f"[dim]{cpu_devices.describe(mesh.size)}[/dim]")
-    for warning in warnings:
-        console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
+    summary.print_warnings(console, warnings)
 
     # ---- Compilation --------------------------------------------------------------------------------------------
     # Every microbatch shape is compiled now, so that no later step waits for a compilation.
@@ -223,16 +224,13 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         # between host and devices, since each implicit transfer would make the devices wait.
         batch = next_batch
         assert batch is not None, "the loader has every step"
-        threshold = run.progress.spike_threshold(config.train.skip_spikes)
-        samples = batch["samples"]
-        average_weight = averaging.newest_weight(config.train.ema_half_life, samples, run.progress.samples + samples)
+        scalars = _update_scalars(config, run.progress, batch["samples"], mesh)
         with transfers.guard():
             for microbatch in batch["microbatches"]:
                 sums = fns.accumulate(join(state.params), sums, microbatch)
-            scalars = [None if x is None else put_scalar(x, mesh) for x in (threshold, average_weight)]
             state, sums, device_metrics = fns.apply(state, sums, *scalars)
             next_batch = next(batches, None)
-            metrics = {name: value.item() for name, value in jax.device_get(device_metrics).items()}
+            metrics = jax.tree.map(lambda value: value.item(), jax.device_get(device_metrics))
 
         # A loss or gradient norm that is not finite ends the run before anything of the step is recorded.
         if not metrics["finite"]:
@@ -290,6 +288,23 @@ def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) 
     run.progress = dataclasses.replace(run.progress, known_before=known)
     if before.metrics and all_finite(before.metrics):
         run.log({"step": 0, "samples": 0} | before.metrics, before.answers)
+
+
+def _update_scalars(config: Config, progress: Progress, samples: int, mesh: Mesh) -> tuple[jax.Array, jax.Array | None]:
+    """Puts on the devices what an update needs beside its sums.
+
+    Args:
+      config: the run's config.
+      progress: the run before the step.
+      samples: the samples of the step.
+      mesh: the devices.
+
+    Returns:
+      The gradient norm above which the step is skipped, and what the new weights count in the running average.
+    """
+    threshold = progress.spike_threshold(config.train.skip_spikes)
+    average_weight = averaging.newest_weight(config.train.ema_half_life, samples, progress.samples + samples)
+    return put_scalar(threshold, mesh), None if average_weight is None else put_scalar(average_weight, mesh)
 
 
 # ---------------------------------------------------------------------------------------- the command

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -160,6 +161,12 @@ def warnings(config: Config, source: ModelSource, decoder: Decoder, data: RunDat
         *_optimizer_warnings(config, source),
         *_mesh_warnings(decoder, mesh),
     ]
+
+
+def print_warnings(console: Console, warnings: list[str]) -> None:
+    """Prints each warning as a paragraph of its own."""
+    for warning in warnings:
+        console.print(f"[yellow]warning: {escape(warning)}[/yellow]")
 
 
 def _model_warnings(config: Config, source: ModelSource, spec: ModelSpec) -> Iterator[str]:
