@@ -56,7 +56,7 @@ def load_model(model: str | Path, *, step: int | None = None, dtype: str = "auto
       UserError: There is no such model, or it cannot be loaded.
     """
     source = resolve_model(str(model), step)
-    tokenizer = load_tokenizer(str(source.folder), chat_template)
+    tokenizer = load_tokenizer(str(source.tokenizer_folder), chat_template)
     check_vocabulary(source, tokenizer.get_vocab())
     computed_in = compute_dtype(dtype)
     loaded = load_for_inference(source, step=step, dtype=computed_in)

@@ -115,7 +115,7 @@ class Lora(_Strict):
     rslora: bool = False
     """Make that factor alpha / sqrt(rank), so that a larger rank does not need a larger alpha."""
     targets: list[str] = field(default_factory=list)
-    """The last parts of the names of matrices with an adapter, such as `q_proj`; none: those of attention and MLP."""
+    """The ends of the names of matrices with an adapter, such as `q_proj`; none: those of attention and MLP."""
 
 
 @dataclass
@@ -123,8 +123,8 @@ class Model(_Strict):
     """The model and how it computes."""
 
     init_from: str = ""
-    """The initial weights: a Hugging Face folder, a model of the Hub (`owner/name` or `owner/name@revision`),
-    `random:path/to/config.json`, or the workdir of another run or one of its checkpoints."""
+    """The initial weights: a Hugging Face folder, a model of the Hub (`owner/name` or `owner/name@revision`), a folder
+    with an adapter of PEFT, `random:path/to/config.json`, or the workdir of another run or one of its checkpoints."""
     compute_dtype: str = "auto"
     """The dtype of activations: auto, float32 or bfloat16; auto is float32 on CPU and bfloat16 elsewhere."""
     attention: str = "auto"

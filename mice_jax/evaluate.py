@@ -152,7 +152,7 @@ def _read_flags(values: command.Values) -> _Job:
     model = command.required(values, "model")
     source = resolve_model(model, values.step)
     steps = _steps(source, values)
-    tokenizer = load_tokenizer(str(source.folder), values.chat_template)
+    tokenizer = load_tokenizer(str(source.tokenizer_folder), values.chat_template)
     check_vocabulary(source, tokenizer.get_vocab())
     dtype = compute_dtype(values.compute_dtype)
     precision.set_float32_matmul_precision(dtype, jax.default_backend())

@@ -115,7 +115,8 @@ def _check_adapter(source: ModelSource, adapters: AdapterRun | None) -> None:
 def _save_adapter(folder: Path, source: ModelSource, run: AdapterRun, step: int, dtype: str) -> int:
     """Writes the adapter of a run's checkpoint as PEFT loads it; returns its number of parameters."""
     adapters = load_adapters(source, run.lora, make_mesh(1, -1, 1), step)
-    base = run.base.hosted.repo if run.base.hosted else run.base.folder.name
+    place = run.base.workdir or run.base.folder
+    base = run.base.hosted.repo if run.base.hosted else str(place.resolve() if isinstance(place, Path) else place)
     config = {
         "r": run.lora.rank,
         "lora_alpha": run.alpha,

@@ -81,7 +81,7 @@ def generate(values: command.Values) -> None:
         raise UserError("--stop is empty: it would end every answer before its first character.")
     if values.batch_size < 1:
         raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
-    tokenizer = load_tokenizer(str(source.folder), values.chat_template)
+    tokenizer = load_tokenizer(str(source.tokenizer_folder), values.chat_template)
     check_vocabulary(source, tokenizer.get_vocab())
     encoder = ChatEncoder(tokenizer)
     defaults = generation_config_of(source, tokenizer)

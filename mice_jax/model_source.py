@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.checkpoint import CheckpointReader
+from mice_jax.config import Lora
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import file_digests
 from mice_jax.errors import UserError
@@ -30,9 +31,10 @@ from mice_jax.inference.generation_config import (
     read_generation_config,
     stop_ids_in,
 )
-from mice_jax.models import hf, peft_format
+from mice_jax.models import hf, peft_format, peft_import
 from mice_jax.models import lora as lora_trees
 from mice_jax.models.lora import LoRA, scale_of
+from mice_jax.models.peft_import import PeftAdapter
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Decoder, Params, make_decoder
 from mice_jax.runtime.devices import find_devices
@@ -52,14 +54,17 @@ class ModelSource:
     """Where a model's parameters come from. Only its config.json has been read.
 
     Attributes:
-      kind: "hf" (a Hugging Face folder), "run" (the workdir of a run) or "random" (fresh weights from a config.json).
-      folder: The folder with config.json and, by default, the tokenizer.
+      kind: "hf" (a Hugging Face folder), "run" (the workdir of a run), "random" (fresh weights from a config.json) or
+        "adapter" (an adapter in PEFT's format, and its base).
+      folder: The folder with config.json, which is that of the base for an adapter.
       workdir: The run's workdir; None unless kind is "run".
       step: The step of a checkpoint that was named in the path, as in `workdir/checkpoints/400`; else None.
       config: The content of config.json.
       spec: The architecture that config.json describes.
       hosted: The model of the Hub that `folder` is a copy of; None if the source was named by its path.
       averaged: Whether to take the running average of a run's weights instead of the weights.
+      adapter: The adapter, if kind is "adapter".
+      adapter_base: The model that the adapter is added to.
     """
 
     kind: str
@@ -70,6 +75,20 @@ class ModelSource:
     spec: ModelSpec
     hosted: hub.HubModel | None = None
     averaged: bool = False
+    adapter: PeftAdapter | None = None
+    adapter_base: "ModelSource | None" = None
+
+    @property
+    def base(self) -> "ModelSource":
+        """The model without its adapter; the model itself if it has none."""
+        return self.adapter_base or self
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder of the tokenizer, which is an adapter's own if it has one."""
+        if self.adapter is not None and any(self.adapter.folder.glob("tokenizer*")):
+            return self.adapter.folder
+        return self.base.tokenizer_folder if self.adapter_base else self.folder
 
     @property
     def architecture(self) -> str:
@@ -78,6 +97,8 @@ class ModelSource:
 
     def stored_dtype(self) -> str:
         """The dtype of the stored weights that training started from; float32 for random weights."""
+        if self.adapter_base is not None:
+            return self.adapter_base.stored_dtype()
         return hf.stored_dtype(self.folder) if self.kind == "hf" else self.config.get("dtype", "float32")
 
 
@@ -85,10 +106,11 @@ def resolve_source(init_from: str, *, commit: str = "", weights: bool = True) ->
     """Reads the config.json of the model that `init_from` names; fetches it if it is a model of the Hub.
 
     Args:
-      init_from: A Hugging Face folder, a model of the Hub (`owner/name` or `owner/name@revision`), a run's workdir or
-        one of its `checkpoints/<step>`, `checkpoints/<step>/average` for the average of the weights that the run kept,
-        or `random:` followed by a config.json or its folder.
-      commit: The commit of a model of the Hub; "" takes the revision in `init_from`, or else the newest.
+      init_from: A Hugging Face folder, an adapter folder of PEFT, a model of the Hub (`owner/name` or
+        `owner/name@revision`), a run's workdir or one of its `checkpoints/<step>`, `checkpoints/<step>/average` for the
+        average of the weights that the run kept, or `random:` followed by a config.json or its folder.
+      commit: The commit of a model of the Hub, which may be an adapter's base; "" takes the revision in `init_from`, or
+        else the newest.
       weights: Whether the weights of a model of the Hub are needed.
 
     Returns:
@@ -105,6 +127,11 @@ def resolve_source(init_from: str, *, commit: str = "", weights: bool = True) ->
     if hub.is_hub_id(init_from):
         hosted = hub.fetch(init_from, commit, weights=weights)
         file = hosted.folder / "config.json"
+        if not file.exists() and (hosted.folder / peft_format.CONFIG).exists():
+            raise UserError(
+                f"{init_from} is an adapter, and adapters are read from folders only. Download it, as with "
+                f"`hf download {hosted.repo} --local-dir=FOLDER`, and give the folder."
+            )
         config = hf.read_config(file)
         return ModelSource("hf", hosted.folder, None, None, config, hf.spec_from_config(config, file), hosted)
     folder, step = parse_path(init_from), None
@@ -126,8 +153,23 @@ def resolve_source(init_from: str, *, commit: str = "", weights: bool = True) ->
         raise UserError(
             f"{init_from} is not a run's workdir. A Hugging Face folder must be on a local disk: copy it here."
         )
+    if peft_import.is_adapter(folder):
+        return _resolve_adapter(folder, commit, weights=weights)
     config = hf.read_config(folder / "config.json")
     return ModelSource("hf", folder, None, None, config, hf.spec_from_config(config, folder / "config.json"))
+
+
+def _resolve_adapter(folder: Path, commit: str, *, weights: bool) -> ModelSource:
+    """Reads an adapter folder and the config.json of its base; see `resolve_source`."""
+    adapter = peft_import.read_adapter(folder)
+    try:
+        base = resolve_source(adapter.find_base(), commit=commit, weights=weights)
+    except UserError as e:
+        raise UserError(
+            f"{folder / peft_format.CONFIG} names its base model as base_model_name_or_path={adapter.base!r}, which "
+            f"cannot be used. Set it to the base's folder or to its name on the Hub (owner/name): {e}"
+        ) from None
+    return dataclasses.replace(base, kind="adapter", workdir=None, step=None, adapter=adapter, adapter_base=base)
 
 
 def resolve_model(model: str, step: int | None = None) -> ModelSource:
@@ -179,6 +221,7 @@ def stop_ids(config: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list
 
 def generation_config_of(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> GenerationDefaults:
     """Returns the model's own generation defaults, which are those of the exported model for a run."""
+    source = source.base
     if source.kind == "run":
         return defaults_in(exported_generation_config(source, tokenizer), source.folder / FILE)
     return read_generation_config(source.folder, source.config)
@@ -222,6 +265,11 @@ def fingerprint(source: ModelSource, step: int | None) -> str:
         files |= {"item": AVERAGE} if source.averaged else {}
         if (run := adapter_run(source)) is not None:
             files["base"] = fingerprint(run.base, resolve_step(run.base, None))
+    if source.adapter is not None:
+        stored = [p for p in sorted(source.adapter.folder.iterdir()) if p.is_file()]
+        digests = file_digests(stored, cache_folder(""))
+        files |= {f"adapter/{p.name}": d.hex() for p, d in zip(stored, digests, strict=True)}
+        files["base"] = fingerprint(source.base, resolve_step(source.base, None))
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -263,11 +311,14 @@ def check_vocabulary(source: ModelSource, ids: dict[str, int]) -> None:
 
 
 def check_weights(source: ModelSource) -> None:
-    """Checks what can be known of a Hugging Face folder's weights without reading them; other sources pass.
+    """Checks what can be known of weights in Hugging Face's or PEFT's format without reading them; others pass.
 
     Raises:
       UserError: A file is missing or truncated, or its tensors do not fit config.json.
     """
+    if source.adapter is not None:
+        peft_import.check_tensors(source.adapter, source.spec, source.architecture)
+        check_weights(source.base)
     if source.kind == "hf":
         hf.check_weights(source.folder, make_decoder(source.spec, 1), source.architecture)
 
@@ -337,6 +388,8 @@ def _grown(stored: Decoder, decoder: Decoder, params: Params) -> Params:
 
 def _stored_params(source: ModelSource, decoder: Decoder, shardings: Params, step: int | None) -> Params:
     """Loads the weights of a Hugging Face folder or of a run's checkpoint, whose vocabulary is the decoder's."""
+    if source.adapter is not None:
+        return _with_adapter(source, decoder, shardings)
     if source.kind == "hf":
         return hf.load_params(source.folder, decoder, source.architecture, shardings)
     if (run := adapter_run(source)) is not None:
@@ -388,7 +441,7 @@ def adapter_run(source: ModelSource) -> AdapterRun | None:
         return None
     init_from, hosted = config["model"]["init_from"], config.get("resolved", {}).get("hub", {})
     try:
-        base = resolve_source(init_from, commit=hosted.get("model.init_from", {}).get("commit", ""))
+        base = resolve_source(init_from, commit=hosted.get("model.init_from", {}).get("commit", "")).base
     except UserError as e:
         raise UserError(
             f"{source.workdir} holds adapters only, which are added to the weights of model.init_from={init_from!r} "
@@ -424,3 +477,67 @@ def _merged_params(
     base = load_params(run.base, decoder, shardings, seed=run.seed)
     merge = jax.jit(functools.partial(lora_trees.merge, run.lora), donate_argnums=1, out_shardings=shardings)
     return merge(adapters, base)
+
+
+# ---------------------------------------------------------------------------------------- adapters in PEFT's format
+def check_continues(source: ModelSource, made: Lora) -> None:
+    """Checks that a run with these adapters can train those of a source further.
+
+    Args:
+      source: The model that the run starts from; one without an adapter passes.
+      made: The config's `model.lora`; rank 0 passes, since the adapter is then merged.
+
+    Raises:
+      UserError: The adapter differs from what the config says.
+    """
+    if source.adapter is None or not made.rank:
+        return
+    held, adapter = peft_import.load_adapters(source.adapter, source.spec, source.architecture), source.adapter
+    if held.obstacle:
+        raise UserError(
+            f"model.lora.rank={made.rank} trains the adapter in {adapter.folder} further, but {held.obstacle}. Set "
+            "model.lora.rank=0 to train the weights that it is merged into."
+        )
+    names = peft_format.target_names(source.spec, source.architecture, held.lora.targets)
+    wanted = peft_format.find_targets(source.spec, source.architecture, made.targets)
+    stored = {"rank": adapter.rank, "alpha": adapter.alpha, "rslora": adapter.rslora, "targets": names}
+    differing = [k for k, v in stored.items() if k != "targets" and getattr(made, k) != v]
+    differing += ["targets"] if wanted != held.lora.targets else []
+    if differing:
+        raise UserError(
+            f"model.lora.rank={made.rank} trains the adapter in {adapter.folder} further, but "
+            f"{', '.join(f'model.lora.{k}={getattr(made, k)!r}' for k in differing)} differs from the adapter. Set "
+            f"{', '.join(f'model.lora.{k}={stored[k]!r}' for k in differing)}; or set model.lora.rank=0 to train the "
+            "weights that the adapter is merged into."
+        )
+
+
+def stored_adapters(source: ModelSource, shardings: Params) -> Params | None:
+    """Reads the adapters that a run continues to train; None if its source has none.
+
+    Args:
+      source: The model that the run starts from, which `check_continues` has passed.
+      shardings: The sharding of each adapter.
+    """
+    if source.adapter is None:
+        return None
+    held = peft_import.load_adapters(source.adapter, source.spec, source.architecture)
+    return _placed(held.arrays, shardings)
+
+
+def _with_adapter(source: ModelSource, decoder: Decoder, shardings: Params) -> Params:
+    """Loads the base of an adapter and adds the adapter to it."""
+    assert source.adapter is not None
+    held = peft_import.load_adapters(source.adapter, source.spec, source.architecture)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    with_adapters = make_decoder(decoder.spec, mesh.shape["tensor"], held.lora)
+    axes = with_adapters.split(with_adapters.axes)[0]
+    adapters = _placed(held.arrays, param_shardings(held.arrays, axes, mesh))
+    base = load_params(source.base, decoder, shardings)
+    merge = jax.jit(functools.partial(lora_trees.merge, held.lora), donate_argnums=1, out_shardings=shardings)
+    return merge(adapters, base)
+
+
+def _placed(arrays: Params, shardings: Params) -> Params:
+    """Puts arrays that every process has onto the devices."""
+    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__), arrays, shardings)

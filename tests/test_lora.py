@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import Lfm2Config, LlamaConfig, LlamaForCausalLM
 
-from helpers.models import Sample, in_float64, llama, load, mesh_of, packed, relative_gap, sample_of
+from helpers.models import Sample, in_float64, llama, load, mesh_of, packed, relative_gap, same_bits, sample_of
 from helpers.runs import (
     arrays,
     assert_equal_runs,
@@ -338,7 +338,7 @@ def test_exports_of_a_run_give_peft_and_transformers_the_same_logits(
     assert run_export(run, tmp_path / "adapter", "--adapter") == 0
     assert "weights: the adapter alone, those after step 5" in capsys.readouterr().out
     said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert said["target_modules"] == ["q_proj", "v_proj", "down_proj"] and said["base_model_name_or_path"] == base.name
+    assert said["target_modules"] == ["q_proj", "v_proj", "down_proj"] and said["base_model_name_or_path"] == str(base)
     tokens = torch.tensor(np.random.default_rng(0).integers(0, 300, 30))[None]
     with torch.no_grad():
         plain = LlamaForCausalLM.from_pretrained(base)
@@ -347,6 +347,30 @@ def test_exports_of_a_run_give_peft_and_transformers_the_same_logits(
         peft = PeftModel.from_pretrained(plain, tmp_path / "adapter")(tokens).logits
     assert float((merged - peft).abs().max()) < 1e-5 * float(peft.abs().max())
     assert float((original - peft).abs().max()) > 1e-3 * float(peft.abs().max()), "the negative control"
+
+
+def test_run_goes_on_from_an_exported_adapter_or_from_the_merged_weights(
+    base: Path, config: Path, run: Path, tmp_path: Path, capsys
+) -> None:
+    assert run_export(run, tmp_path / "adapter", "--adapter") == 0
+    still = ["--config.optim.learning_rate=0", "--config.optim.max_steps=1"]
+    start = f"--config.model.init_from={tmp_path / 'adapter'}"
+    assert run_train(config, tmp_path / "on", start, *still) == 0
+    adapters, ours = ({k: v for k, v in arrays(d, s).items() if k.startswith("params")} for d, s in
+                      ((tmp_path / "on", 1), (run, 5)))  # fmt: skip
+    assert same_bits(adapters, ours)
+    expected = read_metrics(run)[-1]["eval/loss"]
+    assert read_metrics(tmp_path / "on")[-1]["eval/loss"] == expected
+    full = ["--config.model.lora.rank=0", "--config.model.lora.targets="]
+    assert run_train(config, tmp_path / "full", start, *still, *full) == 0
+    assert abs(read_metrics(tmp_path / "full")[-1]["eval/loss"] - expected) < 1e-5
+    assert run_export(tmp_path / "on", tmp_path / "again", "--adapter") == 0
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("adapter", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    capsys.readouterr()
+    assert run_train(config, tmp_path / "other", start, "--config.model.lora.rank=2") == 2
+    said = capsys.readouterr().err
+    assert "model.lora.rank=2 differs from the adapter. Set model.lora.rank=4; or set model.lora.rank=0" in said
 
 
 def test_run_from_an_average_of_adapters_starts_from_the_merged_weights(

@@ -12,13 +12,14 @@ from safetensors.numpy import save_file
 
 from mice_jax.errors import UserError
 from mice_jax.models import lora
-from mice_jax.models.checkpoint_layout import Part, checkpoint_tensors
+from mice_jax.models.checkpoint_layout import HFTensor, Part, checkpoint_tensors
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Params, make_decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHT = ".weight"
+PREFIX = "base_model.model."  # of the names of tensors
 
 
 def find_targets(spec: ModelSpec, architecture: str, targets: Sequence[str]) -> tuple[str, ...]:
@@ -27,7 +28,7 @@ def find_targets(spec: ModelSpec, architecture: str, targets: Sequence[str]) -> 
     Args:
       spec: The model.
       architecture: A key of `FAMILIES`.
-      targets: The last part of modules' names in a checkpoint, such as `q_proj`; none means all of attention and MLP.
+      targets: The ends of modules' names in a checkpoint, such as `q_proj` or `self_attn.q_proj`; none means all.
 
     Returns:
       The weights, of `lora.ADAPTABLE`, in its order.
@@ -35,26 +36,36 @@ def find_targets(spec: ModelSpec, architecture: str, targets: Sequence[str]) -> 
     Raises:
       UserError: A target matches no matrix of the layers.
     """
-    modules = _modules(spec, architecture)
-    known: dict[str, list[Part]] = {}  # a name may be that of modules of several shapes in different layers
-    for name, parts in modules.items():
-        known.setdefault(name.rsplit(".", 1)[-1], []).extend(parts)
+    modules = adaptable_modules(spec, architecture, rows=(0,))
     for target in targets:
-        if target not in known:
+        if not any(_ends_in(module, target) for module in modules):
+            known = dict.fromkeys(module.rsplit(".", 1)[-1] for module in modules)
             raise UserError(
                 f"model.lora.targets has {target!r}, which matches no matrix in the layers of {architecture}. The "
                 f"matrices that can have an adapter are {', '.join(known)}; an empty list takes all of them."
             )
-    paths = {_path(part) for name, parts in known.items() if not targets or name in targets for part in parts}
+    taken = [t for m, t in modules.items() if not targets or any(_ends_in(m, target) for target in targets)]
+    paths = {_path(part) for tensor in taken for part in tensor.parts}
     return tuple(path for path in lora.ADAPTABLE if path in paths)
+
+
+def target_names(spec: ModelSpec, architecture: str, paths: Sequence[str]) -> list[str]:
+    """Returns the targets that `find_targets` finds these weights by, of `lora.ADAPTABLE`."""
+    modules = adaptable_modules(spec, architecture)
+    return _shortest_names([m for m, t in modules.items() if _path(t.parts[0]) in paths], spec, architecture)
+
+
+def _ends_in(module: str, target: str) -> bool:
+    """Whether a target is the last part of a module's name, or the last two: more would name one layer alone."""
+    return target in (module.rsplit(".", 1)[-1], ".".join(module.rsplit(".", 2)[-2:]))
 
 
 def check_can_export(spec: ModelSpec, architecture: str) -> None:
     """Raises UserError if a checkpoint holds several of our weights in one tensor, for which PEFT has one adapter."""
-    for name, parts in _modules(spec, architecture).items():
-        if len(parts) > 1:
+    for name, tensor in adaptable_modules(spec, architecture, rows=(0,)).items():
+        if len(tensor.parts) > 1:
             raise UserError(
-                f"--adapter: a checkpoint of {architecture} holds {len(parts)} matrices in one tensor, "
+                f"--adapter: a checkpoint of {architecture} holds {len(tensor.parts)} matrices in one tensor, "
                 f"{name.rsplit('.', 1)[-1]}, and this run has an adapter for each of them, which PEFT's format cannot "
                 "hold. Export the merged model instead, without --adapter."
             )
@@ -77,13 +88,13 @@ def write_adapter(
       The number of parameters written.
     """
     tensors, names = {}, []
-    for module, parts in _modules(spec, architecture, rows=range(spec.num_layers)).items():
-        [part] = parts
+    for module, tensor in adaptable_modules(spec, architecture).items():
+        [part] = tensor.parts
         found: Any = functools.reduce(lambda tree, key: (tree or {}).get(key), part.path.split("."), adapters)
         if found is None:
             continue
         a, b = np.asarray(found["a"][part.row]), np.asarray(found["b"][part.row])
-        prefix = f"base_model.model.{module}"
+        prefix = PREFIX + module
         tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a.reshape(len(a), -1), dtype)
         tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b.reshape(-1, b.shape[-1]), dtype)
         names.append(module)
@@ -108,13 +119,19 @@ def _shortest_names(modules: Sequence[str], spec: ModelSpec, architecture: str) 
     return list(dict.fromkeys(".".join(end) if end[-1] in taken else end[-1] for end in ends))
 
 
-def _modules(spec: ModelSpec, architecture: str, rows: Sequence[int] = (0,)) -> dict[str, tuple[Part, ...]]:
-    """Returns the modules of some rows of the stacks that may have an adapter, and our parameters in each."""
+def adaptable_modules(spec: ModelSpec, architecture: str, rows: Sequence[int] | None = None) -> dict[str, HFTensor]:
+    """Returns the weights of the modules that may have an adapter, by the modules' names.
+
+    Args:
+      spec: The model.
+      architecture: A key of `FAMILIES`.
+      rows: The rows of the stacks of layers whose modules are returned; None means all.
+    """
     tensors = checkpoint_tensors(make_decoder(spec), FAMILIES[architecture])
     return {
-        t.name.removesuffix(WEIGHT): t.parts
+        t.name.removesuffix(WEIGHT): t
         for t in tensors
-        if t.name.endswith(WEIGHT) and t.parts[0].row in rows and _path(t.parts[0]) in lora.ADAPTABLE
+        if t.name.endswith(WEIGHT) and _path(t.parts[0]) in lora.ADAPTABLE and (rows is None or t.parts[0].row in rows)
     }
 
 

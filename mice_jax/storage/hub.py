@@ -26,7 +26,7 @@ from mice_jax.errors import UserError, one_line
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?")
 SMALL_FILES = (
-    "config.json", "generation_config.json", "README.md",
+    "config.json", "adapter_config.json", "generation_config.json", "README.md",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json",
     "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja",

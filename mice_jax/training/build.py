@@ -31,7 +31,14 @@ from mice_jax.data.tokenizer import load_tokenizer
 from mice_jax.errors import UserError
 from mice_jax.hardware import find_chip
 from mice_jax.inference.sampler import cast_params
-from mice_jax.model_source import ModelSource, load_params, resolve_source, stop_ids, with_vocabulary
+from mice_jax.model_source import (
+    ModelSource,
+    check_continues,
+    load_params,
+    resolve_source,
+    stop_ids,
+    with_vocabulary,
+)
 from mice_jax.models import hf, peft_format
 from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.lora import LoRA, scale_of
@@ -82,8 +89,9 @@ def inputs(config: Config, recorded: Mapping[str, Mapping[str, str]] | None = No
     """
     commits = {field: entry["commit"] for field, entry in (recorded or {}).items()}
     source = resolve_source(config.model.init_from, commit=commits.get("model.init_from", ""), weights=weights)
+    check_continues(source, config.model.lora)
     hosted = {"model.init_from": source.hosted.record()} if source.hosted else {}
-    data, folder = config.data, config.data.tokenizer or str(source.folder)
+    data, folder = config.data, config.data.tokenizer or str(source.tokenizer_folder)
     if hub.is_hub_id(folder):
         tokenizer_model = hub.fetch(folder, commits.get("data.tokenizer", ""), weights=False)
         hosted["data.tokenizer"] = tokenizer_model.record()

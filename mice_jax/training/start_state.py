@@ -9,7 +9,7 @@ import optax
 
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.errors import UserError
-from mice_jax.model_source import ModelSource, load_params
+from mice_jax.model_source import ModelSource, load_params, stored_adapters
 from mice_jax.models.transformer import Decoder, Params
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.training.phases import PhaseSpan
@@ -48,8 +48,11 @@ def restore_or_start(
     shardings = jax.tree.map(lambda p: p.sharding, fns.abstract_state.params)
     if decoder.lora is None:
         return 0, fns.from_params(load_params(source, decoder, shardings, seed=seed)), None, Progress()
-    # XLA computes the adapters alone of what `init` returns.
-    adapters = jax.jit(lambda key: decoder.split(decoder.init(key))[0], out_shardings=shardings)(jax.random.key(seed))
+    adapters = stored_adapters(source, shardings)
+    if adapters is None:  # XLA computes the adapters alone of what `init` returns.
+        adapters = jax.jit(lambda key: decoder.split(decoder.init(key))[0], out_shardings=shardings)(
+            jax.random.key(seed)
+        )
     return 0, fns.from_params(adapters), _load_base(source, decoder, fns, seed), Progress()
 
 
@@ -59,7 +62,7 @@ def _load_base(source: ModelSource, decoder: Decoder, fns: StepFunctions, seed: 
         return None
     shardings = jax.tree.map(lambda p: p.sharding, fns.abstract_base)
     dtypes = jax.tree.map(lambda p: p.dtype, fns.abstract_base)
-    loaded = load_params(source, decoder.base, shardings, seed=seed)
+    loaded = load_params(source.base, decoder.base, shardings, seed=seed)
     cast = jax.jit(
         lambda params: jax.tree.map(lambda p, dtype: p.astype(dtype), params, dtypes),
         donate_argnums=0,

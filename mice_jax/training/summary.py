@@ -172,6 +172,8 @@ def print_warnings(console: Console, warnings: list[str]) -> None:
 def _model_warnings(config: Config, source: ModelSource, spec: ModelSpec) -> Iterator[str]:
     for key, chance in hf.dropouts(source.config).items():
         yield f"{key}={chance} in the model's config.json is not applied: training goes without dropout"
+    if source.adapter is not None and source.adapter.dropout and config.model.lora.rank:
+        yield f"lora_dropout={source.adapter.dropout} of the adapter is not applied: training goes without dropout"
     if parts := untrained.prefixes(FAMILIES[source.architecture]):
         yield f"only the text decoder is trained: {', '.join(parts)}... are exported as they are"
     if config.data.max_length > source.spec.max_positions:
