@@ -114,6 +114,8 @@ class Lora(_Strict):
     """The factor on what an adapter adds is alpha / rank."""
     rslora: bool = False
     """Make that factor alpha / sqrt(rank), so that a larger rank does not need a larger alpha."""
+    dora: bool = False
+    """Train the norm of each output of an adapted matrix as a parameter of its own, apart from its direction (DoRA)."""
     targets: list[str] = field(default_factory=list)
     """The ends of the names of matrices with an adapter, such as `q_proj`; none: those of attention and MLP."""
 

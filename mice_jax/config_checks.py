@@ -324,7 +324,7 @@ def _lora_problems(c: Any) -> list[str]:
     if not 0 < lora.alpha < math.inf:
         problems.append(f"model.lora.alpha={lora.alpha} must be more than 0")
     default = type(lora)()
-    unread = [k for k in ("alpha", "rslora", "targets") if getattr(lora, k) != getattr(default, k)]
+    unread = [k for k in ("alpha", "rslora", "dora", "targets") if getattr(lora, k) != getattr(default, k)]
     if not lora.rank and unread:
         named = ", ".join(f"model.lora.{k}={getattr(lora, k)}" for k in unread)
         problems.append(f"model.lora.rank=0 trains no adapters, so nothing reads {named}: set a rank too")

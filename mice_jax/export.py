@@ -121,6 +121,7 @@ def _save_adapter(folder: Path, source: ModelSource, run: AdapterRun, step: int,
         "r": run.lora.rank,
         "lora_alpha": run.alpha,
         "use_rslora": run.rslora,
+        "use_dora": run.lora.dora,
         "base_model_name_or_path": base,
     }
     return peft_format.write_adapter(

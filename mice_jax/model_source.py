@@ -449,7 +449,8 @@ def adapter_run(source: ModelSource) -> AdapterRun | None:
         ) from None
     targets = peft_format.find_targets(source.spec, source.architecture, made["targets"])
     scale = scale_of(made["rank"], made["alpha"], made["rslora"])
-    return AdapterRun(LoRA(made["rank"], scale, targets), base, config["seed"], made["alpha"], made["rslora"])
+    lora = LoRA(made["rank"], scale, targets, made.get("dora", False))
+    return AdapterRun(lora, base, config["seed"], made["alpha"], made["rslora"])
 
 
 def load_adapters(source: ModelSource, lora: LoRA, mesh: jax.sharding.Mesh, step: int | None = None) -> Params:
@@ -500,7 +501,8 @@ def check_continues(source: ModelSource, made: Lora) -> None:
         )
     names = peft_format.target_names(source.spec, source.architecture, held.lora.targets)
     wanted = peft_format.find_targets(source.spec, source.architecture, made.targets)
-    stored = {"rank": adapter.rank, "alpha": adapter.alpha, "rslora": adapter.rslora, "targets": names}
+    stored = {"rank": adapter.rank, "alpha": adapter.alpha, "rslora": adapter.rslora, "dora": adapter.dora}
+    stored |= {"targets": names}
     differing = [k for k, v in stored.items() if k != "targets" and getattr(made, k) != v]
     differing += ["targets"] if wanted != held.lora.targets else []
     if differing:

@@ -185,7 +185,7 @@ def make_optimizer(
 def _is_vector(path: tuple) -> bool:
     """Whether a parameter is a scale, a rate or a bias: over layers these have two dims, so the name decides."""
     name = path[-1].key
-    return name in ("scale", "rate_log", "skip") or name.endswith("bias")
+    return name in ("scale", "magnitude", "rate_log", "skip") or name.endswith("bias")
 
 
 def _decays(params: optax.Params) -> optax.Params:

@@ -1,5 +1,6 @@
 """Low-rank adapters equal PEFT's: logits, loss, gradients and steps; and what a run that trains them leaves."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -50,6 +51,8 @@ LOSS, GRADIENT, UPDATE = 5e-7, 1e-5, 1e-5
 
 Rows = list[list[Sample]]
 
+FULL = ["--config.model.lora.rank=0", "--config.model.lora.dora=False", "--config.model.lora.targets="]
+
 # PEFT 0.21 asks for an attribute that transformers 5 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -69,9 +72,9 @@ def steps() -> list[Rows]:
     return [[row() for _ in range(8)] for _ in range(STEPS)]
 
 
-def made_lora(targets: list[str], folder: Path, rslora: bool = False) -> LoRA:
+def made_lora(targets: list[str], folder: Path, dora: bool = False) -> LoRA:
     spec = load(folder, mesh_of(1, 1, 1))[0].spec
-    return LoRA(RANK, scale_of(RANK, ALPHA, rslora), peft_format.find_targets(spec, ARCHITECTURE, targets))
+    return LoRA(RANK, scale_of(RANK, ALPHA, False), peft_format.find_targets(spec, ARCHITECTURE, targets), dora)
 
 
 class Ours:
@@ -86,7 +89,9 @@ class Ours:
         self.fns: StepFunctions = make_step(self.decoder, optimizer, lambda s: jnp.float32(RATE), self.mesh, compute)
         rng = np.random.default_rng(1)
         shapes, axes = (self.decoder.split(t)[0] for t in (self.decoder.abstract, self.decoder.axes))
-        drawn = jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32), shapes)
+        drawn = jax.tree_util.tree_map_with_path(
+            lambda path, a: rng.normal(path[-1].key == "magnitude", 0.1, a.shape).astype(np.float32), shapes
+        )
         self.adapters: Params = jax.device_put(drawn, param_shardings(shapes, axes, self.mesh))
 
     def whole(self, adapters: Params) -> Params:
@@ -95,6 +100,7 @@ class Ours:
     def write(self, adapters: Params, folder: Path) -> Path:
         folder.mkdir(exist_ok=True)
         made = {"r": RANK, "lora_alpha": ALPHA, "use_rslora": False, "base_model_name_or_path": "base"}
+        made["use_dora"] = self.decoder.lora is not None and self.decoder.lora.dora
         held = jax.device_get(adapters)
         peft_format.write_adapter(folder, held, self.decoder.spec, ARCHITECTURE, config=made, dtype="float32")
         return folder
@@ -122,19 +128,27 @@ def peft_loss(model: Any, rows: Rows) -> torch.Tensor:
 def named(model: Any, of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, np.ndarray]:
     """A tensor of each parameter that PEFT trains, under its name in an adapter folder."""
     found = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    found = {name.replace("magnitude_vector.weight", "magnitude_vector"): p for name, p in found.items()}
     return {name: of(p).detach().numpy().copy() for name, p in found.items()}
 
 
 # ---------------------------------------------------------------------------------------- equal to PEFT
-@pytest.mark.parametrize(("sizes", "targets"), [((1, 4, 2), []), ((2, 2, 2), ["q_proj", "o_proj", "down_proj"])])
+@pytest.mark.parametrize(
+    ("sizes", "targets", "dora"),
+    [
+        ((1, 4, 2), [], False),
+        ((2, 2, 2), ["q_proj", "o_proj", "down_proj"], False),
+        ((2, 2, 2), ["q_proj", "o_proj", "down_proj"], True),  # the inputs of all three are split over devices
+    ],
+)
 def test_loss_gradients_and_four_steps_equal_peft(
-    sizes: tuple[int, int, int], targets: list[str], folder: Path, steps: list[Rows], tmp_path: Path
+    sizes: tuple[int, int, int], targets: list[str], dora: bool, folder: Path, steps: list[Rows], tmp_path: Path
 ) -> None:
-    ours = Ours(folder, made_lora(targets, folder), sizes)
+    ours = Ours(folder, made_lora(targets, folder, dora), sizes)
     start = ours.by_name(ours.adapters, tmp_path / "start")
     theirs = peft_of(folder, tmp_path / "start")
     assert named(theirs, lambda p: p).keys() == start.keys()
-    assert len(start) == 2 * 2 * (len(targets) or 7)  # A and B of two layers
+    assert len(start) == (3 if dora else 2) * 2 * (len(targets) or 7)  # A, B and magnitudes of two layers
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     state: TrainState = ours.fns.from_params(jax.tree.map(jnp.copy, ours.adapters))
     held = jax.device_get(ours.base)
@@ -163,9 +177,10 @@ def test_loss_gradients_and_four_steps_equal_peft(
     jax.tree.map(np.testing.assert_array_equal, held, jax.device_get(ours.base))
 
 
-def test_merged_weights_and_peft_s_folder_give_the_same_logits(folder: Path, tmp_path: Path) -> None:
-    """In float64 of the merged weights in torch, of PEFT's own merge, and of an adapter that is not merged."""
-    made = made_lora([], folder)
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_weights_equal_those_that_peft_merges(dora: bool, folder: Path, tmp_path: Path) -> None:
+    """In float64 of PEFT's own merge, and of an adapter that is not merged."""
+    made = made_lora([], folder, dora)
     ours = Ours(folder, made, (1, 1, 1))
     tokens = torch.tensor(np.random.default_rng(3).integers(0, 100, 17))[None]
     peft = peft_of(folder, ours.write(ours.adapters, tmp_path / "adapter"))
@@ -180,7 +195,7 @@ def test_merged_weights_and_peft_s_folder_give_the_same_logits(folder: Path, tmp
                 part, leaf = path.split(".")
                 mine = np.asarray(merged["layers"][part][leaf][i], np.float64)
                 theirs = whole.model.layers[i].get_submodule(name).weight.numpy()
-                assert np.max(np.abs(mine.reshape(theirs.shape) - theirs)) < 3e-7
+                assert np.max(np.abs(mine.reshape(theirs.shape) - theirs)) < 3e-7 * max(1, np.max(np.abs(theirs)))
     assert float((expected - base).abs().max()) > 0.1, "the adapter matters"
 
 
@@ -202,6 +217,11 @@ def test_new_adapters_change_nothing_until_they_are_trained(folder: Path) -> Non
     assert 0.9 * bound < np.max(np.abs(a)) <= bound and abs(np.std(a) * np.sqrt(3) / bound - 1) < 0.15
     merged = lora.merge(ours.decoder.lora, jax.device_get(drawn), jax.device_get(ours.base))
     jax.tree.map(np.testing.assert_array_equal, merged, jax.device_get(ours.base))
+    dora = dataclasses.replace(ours.decoder.lora, dora=True)
+    wrong = jax.tree_util.tree_map_with_path(lambda path, x: x["b"][..., 0] * 0 + 2, drawn, is_leaf=lambda x: "b" in x)
+    drawn = jax.tree.map(lambda pair, m: pair | {"magnitude": m}, drawn, wrong, is_leaf=lambda x: "b" in x)
+    assert relative_gap(lora.merge(dora, drawn, ours.base), ours.base) > 0.5, "the negative control"
+    assert relative_gap(lora.merge(dora, lora.with_magnitudes(dora, drawn, ours.base), ours.base), ours.base) < 2e-7
 
 
 def test_target_modules_of_the_folder_name_no_other_module() -> None:
@@ -227,6 +247,7 @@ def test_target_that_matches_nothing_names_what_there_is(folder: Path) -> None:
         ({"model.lora.rank": -1}, "model.lora.rank=-1 must be at least 0"),
         ({"model.lora.rank": 4, "model.lora.alpha": 0.0}, "model.lora.alpha=0.0 must be more than 0"),
         ({"model.lora.alpha": 8.0}, "nothing reads model.lora.alpha=8.0: set a rank"),
+        ({"model.lora.dora": True}, "nothing reads model.lora.dora=True: set a rank"),
         ({"model.lora.targets": ["q_proj"]}, "nothing reads model.lora.targets=['q_proj']"),
         ({"model.lora.rank": 4, "optim.frozen": ["model.norm.*"]}, "leave optim.frozen empty"),
     ],
@@ -296,6 +317,7 @@ def config(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     held = write_jsonl(folder / "held.jsonl", make_chats(6, seed=5))
     body = f"""c.model.init_from = '{base}'
 c.model.lora.rank = 4
+c.model.lora.dora = True
 c.model.lora.targets = ['q_proj', 'v_proj', 'down_proj']
 c.data.validation = [Source(path='{held}')]
 c.checkpoint.every_samples = 8
@@ -324,6 +346,8 @@ def test_checkpoint_holds_adapters_and_their_moments_alone(run: Path) -> None:
         "['attention']['q']['a']": (2, 4, 16), "['attention']['q']['b']": (2, 2, 8, 4),
         "['attention']['v']['a']": (2, 4, 16), "['attention']['v']['b']": (2, 1, 8, 4),
         "['mlp']['down']['a']": (2, 4, 48), "['mlp']['down']['b']": (2, 16, 4),
+        "['attention']['q']['magnitude']": (2, 2, 8), "['attention']['v']['magnitude']": (2, 1, 8),
+        "['mlp']['down']['magnitude']": (2, 16),
     }  # fmt: skip
     moments = [v for k, v in found.items() if k.startswith("opt_state") and v.ndim > 1]
     assert sum(m.size for m in moments) == 2 * sum(np.prod(s) for s in adapters.values())
@@ -361,8 +385,7 @@ def test_run_goes_on_from_an_exported_adapter_or_from_the_merged_weights(
     assert same_bits(adapters, ours)
     expected = read_metrics(run)[-1]["eval/loss"]
     assert read_metrics(tmp_path / "on")[-1]["eval/loss"] == expected
-    full = ["--config.model.lora.rank=0", "--config.model.lora.targets="]
-    assert run_train(config, tmp_path / "full", start, *still, *full) == 0
+    assert run_train(config, tmp_path / "full", start, *still, *FULL) == 0
     assert abs(read_metrics(tmp_path / "full")[-1]["eval/loss"] - expected) < 1e-5
     assert run_export(tmp_path / "on", tmp_path / "again", "--adapter") == 0
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("adapter", "again")]
@@ -377,7 +400,12 @@ def test_run_from_an_average_of_adapters_starts_from_the_merged_weights(
     config: Path, run: Path, tmp_path: Path
 ) -> None:
     last = read_metrics(run)[-1]
-    full = ["--config.model.lora.rank=0", "--config.model.lora.targets=", "--config.optim.max_steps=1"]
+    full = [
+        "--config.model.lora.rank=0",
+        "--config.model.lora.dora=False",
+        "--config.model.lora.targets=",
+        "--config.optim.max_steps=1",
+    ]
     start = f"--config.model.init_from={run}/checkpoints/5/average"  # merges the average of the adapters
     assert run_train(config, tmp_path / "next", start, *full) == 0
     assert abs(read_all_metrics(tmp_path / "next")[0]["eval/loss"] - last["eval/average/loss"]) < 1e-5

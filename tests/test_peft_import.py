@@ -60,7 +60,7 @@ def logits_of_source(source: ModelSource) -> np.ndarray:
 def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter folder."""
     folder = tmp_path_factory.mktemp("plain")
-    save_peft(LlamaForCausalLM.from_pretrained(base), folder)
+    save_peft(LlamaForCausalLM.from_pretrained(base), folder, use_dora=True)
     return folder
 
 
@@ -70,11 +70,12 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({}, ""),
         ({"use_rslora": True, "init_lora_weights": "gaussian"}, ""),
+        ({"use_dora": True}, ""),
         (
             {"rank_pattern": {"layers.1.mlp.down_proj": 5}, "alpha_pattern": {"o_proj": 11, "down_.*": 2}},
             "layers.0.self_attn.o_proj has another rank or alpha",
         ),
-        ({"layers_to_transform": [1]}, "layers.0.self_attn.q_proj has no adapter"),
+        ({"layers_to_transform": [1], "use_dora": True}, "layers.0.self_attn.q_proj has no adapter"),
     ],
 )
 def test_logits_of_an_adapter_equal_peft_s(changes: dict[str, Any], obstacle: str, base: Path, tmp_path: Path) -> None:
@@ -86,7 +87,8 @@ def test_logits_of_an_adapter_equal_peft_s(changes: dict[str, Any], obstacle: st
     assert source.adapter is not None
     said = peft_import.load_adapters(source.adapter, source.spec, source.architecture).obstacle
     assert said.startswith(f"model.{obstacle}" if obstacle else "") and bool(said) == bool(obstacle)
-    made = Lora(rank=RANK, alpha=ALPHA, rslora=changes.get("use_rslora", False), targets=TARGETS)
+    kind = {"rslora": changes.get("use_rslora", False), "dora": changes.get("use_dora", False)}
+    made = Lora(rank=RANK, alpha=ALPHA, targets=TARGETS, **kind)
     if not obstacle:
         check_continues(source, made)
     else:

@@ -1,8 +1,10 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): which weights have one, and trees of parameters with and without them.
 
 An adapted weight W [O... I...] stands in a tree of parameters as {"weight": W, "a": A [R I...], "b": B [O... R]}, and
-its product is W x + scale * B (A x). Adapters alone are a tree of {"a", "b"}, and the base is the tree that a decoder
-without adapters has. `split` and `join` only rearrange dicts: they copy no array.
+its product is W x + scale * B (A x). With DoRA (arXiv 2402.09353) it has a "magnitude" m [O...] too, and its weight is
+m V / |V| for V = W + scale * B A, with the norm |V| over the inputs of each output. Adapters alone are a tree of {"a",
+"b"} and perhaps "magnitude", and the base is the tree that a decoder without adapters has. `split` and `join` only
+rearrange dicts: they copy no array.
 """
 
 import dataclasses
@@ -30,11 +32,13 @@ class LoRA:
       rank: R, the number of rows of A and of columns of B.
       scale: The factor on what an adapter adds.
       targets: The adapted weights of each block, of ADAPTABLE.
+      dora: Whether each output has a trained magnitude.
     """
 
     rank: int
     scale: float
     targets: tuple[str, ...]
+    dora: bool = False
 
 
 def scale_of(rank: int, alpha: float, rslora: bool) -> float:
@@ -48,8 +52,8 @@ def split(tree: Tree) -> tuple[Tree, Tree]:
     for name, value in tree.items():
         if not isinstance(value, dict):
             base[name] = value
-        elif value.keys() == {"weight", "a", "b"}:
-            adapters[name], base[name] = {"a": value["a"], "b": value["b"]}, value["weight"]
+        elif _is_adapted(value):
+            adapters[name], base[name] = {k: v for k, v in value.items() if k != "weight"}, value["weight"]
         else:
             inner, base[name] = split(value)
             adapters |= {name: inner} if inner else {}
@@ -68,11 +72,11 @@ def join(adapters: Tree, base: Tree) -> Tree:
 
 
 def merge(lora: LoRA, adapters: Tree, base: Tree) -> Tree:
-    """Adds adapters to the weights of a base, in float32: W + scale * B A.
+    """Adds adapters to the weights of a base, in float32: W + scale * B A, with the magnitudes of DoRA.
 
     Args:
       lora: The adapters' scale.
-      adapters: The adapters, stacked over layers.
+      adapters: The adapters, stacked over layers. A magnitude that is NaN keeps the norm of its output.
       base: The base, stacked over layers.
 
     Returns:
@@ -82,12 +86,51 @@ def merge(lora: LoRA, adapters: Tree, base: Tree) -> Tree:
     def merged(node: Any) -> Any:
         if not isinstance(node, dict):
             return node
-        if node.keys() != {"weight", "a", "b"}:
+        if not _is_adapted(node):
             return {name: merged(value) for name, value in node.items()}
-        weight, a, b = node["weight"], node["a"], node["b"]
-        flat_a, flat_b = a.reshape(*a.shape[:2], -1), b.reshape(b.shape[0], -1, b.shape[-1])  # [L R I] and [L O R]
-        product = jax.lax.Precision.HIGHEST
-        change = jnp.einsum("lor,lri->loi", flat_b, flat_a, precision=product, preferred_element_type=jnp.float32)
-        return weight + lora.scale * change.reshape(weight.shape)
+        changed = _changed_weight(lora, node)
+        if "magnitude" not in node:
+            return changed
+        norm, magnitude = _norms(changed, node["magnitude"]), node["magnitude"]
+        factor = jnp.where(jnp.isnan(magnitude), 1.0, magnitude / norm)
+        return changed * factor.reshape(factor.shape + (1,) * (changed.ndim - factor.ndim))
 
     return merged(join(adapters, base))
+
+
+def with_magnitudes(lora: LoRA, adapters: Tree, base: Tree) -> Tree:
+    """Returns adapters whose magnitudes are the norms that the base's outputs have with them, so that they change none.
+
+    Args:
+      lora: The adapters' scale.
+      adapters: The adapters, stacked over layers.
+      base: The base, stacked over layers.
+    """
+
+    def measured(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        if not _is_adapted(node):
+            return {name: measured(value) for name, value in node.items()}
+        return node | {"magnitude": _norms(_changed_weight(lora, node), node["magnitude"])}
+
+    return split(measured(join(adapters, base)))[0]
+
+
+def _is_adapted(node: Tree) -> bool:
+    return node.keys() >= {"weight", "a", "b"}
+
+
+def _changed_weight(lora: LoRA, node: Tree) -> jax.Array:
+    """Computes W + scale * B A of a stack of layers, float32."""
+    weight, a, b = node["weight"], node["a"], node["b"]
+    flat_a, flat_b = a.reshape(*a.shape[:2], -1), b.reshape(b.shape[0], -1, b.shape[-1])  # [L R I] and [L O R]
+    product = jax.lax.Precision.HIGHEST
+    change = jnp.einsum("lor,lri->loi", flat_b, flat_a, precision=product, preferred_element_type=jnp.float32)
+    return weight + lora.scale * change.reshape(weight.shape)
+
+
+def _norms(weight: jax.Array, magnitude: jax.Array) -> jax.Array:
+    """Computes the norm over the inputs of each output, in the shape of the magnitudes."""
+    squares = jnp.square(weight.astype(jnp.float32))
+    return jnp.sqrt(jnp.sum(squares, axis=tuple(range(magnitude.ndim, weight.ndim))))

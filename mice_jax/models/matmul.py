@@ -1,4 +1,4 @@
-"""Products of activations with a weight, look-ups in a table and additions of a bias, and the gradients of all three.
+"""Products of activations with a weight, look-ups in a table, biases and factors, and the gradients of all of them.
 
 Forward passes use a parameter in the dtype of the activations, in which devices gather it. The gradient of a parameter
 is a sum over the rows of all devices. JAX would compute it in the dtype of the copy that is used, so that bfloat16
@@ -115,6 +115,39 @@ def add_bias(x: jax.Array, bias: jax.Array, *, axes: Axes, reduce_dtype: Any) ->
     differentiable = jax.custom_vjp(add)
     differentiable.defvjp(forward, backward)
     return differentiable(x, bias)
+
+
+def scale_outputs(x: jax.Array, factors: jax.Array, *, axes: Axes, reduce_dtype: Any) -> jax.Array:
+    """Multiplies activations by factors, in float32.
+
+    Args:
+      x: [B T O...].
+      factors: [O...], float32.
+      axes: the logical axes of the factors, by which their gradient is split over devices.
+      reduce_dtype: the dtype in which the gradient with respect to the factors is summed over devices.
+
+    Returns:
+      [B T O...], in the dtype of `x`.
+    """
+
+    def scale(x: jax.Array, factors: jax.Array) -> jax.Array:
+        return (x.astype(jnp.float32) * factors).astype(x.dtype)
+
+    def forward(x: jax.Array, factors: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        return scale(x, factors), (x, factors)
+
+    def backward(saved: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, factors = saved
+
+        def of_rows(d_y: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.sum(d_y.astype(jnp.float32) * x.astype(jnp.float32), axis=(0, 1))
+
+        d_factors = sum_over_devices(of_rows, (d_y, x), gradient_sum(factors.shape, axes, reduce_dtype))
+        return scale(d_y, factors), d_factors.astype(factors.dtype)
+
+    differentiable = jax.custom_vjp(scale)
+    differentiable.defvjp(forward, backward)
+    return differentiable(x, factors)
 
 
 def look_up(table: jax.Array, tokens: jax.Array, dtype: Any, *, axes: Axes, reduce_dtype: Any) -> jax.Array:

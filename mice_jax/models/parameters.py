@@ -6,6 +6,7 @@ to the compute dtype where they are used. The dims of a weight are its outputs, 
 norms are always summed in float32, in which norms compute, as are those of all `FLOAT32_PARAMS`.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -14,14 +15,27 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mice_jax.models.lora import LoRA
-from mice_jax.models.matmul import add_bias, matmul
+from mice_jax.models.matmul import add_bias, matmul, scale_outputs
 from mice_jax.models.spec import ModelSpec
+from mice_jax.sharding import constrain_param
 
 # B rows, T slots
 
 # The last names of parameters that are applied in float32, in whatever dtype the rest is computed.
 FLOAT32_PARAMS = frozenset(
-    {"scale", "rate_log", "skip", "step_bias", "kernel", "kernel_bias", "q_kernel", "k_kernel", "v_kernel", "x_kernel"}
+    {
+        "scale",
+        "magnitude",
+        "rate_log",
+        "skip",
+        "step_bias",
+        "kernel",
+        "kernel_bias",
+        "q_kernel",
+        "k_kernel",
+        "v_kernel",
+        "x_kernel",
+    }
     | {"b_kernel", "c_kernel", "x_kernel_bias", "b_kernel_bias", "c_kernel_bias"}
 )
 
@@ -51,6 +65,7 @@ class Adapted(nnx.Module):
     """Stacked weights W with low-rank adapters, in the place of the weights: the product is W x + scale * B (A x).
 
     A is drawn as PEFT draws it, uniformly within 1 / sqrt(inputs). B is zero, so that the model is that of W at first.
+    With DoRA, each output of the product is multiplied by its magnitude over its norm.
     """
 
     def __init__(self, weight: nnx.Param, lora: LoRA, rngs: nnx.Rngs):
@@ -60,9 +75,36 @@ class Adapted(nnx.Module):
         bound = 1 / math.sqrt(math.prod(shape[-num_in:]))
         a = jax.random.uniform(rngs.params(), (layers, lora.rank, *shape[-num_in:]), jnp.float32, -bound, bound)
         b = jnp.zeros((layers, *shape[:-num_in], lora.rank), jnp.float32)
-        self.weight, self.scale = weight, lora.scale
+        self.weight, self.scale, self.dora = weight, lora.scale, lora.dora
         self.a = nnx.Param(a, out_sharding=(stack, "rank", *axes[-num_in:]), eager_sharding=False)
         self.b = nnx.Param(b, out_sharding=(stack, *axes[:-num_in], "rank"), eager_sharding=False)
+        if lora.dora:
+            norms = jnp.sqrt(jnp.sum(jnp.square(weight[...]), axis=tuple(range(-num_in, 0))))
+            self.magnitude = nnx.Param(norms, out_sharding=(stack, *axes[:-num_in]), eager_sharding=False)
+
+    def factors(self, in_dims: int, dtype: Any) -> jax.Array:
+        """Computes the factor of each output with DoRA: its magnitude over its norm, which has no gradient.
+
+        The squared norm of W + s B A is |W|^2 + 2 s B (W A^T) + s^2 B (A A^T) B^T, row by row, so that no array is as
+        large as W.
+
+        Args:
+          in_dims: how many of the last dims of the weight are inputs.
+          dtype: that of the activations, in which products use the weights.
+
+        Returns:
+          [O...], float32.
+        """
+        weight, a, b = (jax.lax.stop_gradient(p[...]) for p in (self.weight, self.a, self.b))
+        inputs = tuple(range(-in_dims, 0))
+        sums = functools.partial(jnp.tensordot, preferred_element_type=jnp.float32)
+        weight, narrow = weight.astype(dtype), a.astype(dtype)
+        both = sums(weight, narrow, axes=(inputs, inputs))  # [O... R]
+        low = self.scale * b
+        change = 2 * both + sums(low, sums(narrow, narrow, axes=(inputs, inputs)), axes=1)
+        squares = jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=inputs) + jnp.sum(low * change, axis=-1)
+        norms = constrain_param(jnp.sqrt(squares), *axes_of(self.magnitude))
+        return self.magnitude[...] / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
 
 
 def product(x: jax.Array, parameter: nnx.Param | Adapted, reduce_dtype: Any, in_dims: int = 1) -> jax.Array:
@@ -70,7 +112,11 @@ def product(x: jax.Array, parameter: nnx.Param | Adapted, reduce_dtype: Any, in_
     if isinstance(parameter, Adapted):
         low = product(x, parameter.a, reduce_dtype, in_dims)
         low *= jnp.asarray(parameter.scale, low.dtype)
-        return product(x, parameter.weight, reduce_dtype, in_dims) + product(low, parameter.b, reduce_dtype)
+        y = product(x, parameter.weight, reduce_dtype, in_dims) + product(low, parameter.b, reduce_dtype)
+        if not parameter.dora:
+            return y
+        factors, axes = parameter.factors(in_dims, x.dtype), axes_of(parameter.magnitude)
+        return scale_outputs(y, factors, axes=axes, reduce_dtype=reduce_dtype)
     return matmul(x, parameter[...], in_dims, axes=axes_of(parameter), reduce_dtype=reduce_dtype)
 
 

@@ -18,7 +18,7 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Params, make_decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-WEIGHT = ".weight"
+WEIGHT, MAGNITUDE = ".weight", ".lora_magnitude_vector"
 PREFIX = "base_model.model."  # of the names of tensors
 
 
@@ -81,7 +81,7 @@ def write_adapter(
       adapters: The adapters, stacked over layers.
       spec: The model.
       architecture: A key of `FAMILIES`.
-      config: `r`, `lora_alpha`, `use_rslora` and `base_model_name_or_path` of adapter_config.json.
+      config: `r`, `lora_alpha`, `use_rslora`, `use_dora` and `base_model_name_or_path` of adapter_config.json.
       dtype: float32 or bfloat16.
 
     Returns:
@@ -97,6 +97,8 @@ def write_adapter(
         prefix = PREFIX + module
         tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a.reshape(len(a), -1), dtype)
         tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b.reshape(-1, b.shape[-1]), dtype)
+        if "magnitude" in found:
+            tensors[prefix + MAGNITUDE] = np.asarray(found["magnitude"][part.row], dtype).reshape(-1)
         names.append(module)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     fixed = {

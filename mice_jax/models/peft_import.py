@@ -19,7 +19,7 @@ from mice_jax.models import lora
 from mice_jax.models.checkpoint_files import open_tensors, read_config
 from mice_jax.models.checkpoint_layout import HFTensor
 from mice_jax.models.lora import LoRA, scale_of
-from mice_jax.models.peft_format import CONFIG, PREFIX, WEIGHTS, adaptable_modules
+from mice_jax.models.peft_format import CONFIG, MAGNITUDE, PREFIX, WEIGHTS, adaptable_modules
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.tensors import READ, map_tensors
 from mice_jax.models.transformer import Params, make_decoder
@@ -35,7 +35,7 @@ WITHOUT_EFFECT = frozenset(
 )
 READ_KEYS = frozenset(
     {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"}
-    | {"base_model_name_or_path", "revision"}
+    | {"base_model_name_or_path", "revision", "use_dora"}
 )
 # Ways to draw adapters that leave the base as it is. With others, such as PiSSA, the adapter belongs to a changed base.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -52,6 +52,7 @@ class PeftAdapter:
       rank: The rank of the adapters that `ranks` does not name.
       alpha: Their alpha.
       rslora: Whether the factor on what an adapter adds is alpha / sqrt(rank).
+      dora: Whether the adapters have magnitudes.
       ranks: Ranks by patterns of modules' names.
       alphas: Alphas by such patterns.
       dropout: The probability of dropout that the adapter was trained with.
@@ -63,6 +64,7 @@ class PeftAdapter:
     rank: int
     alpha: float
     rslora: bool
+    dora: bool
     ranks: tuple[tuple[str, int], ...]
     alphas: tuple[tuple[str, float], ...]
     dropout: float
@@ -88,7 +90,7 @@ class Adapters(NamedTuple):
 
     Attributes:
       lora: Their rank and scale, and the weights that have one.
-      arrays: The adapters, stacked over layers: float32, with zeros where a layer has none or a smaller rank.
+      arrays: The adapters, stacked over layers: float32, without effect where a layer has none or a smaller rank.
       obstacle: Why they are not what a run with `model.lora` could train; "" if they are.
     """
 
@@ -137,6 +139,7 @@ def read_adapter(folder: Path) -> PeftAdapter:
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
         ranks=tuple((config.get("rank_pattern") or {}).items()),
         alphas=tuple((config.get("alpha_pattern") or {}).items()),
         dropout=config.get("lora_dropout") or 0.0,
@@ -188,6 +191,8 @@ def check_tensors(adapter: PeftAdapter, spec: ModelSpec, architecture: str) -> l
         rank = adapter.rank_of(module)
         expected[PREFIX + module + A] = (rank, math.prod(tensor.shape[1:]))
         expected[PREFIX + module + B] = (tensor.shape[0], rank)
+        if adapter.dora:
+            expected[PREFIX + module + MAGNITUDE] = (tensor.shape[0],)
     with open_tensors(file) as f:
         slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118  (safe_open is not a mapping)
         found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
@@ -229,16 +234,25 @@ def load_adapters(adapter: PeftAdapter, spec: ModelSpec, architecture: str) -> A
     scales = {p.module: adapter.scale_of(p.module) for p in pieces}
     paths = {p.path for p in pieces}
     plain = scale_of(adapter.rank, adapter.alpha, adapter.rslora)
-    made = LoRA(max(len(p.a) for p in pieces), plain, tuple(path for path in lora.ADAPTABLE if path in paths))
+    made = LoRA(
+        max(len(p.a) for p in pieces), plain, tuple(path for path in lora.ADAPTABLE if path in paths), adapter.dora
+    )
     decoder = make_decoder(spec, 1, made)
-    arrays = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), decoder.split(decoder.abstract)[0])
+    arrays = jax.tree_util.tree_map_with_path(_without_effect, decoder.split(decoder.abstract)[0])
     for p in pieces:
         pair = functools.reduce(lambda tree, key: tree[key], p.path.split("."), arrays["layers"])
         a, b = pair["a"][p.row], pair["b"][p.row]
         a[: len(p.a)] = p.a.reshape(-1, *a.shape[1:])
         scaled = p.b if _equal(scales[p.module], plain) else p.b * np.float32(scales[p.module] / plain)
         b[..., : len(p.a)] = scaled.reshape(*b.shape[:-1], -1)
+        if p.magnitude is not None:
+            pair["magnitude"][p.row] = p.magnitude.reshape(b.shape[:-1])
     return Adapters(made, arrays, _obstacle(adapter, pieces, modules, scales, plain))
+
+
+def _without_effect(path: tuple, x: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Makes an array of adapters that change nothing: for `lora.merge`, a magnitude that is NaN stands for the norm."""
+    return np.full(x.shape, np.nan if path[-1].key == "magnitude" else 0, np.float32)
 
 
 class _Piece(NamedTuple):
@@ -249,6 +263,7 @@ class _Piece(NamedTuple):
     row: int
     a: np.ndarray  # [R I]
     b: np.ndarray  # [O R]
+    magnitude: np.ndarray | None  # [O]
     shares_a: bool  # whether the adapter of a module that holds several of our weights cannot be divided
 
 
@@ -267,11 +282,17 @@ def _pieces(module: str, tensor: HFTensor, stored: dict[str, np.ndarray]) -> lis
     for own, block in zip(rows, blocks, strict=True):
         outside[own, block] = 0
     divided = rank * len(parts) == len(a) and not outside.any()
-    taken = blocks if divided else [slice(None)] * len(parts)
-    return [
-        _Piece(module, part.path.removeprefix("layers."), part.row or 0, a[block], b[own, block], not divided)
-        for part, own, block in zip(parts, rows, taken, strict=True)
-    ]
+    magnitudes = stored.get(PREFIX + module + MAGNITUDE)
+
+    def own_magnitude(own: slice) -> np.ndarray | None:
+        return None if magnitudes is None else magnitudes[own].astype(np.float32)
+
+    pieces = []
+    for part, own, block in zip(parts, rows, blocks, strict=True):
+        taken = block if divided else slice(None)
+        path, magnitude = part.path.removeprefix("layers."), own_magnitude(own)
+        pieces.append(_Piece(module, path, part.row or 0, a[taken], b[own, taken], magnitude, not divided))
+    return pieces
 
 
 def _obstacle(

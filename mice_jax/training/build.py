@@ -317,7 +317,8 @@ def run_decoder(config: Config, spec: ModelSpec, architecture: str, tensor: int)
     if not made.rank:
         return make_decoder(spec, tensor)
     targets = peft_format.find_targets(spec, architecture, made.targets)
-    return make_decoder(spec, tensor, LoRA(made.rank, scale_of(made.rank, made.alpha, made.rslora), targets))
+    scale = scale_of(made.rank, made.alpha, made.rslora)
+    return make_decoder(spec, tensor, LoRA(made.rank, scale, targets, made.dora))
 
 
 def compute_dtype(config: Config, platform: str) -> str:

@@ -184,8 +184,9 @@ def _adapters(lora: Json) -> str | None:
     if not lora.get("rank"):
         return None
     scale = "sqrt(rank)" if lora["rslora"] else "rank"
-    on = ", ".join(lora["targets"]) or "all matrices of attention and MLP"
-    return f"rank {lora['rank']}, alpha {lora['alpha']:g} / {scale}, on {on}"
+    on = ", ".join(lora["targets"]) or "all matrices of the layers"
+    kind = "DoRA, " if lora.get("dora") else ""
+    return f"{kind}rank {lora['rank']}, alpha {lora['alpha']:g} / {scale}, on {on}"
 
 
 def _phases(phases: Sequence[Json]) -> str:

@@ -1,6 +1,7 @@
 """Makes the state that a run, or one of its phases, starts with."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.errors import UserError
 from mice_jax.model_source import ModelSource, load_params, stored_adapters
+from mice_jax.models.lora import with_magnitudes
 from mice_jax.models.transformer import Decoder, Params
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.training.phases import PhaseSpan
@@ -48,12 +50,21 @@ def restore_or_start(
     shardings = jax.tree.map(lambda p: p.sharding, fns.abstract_state.params)
     if decoder.lora is None:
         return 0, fns.from_params(load_params(source, decoder, shardings, seed=seed)), None, Progress()
-    adapters = stored_adapters(source, shardings)
-    if adapters is None:  # XLA computes the adapters alone of what `init` returns.
-        adapters = jax.jit(lambda key: decoder.split(decoder.init(key))[0], out_shardings=shardings)(
-            jax.random.key(seed)
-        )
-    return 0, fns.from_params(adapters), _load_base(source, decoder, fns, seed), Progress()
+    adapters, base = stored_adapters(source, shardings), _load_base(source, decoder, fns, seed)
+    if adapters is None:
+        adapters = _new_adapters(decoder, base, shardings, seed)
+    return 0, fns.from_params(adapters), base, Progress()
+
+
+def _new_adapters(decoder: Decoder, base: Params | None, shardings: Params, seed: int) -> Params:
+    """Draws adapters that do not change what the base computes."""
+    # XLA computes the adapters alone of what `init` returns.
+    draw = jax.jit(lambda key: decoder.split(decoder.init(key))[0], out_shardings=shardings)
+    adapters = draw(jax.random.key(seed))
+    if decoder.lora is None or not decoder.lora.dora:
+        return adapters
+    measure = functools.partial(with_magnitudes, decoder.lora)
+    return jax.jit(measure, donate_argnums=0, out_shardings=shardings)(adapters, base)
 
 
 def _load_base(source: ModelSource, decoder: Decoder, fns: StepFunctions, seed: int) -> Params | None:

@@ -121,9 +121,8 @@ def _optimizer(config: Config) -> str:
     if o.frozen:
         parts.append(f"frozen: {', '.join(o.frozen)}")
     if (lora := config.model.lora).rank:
-        parts.append(
-            f"adapters of rank {lora.rank} alone on {', '.join(lora.targets) or 'all matrices of attention and MLP'}"
-        )
+        on = ", ".join(lora.targets) or "all matrices of the layers"
+        parts.append(f"{'DoRA ' if lora.dora else ''}adapters of rank {lora.rank} alone on {on}")
     if config.train.ema_half_life:
         parts.append(f"weights averaged with a half-life of {config.train.ema_half_life:,g} samples")
     return ", ".join(parts)
