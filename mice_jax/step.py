@@ -10,6 +10,7 @@ import itertools
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import jax
@@ -57,11 +58,22 @@ class Jitted:
 
     def __init__(self, function: Callable, mesh: Mesh, **jit_args: Any):
         self.jitted, self._mesh = jax.jit(function, **jit_args), mesh
+        self._compiling: dict[Any, Future] = {}  # by the shapes of the arguments
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the function under the mesh."""
+        """Calls the function under the mesh, once it is compiled for these arguments if that has begun."""
+        if self._compiling and (compiling := self._compiling.pop(_shapes(args), None)):
+            compiling.result()
         with jax.set_mesh(self._mesh):
             return self.jitted(*args)
+
+    def compile_in(self, threads: Executor, *args: Any) -> None:
+        """Compiles in another thread, with arguments as for `compile`; a call with such arguments waits for it."""
+        self._compiling[_shapes(args)] = threads.submit(self.compile, *args)
+
+    def forget_cancelled(self) -> None:
+        """Leaves what was to be compiled in another thread, and was not begun, to the calls that need it."""
+        self._compiling = {shapes: f for shapes, f in self._compiling.items() if not f.cancelled()}
 
     def compile(self, *args: Any, options: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
         """Compiles for arguments of these shapes, without running; a later call finds the program in JAX's cache.
@@ -72,6 +84,11 @@ class Jitted:
         """
         with jax.set_mesh(self._mesh):
             return self.jitted.lower(*args).compile(dict(options) or None)
+
+
+def _shapes(args: tuple) -> tuple:
+    """Returns what decides which program a call with these arguments runs."""
+    return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
 
 
 class StepFunctions(NamedTuple):

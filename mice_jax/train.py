@@ -178,7 +178,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     summary.print_warnings(console, warnings)
 
     # ---- Compilation --------------------------------------------------------------------------------------------
-    # Every microbatch shape is compiled now, so that no later step waits for a compilation.
+    # What the first step needs is compiled now, and the rest beside the first steps where that changes nothing.
     compiled = precompile.compile_run(fns, steps, start, data, pack, mesh, Display(console))
     if compiled.shapes:
         console.print(f"[dim]{compiled.describe(cache)}[/dim]")
@@ -187,7 +187,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     # ---- Train --------------------------------------------------------------------------------------------------
     monitor = StopMonitor(workdir.local, config.stop, spec.vocab_size, data.total_steps) if is_main else None
     writers = trackers.make_writers(config, workdir, console, start, data.total_steps) if is_main else []
-    run.begin(start, progress, checkpoints, writers)  # From here on run.progress, run.log and run.save may be used.
+    # From here on run.progress, run.log and run.save may be used.
+    run.begin(start, progress, checkpoints, writers, compiled.stop)
     pause_at = step_at_fraction(config.train.pause_at_share, data.total_steps) if config.train.pause_at_share else 0
     if 0 < pause_at <= start < data.total_steps:
         raise paused(start)  # The run has already paused, and the config does not continue it.

@@ -5,7 +5,9 @@ import dataclasses
 import functools
 import math
 import re
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from mice_jax.loss import SourceSums, tokens_per_chunk
 from mice_jax.models.transformer import Compute, Params, make_decoder
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import num_shards, put_rows
-from mice_jax.step import StepFunctions, Sums, TrainState, apply_sums, make_step
+from mice_jax.step import Jitted, StepFunctions, Sums, TrainState, apply_sums, make_step
 from mice_jax.training.precompile import abstract_batch
 
 # Losses and norms are sums of hundreds of float32 terms (6e-8) whose errors largely cancel.
@@ -440,3 +442,36 @@ def test_state_and_sums_have_the_abstract_state_s_shardings(sizes: tuple[int, in
     held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.params))
     total = sum(x.nbytes for x in jax.tree.leaves(state.params))
     assert held < total / (sizes[1] * sizes[2]) * 1.1  # biases of heads are small, and not split by fsdp
+
+
+# ---------------------------------------------------------------------------------------- compilation
+def test_call_waits_for_its_own_program_in_another_thread_alone() -> None:
+    begin = threading.Event()
+
+    def double(x: jax.Array) -> jax.Array:
+        assert x.shape == () or begin.wait(60)  # while it is traced
+        return 2 * x
+
+    function = Jitted(double, mesh_of(1, 1, 1))
+    with ThreadPoolExecutor(1) as threads:
+        function.compile_in(threads, jax.ShapeDtypeStruct((3,), jnp.float32))
+        function.compile_in(threads, jax.ShapeDtypeStruct((4,), jnp.float32))
+        assert function(jnp.ones(())) == 2  # has a program of its own
+        threading.Timer(0.2, begin.set).start()
+        np.testing.assert_array_equal(function(jnp.ones(3)), 2 * np.ones(3))
+        begin.clear()
+        threads.shutdown(wait=False, cancel_futures=True)
+        function.forget_cancelled()
+        begin.set()
+        np.testing.assert_array_equal(function(jnp.ones(4)), 2 * np.ones(4))
+
+
+def test_error_in_another_thread_is_raised_by_the_call() -> None:
+    def fail(x: jax.Array) -> jax.Array:
+        raise ValueError("cannot be traced")
+
+    function = Jitted(fail, mesh_of(1, 1, 1))
+    with ThreadPoolExecutor(1) as threads:
+        function.compile_in(threads, jax.ShapeDtypeStruct((), jnp.float32))
+        with pytest.raises(ValueError, match="cannot be traced"):
+            function(jnp.ones(()))

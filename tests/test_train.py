@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,7 +274,7 @@ def test_training_of_all_shapes_compiles_nothing_after_its_first_step(
 
     def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
-            happened.append("compiled")
+            happened.append("compiled" if threading.current_thread() is threading.main_thread() else "beside")
 
     def say(module: Any, name: str) -> None:
         f = getattr(module, name)
@@ -291,7 +292,8 @@ def test_training_of_all_shapes_compiles_nothing_after_its_first_step(
         assert run_train(config, tmp_path / "run", "--config.eval.every_samples=600") == 0
         began = happened.index("load_steps")
         assert happened[:began].count("compiled") > 5  # so that compiling would have been seen
-        assert happened[began:] == ["load_steps", "evaluate", "evaluate"]
+        assert [e for e in happened[began:] if e != "beside"] == ["load_steps", "evaluate", "evaluate"]
+        assert happened.count("beside") == 2  # the shapes that only the last step of an epoch has
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     (fns,) = made

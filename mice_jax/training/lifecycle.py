@@ -8,7 +8,7 @@ into the error whose exit code the command returns.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,8 +48,16 @@ class Run:
         self.saved_step = 0
         self._checkpoints: Checkpoints | None = None
         self._writers: list[Writer] = []
+        self._stop_compiling: Callable[[], None] = lambda: None
 
-    def begin(self, start: int, progress: Progress, checkpoints: Checkpoints, writers: list[Writer]) -> None:
+    def begin(
+        self,
+        start: int,
+        progress: Progress,
+        checkpoints: Checkpoints,
+        writers: list[Writer],
+        stop_compiling: Callable[[], None],
+    ) -> None:
         """Marks the start of training. From now on the run writes a summary, and saves before a signal stops it.
 
         Args:
@@ -57,9 +65,11 @@ class Run:
           progress: The counters after these steps.
           checkpoints: The run's checkpoints.
           writers: The writers of the run's records.
+          stop_compiling: Ends the compilation of programs that no step has needed yet.
         """
         self.start = self.saved_step = start
         self.progress, self._checkpoints, self._writers = progress, checkpoints, writers
+        self._stop_compiling = stop_compiling
         self.preemption.enable_saving()
 
     def log(self, record: dict[str, Any], answers: Sequence[Mapping[str, str]] = ()) -> None:
@@ -174,4 +184,5 @@ def _summary(run: Run) -> Iterator[None]:
         raise reported from error
     finally:
         if run._checkpoints is not None:
+            run._stop_compiling()
             run._checkpoints.close()

@@ -1,7 +1,12 @@
-"""Compiles the step functions for every microbatch shape that a run will need, before its first step."""
+"""Compiles the step functions for every microbatch shape that a run will need: before its first step, or beside it.
+
+What the first step needs is compiled before it. The rest is compiled by another thread while the run begins, unless
+that could change what the run computes or wait for other processes; a step waits for a program that it needs.
+"""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +19,7 @@ from mice_jax.data.loader import StepSource, empty_rows
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import Shape
 from mice_jax.sharding import batch_sharding, num_shards
-from mice_jax.step import Batch, StepFunctions
+from mice_jax.step import Batch, Jitted, StepFunctions
 from mice_jax.training import held_out
 from mice_jax.training.build import RunData
 
@@ -22,7 +27,7 @@ MAX_PLANNED_SAMPLES = 2_000_000  # Planning the steps of this many takes two sec
 
 
 def shapes_to_compile(steps: StepSource, start: int, stop: int) -> list[Shape]:
-    """Returns the microbatch shapes of a range of steps, largest first.
+    """Returns the microbatch shapes of a range of steps, in the order in which they are needed.
 
     Only the steps of the first MAX_PLANNED_SAMPLES samples are planned. A later step may still need another shape.
 
@@ -31,26 +36,37 @@ def shapes_to_compile(steps: StepSource, start: int, stop: int) -> list[Shape]:
       start: The first step, counted from 0.
       stop: The end of the range, exclusive.
     """
-    shapes: set[Shape] = set()
+    shapes: dict[Shape, None] = {}
     samples = 0
     for i in range(start, stop):
         if samples > MAX_PLANNED_SAMPLES:
             break
         plan = steps.plan(i)
-        shapes |= {m.shape for m in plan}
+        shapes |= dict.fromkeys(m.shape for m in plan)
         samples += sum(len(row) for m in plan for row in m.rows)
-    return sorted(shapes, key=steps.shapes.index)
+    return list(shapes)
 
 
 class Compiled(NamedTuple):
-    """The number of microbatch shapes that were compiled, and the seconds that it took."""
+    """What was compiled before the first step, and what still is.
+
+    Attributes:
+      shapes: The number of microbatch shapes that are compiled.
+      later: The number of those that are compiled while the run begins.
+      seconds: The seconds that the others took.
+      stop: Ends the compilation in the other thread; what has not begun by then is compiled by the call that needs it.
+    """
 
     shapes: int
+    later: int
     seconds: float
+    stop: Callable[[], None]
 
     def describe(self, cache: Path) -> str:
         """Returns a sentence about the compilation; `cache` is the folder of compiled programs."""
-        return f"{self.shapes} microbatch shapes compiled, or found in {cache}, in {self.seconds:.0f} s"
+        done = self.shapes - self.later
+        rest = f"; {self.later} more are compiled while the run begins" if self.later else ""
+        return f"{done} microbatch shapes compiled, or found in {cache}, in {self.seconds:.0f} s{rest}"
 
 
 def compile_run(
@@ -74,54 +90,98 @@ def compile_run(
       display: Shows what is being compiled.
 
     Returns:
-      The number of shapes, which is 0 if the run is complete, and the seconds.
+      What was compiled, which is nothing if the run is complete.
     """
     shapes = shapes_to_compile(steps, start, data.total_steps)
     if not shapes:
-        return Compiled(0, 0.0)
+        return Compiled(0, 0, 0.0, lambda: None)
+    first = shapes_to_compile(steps, start, start + 1) if may_compile_later(mesh) else shapes
     passes = held_out.sources(data.dataset.validation, pack)
-    evaluated = {shape for source in passes for shape in shapes_to_compile(source, 0, len(source))}
+    evaluated = dict.fromkeys(shape for source in passes for shape in shapes_to_compile(source, 0, len(source)))
     resets = any(span.phase.optimizer == "reset" for span in data.spans if span.first >= max(start, 1))
+    programs = step_programs(fns, shapes, first, evaluated, mesh, resets=resets, evaluates_first=start == 0)
+
+    began = time.perf_counter()
     with display.status() as announce:
-        return Compiled(len(shapes), compile_step_functions(fns, shapes, evaluated, mesh, announce, resets=resets))
+        for program in programs:
+            if program.first:
+                announce(f"compiling {program.name}")
+                program.function.compile(*program.arguments)
+    seconds = time.perf_counter() - began
+    threads = ThreadPoolExecutor(1, "compile")
+    for program in programs:
+        if not program.first:
+            program.function.compile_in(threads, *program.arguments)
+
+    def stop() -> None:
+        threads.shutdown(cancel_futures=True)
+        for function in {id(p.function): p.function for p in programs}.values():
+            function.forget_cancelled()
+
+    return Compiled(len(shapes), len(shapes) - len(first), seconds, stop)
 
 
-def compile_step_functions(
+def may_compile_later(mesh: Mesh) -> bool:
+    """Whether programs may be compiled while others run.
+
+    On a GPU they may not: XLA measures kernels in order to choose some, and would do so beside the run, in its memory.
+    Neither may they where there are several processes, which would wait for the slowest of them within a step.
+    """
+    return mesh.devices.flat[0].platform != "gpu" and jax.process_count() == 1
+
+
+class Program(NamedTuple):
+    """A function to compile for one set of shapes.
+
+    Attributes:
+      name: What is compiled, for the user.
+      function: The function.
+      arguments: ShapeDtypeStructs of its arguments.
+      first: Whether it is compiled before the first step.
+    """
+
+    name: str
+    function: Jitted
+    arguments: tuple
+    first: bool
+
+
+def step_programs(
     fns: StepFunctions,
     trained: Sequence[Shape],
+    first: Collection[Shape],
     evaluated: Iterable[Shape],
     mesh: Mesh,
-    announce: Callable[[str], None],
     *,
     resets: bool,
-) -> float:
-    """Compiles the functions of steps and evaluations without running them, so that no later step has to compile.
+    evaluates_first: bool,
+) -> list[Program]:
+    """Lists the programs of a run, those that are compiled before its first step in front.
 
     Args:
       fns: The run's step functions.
-      trained: The microbatch shapes of the steps.
+      trained: The microbatch shapes of the steps, in the order in which they are needed.
+      first: Those that are compiled before the first step.
       evaluated: The microbatch shapes of the held-out loss.
       mesh: The run's mesh.
-      announce: Called with a sentence about each compilation before it begins.
       resets: Whether a later phase resets the optimizer, which needs another function.
-
-    Returns:
-      The seconds that it took.
+      evaluates_first: Whether the held-out loss is measured before the first step.
     """
-    began = time.perf_counter()
     state, sums = fns.abstract_state, fns.abstract_sums
-    for number, shape in enumerate(trained, 1):
-        announce(f"compiling shape {number} of {len(trained)}: {shape.rows} x {shape.slots} tokens a device")
-        fns.accumulate.compile(fns.abstract_params, sums, abstract_batch(mesh, shape.rows, shape.slots))
-    announce("compiling the update")
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    fns.apply.compile(state, sums, scalar, None if state.average is None else scalar)
-    if resets:
-        fns.from_params.compile(state.params)
+    update = (state, sums, scalar, None if state.average is None else scalar)
+    programs = [Program("the update", fns.apply, update, True)]
+    for number, shape in enumerate(trained, 1):
+        name = f"shape {number} of {len(trained)}: {shape.rows} x {shape.slots} tokens a device"
+        arguments = fns.abstract_params, sums, abstract_batch(mesh, shape.rows, shape.slots)
+        programs.append(Program(name, fns.accumulate, arguments, shape in first))
     for shape in evaluated:
-        announce(f"compiling the held-out loss: {shape.rows} x {shape.slots} tokens a device")
-        fns.evaluate.compile(fns.abstract_params, abstract_batch(mesh, shape.rows, shape.slots))
-    return time.perf_counter() - began
+        name = f"the held-out loss: {shape.rows} x {shape.slots} tokens a device"
+        arguments = fns.abstract_params, abstract_batch(mesh, shape.rows, shape.slots)
+        programs.append(Program(name, fns.evaluate, arguments, evaluates_first))
+    if resets:
+        programs.append(Program("the reset of the optimizer", fns.from_params, (state.params,), False))
+    return sorted(programs, key=lambda program: not program.first)
 
 
 def abstract_batch(mesh: Mesh, rows: int, slots: int) -> Batch:
