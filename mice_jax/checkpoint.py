@@ -3,9 +3,9 @@
 `workdir/checkpoints/<step>` holds params, opt_state, average (of the params, if the run keeps one) and progress (the
 run's counters at that step, and the samples and score of each saved step). Orbax writes a step to a temporary folder,
 renames it when the save is committed, and removes the temporary folders of interrupted saves. A committed checkpoint
-then gets a manifest (storage/manifest.py). A checkpoint that differs from its manifest, or that cannot be read, is
-moved to `checkpoints/damaged/` and never deleted. The exception is a checkpoint in a bucket that agrees with its
-manifest but cannot be read: it ends the command with a StoreError.
+then gets a manifest (storage/manifest.py). When a run resumes, a checkpoint that differs from its
+manifest, or that cannot be read, is moved to `checkpoints/damaged/` and never deleted. In a bucket, a checkpoint that
+agrees with its manifest but cannot be read stays where it is, and the command ends with a StoreError.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mice_jax.config import Checkpoint
+from mice_jax import config
 from mice_jax.errors import StoreError, UserError, one_line
 from mice_jax.models.transformer import Params
 from mice_jax.runtime import distributed
@@ -30,7 +30,7 @@ from mice_jax.storage.manifest import MANIFEST, verify, write_manifest
 from mice_jax.storage.paths import RunPath, is_remote, list_objects, move, write_atomically
 from mice_jax.storage.retention import checkpoints_to_keep, rank_by_score
 
-VOCABULARY_PARAMS = ("embed", "head")  # parameters with a vocabulary dim, which may be padded
+VOCABULARY_PARAMS = ("embed", "head", "own_embeddings")  # parameters with a vocabulary dim, which may be padded
 # In a bucket, Orbax takes every folder without this object for an interrupted save and removes it.
 COMMITTED = "commit_success.txt"
 # Error messages of a full disk or an exceeded quota contain one of these, in lower case; 28 is ENOSPC and 27 is EFBIG.
@@ -67,7 +67,7 @@ class CheckpointReader:
         return sorted(self._manager.all_steps())
 
     def resolve_step(self, step: int | None) -> int:
-        """Returns the given step, or the newest step for None; raises UserError if it has no checkpoint."""
+        """Returns the given step, or the newest for None; raises UserError if there is no checkpoint of it."""
         steps = self.steps()
         if not steps:
             raise UserError(f"{self.folder} holds no complete checkpoint.")
@@ -97,7 +97,7 @@ class CheckpointReader:
         if self._manager.item_metadata(step)[item] is None:
             raise UserError(
                 f"{self.folder / str(step)} holds no average of the weights, since its run has train.ema_half_life=0. "
-                "Take the weights themselves, or the mean of several checkpoints (mice average)."
+                "Use the weights themselves, or the mean of several checkpoints (mice average)."
             )
         self._check_shapes(step, abstract, item)
         items = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract, strict=False)})
@@ -123,7 +123,7 @@ class CheckpointReader:
         """Raises UserError if stored and requested shapes differ in more than the padding of the vocabulary.
 
         With `strict=False`, Orbax silently pads and cuts arrays to the requested shapes. That is right only for the
-        vocabulary dim, which is padded with zeros to a multiple of the tensor axis.
+        vocabulary dim, which is padded with zeros to a multiple of 128 and of the size of the tensor axis.
         """
         stored = self._manager.item_metadata(step)[item]
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
@@ -152,7 +152,7 @@ class Checkpoints(CheckpointReader):
     def __init__(
         self,
         workdir: RunPath,
-        policy: Checkpoint | None = None,
+        policy: config.Checkpoint | None = None,
         *,
         warm_start_ranges: Sequence[range] = (),
         check_ownership: Callable[[], None] = lambda: None,
@@ -162,16 +162,16 @@ class Checkpoints(CheckpointReader):
         Args:
           workdir: the run's folder, on disk or in a bucket.
           policy: which checkpoints are kept; None keeps all.
-          warm_start_ranges: for each later phase that starts from the best state of the phase before, that phase's
-            steps. The best step of each range is kept.
-          check_ownership: raises, in every process, if another run has taken over the folder. It is called before
-            anything is written or deleted.
+          warm_start_ranges: the steps of each phase from whose best state the next phase starts. The best step of each
+            range is kept.
+          check_ownership: raises, in every process, if another run has taken over the folder. It is called before a
+            save, and before manifests are written and old checkpoints deleted.
         """
         self.folder = _checkpoint_folder(workdir)
-        self._policy = policy or Checkpoint()
+        self._policy = policy or config.Checkpoint()
         self._warm_start_ranges = warm_start_ranges
         self._check_ownership = check_ownership
-        self._saved: dict[int, dict[str, float]] = {}
+        self._saved: dict[int, dict[str, float]] = {}  # by step: its samples, and its score if it has one
         self._pending_manifest: int | None = None  # step of the save that has no manifest yet
         self._last_committed: int | None = None
         self._manager = self._open(read_only=False)
@@ -180,8 +180,8 @@ class Checkpoints(CheckpointReader):
     def save(self, state: TrainState, progress: dict[str, Any], score: float | None = None) -> None:
         """Copies the arrays and starts to write them in the background.
 
-        It first waits for the previous save, after which expired checkpoints are deleted. So the folder always has a
-        complete checkpoint.
+        It first waits for the previous save, after which expired checkpoints are deleted. So after the first
+        save, the folder always has a complete checkpoint.
 
         Args:
           state: the state after `state.step` steps.
@@ -197,7 +197,7 @@ class Checkpoints(CheckpointReader):
         items: dict[str, Any] = {n: ocp.args.StandardSave(tree) for n, tree in trees.items() if tree is not None}
         items["progress"] = ocp.args.JsonSave(progress | {"saved": {str(s): v for s, v in self._saved.items()}})
         self._check_ownership()
-        with self._write_on_all_processes():
+        with self._raise_write_errors_on_all_processes():
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._pending_manifest = step
 
@@ -205,30 +205,30 @@ class Checkpoints(CheckpointReader):
         """Blocks until the pending save is committed, its manifest written and expired checkpoints deleted."""
         step = self._pending_manifest
         self._pending_manifest = None
-        with self._write_on_all_processes():
+        with self._raise_write_errors_on_all_processes():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         if step is None or step not in self.steps():  # a failed save leaves no step
             return
         self._last_committed = step
         self._check_ownership()
-        with self._write_on_all_processes():
+        with self._raise_write_errors_on_all_processes():
             if distributed.is_main_process():
                 write_manifest(self.folder / str(step))
-        with self._write_on_all_processes():
+        with self._raise_write_errors_on_all_processes():
             self._delete_expired()
 
     def _delete_expired(self) -> None:
         # A checkpoint that is not in `_saved` is never deleted.
         present = {step: self._saved[step] for step in self.steps() if step in self._saved}
-        starts = [self.best_step(steps) for steps in self._warm_start_ranges]
+        warm_start_steps = [self.best_step(steps) for steps in self._warm_start_ranges]
         kept = checkpoints_to_keep(
             present,
             keep_last=self._policy.keep_last,
             keep_best=self._policy.keep_best,
             keep_every=self._policy.keep_every,
             mode=self._policy.best_mode,
-            also={step for step in starts if step is not None},
+            also={step for step in warm_start_steps if step is not None},
         )
         for step in sorted(present.keys() - kept):
             self._manager.delete(step)
@@ -248,7 +248,7 @@ class Checkpoints(CheckpointReader):
         return self._last_committed
 
     @contextlib.contextmanager
-    def _write_on_all_processes(self) -> Iterator[None]:
+    def _raise_write_errors_on_all_processes(self) -> Iterator[None]:
         """Like `distributed.raise_on_all_processes`, but explains failures, and re-raises at once if a peer is lost."""
         failure = None
         try:
@@ -263,11 +263,11 @@ class Checkpoints(CheckpointReader):
 
     # ---- Preemption notices of the cluster --------------------------------------------------------------------
     def preempted_before(self, start: int) -> bool:
-        """Returns whether a preemption notice came before the first step; called once.
+        """Returns whether a preemption notice came before the first step of this process; called once.
 
-        JAX stops all processes at the step after the highest one for which any of them has called `reached_preemption`.
-        If the notice comes before the first call, JAX stops them at step 1. A resumed run never makes the call for step
-        1, so it is made here first.
+        JAX reports a preemption at the step after the highest one for which any process has called
+        `reached_preemption`. If the notice comes before the first call, JAX reports it at step 1. A resumed run never
+        makes the call for step 1, so it is made here first.
 
         Args:
           start: the number of steps that were done before this process started.
@@ -293,7 +293,7 @@ class Checkpoints(CheckpointReader):
           log: called with a sentence about each damaged checkpoint.
 
         Returns:
-          The step, the state and the progress; None if the run has no checkpoints, damaged ones included.
+          The step, the state and the progress; None if the run has no checkpoint at all, not even a damaged one.
 
         Raises:
           UserError: if all checkpoints are damaged. The run does not silently start from the beginning.
@@ -318,14 +318,14 @@ class Checkpoints(CheckpointReader):
         return None
 
     def _verify(self, step: int) -> str | None:
-        """Returns how a checkpoint is damaged, or None if it is not, in every process.
+        """Returns None in every process if a checkpoint agrees with its manifest, and what is damaged if not.
 
-        Only the main process reads the files.
+        Only the main process reads the files, so it alone knows the details.
         """
         damage = verify(self.folder / str(step)) if distributed.is_main_process() else None
         if not distributed.is_true_on_any_process(damage is not None):
             return None
-        return damage or "the main process found a difference from its manifest"
+        return damage or "the main process found that it differs from its manifest"
 
     def _try_restore(
         self, step: int, abstract: TrainState

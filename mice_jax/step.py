@@ -23,7 +23,7 @@ from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.sharding import BATCH_AXES, gradient_sum, param_shardings
 
-# `unbiased_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than
+# `corrected_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than
 # this, one microbatch has almost all the weight, and the result would be rounding error.
 MIN_CROSS_SHARE = 1e-3
 
@@ -36,9 +36,9 @@ Batch = dict[str, jax.Array]
 class TrainState:
     """Everything that an optimizer step changes."""
 
-    step: jax.Array  # number of updates done, int32
+    step: jax.Array  # number of steps done, those whose update was skipped included, int32
     params: Params  # float32
-    opt_state: Any  # of optax; None where weights alone are saved
+    opt_state: Any  # of optax; None in a checkpoint of `mice average`
     average: Params | None = None  # running average of params, float32; None if the run keeps none
 
 
@@ -46,7 +46,7 @@ class Sums(NamedTuple):
     """Sums over the microbatches of a step."""
 
     grads: Params  # gradient of loss_sum, in the run's accumulate_dtype
-    loss_sum: jax.Array  # float32 scalar, like the sums below
+    loss_sum: jax.Array  # float32 scalar, like the next three
     weight_sum: jax.Array
     grad_sq_sum: jax.Array  # sum of the squared norms of the microbatches' gradients
     weight_sq_sum: jax.Array  # sum of the squares of the microbatches' weight_sum
@@ -80,7 +80,7 @@ class Jitted:
 
         Args:
           *args: The arguments, as jax.ShapeDtypeStruct or numbers.
-          options: More options of the compiler; with these, a later call compiles anew.
+          options: Extra options of the compiler. A later call does not reuse a program that was compiled with them.
         """
         with jax.set_mesh(self._mesh):
             return self.jitted.lower(*args).compile(dict(options) or None)
@@ -100,9 +100,10 @@ class StepFunctions(NamedTuple):
     accumulate: Jitted  # (params, sums, batch) -> Sums; donates sums
     # (state, sums, skip_norm_above=inf, average_weight=None) -> TrainState, zeroed Sums, metrics
     apply: Jitted  # donates state and sums
-    # (params, batch) -> loss_sum, weight_sum, correct_sum; where exact matches are counted, also their number and that
-    evaluate: Jitted  # of the samples that could be one
-    gradients: Callable  # what `accumulate` differentiates, not jitted: (params, batch) -> (loss_sum, sums), gradients
+    # (params, batch) -> loss_sum, weight_sum, correct_sum; if exact matches are counted, also num_matches, num_samples
+    evaluate: Jitted
+    # What `accumulate` calls, not jitted: (params, batch) -> (loss_sum, (weight_sum, source_sums)), gradients
+    gradients: Callable
     abstract_state: TrainState  # like abstract_sums, it has jax.ShapeDtypeStruct with a sharding in place of each array
     abstract_sums: Sums
     abstract_base: Params | None  # the frozen parameters that adapters are added to; None if all are trained
@@ -125,10 +126,10 @@ def batch_loss(
       batch: one microbatch.
       compute: dtype, attention backend and rematerialisation.
       chunk_size: tokens per device whose logits are materialised at once; None picks it from the vocabulary size.
-      num_sources: the number of sources; 1 takes all slots as those of one source.
+      num_sources: the number of sources; with 1, `batch["sources"]` is ignored.
 
     Returns:
-      loss_sum, a float32 scalar, and what has no gradient: weight_sum, a float32 scalar, and the sums by source.
+      loss_sum, a float32 scalar, and auxiliary outputs: weight_sum, a float32 scalar, and the sums by source.
     """
     model = decoder.bind(params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
@@ -177,10 +178,10 @@ def make_step(
       trained: a tree with the structure of the parameters, whose bool arrays broadcast to them; None trains all.
       accumulate_dtype: the dtype in which gradients are summed over microbatches.
       compiler_options: XLA's options for the functions that run the model.
-      sources: the names of the sources, by the numbers that microbatches have; none adds no metrics by source.
+      sources: the names of the sources, in the order of `batch["sources"]`; none for no metrics by source.
       averages: whether the state keeps a running average of the parameters.
-      max_held_out_samples: the largest number of samples of a microbatch that is evaluated, of which the exact matches
-        are counted; 0 counts none.
+      max_held_out_samples: the most samples that an evaluated microbatch may hold, for counting exact matches; 0 counts
+        none.
 
     Returns:
       The jitted functions; nothing is compiled before the first call.
@@ -231,7 +232,7 @@ def make_step(
         return batch_loss(decoder, params, batch, compute, num_sources=num_sources)
 
     def gradients(params: Params, batch: Batch) -> tuple[tuple[jax.Array, tuple[jax.Array, SourceSums]], Params]:
-        # Adapters alone have gradients where there are some: the base is a constant of the differentiation.
+        # With adapters, only they are differentiated; the base is held constant.
         own, base = decoder.split(params)
         return jax.value_and_grad(lambda own: loss(decoder.join(own, base), batch), has_aux=True)(own)
 
@@ -285,10 +286,10 @@ def sample_numbers(segment_ids: jax.Array) -> jax.Array:
 
 
 def exact_matches(by_sample: SourceSums) -> tuple[jax.Array, jax.Array]:
-    """Counts the samples of which every trained token is predicted from those before it.
+    """Counts the samples of which every trained token is the most probable one.
 
-    These are the samples that greedy decoding writes token for token: as long as it has written the sample's own
-    tokens, it predicts from the very tokens that the sample has.
+    Greedy decoding reproduces the trained tokens of such a sample, the turns of the user being given: each prediction
+    has the same tokens before it.
 
     Args:
       by_sample: the sums over the slots of each sample.
@@ -313,8 +314,9 @@ def apply_sums(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one update from the sums of a step.
 
-    A loss or gradient norm that is not finite leaves the whole state unchanged, with the metric `finite` false. A
-    finite gradient norm above `skip_norm_above` counts the step but makes no update, with the metric `skipped` true.
+    A loss or gradient norm that is not finite leaves the whole state unchanged, with the metric `finite` false. If
+    the gradient norm is finite but above `skip_norm_above`, the step is counted, but parameters and optimizer state
+    stay as they are, with the metric `skipped` true.
 
     Args:
       state: the state before the step.
@@ -330,7 +332,7 @@ def apply_sums(
     Returns:
       The state after the step, and the metrics of the step as scalars.
     """
-    # Nothing else divides by weights what a step sums. A step whose weights are all 0 gives NaN, so it is not finite.
+    # The gradient is divided by the sum of the weights here and nowhere else. If all weights are 0, it is NaN.
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, sums.grads)
     grads = _zero_frozen(grads, trained)
     loss = sums.loss_sum / sums.weight_sum
@@ -360,7 +362,7 @@ def apply_sums(
         "token_accuracy": jnp.sum(sums.sources.correct) / sums.weight_sum,
         "entropy": jnp.sum(sums.sources.entropy) / sums.weight_sum,
         "grad_norm": grad_norm,
-        "grad_sq_corrected": unbiased_grad_sq(grad_norm, sums),
+        "grad_sq_corrected": corrected_grad_sq(grad_norm, sums),
         "param_norm": optax.tree.norm(params),
         "update_norm": jnp.where(skipped, 0.0, optax.tree.norm(updates)),
         "learning_rate": learning_rate,
@@ -373,7 +375,7 @@ def apply_sums(
     return TrainState(step, params, opt_state, average), metrics
 
 
-def unbiased_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
+def corrected_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
     """Estimates the squared norm of the true gradient G without bias, for the gradient noise scale.
 
     The noise scale is that of McCandlish et al. (2018). The squared norm of the step's own gradient g is too large: its
@@ -411,7 +413,7 @@ def make_abstract_state(
 
     Returns:
       A TrainState of jax.ShapeDtypeStruct. Parameters and moments are sharded by `sharding.RULES`, the rest replicated.
-      The parameters are adapters alone if the model has some.
+      With LoRA, the parameters are the adapters alone.
     """
     params, axes = decoder.split(decoder.abstract)[0], decoder.split(decoder.axes)[0]
     replicated: Any = NamedSharding(mesh, PartitionSpec())
@@ -427,8 +429,8 @@ def make_abstract_state(
 def make_abstract_base(decoder: Decoder, mesh: Mesh | AbstractMesh, dtype: Any) -> Params | None:
     """Returns the shapes, dtypes and shardings of the frozen parameters that adapters are added to.
 
-    They are held in the compute dtype, in which every product uses them anyway, so this changes no number. The scales
-    of norms, and others that are applied in float32, stay in it.
+    They are held in the compute dtype, in which every product uses them anyway, so this does not change results.
+    The scales of norms, and the other `FLOAT32_PARAMS`, stay float32.
 
     Args:
       decoder: the model.
@@ -474,7 +476,7 @@ def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repl
 
 
 def _dict_keys(path: tuple) -> tuple[str, ...]:
-    """Returns the dict keys at the end of a path, which name the parameter, also inside the tuples of an optimizer."""
+    """Returns the dict keys at the end of a path: they name a parameter, even inside the tuples of an optimizer."""
     reversed_keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
     return tuple(key.key for key in reversed_keys)[::-1]
 

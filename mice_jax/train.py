@@ -93,7 +93,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
     # ---- Inputs -------------------------------------------------------------------------------------------------
     # Everything that can be checked without data and weights is checked here, so that a mistake costs only seconds.
-    # The workdir is locked last, so a run with a mistake in its inputs leaves no lock behind.
+    # The workdir is locked after these checks, so that a mistake in the inputs leaves it untouched.
     distributed.assert_same_on_all_processes("config", identity(config))
     with distributed.raise_on_all_processes():
         distributed.check_devices(launch.expect_devices)
@@ -111,11 +111,11 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         if is_main:
             workdir.lock(log)
             run_files.check_same_config(workdir, config)
-    # A branch of the Hub may have moved between the look-ups of two processes.
+    # A repository of the Hub may be updated between the look-ups of two processes.
     distributed.assert_same_on_all_processes("commits of models of the Hub", repr(inputs.hosted))
 
     # ---- Data ---------------------------------------------------------------------------------------------------
-    # One process builds the token stores while the others wait, so an error must be raised in all of them.
+    # One process builds the token stores while the others wait, so an error must be raised in every process.
     with distributed.raise_on_all_processes(), Display(console) as display:
         for note in inputs.notes:
             display.log(note)
@@ -148,7 +148,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     start, state, base, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
     if start and start == config.branch.step:
         state = enter_branch(state, config.branch.beta2, beta2_of(config.optim))
-    # With adapters, these alone are in the state; without, `join` returns what it is given.
+    # With LoRA, the state has the adapters alone, and `join` adds the frozen base parameters. Without LoRA, `base` is
+    # None, and `join` returns its argument.
     join = functools.partial(model.decoder.join, base=base)
     answer = build.sample_answerer(config, data, source, model, mesh, inputs.tokenizer)
     evaluator = Evaluator(config, fns, mesh, data.dataset.validation, pack, score_benchmarks, join, answer)
@@ -191,7 +192,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     run.begin(start, progress, checkpoints, writers, compiled.stop)
     pause_at = step_at_fraction(config.train.pause_at_share, data.total_steps) if config.train.pause_at_share else 0
     if 0 < pause_at <= start < data.total_steps:
-        raise paused(start)  # The run has already paused, and the config does not continue it.
+        raise paused(start)  # The run has paused there before, and the config does not move the pause.
     stop_signals = StopSignals(
         run.preemption,
         checkpoints,
@@ -233,7 +234,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             next_batch = next(batches, None)
             metrics = jax.tree.map(lambda value: value.item(), jax.device_get(device_metrics))
 
-        # A loss or gradient norm that is not finite ends the run before anything of the step is recorded.
+        # A loss or gradient norm that is not finite ends the run before the step is recorded.
         if not metrics["finite"]:
             run.save(state)  # `apply` has left the state as it was before the step.
             checkpoints.wait()
@@ -244,7 +245,9 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         previous = run.progress
         run.progress = previous.advance(batch, metrics["grad_norm"], metrics["skipped"], metrics["grad_sq_corrected"])
         if metrics["skipped"]:
-            console.print(f"step {step} is skipped: its gradient norm {metrics['grad_norm']:.3g} is a spike")
+            console.print(
+                f"the update of step {step} is skipped: its gradient norm {metrics['grad_norm']:.3g} is a spike"
+            )
 
         # The step's record, with any evaluation, is written before its checkpoint, so that metrics.jsonl has a line for
         # every checkpoint.
@@ -259,8 +262,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         workdir.sync(after_s=SYNC_EVERY_S)
 
         # Every process takes part in the poll. A run saves before it stops, even if a benchmark failed. Only scheduled
-        # checkpoints get a score: whether there are others depends on the clock or a signal, so choosing the best among
-        # them would not be reproducible.
+        # checkpoints get a score. Others depend on the clock or a signal, so selecting among them would not be
+        # reproducible.
         poll = stop_signals.poll(step, record, evaluation.failure)
         if due.checkpoint or poll.save or poll.stop is not None:
             run.save(state, record.get(config.checkpoint.best_metric) if due.checkpoint else None)
@@ -272,7 +275,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
 
 def _split_cpu(config: Config, launch: Launch, workdir: Workdir) -> bool:
-    """Splits a CPU into a device for each core, unless the user has said otherwise; returns whether it did."""
+    """Splits a CPU into several devices unless the user has set their number; returns whether it did."""
     if launch.num_processes is not None or launch.expect_devices is not None:
         return False
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -281,9 +284,9 @@ def _split_cpu(config: Config, launch: Launch, workdir: Workdir) -> bool:
 
 
 def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) -> None:
-    """Measures what the model knows before the first step: the gain of the run is measured from there.
+    """Records the held-out metrics before the first step, from which the gain of the run is measured.
 
-    Where that is not finite, there is no record of it: the first step ends the run and says so.
+    Metrics that are not finite are not recorded.
     """
     before, known = evaluator.before_training(state)
     run.progress = dataclasses.replace(run.progress, known_before=known)
@@ -292,16 +295,16 @@ def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) 
 
 
 def _update_scalars(config: Config, progress: Progress, samples: int, mesh: Mesh) -> tuple[jax.Array, jax.Array | None]:
-    """Puts on the devices what an update needs beside its sums.
+    """Puts on the devices what an update needs besides its sums.
 
     Args:
       config: the run's config.
-      progress: the run before the step.
-      samples: the samples of the step.
+      progress: the counters before the step.
+      samples: the number of samples of the step.
       mesh: the devices.
 
     Returns:
-      The gradient norm above which the step is skipped, and what the new weights count in the running average.
+      The gradient norm above which the step is skipped, and the weight of the new parameters in the running average.
     """
     threshold = progress.spike_threshold(config.train.skip_spikes)
     average_weight = averaging.newest_weight(config.train.ema_half_life, samples, progress.samples + samples)
@@ -310,7 +313,7 @@ def _update_scalars(config: Config, progress: Progress, samples: int, mesh: Mesh
 
 # ---------------------------------------------------------------------------------------- the command
 def begin(values: command.Values) -> int | None:
-    """Runs the command in this process; where a run has several, cli/command.py has started it as a child."""
+    """Runs the command. If the run has several processes, cli/command.py has started this one as a child."""
     config = command.config_of(values)
     workdir = command.workdir_of(values)
     if watchdog.is_child():
@@ -331,7 +334,7 @@ def begin(values: command.Values) -> int | None:
 
 
 def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
-    """Trains a model from Python; `mice_jax.train` is this function.
+    """Trains a model from Python; `mice_jax.train(config, workdir)` calls this function.
 
     Args:
       config: the config of the run.
@@ -343,7 +346,8 @@ def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: if the config, the data or the workdir cannot be used.
       StoppedByRule: if a stop rule ended the run.
-      Preempted: if a signal ended the run with its state saved.
+      Preempted: if the run ended early with its state saved: after a signal, a preemption notice, a time limit, a
+        planned pause, or a failure of the storage.
     """
     config.validate()
     with lifecycle(parse_path(str(workdir))) as run:

@@ -16,7 +16,7 @@ from mice_jax.loss import SourceSums
 from mice_jax.models.transformer import Compute
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import put_rows
-from mice_jax.step import Sums, batch_loss, make_step, unbiased_grad_sq
+from mice_jax.step import Sums, batch_loss, corrected_grad_sq, make_step
 from mice_jax.training.noise_scale import NoiseScale, NoiseSums
 from mice_jax.training.noise_scale import estimate as estimate_scale
 from mice_jax.training.progress import Progress
@@ -28,11 +28,11 @@ RUNS = 500  # steps of a Monte Carlo
 
 # ---------------------------------------------------------------------------------------- by Monte Carlo
 def estimate(sums: np.ndarray, weights: np.ndarray) -> float:
-    """`unbiased_grad_sq` of microbatches with gradient sums [M DIM] and weights [M], in float64."""
+    """`corrected_grad_sq` of microbatches with gradient sums [M DIM] and weights [M], in float64."""
     with jax.enable_x64(True):
         numbers = (0.0, weights.sum(), (sums**2).sum(), (weights**2).sum())
         own = Sums({}, *[jnp.float64(x) for x in numbers], SourceSums(*[jnp.zeros(1)] * 4))
-        return float(unbiased_grad_sq(jnp.linalg.norm(jnp.asarray(sums.sum(0) / weights.sum())), own))
+        return float(corrected_grad_sq(jnp.linalg.norm(jnp.asarray(sums.sum(0) / weights.sum())), own))
 
 
 def draw(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -171,7 +171,7 @@ def test_turns_are_compared_with_the_prompts_that_ask_for_them() -> None:
     total, differing, example = compared(asked, thought())
     # The first turn's reasoning is left out in training, and a prompt begins it; the second's begins in both.
     assert (total, differing) == (2, 1)
-    assert example == "before messages[1] stands '' in training and '<think>\\n' in a prompt"
+    assert example == "before messages[1], the training sample has '', and the generation prompt '<think>\\n'"
     by_turn = ChatEncoder(make_tokenizer(OPENS, SPECIAL), reasoning="per_turn")
     assert compared(by_turn, thought()) == (2, 0, "")
 

@@ -1,8 +1,8 @@
 """Turns samples into token ids and a loss mask.
 
-The ids are those of the tokenizer's chat template over the whole conversation, rendered once (`conversation`). The mask
-is derived in characters (`template_spans`) and mapped to tokens by their character offsets: a token that overlaps a
-trained span by at least one character gets loss.
+The whole conversation is rendered once with the chat template (module `conversation`), and the text is tokenised. The
+mask is derived in characters (module `template_spans`) and mapped to tokens by their character offsets: a token that
+overlaps a trained span by at least one character gets loss.
 """
 
 import datetime
@@ -29,7 +29,7 @@ from mice_jax.data.tokenizer import IdsAndSpans, Span, decode, offset_tokenizer
 from mice_jax.errors import UserError
 
 RULES_VERSION = 3  # increased whenever ids or masks change, so that token stores are rebuilt
-EXAMPLE_TOKENS = 6  # tokens of a prompt that differs, which the report shows
+EXAMPLE_TOKENS = 6  # shown of the first difference between a sample and its prompt
 # The assistant messages that get loss, unless a message's `train` or a sample's `unmask` overrides it.
 TRAIN_ON = ("all", "last")
 
@@ -37,7 +37,7 @@ TRAIN_ON = ("all", "last")
 class SampleFlag(enum.IntFlag):
     """Properties of a sample that may be a mistake in the data or the template."""
 
-    SPECIAL_IN_CONTENT = 1  # a message contains the text of a special token, and is encoded as that token
+    SPECIAL_IN_CONTENT = 1  # the text of a special token occurs in a message, and is encoded as that token
     DOUBLE_BOS = 2  # the ids begin with two bos tokens
     STARTS_WITH_ASSISTANT = 4  # the first message that is not a system message is an assistant message
 
@@ -72,8 +72,8 @@ class ChatEncoder:
             a message and the `unmask` of a sample override it.
           today: the date that templates may write; None means today. A resumed run passes the date of its first start.
           reasoning: what happens to reasoning: "template" leaves it to the template; "last" does not train turns whose
-            reasoning the template leaves out; "per_turn" makes a sample of each turn, rendered as it is asked for;
-            "drop" takes it out.
+            reasoning the template leaves out; "per_turn" trains each turn in a sample of its own (`split_by_turn`),
+            rendered as in inference; "drop" removes reasoning.
 
         Raises:
           UserError: if `train_on` or `reasoning` is unknown.
@@ -92,17 +92,18 @@ class ChatEncoder:
         special = [s for s in tokenizer.all_special_tokens if s.strip()]
         spans = TemplateSpans(self._template, _longest_match(added + special), _longest_match(special))
         self._renderer = ConversationRenderer(self._template, spans, train_on, reasoning)
-        flagged = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
+        special_added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
         # With split_special_tokens, the text of a special token is encoded like any other text.
         splits_special = getattr(tokenizer, "split_special_tokens", False)
-        self._special_token_pattern = None if splits_special else _compile_search(special + flagged)
+        self._special_token_pattern = None if splits_special else _compile_search(special + special_added)
         self._bos: Any = tokenizer.bos_token_id
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         """Encodes samples.
 
-        The ids of a chat equal those of `apply_chat_template(messages, tools)`. A document, whose only message has the
-        role "pretraining", is encoded as its text followed by eos.
+        The ids of a chat equal those of `apply_chat_template` for its messages, tools, documents and template_kwargs. A
+        document, whose only message has the role "pretraining", is encoded as its text, followed by eos if the
+        tokenizer has one and has not added it.
 
         Args:
           samples: conversations and documents.
@@ -111,7 +112,7 @@ class ChatEncoder:
           One `Encoded` for each sample, in order.
 
         Raises:
-          UserError: if the template raises an error or leaves out calls, or trained spans cannot be derived.
+          UserError: if the template raises an error or leaves out tools or calls, or trained spans cannot be derived.
         """
         encoded: list[Encoded] = []
         for one in self.encode_each(samples):
@@ -125,7 +126,7 @@ class ChatEncoder:
 
         Args:
           samples: conversations and documents.
-          compare: the number of conversations whose turns are compared with the prompts for them.
+          compare: for this many conversations, the tokens before each trained turn are compared with its prompt.
 
         Returns:
           An `Encoded` or a `BadRecord` for each sample, in order.
@@ -155,10 +156,10 @@ class ChatEncoder:
         return [one for one in rendered if isinstance(one, BadRecord)]
 
     def split_by_turn(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """The samples to encode: with the policy "per_turn", one for each trained turn, else those that are given.
+        """Yields a sample for each trained turn if `reasoning` is "per_turn", and the given samples otherwise.
 
-        The sample of a turn ends with it, so that the template renders it as it does when the turn is generated.
-        Trained messages of other roles are trained in the sample of the assistant's next turn.
+        The sample of a turn ends with it, so that the template renders it as in inference. A trained message of another
+        role belongs to the next turn of the assistant.
         """
         for sample in samples:
             turns = [] if self.reasoning != "per_turn" or _is_document(sample) else self._turns(sample)
@@ -169,7 +170,7 @@ class ChatEncoder:
                 yield replace(sample, messages=messages, conversation=sample.conversation or sample)
 
     def _turns(self, sample: Sample) -> list[list[int]]:
-        """The trained messages in groups, each of which ends with one of the assistant's."""
+        """Returns the trained messages in groups that end with an assistant message, except possibly the last group."""
         turns: list[list[int]] = []
         ended = True
         for i in self._renderer.messages_to_train(sample):
@@ -186,7 +187,7 @@ class ChatEncoder:
         documents: list[Message] | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
-        """Returns the ids of a conversation, followed by the header after which the model writes the next turn.
+        """Returns the ids of a conversation, followed by the generation prompt.
 
         Args:
           messages: the conversation.
@@ -204,11 +205,13 @@ class ChatEncoder:
         try:
             text = self._template.render(self._renderer.as_template_sees(messages), inputs, add_generation_prompt=True)
         except TemplateError as e:
-            raise UserError(f"the prompt {json.dumps(messages)[:200]}: {e}.") from e
+            raise UserError(
+                f"the chat template cannot render a prompt: {e}. The prompt is {json.dumps(messages)[:200]}"
+            ) from e
         return self._offset_tokenizer.encode(text)
 
     def stop_ids(self) -> list[int]:
-        """Returns a list of the one token that ends an assistant's turn: the last trained token of a short example."""
+        """Returns, in a list, the token that ends an assistant's turn: the last trained one of a short example."""
         sample = Sample(PROBE_MESSAGES, None, False, "an example conversation that shows which token ends a turn")
         (probe,) = self.encode([sample])
         return [int(probe.ids[probe.trained.nonzero()[0][-1]])]
@@ -303,7 +306,7 @@ class ChatEncoder:
 
     def _compared(self, one: Rendered, located: IdsAndSpans) -> dict[str, Note]:
         """Compares what precedes each trained turn with the prompt that asks for it, token by token."""
-        if len(one.spans) != len(one.train_indices):
+        if len(one.spans) != len(one.train_indices):  # It is not known which span belongs to which message.
             return {}
         ids, offsets = located
         compared, differing, example = 0, 0, ""
@@ -326,14 +329,14 @@ class ChatEncoder:
         return notes | ({"prompts_differ": Note(differing, example)} if differing else {})
 
     def _difference(self, before: list[int], prompt: list[int], i: int) -> str:
-        """Where the tokens before a turn and those of its prompt part, in words."""
+        """Describes the first difference between the tokens before a turn and the generation prompt."""
         pairs = zip(before, prompt, strict=False)
         same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(before), len(prompt)))
-        trained, asked = (
+        in_training, in_prompt = (
             decode(self.tokenizer, ids[same : same + EXAMPLE_TOKENS], skip_special_tokens=False)
             for ids in (before, prompt)
         )
-        return f"before messages[{i}] stands {trained!r} in training and {asked!r} in a prompt"
+        return f"before messages[{i}], the training sample has {in_training!r}, and the generation prompt {in_prompt!r}"
 
 
 # ---------------------------------------------------------------------------------------- helpers
@@ -352,7 +355,7 @@ def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
       uint8 [n].
     """
     starts, ends = offsets.T
-    # An empty token, such as an added prefix space, counts as one character, so it is trained if the next one is.
+    # An empty token, such as an added prefix space, counts as one character: it is trained if the next character is.
     ends = np.maximum(ends, starts + 1)
     trained = np.zeros(len(starts), np.uint8)
     for start, end in spans:
@@ -361,7 +364,7 @@ def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
 
 
 def _texts(messages: list[Message]) -> Iterator[str]:
-    """Yields every text of a conversation that comes from the data and not from the template."""
+    """Yields the texts of messages: contents, reasoning and tool calls."""
     for m in messages:
         if m.get("content"):
             yield m["content"]

@@ -1,7 +1,7 @@
 """Estimates the gradient noise scale of a run from its latest measured steps, with an interval.
 
 A step whose gradient is computed as several microbatches gives an unbiased estimate of the true gradient's squared
-norm, |G|^2 (`step.unbiased_grad_sq`), and with it one of the variance of one sample's gradient. Each is noisy and may
+norm, |G|^2 (`step.corrected_grad_sq`), and with it one of the variance of one sample's gradient. Each is noisy and may
 be negative, so both are averaged before their ratio, the noise scale (McCandlish et al., 2018), is taken.
 """
 

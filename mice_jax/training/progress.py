@@ -38,7 +38,7 @@ class Progress:
     known_before: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def advance(
-        self, batch: Mapping[str, Any], grad_norm: float, skipped: bool, grad_sq_unbiased: float = math.nan
+        self, batch: Mapping[str, Any], grad_norm: float, skipped: bool, grad_sq_corrected: float = math.nan
     ) -> "Progress":
         """Returns the progress after one more step.
 
@@ -46,11 +46,11 @@ class Progress:
           batch: The step's counts, as the loader returns them.
           grad_norm: The norm of the step's mean gradient.
           skipped: Whether the update was skipped.
-          grad_sq_unbiased: An unbiased estimate of the true gradient's squared norm; NaN if there is none.
+          grad_sq_corrected: An unbiased estimate of the true gradient's squared norm; NaN if there is none.
         """
         noise = NoiseSums(*self.noise)
-        if math.isfinite(grad_sq_unbiased):
-            noise = noise.plus_step(grad_norm, grad_sq_unbiased, batch["samples"], batch["loss_tokens"])
+        if math.isfinite(grad_sq_corrected):
+            noise = noise.plus_step(grad_norm, grad_sq_corrected, batch["samples"], batch["loss_tokens"])
         return Progress(
             samples=self.samples + batch["samples"],
             tokens=self.tokens + batch["tokens"],
