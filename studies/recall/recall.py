@@ -50,7 +50,7 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "study": Scale([8, 32, 128, 512], RATES, SEEDS[:3], SEEDS, 40.0, True),
+    "study": Scale([8, 32, 128, 512], RATES, SEEDS[:3], SEEDS, 16.0, True),
     "smoke": Scale([8, 512], RATES[2:5], [0], [0], 1.0, False),
 }
 
