@@ -117,7 +117,7 @@ class Lora(_Strict):
     dora: bool = False
     """Train the norm of each output of an adapted matrix as a parameter of its own, apart from its direction (DoRA)."""
     targets: list[str] = field(default_factory=list)
-    """The ends of the names of matrices with an adapter, such as `q_proj`; none: those of attention and MLP."""
+    """The ends of the names of matrices with an adapter, such as `q_proj`; none: all matrices of the layers."""
 
 
 @dataclass

@@ -103,13 +103,12 @@ def export(values: command.Values) -> None:
 
 
 def _check_adapter(source: ModelSource, adapters: AdapterRun | None) -> None:
-    """Raises UserError if a run has no adapter, or one that PEFT's format cannot hold."""
+    """Raises UserError if a run has no adapter."""
     if adapters is None:
         raise UserError(
             f"--adapter: {source.workdir} trained the model's own weights (model.lora.rank=0), so it has no adapter. "
             "Leave --adapter out to export the model."
         )
-    peft_format.check_can_export(source.spec, source.architecture)
 
 
 def _save_adapter(folder: Path, source: ModelSource, run: AdapterRun, step: int, dtype: str) -> int:

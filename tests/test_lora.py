@@ -16,7 +16,21 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import Lfm2Config, LlamaConfig, LlamaForCausalLM
 
-from helpers.models import Sample, in_float64, llama, load, mesh_of, packed, relative_gap, same_bits, sample_of
+from helpers.families import CASES, torch_model
+from helpers.models import (
+    QUICK,
+    Sample,
+    gap,
+    in_float64,
+    llama,
+    load,
+    mesh_of,
+    packed,
+    relative_gap,
+    same_bits,
+    sample_of,
+    uncompiled_logits,
+)
 from helpers.runs import (
     arrays,
     assert_equal_runs,
@@ -34,12 +48,12 @@ from mice_jax import average
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import UserError
 from mice_jax.hardware import matmul_flops, train_flops
-from mice_jax.models import hf, lora, peft_format
+from mice_jax.models import hf, lora, peft_format, peft_import
 from mice_jax.models.lora import LoRA, scale_of
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import param_shardings, put_rows
-from mice_jax.step import StepFunctions, TrainState, make_abstract_base, make_abstract_state, make_step
+from mice_jax.step import StepFunctions, TrainState, batch_loss, make_abstract_base, make_abstract_state, make_step
 from mice_jax.training.memory_model import MemoryEstimate, MemoryInputs, estimate_memory
 
 RANK, ALPHA, RATE, SLOTS, STEPS = 3, 6.0, 1e-2, 24, 4
@@ -175,6 +189,73 @@ def test_loss_gradients_and_four_steps_equal_peft(
     assert gap < UPDATE
     assert norm({k: end[k] - start[k] for k in end}) > 100 * UPDATE * norm(start), "the adapters have moved"
     jax.tree.map(np.testing.assert_array_equal, held, jax.device_get(ours.base))
+
+
+def hybrid(case: str, folder: Path) -> tuple[Any, Decoder, Params, Params]:
+    """Transformers' model of a case, and ours with an adapter for each matrix of its layers, also in PEFT's format."""
+    model, mesh = torch_model(case, folder), mesh_of(1, 1, 1)
+    plain, base = load(folder, mesh)
+    targets = peft_format.find_targets(plain.spec, CASES[case][0], [])
+    decoder = make_decoder(plain.spec, 1, LoRA(RANK, scale_of(RANK, ALPHA, False), targets, dora=True))
+    rng, shapes = np.random.default_rng(1), decoder.split(decoder.abstract)[0]
+    drawn = jax.tree_util.tree_map_with_path(
+        lambda path, a: rng.normal(path[-1].key == "magnitude", 0.1, a.shape).astype(np.float32), shapes
+    )
+    return model, decoder, base, drawn
+
+
+def tensors_of(adapters: Params, decoder: Decoder, architecture: str, folder: Path) -> dict[str, np.ndarray]:
+    made = {"r": RANK, "lora_alpha": ALPHA, "use_rslora": False, "use_dora": True, "base_model_name_or_path": "base"}
+    folder.mkdir(exist_ok=True)
+    peft_format.write_adapter(folder, adapters, decoder.spec, architecture, config=made, dtype="float32")
+    return load_file(folder / peft_format.WEIGHTS)
+
+
+def test_loss_and_gradients_of_a_mamba_hybrid_equal_peft(steps: list[Rows], tmp_path: Path) -> None:
+    """Of DoRA in all of its matrices; five of a Mamba-2 layer are in one tensor there."""
+    case = "granite4-hybrid"
+    model, decoder, base, adapters = hybrid(case, tmp_path)
+    tensors_of(adapters, decoder, CASES[case][0], tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True).eval()
+    rows = steps[0][:1]
+    loss = peft_loss(theirs, rows)
+    loss.backward()
+    compute = Compute(jnp.dtype("float32"), "blockwise", "none")
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def ours(adapters: Params, base: Params, batch: Any) -> Any:
+        def mean(own: Params) -> jax.Array:
+            loss_sum, (weight_sum, _) = batch_loss(decoder, decoder.join(own, base), batch, compute)
+            return loss_sum / weight_sum
+
+        return jax.value_and_grad(mean)(adapters)
+
+    found, grads = ours(adapters, base, packed(rows, SLOTS))
+    assert abs(float(found) - loss.item()) < 1e-5 * loss.item()  # float32 on both sides
+    expected = named(theirs, lambda p: p.grad)
+    grads = tensors_of(jax.device_get(grads), decoder, CASES[case][0], tmp_path / "gradients")
+    blocks = tensors_of(jax.tree.map(np.ones_like, adapters), decoder, CASES[case][0], tmp_path / "ones")
+    assert grads.keys() == expected.keys() and any(x.shape[0] == 5 * RANK for x in grads.values())
+    least = max(np.abs(x).max() for x in expected.values()) / 1000
+    for name, x in expected.items():  # PEFT has gradients outside of the blocks too
+        assert gap(grads[name], x * blocks[name]) < 1e-4 * max(np.abs(x).max(), least), name
+    assert any(gap(grads[name], x) > 0.1 * np.abs(x).max() for name, x in expected.items()), "the negative control"
+
+
+@pytest.mark.parametrize("case", ["lfm2", "qwen3_5"])
+def test_adapters_of_other_mixers_equal_merged_weights_and_survive_export(case: str, tmp_path: Path) -> None:
+    _, decoder, base, adapters = hybrid(case, tmp_path)
+    part = "short_conv" if case == "lfm2" else "gated_delta"
+    count = {"short_conv": 4, "gated_delta": 7}[part]
+    assert len(adapters["layers"][part]) == count
+    row = packed([[(np.arange(3, 10), np.ones(7, bool))]], 8)
+    merged = uncompiled_logits(decoder.base, lora.merge(decoder.lora, adapters, base), row)
+    apart = uncompiled_logits(decoder, decoder.join(adapters, base), row)
+    assert gap(merged, apart) < 1e-4 < 1e-2 < gap(uncompiled_logits(decoder.base, base, row), apart)
+    tensors_of(adapters, decoder, CASES[case][0], tmp_path / "adapter")
+    read = peft_import.load_adapters(peft_import.read_adapter(tmp_path / "adapter"), decoder.spec, CASES[case][0])
+    assert (read.lora, read.obstacle) == (decoder.lora, "")
+    jax.tree.map(np.testing.assert_array_equal, read.arrays, adapters)
 
 
 @pytest.mark.parametrize("dora", [False, True])

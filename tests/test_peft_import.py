@@ -156,6 +156,7 @@ def test_tensors_that_do_not_fit_and_pickles_are_errors(plain: Path, tmp_path: P
     cases = [
         (stored | head, "base_model.model.lm_head.weight matches no matrix that can have an adapter"),
         ({k: v for k, v in stored.items() if not k.startswith(name)}, f"{name}.weight is missing"),
+        ({k: v for k, v in stored.items() if "magnitude" not in k}, r"lora_magnitude_vector is missing"),
         ({}, "holds no adapter"),
     ]
     shutil.copytree(plain, tmp_path, dirs_exist_ok=True)

@@ -15,9 +15,12 @@ import jax.numpy as jnp
 
 from mice_jax.models.spec import ATTENTION_NAMES, MLP_NAMES
 
-# The weights of a block that may have an adapter: those of the products of attention and MLP with activations.
+# The weights of a block that may have an adapter: those of the products of mixers and MLP with activations.
 ADAPTABLE = (
     *(f"{part}.{weight}" for part in ATTENTION_NAMES for weight in ("q", "k", "v", "o")),
+    *(f"mamba2.{weight}" for weight in ("gate", "x", "b", "c", "step", "out")),
+    *(f"gated_delta.{weight}" for weight in ("q", "k", "v", "gate", "beta", "step", "out")),
+    *(f"short_conv.{weight}" for weight in ("b", "c", "x", "out")),
     *(f"{part}.{weight}" for part in MLP_NAMES for weight in ("gate", "up", "down")),
 )
 

@@ -18,7 +18,8 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Params, make_decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-WEIGHT, MAGNITUDE = ".weight", ".lora_magnitude_vector"
+WEIGHT = ".weight"
+LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"  # the ends of their names
 PREFIX = "base_model.model."  # of the names of tensors
 
 
@@ -60,21 +61,12 @@ def _ends_in(module: str, target: str) -> bool:
     return target in (module.rsplit(".", 1)[-1], ".".join(module.rsplit(".", 2)[-2:]))
 
 
-def check_can_export(spec: ModelSpec, architecture: str) -> None:
-    """Raises UserError if a checkpoint holds several of our weights in one tensor, for which PEFT has one adapter."""
-    for name, tensor in adaptable_modules(spec, architecture, rows=(0,)).items():
-        if len(tensor.parts) > 1:
-            raise UserError(
-                f"--adapter: a checkpoint of {architecture} holds {len(tensor.parts)} matrices in one tensor, "
-                f"{name.rsplit('.', 1)[-1]}, and this run has an adapter for each of them, which PEFT's format cannot "
-                "hold. Export the merged model instead, without --adapter."
-            )
-
-
 def write_adapter(
     folder: Path, adapters: Params, spec: ModelSpec, architecture: str, *, config: dict[str, Any], dtype: str
 ) -> int:
     """Writes an adapter folder that PEFT loads.
+
+    A tensor of a checkpoint that holds several of our weights has one adapter there, of as many times the rank.
 
     Args:
       folder: The folder to write to, which exists.
@@ -87,26 +79,52 @@ def write_adapter(
     Returns:
       The number of parameters written.
     """
-    tensors, names = {}, []
+    tensors, counts = {}, {}
     for module, tensor in adaptable_modules(spec, architecture).items():
-        [part] = tensor.parts
-        found: Any = functools.reduce(lambda tree, key: (tree or {}).get(key), part.path.split("."), adapters)
-        if found is None:
+        found = [_adapter_of(part, adapters) for part in tensor.parts]
+        if None in found:
             continue
-        a, b = np.asarray(found["a"][part.row]), np.asarray(found["b"][part.row])
-        prefix = PREFIX + module
-        tensors[f"{prefix}.lora_A.weight"] = np.ascontiguousarray(a.reshape(len(a), -1), dtype)
-        tensors[f"{prefix}.lora_B.weight"] = np.ascontiguousarray(b.reshape(-1, b.shape[-1]), dtype)
-        if "magnitude" in found:
-            tensors[prefix + MAGNITUDE] = np.asarray(found["magnitude"][part.row], dtype).reshape(-1)
-        names.append(module)
+        for end, array in _joined(found, tensor.parts).items():
+            tensors[PREFIX + module + end] = np.ascontiguousarray(array, dtype)
+        counts[module] = len(found)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     fixed = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False,
-        "inference_mode": True, "target_modules": _shortest_names(names, spec, architecture),
+        "inference_mode": True, "target_modules": _shortest_names([*counts], spec, architecture),
     }  # fmt: skip
+    several = {count: [m for m, n in counts.items() if n == count] for count in counts.values() if count > 1}
+    patterns = {name: n for n, group in several.items() for name in _shortest_names(group, spec, architecture)}
+    rslora = config["use_rslora"]
+    fixed["rank_pattern"] = {name: n * config["r"] for name, n in patterns.items()}
+    # The scale stays alpha / rank, or alpha / sqrt(rank).
+    fixed["alpha_pattern"] = {n: config["lora_alpha"] * (k**0.5 if rslora else k) for n, k in patterns.items()}
     (folder / CONFIG).write_text(json.dumps(fixed | config, indent=2) + "\n")
     return sum(math.prod(t.shape) for t in tensors.values())
+
+
+def _adapter_of(part: Part, adapters: Params) -> dict[str, np.ndarray] | None:
+    """Returns what the adapter of one of our weights has for one layer; None if the weight has no adapter."""
+    found: Any = functools.reduce(lambda tree, key: (tree or {}).get(key), part.path.split("."), adapters)
+    return None if found is None else {name: np.asarray(x[part.row]) for name, x in found.items()}
+
+
+def _joined(found: Sequence[dict[str, np.ndarray]], parts: Sequence[Part]) -> dict[str, np.ndarray]:
+    """Joins the adapters of the weights that a checkpoint holds in one tensor, by the ends of PEFT's names.
+
+    PEFT has one adapter for the tensor. With A the rows of all of theirs, and B a matrix with theirs as blocks and
+    zeros elsewhere, B A adds to each weight what its own adapter adds.
+    """
+    a = [own["a"].reshape(len(own["a"]), -1) for own in found]
+    b = np.zeros((sum(part.rows for part in parts), sum(map(len, a))), np.float32)
+    first = 0
+    for own, part in zip(found, parts, strict=True):
+        rank = own["b"].shape[-1]
+        b[part.start : part.start + part.rows, first : first + rank] = own["b"].reshape(part.rows, rank)
+        first += rank
+    joined = {LORA_A: np.concatenate(a), LORA_B: b}
+    if "magnitude" in found[0]:
+        joined[MAGNITUDE] = np.concatenate([own["magnitude"].reshape(-1) for own in found])
+    return joined
 
 
 def _shortest_names(modules: Sequence[str], spec: ModelSpec, architecture: str) -> list[str]:

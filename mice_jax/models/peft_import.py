@@ -19,13 +19,20 @@ from mice_jax.models import lora
 from mice_jax.models.checkpoint_files import open_tensors, read_config
 from mice_jax.models.checkpoint_layout import HFTensor
 from mice_jax.models.lora import LoRA, scale_of
-from mice_jax.models.peft_format import CONFIG, MAGNITUDE, PREFIX, WEIGHTS, adaptable_modules
+from mice_jax.models.peft_format import (
+    CONFIG,
+    LORA_A,
+    LORA_B,
+    MAGNITUDE,
+    PREFIX,
+    WEIGHTS,
+    adaptable_modules,
+)
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.tensors import READ, map_tensors
 from mice_jax.models.transformer import Params, make_decoder
 
 PICKLE = "adapter_model.bin"
-A, B = ".lora_A.weight", ".lora_B.weight"
 # Keys of adapter_config.json that do not change what the stored tensors compute: records, and how training began. The
 # tensors themselves say which modules have an adapter.
 WITHOUT_EFFECT = frozenset(
@@ -189,18 +196,18 @@ def check_tensors(adapter: PeftAdapter, spec: ModelSpec, architecture: str) -> l
     expected: dict[str, tuple[int, ...]] = {}
     for module, tensor in modules.items():
         rank = adapter.rank_of(module)
-        expected[PREFIX + module + A] = (rank, math.prod(tensor.shape[1:]))
-        expected[PREFIX + module + B] = (tensor.shape[0], rank)
+        expected[PREFIX + module + LORA_A] = (rank, math.prod(tensor.shape[1:]))
+        expected[PREFIX + module + LORA_B] = (tensor.shape[0], rank)
         if adapter.dora:
             expected[PREFIX + module + MAGNITUDE] = (tensor.shape[0],)
     with open_tensors(file) as f:
         slices = {name: f.get_slice(name) for name in f.keys()}  # noqa: SIM118  (safe_open is not a mapping)
         found = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    with_adapter = [m for m in modules if PREFIX + m + A in found or PREFIX + m + B in found]
+    with_adapter = [m for m in modules if PREFIX + m + LORA_A in found or PREFIX + m + LORA_B in found]
     problems = [f"{name} matches no matrix that can have an adapter" for name in found if name not in expected]
-    problems += [
-        f"{PREFIX}{m}{end} is missing" for m in with_adapter for end in (A, B) if PREFIX + m + end not in found
-    ]
+    ends = (LORA_A, LORA_B, MAGNITUDE) if adapter.dora else (LORA_A, LORA_B)
+    needed = [PREFIX + m + end for m in with_adapter for end in ends]
+    problems += [f"{name} is missing" for name in needed if name not in found]
     for name, (shape, dtype) in found.items():
         if shape != expected.get(name, shape):
             problems.append(f"{name} has shape {list(shape)} where {list(expected[name])} is expected")
@@ -273,7 +280,7 @@ def _pieces(module: str, tensor: HFTensor, stored: dict[str, np.ndarray]) -> lis
     One of several weights is a block in the way that `peft_format.write_adapter` has them. Otherwise each weight takes
     the whole of A.
     """
-    a, b = (stored[PREFIX + module + end].astype(np.float32) for end in (A, B))
+    a, b = (stored[PREFIX + module + end].astype(np.float32) for end in (LORA_A, LORA_B))
     parts = tensor.parts
     rank = len(a) // len(parts)
     rows = [slice(part.start, part.start + part.rows) for part in parts]
