@@ -221,7 +221,8 @@ class Optim(_Strict):
     weight_decay: float = 0.0
     """Decoupled weight decay, which is not applied to norms and biases."""
     moments_dtype: str = "float32"
-    """The dtype of the optimizer's moments: float32 or bfloat16."""
+    """The dtype of the optimizer's moments: float32, bfloat16, or int8 for those of matrices, with a float32 scale for
+    each block of at most 128 entries."""
     accumulate_dtype: str = "float32"
     """The dtype in which the gradients of a step are summed over microbatches: float32 or bfloat16."""
     reduce_dtype: str = "float32"

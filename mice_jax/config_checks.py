@@ -26,7 +26,7 @@ CHOICES = {
     "optim.schedule": ("constant", "linear", "cosine", "wsd"),
     "optim.loss_reduction": ("token", "sample"),
     "optim.name": ("adamw", "adafactor", "muon", "lion", "sgd"),
-    "optim.moments_dtype": ("float32", "bfloat16"),
+    "optim.moments_dtype": ("float32", "bfloat16", "int8"),
     "optim.accumulate_dtype": ("float32", "bfloat16"),
     "optim.reduce_dtype": ("float32", "bfloat16"),
     "checkpoint.best_mode": ("min", "max"),
@@ -206,7 +206,7 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
     for i, p in enumerate(c.published):
         if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
-    problems += _lora_problems(c) + _half_life_problems(c) + _rate_problems(c)
+    problems += _lora_problems(c) + _moments_problems(c) + _half_life_problems(c) + _rate_problems(c)
     return problems + _branch_problems(c) + _mesh_problems(c.mesh) + _phase_problems(c.data)
 
 
@@ -334,6 +334,17 @@ def _lora_problems(c: Any) -> list[str]:
             "names some of them: choose the adapters by model.lora.targets, and leave optim.frozen empty"
         )
     return problems
+
+
+def _moments_problems(c: Any) -> list[str]:
+    o = c.optim
+    if o.moments_dtype != "int8" or (o.name != "adafactor" and (o.name != "sgd" or o.beta1)):
+        return []
+    has = "keeps statistics of rows and columns" if o.name == "adafactor" else "with optim.beta1=0 keeps nothing"
+    return [
+        f"optim.moments_dtype='int8' quantises moments of the shape of the parameters, and optim.name={o.name!r} {has} "
+        "in their place: leave optim.moments_dtype at float32"
+    ]
 
 
 def _half_life_problems(c: Any) -> list[str]:

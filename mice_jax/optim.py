@@ -15,6 +15,8 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from mice_jax.numerics import blockwise
+
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 Axes = tuple[str | None, ...]  # the logical axes of a parameter, outputs first
 
@@ -158,7 +160,7 @@ def make_optimizer(
       beta2: the decay of the second moment.
       eps: added to the root of the second moment.
       weight_decay: the coefficient of the decay.
-      moments_dtype: the dtype in which moments are stored between steps.
+      moments_dtype: the dtype in which moments are stored between steps; int8 quantises those of matrices.
       axes: the tree of the parameters' logical axes, by which muon finds matrices.
       trained: a tree like the parameters', of bool arrays; a leaf without a true entry has no moments.
 
@@ -174,7 +176,7 @@ def make_optimizer(
     }[name]()
     direction = optax.chain(
         optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity(),
-        scale if moments_dtype == "float32" else _with_moments_in(jnp.dtype(moments_dtype), scale),
+        _with_moments_in(moments_dtype, scale),
         optax.add_decayed_weights(weight_decay, mask=_decays) if weight_decay else optax.identity(),
     )
     if trained is None:
@@ -192,20 +194,52 @@ def _decays(params: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: not _is_vector(path), params)
 
 
-def _with_moments_in(dtype: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _with_moments_in(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """The transformation `inner`, with its moments stored in `dtype` between steps."""
+    if dtype == "float32":
+        return inner
+    if dtype == "int8":
+        return _stored_as(inner, _quantized, _dequantized)
 
     def cast_state(state: Any, to: Any) -> Any:
         return optax.tree_map_params(inner, lambda leaf: leaf.astype(to), state)
 
+    return _stored_as(inner, lambda state: cast_state(state, dtype), lambda state: cast_state(state, jnp.float32))
+
+
+def _stored_as(
+    inner: optax.GradientTransformation, store: Callable[[Any], Any], load: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """The transformation `inner`, whose state is `store(state)` between steps, of which `load` is the inverse."""
+
     def init(params: optax.Params) -> Any:
-        return cast_state(inner.init(params), dtype)
+        return store(inner.init(params))
 
     def update(updates: optax.Updates, state: Any, params: Any = None) -> tuple[optax.Updates, Any]:
-        updates, state = inner.update(updates, cast_state(state, jnp.float32), params)
-        return updates, cast_state(state, dtype)
+        updates, state = inner.update(updates, load(state), params)
+        return updates, store(state)
 
     return optax.GradientTransformation(init, update)
+
+
+def _quantized(state: Any) -> Any:
+    """Quantises the moments of matrices in an optimizer's state; those of vectors are few, and stay as they are."""
+
+    def store(path: tuple, leaf: jax.Array) -> Any:
+        is_moment = isinstance(path[-1], jax.tree_util.DictKey) and not _is_vector(path)
+        if not is_moment or not blockwise.block_size(leaf.shape[-1]):
+            return leaf
+        squares = any(getattr(key, "name", "") == "nu" for key in path)
+        return blockwise.quantize(leaf, signed=not squares)
+
+    return jax.tree_util.tree_map_with_path(store, state)
+
+
+def _dequantized(state: Any) -> Any:
+    def load(leaf: Any) -> Any:
+        return blockwise.dequantize(leaf) if blockwise.is_quantized(leaf) else leaf
+
+    return jax.tree.map(load, state, is_leaf=blockwise.is_quantized)
 
 
 # ---- Adafactor --------------------------------------------------------------------------------------------------

@@ -175,6 +175,24 @@ def param_shardings(params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree.map(lambda p, a: NamedSharding(mesh, param_spec(p.shape, a, mesh)), params, axes)
 
 
+def split_like(shape: Sequence[int], sharding: NamedSharding) -> PartitionSpec:
+    """Computes how an array is split if its dims correspond to those of an array with this sharding.
+
+    Args:
+      shape: the array's shape.
+      sharding: the sharding of the other array, whose dims may have other sizes.
+
+    Returns:
+      The mesh axes of each dim: those of the other array's where they divide it.
+    """
+
+    def divides(axes: str | tuple[str, ...] | None, size: int) -> bool:
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        return size % math.prod(sharding.mesh.shape[name] for name in names) == 0
+
+    return PartitionSpec(*(a if divides(a, n) else None for a, n in zip(sharding.spec, shape, strict=True)))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains an activation to its sharding on the current mesh; does nothing without a mesh.
 

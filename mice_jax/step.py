@@ -21,7 +21,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from mice_jax.loss import SourceSums, cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.transformer import Compute, Decoder, Params
-from mice_jax.sharding import BATCH_AXES, gradient_sum, param_shardings
+from mice_jax.numerics.blockwise import Quantized, is_quantized
+from mice_jax.sharding import BATCH_AXES, gradient_sum, param_shardings, split_like
 
 # `corrected_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than
 # this, one microbatch has almost all the weight, and the result would be rounding error.
@@ -454,8 +455,9 @@ def make_abstract_base(decoder: Decoder, mesh: Mesh | AbstractMesh, dtype: Any) 
 def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: NamedSharding) -> Any:
     """Returns the shardings of an optimizer's state.
 
-    An array with the name and shape of a parameter is sharded like the parameter. Other arrays, such as counts and
-    Adafactor's row and column statistics, are replicated.
+    An array with the name and shape of a parameter is sharded like the parameter. The scales of a quantised moment have
+    one entry for each block along the last dim; they are sharded along the same mesh axes where these divide them.
+    Other arrays, such as counts and Adafactor's row and column statistics, are replicated.
 
     Args:
       opt_state: the optimizer's state, with jax.ShapeDtypeStruct as leaves.
@@ -468,11 +470,13 @@ def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repl
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
         by_name[_dict_keys(path)] = leaf.shape, sharding
 
-    def sharding_of(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def sharding_of(path: tuple, leaf: Any) -> Any:
         shape, sharding = by_name.get(_dict_keys(path), (None, replicated))
+        if is_quantized(leaf):
+            return Quantized(sharding, NamedSharding(sharding.mesh, split_like(leaf.scales.shape, sharding)))
         return sharding if leaf.shape == shape else replicated
 
-    return jax.tree_util.tree_map_with_path(sharding_of, opt_state)
+    return jax.tree_util.tree_map_with_path(sharding_of, opt_state, is_leaf=is_quantized)
 
 
 def _dict_keys(path: tuple) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Branches of a run: they go on exactly, with equal samples and settings that follow the batch size."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from helpers.runs import arrays, assert_equal_runs, make_chats, read_metrics, run_train, setting, timeless, write_jsonl
 from mice_jax import branch
 from mice_jax.config import from_dict, to_dict
+from mice_jax.numerics.blockwise import Quantized
 from mice_jax.step import TrainState
 from mice_jax.sweeps import branch_results, branches
 from mice_jax.sweeps.study import Study
@@ -115,6 +117,11 @@ def test_second_moment_of_a_branch_stays_unbiased() -> None:
     assert corrected(0.95, before) == pytest.approx(float(weights @ grads**2 / weights.sum()), rel=1e-5)
     after = float(enter_branch(state, 0.95, 0.6).opt_state[1].nu["w"][0])
     assert corrected(0.6, after) == pytest.approx(float(weights @ grads**2 / weights.sum()), rel=1e-5)
+    quantized = Quantized(jnp.full((1, 16), 255, jnp.uint8), jnp.full((1, 1), before))
+    stored = opt_state._replace(nu={"w": quantized})
+    scaled = enter_branch(dataclasses.replace(state, opt_state=stored), 0.95, 0.6).opt_state.nu["w"]
+    assert set(np.asarray(scaled.codes).flat) == {255}, "each stands for a share of the scale"
+    assert float(scaled.scales[0, 0]) == pytest.approx(after, rel=1e-6)
     assert corrected(0.6, before / 0.95 * 0.95) < 0.5 * corrected(0.6, after), "the moment as it was would be too small"
 
 

@@ -276,6 +276,16 @@ def test_half_life_of_beta2_excludes_what_it_cannot_decide(write: Callable[[Conf
     assert words in error_of(config) if words else config.validate() is None
 
 
+@pytest.mark.parametrize("name, beta1, words", [("adafactor", 0.9, "rows and columns"), ("sgd", 0.0, "optim.beta1=0")])
+def test_int8_moments_need_an_optimizer_that_has_moments(name: str, beta1: float, words: str) -> None:
+    config = good()
+    config.optim.name, config.optim.beta1, config.optim.moments_dtype = name, beta1, "int8"
+    error = error_of(config)
+    assert f"optim.name={name!r}" in error and words in error
+    config.optim.name, config.optim.beta1 = "sgd", 0.9
+    config.validate()
+
+
 @pytest.mark.parametrize(
     "rule, rate_batch_size, wanted",
     [("none", 0, 2e-5), ("sqrt", 960, 4e-5), ("linear", 960, 8e-5), ("sqrt", 3840, 2e-5), ("linear", 15360, 5e-6)],

@@ -13,6 +13,7 @@ from mice_jax.errors import UserError
 from mice_jax.model_source import ModelSource, load_params, stored_adapters
 from mice_jax.models.lora import with_magnitudes
 from mice_jax.models.transformer import Decoder, Params
+from mice_jax.numerics.blockwise import is_quantized, times
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.training.phases import PhaseSpan
 from mice_jax.training.progress import Progress
@@ -103,7 +104,11 @@ def enter_branch(state: TrainState, old_beta2: float, new_beta2: float) -> Train
         count = int(jax.device_get(node.count))
         factor = (1 - new_beta2**count) / (1 - old_beta2**count)
         shardings = jax.tree.map(lambda moment: moment.sharding, node.nu)
-        scale = jax.jit(lambda nu: jax.tree.map(lambda m: m * factor, nu), donate_argnums=0, out_shardings=shardings)
+        scale = jax.jit(
+            lambda nu: jax.tree.map(lambda moment: times(moment, factor), nu, is_leaf=is_quantized),
+            donate_argnums=0,
+            out_shardings=shardings,
+        )
         return node._replace(nu=scale(node.nu))
 
     return dataclasses.replace(state, opt_state=jax.tree.map(rescale, state.opt_state, is_leaf=_is_adam))
