@@ -5,9 +5,11 @@ test run, and the commands that they start, therefore share a cache. $MICE_TEST_
 """
 
 import atexit
+import functools
 import gc
 import os
 import shutil
+import sys
 import tempfile
 import threading
 
@@ -31,11 +33,33 @@ from jax._src import compilation_cache, lru_cache
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the quick files last, so that no process is left alone with a long one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("smoke") is not None)
+
+
 def pytest_collection_finish() -> None:
     """Makes garbage collection rare, and keeps it from visiting what was imported: it took a tenth of a test's time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
+
+
+SHARED = {
+    "mice_jax.training.build": ("shared_step_functions", "shared_model_functions"),
+    "mice_jax.model_source": ("_random_init",),
+    "mice_jax.inference.sampler": ("shared_functions",),
+    "mice_jax.evals.loglikelihood": ("shared_score",),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_functions() -> None:
+    """Keeps the compiled functions of many runs, so that all tests of a process share those of the same tiny models."""
+    for name, functions in SHARED.items():
+        module = sys.modules.get(name)
+        for function in functions if module else ():
+            setattr(module, function, functools.lru_cache(maxsize=64)(getattr(module, function).__wrapped__))
 
 
 class AtomicCache(lru_cache.LRUCache):

@@ -112,7 +112,7 @@ def test_a_plan_has_the_numbers_of_what_train_runs(
         return fns._replace(**spies)
 
     monkeypatch.setattr(build, "make_step", spying)
-    monkeypatch.setattr(build, "shared_step_functions", build.shared_step_functions.__wrapped__)
+    monkeypatch.setattr(build, "shared_step_functions", build.own_step_functions)
     workdir = tmp_path / "workdir"
     assert run_train(file, workdir) == 0
     ran = dict(spies)

@@ -29,6 +29,7 @@ from mice_jax import train as train_module
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.config import Config
 from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.step import StepFunctions
 from mice_jax.training import build
 from mice_jax.training.noise_scale import NoiseScale
 from mice_jax.training.progress import Progress
@@ -130,7 +131,7 @@ def test_resumed_run_compiles_nothing_where_a_phase_resets_the_optimizer(
         if int(checkpoint.name) > 4:
             shutil.rmtree(checkpoint)
     # As in a process of its own, whose step functions no other run has compiled.
-    monkeypatch.setattr(build, "shared_step_functions", build.shared_step_functions.__wrapped__)
+    monkeypatch.setattr(build, "shared_step_functions", build.own_step_functions)
     happened: list[str] = []
     load_steps = train_module.load_steps
     monkeypatch.setattr(train_module, "load_steps", lambda *a: happened.append("load_steps") or load_steps(*a))
@@ -206,6 +207,7 @@ def test_best_metric_that_no_record_will_have_is_an_error_before_the_run(
     assert "checkpoint.best_metric" in err and "'eval/phase/knowledge/loss'" in err
 
 
+@pytest.mark.slow
 def test_checkpoints_are_chosen_by_any_number_of_metrics_jsonl(tmp_path: Path) -> None:
     body = "c.checkpoint.every_samples = 8\nc.checkpoint.keep_best = 1\nc.checkpoint.best_metric = 'learning_rate'"
     config = two_phases(tmp_path / "run", "", f"{body}\nc.train.skip_spikes = 100.0\nc.checkpoint.best_mode = 'max'")
@@ -312,6 +314,23 @@ def test_muon_trains_on_a_mesh_and_resumes_bit_for_bit(tmp_path: Path) -> None:
         else:
             assert moved.any(), key
     assert {"int8", "uint8"} <= {str(x.dtype) for k, x in last.items() if k.startswith("opt_state")}
+
+
+def test_runs_of_other_optimizers_and_schedules_share_what_runs_the_model() -> None:
+    decoder, mesh = make_decoder(spec_of()), mesh_of(1, 1, 1)
+    compute = Compute(jnp.dtype("float32"), "reference", "none")
+
+    def made(**changes: Any) -> StepFunctions:
+        config = Config()
+        for name, value in changes.items():
+            setattr(config.optim, name, value)
+        return build.step_functions(config, decoder, "LlamaForCausalLM", mesh, compute, lambda step: jnp.float32(0))
+
+    one, other = made(), made(name="muon", grad_clip=0.5, weight_decay=0.3, beta2=0.5)
+    assert (other.accumulate, other.evaluate, other.zero_sums) == (one.accumulate, one.evaluate, one.zero_sums)
+    assert other.apply != one.apply and other.from_params != one.from_params
+    for changed in ({"frozen": FROZEN}, {"accumulate_dtype": "bfloat16"}):
+        assert made(**changed).accumulate != one.accumulate
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ class Scorer:
           dtype: The dtype to compute in.
         """
         self._spec, self._mesh, self._dtype = decoder.spec, mesh, jnp.dtype(dtype)
-        self._score = jax.jit(functools.partial(_score, decoder, self._dtype), static_argnames=("attention", "chunk"))
+        self._score = shared_score(decoder, self._dtype)
 
     def score(self, params: Params, requests: Sequence[Request], watch: Watch = lambda done: None) -> list[Score]:
         """Scores requests.
@@ -128,6 +128,12 @@ def _tree_groups(requests: Sequence[Request], spec: ModelSpec) -> list[int] | No
         return None
     limits = {r.scaling.original_positions for r in spec.ropes if r and isinstance(r.scaling, LongScaling)}
     return [sum(len(r.ids) > limit for limit in limits) for r in requests]
+
+
+@functools.lru_cache(maxsize=4)
+def shared_score(decoder: Decoder, dtype: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Jits the scoring of a decoder, once for all scorers that have it."""
+    return jax.jit(functools.partial(_score, decoder, dtype), static_argnames=("attention", "chunk"))
 
 
 def _score(

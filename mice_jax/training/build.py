@@ -562,7 +562,7 @@ class StepSettings(NamedTuple):
 def step_functions(
     config: Config, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute, schedule: Schedule
 ) -> StepFunctions:
-    """Makes the step functions of a run. Runs of one process whose settings are equal share them, and what is compiled.
+    """Makes the step functions of a run. Runs of one process whose settings are equal share what is compiled.
 
     Args:
       config: The run's config.
@@ -589,7 +589,44 @@ def step_functions(
 def shared_step_functions(
     settings: StepSettings, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute, schedule: Schedule
 ) -> StepFunctions:
-    """Makes step functions, or returns those of the last few runs of the process that equal them in all arguments."""
+    """Makes step functions, or returns those of the last few runs of the process that equal them in all arguments.
+
+    Those that run the model, which take most of the time to compile, are shared by runs whose optimizer and schedule
+    differ, such as those of several learning rates.
+    """
+    plain = settings.optimizer._replace(
+        name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0, moments_dtype="float32"
+    )
+    numbered = tuple(map(str, range(len(settings.sources))))  # the model's functions have no names of sources
+    of_model = settings._replace(optimizer=plain, sources=numbered, averages=False)
+    fns = own_step_functions(settings, decoder, architecture, mesh, compute, schedule)
+    return fns._replace(**shared_model_functions(of_model, decoder, architecture, mesh, compute))
+
+
+@functools.lru_cache(maxsize=4)
+def shared_model_functions(
+    settings: StepSettings, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute
+) -> dict[str, Callable]:
+    """Makes the step functions that run the model, which neither the optimizer nor the schedule changes.
+
+    Args:
+      settings: Of an optimizer that stands for all, with the run's frozen parameters, whose gradients are not measured.
+      decoder: The model.
+      architecture: The name of transformers' class.
+      mesh: The run's mesh.
+      compute: The dtype, attention backend and remat policy.
+
+    Returns:
+      The functions by their names in StepFunctions.
+    """
+    fns = own_step_functions(settings, decoder, architecture, mesh, compute, lambda step: jnp.zeros(()))
+    return {name: getattr(fns, name) for name in ("zero_sums", "accumulate", "evaluate", "gradients")}
+
+
+def own_step_functions(
+    settings: StepSettings, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute, schedule: Schedule
+) -> StepFunctions:
+    """Makes step functions that no other run shares."""
     made, trained = optimizer(settings.optimizer, decoder, architecture)
     return make_step(
         decoder,
