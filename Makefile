@@ -3,10 +3,11 @@
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 PY := .venv/bin/python
-# Tests run on the CPU and fetch nothing.
-TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1
-# A process for each of at most four cores; the tests of a file stay together.
-PARALLEL := -n auto --maxprocesses=4 --dist loadfile
+# Tests run on the CPU and fetch nothing. Python keeps the byte code of the package and of the tests, also where the
+# environment says otherwise: every test process and every command that a test starts would compile them again.
+TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
+# A process for each of at most four cores; the tests of a file stay together, and tests/conftest.py orders the files.
+PARALLEL := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
 # The modules whose tests compile nothing: pytest imports these alone, which takes most of its time otherwise.
 SMOKE = $(shell grep -lE '^pytestmark = .*pytest\.mark\.smoke' tests/test_*.py)
 # The modules with slow tests and those with aot ones, for the same reason.
