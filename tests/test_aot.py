@@ -84,10 +84,10 @@ SELECTABLE = [pytest.param(pair, marks=pytest.mark.aot_ci if pair == IN_CI else 
 def plan(pair: Pair) -> dict[str, Any]:
     """The JSON that `mice plan` prints.
 
-    The held-out loss needs less memory than the function that trains, so it is compiled for that model only.
+    The held-out loss needs less memory than the function that trains, so it is compiled for one model only.
     """
     flags = [f"--config={pair.config}", f"--topology={pair.topology}"]
-    if pair.model != IN_CI.model:
+    if pair.model != "granite-3b":
         flags += ["--config.data.validation_fraction=0"]
     command = [sys.executable, "-m", "mice_jax.plan", *flags, "--json", "--compile_minutes=0"]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True, check=False)

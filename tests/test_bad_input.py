@@ -389,6 +389,7 @@ def test_bad_exports_are_errors(trained: Path, capsys: pytest.CaptureFixture[str
     assert not list(folder.glob(".*partial"))
 
 
+@pytest.mark.slow
 def test_process_writes_one_paragraph_to_stderr(folder: Path) -> None:
     (folder / "chats.jsonl").write_text("{not json\n")
     process = start_train(folder / "run.py", folder / "work", devices=1, TF_CPP_MIN_LOG_LEVEL="0")

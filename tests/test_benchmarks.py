@@ -40,22 +40,17 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"), documents=8)
 
 
-# A family, and a change of its config that must show. Mistral is beyond its window.
-FAMILIES = {"llama": {"rms_norm_eps": 1e-2}, "mistral": {"sliding_window": None}}
-
-
-@pytest.mark.parametrize("case", [c if c == "llama" else pytest.param(c, marks=pytest.mark.slow) for c in FAMILIES])
-def test_every_request_and_metric_equals_the_harness_own_model(case: str, tasks: Path, tmp_path: Path) -> None:
-    # With two layers, Mistral's answers hold bytes that are no text, and the harness cuts such an answer elsewhere.
-    changes = {"num_hidden_layers": 3} if case == "mistral" else {}
-    model = write_model(tmp_path / "model", case, bos=case == "llama", **changes)
+# Other families are scored against torch in test_scoring, and answer as transformers in test_family_sampling.
+@pytest.mark.slow
+def test_every_request_and_metric_equals_the_harness_own_model(tasks: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", "llama", bos=True)
     names = (BARN, ROLLING, WRITTEN)
     ours = by_us(model, tasks, tmp_path / "scores.json", *names)
     theirs = by_harness(model, tasks, *names)
     assert_same(ours, theirs)
     assert len({r[0] for r in responses(ours, WRITTEN)}) > 1
     config = model / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | FAMILIES[case]))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 1e-2}))
     other = by_us(model, tasks, tmp_path / "other.json", CHOICE)
     assert gap(other, theirs, CHOICE) > 10 * CLOSE
 
@@ -77,6 +72,7 @@ def test_too_long_requests_are_truncated_and_counted_as_in_harness(
 REFUSING = "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
 
 
+@pytest.mark.slow
 def test_chat_template_system_and_fewshot_turns_equal_the_harness(
     tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +161,7 @@ def said(capsys: pytest.CaptureFixture[str], model: Path, tasks: Path, *flags: s
 def test_unknown_task_is_an_error_with_the_nearest_names(
     hollow: Path, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The index of the harness's own tasks takes half a minute to read; test_named_tasks reads it.
+    # The index of the harness's own tasks takes half a minute to read.
     own_tasks_only = functools.partial(TaskManager, include_defaults=False)
     monkeypatch.setattr(
         "lm_eval.tasks.TaskManager", lambda **options: own_tasks_only(include_path=options["include_path"])

@@ -101,6 +101,7 @@ def exact(loaded: tuple[Decoder, Params], many: list[Batch]) -> Sums:
     return sums_of(functions(decoder, "float32"), params, many)
 
 
+@pytest.mark.slow
 def test_drift_from_float32_is_that_of_rounded_inputs(
     loaded: tuple[Decoder, Params], many: list[Batch], exact: Sums
 ) -> None:
@@ -110,6 +111,7 @@ def test_drift_from_float32_is_that_of_rounded_inputs(
     assert U / 8 < apart(found.grads, exact.grads) < GRADIENT
 
 
+@pytest.mark.slow
 def test_a_bfloat16_accumulator_drifts_beyond_the_bound(
     loaded: tuple[Decoder, Params], many: list[Batch], exact: Sums
 ) -> None:

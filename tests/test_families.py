@@ -22,7 +22,7 @@ import torch
 from jax.sharding import Mesh
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from helpers.families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, WRAPPED, torch_model, wrapped_model
+from helpers.families import CASES, ORIGINAL, ROPES, VOCAB, WINDOW, WRAPPED, WRAPPED_CHANGES, torch_model, wrapped_model
 from helpers.models import (
     QUICK,
     gap,
@@ -61,12 +61,12 @@ SLOTS = 896
 # Enough tokens to go past any window and the length before RoPE was scaled.
 SOME = TOKENS[:256]
 
-# The meshes of the families whose parameters are laid out or split differently: plain, with multipliers, with norms of
-# heads, with norms of all heads, with fused projections, with several kinds of attention, with several mixers, with
-# other heads in some layers. The others run on one device. Some have more tensor shards than there are key heads.
+# The meshes of the families whose parameters are laid out or split differently: plain, with norms of all heads, with
+# fused projections, with several mixers, with several kinds of attention whose heads differ and are normed each. The
+# others run on one device. Some have more tensor shards than there are key heads.
 MESHES = {
-    "llama": (1, 1, 8), "granite": (1, 8, 1), "qwen3": (1, 4, 2), "olmo2": (2, 2, 2), "phi3": (1, 2, 4),
-    "gemma3": (1, 8, 1), "lfm2": (2, 2, 2), "granite4-hybrid": (1, 2, 4), "qwen3_5": (1, 4, 2), "gemma4": (1, 4, 2),
+    "llama": (1, 1, 8), "olmo2": (2, 2, 2), "phi3": (1, 2, 4), "lfm2": (2, 2, 2), "granite4-hybrid": (1, 2, 4),
+    "qwen3_5": (1, 4, 2), "gemma4": (1, 4, 2),
 }  # fmt: skip
 
 
@@ -169,11 +169,9 @@ def test_cases_cover_every_family_and_every_rope_scaling() -> None:
 
 
 # ---------------------------------------------------------------------------------------- parity
-# Those on a mesh are slow, but for the recurrent mixers, of which there is no other case.
-PARITY = [
-    pytest.param(case, marks=pytest.mark.slow if case in MESHES.keys() - {"lfm2", "granite4-hybrid", "qwen3_5"} else [])
-    for case in CASES
-]
+# A bias, a window, layers without RoPE, and keys for values: the rest is slow. test_family_sampling has some of it.
+QUICK_CASES = {"llama-linear", "mistral", "qwen2", "smollm3", "gemma4-keys"}
+PARITY = [pytest.param(case, marks=[] if case in QUICK_CASES else pytest.mark.slow) for case in CASES]
 
 
 @pytest.mark.parametrize("case", PARITY)
@@ -246,6 +244,7 @@ def check_four_steps(case: str, decoder: Decoder, params: Params, rows: Arrays, 
     assert np.linalg.norm(ours - decays - expected) > 10 * UPDATES * length  # a negative control: without decay
 
 
+@pytest.mark.slow
 def test_exaone_4_without_windows_rotates_every_layer(tmp_path: Path) -> None:
     full = {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": ROPES["llama3"]}
     model = torch_model("exaone4", tmp_path, **full)
@@ -371,13 +370,7 @@ EXPECTED_OFF = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.slow if case in ("granite4-hybrid", "qwen3_5", "gemma4") else [])
-        for case in CASES
-    ],
-)
+@pytest.mark.parametrize("case", PARITY)
 def test_switching_off_any_feature_moves_logits_ten_tolerances(case: str, folders: Any) -> None:
     decoder, params = load(folders(case), mesh_of(1, 1, 1))
     expected = torch_logits(made(case), SOME)
@@ -450,20 +443,17 @@ def test_import_then_export_is_bit_equal_and_loads_in_transformers(case: str, fo
 # ---------------------------------------------------------------------------------------- wrapped checkpoints
 @pytest.mark.parametrize("architecture", WRAPPED)
 def test_decoder_of_a_wrapped_checkpoint_equals_transformers(architecture: str, tmp_path: Path) -> None:
-    model = wrapped_model(architecture, tmp_path)
-    decoder, params = load(tmp_path, mesh_of(1, 1, 1))
-    (loss, logits), grads = jitted(decoder)(params, row_of(*SAMPLES, slots=SLOTS))
-    expected = np.concatenate([torch_logits(model, tokens) for tokens in SAMPLES])
-    assert gap(logits[0, : len(expected)], expected) < LOGITS
-    their_loss, their_grads = torch_gradients(model, *SAMPLES)
-    stored = their_grads
-    if architecture.startswith(("Gemma3", "Mistral3")):  # the others are stored as they are named in the model
-        stored = {
-            f"language_model.{n}".replace("language_model.model.language_model.", "language_model.model."): g
-            for n, g in their_grads.items()
-        }
-    assert abs(float(loss) / their_loss - 1) < RELATIVE
-    assert_small(relative_gaps(grads, decoder, architecture, stored), WRAPPED[architecture])
+    """It is the decoder of the family, bit for bit, whose loss and gradients are compared above."""
+    model, alone = wrapped_model(architecture, tmp_path / "wrapped"), tmp_path / "alone"
+    torch_model(WRAPPED[architecture], alone, **WRAPPED_CHANGES[WRAPPED[architecture]])
+    decoder, params = load(tmp_path / "wrapped", mesh_of(1, 1, 1))
+    expected_decoder, expected = load(alone, mesh_of(1, 1, 1))
+    assert decoder.spec == expected_decoder.spec and jax.tree.structure(params) == jax.tree.structure(expected)
+    assert gap(params, expected) == 0
+    logits, theirs = uncompiled_logits(decoder, params, row_of(SOME))[0], torch_logits(model, SOME)
+    assert gap(logits, theirs) < LOGITS
+    shifted = jax.tree.map(lambda x: x + np.float32(0.01), params)
+    assert gap(uncompiled_logits(decoder, shifted, row_of(SOME))[0], theirs) > 10 * LOGITS
 
 
 @pytest.mark.parametrize("architecture", WRAPPED)

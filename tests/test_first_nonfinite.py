@@ -63,6 +63,7 @@ def explained() -> Callable[..., str]:
     return explained
 
 
+@pytest.mark.slow
 def test_layer_and_operation_of_a_step_are_named(explained: Callable[..., str]) -> None:
     assert explained("mlp", "down", 1, np.nan) == (
         "The parameters were not finite before the step: layers.mlp.down of layer 1."

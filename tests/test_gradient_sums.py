@@ -82,6 +82,7 @@ def accumulated(batches: list[dict[str, np.ndarray]], reduce_dtype: str) -> list
     return [jax.device_get(fns.accumulate(params, fns.zero_sums(), put_rows(b, mesh)).grads) for b in batches]
 
 
+@pytest.mark.slow
 def test_a_step_sums_all_gradients_over_devices_in_float32() -> None:
     rng = np.random.default_rng(1)
     batch = packed([[sample_of(24, slice(4, 24), rng)] for _ in range(8)], 24)

@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_gpu_sh_ends_the_run_when_a_process_is_killed(tmp_path: Path) -> None:
     pids = [int(re.findall(r"pid (\d+)", run.stderr.readline())[0]) for _ in range(2)]
     while lines_of(tmp_path / "run") < 3:
         assert run.poll() is None
+        time.sleep(0.1)
     os.kill(pids[1], signal.SIGKILL)
     _, err = run.communicate(timeout=120)
     assert run.returncode not in (0, 75)  # there is no checkpoint to go on from
@@ -78,6 +80,7 @@ def test_gpu_sh_trains_in_two_processes_and_passes_a_signal_on(tmp_path: Path) -
               f"--workdir={tmp_path / 'run'}")  # fmt: skip
     while lines_of(tmp_path / "run") < 3:
         assert run.poll() is None
+        time.sleep(0.1)
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 75, out + err

@@ -4,6 +4,8 @@ import ast
 import subprocess
 import sys
 
+import pytest
+
 from helpers.runs import REPOSITORY
 from mice_jax.cli.flags import COMMANDS
 
@@ -32,6 +34,7 @@ for samples in (8, 1000):
     assert run_python(code).split("\n")[:3] == ["[]", "[]", "['numba']"]
 
 
+@pytest.mark.slow
 def test_the_loader_imports_no_more_than_grain_and_commands_no_numba() -> None:
     code = f"""
 import sys, grain

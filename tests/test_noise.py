@@ -255,6 +255,7 @@ def test_step_estimate_equals_that_of_its_microbatch_gradients(folder: Path) -> 
     assert not float(zeroed.grad_sq_sum) and not float(zeroed.weight_sq_sum)
 
 
+@pytest.mark.slow
 def test_noise_measurement_changes_no_bit_of_loss_and_gradients(folder: Path) -> None:
     """The reference is the same accumulation without the squared norm, compiled by itself."""
     fns, mesh, params = step_on(folder, MESH)

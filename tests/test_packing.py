@@ -419,8 +419,8 @@ def plan_a_million(batch_size: int) -> list[float]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("batch_size", "efficiency"), [(3840, 0.99), (128, 0.95)])
-def test_million_samples_are_planned_in_five_seconds_and_a_gigabyte(batch_size: int, efficiency: float) -> None:
-    planned, filled, seconds, grown, grown_with_hoard = plan_a_million(batch_size)
-    assert planned == 1_000_000 and filled >= efficiency
+@pytest.mark.slow
+def test_million_samples_are_planned_in_five_seconds_and_a_gigabyte() -> None:
+    planned, filled, seconds, grown, grown_with_hoard = plan_a_million(3840)
+    assert planned == 1_000_000 and filled >= 0.99
     assert seconds < 5 and grown < 2**30 < grown_with_hoard

@@ -130,7 +130,9 @@ print(count, held("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", [".json", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize(
+    "kind", [".jsonl.gz", *(pytest.param(k, marks=pytest.mark.slow) for k in (".json", ".parquet"))]
+)
 def test_long_file_is_read_in_little_memory(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"long{kind}"
     texts = [os.urandom(1000).hex() for _ in range(30_000)]
@@ -407,6 +409,7 @@ def test_tfds_data_set_is_read_by_name_and_split_without_tensorflow(tfds_data: P
     assert [line.partition("|")[2] for line in folder] == [line.partition("|")[2] for line in small]
 
 
+@pytest.mark.slow
 def test_each_config_and_split_of_a_tfds_data_set_has_a_key_of_its_own(tfds_data: Path, tmp_path: Path) -> None:
     paths = ["small:train", "large:train", "large:train[:30%]", "large:test"]
     keys = [use(f"tfds:mice_chats/{p}", tfds_data, tmp_path)[-1].split()[1] for p in paths]

@@ -99,32 +99,25 @@ def test_paused_and_resumed_run_is_bit_equal(config: Path, uninterrupted: Path, 
 
 
 # ---------------------------------------------------------------------------------------- killed
-def test_resume_after_sigkill_is_bit_equal(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    """Killed between saves: some steps past its last checkpoint are done again."""
+@pytest.mark.slow
+def test_resume_after_kills_at_startup_between_and_during_saves_is_bit_equal(
+    config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Killed while it starts, some steps past a checkpoint, which are done again, and in the middle of a save."""
     run = tmp_path / "run"
+    kill_when(fork_train(config, run), (run / "lock").exists)
     process = fork_train(config, run, pace_s=0.2)
     kill_when(process, lambda: lines_of(run) >= 12 and (run / "checkpoints" / "10").exists())
     assert 12 <= lines_of(run) < STEPS
     checkpoints = {p.name for p in (run / "checkpoints").iterdir() if p.name.isdecimal()}
     assert checkpoints and str(lines_of(run)) not in checkpoints
     assert not (run / "summary.json").exists()
-    assert run_train(config, run) == 0
-    assert_equal_runs(run, uninterrupted, STEPS)
-
-
-@pytest.mark.slow
-def test_resume_after_kills_at_startup_and_during_saves_is_bit_equal(
-    config: Path, uninterrupted: Path, tmp_path: Path
-) -> None:
-    """Killed while it starts, before any checkpoint, then twice in the middle of a save."""
-    run, amid = tmp_path / "run", 0
-    kill_when(fork_train(config, run, EVERY_STEP), (run / "lock").exists)
-    for kill in range(2):
-        process = fork_train(config, run, EVERY_STEP)
-        kill_when(process, lambda: saving(run) and lines_of(run) >= 6 * (kill + 1))  # noqa: B023
+    for lines in (14, 20):  # a save may end before the kill comes
+        kill_when(fork_train(config, run, EVERY_STEP), lambda: saving(run) and lines_of(run) >= lines)  # noqa: B023
         left = [p.name for p in (run / "checkpoints").iterdir() if not p.name.isdecimal()]
-        amid += bool(left)
-    assert amid  # what half-written saves leave was there
+        if left:
+            break
+    assert left  # what a half-written save leaves was there
     assert run_train(config, run) == 0
     assert all(p.name.isdecimal() for p in (run / "checkpoints").iterdir())
     assert_equal_runs(run, uninterrupted, STEPS)
@@ -143,7 +136,7 @@ def test_run_preempted_on_8_and_4_devices_and_ended_on_1_sees_the_same_samples(
         try:
             while lines_of(run) < lines:
                 assert process.poll() is None, process.communicate()[0]
-                time.sleep(0.001)
+                time.sleep(0.01)
             process.terminate()
             said, _ = process.communicate(timeout=60)
         finally:

@@ -369,6 +369,7 @@ print(len(store), int(store.lengths.sum()))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_building_at_once_both_succeed(cache: Path, tmp_path: Path, build: Build) -> None:
     path = write_jsonl(tmp_path / "many.jsonl", make_chats(2000))
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")

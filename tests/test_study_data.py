@@ -53,6 +53,7 @@ def turns(chats: list[list[dict[str, str]]]) -> list[tuple[str, str]]:
     return [pair for texts in spoken for pair in zip(texts[::2], texts[1::2], strict=True)]
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_files_in_another_process(made: Path, tmp_path: Path) -> None:
     run_script(tmp_path, hash_seed="2")
     files = sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())

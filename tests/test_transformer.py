@@ -143,6 +143,7 @@ def products_of(compute: Compute, batch: dict[str, np.ndarray]) -> int:
     return str(jax.make_jaxpr(forward_and_backward(DECODER, compute))(params(), batch)).count("dot_general")
 
 
+@pytest.mark.slow
 def test_remat_policies_give_equal_gradients_and_recompute_as_documented(
     row: dict[str, np.ndarray], strict_dtypes: None
 ) -> None:
@@ -168,7 +169,7 @@ def test_remat_policies_give_equal_gradients_and_recompute_as_documented(
 def test_random_parameters_are_the_same_on_every_mesh() -> None:
     spec = spec_of(vocab_size=1001, d_model=48, num_layers=1)
     trees = []
-    for sizes in [(1, 1, 1), (2, 2, 2), (1, 2, 3)]:
+    for sizes in [(1, 1, 1), (1, 2, 3)]:
         mesh = mesh_of(*sizes)
         assert sizes[2] == 1 or spec.vocab_size % sizes[2]
         decoder = make_decoder(spec, sizes[2])

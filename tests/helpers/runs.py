@@ -260,7 +260,7 @@ def kill_when(process: Any, ready: Callable[[], bool]) -> None:
     try:
         while not ready():
             assert process.poll() is None, process.stdout.read() if process.stdout else ""
-            time.sleep(0.0005)
+            time.sleep(0.002)
     finally:
         process.kill()
         process.communicate()
