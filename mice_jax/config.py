@@ -229,6 +229,9 @@ class Optim(_Strict):
     """The dtype in which gradients are summed over devices: float32 or bfloat16; those of norms always in float32."""
     frozen: list[str] = field(default_factory=list)
     """Patterns of Hugging Face parameter names that are not trained, such as `model.layers.[0-3].*`."""
+    osft_rank_ratio: float = 0.0
+    """The share of the directions of each matrix in the layers, the leading ones of its decomposition at the start of a
+    phase, that is frozen (OSFT); 0 freezes none."""
 
 
 @dataclass

@@ -206,7 +206,8 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
     for i, p in enumerate(c.published):
         if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
-    problems += _lora_problems(c) + _moments_problems(c) + _half_life_problems(c) + _rate_problems(c)
+    problems += _lora_problems(c) + _osft_problems(c) + _moments_problems(c)
+    problems += _half_life_problems(c) + _rate_problems(c)
     return problems + _branch_problems(c) + _mesh_problems(c.mesh) + _phase_problems(c.data)
 
 
@@ -345,6 +346,18 @@ def _moments_problems(c: Any) -> list[str]:
         f"optim.moments_dtype='int8' quantises moments of the shape of the parameters, and optim.name={o.name!r} {has} "
         "in their place: leave optim.moments_dtype at float32"
     ]
+
+
+def _osft_problems(c: Any) -> list[str]:
+    ratio, rank, problems = c.optim.osft_rank_ratio, c.model.lora.rank, []
+    if not 0 <= ratio < 1:
+        problems.append(f"optim.osft_rank_ratio={ratio} must be at least 0 and less than 1; 0 freezes no direction")
+    elif ratio and rank:
+        problems.append(
+            f"optim.osft_rank_ratio={ratio} and model.lora.rank={rank} are both set: adapters leave all of the model's "
+            "own weights as they are, so set one of the two to 0"
+        )
+    return problems
 
 
 def _half_life_problems(c: Any) -> list[str]:

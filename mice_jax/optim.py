@@ -267,7 +267,7 @@ def _adafactor() -> optax.GradientTransformation:
 def _muon(axes: Any, beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
     """Muon for the matrices of each layer separately; Adam for embeddings, norms, biases and whatever is no matrix."""
     flat = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda a: isinstance(a, tuple))
-    found = {path: _matrix(names) for path, names in flat if names[0] == "layers" and not _is_vector(path)}
+    found = {path: matrix_dims(names) for path, names in flat if names[0] == "layers" and not _is_vector(path)}
     matrices = {path: dims for path, dims in found.items() if dims is not None}
 
     def labels(params: optax.Params) -> optax.Params:
@@ -287,7 +287,7 @@ def _muon(axes: Any, beta1: float, beta2: float, eps: float) -> optax.GradientTr
     return optax.partition({"muon": muon, "adam": optax.scale_by_adam(beta1, beta2, eps)}, labels)
 
 
-def _matrix(names: Axes) -> MuonDimensionNumbers | None:
+def matrix_dims(names: Axes) -> MuonDimensionNumbers | None:
     """The input and output dims of a stacked matrix, or None; head_dim belongs to the same group as its heads."""
     groups: list[list[int]] = []
     for i, name in enumerate(names[1:], 1):

@@ -138,6 +138,26 @@ def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | Ab
     return PartitionSpec(*split)
 
 
+def basis_sharding(shape: Sequence[int], side: str, of_param: NamedSharding) -> NamedSharding:
+    """Computes how a basis of a stack of matrices is split: as the matrices are, and its directions as the other side.
+
+    Args:
+      shape: the shape of the basis, [L O... K] or [L I... K].
+      side: "outputs" or "inputs", the dims that the basis has.
+      of_param: the sharding of the matrices, [L O... I...].
+
+    Returns:
+      The sharding of the basis.
+    """
+    stack, *dims = of_param.spec
+    count = len(shape) - 2
+    own, other = (dims[:count], dims[count:]) if side == "outputs" else (dims[-count:], dims[:-count])
+    of_directions = next((axis for axis in other if axis is not None), None)
+    if of_directions is not None and shape[-1] % of_param.mesh.shape[of_directions]:
+        of_directions = None
+    return NamedSharding(of_param.mesh, PartitionSpec(stack, *own, of_directions))
+
+
 def replicated_dims(params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> list[str]:
     """Lists the dims of parameters that are replicated because their mesh axis does not divide them.
 

@@ -22,11 +22,13 @@ from mice_jax.loss import SourceSums, cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.numerics.blockwise import Quantized, is_quantized
-from mice_jax.sharding import BATCH_AXES, gradient_sum, param_shardings, split_like
+from mice_jax.sharding import BATCH_AXES, basis_sharding, gradient_sum, param_shardings, split_like
 
 # `corrected_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than
 # this, one microbatch has almost all the weight, and the result would be rounding error.
 MIN_CROSS_SHARE = 1e-3
+
+BASIS_SIDES = ("outputs", "inputs")  # the fields of `training.osft.Basis`, in the state of an optimizer
 
 # tokens, targets, segment_ids, positions, loss_weights, sources: each [B T], B rows of T slots
 Batch = dict[str, jax.Array]
@@ -456,8 +458,9 @@ def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repl
     """Returns the shardings of an optimizer's state.
 
     An array with the name and shape of a parameter is sharded like the parameter. The scales of a quantised moment have
-    one entry for each block along the last dim; they are sharded along the same mesh axes where these divide them.
-    Other arrays, such as counts and Adafactor's row and column statistics, are replicated.
+    one entry for each block along the last dim; they are sharded along the same mesh axes where these divide them. The
+    sides of a basis are sharded by the parameter that they belong to. Other arrays, such as counts and Adafactor's row
+    and column statistics, are replicated.
 
     Args:
       opt_state: the optimizer's state, with jax.ShapeDtypeStruct as leaves.
@@ -471,6 +474,9 @@ def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repl
         by_name[_dict_keys(path)] = leaf.shape, sharding
 
     def sharding_of(path: tuple, leaf: Any) -> Any:
+        side = getattr(path[-1], "name", "")
+        if side in BASIS_SIDES:
+            return basis_sharding(leaf.shape, side, by_name[_dict_keys(path[:-1])][1])
         shape, sharding = by_name.get(_dict_keys(path), (None, replicated))
         if is_quantized(leaf):
             return Quantized(sharding, NamedSharding(sharding.mesh, split_like(leaf.scales.shape, sharding)))

@@ -49,7 +49,7 @@ from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_base, make_abstract_state, make_step
 from mice_jax.storage import hub
-from mice_jax.training import held_out, memory_model, sample_answers
+from mice_jax.training import held_out, memory_model, osft, sample_answers
 from mice_jax.training.phases import PhaseSpan, phase_spans
 
 
@@ -394,12 +394,14 @@ class OptimizerSettings(NamedTuple):
     weight_decay: float
     moments_dtype: str
     frozen: tuple[str, ...]
+    osft_rank_ratio: float
 
     @classmethod
     def of(cls, config: Config) -> "OptimizerSettings":
         """Returns those of a run's config."""
         o = config.optim
-        return cls(o.name, o.grad_clip, o.beta1, beta2_of(o), o.eps, o.weight_decay, o.moments_dtype, tuple(o.frozen))
+        numbers = (o.grad_clip, o.beta1, beta2_of(o), o.eps, o.weight_decay)
+        return cls(o.name, *numbers, o.moments_dtype, tuple(o.frozen), o.osft_rank_ratio)
 
 
 def optimizer(
@@ -418,8 +420,12 @@ def optimizer(
     some_frozen = settings.frozen or (decoder.lora is None and hf.always_frozen(architecture))
     trained = hf.trained_mask(decoder, architecture, settings.frozen) if some_frozen else None
     numbers = settings._asdict()
-    del numbers["frozen"]
-    return make_optimizer(**numbers, axes=decoder.split(decoder.axes)[0], trained=trained), trained
+    del numbers["frozen"], numbers["osft_rank_ratio"]
+    axes = decoder.split(decoder.axes)[0]
+    made = make_optimizer(**numbers, axes=axes, trained=trained)
+    if settings.osft_rank_ratio:
+        made = osft.freeze_subspaces(made, settings.osft_rank_ratio, axes, trained)
+    return made, trained
 
 
 def memory_inputs(

@@ -169,6 +169,9 @@ def _recipe(config: Json, report: Json, step: int, dtype: str, average: str) -> 
         "longest sample": _unless_none(get("data.max_length"), "{:,} tokens"),
         "adapters": _adapters(get("model.lora") or {}),
         "frozen": ", ".join(get("optim.frozen") or []) or None,
+        "frozen directions": _unless_none(
+            get("optim.osft_rank_ratio") or None, "the leading {:.4g} of each matrix (OSFT)"
+        ),
         "computed in": get("resolved.compute_dtype"),
         "seed": get("seed"),
         "steps": f"{step:,}" + (f" of {planned:,}" if planned else ""),

@@ -15,6 +15,7 @@ from mice_jax.models.lora import with_magnitudes
 from mice_jax.models.transformer import Decoder, Params
 from mice_jax.numerics.blockwise import is_quantized, times
 from mice_jax.step import StepFunctions, TrainState
+from mice_jax.training.osft import OsftState, new_bases
 from mice_jax.training.phases import PhaseSpan
 from mice_jax.training.progress import Progress
 
@@ -159,5 +160,17 @@ def enter_phase(
         average = state.average
         if average is not None:
             jax.tree.map(lambda x: x.delete(), fresh.average)  # The average goes on.
-        state = TrainState(state.step, fresh.params, fresh.opt_state, average)
-    return state
+        return TrainState(state.step, fresh.params, fresh.opt_state, average)
+    return _with_own_subspaces(state, fns)
+
+
+def _with_own_subspaces(state: TrainState, fns: StepFunctions) -> TrainState:
+    """Returns the state with the frozen directions of its own weights, where a run freezes some; moments stay."""
+    if not isinstance(state.opt_state, OsftState):
+        return state
+    abstract = fns.abstract_state.opt_state.bases
+    jax.tree.map(lambda x: x.delete(), state.opt_state.bases)  # Two of these may not fit in memory.
+    decompose = jax.jit(
+        functools.partial(new_bases, abstract), out_shardings=jax.tree.map(lambda x: x.sharding, abstract)
+    )
+    return dataclasses.replace(state, opt_state=state.opt_state._replace(bases=decompose(state.params)))

@@ -120,6 +120,8 @@ def _optimizer(config: Config) -> str:
         parts.append(f"gradients summed over devices in {o.reduce_dtype}")
     if o.frozen:
         parts.append(f"frozen: {', '.join(o.frozen)}")
+    if o.osft_rank_ratio:
+        parts.append(f"the leading {o.osft_rank_ratio:.4g} of each matrix's directions frozen (OSFT)")
     if (lora := config.model.lora).rank:
         on = ", ".join(lora.targets) or "all matrices of the layers"
         parts.append(f"{'DoRA ' if lora.dora else ''}adapters of rank {lora.rank} alone on {on}")
