@@ -244,6 +244,8 @@ class Mesh(_Strict):
     """The number of devices over which parameters are sharded and samples split."""
     tensor: int = 1
     """The number of devices over which heads, MLP and vocabulary are split."""
+    sequence: int = 1
+    """The number of devices over which the slots of each row are split, for long samples."""
 
 
 @dataclass

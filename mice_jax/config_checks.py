@@ -208,7 +208,7 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
     problems += _lora_problems(c) + _osft_problems(c) + _moments_problems(c)
     problems += _half_life_problems(c) + _rate_problems(c)
-    return problems + _branch_problems(c) + _mesh_problems(c.mesh) + _phase_problems(c.data)
+    return problems + _branch_problems(c) + _mesh_problems(c.mesh, c.data.max_length) + _phase_problems(c.data)
 
 
 def profiled_steps(text: str) -> range:
@@ -384,8 +384,20 @@ def _half_life_problems(c: Any) -> list[str]:
     return problems
 
 
-def _mesh_problems(m: Any) -> list[str]:
-    sizes = {"data": m.data, "fsdp": m.fsdp, "tensor": m.tensor}
+def row_problem(max_length: int, sequence: int) -> str:
+    """Returns why `sequence` devices cannot share rows of `max_length` slots, of which each has two parts; else ""."""
+    parts = 2 * sequence
+    if sequence == 1 or max_length % parts == 0:
+        return ""
+    fits = -(-max_length // parts) * parts
+    return (
+        f"mesh.sequence={sequence} cuts each row into {parts} equal parts, two for each device, and data.max_length="
+        f"{max_length} is not a multiple of {parts}: set it to {fits}, or choose another mesh.sequence"
+    )
+
+
+def _mesh_problems(m: Any, max_length: int) -> list[str]:
+    sizes = {"data": m.data, "fsdp": m.fsdp, "tensor": m.tensor, "sequence": m.sequence}
     problems = [
         f"mesh.{k}={v} must be at least 1, or -1 for all remaining devices"
         for k, v in sizes.items()
@@ -394,6 +406,8 @@ def _mesh_problems(m: Any) -> list[str]:
     left = [f"mesh.{k}" for k, v in sizes.items() if v == -1]
     if len(left) > 1:
         problems.append(f"{' and '.join(left)} are both -1: only one axis can take the remaining devices")
+    if m.sequence > 1 and max_length > 0 and (problem := row_problem(max_length, m.sequence)):
+        problems.append(problem)
     return problems
 
 

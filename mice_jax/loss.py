@@ -57,6 +57,7 @@ def cross_entropy_sums(
     softcap: float | None,
     num_sources: int = 1,
     batch_axes: tuple[str, ...] = (),
+    length_axes: tuple[str, ...] = (),
     weight_spec: PartitionSpec | None = None,
     add_weight_gradients: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, SourceSums]:
@@ -78,8 +79,9 @@ def cross_entropy_sums(
       logit_scale: a factor on the logits.
       softcap: the bound of the logits; None for no bound.
       num_sources: the number of sources.
-      batch_axes: the mesh axes over which rows are split. Each device sums over its own rows, and the devices' sums
+      batch_axes: the mesh axes over which rows are split. Each device sums over its own slots, and the devices' sums
         are added once at the end, not once per chunk.
+      length_axes: the mesh axes over which the slots of each row are split.
       weight_spec: which of these axes split the dims of the gradient with respect to `output_weight`; None for none.
       add_weight_gradients: called on every device, adds the devices' gradients with respect to `output_weight`, float32
         [V D], and returns the device's part by `weight_spec`. None adds them without splitting.
@@ -96,7 +98,11 @@ def cross_entropy_sums(
         num_sources=num_sources,
     )
     over_devices = functools.partial(
-        _sum_over_devices, batch_axes=batch_axes, weight_spec=weight_spec, add_weight_gradients=add_weight_gradients
+        _sum_over_devices,
+        batch_axes=batch_axes,
+        length_axes=length_axes,
+        weight_spec=weight_spec,
+        add_weight_gradients=add_weight_gradients,
     )
     sum_losses = over_devices(functools.partial(over_chunks, with_gradient=False), with_gradient=False)
     sum_losses_and_gradients = over_devices(functools.partial(over_chunks, with_gradient=True), with_gradient=True)
@@ -134,18 +140,22 @@ def _sum_over_devices(
     sum_own_rows: SumFunction,
     *,
     batch_axes: tuple[str, ...],
+    length_axes: tuple[str, ...],
     weight_spec: PartitionSpec | None,
     add_weight_gradients: Callable[[jax.Array], jax.Array] | None,
     with_gradient: bool,
 ) -> SumFunction:
-    """Runs `sum_own_rows` on each device's rows, then adds its sums over the mesh axes `batch_axes`."""
+    """Runs `sum_own_rows` on each device's slots, then adds its sums over the mesh axes that split slots."""
     mesh = jax.sharding.get_abstract_mesh()
     # An axis of size 1 needs no sum, and XLA raises for one if another axis splits the columns.
-    batch_axes = () if mesh.empty else tuple(axis for axis in batch_axes if mesh.shape[axis] > 1)
-    if not batch_axes:
+    batch_axes, length_axes = (
+        () if mesh.empty else tuple(axis for axis in axes if mesh.shape[axis] > 1) for axes in (batch_axes, length_axes)
+    )
+    all_axes = (*batch_axes, *length_axes)
+    if not all_axes:
         return sum_own_rows
-    rows, replicated = PartitionSpec(batch_axes), PartitionSpec()
-    add = functools.partial(jax.lax.psum, axis_name=batch_axes)
+    slots, replicated = PartitionSpec(batch_axes or None, length_axes or None), PartitionSpec()
+    add = functools.partial(jax.lax.psum, axis_name=all_axes)
     add_gradients = add_weight_gradients or add
 
     def on_one_device(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -156,9 +166,14 @@ def _sum_over_devices(
     def over_devices(hidden: jax.Array, weight: jax.Array, *of_slots: jax.Array) -> Any:
         return jax.shard_map(
             on_one_device,
-            in_specs=(rows, replicated, *(rows for _ in of_slots)),
-            out_specs=(replicated, replicated, rows, weight_spec if weight_spec and with_gradient else replicated),
-            axis_names=set(batch_axes),
+            in_specs=(slots, replicated, *(slots for _ in of_slots)),
+            out_specs=(
+                replicated,
+                replicated,
+                slots if with_gradient else replicated,
+                weight_spec if weight_spec and with_gradient else replicated,
+            ),
+            axis_names=set(all_axes),
             check_vma=False,
         )(hidden, weight, *of_slots)
 

@@ -79,7 +79,8 @@ def _report(config: Config, data: build.RunData) -> dict[str, Any]:
 def _steps(config: Config, data: build.RunData) -> StepSource:
     """Returns the run's steps, packed for the config's shards and rows; a size that it leaves open is 1."""
     shards = max(1, config.mesh.data) * max(1, config.mesh.fsdp)
-    shapes = microbatch_shapes(config.data.max_length, config.train.rows_per_device or 1)
+    parts = 2 * config.mesh.sequence if config.mesh.sequence > 1 else 1
+    shapes = microbatch_shapes(config.data.max_length, config.train.rows_per_device or 1, parts)
     return build.step_source(config, data, shapes, shards, tuple(range(shards)))
 
 

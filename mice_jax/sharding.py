@@ -19,13 +19,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from mice_jax.errors import UserError
 from mice_jax.runtime.devices import find_devices
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that split the rows of a microbatch
+LENGTH_AXIS = "sequence"  # the mesh axis that splits the slots of each row
+SLOT_AXES = (*BATCH_AXES, LENGTH_AXIS)
 
 # The mesh axis, or axes, that split each logical axis; None = replicated.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": BATCH_AXES,
-    "length": None,
+    "length": LENGTH_AXIS,
     "layers": None,
     "embed": "fsdp",
     "vocab": "tensor",
@@ -42,14 +44,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 FALLBACK_AXES = {"heads": "head_dim"}
 
 
-def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None, *, sequence: int = 1) -> Mesh:
     """Makes the mesh of a run.
 
     Args:
-      data: the size of the data axis; one of the three sizes may be -1, which takes the remaining devices.
+      data: the size of the data axis; one of the sizes may be -1, which takes the remaining devices.
       fsdp: the size of the fsdp axis.
       tensor: the size of the tensor axis.
       devices: the devices; None for all.
+      sequence: the size of the sequence axis.
 
     Returns:
       A mesh with the axes `AXES`.
@@ -58,11 +61,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = find_devices() if devices is None else devices
-    sizes = mesh_sizes(data, fsdp, tensor, len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices), sequence=sequence)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, ...]:
+def mesh_sizes(data: int, fsdp: int, tensor: int, count: int, *, sequence: int = 1) -> tuple[int, ...]:
     """Fills in the size -1 of a mesh.
 
     Args:
@@ -70,6 +73,7 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, ...]
       fsdp: as in `make_mesh`.
       tensor: as in `make_mesh`.
       count: the number of devices.
+      sequence: as in `make_mesh`.
 
     Returns:
       The sizes of the axes `AXES`.
@@ -77,20 +81,21 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, ...]
     Raises:
       UserError: the sizes do not multiply to `count`.
     """
-    requested = [data, fsdp, tensor]
+    requested = [data, fsdp, sequence, tensor]
     given = math.prod(size for size in requested if size != -1)
     sizes = tuple(count // given if size == -1 else size for size in requested)
     if math.prod(sizes) != count:
         raise UserError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} does not multiply to the number of devices, "
-            f"{count}. Change the sizes; one of them may be -1 for the remaining devices, if the others divide {count}."
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} x mesh.sequence={sequence} does not multiply "
+            f"to the number of devices, {count}. Change the sizes; one of them may be -1 for the remaining devices, if "
+            f"the others divide {count}."
         )
     return sizes
 
 
 def abstract_mesh(sizes: Sequence[int]) -> AbstractMesh:
     """A mesh of these sizes without devices, for computing shapes and shardings."""
-    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def num_shards(mesh: Mesh | AbstractMesh) -> int:
@@ -281,9 +286,15 @@ class GradientSum:
     to choose, takes an all-reduce for most parameters, which moves twice the bytes.
     """
 
-    axes: tuple[str, ...]  # the mesh axes over which rows are split
+    axes: tuple[str, ...]  # the mesh axes over which rows and their slots are split
     spec: PartitionSpec  # which of them split the dims of the sum
     dtype: Any  # in which the devices' gradients are added
+
+    @property
+    def slots(self) -> PartitionSpec:
+        """How an array [B T ...] of the slots is split over these axes."""
+        rows = tuple(axis for axis in self.axes if axis in BATCH_AXES)
+        return PartitionSpec(rows or None, LENGTH_AXIS if LENGTH_AXIS in self.axes else None)
 
     def add(self, gradient: jax.Array) -> jax.Array:
         """Adds the gradients of all devices, float32, and returns the device's part of the sum, float32."""
@@ -319,7 +330,7 @@ def gradient_sum(shape: Sequence[int], axes: Sequence[str | None], dtype: Any) -
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return GradientSum((), PartitionSpec(), dtype)
-    split = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+    split = tuple(axis for axis in SLOT_AXES if mesh.shape[axis] > 1)
     spec = (axis if axis in split else None for axis in param_spec(shape, axes, mesh))
     return GradientSum(split, PartitionSpec(*spec), dtype)
 
@@ -331,7 +342,7 @@ def sum_over_devices(
 
     Args:
       sum_own_rows: computes the gradient, float32, from the rows of one device.
-      arrays: its arguments, [B ...] each.
+      arrays: its arguments, [B T ...] each.
       gradient_sum: how the devices' gradients are added.
 
     Returns:
@@ -339,39 +350,47 @@ def sum_over_devices(
     """
     if not gradient_sum.axes:
         return sum_own_rows(*arrays)
-    # Only the batch axes are manual in the function. XLA splits the other dims over the tensor axis.
+    # Only the axes of slots are manual in the function. XLA splits the other dims over the tensor axis.
     return jax.shard_map(
         lambda *own: gradient_sum.add(sum_own_rows(*own)),
-        in_specs=(PartitionSpec(gradient_sum.axes),) * len(arrays),
+        in_specs=(gradient_sum.slots,) * len(arrays),
         out_specs=gradient_sum.spec,
         axis_names=set(gradient_sum.axes),
         check_vma=False,
     )(*arrays)
 
 
+def splits_slots() -> bool:
+    """Whether the current mesh splits the slots of rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.shape[LENGTH_AXIS] > 1
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of the arrays of a microbatch: rows are split over the batch axes."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    """The sharding of the arrays [B T] of a microbatch: rows and slots are split over their axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, LENGTH_AXIS))
 
 
-def put_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put_rows(arrays: Mapping[str, np.ndarray], mesh: Mesh, *, whole: bool = False) -> dict[str, jax.Array]:
     """Makes the global arrays of a microbatch from this process's rows.
 
     Args:
       arrays: by name, the rows of the shards `local_shards(mesh)` in that order, [rows T].
       mesh: the mesh.
+      whole: whether each device has whole rows; otherwise the sequence axis splits their slots.
 
     Returns:
       By name, global arrays with their rows split over the mesh, [B T].
     """
-    shards, sharding = local_shards(mesh), batch_sharding(mesh)
+    shards = local_shards(mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES)) if whole else batch_sharding(mesh)
 
     def put(rows: np.ndarray) -> jax.Array:
         per_shard = rows.shape[0] // len(shards)
 
         def shard_rows(index: Any) -> np.ndarray:
             start = shards.index((index[0].start or 0) // per_shard) * per_shard
-            return rows[start : start + per_shard]
+            return rows[start : start + per_shard, *index[1:]]
 
         shape = (per_shard * num_shards(mesh), *rows.shape[1:])
         return _put(shape, sharding, shard_rows)

@@ -22,7 +22,7 @@ from mice_jax.loss import SourceSums, cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.numerics.blockwise import Quantized, is_quantized
-from mice_jax.sharding import BATCH_AXES, basis_sharding, gradient_sum, param_shardings, split_like
+from mice_jax.sharding import BATCH_AXES, LENGTH_AXIS, basis_sharding, gradient_sum, param_shardings, split_like
 
 # `corrected_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than
 # this, one microbatch has almost all the weight, and the result would be rounding error.
@@ -151,6 +151,7 @@ def batch_loss(
             chunk_size=chunk_size or tokens_per_chunk(decoder.vocab_rows),
             num_sources=num_sources,
             batch_axes=BATCH_AXES,
+            length_axes=(LENGTH_AXIS,),
             weight_spec=of_devices.spec,
             add_weight_gradients=of_devices.add,
         )

@@ -39,7 +39,7 @@ from mice_jax.model_source import check_weights
 from mice_jax.runtime import compile_cache, cpu_devices, distributed, transfers, watchdog, xla_flags
 from mice_jax.runtime.devices import split_cpu
 from mice_jax.runtime.precision import set_float32_matmul_precision
-from mice_jax.sharding import local_shards, make_mesh, num_shards, put_scalar, put_steps
+from mice_jax.sharding import local_shards, num_shards, put_scalar, put_steps
 from mice_jax.step import TrainState
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import parse_path
@@ -97,7 +97,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     distributed.assert_same_on_all_processes("config", identity(config))
     with distributed.raise_on_all_processes():
         distributed.check_devices(launch.expect_devices)
-        mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = build.run_mesh(config)
         trackers.check_trackers(config.log.trackers)
         inputs = build.inputs(config, run_files.hub_models(workdir))
         source, spec = inputs.source, inputs.spec()
@@ -278,7 +278,7 @@ def _split_cpu(config: Config, launch: Launch, workdir: Workdir) -> bool:
     """Splits a CPU into several devices unless the user has set their number; returns whether it did."""
     if launch.num_processes is not None or launch.expect_devices is not None:
         return False
-    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
     recorded = run_files.recorded_cpu_devices(workdir)
     return split_cpu(cpu_devices.default_count(axes, config.optim.batch_size, recorded))
 

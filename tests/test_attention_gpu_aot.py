@@ -53,7 +53,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def step_calls(backend: str, tensor: int, heads: tuple[int, int]) -> Counter[tuple[str, Shape, Shape]]:
     """The kernels in a train step's program for four GPUs, with the shapes of one device's queries and keys."""
     sizes = (1, 4 // tensor, tensor)
-    mesh: Any = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=H100)
+    all_sizes = (*sizes[:2], 1, tensor)
+    mesh: Any = AbstractMesh(all_sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), abstract_device=H100)
     entered = jax.sharding.use_abstract_mesh
     if backend == "cudnn":  # which splits itself, and for that wants devices, of whatever kind
         mesh, entered = mesh_of(*sizes), jax.set_mesh

@@ -467,8 +467,8 @@ def test_one_device_has_no_network_time() -> None:
     ],
 )
 def test_gpus_of_a_host_share_its_links_to_other_hosts(sizes: tuple[int, ...], rates: tuple[int, ...]) -> None:
-    mesh = abstract_mesh(sizes)
-    there = {axis: rate for axis, rate in zip(mesh.shape, rates, strict=True) if mesh.shape[axis] > 1}
+    mesh = abstract_mesh((*sizes[:2], 1, sizes[2]))
+    there = {axis: rate for axis, rate in zip(("data", "fsdp", "tensor"), rates, strict=True) if mesh.shape[axis] > 1}
     assert {axis: step_time._link_rate(CHIPS["h100"], mesh, axis) / 1e9 for axis in there} == there
     assert {step_time._link_rate(CHIPS["v5p"], mesh, axis) for axis in there} == {CHIPS["v5p"].link_rate}
 
@@ -481,7 +481,7 @@ def test_twice_the_hosts_take_about_half_the_step_time() -> None:
             d_model=4096, num_heads=32, num_kv_heads=8, head_dim=128, d_ff=14336, vocab_size=32768, num_layers=32,
             windows=(None,) * 32,
         )  # fmt: skip
-        decoder, mesh = make_decoder(spec, sizes[2]), abstract_mesh(sizes)
+        decoder, mesh = make_decoder(spec, sizes[2]), abstract_mesh((*sizes[:2], 1, sizes[2]))
         load = build.memory_inputs(config, decoder, "MistralForCausalLM", mesh, "bfloat16", "cudnn")
         return step_time.estimate_step_time(load, CHIPS["h100"], 2, "full", samples=3840, mean_length=1024).seconds
 

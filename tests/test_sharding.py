@@ -15,20 +15,23 @@ pytestmark = pytest.mark.smoke
 
 # ---------------------------------------------------------------------------------------- mesh
 @pytest.mark.parametrize(
-    ("sizes", "made"),
+    ("sizes", "made"),  # of data, fsdp, tensor, sequence
     [
-        ((1, -1, 1), (1, 8, 1)),
-        ((-1, 1, 1), (8, 1, 1)),
-        ((2, 2, -1), (2, 2, 2)),
-        ((1, 4, 2), (1, 4, 2)),
-        ((2, 4, -1), (2, 4, 1)),
+        ((1, -1, 1, 1), (1, 8, 1, 1)),
+        ((-1, 1, 1, 1), (8, 1, 1, 1)),
+        ((2, 2, -1, 1), (2, 2, 2, 1)),
+        ((1, 4, 2, 1), (1, 4, 2, 1)),
+        ((2, 4, -1, 1), (2, 4, 1, 1)),
+        ((1, -1, 1, 4), (1, 2, 1, 4)),
+        ((1, 2, 2, -1), (1, 2, 2, 2)),
     ],
 )
 def test_a_mesh_size_of_minus_one_takes_the_remaining_devices(
-    sizes: tuple[int, int, int], made: tuple[int, int, int]
+    sizes: tuple[int, int, int, int], made: tuple[int, int, int, int]
 ) -> None:
-    mesh = sharding.make_mesh(*sizes)
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), made, strict=True))
+    mesh = sharding.make_mesh(*sizes[:3], sequence=sizes[3])
+    assert tuple(mesh.shape) == ("data", "fsdp", "sequence", "tensor")
+    assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor", "sequence")) == made
     assert set(mesh.devices.flat) == set(jax.devices())
     assert sharding.num_shards(mesh) == made[0] * made[1]
 
@@ -57,7 +60,7 @@ def test_param_spec_follows_the_rules_and_replicates_undivided_dims() -> None:
     assert spec((3, 32, 5, 12), "layers", "embed", "heads", "head_dim") == PartitionSpec(None, "fsdp", None, "tensor")
     assert spec((3, 32, 5, 13), "layers", "embed", "heads", "head_dim") == PartitionSpec(None, "fsdp", None, None)
     assert spec((128, 30), "vocab", "embed") == PartitionSpec("tensor", None)
-    assert spec((8, 24, 32), "batch", "length", "hidden") == PartitionSpec(("data", "fsdp"), None, None)
+    assert spec((8, 24, 32), "batch", "length", "hidden") == PartitionSpec(("data", "fsdp"), "sequence", None)
     assert spec((6, 24), "batch", None) == PartitionSpec(None, None)
 
 
@@ -104,10 +107,22 @@ def test_each_device_holds_the_rows_of_its_shard(sizes: tuple[int, int, int]) ->
     put = sharding.put_rows({"tokens": rows, "loss_weights": rows.astype(np.float32)}, mesh)
     assert {name: x.dtype for name, x in put.items()} == {"tokens": np.int32, "loss_weights": np.float32}
     by_device = {s.device: np.asarray(s.data) for s in put["tokens"].addressable_shards}
-    for (data, fsdp, _), device in np.ndenumerate(mesh.devices):
+    for (data, fsdp, _, _), device in np.ndenumerate(mesh.devices):
         shard = data * sizes[1] + fsdp
         assert np.array_equal(by_device[device], rows[shard * 3 : shard * 3 + 3])
     assert np.array_equal(put["tokens"], rows)
+
+
+def test_each_device_holds_its_part_of_every_row() -> None:
+    mesh = sharding.make_mesh(1, 2, 2, sequence=2)
+    rows = np.arange(4 * 6, dtype=np.int32).reshape(4, 6)
+    put = sharding.put_rows({"tokens": rows}, mesh)["tokens"]
+    whole = sharding.put_rows({"tokens": rows}, mesh, whole=True)["tokens"]
+    by_device = [{s.device: np.asarray(s.data) for s in x.addressable_shards} for x in (put, whole)]
+    for (_, fsdp, sequence, _), device in np.ndenumerate(mesh.devices):
+        own = rows[2 * fsdp : 2 * fsdp + 2]
+        assert np.array_equal(by_device[0][device], own[:, 3 * sequence : 3 * sequence + 3])
+        assert np.array_equal(by_device[1][device], own)
 
 
 def test_a_process_puts_the_rows_of_its_own_shards_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +150,7 @@ def test_local_shards_are_those_with_a_device_of_this_process(monkeypatch: pytes
 
     class FakeMesh:
         def __init__(self, *sizes: int):
-            self.shape = dict(zip(sharding.AXES, sizes, strict=True))
+            self.shape = dict(zip(sharding.AXES, (*sizes[:2], 1, sizes[2]), strict=True))
             self.devices = np.array([Device(i) for i in range(8)]).reshape(sizes)
 
     def shards_of(process: int, *sizes: int) -> tuple[int, ...]:

@@ -27,9 +27,9 @@ from helpers.runs import (
     timeless,
     write_jsonl,
 )
-from mice_jax import train as train_module
 from mice_jax.runtime import distributed
 from mice_jax.sharding import make_mesh
+from mice_jax.training import build
 
 pytestmark = pytest.mark.slow
 STEPS = 10
@@ -101,7 +101,7 @@ def config(folder: Path) -> Path:
 def run_alone(config: Path, run: Path) -> int:
     """Runs in this process, on four of its devices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:4]))
+        patch.setattr(build, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:4]))
         return run_train(config, run)
 
 

@@ -98,7 +98,8 @@ class StepSource:
                 if half is not None and sample not in half:
                     arrays["loss_weights"][r, at : at + len(tokens)] = 0
                 at += len(tokens)
-        return arrays
+        order = microbatch.shape.order
+        return arrays if order is None else {name: x[:, order] for name, x in arrays.items()}
 
 
 def empty_rows(rows: int, slots: int) -> Arrays:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mice_jax.data.best_fit import pack
-from mice_jax.packing_limits import max_segments
+from mice_jax.packing_limits import balanced_parts, max_segments
 
 MAX_SHAPES = 6  # each shape costs a compilation
 MAX_TAIL_MICROBATCHES = 4  # microbatches of a step that are smaller than the largest shape
@@ -25,15 +25,27 @@ SLOT_MULTIPLE = 128  # kernels and vector units work on whole tiles
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The shape of a microbatch: `rows` on each of the shards that split a batch, by `slots`."""
+    """The shape of a microbatch: `rows` on each of the shards that split a batch, by `slots`.
+
+    Where `balanced_over` devices share a row, its slots are in the order in which these hold them.
+    """
 
     rows: int
     slots: int
+    balanced_over: int = 1
 
     @property
     def max_segments(self) -> int:
         """The largest number of samples in a row."""
         return max_segments(self.slots)
+
+    @functools.cached_property
+    def order(self) -> np.ndarray | None:
+        """The slots of a row in the order in which devices hold them; None if that is the order of the row."""
+        if self.balanced_over == 1:
+            return None
+        parts = np.arange(self.slots).reshape(2 * self.balanced_over, -1)
+        return parts[balanced_parts(self.balanced_over)].reshape(-1)
 
 
 class Microbatch(NamedTuple):
@@ -43,24 +55,29 @@ class Microbatch(NamedTuple):
     rows: Sequence[list[int]]  # its length is shape.rows * num_shards
 
 
-def microbatch_shapes(max_length: int, rows_per_shard: int) -> tuple[Shape, ...]:
+def microbatch_shapes(
+    max_length: int, rows_per_shard: int, row_parts: int = 1, balanced_over: int = 1
+) -> tuple[Shape, ...]:
     """Chooses the shapes of a run: rows are halved down to one, then slots are reduced.
 
     Args:
       max_length: slots of the largest shape.
       rows_per_shard: rows of the largest shape.
+      row_parts: the parts into which devices that share a row cut it.
+      balanced_over: as in `Shape`.
 
     Returns:
-      At most six shapes, the largest first. Their slots are multiples of 128, or `max_length` itself.
+      At most six shapes, the largest first. The slots of each part of a row are a multiple of 128, or those of the
+      parts of a row of `max_length`.
     """
-    rows = rows_per_shard
-    shapes = [Shape(rows, max_length)]
+    rows, multiple = rows_per_shard, SLOT_MULTIPLE * row_parts
+    shapes = [Shape(rows, max_length, balanced_over)]
     while rows > 1 and len(shapes) < MAX_SHAPES:
         rows = (rows + 1) // 2
-        shapes.append(Shape(rows, max_length))
+        shapes.append(Shape(rows, max_length, balanced_over))
     for eighths in (6, 4, 3, 2, 1) if rows_per_shard == 1 else (4, 2, 1):
-        slots = -(-max_length * eighths // (8 * SLOT_MULTIPLE)) * SLOT_MULTIPLE
-        shape = Shape(1, min(slots, max_length))
+        slots = -(-max_length * eighths // (8 * multiple)) * multiple
+        shape = Shape(1, min(slots, max_length), balanced_over)
         if len(shapes) < MAX_SHAPES and rows == 1 and shape not in shapes:
             shapes.append(shape)
     return tuple(shapes)

@@ -110,7 +110,7 @@ class Scorer:
         shards = num_shards(self._mesh)
         size = len(arrays["tokens"]) // shards
         ours = [r for s in local_shards(self._mesh) for r in range(s * size, (s + 1) * size)]
-        on_devices = put_rows({name: x[ours] for name, x in arrays.items()}, self._mesh)
+        on_devices = put_rows({name: x[ours] for name, x in arrays.items()}, self._mesh, whole=True)
         chunk = min(shape.scored, max(1, 1 << (tokens_per_chunk(self._spec.vocab_size) // size).bit_length() - 1))
         with jax.set_mesh(self._mesh):
             return self._score(params, on_devices, attention=attention, chunk=chunk)

@@ -13,9 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mice_jax.sharding import constrain, gather_over_rows, gather_split_heads, gradient_sum, sum_over_devices
+from mice_jax.sharding import (
+    constrain,
+    gather_over_rows,
+    gather_split_heads,
+    gradient_sum,
+    splits_slots,
+    sum_over_devices,
+)
 
-# B rows, T slots, S = B * T slots of all rows, I inputs, O outputs, V rows of a table, D its columns
+# B rows, T slots, S = B * T slots of all rows, or of those of one device
+# I inputs, O outputs, V rows of a table, D its columns
 
 MAX_DECODE_SLOTS = 64  # with more slots, both forms of the product take the same time on a CPU
 
@@ -49,14 +57,16 @@ def matmul(
     inputs, num_slots = math.prod(weight.shape[-in_dims:]), x.shape[0] * x.shape[1]
     axes = axes or (None,) * weight.ndim
 
-    def matrices(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:  # [S I] and [O I]
+    def matrices(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:  # [S I] or [B T I], and [O I]
         gather = gather_split_heads if num_slots <= MAX_DECODE_SLOTS else gather_over_rows
-        return x.reshape(-1, inputs), gather(weight.astype(x.dtype), *axes).reshape(-1, inputs)
+        # Rows and their slots are only joined where the mesh does not split both: that would gather them.
+        slots = x.reshape(*x.shape[:2], inputs) if splits_slots() else x.reshape(-1, inputs)
+        return slots, gather(weight.astype(x.dtype), *axes).reshape(-1, inputs)
 
     def product(x: jax.Array, weight: jax.Array) -> jax.Array:
         slots, w = matrices(x, weight)
         plain = functools.partial(_matmul, out_dtype)
-        if num_slots <= MAX_DECODE_SLOTS:
+        if num_slots <= MAX_DECODE_SLOTS and slots.ndim == 2:
             few = functools.partial(_transposed_matmul, out_dtype)
             y = jax.lax.platform_dependent(slots, w, cpu=few, default=plain)
         else:
@@ -68,9 +78,9 @@ def matmul(
 
     def backward(saved: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, weight = saved
-        _, w = matrices(x, weight)
-        d_slots = d_y.reshape(-1, len(w))
-        d_x = jax.lax.dot_general(d_slots, w, (((1,), (0,)), ((), ())), preferred_element_type=out_dtype)
+        slots, w = matrices(x, weight)
+        d_slots = d_y.reshape(*slots.shape[:-1], len(w))
+        d_x = jax.lax.dot_general(d_slots, w, (((slots.ndim - 1,), (0,)), ((), ())), preferred_element_type=out_dtype)
 
         def of_rows(d_y: jax.Array, x: jax.Array) -> jax.Array:
             slots, d_slots = x.reshape(-1, inputs), d_y.reshape(-1, len(w))
@@ -187,8 +197,8 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: Any, *, axes: Axes, redu
 
 
 def _matmul(out_dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiplies [S I] by the transpose of [O I]; returns [S O]."""
-    return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype)
+    """Multiplies [... I] by the transpose of [O I]; returns [... O]."""
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=out_dtype)
 
 
 def _transposed_matmul(out_dtype: Any, x: jax.Array, w: jax.Array) -> jax.Array:

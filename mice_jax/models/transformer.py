@@ -20,6 +20,7 @@ from mice_jax.models import rope
 from mice_jax.models.attention import attend
 from mice_jax.models.attention.reference import masked
 from mice_jax.models.attention.score_function import Scoring, softcapped
+from mice_jax.models.attention.split_rows import sample_lengths
 from mice_jax.models.attention.tree import Trees, attend_branched
 from mice_jax.models.layer_stacks import (
     LayerProperties,
@@ -65,6 +66,8 @@ class Compute:
     attention: str  # a key of attention.BACKENDS
     remat: str  # "none" or a key of layer_stacks.REMAT_POLICIES
     reduce_dtype: Any = jnp.float32  # of the sums of weights' gradients over devices, and no part of a forward pass
+    # Parts of a row on each device of the sequence axis (`split_rows.RowSplit`); 0 if devices have whole rows.
+    row_parts: int = 0
 
 
 class Transformer(nnx.Module):
@@ -91,18 +94,19 @@ class Transformer(nnx.Module):
         """Runs packed rows through all layers.
 
         Args:
-          tokens: [B T] int32.
+          tokens: [B T] int32, in balanced order if devices have two parts of a row each.
           positions: [B T] int32, which restart with each sample.
           segment_ids: [B T] int32, 0 for padding.
-          compute: dtype, attention backend and rematerialisation.
+          compute: dtype, attention backend, rematerialisation, and how rows are split.
 
         Returns:
           The hidden state after the final norm, [B T D].
         """
-        lengths = rope.sample_lengths(segment_ids) if rope.needs_lengths(self.spec.ropes) else None
+        parts = compute.row_parts
+        lengths = sample_lengths(segment_ids, parts) if rope.needs_lengths(self.spec.ropes) else None
 
         def attend_within(scoring: Scoring) -> Attend:
-            return lambda q, k, v: attend(q, k, v, segment_ids, scoring, backend=compute.attention)
+            return lambda q, k, v: attend(q, k, v, segment_ids, scoring, backend=compute.attention, row_parts=parts)
 
         def recur(mixer: Any, x: jax.Array) -> tuple[jax.Array, None]:
             return mixer(x, segment_ids, compute.reduce_dtype), None

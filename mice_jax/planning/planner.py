@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mice_jax.config import Config, holds_data_out
+from mice_jax.config_checks import row_problem
+from mice_jax.errors import UserError
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute
 from mice_jax.planning import ahead_of_time, step_time
 from mice_jax.planning.ahead_of_time import CompiledMemory, Topology
-from mice_jax.sharding import abstract_mesh, make_mesh, mesh_sizes
+from mice_jax.sharding import AXES, LENGTH_AXIS, abstract_mesh, make_mesh, mesh_sizes
 from mice_jax.step import StepFunctions
 from mice_jax.training import build, memory_model, phases
 
@@ -30,14 +32,15 @@ TENSOR_AXIS_SIZES = (1, 2, 4, 8)  # tensor parallelism needs the fast links with
 class Layout:
     """A mesh, a rematerialisation policy, and the rows of a microbatch on each device."""
 
-    sizes: tuple[int, ...]  # sizes of the mesh axes data, fsdp and tensor
+    sizes: tuple[int, ...]  # sizes of the mesh axes, in the order of sharding.AXES
     remat: str
     rows: int
 
     def flags(self) -> str:
         """Returns the flags that set this layout in a config."""
-        data, fsdp, tensor = self.sizes
+        data, fsdp, sequence, tensor = self.sizes
         mesh = f"--config.mesh.data={data} --config.mesh.fsdp={fsdp} --config.mesh.tensor={tensor}"
+        mesh += f" --config.mesh.sequence={sequence}" if sequence > 1 else ""
         return f"{mesh} --config.model.remat={self.remat} --config.train.rows_per_device={self.rows}"
 
     def with_rows(self, rows: int) -> "Layout":
@@ -91,16 +94,20 @@ class RunPlan:
         self.overlap: float | None = None
         chip = topology.chip
         self.dtype = build.compute_dtype(config, chip.platform)
-        self.attention = build.attention(config, spec, chip.platform, chip.capability)
-        sizes = mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, topology.count)
+        m = config.mesh
+        sizes = mesh_sizes(m.data, m.fsdp, m.tensor, topology.count, sequence=m.sequence)
+        self.sequence = sizes[AXES.index(LENGTH_AXIS)]
+        if problem := row_problem(config.data.max_length, self.sequence):
+            raise UserError(f"{problem}.")
+        self.attention = build.attention(config, spec, chip.platform, chip.capability, sequence=self.sequence)
         rows, remat = build.rows_and_remat(
             config, self.memory_inputs(sizes), mean_length=mean_length, memory=chip.memory, platform=chip.platform
         )
         self.layout = Layout(sizes, remat, rows)
 
     def _memory_inputs(self, sizes: tuple[int, ...]) -> memory_model.MemoryInputs:
-        decoder = build.run_decoder(self.config, self.spec, self._architecture, sizes[2])
         mesh = abstract_mesh(sizes)
+        decoder = build.run_decoder(self.config, self.spec, self._architecture, mesh.shape["tensor"])
         return build.memory_inputs(self.config, decoder, self._architecture, mesh, self.dtype, self.attention)
 
     def estimate(self, layout: Layout) -> memory_model.MemoryEstimate:
@@ -123,13 +130,15 @@ class RunPlan:
     def step_functions(self, layout: Layout) -> tuple[StepFunctions, Mesh]:
         """Makes the functions of the step with a layout, on the devices to compile for."""
         c = self.config
-        mesh = make_mesh(*layout.sizes, devices=self.topology.devices)
+        data, fsdp, sequence, tensor = layout.sizes
+        mesh = make_mesh(data, fsdp, tensor, self.topology.devices, sequence=sequence)
         # The steps at which phases begin are constants of the program and do not affect its memory.
         spans = phases.phase_spans(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
         schedule = build.schedule(c, spans, c.optim.max_steps or len(spans))
         reduce_dtype = jnp.dtype(c.optim.reduce_dtype)
-        compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat, reduce_dtype)
-        decoder = build.run_decoder(c, self.spec, self._architecture, layout.sizes[2])
+        parts = build.row_parts(self.spec, mesh)
+        compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat, reduce_dtype, parts)
+        decoder = build.run_decoder(c, self.spec, self._architecture, tensor)
         return build.step_functions(c, decoder, self._architecture, mesh, compute, schedule), mesh
 
     def compile(self, layout: Layout, only: Sequence[str] = ()) -> list[CompiledMemory]:
@@ -223,13 +232,18 @@ class RunPlan:
                 yield name, layout, self.estimate(layout).total, "estimated"
 
     def _meshes(self) -> Iterator[tuple[int, ...]]:
-        """Yields every mesh whose tensor axis divides the number of key heads, so that no head is replicated."""
+        """Yields every mesh whose tensor axis divides the number of key heads, so that no head is replicated.
+
+        The sequence axis keeps its size: it is there because of the samples, and rows must be multiples of it.
+        """
+        count = self.topology.count // self.sequence
         for tensor in TENSOR_AXIS_SIZES:
             heads = [attention.num_kv_heads for attention in self.spec.attention_kinds]
-            if self.topology.count % tensor or any(n % tensor for n in heads):
+            if count % tensor or any(n % tensor for n in heads):
                 continue
-            left = self.topology.count // tensor
-            yield from ((left // fsdp, fsdp, tensor) for fsdp in range(1, left + 1) if left % fsdp == 0)
+            left = count // tensor
+            fsdp_sizes = (fsdp for fsdp in range(1, left + 1) if left % fsdp == 0)
+            yield from ((left // fsdp, fsdp, self.sequence, tensor) for fsdp in fsdp_sizes)
 
     def _fitted(self, sizes: tuple[int, ...], remat: str) -> Layout:
         """Returns the layout with the rows that `mice train` would choose for it."""

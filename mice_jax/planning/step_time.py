@@ -21,7 +21,7 @@ from mice_jax.hardware import (
     train_flops,
 )
 from mice_jax.models.attention import BACKENDS
-from mice_jax.sharding import num_shards
+from mice_jax.sharding import LENGTH_AXIS, num_shards
 from mice_jax.training import memory_model
 
 MATMUL_EFFICIENCY = 0.6  # share of the peak FLOP/s of a device that matmuls reach
@@ -76,14 +76,15 @@ def estimate_step_time(
     tokens = samples * mean_length
     device_rows = max(tokens / ROW_FILL / num_shards(inputs.mesh) / inputs.max_length, MIN_ROWS)
     microbatches = math.ceil(device_rows / rows)
-    slots = device_rows * inputs.max_length
+    row_slots = device_rows * inputs.max_length
+    slots = row_slots / inputs.mesh.shape[LENGTH_AXIS]  # of one device
     trained = memory_model.bytes_per_device(inputs.state.params) / 4  # trained parameters of one device
     weights = trained + memory_model.bytes_per_device(inputs.base) / inputs.dtype.itemsize  # and all of them
 
     compute_s = _device_flops(inputs, remat, slots, mean_length) / (MATMUL_EFFICIENCY * chip.peak_flops)
     network_s = sum(
         count / (LINK_EFFICIENCY * _link_rate(chip, inputs.mesh, axis))
-        for axis, count in _sent_bytes(inputs, slots, microbatches, weights, trained).items()
+        for axis, count in _sent_bytes(inputs, remat, row_slots, microbatches, weights, trained).items()
     )
     update_s = trained * UPDATE_BYTES_PER_PARAM / (MEMORY_EFFICIENCY * chip.memory_rate)
     overlapped = network_s * (assumed_overlap(chip) if overlap is None else overlap)
@@ -119,16 +120,22 @@ def _device_flops(inputs: memory_model.MemoryInputs, remat: str, slots: float, m
 
 
 def _sent_bytes(
-    inputs: memory_model.MemoryInputs, slots: float, microbatches: int, weights: float, trained: float
+    inputs: memory_model.MemoryInputs, remat: str, row_slots: float, microbatches: int, weights: float, trained: float
 ) -> dict[str, float]:
     """Returns the bytes that one device sends along each axis of the mesh in a step.
 
     Along fsdp, each microbatch all-gathers the weights twice and reduce-scatters the gradients of those that are
-    trained. Along data, the gradients are all-reduced. Along tensor, the activations are all-reduced.
+    trained. Along data, the gradients are all-reduced. Along tensor, the activations are all-reduced. Along sequence,
+    the gradients are all-reduced, the keys and values of rows are all-gathered, again if they are not saved, and their
+    gradients are reduce-scattered in float32.
     """
     spec, mesh, itemsize = inputs.decoder.spec, inputs.mesh, inputs.dtype.itemsize
-    gradient = inputs.reduce_dtype.itemsize
+    gradient, sequence = inputs.reduce_dtype.itemsize, mesh.shape[LENGTH_AXIS]
+    slots = row_slots / sequence
+    keys = row_slots * sum(memory_model.gathered_width(inputs, kind) for kind in spec.mixers)
+    per_key = itemsize * (1 if remat == "none" else 2) + 4
     return {
+        "sequence": (keys * per_key + microbatches * trained * gradient * 2) * (1 - 1 / sequence),
         "fsdp": microbatches * (mesh.shape["fsdp"] - 1) * (2 * itemsize * weights + gradient * trained),
         "data": microbatches * trained * gradient * 2 * (1 - 1 / mesh.shape["data"]),
         "tensor": 8 * spec.num_layers * slots * spec.d_model * itemsize * (1 - 1 / mesh.shape["tensor"]),

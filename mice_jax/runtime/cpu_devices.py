@@ -66,7 +66,7 @@ def default_count(
     """Returns how many CPU devices a run of one process should have; None if the user has said how many.
 
     Args:
-      mesh_sizes: The sizes of the mesh's axes data, fsdp and tensor.
+      mesh_sizes: The sizes of the mesh's axes data and fsdp, and then of those that do not split samples.
       batch_size: The number of samples of a step, since each device should have one.
       recorded: The number of CPU devices that a resumed run last had, which it keeps; None for other runs.
       cores: The number of cores; None finds it out.
@@ -75,7 +75,7 @@ def default_count(
     said = VARIABLE in environment or XLA_FLAG in environment.get("XLA_FLAGS", "")
     if said or environment.get("JAX_PLATFORMS", "") not in ("", "cpu") or in_cluster():
         return None
-    shards = batch_size * max(1, mesh_sizes[2])
+    shards = batch_size * math.prod(max(1, size) for size in mesh_sizes[2:])
     return choose(recorded or min(cores or usable_cores(), MOST, shards), mesh_sizes)
 
 

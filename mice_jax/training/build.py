@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.config import Config, Phase, is_set
-from mice_jax.config_checks import beta2_of, rate_for_batch
+from mice_jax.config_checks import beta2_of, rate_for_batch, row_problem
 from mice_jax.data import statistics
 from mice_jax.data.batch_size import check_default_batch_size
 from mice_jax.data.chat import ChatEncoder
@@ -46,11 +46,22 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.optim import Schedule, TabulatedSchedule, make_optimizer, make_phase_schedule
 from mice_jax.runtime.xla_flags import compiler_options
-from mice_jax.sharding import local_shards, make_mesh, num_shards, param_shardings
+from mice_jax.sharding import LENGTH_AXIS, local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_base, make_abstract_state, make_step
 from mice_jax.storage import hub
 from mice_jax.training import held_out, memory_model, osft, sample_answers
 from mice_jax.training.phases import PhaseSpan, phase_spans
+
+
+# ---------------------------------------------------------------------------------------- devices
+def run_mesh(config: Config) -> Mesh:
+    """Makes the mesh of a run; raises UserError if the sizes of its axes do not fit the devices or the rows."""
+    sizes = config.mesh
+    made = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sequence=sizes.sequence)
+    problem = row_problem(config.data.max_length, made.shape[LENGTH_AXIS])
+    if problem:
+        raise UserError(f"{problem}.")
+    return made
 
 
 # ---------------------------------------------------------------------------------------- inputs
@@ -297,8 +308,20 @@ def model(
     rows, remat = rows_and_remat(
         config, needs, mean_length=mean_length, memory=memory, platform=platform, recorded=recorded
     )
-    compute = Compute(jnp.dtype(dtype), attention, remat, jnp.dtype(config.optim.reduce_dtype))
-    return Model(decoder, compute, microbatch_shapes(config.data.max_length, rows), needs, memory)
+    devices, parts = mesh.shape[LENGTH_AXIS], row_parts(spec, mesh)
+    compute = Compute(jnp.dtype(dtype), attention, remat, jnp.dtype(config.optim.reduce_dtype), parts)
+    shapes = microbatch_shapes(config.data.max_length, rows, devices * max(parts, 1), devices if parts == 2 else 1)
+    return Model(decoder, compute, shapes, needs, memory)
+
+
+def row_parts(spec: ModelSpec, mesh: Mesh | AbstractMesh) -> int:
+    """Returns the number of parts of each row that a device of the sequence axis has; 0 if devices have whole rows.
+
+    Two parts balance the work of causal attention. A recurrent mixer needs the slots of a device to follow one another.
+    """
+    if mesh.shape[LENGTH_AXIS] == 1:
+        return 0
+    return 1 if spec.is_recurrent else 2
 
 
 def run_decoder(config: Config, spec: ModelSpec, architecture: str, tensor: int) -> Decoder:
@@ -329,7 +352,13 @@ def compute_dtype(config: Config, platform: str) -> str:
 
 
 def attention(
-    config: Config, spec: ModelSpec, platform: str, capability: str | None, recorded: dict[str, Any] | None = None
+    config: Config,
+    spec: ModelSpec,
+    platform: str,
+    capability: str | None,
+    recorded: dict[str, Any] | None = None,
+    *,
+    sequence: int = 1,
 ) -> str:
     """Returns the attention backend of a run.
 
@@ -339,6 +368,7 @@ def attention(
       platform: The platform of the devices: cpu, gpu or tpu.
       capability: The compute capability of a GPU; None for other devices.
       recorded: The choices of the run's last process on such devices, which "auto" repeats.
+      sequence: The size of the mesh's sequence axis.
 
     Raises:
       UserError: The backend cannot compute this model on these devices.
@@ -355,6 +385,7 @@ def attention(
                 dtype=compute_dtype(config, platform),
                 max_length=config.data.max_length,
                 deterministic=config.train.deterministic,
+                sequence=sequence,
             ),
         )
     except UserError as e:
@@ -380,7 +411,8 @@ def attention_on_mesh(config: Config, spec: ModelSpec, mesh: Mesh, recorded: dic
       UserError: The backend cannot compute this model on these devices.
     """
     device = mesh.devices.flat[0]
-    return attention(config, spec, device.platform, getattr(device, "compute_capability", None), recorded)
+    capability = getattr(device, "compute_capability", None)
+    return attention(config, spec, device.platform, capability, recorded, sequence=mesh.shape[LENGTH_AXIS])
 
 
 class OptimizerSettings(NamedTuple):

@@ -24,6 +24,7 @@ from mice_jax.models.mixers import MIXERS
 from mice_jax.models.mixers.costs import MixerWidths
 from mice_jax.models.spec import Kind, is_recurrent
 from mice_jax.models.transformer import Decoder, Params
+from mice_jax.sharding import LENGTH_AXIS
 from mice_jax.step import TrainState
 
 # The remat policies, from the fastest to the one that needs the least memory.
@@ -113,18 +114,23 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
     """
     # A base is held in the compute dtype, has no gradients and is used as it is; adapters are what is trained.
     trained, itemsize = bytes_per_device(inputs.state.params), inputs.dtype.itemsize
-    mixers, slots = inputs.decoder.spec.mixers, rows * inputs.max_length
+    mixers, slots = inputs.decoder.spec.mixers, rows * _slots_of_row(inputs)
 
     def attention_bytes(kind: Kind) -> int:
         return 0 if is_recurrent(kind) else rows * _attention_bytes_per_row(inputs)
 
+    def gathered_bytes(kind: Kind) -> int:
+        return rows * inputs.max_length * gathered_width(inputs, kind) * itemsize
+
     def saved_by_layer(kind: Kind) -> int:
         saved = slots * _saved_per_slot(inputs, kind, remat) * itemsize
-        return saved + attention_bytes(kind) if remat == "none" else saved
+        return saved + attention_bytes(kind) + gathered_bytes(kind) if remat == "none" else saved
 
     def working_bytes(kind: Kind) -> int:
         entries = slots * _working_per_slot(inputs, kind) + _gathered_weights(inputs)
-        return entries * itemsize + attention_bytes(kind)
+        # Of gathered keys and values, there are also the gradients, in the same dtype and in float32.
+        gathered = gathered_bytes(kind) * (2 * itemsize + 4) // itemsize
+        return entries * itemsize + attention_bytes(kind) + gathered
 
     def working_of_group(group: Group) -> int:
         """Counts every run of a group, and twice more what a run saves that is a scan inside of a scan."""
@@ -205,7 +211,7 @@ def max_useful_rows(inputs: MemoryInputs, platform: str, wanted: float) -> int:
     Returns:
         The number of rows, at least one.
     """
-    most = max(1, MAX_CPU_SLOTS // inputs.max_length) if platform == "cpu" else MAX_ROWS
+    most = max(1, MAX_CPU_SLOTS // _slots_of_row(inputs)) if platform == "cpu" else MAX_ROWS
     query_width = max(_widths(inputs, kind)[1] for kind in inputs.decoder.spec.mixers)
     indexable = BACKENDS[inputs.attention].max_entries / (inputs.max_length * query_width)
     return max(1, int(min(most, round(wanted), indexable)))
@@ -234,6 +240,18 @@ def bytes_per_device(tree: Any) -> int:
 
 
 # ---------------------------------------------------------------------------------------- arrays alive at the peak
+def gathered_width(inputs: MemoryInputs, kind: Kind) -> int:
+    """Returns the entries per slot of the keys and values that devices which share a row gather in a layer; else 0."""
+    if is_recurrent(kind) or inputs.mesh.shape[LENGTH_AXIS] == 1:
+        return 0
+    return 2 * _widths(inputs, kind)[2]
+
+
+def _slots_of_row(inputs: MemoryInputs) -> int:
+    """Returns the slots of a row on one device."""
+    return inputs.max_length // inputs.mesh.shape[LENGTH_AXIS]
+
+
 def _widths(inputs: MemoryInputs, kind: Kind) -> tuple[int, int, int, int]:
     """Returns d_model, and the widths of the queries, the keys and the MLP of a layer on one device."""
     s, tensor = inputs.decoder.spec, inputs.mesh.shape["tensor"]

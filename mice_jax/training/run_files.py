@@ -19,6 +19,7 @@ from mice_jax.models import hf, untrained
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute
+from mice_jax.sharding import LENGTH_AXIS
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training.model_card import README
 
@@ -56,8 +57,12 @@ def has_started(workdir: Workdir) -> bool:
 
 
 def mesh_and_device(mesh: Mesh) -> dict[str, Any]:
-    """Returns the mesh and the kind of its devices, as config.json records them."""
-    return {"mesh": dict(mesh.shape), "device": mesh.devices.flat[0].device_kind}
+    """Returns the mesh and the kind of its devices, as config.json records them.
+
+    An axis of size 1 that older runs did not have is left out, so that their records still name the same mesh.
+    """
+    sizes = {axis: size for axis, size in mesh.shape.items() if axis != LENGTH_AXIS or size > 1}
+    return {"mesh": sizes, "device": mesh.devices.flat[0].device_kind}
 
 
 def choices(

@@ -33,9 +33,9 @@ QUICK = {"xla_backend_optimization_level": 0}
 Sample = tuple[np.ndarray, np.ndarray]  # token ids, and the mask of trained ones
 
 
-def mesh_of(*sizes: int) -> Mesh:
+def mesh_of(*sizes: int, sequence: int = 1) -> Mesh:
     """Makes a (data, fsdp, tensor) mesh of these sizes from the first devices."""
-    return sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes)])
+    return sharding.make_mesh(*sizes, jax.devices()[: math.prod(sizes) * sequence], sequence=sequence)
 
 
 def spec_of(**changes: Any) -> ModelSpec:

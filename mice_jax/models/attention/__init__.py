@@ -19,12 +19,14 @@ from mice_jax.models.attention.pallas import pallas
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.attention.splash import splash
+from mice_jax.models.attention.split_rows import RowSplit, gather_row
 from mice_jax.models.spec import ModelSpec
-from mice_jax.sharding import BATCH_AXES
+from mice_jax.sharding import BATCH_AXES, LENGTH_AXIS
 
 # B rows, T slots, N query heads, K key heads, H head_dim
 
-Kernel = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Scoring], jax.Array]
+# Queries, keys, values, segment ids and scoring; where rows are split over devices also a RowSplit.
+Kernel = Callable[..., jax.Array]
 Version = tuple[int, ...]
 
 MAX_ROW_BYTES = 2 * 2**30  # limit of a backend's `row_bytes`
@@ -40,6 +42,7 @@ class AttentionRequirements:
     dtype: str  # dtype of queries, keys and values
     max_length: int  # slots of the longest row
     deterministic: bool  # train.deterministic
+    sequence: int = 1  # devices that share a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Backend:
     row_bytes: Callable[[int, int], int] = lambda slots, heads: 0
     saved_by_dots: bool = True  # whether remat "dots" saves the result; otherwise attention is computed twice
     deterministic: bool = True  # whether gradients are bit-equal from run to run
+    splits_rows: bool = True  # whether the queries can be a part of a row
 
     def unsupported(self, run: AttentionRequirements) -> list[str]:
         """Lists what this backend does not support, each as a clause of an error message with the run's value."""
@@ -93,6 +97,8 @@ class Backend:
                 f"its softmax sums take {size / 2**30:.1f} GiB for a row of data.max_length={run.max_length} slots and "
                 f"{run.spec.num_heads} heads, of which {MAX_ROW_BYTES / 2**30:.0f} GiB at most are allowed"
             )
+        if run.sequence > 1 and not self.splits_rows:
+            problems.append(f"it computes whole rows, and mesh.sequence={run.sequence} splits them over devices")
         if run.deterministic and not self.deterministic:
             problems.append("its gradients are not bit-equal from run to run, as train.deterministic=True requires")
         return problems
@@ -119,6 +125,7 @@ BACKENDS: dict[str, Backend] = {
         row_bytes=softmax_bytes,
         saved_by_dots=False,
         deterministic=False,
+        splits_rows=False,  # its kernels have no mask for queries that start later than their keys
     ),
     # Pallas is for older GPUs and for runs that cuDNN does not support.
     "pallas": Backend(pallas, platform="gpu", min_capability=(8, 0), max_head_dim=256),
@@ -158,11 +165,19 @@ def choose_backend(name: str, run: AttentionRequirements) -> str:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scoring: Scoring, *, backend: str
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    scoring: Scoring,
+    *,
+    backend: str,
+    row_parts: int = 0,
 ) -> jax.Array:
     """Computes attention of packed rows.
 
-    Under a mesh, each device works on its own rows and heads. If the tensor axis does not divide the key heads, they
+    Under a mesh, each device works on its own rows and heads. Where rows are split over devices, each works on its own
+    queries, and gathers the keys and values of whole rows. If the tensor axis does not divide the key heads, they
     are repeated to the query heads that they serve; if it does not divide the query heads, heads of zeros are added.
 
     Args:
@@ -172,6 +187,8 @@ def attend(
       segment_ids: [B T] int32, 0 for padding.
       scoring: scale, window and soft cap.
       backend: a key of `BACKENDS`.
+      row_parts: the number of parts of a row that each device of the sequence axis has; 0 if it has whole rows. With
+        two, all arrays are in balanced order.
 
     Returns:
       [B T N H] in the dtype of `q`, zero at padding.
@@ -185,9 +202,18 @@ def attend(
         k, v = (jnp.repeat(x, num_heads // x.shape[2], axis=2) for x in (k, v))
     if num_heads % tensor:  # k and v have num_heads heads at this point
         q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -num_heads % tensor), (0, 0))) for x in (q, k, v))
-    heads, rows = PartitionSpec(BATCH_AXES, None, "tensor", None), PartitionSpec(BATCH_AXES, None)
+    length = LENGTH_AXIS if row_parts else None
+    heads, rows = PartitionSpec(BATCH_AXES, length, "tensor", None), PartitionSpec(BATCH_AXES, length)
+
+    def on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        if not row_parts:
+            return kernel(q, k, v, segment_ids, scoring)
+        k, v, segment_ids = (gather_row(x, row_parts) for x in (k, v, segment_ids))
+        split = RowSplit(mesh.shape[LENGTH_AXIS], row_parts, jax.lax.axis_index(LENGTH_AXIS))
+        return kernel(q, k, v, segment_ids, scoring, split)
+
     local = jax.shard_map(
-        lambda q, k, v, s: kernel(q, k, v, s, scoring),
+        on_one_device,
         in_specs=(heads, heads, heads, rows),
         out_specs=heads,
         check_vma=False,

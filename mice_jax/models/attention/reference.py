@@ -4,26 +4,36 @@ import jax
 import jax.numpy as jnp
 
 from mice_jax.models.attention.score_function import Scoring
+from mice_jax.models.attention.split_rows import WHOLE_ROW, RowSplit, query_segments
 
 # B rows, T query slots, S key slots, N query heads, K key heads, G = N/K, H head_dim
 
 
-def reference(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, scoring: Scoring) -> jax.Array:
+def reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    scoring: Scoring,
+    split: RowSplit = WHOLE_ROW,
+) -> jax.Array:
     """Computes attention as `attention.attend` describes it, with float32 scores [B K G T S].
 
     Args:
       q: [B T N H].
-      k: [B T K H].
-      v: [B T K H].
-      segment_ids: [B T] int32.
+      k: [B S K H].
+      v: [B S K H].
+      segment_ids: [B S] int32.
       scoring: scale, window and soft cap.
+      split: the parts of the row that the queries are.
 
     Returns:
       [B T N H].
     """
-    slots = jnp.arange(q.shape[1], dtype=jnp.int32)
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    mask = scoring.position_mask(slots, slots) & same & (segment_ids > 0)[:, :, None]  # [B T S]
+    own = query_segments(split, q.shape[1], segment_ids)
+    same = own[:, :, None] == segment_ids[:, None, :]
+    visible = scoring.position_mask(split.slots(q.shape[1]), jnp.arange(k.shape[1], dtype=jnp.int32))
+    mask = visible & same & (own > 0)[:, :, None]  # [B T S]
     return masked(q, k.transpose(0, 2, 3, 1), v.swapaxes(1, 2), mask, scoring)
 
 

@@ -1,0 +1,175 @@
+"""Rows whose slots are split over devices: attention, loss and gradients equal those of one device."""
+
+import functools
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.kernels import KERNELS
+from helpers.models import QUICK, gap, mesh_of, packed, random_params, relative_gap, sample_of, spec_of
+from helpers.runs import make_chats, read_metrics, run_train, setting, write_jsonl
+from mice_jax.config_checks import row_problem
+from mice_jax.data.packing import Shape, microbatch_shapes
+from mice_jax.models import rope
+from mice_jax.models.attention import BACKENDS
+from mice_jax.models.attention.reference import reference
+from mice_jax.models.attention.score_function import Scoring
+from mice_jax.models.attention.split_rows import RowSplit, in_balanced_order, in_row_order, sample_lengths
+from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.optim import make_optimizer
+from mice_jax.sharding import put_rows
+from mice_jax.step import make_step
+
+BLOCKWISE = importlib.import_module("mice_jax.models.attention.blockwise")  # a function hides it by its name
+SPLITTING = [name for name, backend in BACKENDS.items() if backend.splits_rows]
+
+
+# ---------------------------------------------------------------------------------------- order
+@pytest.mark.smoke
+def test_devices_share_a_row_in_parts_from_both_of_its_ends() -> None:
+    order = Shape(1, 24, balanced_over=3).order
+    assert order is not None and Shape(1, 24).order is None
+    parts = [[0, 1, 2, 3], [20, 21, 22, 23], [4, 5, 6, 7], [16, 17, 18, 19], [8, 9, 10, 11], [12, 13, 14, 15]]
+    assert order.reshape(6, 4).tolist() == parts
+    rows = np.arange(2 * 24 * 5).reshape(2, 24, 5)
+    assert np.array_equal(in_balanced_order(jnp.asarray(rows), 3), rows[:, order])
+    assert np.array_equal(in_row_order(jnp.asarray(rows[:, order]), 3), rows)
+    segment_ids = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([7, 13, 4]))[None]
+    with jax.set_mesh(mesh_of(1, 1, 1, sequence=3)):
+        lengths = np.asarray(sample_lengths(segment_ids[:, order], 2))
+    assert np.array_equal(lengths, rope.sample_lengths(segment_ids)[:, order])
+    # Under causality, the queries of each device see as many keys; those of a third of the row do not.
+    keys = np.arange(1, 25)
+    assert np.ptp(keys[order].reshape(3, -1).sum(axis=1)) == 0 < np.ptp(keys.reshape(3, -1).sum(axis=1))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(("max_length", "devices"), [(131072, 64), (16384, 8), (48, 2), (4096, 2)])
+def test_every_microbatch_shape_divides_into_the_parts_of_devices(max_length: int, devices: int) -> None:
+    for shape in microbatch_shapes(max_length, 2, 2 * devices, devices):
+        assert shape.slots % (2 * devices) == 0 and sorted(shape.order) == list(range(shape.slots))
+    assert row_problem(max_length, devices) == row_problem(max_length + 1, 1) == ""
+    assert f"set it to {max_length + 2 * devices}," in row_problem(max_length + 1, devices)
+
+
+# ---------------------------------------------------------------------------------------- kernels
+# 48 slots, of which each of three devices has 16: samples that cross one or several of their borders, and padding.
+SEGMENTS = np.stack([np.repeat(s, n).astype(np.int32) for s, n in (([1], [48]), ([1, 2, 3, 4, 0], [7, 20, 1, 12, 8]))])
+SCORINGS = {"plain": Scoring(0.3, None, None), "window and soft cap": Scoring(0.3, 9, 1.5)}
+ORDERS = {1: np.arange(48), 2: Shape(1, 48, balanced_over=3).order}
+
+
+@functools.cache
+def drawn() -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(0)
+    return tuple(rng.normal(size=(2, 48, heads, 8)).astype(np.float32) for heads in (4, 2, 2, 4))
+
+
+@functools.cache
+def of_whole_rows(scoring: Scoring):
+    return with_gradients(lambda *x: reference(*x, jnp.asarray(SEGMENTS), scoring))(*drawn())
+
+
+def with_gradients(function):
+    def run(q, k, v, d_out, *rest):
+        out, pull = jax.vjp(lambda *x: function(*x, *rest), q, k, v)
+        return out, pull(d_out)
+
+    return jax.jit(run, compiler_options=QUICK)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("plain", 1), ("window and soft cap", 2)])
+@pytest.mark.parametrize("backend", SPLITTING)
+def test_queries_of_each_device_attend_as_those_of_the_whole_row(
+    backend: str, name: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three devices in turn; the gradients of keys and values are sums over them."""
+    monkeypatch.setattr(BLOCKWISE, "BLOCK", 6)  # does not divide a device's parts of 8 or 16 slots
+    scoring, order = SCORINGS[name], ORDERS[parts]
+
+    def split_over_three(q: jax.Array, k: jax.Array, v: jax.Array, devices: jax.Array) -> jax.Array:
+        def of_device(own: tuple[jax.Array, jax.Array]) -> jax.Array:
+            split = RowSplit(3, parts, own[1])
+            return KERNELS[backend](own[0], k, v, jnp.asarray(SEGMENTS), scoring, split)
+
+        queries = jnp.stack(jnp.split(q[:, order], 3, axis=1))
+        return jnp.concatenate(list(jax.lax.map(of_device, (queries, devices))), axis=1)[:, np.argsort(order)]
+
+    run = with_gradients(split_over_three)
+    out, grads = run(*drawn(), jnp.arange(3))
+    expected, expected_grads = of_whole_rows(scoring)
+    assert gap(out, expected) < 1e-5 and gap(grads, expected_grads) < 1e-4  # as in test_attention.py
+    misplaced, wrong_grads = run(*drawn(), jnp.array([1, 2, 0]))  # with the mask of another device's slots
+    assert gap(misplaced, expected) > 0.1 and gap(wrong_grads, expected_grads) > 0.1
+
+
+# ---------------------------------------------------------------------------------------- the step
+SLOTS = 64
+LENGTHS = [[64], [7, 33, 1, 13], [], [30, 17]]
+# float32 rounds a sum of 64 such terms by about 1e-6 of it, and three layers pass that on.
+TOLERANCE = 2e-5
+LAYERS = {"num_layers": 3, "windows": (None, 9, None), "ropes": spec_of(num_layers=3).ropes}
+
+
+def rows() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return packed([[sample_of(n, slice(1, None), rng) for n in row] for row in LENGTHS], SLOTS)
+
+
+def step_on(sizes: tuple[int, int, int], sequence: int, backend: str, parts: int, shuffled: bool = True):
+    """The gradients and sums of one microbatch, and the program that computes them."""
+    mesh = mesh_of(*sizes, sequence=sequence)
+    decoder = make_decoder(spec_of(num_heads=4, num_kv_heads=2, **LAYERS), mesh.shape["tensor"])
+    compute = Compute(jnp.dtype("float32"), backend, "dots", row_parts=parts)
+    optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)
+    fns = make_step(decoder, optimizer, lambda step: jnp.float32(0), mesh, compute)
+    params = jax.device_put(random_params(decoder), jax.tree.map(lambda a: a.sharding, fns.abstract_state.params))
+    order = Shape(1, SLOTS, sequence if parts == 2 and shuffled else 1).order
+    arrays = rows() if order is None else {name: x[:, order] for name, x in rows().items()}
+    sums = jax.device_get(fns.accumulate(params, fns.zero_sums(), put_rows(arrays, mesh)))
+    return sums.grads, (sums.loss_sum, sums.weight_sum, *sums.sources)
+
+
+@functools.cache
+def on_one_device():
+    return step_on((1, 1, 1), 1, "reference", 0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sequence", "backend", "parts"),
+    [((1, 2, 1), 4, "blockwise", 2), ((2, 1, 2), 2, "reference", 1)],
+)
+def test_loss_and_gradients_of_split_rows_equal_one_device(
+    sizes: tuple[int, int, int], sequence: int, backend: str, parts: int
+) -> None:
+    expected, expected_sums = on_one_device()
+    grads, sums = step_on(sizes, sequence, backend, parts)
+    assert relative_gap(sums, expected_sums) < TOLERANCE
+    assert relative_gap(grads, expected) < TOLERANCE
+
+
+# ---------------------------------------------------------------------------------------- runs
+@pytest.mark.slow
+def test_a_run_on_split_rows_logs_the_metrics_of_a_run_on_whole_rows(tmp_path: Path) -> None:
+    """It is paused after two of three steps, and goes on where four devices share a row instead of two."""
+    held = write_jsonl(tmp_path / "held.jsonl", make_chats(4, seed=5))
+    body = f"c.data.validation = [Source(path='{held}')]\nc.checkpoint.every_samples = 16\nc.train.pause_at_share = 0.6"
+    config = setting(tmp_path, body, samples=24)
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    two = ("--config.mesh.sequence=2", "--config.mesh.fsdp=4")
+    assert run_train(config, whole, "--config.train.pause_at_share=0") == 0
+    assert run_train(config, split, *two) == 75
+    four = ("--config.mesh.sequence=4", "--config.mesh.fsdp=2", "--config.train.pause_at_share=0")
+    assert run_train(config, split, *four) == 0
+    there, here = read_metrics(split), read_metrics(whole)
+    for key in ("step", "samples", "tokens", "loss_tokens"):
+        assert [line[key] for line in there] == [line[key] for line in here]
+    for key in ("loss", "grad_norm", "eval/loss"):
+        values = [np.array([line[key] for line in lines if key in line]) for lines in (there, here)]
+        # Sums in another order: 1e-7 of the loss in a step, which the updates make larger.
+        np.testing.assert_allclose(*values, rtol=1e-5)
+    assert here[0]["loss"] != there[0]["loss"] and len(here) == 3
