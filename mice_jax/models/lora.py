@@ -101,11 +101,10 @@ def merge(lora: LoRA, adapters: Tree, base: Tree) -> Tree:
     return merged(join(adapters, base))
 
 
-def with_magnitudes(lora: LoRA, adapters: Tree, base: Tree) -> Tree:
-    """Returns adapters whose magnitudes are the norms that the base's outputs have with them, so that they change none.
+def with_magnitudes(adapters: Tree, base: Tree) -> Tree:
+    """Returns adapters, whose B are zero, with the norms of the base's outputs as magnitudes, so that they change none.
 
     Args:
-      lora: The adapters' scale.
       adapters: The adapters, stacked over layers.
       base: The base, stacked over layers.
     """
@@ -115,7 +114,7 @@ def with_magnitudes(lora: LoRA, adapters: Tree, base: Tree) -> Tree:
             return node
         if not _is_adapted(node):
             return {name: measured(value) for name, value in node.items()}
-        return node | {"magnitude": _norms(_changed_weight(lora, node), node["magnitude"])}
+        return node | {"magnitude": _norms(node["weight"], node["magnitude"])}
 
     return split(measured(join(adapters, base)))[0]
 

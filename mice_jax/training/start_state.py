@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mice_jax.checkpoint import Checkpoints
@@ -60,13 +61,18 @@ def restore_or_start(
 
 def _new_adapters(decoder: Decoder, base: Params | None, shardings: Params, seed: int) -> Params:
     """Draws adapters that do not change what the base computes."""
-    # XLA computes the adapters alone of what `init` returns.
-    draw = jax.jit(lambda key: decoder.split(decoder.init(key))[0], out_shardings=shardings)
-    adapters = draw(jax.random.key(seed))
+
+    def draw(key: jax.Array) -> Params:
+        # XLA computes what is returned alone, and none of the weights: the magnitudes are not those of random ones.
+        drawn = decoder.split(decoder.init(key))[0]
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.zeros(x.shape) if path[-1].key == "magnitude" else x, drawn
+        )
+
+    adapters = jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
     if decoder.lora is None or not decoder.lora.dora:
         return adapters
-    measure = functools.partial(with_magnitudes, decoder.lora)
-    return jax.jit(measure, donate_argnums=0, out_shardings=shardings)(adapters, base)
+    return jax.jit(with_magnitudes, donate_argnums=0, out_shardings=shardings)(adapters, base)
 
 
 def _load_base(source: ModelSource, decoder: Decoder, fns: StepFunctions, seed: int) -> Params | None:
