@@ -7,6 +7,7 @@ test run, and the commands that they start, therefore share a cache. $MICE_TEST_
 import atexit
 import functools
 import gc
+import itertools
 import os
 import shutil
 import sys
@@ -95,10 +96,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+NUMBERS = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path_factory, monkeypatch):
-    """Each test has its own folder for token stores."""
-    monkeypatch.setenv("MICE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """Each test has its own folder for token stores; pytest would list all folders to number the next one."""
+    monkeypatch.setenv("MICE_JAX_CACHE", str(tmp_path_factory.mktemp(f"cache{next(NUMBERS)}", numbered=False)))
 
 
 MAY_SKIP = ("gpu", "postgres", "chromium")  # tests that need what a CI machine may lack

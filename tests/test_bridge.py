@@ -197,7 +197,8 @@ file = folder / "config.json"
 config = hf.read_config(file)
 decoder = make_decoder(hf.spec_from_config(config, file))
 if how == "make":
-    hf.save_params(folder, jax.jit(decoder.init)(jax.random.key(0)), decoder, config, config["torch_dtype"])
+    params = jax.tree.map(lambda x: jax.numpy.full(x.shape, 0.5, x.dtype), decoder.abstract)
+    hf.save_params(folder, params, decoder, config, config["torch_dtype"])
     sys.exit()
 shardings = param_shardings(decoder.abstract, decoder.axes, make_mesh(1, -1, 1))
 before, peaks, stop = anonymous(), [0], threading.Event()

@@ -32,6 +32,7 @@ SLOTS = 40
 HELD = [("a", ("one",)), ("a", ("two",)), ("b", ("two",))]
 
 
+@pytest.mark.slow
 def test_next_rows_are_sent_before_a_microbatch_is_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = write_jsonl(tmp_path / "held.jsonl", make_chats(60, seed=5))
     body = f"c.data.validation = [Source(path='{held}')]\nc.optim.max_steps = 1\nc.optim.learning_rate = 0.0"

@@ -393,6 +393,7 @@ def use(path: str, data: Path, tmp_path: Path) -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else [done.stderr]
 
 
+@pytest.mark.slow
 def test_tfds_data_set_is_read_by_name_and_split_without_tensorflow(tfds_data: Path, tmp_path: Path) -> None:
     *small, _ = use("tfds:mice_chats/small:train", tfds_data, tmp_path)
     *large, end = use("tfds:mice_chats/large:test", tfds_data, tmp_path)

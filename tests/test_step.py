@@ -38,7 +38,7 @@ RATE = 1e-2
 SLOTS = 24
 ADAM = {"grad_clip": 1.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0}
 
-ATTENTION = {(1, 1, 1): "reference", (1, 8, 1): "blockwise", (1, 4, 2): "blockwise", (2, 2, 2): "reference"}
+ATTENTION = {(1, 1, 1): "reference", (1, 8, 1): "reference", (2, 2, 2): "blockwise"}
 ALONE = (1, 1, 1)
 
 Rows = list[list[Sample]]
@@ -83,7 +83,7 @@ class Run:
 
 @functools.cache
 def run_on(folder: Path, sizes: tuple[int, int, int]) -> Run:
-    """Of each mesh once, since compiling is what takes the time; every other one attends in blocks."""
+    """Of each mesh once, since compiling is what takes the time; one of them attends in blocks."""
     mesh = mesh_of(*sizes)
     decoder, params = load(folder, mesh)
     compute = Compute(jnp.dtype("float32"), ATTENTION[sizes], "none")
@@ -189,7 +189,7 @@ def update_gap(params: Params, expected: Params, start: Params) -> float:
 # ---------------------------------------------------------------------------------------- exactness
 @pytest.mark.parametrize(
     ("sizes", "rows_per_microbatch"),
-    [(ALONE, 1), ((1, 8, 1), 8), ((1, 4, 2), 8), ((2, 2, 2), 16)],  # one microbatch for each sample, and fewer
+    [(ALONE, 1), ((1, 8, 1), 8), ((2, 2, 2), 8)],  # one microbatch for each sample, and fewer
 )
 def test_loss_norm_and_update_equal_torch_on_every_mesh(
     sizes: tuple[int, int, int],
@@ -210,7 +210,7 @@ def test_loss_norm_and_update_equal_torch_on_every_mesh(
     shards = num_shards(run.mesh)
     weights = packed(two_steps[0], SLOTS)["loss_weights"].reshape(-1, shards, rows_per_microbatch // shards, SLOTS)
     tokens_of_devices = weights.sum(axis=(0, 2, 3))
-    if shards == 8 or (sizes, rows_per_microbatch) == ((1, 4, 2), 8):
+    if shards > 1:
         assert tokens_of_devices.min() == 0 and tokens_of_devices.max() > 20
 
 
@@ -277,7 +277,7 @@ def test_norms_and_rate_in_metrics_are_those_of_the_update(folder: Path, two_ste
 
 
 def test_evaluate_gives_the_sums_of_accumulate(folder: Path, two_steps: list[Rows], expected: Any) -> None:
-    run = run_on(folder, (1, 4, 2))
+    run = run_on(folder, (2, 2, 2))
     state = run.state()
     parts = [run.fns.evaluate(state.params, b) for b in run.batches(two_steps[0], 4)]
     loss, weight = (sum(float(p[i]) for p in parts) for i in (0, 1))
@@ -340,7 +340,7 @@ def test_a_non_finite_loss_or_gradient_leaves_the_state_unchanged(
 
 # ---------------------------------------------------------------------------------------- compilation, memory
 def test_each_shape_is_compiled_once_over_many_steps(folder: Path, two_steps: list[Rows]) -> None:
-    run = run_on(folder, (1, 4, 2))
+    run = run_on(folder, (2, 2, 2))
     state, sums = run.state(), run.fns.zero_sums()
     for _ in range(3):
         for rows_per_microbatch in (8, 4):
