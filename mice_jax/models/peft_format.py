@@ -81,8 +81,8 @@ def write_adapter(
     """
     tensors, counts = {}, {}
     for module, tensor in adaptable_modules(spec, architecture).items():
-        found = [_adapter_of(part, adapters) for part in tensor.parts]
-        if None in found:
+        found = [own for part in tensor.parts if (own := _adapter_of(part, adapters))]
+        if not found:
             continue
         for end, array in _joined(found, tensor.parts).items():
             tensors[PREFIX + module + end] = np.ascontiguousarray(array, dtype)
