@@ -223,6 +223,8 @@ class Optim(_Strict):
     moments_dtype: str = "float32"
     """The dtype of the optimizer's moments: float32, bfloat16, or int8 for those of matrices, with a float32 scale for
     each block of at most 128 entries."""
+    offload_moments: bool = False
+    """Keep the optimizer's moments in host memory, and bring those of one layer at a time to the devices."""
     accumulate_dtype: str = "float32"
     """The dtype in which the gradients of a step are summed over microbatches: float32 or bfloat16."""
     reduce_dtype: str = "float32"
@@ -421,8 +423,8 @@ class Config(_Strict):
 
 # Fields that may change when a run is resumed: they affect neither the data nor the numerics.
 MUTABLE_ON_RESUME = (
-    "mesh", "train.rows_per_device", "model.attention", "model.remat", "data.cache_dir", "data.num_workers",
-    "data.prepare_workers", "train.max_minutes", "train.pause_at_share", "checkpoint.every_samples",
+    "mesh", "train.rows_per_device", "model.attention", "model.remat", "optim.offload_moments", "data.cache_dir",
+    "data.num_workers", "data.prepare_workers", "train.max_minutes", "train.pause_at_share", "checkpoint.every_samples",
     "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every", "log", "eval",
     "stop", "published",
 )  # fmt: skip

@@ -207,7 +207,7 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
         if not p.metric or (p.where and p.where.partition("=")[0] not in flat):
             problems.append(f"published[{i}]={p!r} must name a metric and, in where, FIELD=VALUE of this config")
     problems += _lora_problems(c) + _osft_problems(c) + _moments_problems(c)
-    problems += _half_life_problems(c) + _rate_problems(c)
+    problems += _half_life_problems(c) + _rate_problems(c) + _offload_problems(c.optim)
     return problems + _branch_problems(c) + _mesh_problems(c.mesh, c.data.max_length) + _phase_problems(c.data)
 
 
@@ -382,6 +382,17 @@ def _half_life_problems(c: Any) -> list[str]:
                 f"{where} gives one beta2 for the run: use one batch size, or set optim.beta2 instead"
             )
     return problems
+
+
+def _offload_problems(o: Any) -> list[str]:
+    small = {"adafactor": "whose moments are small", "sgd": "which has no moment where optim.beta1=0"}
+    if o.offload_moments and (o.name == "adafactor" or (o.name == "sgd" and not o.beta1)):
+        return [f"optim.offload_moments=True with optim.name={o.name!r}, {small[o.name]}: set the first to False"]
+    if o.offload_moments and o.osft_rank_ratio:
+        return [
+            f"optim.offload_moments=True with optim.osft_rank_ratio={o.osft_rank_ratio}: set one of them to its default"
+        ]
+    return []
 
 
 def row_problem(max_length: int, sequence: int) -> str:

@@ -6,7 +6,6 @@ sum over all tokens of the step, divided by the sum of the weights. Only `apply_
 """
 
 import dataclasses
-import itertools
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from mice_jax.loss import SourceSums, cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.numerics.blockwise import Quantized, is_quantized
+from mice_jax.offload import Part, dict_keys, init_on_host, on_host, take_mask, update_by_parts
 from mice_jax.sharding import BATCH_AXES, LENGTH_AXIS, basis_sharding, gradient_sum, param_shardings, split_like
 
 # `corrected_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than
@@ -41,7 +41,7 @@ class TrainState:
 
     step: jax.Array  # number of steps done, those whose update was skipped included, int32
     params: Params  # float32
-    opt_state: Any  # of optax; None in a checkpoint of `mice average`
+    opt_state: Any  # of optax, moments perhaps in host memory; None in a checkpoint of `mice average`
     average: Params | None = None  # running average of params, float32; None if the run keeps none
 
 
@@ -170,6 +170,7 @@ def make_step(
     sources: Sequence[str] = (),
     averages: bool = False,
     max_held_out_samples: int = 0,
+    offloaded_clip: float | None = None,
 ) -> StepFunctions:
     """Jits the functions of a run for one mesh, with the shardings of `sharding.RULES`.
 
@@ -186,11 +187,14 @@ def make_step(
       averages: whether the state keeps a running average of the parameters.
       max_held_out_samples: the most samples that an evaluated microbatch may hold, for counting exact matches; 0 counts
         none.
+      offloaded_clip: None keeps moments on the devices. A number keeps them in host memory, and gradients are clipped
+        to this global norm, 0 for no clipping; `optimizer` must not clip, since it sees a part of them at a time.
 
     Returns:
       The jitted functions; nothing is compiled before the first call.
     """
-    abstract_state = make_abstract_state(decoder, optimizer, mesh, averages)
+    offloads = offloaded_clip is not None
+    abstract_state = make_abstract_state(decoder, optimizer, mesh, averages, offloads)
     abstract_base = make_abstract_base(decoder, mesh, compute.dtype)
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
@@ -215,7 +219,8 @@ def make_step(
     def from_params(params: Params) -> TrainState:
         # The copy is an array of its own, since `apply` donates both.
         average = jax.tree.map(jnp.copy, params) if averages else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+        opt_state = init_on_host(optimizer.init, params) if offloads else optimizer.init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average)
 
     def zero_sums() -> Sums:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_sums)
@@ -249,7 +254,9 @@ def make_step(
     def apply(
         state: TrainState, sums: Sums, skip_norm_above: float = math.inf, average_weight: float | None = None
     ) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
-        state, metrics = apply_sums(state, sums, optimizer, schedule, skip_norm_above, trained, sources, average_weight)
+        state, metrics = apply_sums(
+            state, sums, optimizer, schedule, skip_norm_above, trained, sources, average_weight, offloaded_clip
+        )
         # The next step starts from these zeros, which reuse the memory of the donated sums.
         return state, jax.tree.map(jnp.zeros_like, sums), metrics
 
@@ -315,6 +322,7 @@ def apply_sums(
     trained: Any = None,
     sources: Sequence[str] = (),
     average_weight: jax.typing.ArrayLike | None = None,
+    offloaded_clip: float | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one update from the sums of a step.
 
@@ -332,30 +340,37 @@ def apply_sums(
         it is false, parameters do not change, and their gradients do not count in the norm.
       sources: the names of the sources; their metrics are NaN in a step that has no trained token of them.
       average_weight: the weight of the new parameters in the running average, where the state keeps one.
+      offloaded_clip: as in `make_step`.
 
     Returns:
       The state after the step, and the metrics of the step as scalars.
     """
+
     # The gradient is divided by the sum of the weights here and nowhere else. If all weights are 0, it is NaN.
-    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, sums.grads)
-    grads = _zero_frozen(grads, trained)
+    def mean(grads: Params, trained: Any) -> Params:
+        return _zero_frozen(jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, grads), trained)
+
+    grads = mean(sums.grads, trained)
     loss = sums.loss_sum / sums.weight_sum
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     skipped = finite & (grad_norm > skip_norm_above)
 
-    learning_rate = schedule(state.step)
-    directions, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    updates = _zero_frozen(jax.tree.map(lambda d: -learning_rate * d, directions), trained)
-    params = optax.apply_updates(state.params, updates)
-
-    # The update is always computed; `where` selects the new or the old value of each array.
-    updated = finite & ~skipped
+    learning_rate, updated = schedule(state.step), finite & ~skipped
     step = jnp.where(finite, state.step + 1, state.step)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(updated, new, old), (params, opt_state), (state.params, state.opt_state)
-    )
+    own = state.params, state.opt_state
+    if offloaded_clip is None:
+        (params, opt_state), update_sq = _update(own, grads, optimizer, learning_rate, updated, trained)
+    else:
+
+        def update_part(part: Part, layer: Any, own: Any, grads: Params) -> tuple[Any, jax.Array]:
+            trained_part = take_mask(part, layer, trained)
+            grads = _clipped(mean(grads, trained_part), grad_norm, offloaded_clip)
+            return _update(own, grads, optimizer, learning_rate, updated, trained_part)
+
+        (params, opt_state), update_sq = update_by_parts(update_part, state.params, own, sums.grads)
+
     average = None
     if state.average is not None:
         assert average_weight is not None, "the state keeps an average"
@@ -368,7 +383,7 @@ def apply_sums(
         "grad_norm": grad_norm,
         "grad_sq_corrected": corrected_grad_sq(grad_norm, sums),
         "param_norm": optax.tree.norm(params),
-        "update_norm": jnp.where(skipped, 0.0, optax.tree.norm(updates)),
+        "update_norm": jnp.where(skipped, 0.0, jnp.sqrt(update_sq)),
         "learning_rate": learning_rate,
         "finite": finite,
         "skipped": skipped,
@@ -377,6 +392,44 @@ def apply_sums(
         metrics[f"train/{name}/loss"] = sums.sources.loss[i] / sums.sources.weight[i]
         metrics[f"train/{name}/token_accuracy"] = sums.sources.correct[i] / sums.sources.weight[i]
     return TrainState(step, params, opt_state, average), metrics
+
+
+def _update(
+    state: tuple[Params, Any],
+    grads: Params,
+    optimizer: optax.GradientTransformation,
+    learning_rate: jax.Array,
+    updated: jax.Array,
+    trained: Any,
+) -> tuple[tuple[Params, Any], jax.Array]:
+    """Updates parameters and optimizer state, or leaves both as they are where `updated` is false.
+
+    Args:
+      state: the parameters and the state of the optimizer.
+      grads: the mean gradient of the step.
+      optimizer: the optimizer.
+      learning_rate: float32 scalar.
+      updated: bool scalar.
+      trained: as in `apply_sums`.
+
+    Returns:
+      The new parameters and state, and the squared norm of the update, which is computed in any case.
+    """
+    params, opt_state = state
+    directions, new_opt_state = optimizer.update(grads, opt_state, params)
+    updates = _zero_frozen(jax.tree.map(lambda d: -learning_rate * d, directions), trained)
+    new = optax.apply_updates(params, updates), new_opt_state
+    # `where` selects the new or the old value of each array.
+    return jax.tree.map(lambda new, old: jnp.where(updated, new, old), new, state), optax.tree.norm(
+        updates, squared=True
+    )
+
+
+def _clipped(grads: Params, norm: jax.Array, most: float) -> Params:
+    """Clips gradients as `optax.clip_by_global_norm` does, by a norm that also counts gradients that are not here."""
+    if not most:
+        return grads
+    return jax.tree.map(lambda g: jnp.where(norm < most, g, (g / norm) * most), grads)
 
 
 def corrected_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
@@ -405,7 +458,11 @@ def corrected_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
 
 
 def make_abstract_state(
-    decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh, averages: bool = False
+    decoder: Decoder,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
+    averages: bool = False,
+    offloads: bool = False,
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of a run's state, without allocating arrays.
 
@@ -414,6 +471,7 @@ def make_abstract_state(
       optimizer: the optimizer, whose state is included.
       mesh: the devices, which need not be present.
       averages: whether the state keeps a running average of the parameters, which is sharded like them.
+      offloads: whether moments are in host memory.
 
     Returns:
       A TrainState of jax.ShapeDtypeStruct. Parameters and moments are sharded by `sharding.RULES`, the rest replicated.
@@ -425,7 +483,7 @@ def make_abstract_state(
     opt_state = jax.eval_shape(optimizer.init, params)
     state = TrainState(step, params, opt_state, params if averages else None)
     params_shardings = param_shardings(params, axes, mesh)
-    opt_state_shardings = _opt_state_shardings(opt_state, params, params_shardings, replicated)
+    opt_state_shardings = _opt_state_shardings(opt_state, params, params_shardings, replicated, offloads)
     shardings = TrainState(replicated, params_shardings, opt_state_shardings, params_shardings if averages else None)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
 
@@ -455,7 +513,9 @@ def make_abstract_base(decoder: Decoder, mesh: Mesh | AbstractMesh, dtype: Any) 
     return jax.tree_util.tree_map_with_path(held, base.abstract, param_shardings(base.abstract, base.axes, mesh))
 
 
-def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, replicated: NamedSharding) -> Any:
+def _opt_state_shardings(
+    opt_state: Any, params: Params, shardings: Params, replicated: NamedSharding, offloads: bool
+) -> Any:
     """Returns the shardings of an optimizer's state.
 
     An array with the name and shape of a parameter is sharded like the parameter. The scales of a quantised moment have
@@ -468,28 +528,26 @@ def _opt_state_shardings(opt_state: Any, params: Params, shardings: Params, repl
       params: the parameters, with jax.ShapeDtypeStruct as leaves.
       shardings: the sharding of each parameter.
       replicated: the sharding of all other arrays.
+      offloads: whether the arrays of parameters are in host memory.
     """
     by_name = {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
-        by_name[_dict_keys(path)] = leaf.shape, sharding
+        by_name[dict_keys(path)] = leaf.shape, sharding
 
     def sharding_of(path: tuple, leaf: Any) -> Any:
         side = getattr(path[-1], "name", "")
         if side in BASIS_SIDES:
-            return basis_sharding(leaf.shape, side, by_name[_dict_keys(path[:-1])][1])
-        shape, sharding = by_name.get(_dict_keys(path), (None, replicated))
+            return basis_sharding(leaf.shape, side, by_name[dict_keys(path[:-1])][1])
+        shape, sharding = by_name.get(dict_keys(path), (None, replicated))
         if is_quantized(leaf):
             return Quantized(sharding, NamedSharding(sharding.mesh, split_like(leaf.scales.shape, sharding)))
         return sharding if leaf.shape == shape else replicated
 
-    return jax.tree_util.tree_map_with_path(sharding_of, opt_state, is_leaf=is_quantized)
-
-
-def _dict_keys(path: tuple) -> tuple[str, ...]:
-    """Returns the dict keys at the end of a path: they name a parameter, even inside the tuples of an optimizer."""
-    reversed_keys = itertools.takewhile(lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path))
-    return tuple(key.key for key in reversed_keys)[::-1]
+    on_devices = jax.tree_util.tree_map_with_path(sharding_of, opt_state, is_leaf=is_quantized)
+    if not offloads:
+        return on_devices
+    return jax.tree_util.tree_map_with_path(lambda path, s: on_host(s) if dict_keys(path) else s, on_devices)
 
 
 def _zero_frozen(tree: Params, trained: Any) -> Params:

@@ -48,7 +48,8 @@ def quantize(x: jax.Array, *, signed: bool, square_roots: int = SQUARE_ROOTS) ->
       square_roots: how many are taken before rounding; 0 makes codes linear.
     """
     dtype = jnp.int8 if signed else jnp.uint8
-    blocks = x.reshape(*x.shape[:-1], -1, block_size(x.shape[-1]))
+    size = block_size(x.shape[-1])
+    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
     scales = jnp.max(jnp.abs(blocks), axis=-1)
     relative = jnp.abs(blocks) / jnp.where(scales > 0, scales, 1.0)[..., None]
     for _ in range(square_roots):
@@ -61,7 +62,8 @@ def quantize(x: jax.Array, *, signed: bool, square_roots: int = SQUARE_ROOTS) ->
 def dequantize(stored: Quantized, square_roots: int = SQUARE_ROOTS) -> jax.Array:
     """Returns the array that codes and scales stand for, float32, in the shape of the codes."""
     codes, scales = stored
-    blocks = codes.astype(jnp.float32).reshape(*scales.shape, -1) / jnp.iinfo(codes.dtype).max
+    blocks = codes.reshape(*scales.shape, codes.shape[-1] // scales.shape[-1])
+    blocks = blocks.astype(jnp.float32) / jnp.iinfo(codes.dtype).max
     magnitudes = jnp.abs(blocks) ** 2**square_roots * scales[..., None]
     return jnp.copysign(magnitudes, blocks).reshape(codes.shape)
 

@@ -44,6 +44,7 @@ from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.lora import LoRA, scale_of
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
+from mice_jax.offload import check_host_memory_kind
 from mice_jax.optim import Schedule, TabulatedSchedule, make_optimizer, make_phase_schedule
 from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import LENGTH_AXIS, local_shards, make_mesh, num_shards, param_shardings
@@ -299,6 +300,8 @@ def model(
       The model.
     """
     platform = mesh.devices.flat[0].platform
+    if config.optim.offload_moments:
+        check_host_memory_kind(jax.local_devices())
     decoder = run_decoder(config, spec, source.architecture, mesh.shape["tensor"])
     dtype = compute_dtype(config, platform)
     needs = memory_inputs(config, decoder, source.architecture, mesh, dtype, attention)
@@ -432,7 +435,8 @@ class OptimizerSettings(NamedTuple):
     def of(cls, config: Config) -> "OptimizerSettings":
         """Returns those of a run's config."""
         o = config.optim
-        numbers = (o.grad_clip, o.beta1, beta2_of(o), o.eps, o.weight_decay)
+        grad_clip = 0.0 if o.offload_moments else o.grad_clip  # an update of parts is clipped outside of the optimizer
+        numbers = (grad_clip, o.beta1, beta2_of(o), o.eps, o.weight_decay)
         return cls(o.name, *numbers, o.moments_dtype, tuple(o.frozen), o.osft_rank_ratio)
 
 
@@ -480,6 +484,7 @@ def memory_inputs(
             optimizer(OptimizerSettings.of(config), decoder, architecture)[0],
             mesh,
             averages=bool(config.train.ema_half_life),
+            offloads=config.optim.offload_moments,
         ),
         mesh,
         jnp.dtype(dtype),
@@ -595,6 +600,7 @@ class StepSettings(NamedTuple):
     sources: tuple[str, ...]
     averages: bool
     max_held_out_samples: int
+    offloaded_clip: float | None
 
 
 def step_functions(
@@ -619,6 +625,7 @@ def step_functions(
         tuple(source_names(config.data)),
         averages=bool(config.train.ema_half_life),
         max_held_out_samples=held_out.TOGETHER if config.eval.exact_match else 0,
+        offloaded_clip=config.optim.grad_clip if config.optim.offload_moments else None,
     )
     return shared_step_functions(settings, decoder, architecture, mesh, compute, schedule)
 
@@ -678,6 +685,7 @@ def own_step_functions(
         settings.sources,
         averages=settings.averages,
         max_held_out_samples=settings.max_held_out_samples,
+        offloaded_clip=settings.offloaded_clip,
     )
 
 

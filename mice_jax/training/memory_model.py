@@ -24,6 +24,7 @@ from mice_jax.models.mixers import MIXERS
 from mice_jax.models.mixers.costs import MixerWidths
 from mice_jax.models.spec import Kind, is_recurrent
 from mice_jax.models.transformer import Decoder, Params
+from mice_jax.offload import is_on_host
 from mice_jax.sharding import LENGTH_AXIS
 from mice_jax.step import TrainState
 
@@ -234,8 +235,16 @@ def host_memory_bytes() -> int:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Returns the bytes that one device stores of a pytree of arrays, or of shapes with shardings."""
-    leaves = jax.tree.leaves(tree)
+    """Returns the bytes that one device stores in its own memory, of a pytree of arrays or of shapes with shardings."""
+    return _shard_bytes([x for x in jax.tree.leaves(tree) if not is_on_host(x)])
+
+
+def host_bytes_per_device(tree: Any) -> int:
+    """Returns the bytes that the host of a device stores for it, of a pytree of arrays or of shapes with shardings."""
+    return _shard_bytes([x for x in jax.tree.leaves(tree) if is_on_host(x)])
+
+
+def _shard_bytes(leaves: Sequence[Any]) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 

@@ -15,6 +15,7 @@ from mice_jax.model_source import ModelSource, load_params, stored_adapters
 from mice_jax.models.lora import with_magnitudes
 from mice_jax.models.transformer import Decoder, Params
 from mice_jax.numerics.blockwise import is_quantized, times
+from mice_jax.offload import compute_on_device
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.training.osft import OsftState, new_bases
 from mice_jax.training.phases import PhaseSpan
@@ -110,13 +111,11 @@ def enter_branch(state: TrainState, old_beta2: float, new_beta2: float) -> Train
             return node
         count = int(jax.device_get(node.count))
         factor = (1 - new_beta2**count) / (1 - old_beta2**count)
-        shardings = jax.tree.map(lambda moment: moment.sharding, node.nu)
-        scale = jax.jit(
-            lambda nu: jax.tree.map(lambda moment: times(moment, factor), nu, is_leaf=is_quantized),
-            donate_argnums=0,
-            out_shardings=shardings,
-        )
-        return node._replace(nu=scale(node.nu))
+
+        def scaled(nu: Any) -> Any:
+            return jax.tree.map(lambda moment: times(moment, factor), nu, is_leaf=is_quantized)
+
+        return node._replace(nu=compute_on_device(scaled, node.nu))
 
     return dataclasses.replace(state, opt_state=jax.tree.map(rescale, state.opt_state, is_leaf=_is_adam))
 

@@ -1,0 +1,179 @@
+"""Moments in host memory: the same weights part by part, with saves and resumes."""
+
+import functools
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers.runs import arrays, read_json, read_metrics, run_train, setting, timeless
+from mice_jax import offload
+from mice_jax.config import Config, ConfigError
+from mice_jax.errors import UserError
+from mice_jax.loss import SourceSums
+from mice_jax.optim import make_optimizer
+from mice_jax.sharding import make_mesh
+from mice_jax.step import Sums, TrainState, apply_sums
+from mice_jax.training.memory_model import bytes_per_device, host_bytes_per_device
+
+STEPS = 5
+SETTINGS: dict[str, Any] = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+CLIP = 1.0
+# Three layers, one kind of which has a part that the others lack, and two parameters outside of layers.
+SHAPES = {
+    "embed": {"table": (20, 16)},
+    "final_norm": {"scale": (16,)},
+    "layers": {"q": (3, 2, 4, 16), "gate": (3, 8, 16), "scale": (3, 16), "mixer": (1, 5, 16)},
+}
+AXES = {
+    "embed": {"table": ("vocab", "embed")},
+    "final_norm": {"scale": ("embed",)},
+    "layers": {
+        "q": ("layers", "heads", "head_dim", "embed"),
+        "gate": ("layers", "mlp", "embed"),
+        "scale": ("layers", "embed"),
+        "mixer": ("layers", "channels", "embed"),
+    },
+}
+# The second layer's gate is frozen, and the last norm.
+MASK = {
+    "embed": {"table": np.array(True)},
+    "final_norm": {"scale": np.array(False)},
+    "layers": {
+        "q": np.array(True),
+        "gate": np.array([True, False, True]).reshape(3, 1, 1),
+        "scale": np.array(True),
+        "mixer": np.array(True),
+    },
+}
+Tree = dict[str, Any]
+
+
+def drawn(seed: int) -> Tree:
+    rng = np.random.default_rng(seed)
+    is_shape = lambda s: isinstance(s, tuple)  # noqa: E731
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), SHAPES, is_leaf=is_shape)
+
+
+def updated(
+    name: str,
+    mask: Tree | None = None,
+    dtype: str = "float32",
+    *,
+    clip: float,
+    offloaded_clip: float | None,
+    grads: list[Tree],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after one update by each gradient, with the metrics of the last."""
+    optimizer = make_optimizer(name=name, axes=AXES, trained=mask, grad_clip=clip, moments_dtype=dtype, **SETTINGS)
+    state, metrics = TrainState(jnp.zeros((), jnp.int32), drawn(0), optimizer.init(drawn(0))), {}
+    settings = {"optimizer": optimizer, "schedule": lambda step: jnp.float32(1e-2), "trained": mask}
+    update = jax.jit(functools.partial(apply_sums, **settings, offloaded_clip=offloaded_clip))
+    for g in grads:
+        state, metrics = update(state, Sums(g, *[jnp.float32(2.0)] * 4, SourceSums(*[jnp.zeros(1)] * 4)))
+    return state, metrics
+
+
+def same(a: Any, b: Any) -> bool:
+    leaves = zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in leaves)
+
+
+def rounding(a: Any, b: Any) -> float:
+    """The largest difference between two trees of weights, in units of the last place of numbers below 4."""
+    leaves = zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    return max(float(np.abs(np.asarray(x, np.float64) - y).max()) for x, y in leaves) / 2.0**-22
+
+
+# ---------------------------------------------------------------------------------------- the update
+@pytest.mark.parametrize(
+    ("name", "mask", "dtype"),
+    [("adamw", None, "float32"), ("adamw", MASK, "int8"), ("muon", None, "float32")],
+    ids=["adamw", "adamw-frozen-int8", "muon"],
+)
+def test_update_by_parts_equals_that_of_all_at_once(name: str, mask: Tree | None, dtype: str) -> None:
+    grads = [drawn(1), drawn(2)]
+    whole, metrics = updated(name, mask, dtype, clip=CLIP, offloaded_clip=None, grads=grads)
+    parts, of_parts = updated(name, mask, dtype, clip=0.0, offloaded_clip=CLIP, grads=grads)
+    assert rounding(whole.params, parts.params) <= len(grads) and int(parts.step) == len(grads)
+    for a, b in zip(*(jax.tree.leaves(state.opt_state) for state in (whole, parts)), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=1e-6, atol=dtype == "int8"
+        )
+    for key, value in metrics.items():
+        np.testing.assert_allclose(value, of_parts[key], rtol=1e-6, err_msg=key)
+    assert float(metrics["grad_norm"]) > CLIP, "gradients are clipped"
+    if name == "adamw" and mask is None:
+        each_clipped_alone, _ = updated(name, mask, clip=CLIP, offloaded_clip=0.0, grads=grads)
+        nus = [state.opt_state[1].nu["embed"]["table"] for state in (whole, parts, each_clipped_alone)]
+        assert np.allclose(nus[0], nus[1], rtol=1e-6, atol=0), "parts are clipped by the norm of all"
+        assert not np.allclose(nus[0], nus[2], rtol=0.1, atol=0)
+
+
+def test_update_by_parts_of_a_step_that_is_not_finite_changes_nothing() -> None:
+    before, _ = updated("adamw", clip=0.0, offloaded_clip=CLIP, grads=[drawn(1)])
+    broken = drawn(2)
+    broken["layers"]["gate"] = broken["layers"]["gate"].at[1, 0, 0].set(jnp.nan)
+    after, metrics = updated("adamw", clip=0.0, offloaded_clip=CLIP, grads=[drawn(1), broken])
+    assert not metrics["finite"] and same(before, after)
+
+
+def test_moments_on_host_are_made_and_scaled_there() -> None:
+    mesh = make_mesh(1, 2, 1, jax.devices()[:2])
+    sharding = jax.NamedSharding(mesh, jax.P())
+    optimizer = make_optimizer(name="adamw", axes=AXES, grad_clip=0.0, **SETTINGS)
+    params = jax.device_put(drawn(0), sharding)
+    plain = optimizer.init(params)
+    shardings = jax.tree.map(lambda x: offload.on_host(sharding) if x.ndim else sharding, plain)
+    with jax.set_mesh(mesh):
+        made = jax.jit(lambda p: offload.init_on_host(optimizer.init, p), out_shardings=shardings)(params)
+    assert same(made, plain)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    assert host_bytes_per_device(made) == 2 * 4 * size and bytes_per_device(made) == 4, "a count stays on the device"
+    assert host_bytes_per_device(params) == 0 and bytes_per_device(params) == 4 * size
+    doubled = offload.compute_on_device(lambda nu: jax.tree.map(lambda x: 2 * x + 1, nu), made[1].nu)
+    assert all(offload.is_on_host(x) and np.all(np.asarray(x) == 1) for x in jax.tree.leaves(doubled))
+
+
+# ---------------------------------------------------------------------------------------- runs
+def test_a_run_with_offloaded_moments_equals_the_run_without(tmp_path: Path) -> None:
+    config = setting(
+        tmp_path, f"c.train.ema_half_life = 12.0\nc.optim.max_steps = {STEPS}\nc.checkpoint.every_samples = 24"
+    )
+    on, pause = "--config.optim.offload_moments=True", "--config.train.pause_at_share=0.5"
+    assert run_train(config, tmp_path / "plain") == 0
+    assert run_train(config, tmp_path / "offloaded", on, pause) == 75
+    assert run_train(config, tmp_path / "offloaded", on) == 0
+    plain, offloaded = (arrays(tmp_path / name, STEPS) for name in ("plain", "offloaded"))
+    assert plain.keys() == offloaded.keys() and any(".mu" in key or "'mu'" in key for key in plain)
+    weights = [{k: x for k, x in run.items() if k.startswith(("params", "average"))} for run in (plain, offloaded)]
+    assert rounding(*weights) <= STEPS  # An update may round otherwise in the last place, and changes later gradients.
+    start = arrays(tmp_path / "plain", 3)
+    assert rounding({k: start[k] for k in weights[0]}, weights[0]) > 1e4, "two steps change more"
+    for a, b in zip(*(timeless(read_metrics(tmp_path / name)) for name in ("plain", "offloaded")), strict=True):
+        assert a.keys() == b.keys()
+        for key in ("loss", "grad_norm", "update_norm", "param_norm"):
+            assert b[key] == pytest.approx(a[key], rel=1e-6), key
+        assert all(a[key] == b[key] for key in ("samples", "tokens", "learning_rate"))
+    assert read_json(tmp_path / "offloaded", "summary.json")["status"] == "completed"
+
+
+# ---------------------------------------------------------------------------------------- bad input
+def test_devices_without_host_memory_are_named() -> None:
+    kinds = [types.SimpleNamespace(kind=kind) for kind in ("device", "unpinned_host")]
+    device = types.SimpleNamespace(device_kind="Made-up 1", addressable_memories=lambda: kinds)
+    with pytest.raises(UserError, match=r"optim\.offload_moments=True.*'pinned_host'.*Made-up 1.*'device'"):
+        offload.check_host_memory_kind([device])
+    offload.check_host_memory_kind(jax.devices()[:1])
+
+
+@pytest.mark.parametrize(("name", "beta1"), [("adafactor", 0.9), ("sgd", 0.0)])
+def test_optimizers_without_large_moments_are_not_offloaded(name: str, beta1: float) -> None:
+    c = Config()
+    c.optim.offload_moments, c.optim.name, c.optim.beta1 = True, name, beta1
+    with pytest.raises(ConfigError, match=r"optim\.offload_moments=True with optim\.name"):
+        c.validate()
