@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mice_jax.errors import UserError
@@ -62,7 +63,11 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     """
     devices = find_devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(devices), sequence=sequence)
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # the size of an axis is not a product of sides of the TPU's torus
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES, types)
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, count: int, *, sequence: int = 1) -> tuple[int, ...]:

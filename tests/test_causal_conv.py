@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers.models import gap
+from helpers.models import gap, mesh_of
 from mice_jax.models.mixers.causal_conv import causal_conv, causal_conv_step, empty_conv_state
 
 CHANNELS = 5
@@ -47,6 +47,23 @@ def test_packed_convolution_equals_each_sample_s_own(taps: int) -> None:
         assert gap(y[sample], wanted) < ROUNDING
         if sample.start and taps > 1:  # a row without borders differs right behind one
             assert gap(leaked[sample][:1] + BIAS, wanted[:1]) > 1e4 * ROUNDING
+
+
+def test_parts_of_rows_on_several_devices_convolve_as_the_whole_row() -> None:
+    """Five devices of five slots each, whose first outputs need inputs of the device before."""
+
+    def run(x: jax.Array, weight: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(lambda *x: causal_conv(*x, segments, jnp.asarray(BIAS)), x, weight)
+        return y, *pull(jnp.asarray(D_Y))
+
+    arrays = jnp.asarray(X), jnp.asarray(kernel_of(4))
+    wanted = run(*arrays, jnp.asarray(SEGMENTS))
+    with jax.set_mesh(mesh_of(1, 1, 1, sequence=5)):
+        function = jax.jit(run)
+        found = function(*arrays, SEGMENTS)
+        apart = function(*arrays, SEGMENTS + 10 * (np.arange(SLOTS, dtype=np.int32) // 5))  # nothing crosses
+    assert gap(found, wanted) < 2 * ROUNDING
+    assert all(gap(a, w) > 1e3 * ROUNDING for a, w in zip(apart, wanted, strict=True))
 
 
 def test_convolution_s_gradients_stay_within_samples_and_match_numpy() -> None:

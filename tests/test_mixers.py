@@ -18,8 +18,8 @@ from transformers.models.granitemoehybrid import modeling_granitemoehybrid as gr
 from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen
 
 from helpers.models import QUICK, gap, mesh_of
-from mice_jax.models.mixers.gated_delta import LENGTH_EPS, gated_delta, gated_delta_step
-from mice_jax.models.mixers.mamba2 import mamba2, mamba2_step, time_steps
+from mice_jax.models.mixers.gated_delta import LENGTH_EPS, gated_delta, gated_delta_of_rows, gated_delta_step
+from mice_jax.models.mixers.mamba2 import mamba2, mamba2_of_rows, mamba2_step, time_steps
 
 # Rows as (segment, slots) pairs. Chunks are of 16 slots: borders lie inside of them and at their edges.
 ROWS = [[(1, 5), (2, 1), (3, 20), (4, 13), (0, 6)], [(1, 16), (2, 16), (3, 13)]]
@@ -40,6 +40,7 @@ class Mixer:
 
     packed: Callable[..., tuple[jax.Array, jax.Array]]  # inputs, segment ids, state, chunk
     step: Callable[..., tuple[jax.Array, jax.Array]]  # inputs, state, number of tokens
+    of_rows: Callable[..., jax.Array]  # inputs, segment ids
     formula: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     peers: tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], ...]
     slots: Arrays  # by name
@@ -110,6 +111,15 @@ def packed_delta(
     return gated_delta(x["q"], x["k"], x["v"], x["log_decay"], x["beta"], segment_ids, state, chunk=chunk)
 
 
+def mamba_of_rows(x: Arrays, segment_ids: jax.Array) -> jax.Array:
+    step, rate = time_steps(x["raw"], x["bias"], LIMITS), -jnp.exp(x["rate_log"])
+    return mamba2_of_rows(x["x"], step, rate, x["b"], x["c"], x["skip"], segment_ids)
+
+
+def delta_of_rows(x: Arrays, segment_ids: jax.Array) -> jax.Array:
+    return gated_delta_of_rows(x["q"], x["k"], x["v"], x["log_decay"], x["beta"], segment_ids)
+
+
 def step_mamba(x: Arrays, state: jax.Array, num_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
     step, rate = time_steps(x["raw"], x["bias"], LIMITS), -jnp.exp(x["rate_log"])
     return mamba2_step(x["x"], step, rate, x["b"], x["c"], x["skip"], state, num_tokens)
@@ -139,6 +149,7 @@ MIXERS = {
     "gated delta": Mixer(
         packed_delta,
         step_delta,
+        delta_of_rows,
         delta_formula,
         tuple(
             functools.partial(delta_peer, rule)
@@ -151,6 +162,7 @@ MIXERS = {
     "mamba2": Mixer(
         packed_mamba,
         step_mamba,
+        mamba_of_rows,
         mamba_formula,
         (mamba_peer,),
         draw(x=(4, 3), raw=(4,), b=(2, 5), c=(2, 5)),
@@ -244,6 +256,26 @@ def test_size_of_chunks_and_split_heads_change_nothing_but_rounding(mixer: Mixer
         ]
         assert not sent, sent  # each device computes its own heads
         assert y_too.sharding.is_fully_replicated != split
+
+
+@ALL
+def test_parts_of_rows_on_several_devices_pass_their_state_on(mixer: Mixer) -> None:
+    """Three devices of 15 slots: a sample that all of them share, borders within parts, and padding at the end."""
+    rows = [[(1, 45)], [(1, 20), (2, 19), (0, 6)]]
+    segments = np.stack([np.concatenate([np.full(n, s, np.int32) for s, n in row]) for row in rows])
+    real = (segments > 0)[..., None, None]
+
+    def run(inputs: Arrays, segments: jax.Array) -> tuple[jax.Array, Arrays]:
+        y, pull = jax.vjp(lambda x: jnp.where(real, mixer.of_rows(x, segments), 0), inputs)
+        return y, pull(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))[0]
+
+    wanted = jax.jit(run, compiler_options=QUICK)(mixer.inputs, segments)
+    with jax.set_mesh(mesh_of(1, 1, 1, sequence=3)):
+        function = jax.jit(run, compiler_options=QUICK)
+        y, gradients = function(mixer.inputs, segments)
+        apart, _ = function(mixer.inputs, segments + 10 * (np.arange(45) // 15))  # no state goes from part to part
+    assert gap(y, wanted[0]) < 2 * FORWARD and gap(gradients, wanted[1]) < 2 * GRADIENT
+    assert gap(apart, wanted[0]) > 1e3 * FORWARD
 
 
 @ALL

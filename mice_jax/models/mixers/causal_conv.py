@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from mice_jax.models.mixers.split_rows import last_of_previous, map_parts, num_parts
+
 # B rows, T slots, C channels, K taps of the kernel
 
 # The last K-1 inputs of a row, [B K-1 C].
@@ -31,6 +33,21 @@ def causal_conv(x: jax.Array, weight: jax.Array, segment_ids: jax.Array, bias: j
     Returns:
       [B T C] in the dtype of `x`.
     """
+    slots, before = x.shape[1], weight.shape[1] - 1
+    parts = num_parts(slots)
+    if parts == 1 or not 0 < before <= slots // parts:
+        return _causal_conv(x, weight, segment_ids, bias)
+
+    def of_part(
+        _: jax.Array, x: jax.Array, segment_ids: jax.Array, weight: jax.Array, bias: jax.Array | None
+    ) -> jax.Array:
+        x, segment_ids = (jnp.concatenate([last_of_previous(a, before), a], axis=1) for a in (x, segment_ids))
+        return _causal_conv(x, weight, segment_ids, bias)[:, before:]
+
+    return map_parts(of_part, (x, segment_ids), (weight, bias))
+
+
+def _causal_conv(x: jax.Array, weight: jax.Array, segment_ids: jax.Array, bias: jax.Array | None) -> jax.Array:
     taps, slots = weight.shape[1], x.shape[1]
     kernel, wide = weight.astype(jnp.float32), x.astype(jnp.float32)
     y = wide * kernel[:, -1]

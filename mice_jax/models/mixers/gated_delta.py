@@ -25,6 +25,7 @@ from mice_jax.models.mixers.chunks import (
     pad_rows,
     product_precision,
 )
+from mice_jax.models.mixers.split_rows import entering_state, map_parts, num_parts
 
 # B rows, T slots, M chunks, C slots of a chunk, K key heads, N value heads, G = N/K, D key dims, E value dims
 
@@ -64,6 +65,39 @@ def gated_delta(
         state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), jnp.float32)
     compute = jax.checkpoint(functools.partial(_gated_delta, chunk=chunk), prevent_cse=False)
     return compute(q, k, v, log_decay, beta, segment_ids, state)
+
+
+def gated_delta_of_rows(
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, beta: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """Computes the outputs of `gated_delta` for whole rows, which several devices may share."""
+    if num_parts(q.shape[1]) == 1:
+        return gated_delta(q, k, v, log_decay, beta, segment_ids)[0]
+
+    def of_part(
+        index: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        log_decay: jax.Array,
+        beta: jax.Array,
+        segment_ids: jax.Array,
+    ) -> jax.Array:
+        # The rule is linear in the values and the state, column by column. With the identity as more columns of the
+        # state, and no values for them, these columns become the matrix by which a part multiplies the state.
+        (rows, _, n, e), d = v.shape, q.shape[3]
+        identity = jnp.broadcast_to(jnp.eye(d, d + e, e, dtype=jnp.float32), (rows, n, d, d + e))
+        values = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, d)))
+        _, after = gated_delta(q, k, values, log_decay, beta, segment_ids, identity)
+
+        def pass_on(state: jax.Array, part: tuple[jax.Array, jax.Array]) -> jax.Array:
+            matrix, added = part
+            return _exact_product(matrix, state) + added
+
+        state = entering_state(index, segment_ids, (after[..., e:], after[..., :e]), pass_on)
+        return gated_delta(q, k, v, log_decay, beta, segment_ids, state)[0]
+
+    return map_parts(of_part, (q, k, v, log_decay, beta, segment_ids), ())
 
 
 def gated_delta_step(

@@ -9,7 +9,7 @@ from flax import nnx
 from mice_jax.models.mixers.causal_conv import Kernel, empty_conv_state, heads_conv, heads_conv_steps
 from mice_jax.models.mixers.chunks import CHUNK
 from mice_jax.models.mixers.costs import MixerWidths
-from mice_jax.models.mixers.gated_delta import gated_delta, gated_delta_step
+from mice_jax.models.mixers.gated_delta import gated_delta_of_rows, gated_delta_step
 from mice_jax.models.parameters import param, param_of, product
 from mice_jax.models.spec import GatedDelta, ModelSpec
 from mice_jax.sharding import constrain
@@ -63,7 +63,7 @@ class GatedDeltaMixer(nnx.Module):
         q, k, v = (
             heads_conv(y, kernel, segment_ids, bias) for y, (kernel, bias) in zip(inputs, self._kernels(), strict=True)
         )
-        y, _ = gated_delta(q, k, v, log_decay, beta, segment_ids)
+        y = gated_delta_of_rows(q, k, v, log_decay, beta, segment_ids)
         return self._output(y, gate, reduce_dtype)
 
     def decode(self, x: jax.Array, state: State, num_tokens: jax.Array) -> tuple[jax.Array, State]:

@@ -23,6 +23,7 @@ from mice_jax.models.mixers.chunks import (
     pad_rows,
     product_precision,
 )
+from mice_jax.models.mixers.split_rows import entering_state, map_parts, num_parts
 
 # B rows, T slots, M chunks, C slots of a chunk, N heads, G groups, R = N/G heads of a group, P head dims, D state dims
 
@@ -76,6 +77,43 @@ def mamba2(
         state = jnp.zeros((x.shape[0], *x.shape[2:], b.shape[3]), jnp.float32)
     compute = jax.checkpoint(functools.partial(_mamba2, chunk=chunk), prevent_cse=False)
     return compute(x, time_step, rate, b, c, skip, segment_ids, state)
+
+
+def mamba2_of_rows(
+    x: jax.Array,
+    time_step: jax.Array,
+    rate: jax.Array,
+    b: jax.Array,
+    c: jax.Array,
+    skip: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
+    """Computes the outputs of `mamba2` for whole rows, which several devices may share."""
+    if num_parts(x.shape[1]) == 1:
+        return mamba2(x, time_step, rate, b, c, skip, segment_ids)[0]
+
+    def of_part(
+        index: jax.Array,
+        x: jax.Array,
+        time_step: jax.Array,
+        b: jax.Array,
+        c: jax.Array,
+        segment_ids: jax.Array,
+        rate: jax.Array,
+        skip: jax.Array,
+    ) -> jax.Array:
+        _, added = mamba2(x, time_step, rate, b, c, skip, segment_ids)
+        one_sample = (segment_ids[:, :1] == segment_ids).all(axis=1, keepdims=True)
+        remains = jnp.where(one_sample, jnp.exp(jnp.sum(time_step * rate, axis=1)), 0)  # [B N]
+
+        def pass_on(state: jax.Array, part: tuple[jax.Array, jax.Array]) -> jax.Array:
+            remains, added = part
+            return remains[..., None, None] * state + added
+
+        state = entering_state(index, segment_ids, (remains, added), pass_on)
+        return mamba2(x, time_step, rate, b, c, skip, segment_ids, state)[0]
+
+    return map_parts(of_part, (x, time_step, b, c, segment_ids), (rate, skip))
 
 
 def mamba2_step(

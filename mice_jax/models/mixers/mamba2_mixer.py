@@ -9,7 +9,7 @@ from flax import nnx
 from mice_jax.models.mixers.causal_conv import Kernel, empty_conv_state, heads_conv, heads_conv_steps
 from mice_jax.models.mixers.chunks import CHUNK
 from mice_jax.models.mixers.costs import MixerWidths
-from mice_jax.models.mixers.mamba2 import mamba2, mamba2_step, time_steps
+from mice_jax.models.mixers.mamba2 import mamba2_of_rows, mamba2_step, time_steps
 from mice_jax.models.parameters import param, param_of, plus, product
 from mice_jax.models.spec import Mamba2, ModelSpec
 from mice_jax.sharding import constrain
@@ -76,7 +76,7 @@ class Mamba2Mixer(nnx.Module):
         x, b, c = (
             heads_conv(y, kernel, segment_ids, bias) for y, (kernel, bias) in zip(inputs, self._kernels(), strict=True)
         )
-        y, _ = mamba2(x, steps, self._rate(), b, c, self.skip[...], segment_ids)
+        y = mamba2_of_rows(x, steps, self._rate(), b, c, self.skip[...], segment_ids)
         return self._output(y, gate, reduce_dtype)
 
     def decode(self, x: jax.Array, state: State, num_tokens: jax.Array) -> tuple[jax.Array, State]:
