@@ -217,7 +217,7 @@ def test_a_config_error_before_the_processes_join_ends_both(config: Path, tmp_pa
 def test_a_peer_killed_before_the_first_step_ends_the_other(
     config: Path, one_process_run: Path, tmp_path: Path, start: Start
 ) -> None:
-    """The next test and test_launch.py kill one between two steps."""
+    """The next test kills one between two steps."""
     run = tmp_path / "run"
     copy_first_half(one_process_run, run)
     processes = start([config, config], run)
