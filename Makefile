@@ -8,8 +8,8 @@ PY := .venv/bin/python
 TEST_ENV := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE=
 # A process for each of at most four cores; the tests of a file stay together, and tests/conftest.py orders the files.
 PARALLEL := -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
-# The modules whose tests compile nothing: pytest imports these alone, which takes most of its time otherwise.
-SMOKE = $(shell grep -lE '^pytestmark = .*pytest\.mark\.smoke' tests/test_*.py)
+# The modules with tests that compile nothing: pytest imports these alone, which takes most of its time otherwise.
+SMOKE = $(shell grep -lE 'pytest\.mark\.smoke' tests/test_*.py)
 # The modules with slow tests and those with aot ones, for the same reason.
 SLOW = $(shell grep -lE 'pytest\.mark\.slow' tests/test_*.py)
 AOT = $(shell grep -lE 'pytest\.mark\.aot' tests/test_*.py)
