@@ -151,7 +151,7 @@ def named(model: Any, of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, n
     ("sizes", "targets", "dora"),
     [
         ((1, 4, 2), [], False),
-        ((2, 2, 2), ["q_proj", "o_proj", "down_proj"], False),
+        pytest.param((2, 2, 2), ["q_proj", "o_proj", "down_proj"], False, marks=pytest.mark.slow),
         ((2, 2, 2), ["q_proj", "o_proj", "down_proj"], True),  # the inputs of all three are split over devices
     ],
 )
@@ -211,6 +211,7 @@ def tensors_of(adapters: Params, decoder: Decoder, architecture: str, folder: Pa
     return load_file(folder / peft_format.WEIGHTS)
 
 
+@pytest.mark.slow
 def test_loss_and_gradients_of_a_mamba_hybrid_equal_peft(steps: list[Rows], tmp_path: Path) -> None:
     """Of DoRA in all of its matrices; five of a Mamba-2 layer are in one tensor there."""
     case = "granite4-hybrid"
@@ -242,6 +243,7 @@ def test_loss_and_gradients_of_a_mamba_hybrid_equal_peft(steps: list[Rows], tmp_
     assert any(gap(grads[name], x) > 0.1 * np.abs(x).max() for name, x in expected.items()), "the negative control"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lfm2", "qwen3_5"])
 def test_adapters_of_other_mixers_equal_merged_weights_and_survive_export(case: str, tmp_path: Path) -> None:
     _, decoder, base, adapters = hybrid(case, tmp_path)
