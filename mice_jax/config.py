@@ -132,7 +132,8 @@ class Model(_Strict):
     attention: str = "auto"
     """The attention backend, by name; auto chooses the best one that supports the run."""
     remat: str = "auto"
-    """What the backward pass computes again to save memory: none, full or dots; auto chooses by the device's memory."""
+    """What the backward pass computes again to save memory: none, dots, full, or offload, which is full with each
+    layer's input in host memory; auto chooses among the first three by the device's memory."""
     lora: Lora = field(default_factory=Lora)
     """Low-rank adapters, which are trained in place of the model's own weights."""
 

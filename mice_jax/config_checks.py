@@ -18,7 +18,7 @@ from mice_jax.errors import did_you_mean
 
 CHOICES = {
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
-    "model.remat": ("auto", "none", "full", "dots"),
+    "model.remat": ("auto", "none", "full", "dots", "offload"),
     "data.overlong": ("drop", "truncate", "error"),
     "data.train_on": ("all", "last"),
     "data.reasoning": ("template", "last", "per_turn", "drop"),

@@ -44,14 +44,14 @@ def is_on_host(leaf: Any) -> bool:
     return getattr(leaf.sharding, "memory_kind", None) == HOST_KIND
 
 
-def check_host_memory_kind(devices: Sequence[Any]) -> None:
-    """Raises UserError if programs on these devices cannot keep arrays in host memory."""
+def check_host_memory_kind(devices: Sequence[Any], setting: str) -> None:
+    """Raises UserError if programs on these devices cannot keep arrays in host memory, as a setting asks for."""
     for device in devices:
         kinds = [memory.kind for memory in device.addressable_memories()]
         if HOST_KIND not in kinds:
             raise UserError(
-                f"optim.offload_moments=True keeps the optimizer's moments in the memory kind {HOST_KIND!r}, which JAX "
-                f"does not offer on {device.device_kind}: it has {', '.join(map(repr, kinds))} there. Set it to False."
+                f"{setting} keeps arrays in the memory kind {HOST_KIND!r}, which JAX does not offer on "
+                f"{device.device_kind}: it has {', '.join(map(repr, kinds))} there. Leave it at its default."
             )
 
 

@@ -167,8 +167,8 @@ def test_devices_without_host_memory_are_named() -> None:
     kinds = [types.SimpleNamespace(kind=kind) for kind in ("device", "unpinned_host")]
     device = types.SimpleNamespace(device_kind="Made-up 1", addressable_memories=lambda: kinds)
     with pytest.raises(UserError, match=r"optim\.offload_moments=True.*'pinned_host'.*Made-up 1.*'device'"):
-        offload.check_host_memory_kind([device])
-    offload.check_host_memory_kind(jax.devices()[:1])
+        offload.check_host_memory_kind([device], "optim.offload_moments=True")
+    offload.check_host_memory_kind(jax.devices()[:1], "")
 
 
 @pytest.mark.parametrize(("name", "beta1"), [("adafactor", 0.9), ("sgd", 0.0)])

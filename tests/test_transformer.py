@@ -149,11 +149,13 @@ def test_remat_policies_give_equal_gradients_and_recompute_as_documented(
 ) -> None:
     batch = {name: x[:, :64] for name, x in row.items()}
     results, products = {}, {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "full", "offload"):
         compute = dataclasses.replace(PLAIN, remat=remat)
         results[remat] = run(batch, compute)
         products[remat] = products_of(compute, batch)
     assert products["none"] < products["dots"] < products["full"]
+    assert products["offload"] == products["full"]
+    assert relative_gap(results["offload"][2], results["full"][2]) == 0
     for remat in ("dots", "full"):
         assert gap(results[remat][0], results["none"][0]) < LOGITS
         assert relative_gap(results[remat][2], results["none"][2]) < GRADIENT

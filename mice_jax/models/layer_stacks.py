@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mice_jax.models.attention.segments import SAVED_NAME
 from mice_jax.models.layer_groups import Group, Run, find_groups
@@ -26,8 +27,16 @@ from mice_jax.models.spec import AttentionKind, Kind, ModelSpec
 T = TypeVar("T")
 Params = dict[str, Any]
 
+LAYER_INPUT = "layer_input"  # names the input of a layer, for the policy that offloads it
 REMAT_POLICIES = {
     "full": None,  # saves the input of a layer only
+    # Saves the input of a layer in host memory, and brings it back for the layer's backward pass.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     # Saves the results of products with weights, and of our own attention kernels: recomputing the rest is cheap.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -219,6 +228,7 @@ class StackedLayers:
 
         def layer(kind: Kind, x: jax.Array, rows: _Rows) -> tuple[jax.Array, Any]:
             own = rows.properties.own_inputs
+            x = checkpoint_name(x, LAYER_INPUT)
             return self.layer(kind, rows.params)(x, mixer_of(kind)(rows.properties, lent), reduce_dtype, own)
 
         def through_run(run: Run, x: jax.Array, rows: _Rows, *, in_loop: bool) -> jax.Array:

@@ -112,7 +112,7 @@ def _device_flops(inputs: memory_model.MemoryInputs, remat: str, slots: float, m
     matmul = passes_with_weights(inputs.base is not None) * forward
     attention = 3 * attention_flops(spec, np.array([length])) / length * slots
     recomputed = 0.0
-    if remat == "full":
+    if remat in ("full", "offload"):
         recomputed = forward + attention / 3
     elif remat == "dots" and not BACKENDS[inputs.attention].saved_by_dots:
         recomputed = attention / 3

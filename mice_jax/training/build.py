@@ -300,8 +300,8 @@ def model(
       The model.
     """
     platform = mesh.devices.flat[0].platform
-    if config.optim.offload_moments:
-        check_host_memory_kind(jax.local_devices())
+    for setting in offloading_settings(config):
+        check_host_memory_kind(jax.local_devices(), setting)
     decoder = run_decoder(config, spec, source.architecture, mesh.shape["tensor"])
     dtype = compute_dtype(config, platform)
     needs = memory_inputs(config, decoder, source.architecture, mesh, dtype, attention)
@@ -325,6 +325,12 @@ def row_parts(spec: ModelSpec, mesh: Mesh | AbstractMesh) -> int:
     if mesh.shape[LENGTH_AXIS] == 1:
         return 0
     return 1 if spec.is_recurrent else 2
+
+
+def offloading_settings(config: Config) -> list[str]:
+    """Returns the settings of a config that keep arrays in host memory, as `field=value`."""
+    moments = ["optim.offload_moments=True"] if config.optim.offload_moments else []
+    return moments + (["model.remat='offload'"] if config.model.remat == "offload" else [])
 
 
 def run_decoder(config: Config, spec: ModelSpec, architecture: str, tensor: int) -> Decoder:

@@ -28,8 +28,11 @@ from mice_jax.offload import is_on_host
 from mice_jax.sharding import LENGTH_AXIS
 from mice_jax.step import TrainState
 
-# The remat policies, from the fastest to the one that needs the least memory.
+# The remat policies that are chosen by themselves, from the fastest to the one that needs the least memory. Another,
+# "offload", is "full" with the inputs of layers in host memory.
 REMAT_POLICIES = ("none", "dots", "full")
+# Layers whose offloaded inputs are on the device too, since they are sent or awaited.
+OFFLOADED_IN_FLIGHT = 2
 # The maximum number of slots of a microbatch on one CPU device. Larger microbatches are not faster.
 MAX_CPU_SLOTS = 4096
 # The maximum number of rows of a microbatch on one device of any other kind.
@@ -108,7 +111,7 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
     Args:
         inputs: The inputs that do not depend on rows or remat.
         rows: The number of rows of the largest microbatch on one device.
-        remat: The rematerialisation policy, one of REMAT_POLICIES.
+        remat: The rematerialisation policy, one of REMAT_POLICIES or offload.
 
     Returns:
         The estimate, in bytes of one device.
@@ -152,6 +155,24 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
         activations=sum(saved_by_layer(kind) for kind in mixers) + own_inputs * itemsize,
         working=max(_lm_head_bytes(inputs, rows), _own_table_bytes(inputs), *map(working_of_group, groups)),
     )
+
+
+def estimate_host_memory(inputs: MemoryInputs, rows: int, remat: str) -> int:
+    """Returns the bytes of host memory that a step keeps arrays of one device in.
+
+    Args:
+        inputs: The inputs that do not depend on rows or remat.
+        rows: The number of rows of the largest microbatch on one device.
+        remat: The rematerialisation policy.
+    """
+    return host_bytes_per_device(inputs.state) + offloaded_activations(inputs, rows, remat)
+
+
+def offloaded_activations(inputs: MemoryInputs, rows: float, remat: str) -> int:
+    """Returns the bytes of a microbatch's activations that are kept in host memory, with arguments as above."""
+    spec = inputs.decoder.spec
+    slots = rows * _slots_of_row(inputs)
+    return int(slots * spec.num_layers * spec.d_model * inputs.dtype.itemsize) if remat == "offload" else 0
 
 
 def choose_rows_and_remat(
@@ -295,6 +316,8 @@ def _saved_per_slot(inputs: MemoryInputs, kind: Kind, remat: str) -> int:
     (d, _, _, f), mixer = _widths(inputs, kind), _mixer_widths(inputs, kind)
     if remat == "full":  # Only the input of the layer is saved.
         return d
+    if remat == "offload":  # It is in host memory, but for those of the layers whose transfer is under way.
+        return OFFLOADED_IN_FLIGHT * d // inputs.decoder.spec.num_layers
     if remat == "dots":  # The results of all matmuls with weights, except the last, are saved too.
         return 2 * d + mixer.products + 2 * f
     return 10 * d + mixer.saved + 6 * f
