@@ -25,11 +25,11 @@ from helpers.models import (
     llama,
     load,
     mesh_of,
+    our_logits,
     packed,
     relative_gap,
     same_bits,
     sample_of,
-    uncompiled_logits,
 )
 from helpers.runs import (
     arrays,
@@ -243,17 +243,27 @@ def test_loss_and_gradients_of_a_mamba_hybrid_equal_peft(steps: list[Rows], tmp_
     assert any(gap(grads[name], x) > 0.1 * np.abs(x).max() for name, x in expected.items()), "the negative control"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the fast lane has the adapters of a hybrid already
 @pytest.mark.parametrize("case", ["lfm2", "qwen3_5"])
 def test_adapters_of_other_mixers_equal_merged_weights_and_survive_export(case: str, tmp_path: Path) -> None:
     _, decoder, base, adapters = hybrid(case, tmp_path)
-    part = "short_conv" if case == "lfm2" else "gated_delta"
-    count = {"short_conv": 4, "gated_delta": 7}[part]
-    assert len(adapters["layers"][part]) == count
+    assert len(adapters["layers"]["short_conv" if case == "lfm2" else "gated_delta"]) == (4 if case == "lfm2" else 7)
     row = packed([[(np.arange(3, 10), np.ones(7, bool))]], 8)
-    merged = uncompiled_logits(decoder.base, lora.merge(decoder.lora, adapters, base), row)
-    apart = uncompiled_logits(decoder, decoder.join(adapters, base), row)
-    assert gap(merged, apart) < 1e-4 < 1e-2 < gap(uncompiled_logits(decoder.base, base, row), apart)
+
+    def without_effect(base: Params) -> Params:
+        zeros = jax.tree_util.tree_map_with_path(lambda path, x: x * (path[-1].key != "b"), adapters)
+        return decoder.join(lora.with_magnitudes(zeros, base), base)
+
+    # One program computes all three.
+    apart, merged, alone = (
+        our_logits(decoder, params, row)
+        for params in (
+            decoder.join(adapters, base),
+            without_effect(lora.merge(decoder.lora, adapters, base)),
+            without_effect(base),
+        )
+    )
+    assert gap(merged, apart) < 1e-4 < 1e-2 < gap(alone, apart)
     tensors_of(adapters, decoder, CASES[case][0], tmp_path / "adapter")
     read = peft_import.load_adapters(peft_import.read_adapter(tmp_path / "adapter"), decoder.spec, CASES[case][0])
     assert (read.lora, read.obstacle) == (decoder.lora, "")
