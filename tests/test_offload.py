@@ -140,6 +140,7 @@ def test_moments_on_host_are_made_and_scaled_there() -> None:
 
 
 # ---------------------------------------------------------------------------------------- runs
+@pytest.mark.slow
 def test_a_run_with_offloaded_moments_equals_the_run_without(tmp_path: Path) -> None:
     config = setting(
         tmp_path, f"c.train.ema_half_life = 12.0\nc.optim.max_steps = {STEPS}\nc.checkpoint.every_samples = 24"

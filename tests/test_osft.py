@@ -55,7 +55,7 @@ def steps_of(made: optax.GradientTransformation, mesh: Any = None) -> tuple[Tree
         abstract, shardings = jax.eval_shape(made.init, params), param_shardings(params, AXES, mesh)
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         params = jax.device_put(params, shardings)
-        init = jax.jit(made.init, out_shardings=_opt_state_shardings(abstract, params, shardings, replicated))
+        init = jax.jit(made.init, out_shardings=_opt_state_shardings(abstract, params, shardings, replicated, False))
     state = init(params)
 
     @jax.jit
@@ -151,7 +151,7 @@ def test_bases_are_split_over_a_mesh_and_steps_equal_one_device() -> None:
     made = frozen_optimizer()
     params = jax.tree.map(jnp.asarray, drawn(0))
     shardings, whole = param_shardings(params, AXES, mesh), jax.eval_shape(made.init, params)
-    split = _opt_state_shardings(whole, params, shardings, None)
+    split = _opt_state_shardings(whole, params, shardings, None, offloads=False)
     parts = {n: tuple(side.spec for side in split.bases["layers"][n]) for n in OUTPUTS}
     spec = jax.sharding.PartitionSpec
     assert parts == {
@@ -227,6 +227,7 @@ def layers_of(workdir: Path, step: int) -> Tree:
     return {"layers": {name: found[path] for name, path in paths.items()}}
 
 
+@pytest.mark.slow
 def test_each_phase_freezes_its_own_directions_and_resumes_bit_equal(config: Path, tmp_path: Path) -> None:
     assert run_train(config, tmp_path / "run") == 0
     for share in (0.5, 0.75):  # at the border, and in a phase
