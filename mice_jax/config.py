@@ -129,6 +129,9 @@ class Model(_Strict):
     with an adapter of PEFT, `random:path/to/config.json`, or the workdir of another run or one of its checkpoints."""
     compute_dtype: str = "auto"
     """The dtype of activations: auto, float32 or bfloat16; auto is float32 on CPU and bfloat16 elsewhere."""
+    param_dtype: str = "float32"
+    """The dtype in which weights are held between steps: float32, or bfloat16, to which each update is rounded
+    stochastically; norms stay in float32."""
     attention: str = "auto"
     """The attention backend, by name; auto chooses the best one that supports the run."""
     remat: str = "auto"

@@ -18,6 +18,7 @@ from mice_jax.errors import did_you_mean
 
 CHOICES = {
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
     "model.remat": ("auto", "none", "full", "dots", "offload"),
     "data.overlong": ("drop", "truncate", "error"),
     "data.train_on": ("all", "last"),
@@ -333,6 +334,11 @@ def _lora_problems(c: Any) -> list[str]:
         problems.append(
             f"model.lora.rank={lora.rank} freezes all of the model's own weights, and optim.frozen={c.optim.frozen} "
             "names some of them: choose the adapters by model.lora.targets, and leave optim.frozen empty"
+        )
+    if lora.rank and c.model.param_dtype != "float32":
+        problems.append(
+            f"model.lora.rank={lora.rank} trains adapters alone, which stay in float32, and holds the other weights in "
+            f"the compute dtype, so nothing reads model.param_dtype={c.model.param_dtype!r}: leave it at float32"
         )
     return problems
 

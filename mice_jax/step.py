@@ -6,6 +6,7 @@ sum over all tokens of the step, divided by the sum of the weights. Only `apply_
 """
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,9 @@ from mice_jax.loss import SourceSums, cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.numerics.blockwise import Quantized, is_quantized
-from mice_jax.offload import Part, dict_keys, init_on_host, on_host, take_mask, update_by_parts
+from mice_jax.numerics.stochastic_rounding import round_stochastically
+from mice_jax.numerics.wide_gradient import WideGradient, variables_of, with_variables
+from mice_jax.offload import LAYERS, Part, dict_keys, init_on_host, on_host, take_mask, update_by_parts
 from mice_jax.sharding import BATCH_AXES, LENGTH_AXIS, basis_sharding, gradient_sum, param_shardings, split_like
 
 # `corrected_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than
@@ -40,7 +43,7 @@ class TrainState:
     """Everything that an optimizer step changes."""
 
     step: jax.Array  # number of steps done, those whose update was skipped included, int32
-    params: Params  # float32
+    params: Params  # float32, or weights in bfloat16 and the rest in float32
     opt_state: Any  # of optax, moments perhaps in host memory; None in a checkpoint of `mice average`
     average: Params | None = None  # running average of params, float32; None if the run keeps none
 
@@ -137,6 +140,8 @@ def batch_loss(
     model = decoder.bind(params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
     output_weight = model.output_weight()
+    if isinstance(output_weight, WideGradient):
+        output_weight = output_weight.astype(jnp.float32)
     of_devices = gradient_sum(output_weight.shape, ("vocab", "embed"), compute.reduce_dtype)
     with jax.named_scope("loss"):
         loss_sum, weight_sum, source_sums = cross_entropy_sums(
@@ -171,6 +176,7 @@ def make_step(
     averages: bool = False,
     max_held_out_samples: int = 0,
     offloaded_clip: float | None = None,
+    rounding_seed: int | None = None,
 ) -> StepFunctions:
     """Jits the functions of a run for one mesh, with the shardings of `sharding.RULES`.
 
@@ -189,12 +195,14 @@ def make_step(
         none.
       offloaded_clip: None keeps moments on the devices. A number keeps them in host memory, and gradients are clipped
         to this global norm, 0 for no clipping; `optimizer` must not clip, since it sees a part of them at a time.
+      rounding_seed: the seed of the random bits with which updated weights are rounded to bfloat16, in which they are
+        held then; None holds them in float32.
 
     Returns:
       The jitted functions; nothing is compiled before the first call.
     """
-    offloads = offloaded_clip is not None
-    abstract_state = make_abstract_state(decoder, optimizer, mesh, averages, offloads)
+    offloads, param_dtype = offloaded_clip is not None, "float32" if rounding_seed is None else "bfloat16"
+    abstract_state = make_abstract_state(decoder, optimizer, mesh, averages, offloads, param_dtype)
     abstract_base = make_abstract_base(decoder, mesh, compute.dtype)
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
@@ -218,9 +226,13 @@ def make_step(
 
     def from_params(params: Params) -> TrainState:
         # The copy is an array of its own, since `apply` donates both.
-        average = jax.tree.map(jnp.copy, params) if averages else None
-        opt_state = init_on_host(optimizer.init, params) if offloads else optimizer.init(params)
+        average = jax.tree.map(jnp.copy, in_float32(params)) if averages else None
+        params = jax.tree.map(lambda p, a: p.astype(a.dtype), params, abstract_state.params)
+        opt_state = init_on_host(init_moments, params) if offloads else init_moments(params)
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average)
+
+    def init_moments(params: Params) -> Any:
+        return optimizer.init(in_float32(params))
 
     def zero_sums() -> Sums:
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract_sums)
@@ -243,7 +255,11 @@ def make_step(
     def gradients(params: Params, batch: Batch) -> tuple[tuple[jax.Array, tuple[jax.Array, SourceSums]], Params]:
         # With adapters, only they are differentiated; the base is held constant.
         own, base = decoder.split(params)
-        return jax.value_and_grad(lambda own: loss(decoder.join(own, base), batch), has_aux=True)(own)
+
+        def of_variables(variables: Params) -> tuple[jax.Array, tuple[jax.Array, SourceSums]]:
+            return loss(decoder.join(with_variables(own, variables), base), batch)
+
+        return jax.value_and_grad(of_variables, has_aux=True)(variables_of(own))
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
         (loss_sum, (weight_sum, source_sums)), grads = gradients(params, batch)
@@ -255,7 +271,16 @@ def make_step(
         state: TrainState, sums: Sums, skip_norm_above: float = math.inf, average_weight: float | None = None
     ) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
         state, metrics = apply_sums(
-            state, sums, optimizer, schedule, skip_norm_above, trained, sources, average_weight, offloaded_clip
+            state,
+            sums,
+            optimizer,
+            schedule,
+            skip_norm_above,
+            trained,
+            sources,
+            average_weight,
+            offloaded_clip,
+            rounding_seed,
         )
         # The next step starts from these zeros, which reuse the memory of the donated sums.
         return state, jax.tree.map(jnp.zeros_like, sums), metrics
@@ -323,6 +348,7 @@ def apply_sums(
     sources: Sequence[str] = (),
     average_weight: jax.typing.ArrayLike | None = None,
     offloaded_clip: float | None = None,
+    rounding_seed: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one update from the sums of a step.
 
@@ -341,6 +367,7 @@ def apply_sums(
       sources: the names of the sources; their metrics are NaN in a step that has no trained token of them.
       average_weight: the weight of the new parameters in the running average, where the state keeps one.
       offloaded_clip: as in `make_step`.
+      rounding_seed: the seed of the random bits with which updated weights are rounded, where they are bfloat16.
 
     Returns:
       The state after the step, and the metrics of the step as scalars.
@@ -360,14 +387,19 @@ def apply_sums(
     learning_rate, updated = schedule(state.step), finite & ~skipped
     step = jnp.where(finite, state.step + 1, state.step)
     own = state.params, state.opt_state
+
+    def update(own: Any, grads: Params, trained: Any, layer: Any = 0) -> tuple[Any, jax.Array]:
+        rounded = functools.partial(round_params, seed=rounding_seed, step=state.step, first_layer=layer)
+        return _update(own, grads, optimizer, learning_rate, updated, trained, rounded)
+
     if offloaded_clip is None:
-        (params, opt_state), update_sq = _update(own, grads, optimizer, learning_rate, updated, trained)
+        (params, opt_state), update_sq = update(own, grads, trained)
     else:
 
         def update_part(part: Part, layer: Any, own: Any, grads: Params) -> tuple[Any, jax.Array]:
             trained_part = take_mask(part, layer, trained)
             grads = _clipped(mean(grads, trained_part), grad_norm, offloaded_clip)
-            return _update(own, grads, optimizer, learning_rate, updated, trained_part)
+            return update(own, grads, trained_part, layer)
 
         (params, opt_state), update_sq = update_by_parts(update_part, state.params, own, sums.grads)
 
@@ -375,14 +407,14 @@ def apply_sums(
     if state.average is not None:
         assert average_weight is not None, "the state keeps an average"
         weight = jnp.where(finite, average_weight, 0.0)
-        average = jax.tree.map(lambda old, new: old + weight * (new - old), state.average, params)
+        average = jax.tree.map(lambda old, new: old + weight * (new - old), state.average, in_float32(params))
     metrics = {
         "loss": loss,
         "token_accuracy": jnp.sum(sums.sources.correct) / sums.weight_sum,
         "entropy": jnp.sum(sums.sources.entropy) / sums.weight_sum,
         "grad_norm": grad_norm,
         "grad_sq_corrected": corrected_grad_sq(grad_norm, sums),
-        "param_norm": optax.tree.norm(params),
+        "param_norm": optax.tree.norm(in_float32(params)),
         "update_norm": jnp.where(skipped, 0.0, jnp.sqrt(update_sq)),
         "learning_rate": learning_rate,
         "finite": finite,
@@ -401,6 +433,7 @@ def _update(
     learning_rate: jax.Array,
     updated: jax.Array,
     trained: Any,
+    rounded: Callable[[Params, Params], Params],
 ) -> tuple[tuple[Params, Any], jax.Array]:
     """Updates parameters and optimizer state, or leaves both as they are where `updated` is false.
 
@@ -411,14 +444,16 @@ def _update(
       learning_rate: float32 scalar.
       updated: bool scalar.
       trained: as in `apply_sums`.
+      rounded: returns new float32 parameters in the dtypes of the old ones, given these and the new ones.
 
     Returns:
       The new parameters and state, and the squared norm of the update, which is computed in any case.
     """
     params, opt_state = state
-    directions, new_opt_state = optimizer.update(grads, opt_state, params)
+    wide = in_float32(params)
+    directions, new_opt_state = optimizer.update(grads, opt_state, wide)
     updates = _zero_frozen(jax.tree.map(lambda d: -learning_rate * d, directions), trained)
-    new = optax.apply_updates(params, updates), new_opt_state
+    new = rounded(params, optax.apply_updates(wide, updates)), new_opt_state
     # `where` selects the new or the old value of each array.
     return jax.tree.map(lambda new, old: jnp.where(updated, new, old), new, state), optax.tree.norm(
         updates, squared=True
@@ -463,6 +498,7 @@ def make_abstract_state(
     mesh: Mesh | AbstractMesh,
     averages: bool = False,
     offloads: bool = False,
+    param_dtype: str = "float32",
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of a run's state, without allocating arrays.
 
@@ -470,8 +506,9 @@ def make_abstract_state(
       decoder: the model.
       optimizer: the optimizer, whose state is included.
       mesh: the devices, which need not be present.
-      averages: whether the state keeps a running average of the parameters, which is sharded like them.
+      averages: whether the state keeps a running average of the parameters, which is float32 and sharded like them.
       offloads: whether moments are in host memory.
+      param_dtype: the dtype of the weights; scales of norms, and others that are applied in float32, stay in it.
 
     Returns:
       A TrainState of jax.ShapeDtypeStruct. Parameters and moments are sharded by `sharding.RULES`, the rest replicated.
@@ -481,7 +518,8 @@ def make_abstract_state(
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)
-    state = TrainState(step, params, opt_state, params if averages else None)
+    held = jax.tree_util.tree_map_with_path(lambda path, p: _held_in(param_dtype, path, p), params)
+    state = TrainState(step, held, opt_state, params if averages else None)
     params_shardings = param_shardings(params, axes, mesh)
     opt_state_shardings = _opt_state_shardings(opt_state, params, params_shardings, replicated, offloads)
     shardings = TrainState(replicated, params_shardings, opt_state_shardings, params_shardings if averages else None)
@@ -506,11 +544,56 @@ def make_abstract_base(decoder: Decoder, mesh: Mesh | AbstractMesh, dtype: Any) 
         return None
     base = decoder.base
 
-    def held(path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        own: Any = leaf.dtype if path[-1].key in FLOAT32_PARAMS else dtype
-        return jax.ShapeDtypeStruct(leaf.shape, own, sharding=sharding)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf, sharding: _held_in(dtype, path, leaf, sharding),
+        base.abstract,
+        param_shardings(base.abstract, base.axes, mesh),
+    )
 
-    return jax.tree_util.tree_map_with_path(held, base.abstract, param_shardings(base.abstract, base.axes, mesh))
+
+def _held_in(
+    dtype: Any, path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None = None
+) -> jax.ShapeDtypeStruct:
+    """Returns a parameter's shape, in `dtype` unless the parameter is one of those that are applied in float32."""
+    own: Any = leaf.dtype if path[-1].key in FLOAT32_PARAMS else dtype
+    return jax.ShapeDtypeStruct(leaf.shape, own, sharding=sharding)
+
+
+def in_float32(params: Params) -> Params:
+    """Returns parameters cast to float32."""
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
+
+
+def round_params(
+    old: Params, new: Params, seed: int | None, step: jax.typing.ArrayLike, first_layer: jax.typing.ArrayLike = 0
+) -> Params:
+    """Rounds updated parameters to the dtypes in which they are held.
+
+    Args:
+      old: the parameters before the update.
+      new: those after it, float32.
+      seed: the seed of the random bits, which are others for each parameter, layer and step; None if all are float32.
+      step: the number of updates done.
+      first_layer: the layer in the first row of stacks.
+
+    Returns:
+      The new parameters in the dtypes of the old ones.
+    """
+    if seed is None:
+        return new
+    of_step = jax.random.fold_in(jax.random.key(seed), step)
+    indices = jax.tree.unflatten(jax.tree.structure(new), range(len(jax.tree.leaves(new))))
+
+    def rounded(path: tuple, index: int, old: jax.Array, new: jax.Array) -> jax.Array:
+        if old.dtype == jnp.float32 or not new.size:
+            return new.astype(old.dtype)
+        key = jax.random.fold_in(of_step, index)
+        if path[0].key != LAYERS:
+            return round_stochastically(new, key)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first_layer + jnp.arange(len(new)))
+        return jax.vmap(round_stochastically)(new, keys)
+
+    return jax.tree_util.tree_map_with_path(rounded, indices, old, new)
 
 
 def _opt_state_shardings(

@@ -276,6 +276,14 @@ def test_half_life_of_beta2_excludes_what_it_cannot_decide(write: Callable[[Conf
     assert words in error_of(config) if words else config.validate() is None
 
 
+def test_bfloat16_weights_and_adapters_exclude_each_other() -> None:
+    config = good()
+    config.model.param_dtype = "bfloat16"
+    config.validate()
+    config.model.lora.rank = 4
+    assert "nothing reads model.param_dtype='bfloat16': leave it at float32" in error_of(config)
+
+
 @pytest.mark.parametrize("name, beta1, words", [("adafactor", 0.9, "rows and columns"), ("sgd", 0.0, "optim.beta1=0")])
 def test_int8_moments_need_an_optimizer_that_has_moments(name: str, beta1: float, words: str) -> None:
     config = good()

@@ -171,10 +171,29 @@ def test_the_arguments_are_parameters_moments_and_sums_counted_by_hand(
     assert alone["functions"]["apply"]["arguments"] == 16 * PARAMS + scalars + limit
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon", "lion", "sgd"])
-def test_an_abstract_state_is_laid_out_as_start_makes_it(name: str) -> None:
+def test_bfloat16_weights_halve_the_bytes_of_parameters_and_need_no_cast() -> None:
+    config, decoder = Config(), make_decoder(spec_of(), 1)
+    estimates = {}
+    for dtype in ("float32", "bfloat16"):
+        config.model.param_dtype = dtype
+        inputs = build.memory_inputs(
+            config, decoder, "LlamaForCausalLM", make_mesh(1, 4, 2, jax.devices()[:8]), "bfloat16", "reference"
+        )
+        estimates[dtype] = memory_model.estimate_memory(inputs, 1, "full")
+    wide, narrow = estimates["float32"], estimates["bfloat16"]
+    norms = 5 * 32 * 4 // 4  # float32 on a quarter of the devices
+    assert narrow.params == (wide.params - norms) // 2 + norms
+    assert (wide.cast, narrow.cast) == (wide.params // 2, norms // 2)
+    assert (narrow.optimizer, narrow.sums, narrow.gradients) == (wide.optimizer, wide.sums, wide.gradients)
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [*((name, "float32") for name in ("adamw", "adafactor", "muon", "lion", "sgd")), ("adamw", "bfloat16")],
+)
+def test_an_abstract_state_is_laid_out_as_start_makes_it(name: str, dtype: str) -> None:
     config = Config()
-    config.optim.name = name
+    config.optim.name, config.model.param_dtype = name, dtype
     decoder = make_decoder(spec_of(), 1)
     mesh = make_mesh(1, 4, 2, jax.devices()[:8])
     compute = Compute(jnp.dtype("float32"), "reference", "none")

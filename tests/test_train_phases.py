@@ -292,9 +292,10 @@ FROZEN = ["model.embed_tokens.*", "model.layers.0.*"]
 
 @pytest.mark.slow
 def test_muon_trains_on_a_mesh_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """With int8 moments, the embeddings and the first of two layers frozen, and a boundary that resets it."""
+    """With int8 moments and bfloat16 weights, embeddings and one of two layers frozen, and a phase that resets."""
     body = "c.optim.name = 'muon'\nc.optim.learning_rate = 1e-3\nc.optim.weight_decay = 0.1"
-    body += "\nc.optim.moments_dtype = 'int8'\nc.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 2, 2"
+    body += "\nc.optim.moments_dtype, c.model.param_dtype = 'int8', 'bfloat16'"
+    body += "\nc.mesh.data, c.mesh.fsdp, c.mesh.tensor = 2, 2, 2"
     body += f"\nc.optim.frozen = {FROZEN}\nc.checkpoint.every_samples = 8"
     config = two_phases(tmp_path / "muon", ", optimizer='reset'", body)
     runs = [tmp_path / name for name in ("whole", "resumed")]
@@ -313,6 +314,7 @@ def test_muon_trains_on_a_mesh_and_resumes_bit_for_bit(tmp_path: Path) -> None:
             assert not moved[0].any() and moved[1].any(), key
         else:
             assert moved.any(), key
+    assert {str(x.dtype) for k, x in last.items() if k.startswith("params")} == {"bfloat16", "float32"}
     assert {"int8", "uint8"} <= {str(x.dtype) for k, x in last.items() if k.startswith("opt_state")}
 
 

@@ -3,7 +3,7 @@
 Forward passes use a parameter in the dtype of the activations, in which devices gather it. The gradient of a parameter
 is a sum over the rows of all devices. JAX would compute it in the dtype of the copy that is used, so that bfloat16
 copies give bfloat16 sums over devices. The functions here compute it in float32 from operands of any dtype, and leave
-it to `sharding.GradientSum` to add up what the devices have.
+it to `sharding.GradientSum` to add up what the devices have. Parameters held in bfloat16 come as WideGradient.
 """
 
 import functools
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mice_jax.numerics.wide_gradient import WideGradient, gradient_for
 from mice_jax.sharding import (
     constrain,
     gather_over_rows,
@@ -32,7 +33,7 @@ Axes = tuple[str | None, ...]
 
 def matmul(
     x: jax.Array,
-    weight: jax.Array,
+    weight: jax.Array | WideGradient,
     in_dims: int = 1,
     out_dtype: Any = None,
     *,
@@ -89,14 +90,14 @@ def matmul(
             return d_w.reshape(weight.shape)
 
         d_weight = sum_over_devices(of_rows, (d_y, x), gradient_sum(weight.shape, axes, reduce_dtype))
-        return d_x.astype(x.dtype).reshape(x.shape), d_weight.astype(weight.dtype)
+        return d_x.astype(x.dtype).reshape(x.shape), gradient_for(weight, d_weight)
 
     differentiable = jax.custom_vjp(product)
     differentiable.defvjp(forward, backward)
     return differentiable(x, weight)
 
 
-def add_bias(x: jax.Array, bias: jax.Array, *, axes: Axes, reduce_dtype: Any) -> jax.Array:
+def add_bias(x: jax.Array, bias: jax.Array | WideGradient, *, axes: Axes, reduce_dtype: Any) -> jax.Array:
     """Adds a bias to activations.
 
     Args:
@@ -120,7 +121,7 @@ def add_bias(x: jax.Array, bias: jax.Array, *, axes: Axes, reduce_dtype: Any) ->
             return jnp.sum(d_y, axis=(0, 1), dtype=jnp.float32)
 
         d_bias = sum_over_devices(of_rows, (d_y,), gradient_sum(bias.shape, axes, reduce_dtype))
-        return d_y, d_bias.astype(bias.dtype)
+        return d_y, gradient_for(bias, d_bias)
 
     differentiable = jax.custom_vjp(add)
     differentiable.defvjp(forward, backward)
@@ -160,7 +161,9 @@ def scale_outputs(x: jax.Array, factors: jax.Array, *, axes: Axes, reduce_dtype:
     return differentiable(x, factors)
 
 
-def look_up(table: jax.Array, tokens: jax.Array, dtype: Any, *, axes: Axes, reduce_dtype: Any) -> jax.Array:
+def look_up(
+    table: jax.Array | WideGradient, tokens: jax.Array, dtype: Any, *, axes: Axes, reduce_dtype: Any
+) -> jax.Array:
     """Looks up rows of a table.
 
     Args:
@@ -189,7 +192,7 @@ def look_up(table: jax.Array, tokens: jax.Array, dtype: Any, *, axes: Axes, redu
             return jnp.zeros(table.shape, jnp.float32).at[tokens].add(d_y.astype(jnp.float32))
 
         d_table = sum_over_devices(of_rows, (d_y, tokens), gradient_sum(table.shape, axes, reduce_dtype))
-        return d_table.astype(table.dtype), None
+        return gradient_for(table, d_table), None
 
     differentiable = jax.custom_vjp(rows_of)
     differentiable.defvjp(forward, backward)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import Mesh
@@ -203,12 +204,13 @@ def compile_memory(
     """
     state, sums, batch = fns.abstract_state, fns.abstract_sums, abstract_batch(mesh, rows, slots)
     params, base = fns.abstract_params, fns.abstract_base
+    loaded = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
     functions = {
         "accumulate": (fns.accumulate, (params, sums, batch), (state.step, state.opt_state, state.average)),
         "apply": (fns.apply, (state, sums, float("inf"), None if state.average is None else 0.0), base),
         "evaluate": (fns.evaluate, (params, batch), (state.step, state.opt_state, state.average, sums)),
         "zero_sums": (fns.zero_sums, (), (state, base)),
-        "start": (fns.from_params, (state.params,), (sums, base)),
+        "start": (fns.from_params, (loaded,), (sums, base)),
     }
 
     on_gpu = assume_compute_capability(chip.capability) if chip.capability else contextlib.nullcontext()

@@ -78,7 +78,7 @@ def estimate_step_time(
     microbatches = math.ceil(device_rows / rows)
     row_slots = device_rows * inputs.max_length
     slots = row_slots / inputs.mesh.shape[LENGTH_AXIS]  # of one device
-    trained = memory_model.bytes_per_device(inputs.state.params) / 4  # trained parameters of one device
+    trained = memory_model.entries_per_device(inputs.state.params)  # trained parameters of one device
     weights = trained + memory_model.bytes_per_device(inputs.base) / inputs.dtype.itemsize  # and all of them
 
     compute_s = _device_flops(inputs, remat, slots, mean_length) / (MATMUL_EFFICIENCY * chip.peak_flops)

@@ -491,6 +491,7 @@ def memory_inputs(
             mesh,
             averages=bool(config.train.ema_half_life),
             offloads=config.optim.offload_moments,
+            param_dtype=config.model.param_dtype,
         ),
         mesh,
         jnp.dtype(dtype),
@@ -607,6 +608,7 @@ class StepSettings(NamedTuple):
     averages: bool
     max_held_out_samples: int
     offloaded_clip: float | None
+    rounding_seed: int | None  # runs whose weights are float32 share step functions, whatever their seeds
 
 
 def step_functions(
@@ -632,6 +634,7 @@ def step_functions(
         averages=bool(config.train.ema_half_life),
         max_held_out_samples=held_out.TOGETHER if config.eval.exact_match else 0,
         offloaded_clip=config.optim.grad_clip if config.optim.offload_moments else None,
+        rounding_seed=config.seed if config.model.param_dtype == "bfloat16" else None,
     )
     return shared_step_functions(settings, decoder, architecture, mesh, compute, schedule)
 
@@ -692,6 +695,7 @@ def own_step_functions(
         averages=settings.averages,
         max_held_out_samples=settings.max_held_out_samples,
         offloaded_clip=settings.offloaded_clip,
+        rounding_seed=settings.rounding_seed,
     )
 
 

@@ -117,7 +117,8 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
         The estimate, in bytes of one device.
     """
     # A base is held in the compute dtype, has no gradients and is used as it is; adapters are what is trained.
-    trained, itemsize = bytes_per_device(inputs.state.params), inputs.dtype.itemsize
+    trained, itemsize = entries_per_device(inputs.state.params), inputs.dtype.itemsize
+    cast = [p for p in jax.tree.leaves(inputs.state.params) if p.dtype != inputs.dtype]
     mixers, slots = inputs.decoder.spec.mixers, rows * _slots_of_row(inputs)
 
     def attention_bytes(kind: Kind) -> int:
@@ -143,15 +144,15 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
 
     groups = find_groups(mixers)
     # The gradients of each group are put into stacks of all layers, and then added.
-    padded = trained if len(groups) > 1 else 0
+    padded = 4 * trained if len(groups) > 1 else 0
     own_inputs = 2 * slots * inputs.decoder.spec.num_layers * inputs.decoder.spec.per_layer_dim  # and their gradients
     return MemoryEstimate(
-        params=trained + bytes_per_device(inputs.base),
+        params=bytes_per_device(inputs.state.params) + bytes_per_device(inputs.base),
         optimizer=bytes_per_device(inputs.state.opt_state),
         average=bytes_per_device(inputs.state.average),
-        sums=trained * inputs.sums_dtype.itemsize // 4,
-        gradients=trained + padded,
-        cast=trained * itemsize // 4 if itemsize < 4 else 0,
+        sums=trained * inputs.sums_dtype.itemsize,
+        gradients=4 * trained + padded,
+        cast=entries_per_device(cast) * itemsize,
         activations=sum(saved_by_layer(kind) for kind in mixers) + own_inputs * itemsize,
         working=max(_lm_head_bytes(inputs, rows), _own_table_bytes(inputs), *map(working_of_group, groups)),
     )
@@ -263,6 +264,11 @@ def bytes_per_device(tree: Any) -> int:
 def host_bytes_per_device(tree: Any) -> int:
     """Returns the bytes that the host of a device stores for it, of a pytree of arrays or of shapes with shardings."""
     return _shard_bytes([x for x in jax.tree.leaves(tree) if is_on_host(x)])
+
+
+def entries_per_device(tree: Any) -> int:
+    """Returns the number of entries that one device stores of a pytree of arrays, or of shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def _shard_bytes(leaves: Sequence[Any]) -> int:

@@ -112,6 +112,8 @@ def _optimizer(config: Config) -> str:
     parts.append(f"clipped at {o.grad_clip:g}" if o.grad_clip else "not clipped")
     if o.beta2_half_life:
         parts.append(f"beta2 {beta2_of(o):.6g} by a half-life of {o.beta2_half_life:,g} samples")
+    if config.model.param_dtype != "float32":
+        parts.append(f"weights held in {config.model.param_dtype}, rounded stochastically")
     if o.moments_dtype != "float32":
         parts.append(f"{o.moments_dtype} moments")
     if o.accumulate_dtype != "float32":
