@@ -177,6 +177,10 @@ CONFIG: dict[str, tuple[list[str], list[str]]] = {
         ["--config.mesh.data=16", "--config.mesh.fsdp=1"],
         ["mesh.data=16", "the number of devices, 8"],
     ),
+    "rows that devices cannot share": (
+        ["--config.mesh.sequence=3", "--config.data.max_length=128"],
+        ["mesh.sequence=3", "data.max_length=128", "set it to 132"],
+    ),
     "an unknown backend": (["--config.model.attention=magic"], ["model.attention='magic'", "auto"]),
     "a backend of other devices": (["--config.model.attention=cudnn"], ["platform cpu", "Set it to one of blockwise"]),
 }

@@ -390,12 +390,12 @@ def test_the_samples_of_a_step_are_the_mean_over_the_phases(tmp_path: Path, caps
 
 
 # ---------------------------------------------------------------------------------------- time
-def load_of(fsdp: int, tensor: int = 1) -> memory_model.MemoryInputs:
+def load_of(fsdp: int, tensor: int = 1, sequence: int = 1) -> memory_model.MemoryInputs:
     config = Config()
     config.data.max_length = 1024
     spec = spec_of(d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=512, vocab_size=4096)
     spec = dataclasses.replace(spec, qkv_bias=False, out_bias=False, mlp_bias=False)  # all that is left is split
-    mesh = make_mesh(1, fsdp, tensor, jax.devices()[: fsdp * tensor])
+    mesh = make_mesh(1, fsdp, tensor, jax.devices()[: fsdp * tensor * sequence], sequence=sequence)
     return build.memory_inputs(config, make_decoder(spec, tensor), "LlamaForCausalLM", mesh, "bfloat16", "cudnn")
 
 
@@ -466,6 +466,26 @@ def test_bfloat16_sums_over_devices_halve_their_bytes() -> None:
     halved = dataclasses.replace(load, reduce_dtype=jnp.dtype("bfloat16"))
     times = [step_time.estimate_step_time(x, CHIP, 2, "none", 64, 500).network_s for x in (load, halved)]
     assert times[1] == pytest.approx(times[0] * (2 * 2 + 2) / (2 * 2 + 4))
+
+
+def test_devices_that_share_rows_share_their_slots_and_gather_keys_and_values() -> None:
+    whole, split = (dataclasses.replace(load_of(2, sequence=n), attention="blockwise") for n in (1, 4))
+    layers, params = 2, sum(math.prod(x.shape) for x in jax.tree.leaves(whole.state.params))
+    alone, shared = (memory_model.estimate_memory(x, 2, "dots") for x in (whole, split))
+    assert (shared.params, shared.optimizer, shared.sums) == (alone.params, alone.optimizer, alone.sums)
+    assert shared.activations == alone.activations / 4
+    # Without remat, keys and values [2 rows, 1024, 4 heads, 64] of bfloat16 are kept whole, besides a device's own.
+    kept = [memory_model.estimate_memory(x, 2, "none").activations for x in (whole, split)]
+    gathered = 2 * 2 * 1024 * 4 * 64 * 2
+    assert kept[1] == kept[0] / 4 + layers * gathered
+    # They are gathered twice in bfloat16, and their gradients scattered in float32; three quarters of each are sent.
+    # Float32 gradients of a device's half of the parameters are all-reduced for each microbatch.
+    times = [step_time.estimate_step_time(x, CHIP, 2, "full", 64, 500) for x in (whole, split)]
+    row_slots = 64 * 500 / 0.95 / 2
+    keys = layers * row_slots * 2 * 4 * 64 * (2 * 2 + 4) * 3 / 4
+    sums = times[0].microbatches * params / 2 * 4 * 2 * 3 / 4
+    assert times[1].compute_s == pytest.approx(times[0].compute_s / 4)
+    assert times[1].network_s - times[0].network_s == pytest.approx((keys + sums) / 0.7e10)
 
 
 def test_one_device_has_no_network_time() -> None:

@@ -112,7 +112,7 @@ def test_cache_position_off_by_one_changes_answers(
 
 
 def test_sharded_params_give_the_same_answers(folder: Path, sampler: Sampler, loaded: Loaded) -> None:
-    mesh = mesh_of(1, 2, 2)
+    mesh = mesh_of(1, 2, 2, sequence=2)
     decoder, params = load(folder, mesh)
     with jax.set_mesh(mesh):
         answers = ids_of(Sampler(decoder, jnp.float32).generate(params, prompts_of(LENGTHS), GREEDY, []))

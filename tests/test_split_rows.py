@@ -1,5 +1,6 @@
 """Rows whose slots are split over devices: attention, loss and gradients equal those of one device."""
 
+import dataclasses
 import functools
 import importlib
 from pathlib import Path
@@ -14,8 +15,9 @@ from helpers.models import QUICK, gap, mesh_of, packed, random_params, relative_
 from helpers.runs import make_chats, read_metrics, run_train, setting, write_jsonl
 from mice_jax.config_checks import row_problem
 from mice_jax.data.packing import Shape, microbatch_shapes
+from mice_jax.errors import UserError
 from mice_jax.models import rope
-from mice_jax.models.attention import BACKENDS
+from mice_jax.models.attention import BACKENDS, AttentionRequirements, choose_backend
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.attention.split_rows import RowSplit, in_balanced_order, in_row_order, sample_lengths
@@ -106,6 +108,15 @@ def test_queries_of_each_device_attend_as_those_of_the_whole_row(
     assert gap(out, expected) < 1e-5 and gap(grads, expected_grads) < 1e-4  # as in test_attention.py
     misplaced, wrong_grads = run(*drawn(), jnp.array([1, 2, 0]))  # with the mask of another device's slots
     assert gap(misplaced, expected) > 0.1 and gap(wrong_grads, expected_grads) > 0.1
+
+
+@pytest.mark.smoke
+def test_a_backend_that_cannot_split_rows_names_those_that_can() -> None:
+    run = AttentionRequirements(spec_of(), "gpu", "9.0", "bfloat16", 4096, deterministic=False)
+    split = dataclasses.replace(run, sequence=2)
+    assert (choose_backend("auto", run), choose_backend("auto", split)) == ("cudnn", "pallas")
+    with pytest.raises(UserError, match=r"mesh\.sequence=2 splits them over devices.* one of pallas, blockwise"):
+        choose_backend("cudnn", split)
 
 
 # ---------------------------------------------------------------------------------------- the step
