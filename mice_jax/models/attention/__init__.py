@@ -7,6 +7,7 @@ attends to nothing and gives zeros. Every backend in the table supports segment 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -205,7 +206,7 @@ def attend(
     length = LENGTH_AXIS if row_parts else None
     heads, rows = PartitionSpec(BATCH_AXES, length, "tensor", None), PartitionSpec(BATCH_AXES, length)
 
-    def on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def on_one_device(q: jax.Array, k: Any, v: Any, segment_ids: Any) -> jax.Array:
         if not row_parts:
             return kernel(q, k, v, segment_ids, scoring)
         k, v, segment_ids = (gather_row(x, row_parts) for x in (k, v, segment_ids))

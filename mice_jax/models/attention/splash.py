@@ -92,7 +92,7 @@ def _kernel(
         mask = jax_splash.LocalMask((len(slots), keys), (behind, ahead), 0)
     mask.q_sequence = slots.astype(np.int32)
     q_block, k_block = math.gcd(len(slots) // split.devices, BLOCK), math.gcd(keys, BLOCK)
-    sizes = {f"block_{of}": q_block for of in ("q", "q_dkv", "q_dq")}
+    sizes: dict[str, Any] = {f"block_{of}": q_block for of in ("q", "q_dkv", "q_dq")}
     sizes |= {f"block_{of}": k_block for of in ("kv", "kv_dkv", "kv_dq")}
     of_devices = jax_splash.make_splash_mha(
         jax_splash.MultiHeadMask([mask] * heads),
