@@ -7,6 +7,7 @@ its compiler (libtpu 0.0.52) gives to a program, that of a GPU the share that JA
 
 import dataclasses
 import functools
+import math
 import os
 import time
 from typing import Any
@@ -34,25 +35,47 @@ class Chip:
     devices: int = 1  # number of JAX devices on one chip
     capability: str | None = None  # compute capability, for an NVIDIA GPU
     sparse_cores: bool = False  # whether a TPU has SparseCores that run collectives while its products run
+    host_rate: float = 16e9  # bytes/s to host memory, and as many from it
+    host_memory: float = math.inf  # bytes of the host's memory for each of its devices
+    host_devices: int = 8  # devices of a full host
 
 
-def _gpu(kind: str, capability: str, *rates: float) -> Chip:
-    return Chip((kind,), *rates, platform="gpu", capability=capability)
+def _gpu(kind: str, capability: str, *rates: float, host: tuple[float, float], host_devices: int = 8) -> Chip:
+    rate, memory = host
+    numbers = {"host_rate": rate, "host_memory": memory, "host_devices": host_devices}
+    return Chip((kind,), *rates, platform="gpu", capability=capability, **numbers)  # type: ignore[arg-type]
 
 
+# Rates to a host: x16 links of PCIe 4.0 (32e9 each way) and 5.0 (64e9) for GPUs, by their data sheets; those of TPUs
+# are from "How to Scale Your Model", part 2 (jax-ml.github.io/scaling-book): about 16e9, and 32e9 from v6e on. Host
+# memory is that of Google Cloud's machine types with all chips of a host (ct4p, ct5lp-8t, ct5p, ct6e-8t, tpu7x-4t, a2,
+# a3, a4), and 64 GB for a workstation with one GPU of 24 GB.
 # By the first part of a topology's name.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.2e12, 270e9),
-    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.82e12, 200e9),
-    "v5p": Chip(("TPU v5", "TPU v5p"), 459e12, 95.73 * GIB, 2.765e12, 600e9, sparse_cores=True),
-    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.6e12, 400e9, sparse_cores=True),
-    "tpu7x": Chip(("TPU7x",), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9, devices=2, sparse_cores=True),
-    "a100-40": _gpu("NVIDIA A100-SXM4-40GB", "8.0", 312e12, 31.7e9, 1.55e12, 300e9),
-    "a100": _gpu("NVIDIA A100", "8.0", 312e12, 63.8e9, 2.0e12, 300e9),
-    "h100": _gpu("NVIDIA H100", "9.0", 989e12, 63.7e9, 3.35e12, 450e9),
-    "h200": _gpu("NVIDIA H200", "9.0", 989e12, 112.8e9, 4.8e12, 450e9),
-    "b200": _gpu("NVIDIA B200", "10.0", 2250e12, 144e9, 7.7e12, 900e9),
-}
+    "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.2e12, 270e9, host_memory=101e9, host_devices=4),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.82e12, 200e9, host_memory=48e9),
+    "v5p": Chip(
+        ("TPU v5", "TPU v5p"), 459e12, 95.73 * GIB, 2.765e12, 600e9,
+        sparse_cores=True, host_memory=112e9, host_devices=4,
+    ),
+    "v6e": Chip(
+        ("TPU v6 lite", "TPU v6e"), 918e12, 31.24 * GIB, 1.6e12, 400e9,
+        sparse_cores=True, host_rate=32e9, host_memory=180e9,
+    ),
+    "tpu7x": Chip(
+        ("TPU7x",), 1153.5e12, 94.74 * GIB, 3.69e12, 300e9,
+        devices=2, sparse_cores=True, host_rate=32e9, host_memory=120e9,
+    ),
+    "l4": _gpu("NVIDIA L4", "8.9", 121e12, 18.1e9, 0.3e12, 32e9, host=(32e9, 64e9), host_devices=1),
+    "rtx4090": _gpu(
+        "NVIDIA GeForce RTX 4090", "8.9", 165e12, 19.3e9, 1.008e12, 32e9, host=(32e9, 64e9), host_devices=1
+    ),
+    "a100-40": _gpu("NVIDIA A100-SXM4-40GB", "8.0", 312e12, 31.7e9, 1.55e12, 300e9, host=(32e9, 85e9)),
+    "a100": _gpu("NVIDIA A100", "8.0", 312e12, 63.8e9, 2.0e12, 300e9, host=(32e9, 170e9)),
+    "h100": _gpu("NVIDIA H100", "9.0", 989e12, 63.7e9, 3.35e12, 450e9, host=(64e9, 234e9)),
+    "h200": _gpu("NVIDIA H200", "9.0", 989e12, 112.8e9, 4.8e12, 450e9, host=(64e9, 369e9)),
+    "b200": _gpu("NVIDIA B200", "10.0", 2250e12, 144e9, 7.7e12, 900e9, host=(64e9, 496e9)),
+}  # fmt: skip
 
 # JAX preallocates this share of a GPU's memory, unless the environment variable sets another. The memory of GPUs in
 # CHIPS is this share.
@@ -86,7 +109,10 @@ def cpu_chip(count: int, peak_flops: float, memory: int) -> Chip:
       One device.
     """
     rate = CPU_MEMORY_RATE / count
-    return Chip(("cpu",), peak_flops / count, memory / count, rate, rate, platform="cpu")
+    return Chip(
+        ("cpu",), peak_flops / count, memory / count, rate, rate,
+        platform="cpu", host_rate=rate, host_memory=memory / count, host_devices=count,
+    )  # fmt: skip
 
 
 def matmul_flops(spec: ModelSpec) -> int:

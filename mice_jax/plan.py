@@ -44,6 +44,7 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.planning import ahead_of_time, cost, step_time
 from mice_jax.planning.ahead_of_time import CompiledMemory
 from mice_jax.planning.planner import Layout, RunPlan
+from mice_jax.planning.settings import fitting_settings
 from mice_jax.runtime import watchdog, xla_flags
 from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import replicated_dims
@@ -80,6 +81,7 @@ def plan(values: command.Values) -> None:
     set_float32_matmul_precision(run.dtype, target.chip.platform)
 
     # ---- Results ----------------------------------------------------------------------------------------------
+    host = _host_memory(run)
     began = time.perf_counter()
     needs = run.compile(run.layout)
     compile_s = time.perf_counter() - began
@@ -95,12 +97,14 @@ def plan(values: command.Values) -> None:
         "device_kind": target.chip.kinds[0],
         "planned": _layout(run, run.layout) | {"attention": run.attention, "compute_dtype": run.dtype},
         "replicated": _replicated(run),
-        **_memory(run, needs),
+        **(memory := _memory(run, needs)),
+        **host,
         "compile_s": compile_s,
         "rows_per_device": rows,
         "rows_known_by": rows_known_by,
         **_time(run, work, values.price_per_hour, assumed),
         "suggestions": _suggestions(run, needs),
+        "fitting_settings": [] if memory["fits"] else [dataclasses.asdict(s) for s in fitting_settings(run)],
         "assumptions": assumed,
     }
     if values.json:
@@ -231,6 +235,19 @@ def _memory(run: RunPlan, needs: list[CompiledMemory]) -> dict[str, Any]:
     }
 
 
+def _host_memory(run: RunPlan) -> dict[str, Any]:
+    """Returns what a device keeps in host memory, and checks that the hosts have so much."""
+    chip, layout = run.topology.chip, run.layout
+    inputs, devices = run.memory_inputs(layout.sizes), min(run.topology.count, chip.host_devices)
+    memory_model.check_host_memory(inputs, layout.rows, layout.remat, devices, devices * chip.host_memory)
+    needed = memory_model.estimate_host_memory(inputs, layout.rows, layout.remat)
+    return {
+        "host_bytes_per_device": needed,
+        "host_bytes_per_host": devices * needed,
+        "host_memory_bytes": int(devices * chip.host_memory),
+    }
+
+
 def _layout(run: RunPlan, layout: Layout) -> dict[str, Any]:
     """Returns the fields of the output that describe a layout."""
     mesh = dict(run.memory_inputs(layout.sizes).mesh.shape)
@@ -274,6 +291,7 @@ def _time(run: RunPlan, work: Workload, price: float, assumed: list[str]) -> dic
         "network_s": estimate.network_s,
         "exposed_s": estimate.exposed_s,
         "update_s": estimate.update_s,
+        "host_s": estimate.host_s,
         "num_microbatches": estimate.microbatches,
         "days": days,
         "chips": chips,
@@ -310,6 +328,10 @@ def _print(result: dict[str, Any]) -> None:
         memory = f"{format_bytes(s['bytes_per_device'])} ({s['known_by']})"
         suggestion = f"{s['for']}: {memory}, a step in about {s['step_time_s']:.3g} s"
         console.print(escape(f"{suggestion}: {'as planned' if s['is_planned'] else s['flags']}"), soft_wrap=True)
+    for setting in result["fitting_settings"]:
+        memory = f"{format_bytes(setting['bytes_per_device'])}, a step in about {setting['step_time_s']:.3g} s"
+        cost = f" ({setting['cost']})" if setting["cost"] else ""
+        console.print(escape(f"would fit, by estimate: {memory}: {setting['flags']}{cost}"), soft_wrap=True)
     for assumption in result["assumptions"]:
         console.print(escape(f"assumed: {assumption}"), soft_wrap=True)
 
@@ -335,6 +357,11 @@ def _lines(result: dict[str, Any]) -> dict[str, str]:
         "optimizer": format_bytes(result["optimizer_bytes"]),
         "average": format_bytes(result["average_bytes"]) if result["average_bytes"] else "",
         "gradient sums": format_bytes(result["sums_bytes"]),
+        "host memory": f"{format_bytes(result['host_bytes_per_device'])} per device, "
+        f"{format_bytes(result['host_bytes_per_host'])} of {format_bytes(result['host_memory_bytes'])} per host, "
+        f"moved in about {result['host_s']:.3g} s of a step"
+        if result["host_bytes_per_device"]
+        else "",
         "activations": f"{format_bytes(result['temp_bytes'])}, with all other temporary memory of "
         f"{result['peak_function']}; estimated {format_bytes(estimated)}",
         "peak": f"{format_bytes(result['bytes_per_device'])} of {format_bytes(result['hbm_bytes'])} per device: "

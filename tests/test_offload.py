@@ -10,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers.runs import arrays, read_json, read_metrics, run_train, setting, timeless
+from helpers.runs import REPOSITORY, arrays, read_json, read_metrics, run_train, setting, timeless
 from mice_jax import offload
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import UserError
 from mice_jax.loss import SourceSums
+from mice_jax.model_source import resolve_source
 from mice_jax.optim import make_optimizer
+from mice_jax.planning import ahead_of_time
+from mice_jax.planning.planner import RunPlan
+from mice_jax.planning.settings import Setting, fitting_settings
 from mice_jax.sharding import make_mesh
 from mice_jax.step import Sums, TrainState, apply_sums
+from mice_jax.training import memory_model
 from mice_jax.training.memory_model import bytes_per_device, host_bytes_per_device
 
 STEPS = 5
@@ -161,6 +166,65 @@ def test_a_run_with_offloaded_moments_equals_the_run_without(tmp_path: Path) -> 
             assert b[key] == pytest.approx(a[key], rel=1e-6), key
         assert all(a[key] == b[key] for key in ("samples", "tokens", "learning_rate"))
     assert read_json(tmp_path / "offloaded", "summary.json")["status"] == "completed"
+
+
+# ---------------------------------------------------------------------------------------- plans
+LLAMA_3B = REPOSITORY / "configs" / "paper" / "shapes" / "llama-3.2-3b" / "config.json"
+MOMENTS_3B = 2 * 4 * 3_212_749_824
+
+
+def plan_of(topology: str, **changes: Any) -> RunPlan:
+    """The plan of the 3B model with rows of 4,096 slots; in `changes`, "__" stands for a dot."""
+    config = Config()
+    config.model.init_from = f"random:{LLAMA_3B}"
+    Setting(tuple((name.replace("__", "."), value) for name, value in changes.items())).apply(config)
+    source = resolve_source(config.model.init_from)
+    target = ahead_of_time.find_topology(topology)
+    return RunPlan(config, source.spec, source.architecture, target, samples=64, mean_length=2048, deadline=0)
+
+
+def test_offloaded_moments_are_counted_on_the_host_and_moved_twice() -> None:
+    plain, offloaded = plan_of("h100:1"), plan_of("h100:1", optim__offload_moments=True)
+    needed = [memory_model.estimate_host_memory(p.memory_inputs(p.layout.sizes), 1, "full") for p in (plain, offloaded)]
+    assert needed[0] == 0 and MOMENTS_3B <= needed[1] < 1.001 * MOMENTS_3B
+    layout = plain.layout
+    before, after = plain.estimate(layout), offloaded.estimate(layout)
+    assert before.total - after.total == needed[1]
+    times = [p.step_time_of(layout) for p in (plain, offloaded)]
+    by_hand = 2 * needed[1] / (0.7 * 64e9)
+    assert times[0].host_s == 0 and times[1].host_s == pytest.approx(by_hand)
+    assert times[1].seconds - times[0].seconds == pytest.approx(by_hand)
+
+
+def test_offloaded_activations_are_the_inputs_of_all_layers() -> None:
+    run = plan_of("h100:1")
+    inputs = run.memory_inputs(run.layout.sizes)
+    full, offloaded = (memory_model.estimate_memory(inputs, 2, remat).activations for remat in ("full", "offload"))
+    by_hand = 2 * 4096 * 28 * 3072 * 2  # rows, slots, layers, width, bytes
+    assert full == by_hand == memory_model.estimate_host_memory(inputs, 2, "offload")
+    assert offloaded == pytest.approx(full * 2 / 28, rel=0.005), "those of two layers are on the device"
+
+
+def test_host_memory_that_does_not_suffice_is_an_error() -> None:
+    run = plan_of("h100:1", optim__offload_moments=True)
+    inputs = run.memory_inputs(run.layout.sizes)
+    memory_model.check_host_memory(inputs, 1, "full", 8, 9 * MOMENTS_3B)
+    with pytest.raises(UserError, match=r"191\.5 GiB in the memory of a host, for 8 devices.*150\.0 GiB"):
+        memory_model.check_host_memory(inputs, 1, "full", 8, 150 * 2**30)
+
+
+def test_settings_that_fit_are_the_fastest_first_with_their_cost() -> None:
+    found = fitting_settings(plan_of("h100:1"), shown=100)
+    times = [setting.step_time_s for setting in found]
+    assert times == sorted(times) and found
+    usable = 0.9 * ahead_of_time.find_topology("h100:1").chip.memory
+    assert all(setting.bytes_per_device <= usable for setting in found)
+    [offloaded] = [
+        s for s in found if "offload_moments=True" in s.flags and "int8" not in s.flags and "accumulate" not in s.flags
+    ]
+    assert offloaded.host_bytes_per_device >= MOMENTS_3B and "link to the host" in offloaded.cost
+    assert not any(s.flags.startswith("--config.model.remat") for s in found), "it does not fit as it is"
+    assert fitting_settings(plan_of("rtx4090:1"))[0].cost == "only adapters are trained"
 
 
 # ---------------------------------------------------------------------------------------- bad input

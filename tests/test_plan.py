@@ -288,7 +288,7 @@ def test_the_flags_of_a_suggestion_give_the_memory_that_it_states(
     [
         ("v5q:2x2x2", "did you mean 'v5"),
         ("h20:8", "did you mean 'h200'"),
-        ("toaster:8", "cpu, v4, v5e, v5p, v6e, tpu7x, a100-40, a100, h100, h200, b200"),
+        ("toaster:8", "cpu, v4, v5e, v5p, v6e, tpu7x, l4, rtx4090, a100-40, a100, h100, h200, b200"),
         ("cpu", "as in cpu:8"),
         ("cpu:0", "as in cpu:8"),
         ("cpu:2x2", "as in cpu:8"),

@@ -106,9 +106,13 @@ class RunPlan:
         self.layout = Layout(sizes, remat, rows)
 
     def _memory_inputs(self, sizes: tuple[int, ...]) -> memory_model.MemoryInputs:
+        return self.inputs_of(self.config, sizes)
+
+    def inputs_of(self, config: Config, sizes: tuple[int, ...]) -> memory_model.MemoryInputs:
+        """Returns the inputs of the memory model for a variant of the run's config and the sizes of a mesh."""
         mesh = abstract_mesh(sizes)
-        decoder = build.run_decoder(self.config, self.spec, self._architecture, mesh.shape["tensor"])
-        return build.memory_inputs(self.config, decoder, self._architecture, mesh, self.dtype, self.attention)
+        decoder = build.run_decoder(config, self.spec, self._architecture, mesh.shape["tensor"])
+        return build.memory_inputs(config, decoder, self._architecture, mesh, self.dtype, self.attention)
 
     def estimate(self, layout: Layout) -> memory_model.MemoryEstimate:
         """Estimates the memory of a layout without compiling it."""

@@ -45,6 +45,7 @@ class StepTime:
     network_s: float  # all communication
     exposed_s: float  # the part of it during which no matmul runs
     update_s: float
+    host_s: float  # transfers from and to host memory
     microbatches: int
     tokens: float
     mfu: float
@@ -89,11 +90,16 @@ def estimate_step_time(
     update_s = trained * UPDATE_BYTES_PER_PARAM / (MEMORY_EFFICIENCY * chip.memory_rate)
     overlapped = network_s * (assumed_overlap(chip) if overlap is None else overlap)
     exposed_s = network_s - overlapped + max(0.0, overlapped - compute_s)
-    seconds = compute_s + exposed_s + update_s
+    # Moments are moved while nothing else happens, the inputs of layers while products run.
+    host_rate = LINK_EFFICIENCY * chip.host_rate
+    moments_s = 2 * memory_model.host_bytes_per_device(inputs.state) / host_rate
+    activations_s = 2 * memory_model.offloaded_activations(inputs, device_rows, remat) / host_rate
+    seconds = compute_s + exposed_s + update_s + moments_s + max(0.0, activations_s - compute_s)
     frozen = inputs.base is not None
     model_flops = train_flops(inputs.decoder.spec, np.array([mean_length]), frozen=frozen) * samples
     mfu = model_flops / (seconds * inputs.mesh.size * chip.peak_flops)
-    return StepTime(seconds, compute_s, network_s, exposed_s, update_s, microbatches, tokens, mfu)
+    host_s = moments_s + activations_s
+    return StepTime(seconds, compute_s, network_s, exposed_s, update_s, host_s, microbatches, tokens, mfu)
 
 
 def assumed_overlap(chip: Chip) -> float:

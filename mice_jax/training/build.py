@@ -311,6 +311,7 @@ def model(
     rows, remat = rows_and_remat(
         config, needs, mean_length=mean_length, memory=memory, platform=platform, recorded=recorded
     )
+    memory_model.check_host_memory(needs, rows, remat, jax.local_device_count(), memory_model.host_memory_bytes())
     devices, parts = mesh.shape[LENGTH_AXIS], row_parts(spec, mesh)
     compute = Compute(jnp.dtype(dtype), attention, remat, jnp.dtype(config.optim.reduce_dtype), parts)
     shapes = microbatch_shapes(config.data.max_length, rows, devices * max(parts, 1), devices if parts == 2 else 1)

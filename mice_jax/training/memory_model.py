@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from mice_jax.errors import UserError
 from mice_jax.hardware import find_chip
 from mice_jax.loss import tokens_per_chunk
 from mice_jax.models.attention import BACKENDS
@@ -167,6 +168,25 @@ def estimate_host_memory(inputs: MemoryInputs, rows: int, remat: str) -> int:
         remat: The rematerialisation policy.
     """
     return host_bytes_per_device(inputs.state) + offloaded_activations(inputs, rows, remat)
+
+
+def check_host_memory(inputs: MemoryInputs, rows: int, remat: str, devices: int, memory: float) -> None:
+    """Raises UserError if what a run keeps in host memory does not fit there.
+
+    Args:
+        inputs: The inputs that do not depend on rows or remat.
+        rows: The number of rows of the largest microbatch on one device.
+        remat: The rematerialisation policy.
+        devices: The number of devices that share a host's memory.
+        memory: The memory of the host in bytes.
+    """
+    needed = devices * estimate_host_memory(inputs, rows, remat)
+    if needed > USABLE_FRACTION * memory:
+        raise UserError(
+            f"optim.offload_moments and model.remat={remat!r} keep {needed / 2**30:,.1f} GiB in the memory of a host, "
+            f"for {devices} devices, and it has {memory / 2**30:,.1f} GiB, of which {USABLE_FRACTION:.0%} are counted "
+            "on. Set optim.moments_dtype to bfloat16 or int8, use more hosts, or leave the moments on the devices."
+        )
 
 
 def offloaded_activations(inputs: MemoryInputs, rows: float, remat: str) -> int:
