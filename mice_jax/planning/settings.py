@@ -47,6 +47,7 @@ MOMENTS = (
         "moments are rounded to 8 bits and cross the link to the host twice a step",
     ),
 )
+PARAMS = (AS_IT_IS, Setting((("model.param_dtype", "bfloat16"),), "weights are rounded to bfloat16 stochastically"))
 SUMS = (AS_IT_IS, Setting((("optim.accumulate_dtype", "bfloat16"),), "gradients are summed in bfloat16"))
 REMATS = (
     *(Setting((("model.remat", name),)) for name in memory_model.REMAT_POLICIES),
@@ -90,10 +91,11 @@ def fitting_settings(run: RunPlan, shown: int = SHOWN) -> list[FittingSetting]:
 
 
 def _groups(config: Config) -> Iterator[tuple[Setting, ...]]:
-    """Yields combinations that do not change what the config has chosen about moments, sums or adapters."""
+    """Yields combinations that do not change what the config has chosen about weights, moments or adapters."""
     moments = MOMENTS if config.optim.moments_dtype == "float32" and config.optim.name == "adamw" else MOMENTS[:1]
-    yield from itertools.product(moments, SUMS)
-    if not config.model.lora.rank and not config.optim.frozen and not config.optim.osft_rank_ratio:
+    params = PARAMS if config.model.param_dtype == "float32" and not config.model.lora.rank else PARAMS[:1]
+    yield from itertools.product(params, moments, SUMS)
+    if not config.model.lora.rank and not (config.optim.frozen or config.optim.osft_rank_ratio or params != PARAMS):
         yield (LORA,)
 
 
