@@ -102,8 +102,8 @@ def measure(
     fns = build.step_functions(config, decoder, architecture, mesh, compute, lambda step: jnp.float32(1e-5))
     inputs = build.memory_inputs(config, decoder, architecture, mesh, compute_dtype, "blockwise")
     estimate = memory_model.estimate_memory(inputs, rows, config.model.remat)
-    compiled = compile_memory(fns, mesh, topology.chip, rows, slots, ("accumulate", "apply"))
-    return Memory(estimate.params, estimate.optimizer, *(of.total for of in compiled), estimate.total)
+    accumulate, apply = compile_memory(fns, mesh, topology.chip, rows, slots, ("accumulate", "apply"))
+    return Memory(estimate.params, estimate.optimizer, accumulate.total, apply.total, estimate.total)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -453,7 +453,7 @@ def _update(
     wide = in_float32(params)
     directions, new_opt_state = optimizer.update(grads, opt_state, wide)
     updates = _zero_frozen(jax.tree.map(lambda d: -learning_rate * d, directions), trained)
-    new = rounded(params, optax.apply_updates(wide, updates)), new_opt_state
+    new = rounded(params, cast(Params, optax.apply_updates(wide, updates))), new_opt_state
     # `where` selects the new or the old value of each array.
     return jax.tree.map(lambda new, old: jnp.where(updated, new, old), new, state), optax.tree.norm(
         updates, squared=True

@@ -23,8 +23,8 @@ MIN_BLOCK = 16
 class Quantized(NamedTuple):
     """A quantised array of the shape [... N]; int8 codes have a sign, uint8 codes stand for entries that have none."""
 
-    codes: jax.Array  # [... N], int8 or uint8
-    scales: jax.Array  # [... N / block], float32
+    codes: Any  # [... N], int8 or uint8; or the sharding of these, as of any leaf of a state
+    scales: Any  # [... N / block], float32
 
 
 def is_quantized(x: Any) -> bool:

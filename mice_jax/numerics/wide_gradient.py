@@ -18,11 +18,11 @@ class WideGradient:
     """A weight and the zeros that receive its gradient; a model uses it where it otherwise uses an array.
 
     Attributes:
-      weight: bfloat16, of any shape.
+      weight: bfloat16, of any shape; None in a gradient, which has none for it.
       zeros: float32, of the same shape.
     """
 
-    weight: jax.Array
+    weight: Any
     zeros: jax.Array
 
     def __getitem__(self, index: Any) -> "WideGradient":
