@@ -5,6 +5,9 @@ leading directions of each matrix (OSFT, arXiv 2504.07097) prevents that. Expect
 facts while it learns skills; with OSFT it loses less, and may learn a little less in each phase.
 Read: eval/facts/exact_match and eval/skills/exact_match at the end, and eval/kept, the share that is kept of the lists
 that the base was trained on.
+Measured, one seed: after the first phase, phased has 0.24 of the facts and none of the lists, with OSFT 0.39 and 0.17.
+After the second, 0.91 and 0.89 of the tasks are right, next to none of the facts in either; the loss of facts is 11.1
+and 5.3, that of lists 7.8 and 3.6. So OSFT slows forgetting here, at a rate this high, and does not prevent it.
 Cost: about three minutes of two cores for each arm.
 Data and model: runs/demo_base of configs/demo_base.py, trained further on the demo's facts and small tasks.
 Launch, with stacked, phased and phased_osft:
