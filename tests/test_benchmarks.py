@@ -55,6 +55,7 @@ def test_every_request_and_metric_equals_the_harness_own_model(tasks: Path, tmp_
     assert gap(other, theirs, CHOICE) > 10 * CLOSE
 
 
+@pytest.mark.slow
 def test_too_long_requests_are_truncated_and_counted_as_in_harness(
     tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from helpers.models import mesh_of, packed, random_params, sample_of, spec_of
@@ -124,6 +125,7 @@ def flat(tree: Any) -> np.ndarray:
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
 
 
+@pytest.mark.slow
 def test_200_steps_of_bfloat16_weights_end_close_to_float32() -> None:
     """Each step rounds each weight by at most its last bit; roundings of different steps are independent.
 
@@ -144,6 +146,7 @@ def test_200_steps_of_bfloat16_weights_end_close_to_float32() -> None:
     assert 0.1 * bound < drift < bound < 0.2 * moved
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_are_the_same_on_one_and_on_eight_devices() -> None:
     """Sums in another order move a weight to the other one of its two nearest values now and then."""
     one, eight = (trained(sizes, 7, 2) for sizes in ((1, 1, 1), (2, 2, 2)))

@@ -35,6 +35,7 @@ def small_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any
     return folder
 
 
+@pytest.mark.slow
 def test_rows_of_added_tokens_are_the_mean_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = setting(tmp_path / "setting")
     init = small_llama(tmp_path / "hf", make_tokenizer())

@@ -407,6 +407,7 @@ def test_longrope_factors_of_the_whole_row_change_its_short_samples(folders: Any
     assert gap(wrong[0, :ORIGINAL], torch_logits(made("phi3"), short)) > 10 * LOGITS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lfm2", "granite4-hybrid", "qwen3_5"])
 def test_mixers_that_continue_over_borders_change_the_next_sample(
     case: str, folders: Any, monkeypatch: pytest.MonkeyPatch

@@ -140,6 +140,7 @@ def gaps(found: np.ndarray, wanted: np.ndarray) -> list[float]:
     return [gap(f[:n], w[:n]) for f, w, n in zip(found, wanted, ROWS, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CACHED)
 def test_decoding_in_uneven_pieces_gives_the_whole_sequence_s_states(
     case: str, loaded: Any, strict_dtypes: None

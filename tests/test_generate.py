@@ -127,6 +127,7 @@ def test_what_the_generation_config_names_ends_an_answer(folder: Path, model: Ll
     assert response != whole
 
 
+@pytest.mark.slow
 def test_answers_are_drawn_as_the_folder_says_unless_flags_say_otherwise(
     folder: Path, model: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_data_modules_import_no_jax_and_packing_imports_numba_late() -> None:
     """Grain, which only the loader needs, imports jax itself; transformers imports torch where it is installed."""
     modules = [f"mice_jax.data.{f.stem}" for f in DATA if f.stem not in ("__init__", "loader", "best_fit")]

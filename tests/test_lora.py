@@ -427,6 +427,7 @@ def run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_resumed_run_with_adapters_is_bit_equal(config: Path, run: Path, tmp_path: Path) -> None:
     assert run_train(config, tmp_path / "run") == 0
     assert_equal_runs(tmp_path / "run", run, 5)
@@ -466,6 +467,7 @@ def test_exports_of_a_run_give_peft_and_transformers_the_same_logits(
     assert float((original - peft).abs().max()) > 1e-3 * float(peft.abs().max()), "the negative control"
 
 
+@pytest.mark.slow
 def test_run_goes_on_from_an_exported_adapter_or_from_the_merged_weights(
     base: Path, config: Path, run: Path, tmp_path: Path, capsys
 ) -> None:

@@ -339,6 +339,7 @@ def test_a_non_finite_loss_or_gradient_leaves_the_state_unchanged(
 
 
 # ---------------------------------------------------------------------------------------- compilation, memory
+@pytest.mark.slow
 def test_each_shape_is_compiled_once_over_many_steps(folder: Path, two_steps: list[Rows]) -> None:
     run = run_on(folder, (2, 2, 2))
     state, sums = run.state(), run.fns.zero_sums()

@@ -196,6 +196,7 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_jsonl(tmp_path / "many.jsonl", make_chats(200))
 
 
+@pytest.mark.slow
 def test_number_of_processes_changes_nothing(build: Build, cache: Path, many: Path) -> None:
     watched: list[tuple[float, int]] = []
     build(many, workers=1)
@@ -238,6 +239,7 @@ def test_every_bad_line_is_named_and_nothing_after_the_first_is_kept(build: Buil
     assert len(store) == 198 and store.meta["bad_lines"] == {"not an object": 1, "not JSON": 1}
 
 
+@pytest.mark.slow
 def test_killed_worker_is_an_error_and_leaves_no_gap(build: Build, cache: Path, many: Path) -> None:
     mortal = Mortal(make_tokenizer())
     mortal.only = 60  # the blocks after it are done in time, by the other process
@@ -301,6 +303,7 @@ def killed_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("torn", ["", "stream", "journal", "all", "zeros"])
 def test_killed_build_goes_on_where_it_was(
     torn: str, killed_build: Path, build: Build, cache: Path, monkeypatch: pytest.MonkeyPatch

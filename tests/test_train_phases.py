@@ -183,6 +183,7 @@ def test_a_phase_starts_from_the_best_checkpoint_of_the_one_before(
     assert lines[5]["loss"] != pytest.approx(from_the_last, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_run_stopped_at_a_phase_boundary_resumes_like_an_unstopped_run(
     seeded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +338,7 @@ def test_runs_of_other_optimizers_and_schedules_share_what_runs_the_model() -> N
         assert made(**changed).accumulate != one.accumulate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, dtype",
     [*((name, "bfloat16") for name in ("adamw", "adafactor", "muon", "lion", "sgd")), ("adamw", "int8")],
