@@ -131,12 +131,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # With a usual eps, the norm of the rule's outputs would magnify the roundings of outputs near zero: the logits of
     # transformers itself are then 2.5e-4 away from those in float64.
+    # Theirs in float32 are 1.7e-4 away with 1e-3, where ours are 0.8e-4, and 5e-5 with 3e-3, where ours are 4e-5.
     "qwen3_5": (
         "Qwen3_5ForCausalLM",
         {
             "layer_types": ["linear_attention", "full_attention"], "attention_bias": True,
             "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "head_dim": 16,
-            "linear_value_head_dim": 12, "linear_conv_kernel_dim": 3, "rms_norm_eps": 1e-3,
+            "linear_value_head_dim": 12, "linear_conv_kernel_dim": 3, "rms_norm_eps": 3e-3,
             "rope_parameters": ROPES["default"] | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
         },
     ),
@@ -166,8 +167,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    # Layers with a window and layers without, which use their own keys, lend them, or borrow them. The eps is that of
-    # qwen3_5 for the same reason: with a usual one, one rounding of each weight moves logits by 7e-5.
+    # Layers with a window and layers without, which use their own keys, lend them, or borrow them. The eps is large
+    # as for qwen3_5: with a usual one, one rounding of each weight moves logits by 7e-5.
     "gemma4": (
         "Gemma4ForCausalLM",
         {
