@@ -63,19 +63,16 @@ def off(counts: Counts, remat: str = "none") -> list[str]:
     return [figure.name for figure in found if not figure.kept]
 
 
-@pytest.mark.smoke
 def test_a_program_within_all_limits_keeps_them() -> None:
     assert off(GOOD) == []
     assert off(dataclasses.replace(GOOD, flops=MODEL * 4 / 3), "full") == []  # the forward pass runs twice
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("name", BAD)
 def test_each_figure_beyond_its_limit_is_off_by_itself(name: str) -> None:
     assert off(dataclasses.replace(GOOD, **BAD[name])) == [name]
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     "reduction", [collective("all-reduce", "f32", 4 * PARAMS), collective("reduce-scatter", "f32", 8 * PARAMS)]
 )
@@ -83,7 +80,6 @@ def test_an_all_reduce_or_a_second_reduction_of_gradients_is_off(reduction: Coll
     assert off(dataclasses.replace(GOOD, collectives=(GATHER, reduction))) == ["reduction of gradients"]
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("name", "shape", "flops"),
     [
@@ -97,7 +93,6 @@ def test_flops_of_splash_are_those_of_causal_rows(name: str, shape: tuple[int, .
     assert compiled_step.splash_flops(Instruction(name, "custom-call", arrays, (), "")) == flops
 
 
-@pytest.mark.smoke
 def test_compiler_options_leave_out_what_the_user_s_flags_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
     assert xla_flags.compiler_options(sparse_cores=False) == {}

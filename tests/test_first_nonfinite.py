@@ -16,7 +16,6 @@ from mice_jax.step import make_step
 from mice_jax.training.first_nonfinite import Finder, describe, explain
 
 
-@pytest.mark.smoke
 def test_layer_of_an_operation_is_told_from_its_scopes() -> None:
     of = layer_of_scopes
     assert layer_scope(4) == "layers_4" and layer_scope(4, 3) == "layers_4_by_3"

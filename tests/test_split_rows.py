@@ -32,7 +32,6 @@ SPLITTING = [name for name, backend in BACKENDS.items() if backend.splits_rows]
 
 
 # ---------------------------------------------------------------------------------------- order
-@pytest.mark.smoke
 def test_devices_share_a_row_in_parts_from_both_of_its_ends() -> None:
     order = Shape(1, 24, balanced_over=3).order
     assert order is not None and Shape(1, 24).order is None
@@ -50,7 +49,6 @@ def test_devices_share_a_row_in_parts_from_both_of_its_ends() -> None:
     assert np.ptp(keys[order].reshape(3, -1).sum(axis=1)) == 0 < np.ptp(keys.reshape(3, -1).sum(axis=1))
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(("max_length", "devices"), [(131072, 64), (16384, 8), (48, 2), (4096, 2)])
 def test_every_microbatch_shape_divides_into_the_parts_of_devices(max_length: int, devices: int) -> None:
     for shape in microbatch_shapes(max_length, 2, 2 * devices, devices):
@@ -110,7 +108,6 @@ def test_queries_of_each_device_attend_as_those_of_the_whole_row(
     assert gap(misplaced, expected) > 0.1 and gap(wrong_grads, expected_grads) > 0.1
 
 
-@pytest.mark.smoke
 def test_a_backend_that_cannot_split_rows_names_those_that_can() -> None:
     run = AttentionRequirements(spec_of(), "gpu", "9.0", "bfloat16", 4096, deterministic=False)
     split = dataclasses.replace(run, sequence=2)
