@@ -22,9 +22,9 @@ from mice_jax.loss import SourceSums, cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.numerics.blockwise import Quantized, is_quantized
+from mice_jax.numerics.offload import LAYERS, Part, dict_keys, init_on_host, on_host, take_mask, update_by_parts
 from mice_jax.numerics.stochastic_rounding import round_stochastically
 from mice_jax.numerics.wide_gradient import WideGradient, variables_of, with_variables
-from mice_jax.offload import LAYERS, Part, dict_keys, init_on_host, on_host, take_mask, update_by_parts
 from mice_jax.sharding import BATCH_AXES, LENGTH_AXIS, basis_sharding, gradient_sum, param_shardings, split_like
 
 # `corrected_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than

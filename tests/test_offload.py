@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from helpers.runs import REPOSITORY, arrays, read_json, read_metrics, run_train, setting, timeless
-from mice_jax import offload
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import UserError
 from mice_jax.loss import SourceSums
 from mice_jax.model_source import resolve_source
+from mice_jax.numerics import offload
 from mice_jax.optim import make_optimizer
 from mice_jax.planning import ahead_of_time
 from mice_jax.planning.planner import RunPlan

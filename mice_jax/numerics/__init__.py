@@ -1,1 +1,1 @@
-"""How numbers are stored in fewer bits than they are computed in. Everything is a function of plain arrays."""
+"""How the state of a run is stored: in fewer bits than it is computed in, or in host memory."""

@@ -44,7 +44,7 @@ from mice_jax.models.attention import AttentionRequirements, choose_backend
 from mice_jax.models.lora import LoRA, scale_of
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
-from mice_jax.offload import check_host_memory_kind
+from mice_jax.numerics.offload import check_host_memory_kind
 from mice_jax.optim import Schedule, TabulatedSchedule, make_optimizer, make_phase_schedule
 from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import LENGTH_AXIS, local_shards, make_mesh, num_shards, param_shardings

@@ -25,7 +25,7 @@ from mice_jax.models.mixers import MIXERS
 from mice_jax.models.mixers.costs import MixerWidths
 from mice_jax.models.spec import Kind, is_recurrent
 from mice_jax.models.transformer import Decoder, Params
-from mice_jax.offload import is_on_host
+from mice_jax.numerics.offload import is_on_host
 from mice_jax.sharding import LENGTH_AXIS
 from mice_jax.step import TrainState
 

@@ -15,7 +15,7 @@ from mice_jax.model_source import ModelSource, load_params, stored_adapters
 from mice_jax.models.lora import with_magnitudes
 from mice_jax.models.transformer import Decoder, Params
 from mice_jax.numerics.blockwise import is_quantized, times
-from mice_jax.offload import compute_on_device
+from mice_jax.numerics.offload import compute_on_device
 from mice_jax.step import StepFunctions, TrainState
 from mice_jax.training.osft import OsftState, new_bases
 from mice_jax.training.phases import PhaseSpan
