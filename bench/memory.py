@@ -80,7 +80,7 @@ def measure(
     """
     import jax.numpy as jnp
 
-    from mice_jax.config import Config
+    from mice_jax.config import Config, locate
     from mice_jax.models import hf
     from mice_jax.models.transformer import Compute
     from mice_jax.planning.ahead_of_time import compile_memory
@@ -90,11 +90,8 @@ def measure(
     config, model = Config(), model or MODEL
     config.model.remat, config.data.max_length = "none", slots
     for name, value in fields.items():
-        section, last = name.rsplit(".", 1)
-        part: Any = config
-        for key in section.split("."):
-            part = getattr(part, key)
-        setattr(part, last, value)
+        section, last = locate(config, name)
+        setattr(section, last, value)
     spec, architecture = hf.spec_from_config(model, Path("config.json")), model["architectures"][0]
     mesh = make_mesh(1, -1, 1, devices=topology.devices)
     decoder = build.run_decoder(config, spec, architecture, tensor=1)

@@ -45,7 +45,7 @@ from helpers.runs import (
     write_jsonl,
 )
 from mice_jax import average
-from mice_jax.config import Config, ConfigError
+from mice_jax.config import Config, ConfigError, locate
 from mice_jax.errors import UserError
 from mice_jax.hardware import matmul_flops, train_flops
 from mice_jax.models import hf, lora, peft_format, peft_import
@@ -348,8 +348,8 @@ def test_target_that_matches_nothing_names_what_there_is(folder: Path) -> None:
 def test_wrong_adapter_fields_are_reported(fields: dict[str, Any], said: str) -> None:
     config = Config()
     for name, value in fields.items():
-        *path, last = name.split(".")
-        setattr(functools.reduce(getattr, path, config), last, value)
+        section, last = locate(config, name)
+        setattr(section, last, value)
     with pytest.raises(ConfigError) as raised:
         config.validate()
     assert said in str(raised.value)

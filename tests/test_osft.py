@@ -1,6 +1,5 @@
 """Orthogonal subspace fine-tuning: the leading directions of matrices do not move, on any mesh, and after a resume."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 
 from helpers.models import gap, mesh_of, spec_of
 from helpers.runs import arrays, assert_equal_runs, run_train, setting
-from mice_jax.config import Config, ConfigError
+from mice_jax.config import Config, ConfigError, locate
 from mice_jax.models.transformer import make_decoder
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import param_shardings
@@ -198,8 +197,8 @@ def test_memory_of_bases_is_counted_and_frozen_parameters_have_none() -> None:
 def test_wrong_share_and_adapters_are_reported(fields: dict[str, Any], said: str) -> None:
     config = Config()
     for name, value in fields.items():
-        *path, last = name.split(".")
-        setattr(functools.reduce(getattr, path, config), last, value)
+        section, last = locate(config, name)
+        setattr(section, last, value)
     with pytest.raises(ConfigError) as raised:
         config.validate()
     assert said in str(raised.value)
@@ -219,10 +218,6 @@ c.data.phases = [Phase(name='one', num_steps=2, sources=c.data.phases[0].sources
 def layers_of(workdir: Path, step: int) -> Tree:
     """The matrices of the layers of a checkpoint, in the names of this file."""
     found = {k.replace("params['layers']", ""): v for k, v in arrays(workdir, step).items() if k.startswith("params")}
-    return {
-        "layers": {"q": found["['attention']['q']"], "o": found["['attention']['o']"], "up": found["['mlp']['up']"]}
-    }
-
     paths = {"q": "['attention']['q']", "o": "['attention']['o']", "up": "['mlp']['up']"}
     return {"layers": {name: found[path] for name, path in paths.items()}}
 

@@ -4,9 +4,8 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
-from mice_jax.config import Config
+from mice_jax.config import Config, locate
 from mice_jax.planning import step_time
 from mice_jax.planning.planner import RunPlan
 from mice_jax.training import memory_model
@@ -25,11 +24,8 @@ class Setting:
     def apply(self, config: Config) -> None:
         """Sets the fields."""
         for name, value in self.fields:
-            *path, last = name.split(".")
-            target: Any = config
-            for part in path:
-                target = getattr(target, part)
-            setattr(target, last, value)
+            section, last = locate(config, name)
+            setattr(section, last, value)
 
     def flags(self) -> str:
         """Returns the flags that set the fields."""
