@@ -42,8 +42,15 @@ class Chip:
 
 def _gpu(kind: str, capability: str, *rates: float, host: tuple[float, float], host_devices: int = 8) -> Chip:
     rate, memory = host
-    numbers = {"host_rate": rate, "host_memory": memory, "host_devices": host_devices}
-    return Chip((kind,), *rates, platform="gpu", capability=capability, **numbers)  # type: ignore[arg-type]
+    return Chip(
+        (kind,),
+        *rates,
+        platform="gpu",
+        capability=capability,
+        host_rate=rate,
+        host_memory=memory,
+        host_devices=host_devices,
+    )
 
 
 # Rates to a host: x16 links of PCIe 4.0 (32e9 each way) and 5.0 (64e9) for GPUs, by their data sheets; those of TPUs

@@ -23,20 +23,9 @@ from mice_jax.sharding import constrain_param
 
 # The last names of parameters that are applied in float32, in whatever dtype the rest is computed.
 FLOAT32_PARAMS = frozenset(
-    {
-        "scale",
-        "magnitude",
-        "rate_log",
-        "skip",
-        "step_bias",
-        "kernel",
-        "kernel_bias",
-        "q_kernel",
-        "k_kernel",
-        "v_kernel",
-        "x_kernel",
-    }
-    | {"b_kernel", "c_kernel", "x_kernel_bias", "b_kernel_bias", "c_kernel_bias"}
+    {"scale", "magnitude", "rate_log", "skip", "step_bias", "kernel", "kernel_bias"}
+    | {"q_kernel", "k_kernel", "v_kernel", "x_kernel", "b_kernel", "c_kernel"}
+    | {"x_kernel_bias", "b_kernel_bias", "c_kernel_bias"}
 )
 
 
