@@ -93,12 +93,15 @@ def run_on(folder: Path, sizes: tuple[int, int, int]) -> Run:
 # ---------------------------------------------------------------------------------------- data and reference
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("llama")
+    folder = tmp_path_factory.mktemp("llama")
+    llama(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> LlamaForCausalLM:
-    return in_float64(llama(folder))
+def model() -> LlamaForCausalLM:
+    """The model of `folder`: llama() draws the same weights each time."""
+    return in_float64(llama())
 
 
 @pytest.fixture(scope="module")
