@@ -62,7 +62,7 @@ def test_held_out_wordings_ask_for_facts_that_other_wordings_teach() -> None:
 
 @pytest.mark.parametrize(
     "name, trials, primary",
-    [("batch", 72, 0), ("final", 32, 1), ("control", 12, 0), ("schedule", 48, 2), ("phases", 64, 1)],
+    [("batch", 72, 0), ("final", 28, 1), ("control", 12, 0), ("schedule", 42, 2), ("phases", 42, 1)],
 )
 def test_every_sweep_and_its_claims_can_be_run(name: str, trials: int, primary: int, tmp_path: Path) -> None:
     (tmp_path / "batch").mkdir()

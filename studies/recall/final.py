@@ -1,6 +1,6 @@
-"""The smallest and the largest batch at the best rates of both, with eight seeds: does the large batch end better?
+"""The smallest and the largest batch at the best rates of both, with seven seeds: does the large batch end better?
 
-Tests H1 (final.toml): exact match of the averaged weights, each batch at its better rate. The rate is chosen by three
+Tests H1 (final.toml): exact match of the averaged weights, each batch at its better rate. The rate is chosen by two
 seeds and compared by the five others, on equal samples.
 Launch: mice sweep --config=studies/recall/final.py --workdir=studies/recall/runs/final --workers=2
 """

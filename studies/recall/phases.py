@@ -15,7 +15,7 @@ def get_sweep(arg: str = FOLDER) -> Sweep:
     rate = best.get(32, best[scale.batch_sizes[0]])
     base = recipe(folder)
     axes = {
-        "data.phases": [base.data.phases, *(phased(folder, replay) for replay in (0.0, 0.05, 0.25))],
+        "data.phases": [base.data.phases, *(phased(folder, replay) for replay in (0.0, 0.05))],
         "optim.learning_rate": [rate / 3, rate],
     }
     claims = claims_of(folder, "phases")

@@ -65,6 +65,7 @@ def begin(values: command.Values) -> int:
 def run(verb: str, arguments: list[str], end: float) -> None:
     """Runs a command as a child until the sitting ends; it saves its state then."""
     child = subprocess.Popen([sys.executable, "-m", f"mice_jax.{verb}", *arguments])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that the child is told
     try:
         code = child.wait(None if end == float("inf") else max(1.0, end - time.monotonic()))
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
