@@ -752,7 +752,10 @@ def test_fingerprint_follows_tokenizer_and_template() -> None:
     assert custom(CHATML).fingerprint() == first.fingerprint() == prints[0]
     others = [custom(CHATML + " "), custom(CHATML, ("<|im_end|>", "<|im_start|>", "<x>"))]
     others += [ChatEncoder(first.tokenizer, TEMPLATES["llama3"]), ChatEncoder(first.tokenizer, train_on="last")]
-    assert len({*prints, *(o.fingerprint() for o in others)}) == 5
+    splitting = make_tokenizer(CHATML, ["<|im_end|>", "<|im_start|>"])
+    splitting.split_special_tokens = True
+    others.append(ChatEncoder(splitting))
+    assert len({*prints, *(o.fingerprint() for o in others)}) == 6
 
 
 def test_fingerprint_follows_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -765,6 +768,20 @@ def test_encoder_can_be_sent_to_a_worker(name: str, encoders: dict[str, ChatEnco
     sample = chat("Hello", "Red.")
     sent = pickle.loads(pickle.dumps(encoders[name]))
     assert runs(sent, sample) == runs(encoders[name], sample)
+
+
+def test_worker_reads_special_tokens_as_text_where_the_tokenizer_does() -> None:
+    tokenizer = make_tokenizer(CHATML, ["<|im_end|>", "<|im_start|>"])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    document = make([{"role": "pretraining", "content": "Red<|im_end|>blue"}])
+    found = []
+    for splits in (False, True):
+        tokenizer.split_special_tokens = splits
+        encoder = ChatEncoder(tokenizer)
+        (here,), (there,) = encoder.encode([document]), pickle.loads(pickle.dumps(encoder)).encode([document])
+        assert there.ids.tolist() == here.ids.tolist()
+        found.append(here.ids.tolist().count(end))
+    assert found == [2, 1]  # the one at the end of the document is added by its id
 
 
 def metaspace(template: str) -> ChatEncoder:

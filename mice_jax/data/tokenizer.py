@@ -282,6 +282,13 @@ class _Fast:
         state = json.loads(self._chats.to_str())
         self._num_bytes = bytes_of_tokens(state)
         self._words = word_table(self._chats, state) if self._num_bytes is not None else None
+        self._splits_special = bool(tokenizer.split_special_tokens)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Sets again what the JSON of a tokenizer, by which it is pickled, does not hold."""
+        self.__dict__.update(state)
+        for backend in (self._documents, self._chats):
+            backend.encode_special_tokens = self._splits_special
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._documents.encode_batch(texts)]
@@ -302,7 +309,7 @@ class _Fast:
         return [(found, spans_by_bytes(t, num_bytes[found])) for t, found in zip(texts, ids, strict=True)]
 
     def state(self) -> str:
-        return self._documents.to_str()
+        return self._documents.to_str() + (" split_special_tokens" if self._splits_special else "")
 
 
 def _arrays(ids: Sequence[int], spans: Sequence[Span]) -> IdsAndSpans:
