@@ -1,8 +1,8 @@
 """Turns samples into token ids and a loss mask.
 
-The whole conversation is rendered once with the chat template (module `conversation`), and the text is tokenised. The
-mask is derived in characters (module `template_spans`) and mapped to tokens by their character offsets: a token that
-overlaps a trained span by at least one character gets loss.
+The whole conversation is rendered once with the chat template (module `conversation`), and the text is tokenised.
+Module `template_spans` finds the ranges of characters to train on (spans). A token is trained if it overlaps a span by
+at least one character.
 """
 
 import datetime
@@ -25,12 +25,13 @@ from mice_jax.data.reasoning import POLICIES, REASONING
 from mice_jax.data.sample_notes import NO_NOTES, Note, Notes
 from mice_jax.data.sources import Sample
 from mice_jax.data.template_spans import PROBE_MESSAGES, TemplateSpans
-from mice_jax.data.tokenizer import IdsAndSpans, Span, decode, offset_tokenizer
+from mice_jax.data.tokenizer import Span, decode, offset_tokenizer
 from mice_jax.errors import UserError
 
 RULES_VERSION = 3  # increased whenever ids or masks change, so that token stores are rebuilt
+MATCHES_NOTHING = "(?!)"  # a regular expression
 EXAMPLE_TOKENS = 6  # shown of the first difference between a sample and its prompt
-# The assistant messages that get loss, unless a message's `train` or a sample's `unmask` overrides it.
+# The assistant messages that are trained, unless a message's `train` or a sample's `unmask` overrides it.
 TRAIN_ON = ("all", "last")
 
 
@@ -72,11 +73,12 @@ class ChatEncoder:
             a message and the `unmask` of a sample override it.
           today: the date that templates may write; None means today. A resumed run passes the date of its first start.
           reasoning: what happens to reasoning: "template" leaves it to the template; "last" does not train turns whose
-            reasoning the template leaves out; "per_turn" trains each turn in a sample of its own (`split_by_turn`),
-            rendered as in inference; "drop" removes reasoning.
+            reasoning the template leaves out (usually all but the last turn); "per_turn" makes a sample of each trained
+            turn, rendered as in inference, for which the caller passes samples through `split_by_turn` before `encode`;
+            "drop" removes reasoning.
 
         Raises:
-          UserError: if `train_on` or `reasoning` is unknown.
+          UserError: if `train_on` or `reasoning` is unknown, or the kind of tokenizer is not supported.
         """
         if train_on not in TRAIN_ON:
             raise UserError(f"data.train_on={train_on!r} is not one of {', '.join(TRAIN_ON)}.")
@@ -88,14 +90,18 @@ class ChatEncoder:
         self.today = today or datetime.date.today()
         self._offset_tokenizer = offset_tokenizer(tokenizer)
         self._template = ChatTemplate(tokenizer, chat_template, self.today)
-        added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
-        special = [s for s in tokenizer.all_special_tokens if s.strip()]
-        spans = TemplateSpans(self._template, _longest_match(added + special), _longest_match(special))
+        added = [t for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
+        named = [s for s in tokenizer.all_special_tokens if s.strip()]  # bos, eos and so on, added or not
+        spans = TemplateSpans(
+            self._template,
+            added_tokens=_longest_of([*(t.content for t in added), *named]),
+            special_tokens=_longest_of(named),
+        )
         self._renderer = ConversationRenderer(self._template, spans, train_on, reasoning)
-        special_added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
         # With split_special_tokens, the text of a special token is encoded like any other text.
         splits_special = getattr(tokenizer, "split_special_tokens", False)
-        self._special_token_pattern = None if splits_special else _compile_search(special + special_added)
+        special = [*named, *(t.content for t in added if t.special)]
+        self._special_token_pattern = None if splits_special else _any_of(special)
         self._bos: Any = tokenizer.bos_token_id
 
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
@@ -112,13 +118,13 @@ class ChatEncoder:
           One `Encoded` for each sample, in order.
 
         Raises:
-          UserError: if the template raises an error or leaves out tools or calls, or trained spans cannot be derived.
+          BadRecordError: for the first sample that cannot be encoded; `encode_each` finds all.
         """
         encoded: list[Encoded] = []
-        for one in self.encode_each(samples):
-            if isinstance(one, BadRecord):
-                raise BadRecordError(one)
-            encoded.append(one)
+        for result in self.encode_each(samples):
+            if isinstance(result, BadRecord):
+                raise BadRecordError(result)
+            encoded.append(result)
         return encoded
 
     def encode_each(self, samples: Sequence[Sample], compare: int = 0) -> list[Encoded | BadRecord]:
@@ -126,51 +132,61 @@ class ChatEncoder:
 
         Args:
           samples: conversations and documents.
-          compare: for this many conversations, the tokens before each trained turn are compared with its prompt.
+          compare: in the first so many conversations, the tokens before each trained turn are compared with the prompt
+            that `prompt_ids` gives for it. Differences are counted in `Encoded.notes`.
 
         Returns:
           An `Encoded` or a `BadRecord` for each sample, in order.
         """
-        found: list[Encoded | BadRecord | None] = [None] * len(samples)
+        encoded: list[Encoded | BadRecord | None] = [None] * len(samples)
         documents = [i for i, s in enumerate(samples) if _is_document(s)]
         texts = [samples[i].messages[0]["content"] for i in documents]
         for i, ids in zip(documents, self._offset_tokenizer.encode_documents(texts), strict=True):
-            found[i] = self._encode_document(samples[i], ids)
-        rendered: dict[int, Rendered] = {}
-        for i in (i for i, one in enumerate(found) if one is None):
-            one = self._renderer.render(samples[i])
-            if isinstance(one, BadRecord):
-                found[i] = one
+            encoded[i] = self._encode_document(samples[i], ids)
+        conversations: dict[int, Rendered] = {}
+        for i, sample in enumerate(samples):
+            if _is_document(sample):
+                continue
+            rendered = self._renderer.render(sample)
+            if isinstance(rendered, BadRecord):
+                encoded[i] = rendered
             else:
-                rendered[i] = one
-        tokens = self._offset_tokenizer.encode_with_offsets([one.text for one in rendered.values()])
-        for number, ((i, one), located) in enumerate(zip(rendered.items(), tokens, strict=True)):
-            ids, offsets = located
-            notes = one.notes | (self._compared(one, located) if number < compare else {})
-            found[i] = Encoded(ids, _mask(offsets, one.spans), self._flags(samples[i], ids[:2].tolist()), notes)
-        return found  # type: ignore[return-value]
+                conversations[i] = rendered
+        tokens = self._offset_tokenizer.encode_with_offsets([c.text for c in conversations.values()])
+        for number, ((i, conversation), (ids, offsets)) in enumerate(zip(conversations.items(), tokens, strict=True)):
+            notes = conversation.notes
+            if number < compare:
+                notes = notes | self._compare_with_prompts(conversation, ids, offsets)
+            flags = self._flags(samples[i], ids[:2].tolist())
+            encoded[i] = Encoded(ids, _mask(offsets, conversation.spans), flags, notes)
+        return encoded  # type: ignore[return-value]
 
-    def check(self, samples: Sequence[Sample]) -> list[BadRecord]:
-        """The samples that cannot be encoded, found without tokenising any."""
+    def bad_records(self, samples: Sequence[Sample]) -> list[BadRecord]:
+        """Returns the samples that cannot be encoded. It only renders them, which is faster than `encode_each`."""
         rendered = (self._renderer.render(s) for s in samples if not _is_document(s))
-        return [one for one in rendered if isinstance(one, BadRecord)]
+        return [r for r in rendered if isinstance(r, BadRecord)]
 
     def split_by_turn(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Yields a sample for each trained turn if `reasoning` is "per_turn", and the given samples otherwise.
 
         The sample of a turn ends with it, so that the template renders it as in inference. A trained message of another
-        role belongs to the next turn of the assistant.
+        role belongs to the next turn of the assistant. A sample without trained turns is yielded as it is.
         """
         for sample in samples:
-            turns = [] if self.reasoning != "per_turn" or _is_document(sample) else self._turns(sample)
+            splits = self.reasoning == "per_turn" and not _is_document(sample)
+            turns = self._turns(sample) if splits else []
             if not turns:
                 yield sample
-            for trained in turns:
-                messages = [m | {"train": i in trained} for i, m in enumerate(sample.messages[: trained[-1] + 1])]
+                continue
+            for turn in turns:
+                messages = [m | {"train": i in turn} for i, m in enumerate(sample.messages[: turn[-1] + 1])]
                 yield replace(sample, messages=messages, conversation=sample.conversation or sample)
 
     def _turns(self, sample: Sample) -> list[list[int]]:
-        """Returns the trained messages in groups that end with an assistant message, except possibly the last group."""
+        """Returns the indices of the trained messages, grouped by turn.
+
+        A group ends with an assistant message, unless it is the last and no trained assistant message follows.
+        """
         turns: list[list[int]] = []
         ended = True
         for i in self._renderer.messages_to_train(sample):
@@ -183,8 +199,8 @@ class ChatEncoder:
     def prompt_ids(
         self,
         messages: list[Message],
-        tools: list[Message] | None = None,
-        documents: list[Message] | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        documents: list[dict[str, Any]] | None = None,
         template_kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
         """Returns the ids of a conversation, followed by the generation prompt.
@@ -192,11 +208,8 @@ class ChatEncoder:
         Args:
           messages: the conversation.
           tools: the JSON schemas of the tools.
-          documents: the documents, for templates that write them.
+          documents: retrieved documents (RAG), for templates that write them; not samples.
           template_kwargs: further variables of the template.
-
-        Returns:
-          The ids.
 
         Raises:
           UserError: if the template cannot render the conversation.
@@ -206,13 +219,15 @@ class ChatEncoder:
             text = self._template.render(self._renderer.as_template_sees(messages), inputs, add_generation_prompt=True)
         except TemplateError as e:
             raise UserError(
-                f"the chat template cannot render a prompt: {e}. The prompt is {json.dumps(messages)[:200]}"
+                f"the chat template cannot render this prompt: {e}. Change its messages or the chat template. The "
+                f"prompt begins with {json.dumps(messages)[:200]}"
             ) from e
         return self._offset_tokenizer.encode(text)
 
     def stop_ids(self) -> list[int]:
-        """Returns, in a list, the token that ends an assistant's turn: the last trained one of a short example."""
-        sample = Sample(PROBE_MESSAGES, None, False, "an example conversation that shows which token ends a turn")
+        """Returns, as a list of one, the id that ends an assistant's turn: the last trained one of a short example."""
+        where = "an example conversation that shows which token ends a turn"
+        sample = Sample(PROBE_MESSAGES, tools=None, unmask=False, where=where)
         (probe,) = self.encode([sample])
         return [int(probe.ids[probe.trained.nonzero()[0][-1]])]
 
@@ -262,7 +277,7 @@ class ChatEncoder:
         """Whether the template writes the date, so that the ids change from day to day."""
         return self._template.depends_on_date
 
-    def notes(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Returns what the user should know about the template, as sentences."""
         if not self.depends_on_date:
             return []
@@ -304,23 +319,22 @@ class ChatEncoder:
             flags |= SampleFlag.STARTS_WITH_ASSISTANT
         return flags.value
 
-    def _compared(self, one: Rendered, located: IdsAndSpans) -> dict[str, Note]:
-        """Compares what precedes each trained turn with the prompt that asks for it, token by token."""
-        if len(one.spans) != len(one.train_indices):  # It is not known which span belongs to which message.
+    def _compare_with_prompts(self, conversation: Rendered, ids: np.ndarray, offsets: np.ndarray) -> dict[str, Note]:
+        """Counts the trained turns before which a sample has other tokens than the prompt that asks for the turn."""
+        if len(conversation.spans) != len(conversation.train_indices):  # It is not known which span is whose.
             return {}
-        ids, offsets = located
+        inputs = inputs_of(conversation.sample)
         compared, differing, example = 0, 0, ""
-        for i, span in zip(one.train_indices, one.spans, strict=True):
-            if one.messages[i]["role"] != "assistant" or not i:
+        for i, span in zip(conversation.train_indices, conversation.spans, strict=True):
+            if i == 0 or conversation.messages[i]["role"] != "assistant":  # The first message has no prompt.
                 continue
-            inputs = inputs_of(one.sample)
             try:
-                prompt = self._offset_tokenizer.encode(
-                    self._template.render(one.messages[:i], inputs, add_generation_prompt=True)
-                )
+                text = self._template.render(conversation.messages[:i], inputs, add_generation_prompt=True)
             except TemplateError:  # the template does not render a conversation that ends there
                 continue
-            before = ids[: int(_mask(offsets, [span]).argmax())].tolist()
+            prompt = self._offset_tokenizer.encode(text)
+            first_trained = int(_mask(offsets, [span]).argmax())
+            before = ids[:first_trained].tolist()
             compared += 1
             if before != prompt:
                 differing += 1
@@ -373,18 +387,18 @@ def _texts(messages: list[Message]) -> Iterator[str]:
             yield json.dumps(m["tool_calls"], ensure_ascii=False)
 
 
-def _longest_match(strings: Iterable[str]) -> str:
-    """Returns a pattern that matches the longest of the strings at a position; without strings it matches nothing."""
+def _longest_of(strings: Iterable[str]) -> str:
+    """Returns the text of a pattern that matches the longest of the strings at a position; without any, nothing."""
     longest_first = sorted(set(strings), key=lambda s: (-len(s), s))
-    return "|".join(map(re.escape, longest_first)) or "(?!)"
+    return "|".join(map(re.escape, longest_first)) or MATCHES_NOTHING
 
 
-def _compile_search(strings: Iterable[str]) -> re.Pattern[str]:
-    """Returns a compiled pattern that finds any of the strings.
+def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
+    """Returns a compiled pattern that finds any of the strings, or nothing if there are none.
 
     The strings are grouped by their first two characters, because an alternation of the thousand special tokens that
     some tokenizers have would be slow.
     """
     groups = itertools.groupby(sorted(set(strings)), lambda s: s[:2])
     parts = (f"{re.escape(start)}(?:{'|'.join(re.escape(s[2:]) for s in group)})" for start, group in groups)
-    return re.compile("|".join(parts) or "(?!)")
+    return re.compile("|".join(parts) or MATCHES_NOTHING)

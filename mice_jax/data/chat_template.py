@@ -37,8 +37,8 @@ class TemplateError(Exception):
 class TemplateInputs:
     """What a template is rendered with besides the messages."""
 
-    tools: list[Message] | None = None  # JSON schemas
-    documents: list[Message] | None = None
+    tools: list[dict[str, Any]] | None = None  # JSON schemas
+    documents: list[dict[str, Any]] | None = None  # retrieved ones (RAG)
     kwargs: Mapping[str, Any] = field(default_factory=dict)  # further variables, such as enable_thinking
 
 

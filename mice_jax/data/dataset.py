@@ -68,8 +68,8 @@ def build_dataset(
     Raises:
       UserError: a source cannot be read, or a phase has no samples.
     """
-    for note in encoder.notes():
-        log(note)
+    for warning in encoder.warnings():
+        log(warning)
     stores = _stores(data, encoder, log, watch)
     corpus = Corpus(list(stores.values()), data.max_length)
     pools = _Pools(data, corpus, stores)

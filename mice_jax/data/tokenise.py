@@ -82,7 +82,7 @@ class _Task:
         """Tokenises a block; with `only_check`, only its bad records are found."""
         parsed = list(parse_block(block, self.places, self.format))
         samples = list(self.encoder.split_by_turn(s for s in parsed if isinstance(s, Sample)))
-        found = self.encoder.check(samples) if only_check else self.encoder.encode_each(samples, COMPARED_CHATS)
+        found = self.encoder.bad_records(samples) if only_check else self.encoder.encode_each(samples, COMPARED_CHATS)
         refused = {r.where: r for r in found if isinstance(r, BadRecord)}
         bad = BadRecords()
         bad.add(_in_order(parsed, refused))
