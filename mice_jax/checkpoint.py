@@ -1,15 +1,16 @@
-"""Checkpoints with Orbax: saving in the background, retention, and quarantine of damaged checkpoints.
+"""Checkpoints with Orbax: saving in the background, retention, and what happens to damaged checkpoints.
 
 `workdir/checkpoints/<step>` holds params, opt_state, average (of the params, if the run keeps one) and progress (the
 run's counters at that step, and the samples and score of each saved step). Orbax writes a step to a temporary folder,
 renames it when the save is committed, and removes the temporary folders of interrupted saves. A committed checkpoint
 then gets a manifest (storage/manifest.py). When a run resumes, a checkpoint that differs from its
 manifest, or that cannot be read, is moved to `checkpoints/damaged/` and never deleted. In a bucket, a checkpoint that
-agrees with its manifest but cannot be read stays where it is, and the command ends with a StoreError.
+agrees with its manifest but cannot be read stays where it is, since the bucket may only be unavailable: the command
+ends with a StoreError.
 """
 
 import contextlib
-import functools
+import math
 import os
 import re
 import sys
@@ -22,18 +23,20 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from mice_jax import config
-from mice_jax.errors import StoreError, UserError, one_line
-from mice_jax.models.transformer import Params
+from mice_jax.errors import AgreedError, StoreError, UserError, one_line
+from mice_jax.models.transformer import VOCAB_MULTIPLE, Params
 from mice_jax.runtime import distributed
 from mice_jax.step import TrainState
 from mice_jax.storage.manifest import MANIFEST, verify, write_manifest
 from mice_jax.storage.paths import RunPath, is_remote, list_objects, move, write_atomically
 from mice_jax.storage.retention import checkpoints_to_keep, rank_by_score
 
-VOCABULARY_PARAMS = ("embed", "head", "own_embeddings")  # parameters with a vocabulary dim, which may be padded
+# The parameters whose first dim is the vocabulary, which is padded for the size of the mesh's tensor axis.
+VOCABULARY_PARAMS = ("embed.table", "head.weight", "own_embeddings.table")
+MAX_TENSOR = 128  # larger tensor axes are not expected
 # In a bucket, Orbax takes every folder without this object for an interrupted save and removes it.
 COMMITTED = "commit_success.txt"
-# Error messages of a full disk or an exceeded quota contain one of these, in lower case; 28 is ENOSPC and 27 is EFBIG.
+# Errors of a full disk, a quota or a limit on files contain one of these, in lower case; 28 is ENOSPC, 27 is EFBIG.
 NO_SPACE_ERRORS = ("no space", "quota", "file too large", "os_error_code='28'", "os_error_code='27'")
 MAX_ERROR_CHARS = 300
 
@@ -42,9 +45,9 @@ MAX_ERROR_CHARS = 300
 class CheckpointReader:
     """Read-only access to a run's checkpoints; safe while the run is still writing."""
 
-    def __init__(self, workdir: RunPath):
+    def __init__(self, workdir: RunPath, *, read_only: bool = True):
         self.folder = _checkpoint_folder(workdir)
-        self._manager = self._open(read_only=True)
+        self._manager = self._open(read_only)
 
     def _open(self, read_only: bool) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
@@ -67,7 +70,7 @@ class CheckpointReader:
         return sorted(self._manager.all_steps())
 
     def resolve_step(self, step: int | None) -> int:
-        """Returns the given step, or the newest for None; raises UserError if there is no checkpoint of it."""
+        """Returns `step`, or the newest step if it is None; raises UserError if there is no such checkpoint."""
         steps = self.steps()
         if not steps:
             raise UserError(f"{self.folder} holds no complete checkpoint.")
@@ -84,30 +87,27 @@ class CheckpointReader:
         """Restores the parameters of a step.
 
         Args:
-          step: The step.
-          abstract: The shapes, dtypes and shardings of the parameters.
+          step: a step that has a checkpoint.
+          abstract: the shapes, dtypes and shardings of the parameters.
           item: "params", or "average" for the running average of the parameters.
 
-        Returns:
-          The parameters.
-
         Raises:
-          UserError: The checkpoint has parameters of other shapes, or no average.
+          UserError: if the checkpoint has other parameters, or no average.
         """
-        if self._manager.item_metadata(step)[item] is None:
+        if item == "average" and self._manager.item_metadata(step)[item] is None:
             raise UserError(
                 f"{self.folder / str(step)} holds no average of the weights, since its run has train.ema_half_life=0. "
                 "Use the weights themselves, or the mean of several checkpoints (mice average)."
             )
-        self._check_shapes(step, abstract, item)
+        self._check_params(step, abstract, item)
         items = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract, strict=False)})
         return self._manager.restore(step, args=items)[item]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`, and the run's progress."""
-        self._check_shapes(step, abstract.params)
+        self._check_params(step, abstract.params)
         items = {
-            # strict=False pads or cuts a vocabulary to the padding of this mesh; _check_shapes rejects other changes.
+            # strict=False pads or cuts a vocabulary to the padding of this mesh; _check_params rejects other changes.
             "params": ocp.args.StandardRestore(abstract.params, strict=False),
             "opt_state": ocp.args.StandardRestore(abstract.opt_state, strict=False),
             "progress": ocp.args.JsonRestore(),
@@ -115,27 +115,28 @@ class CheckpointReader:
         if abstract.average is not None:
             items["average"] = ocp.args.StandardRestore(abstract.average, strict=False)
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        # The step is not stored: it is the checkpoint's name.
         count = jax.device_put(jnp.asarray(step, jnp.int32), abstract.step.sharding)
         average = restored["average"] if abstract.average is not None else None
         return TrainState(count, restored["params"], restored["opt_state"], average), restored["progress"]
 
-    def _check_shapes(self, step: int, abstract: Params, item: str = "params") -> None:
-        """Raises UserError if stored and requested shapes differ in more than the padding of the vocabulary.
+    def _check_params(self, step: int, abstract: Params, item: str = "params") -> None:
+        """Raises UserError if stored and requested parameters differ in more than the padding of the vocabulary.
 
         With `strict=False`, Orbax silently pads and cuts arrays to the requested shapes. That is right only for the
-        vocabulary dim, which is padded with zeros to a multiple of 128 and of the size of the tensor axis.
+        padding of the vocabulary, which is zero.
         """
-        stored = self._manager.item_metadata(step)[item]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-            found = functools.reduce(lambda tree, key: tree[key.key], path, stored).shape
-            num_different_dims = sum(a != b for a, b in zip(found, leaf.shape, strict=True))
-            allowed = 1 if path[0].key in VOCABULARY_PARAMS else 0
-            if num_different_dims > allowed:
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise UserError(
-                    f"{self.folder / str(step)} holds {name} with the shape {list(found)}, but the model's config.json "
-                    f"requires {list(leaf.shape)}. Restore the config.json that the run was started with."
-                )
+        metadata = self._manager.item_metadata(step)[item]  # None, whose tree cannot be read, if it is damaged
+        stored, wanted = _shapes(metadata.tree), _shapes(abstract)
+        for name in [*wanted, *(stored.keys() - wanted.keys())]:
+            found, asked = stored.get(name), wanted.get(name)
+            if found == asked or (found and asked and differ_in_padding(name, found, asked)):
+                continue
+            raise UserError(
+                f"{self.folder / str(step)} holds {_described(name, found)}, but the model that is asked for has "
+                f"{_described(name, asked)}. Restore the config.json of the model that the run started from "
+                "(model.init_from; for other commands WORKDIR/model/config.json)."
+            )
 
     def close(self) -> None:
         """Closes Orbax's manager; if a pending save has failed, its error is only printed."""
@@ -162,26 +163,25 @@ class Checkpoints(CheckpointReader):
         Args:
           workdir: the run's folder, on disk or in a bucket.
           policy: which checkpoints are kept; None keeps all.
-          warm_start_ranges: the steps of each phase from whose best state the next phase starts. The best step of each
-            range is kept.
+          warm_start_ranges: the steps of each phase from whose best checkpoint the next phase starts
+            (`seed_from="best"`). The best step of each range is kept.
           check_ownership: raises, in every process, if another run has taken over the folder. It is called before a
             save, and before manifests are written and old checkpoints deleted.
         """
-        self.folder = _checkpoint_folder(workdir)
         self._policy = policy or config.Checkpoint()
         self._warm_start_ranges = warm_start_ranges
         self._check_ownership = check_ownership
         self._saved: dict[int, dict[str, float]] = {}  # by step: its samples, and its score if it has one
         self._pending_manifest: int | None = None  # step of the save that has no manifest yet
         self._last_committed: int | None = None
-        self._manager = self._open(read_only=False)
+        super().__init__(workdir, read_only=False)
 
     # ---- Saving ---------------------------------------------------------------------------------------------
     def save(self, state: TrainState, progress: dict[str, Any], score: float | None = None) -> None:
-        """Copies the arrays and starts to write them in the background.
+        """Waits for the previous save, then copies the arrays and writes them in the background.
 
-        It first waits for the previous save, after which expired checkpoints are deleted. So after the first
-        save, the folder always has a complete checkpoint.
+        Expired checkpoints are deleted only once a newer one is complete, so from the first completed save on, the
+        folder always has a complete checkpoint.
 
         Args:
           state: the state after `state.step` steps.
@@ -198,7 +198,8 @@ class Checkpoints(CheckpointReader):
         items["progress"] = ocp.args.JsonSave(progress | {"saved": {str(s): v for s, v in self._saved.items()}})
         self._check_ownership()
         with self._raise_write_errors_on_all_processes():
-            self._manager.save(step, args=ocp.args.Composite(**items))
+            saved = self._manager.save(step, args=ocp.args.Composite(**items))
+        assert saved, f"steps are saved in order, and the folder has step {step} or a later one"
         self._pending_manifest = step
 
     def wait(self) -> None:
@@ -208,7 +209,7 @@ class Checkpoints(CheckpointReader):
         with self._raise_write_errors_on_all_processes():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        if step is None or step not in self.steps():  # a failed save leaves no step
+        if step is None:
             return
         self._last_committed = step
         self._check_ownership()
@@ -219,7 +220,7 @@ class Checkpoints(CheckpointReader):
             self._delete_expired()
 
     def _delete_expired(self) -> None:
-        # A checkpoint that is not in `_saved` is never deleted.
+        # Only checkpoints whose samples are known can be ranked; others are kept.
         present = {step: self._saved[step] for step in self.steps() if step in self._saved}
         warm_start_steps = [self.best_step(steps) for steps in self._warm_start_ranges]
         kept = checkpoints_to_keep(
@@ -258,10 +259,14 @@ class Checkpoints(CheckpointReader):
             raise
         except Exception as e:
             failure = e
-        if distributed.is_true_on_any_process(failure is not None):
-            raise failure or StoreError("a checkpoint could not be written; another process prints the reason.")
+        failed, in_store = distributed.any_across_processes(failure is not None, isinstance(failure, StoreError))
+        if failed:
+            kind = StoreError if in_store else AgreedError
+            if isinstance(failure, UserError):
+                raise kind(str(failure)) from failure
+            raise failure or kind("a checkpoint could not be written; another process prints the reason.")
 
-    # ---- Preemption notices of the cluster --------------------------------------------------------------------
+    # ---- Preemption notices of the cluster, of which Orbax's manager knows --------------------------------------
     def preempted_before(self, start: int) -> bool:
         """Returns whether a preemption notice came before the first step of this process; called once.
 
@@ -272,8 +277,9 @@ class Checkpoints(CheckpointReader):
         Args:
           start: the number of steps that were done before this process started.
         """
-        before_any_step = self._manager.reached_preemption(1)
-        return self._manager.reached_preemption(start) or before_any_step
+        at_step_1 = self._manager.reached_preemption(1)  # Every process makes both calls, in this order.
+        at_start = self._manager.reached_preemption(start)
+        return at_step_1 or at_start
 
     def reached_preemption(self, step: int) -> bool:
         """Returns whether to stop after a step because of a preemption notice; called at every step.
@@ -296,7 +302,8 @@ class Checkpoints(CheckpointReader):
           The step, the state and the progress; None if the run has no checkpoint at all, not even a damaged one.
 
         Raises:
-          UserError: if all checkpoints are damaged. The run does not silently start from the beginning.
+          UserError: if all checkpoints are damaged (the run does not silently start from the beginning), or if the
+            newest has other parameters.
           StoreError: if the bucket cannot be listed or read at the moment.
         """
         steps = self.steps()
@@ -311,14 +318,14 @@ class Checkpoints(CheckpointReader):
                     self._saved = {int(s): dict(v) for s, v in saved.items() if int(s) in steps}
                     self._last_committed = step
                     return step, state, progress
-            quarantine = self._quarantine(step)
-            log(f"the checkpoint of step {step} is damaged ({damage}); it was moved to {quarantine}")
+            moved_to = self._move_to_damaged(step)
+            log(f"the checkpoint of step {step} is damaged ({damage}); it was moved to {moved_to}")
             steps = self.steps()
         self._raise_if_checkpoints_exist()
         return None
 
     def _verify(self, step: int) -> str | None:
-        """Returns None in every process if a checkpoint agrees with its manifest, and what is damaged if not.
+        """Returns what is damaged, or None in every process if a checkpoint agrees with its manifest or has none.
 
         Only the main process reads the files, so it alone knows the details.
         """
@@ -349,20 +356,18 @@ class Checkpoints(CheckpointReader):
             raise StoreError(f"{self.folder / str(step)} is complete, but cannot be read at the moment: {damage}.")
         return None, damage
 
-    def _quarantine(self, step: int) -> RunPath:
-        """Moves a checkpoint to `damaged/`, where Orbax does not see it."""
+    def _move_to_damaged(self, step: int) -> RunPath:
+        """Moves a checkpoint to `damaged/`, where Orbax does not see it; returns its new place."""
         self._manager.close()
         folder = self.folder / "damaged"
         names = [str(step), *(f"{step}-{i}" for i in range(2, 1000))]
         target = next(folder / name for name in names if not (folder / name).exists())
-        # This collective is a barrier: every process has chosen the name before the main process uses it.
-        distributed.is_true_on_any_process(False)
+        distributed.wait_for_all()  # All have chosen the name before the main process uses it.
         if distributed.is_main_process():
             if is_remote(folder):
                 write_atomically(folder / COMMITTED, "")  # Otherwise Orbax would remove damaged/; see COMMITTED.
             move(self.folder / str(step), target)
-        # This is a barrier too: no process lists the folder before the checkpoint is moved.
-        distributed.is_true_on_any_process(False)
+        distributed.wait_for_all()  # No process lists the folder before the checkpoint is moved.
         self._manager = self._open(read_only=False)
         return target
 
@@ -384,13 +389,40 @@ class Checkpoints(CheckpointReader):
 
 
 # ---------------------------------------------------------------------------------------- shared
+def differ_in_padding(name: str, a: Sequence[int], b: Sequence[int]) -> bool:
+    """Returns whether two shapes may be those of one parameter, with its vocabulary padded for two meshes.
+
+    A vocabulary is padded to a multiple of 128 and of the size of the tensor axis (`make_decoder`).
+
+    Args:
+      name: the dotted name of the parameter.
+      a: a shape.
+      b: another shape.
+    """
+    if name not in VOCABULARY_PARAMS or len(a) != len(b) or a[1:] != b[1:]:
+        return False
+    small, large = sorted((a[0], b[0]))
+    multiples = {math.lcm(VOCAB_MULTIPLE, tensor) for tensor in range(1, MAX_TENSOR + 1)}
+    return small % VOCAB_MULTIPLE == 0 and any(large % m == 0 and large - m < small for m in multiples)
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter by its dotted name."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _described(name: str, shape: tuple[int, ...] | None) -> str:
+    return f"no {name}" if shape is None else f"{name} with the shape {list(shape)}"
+
+
 def _checkpoint_folder(workdir: RunPath) -> RunPath:
     return (workdir.resolve() if isinstance(workdir, Path) else workdir) / "checkpoints"
 
 
 @contextlib.contextmanager
 def _explain_store_errors(folder: RunPath) -> Iterator[None]:
-    """Turns the errors of a full disk or an unavailable bucket into errors for the user."""
+    """Turns the errors of a disk without space or an unavailable bucket into errors for the user."""
     try:
         yield
     except (AssertionError, AttributeError, LookupError, TypeError, jax.errors.JaxRuntimeError):  # bugs and lost peers
@@ -403,7 +435,7 @@ def _explain_store_errors(folder: RunPath) -> Iterator[None]:
             raise
         stats = os.statvfs(folder.parent)  # the folder itself may not exist yet
         raise UserError(
-            f"the checkpoint could not be written to {folder}: the disk is full ({text[:200]}); "
-            f"{stats.f_bavail * stats.f_frsize:,} bytes are free. The earlier checkpoints are complete. Free some "
-            "space (or set checkpoint.keep_last) and run the same command to resume."
+            f"the checkpoint could not be written to {folder}, since there is no space for it ({text[:200]}; the disk "
+            f"has {stats.f_bavail * stats.f_frsize:,} bytes free). The earlier checkpoints are complete. Delete old "
+            "ones or other files, and run the same command to resume; with checkpoint.keep_last, it keeps fewer."
         ) from e

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mice_jax.checkpoint import CheckpointReader, Checkpoints
+from mice_jax import checkpoint
+from mice_jax.checkpoint import CheckpointReader, Checkpoints, differ_in_padding
 from mice_jax.config import Checkpoint
-from mice_jax.errors import UserError
+from mice_jax.errors import AgreedError, StoreError, UserError
 from mice_jax.step import TrainState
 from mice_jax.storage.manifest import MANIFEST, verify
 from mice_jax.storage.retention import checkpoints_to_keep, rank_by_score
@@ -65,9 +66,10 @@ def test_a_missing_or_nan_score_is_never_the_best() -> None:
 
 
 # ---------------------------------------------------------------------------------------- damage
-def make_state(step: int, width: int = 8, vocab: int = 10) -> TrainState:
+def make_state(step: int, width: int = 8, vocab: int = 128) -> TrainState:
     """A state whose numbers depend on the step."""
-    params = {"embed": jnp.full((vocab, width), step, jnp.float32), "layers": {"up": jnp.full((2, width), step * 0.5)}}
+    embed, up = jnp.full((vocab, width), step, jnp.float32), jnp.full((2, width), step * 0.5)
+    params = {"embed": {"table": embed}, "layers": {"up": up}}
     return TrainState(jnp.asarray(step, jnp.int32), params, {"mu": jnp.full((width,), step * 2.0)})
 
 
@@ -191,18 +193,62 @@ def test_a_new_run_has_nothing_to_restore(tmp_path: Path) -> None:
         assert checkpoints.restore_newest(ABSTRACT, pytest.fail) is None
 
 
-def test_a_model_of_another_shape_is_an_error_and_not_damage(run: Path) -> None:
-    with opened(run) as checkpoints, pytest.raises(UserError, match=r"up with the shape \[2, 8\].* \[2, 12\].*Restore"):
-        checkpoints.restore_newest(abstract_of(make_state(0, width=12)), pytest.fail)
+def shaped(embed: tuple[int, ...] = (128, 8), up: tuple[int, ...] = (2, 8), **others: tuple[int, ...]) -> TrainState:
+    shapes = {"embed": {"table": embed}, "layers": {"up": up} | others}
+    params = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return abstract_of(dataclasses.replace(make_state(0), params=params))
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        (
+            shaped(up=(2, 12)),
+            r"layers\.up with the shape \[2, 8\], but .* layers\.up with the shape \[2, 12\]\. Restore",
+        ),
+        (shaped(up=(2, 8, 1)), r"layers\.up with the shape \[2, 8\], but .* with the shape \[2, 8, 1\]"),
+        (shaped(embed=(128, 12)), r"embed\.table with the shape \[128, 8\], but .* \[128, 12\]"),
+        (shaped(embed=(256, 8)), r"embed\.table with the shape \[128, 8\], but .* \[256, 8\]"),
+        (shaped(down=(2, 8)), r"holds no layers\.down, but the model that is asked for has layers\.down with"),
+        (
+            dataclasses.replace(shaped(), params={"embed": shaped().params["embed"]}),
+            r"holds layers\.up .* has no layers\.up",
+        ),
+    ],
+    ids=["width", "dims", "width of the vocabulary", "vocabulary", "more", "fewer"],
+)
+def test_another_model_is_an_error_and_not_damage(asked: TrainState, text: str, run: Path) -> None:
+    with opened(run) as checkpoints, pytest.raises(UserError, match=text):
+        checkpoints.restore_newest(asked, pytest.fail)
     assert not (run / "checkpoints" / "damaged").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "a", "b", "may_be"),
+    [
+        ("embed.table", (49_280, 64), (49_536, 64), True),  # 49,155 for tensor axes of 1 and 3
+        ("head.weight", (32_256, 64), (32_000, 64), True),  # 32,000 for tensor axes of 7 and 1
+        (
+            "embed.table",
+            (32_000, 64),
+            (32_768, 64),
+            False,
+        ),  # no axis of 128 or fewer needs so much padding
+        ("embed.table", (49_280, 64), (49_536, 65), False),
+        ("embed.table", (49_155, 64), (49_280, 64), False),
+        ("own_embeddings.projection", (128, 64), (384, 64), False),
+    ],
+)
+def test_only_padding_of_a_vocabulary_is_padding(name: str, a: tuple, b: tuple, may_be: bool) -> None:
+    assert differ_in_padding(name, a, b) == differ_in_padding(name, b, a) == may_be
 
 
 def test_a_vocabulary_is_padded_with_zeros(run: Path) -> None:
     with opened(run) as checkpoints:
-        restored = checkpoints.restore_newest(abstract_of(make_state(0, vocab=12)), pytest.fail)
+        restored = checkpoints.restore_newest(shaped(embed=(384, 8)), pytest.fail)
     assert restored is not None
-    embed = np.asarray(restored[1].params["embed"])
-    np.testing.assert_array_equal(embed, np.pad(np.full((10, 8), 10.0), ((0, 2), (0, 0))))
+    embed = np.asarray(restored[1].params["embed"]["table"])
+    np.testing.assert_array_equal(embed, np.pad(np.full((128, 8), 10.0), ((0, 256), (0, 0))))
 
 
 def test_a_reader_resolves_steps_and_changes_nothing(run: Path) -> None:
@@ -211,7 +257,7 @@ def test_a_reader_resolves_steps_and_changes_nothing(run: Path) -> None:
     assert (reader.resolve_step(None), reader.resolve_step(9), reader.samples(9)) == (10, 9, 72)
     with pytest.raises(UserError, match="has no step 7; it has 9, 10"):
         reader.resolve_step(7)
-    np.testing.assert_array_equal(reader.restore_params(9, ABSTRACT.params)["embed"], make_state(9).params["embed"])
+    jax.tree.map(np.testing.assert_array_equal, reader.restore_params(9, ABSTRACT.params), make_state(9).params)
     reader.close()
     assert sorted(run.rglob("*")) == before
 
@@ -235,11 +281,11 @@ def test_a_full_disk_is_reported_and_saving_works_once_there_is_room(run: Path) 
     """A limit on the size of files stands for the disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     noise = np.random.default_rng(0).random((10, 1 << 14), np.float32)  # 655 kB, which do not compress
-    large = dataclasses.replace(make_state(11), params={"embed": jnp.asarray(noise)})
+    large = dataclasses.replace(make_state(11), params={"embed": {"table": jnp.asarray(noise)}})
     with opened(run) as checkpoints:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
         try:
-            with pytest.raises(UserError, match=r"the disk is full .* bytes are free\. The earlier") as e:
+            with pytest.raises(UserError, match=r"no space for it \(.* bytes free\)\. The earlier") as e:
                 checkpoints.save(large, {"samples": 88})
                 checkpoints.wait()
         finally:
@@ -251,3 +297,29 @@ def test_a_full_disk_is_reported_and_saving_works_once_there_is_room(run: Path) 
         checkpoints.save(make_state(11), {"samples": 88})
         checkpoints.wait()
         assert checkpoints.steps() == [9, 10, 11]
+
+
+# ---------------------------------------------------------------------------------------- several processes
+@pytest.mark.parametrize(
+    ("own", "in_store", "raised"),
+    [
+        (None, False, AgreedError("a checkpoint could not be written; another process prints the reason.")),
+        (None, True, StoreError("a checkpoint could not be written; another process prints the reason.")),
+        (UserError("a reason"), False, AgreedError("a reason")),
+        (StoreError("no answer"), True, StoreError("no answer")),
+        (KeyError("a bug"), False, KeyError("a bug")),
+    ],
+)
+def test_processes_agree_on_whether_a_failed_save_can_be_resumed(
+    own: Exception | None, in_store: bool, raised: Exception, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only an unavailable store ends a run with "run the same command again"."""
+    monkeypatch.setattr(checkpoint.distributed, "any_across_processes", lambda *flags: [True, in_store])
+    with (
+        opened(run) as checkpoints,
+        pytest.raises(type(raised)) as e,
+        checkpoints._raise_write_errors_on_all_processes(),
+    ):
+        if own is not None:
+            raise own
+    assert (type(e.value), str(e.value)) == (type(raised), str(raised))

@@ -77,6 +77,11 @@ def any_across_processes(*flags: bool) -> list[bool]:
     return np.any(_allgather(np.array(flags)), axis=0).tolist()
 
 
+def wait_for_all() -> None:
+    """Waits in a collective until every process has called this."""
+    any_across_processes(False)
+
+
 def barrier(name: str) -> None:
     """Waits in the coordination service until every process has arrived at the barrier of this name.
 
