@@ -27,13 +27,7 @@ from mice_jax.numerics.stochastic_rounding import round_stochastically
 from mice_jax.numerics.wide_gradient import WideGradient, variables_of, with_variables
 from mice_jax.sharding import BATCH_AXES, LENGTH_AXIS, basis_sharding, gradient_sum, param_shardings, split_like
 
-# `corrected_grad_sq` divides by 1 - r, the share of the products w_i w_j in which i and j differ. If it is smaller than
-# this, one microbatch has almost all the weight, and the result would be rounding error.
-MIN_CROSS_SHARE = 1e-3
-
-BASIS_SIDES = ("outputs", "inputs")  # the fields of `training.osft.Basis`, in the state of an optimizer
-
-# tokens, targets, segment_ids, positions, loss_weights, sources: each [B T], B rows of T slots
+# One microbatch: tokens, targets, segment_ids, positions, loss_weights and sources, each [B T], B rows of T slots.
 Batch = dict[str, jax.Array]
 
 
@@ -44,7 +38,7 @@ class TrainState:
 
     step: jax.Array  # number of steps done, those whose update was skipped included, int32
     params: Params  # float32, or weights in bfloat16 and the rest in float32
-    opt_state: Any  # of optax, moments perhaps in host memory; None in a checkpoint of `mice average`
+    opt_state: Any  # the optax state, whose moments may be in host memory; None in what `mice average` writes
     average: Params | None = None  # running average of params, float32; None if the run keeps none
 
 
@@ -64,56 +58,74 @@ class Jitted:
 
     def __init__(self, function: Callable, mesh: Mesh, **jit_args: Any):
         self.jitted, self._mesh = jax.jit(function, **jit_args), mesh
-        self._compiling: dict[Any, Future] = {}  # by the shapes of the arguments
+        self._compiling: dict[Any, Future] = {}  # by the signature of the arguments
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the function under the mesh, once it is compiled for these arguments if that has begun."""
-        if self._compiling and (compiling := self._compiling.pop(_shapes(args), None)):
+        """Calls the function under the mesh.
+
+        If another thread is compiling it for arguments of these shapes, that is awaited first.
+        """
+        if self._compiling and (compiling := self._compiling.pop(_signature(args), None)):
             compiling.result()
         with jax.set_mesh(self._mesh):
             return self.jitted(*args)
 
     def compile_in(self, threads: Executor, *args: Any) -> None:
-        """Compiles in another thread, with arguments as for `compile`; a call with such arguments waits for it."""
-        self._compiling[_shapes(args)] = threads.submit(self.compile, *args)
+        """Starts `compile` in another thread; a call with arguments of the same shapes waits for it."""
+        self._compiling[_signature(args)] = threads.submit(self.compile, *args)
 
     def forget_cancelled(self) -> None:
-        """Leaves what was to be compiled in another thread, and was not begun, to the calls that need it."""
-        self._compiling = {shapes: f for shapes, f in self._compiling.items() if not f.cancelled()}
+        """Forgets compilations that were cancelled before they began; calls compile these programs themselves."""
+        self._compiling = {signature: f for signature, f in self._compiling.items() if not f.cancelled()}
 
     def compile(self, *args: Any, options: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
         """Compiles for arguments of these shapes, without running; a later call finds the program in JAX's cache.
 
         Args:
-          *args: The arguments, as jax.ShapeDtypeStruct or numbers.
-          options: Extra options of the compiler. A later call does not reuse a program that was compiled with them.
+          *args: the arguments, as jax.ShapeDtypeStruct or numbers.
+          options: extra options of the compiler. A later call does not reuse a program that was compiled with them.
         """
         with jax.set_mesh(self._mesh):
             return self.jitted.lower(*args).compile(dict(options) or None)
 
 
-def _shapes(args: tuple) -> tuple:
-    """Returns what decides which program a call with these arguments runs."""
+def _signature(args: tuple) -> tuple:
+    """Returns the shapes and dtypes of all arrays, by which a run tells the programs of one function apart."""
     return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
 
 
 class StepFunctions(NamedTuple):
-    """The jitted functions of a run, and the shapes, dtypes and shardings of the state and the sums."""
+    """The jitted functions of a run, and the shapes, dtypes and shardings of the state and the sums.
 
-    init: Jitted  # (key) -> TrainState
-    from_params: Jitted  # (params) -> TrainState; donates params
-    zero_sums: Jitted  # () -> Sums
-    accumulate: Jitted  # (params, sums, batch) -> Sums; donates sums
-    # (state, sums, skip_norm_above=inf, average_weight=None) -> TrainState, zeroed Sums, metrics
-    apply: Jitted  # donates state and sums
-    # (params, batch) -> loss_sum, weight_sum, correct_sum; if exact matches are counted, also num_matches, num_samples
+    The abstract trees have jax.ShapeDtypeStruct with a sharding in place of each array.
+
+    Attributes:
+      init: (key) -> TrainState.
+      from_params: (params) -> TrainState. It donates params.
+      zero_sums: () -> Sums.
+      accumulate: (params, sums, batch) -> Sums. It donates sums.
+      apply: (state, sums, skip_norm_above=inf, average_weight=None) -> TrainState, zeroed Sums, metrics. It donates
+        state and sums.
+      evaluate: (params, batch) -> loss_sum, weight_sum, correct_sum, and if exact matches are counted also num_matches,
+        num_samples.
+      gradients: (params, batch) -> (loss_sum, (weight_sum, source_sums)), gradients. `accumulate` calls it; not jitted.
+      abstract_state: the state.
+      abstract_sums: the sums.
+      abstract_base: the frozen parameters that adapters are added to; None if all are trained.
+      abstract_params: what `accumulate` and `evaluate` take: the parameters of the state, joined with the base.
+    """
+
+    init: Jitted
+    from_params: Jitted
+    zero_sums: Jitted
+    accumulate: Jitted
+    apply: Jitted
     evaluate: Jitted
-    # What `accumulate` calls, not jitted: (params, batch) -> (loss_sum, (weight_sum, source_sums)), gradients
     gradients: Callable
-    abstract_state: TrainState  # like abstract_sums, it has jax.ShapeDtypeStruct with a sharding in place of each array
+    abstract_state: TrainState
     abstract_sums: Sums
-    abstract_base: Params | None  # the frozen parameters that adapters are added to; None if all are trained
-    abstract_params: Params  # what `accumulate` and `evaluate` take: those of the state, joined with the base
+    abstract_base: Params | None
+    abstract_params: Params
 
 
 def batch_loss(
@@ -140,9 +152,10 @@ def batch_loss(
     model = decoder.bind(params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
     output_weight = model.output_weight()
+    # A bfloat16 weight comes with the zeros that take its float32 gradient (numerics/wide_gradient.py).
     if isinstance(output_weight, WideGradient):
         output_weight = output_weight.astype(jnp.float32)
-    of_devices = gradient_sum(output_weight.shape, ("vocab", "embed"), compute.reduce_dtype)
+    sum_over_devices = gradient_sum(output_weight.shape, ("vocab", "embed"), compute.reduce_dtype)
     with jax.named_scope("loss"):
         loss_sum, weight_sum, source_sums = cross_entropy_sums(
             hidden,
@@ -157,8 +170,8 @@ def batch_loss(
             num_sources=num_sources,
             batch_axes=BATCH_AXES,
             length_axes=(LENGTH_AXIS,),
-            weight_spec=of_devices.spec,
-            add_weight_gradients=of_devices.add,
+            weight_spec=sum_over_devices.spec,
+            add_weight_gradients=sum_over_devices.add,
         )
     return loss_sum, (weight_sum, source_sums)
 
@@ -169,13 +182,14 @@ def make_step(
     schedule: Callable[[jax.Array], jax.Array],
     mesh: Mesh,
     compute: Compute,
-    trained: Any = None,
+    trained_mask: Any = None,
     accumulate_dtype: str = "float32",
     compiler_options: dict[str, str] | None = None,
     sources: Sequence[str] = (),
-    averages: bool = False,
+    keeps_average: bool = False,
     max_held_out_samples: int = 0,
-    offloaded_clip: float | None = None,
+    offloads_moments: bool = False,
+    clip_norm: float = 0.0,
     rounding_seed: int | None = None,
 ) -> StepFunctions:
     """Jits the functions of a run for one mesh, with the shardings of `sharding.RULES`.
@@ -183,26 +197,28 @@ def make_step(
     Args:
       decoder: the model.
       optimizer: an optax transformation without the learning rate, from `optim.make_optimizer`.
-      schedule: maps the number of updates done to the learning rate.
+      schedule: maps the number of steps done to the learning rate.
       mesh: the devices.
       compute: dtype, attention backend and rematerialisation of forward and backward.
-      trained: a tree with the structure of the parameters, whose bool arrays broadcast to them; None trains all.
+      trained_mask: bool arrays in a tree like the parameters, to which they broadcast, false where a parameter is
+        frozen; None trains all.
       accumulate_dtype: the dtype in which gradients are summed over microbatches.
       compiler_options: XLA's options for the functions that run the model.
       sources: the names of the sources, in the order of `batch["sources"]`; none for no metrics by source.
-      averages: whether the state keeps a running average of the parameters.
+      keeps_average: whether the state keeps a running average of the parameters.
       max_held_out_samples: the most samples that an evaluated microbatch may hold, for counting exact matches; 0 counts
         none.
-      offloaded_clip: None keeps moments on the devices. A number keeps them in host memory, and gradients are clipped
-        to this global norm, 0 for no clipping; `optimizer` must not clip, since it sees a part of them at a time.
-      rounding_seed: the seed of the random bits with which updated weights are rounded to bfloat16, in which they are
-        held then; None holds them in float32.
+      offloads_moments: whether moments are kept in host memory, and parameters updated part by part. `optimizer` sees
+        the gradients of one part at a time, so it must not clip by a global norm.
+      clip_norm: the global norm to which gradients are clipped if moments are offloaded; 0 for no clipping.
+      rounding_seed: None keeps weights in float32. A number keeps them in bfloat16, and is the seed of the random bits
+        by which each update is rounded to it.
 
     Returns:
       The jitted functions; nothing is compiled before the first call.
     """
-    offloads, param_dtype = offloaded_clip is not None, "float32" if rounding_seed is None else "bfloat16"
-    abstract_state = make_abstract_state(decoder, optimizer, mesh, averages, offloads, param_dtype)
+    param_dtype = "float32" if rounding_seed is None else "bfloat16"
+    abstract_state = make_abstract_state(decoder, optimizer, mesh, keeps_average, offloads_moments, param_dtype)
     abstract_base = make_abstract_base(decoder, mesh, compute.dtype)
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
@@ -225,10 +241,10 @@ def make_step(
         return from_params(decoder.split(decoder.init(key))[0])
 
     def from_params(params: Params) -> TrainState:
-        # The copy is an array of its own, since `apply` donates both.
-        average = jax.tree.map(jnp.copy, in_float32(params)) if averages else None
+        # A copy: `apply` donates the parameters and their average, and one buffer cannot be donated twice.
+        average = jax.tree.map(jnp.copy, in_float32(params)) if keeps_average else None
         params = jax.tree.map(lambda p, a: p.astype(a.dtype), params, abstract_state.params)
-        opt_state = init_on_host(init_moments, params) if offloads else init_moments(params)
+        opt_state = init_on_host(init_moments, params) if offloads_moments else init_moments(params)
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, average)
 
     def init_moments(params: Params) -> Any:
@@ -254,16 +270,19 @@ def make_step(
 
     def gradients(params: Params, batch: Batch) -> tuple[tuple[jax.Array, tuple[jax.Array, SourceSums]], Params]:
         # With adapters, only they are differentiated; the base is held constant.
-        own, base = decoder.split(params)
+        trained, base = decoder.split(params)
 
-        def of_variables(variables: Params) -> tuple[jax.Array, tuple[jax.Array, SourceSums]]:
-            return loss(decoder.join(with_variables(own, variables), base), batch)
+        # Parameters in bfloat16 are differentiated through float32 zeros that accompany them, so that their gradients
+        # are float32 (numerics/wide_gradient.py).
+        def loss_of(variables: Params) -> tuple[jax.Array, tuple[jax.Array, SourceSums]]:
+            return loss(decoder.join(with_variables(trained, variables), base), batch)
 
-        return jax.value_and_grad(of_variables, has_aux=True)(variables_of(own))
+        return jax.value_and_grad(loss_of, has_aux=True)(variables_of(trained))
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
         (loss_sum, (weight_sum, source_sums)), grads = gradients(params, batch)
-        grad_sq = optax.tree.norm(_zero_frozen(grads, trained), squared=True)
+        # The sums hold the gradients of frozen parameters too, which `apply_sums` sets to zero once.
+        grad_sq = optax.tree.norm(_zero_frozen(grads, trained_mask), squared=True)
         microbatch = Sums(grads, loss_sum, weight_sum, grad_sq, weight_sum**2, source_sums)
         return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
 
@@ -276,10 +295,11 @@ def make_step(
             optimizer,
             schedule,
             skip_norm_above,
-            trained,
+            trained_mask,
             sources,
             average_weight,
-            offloaded_clip,
+            offloads_moments,
+            clip_norm,
             rounding_seed,
         )
         # The next step starts from these zeros, which reuse the memory of the donated sums.
@@ -315,25 +335,26 @@ def sample_numbers(segment_ids: jax.Array) -> jax.Array:
       segment_ids: [B T] int32, 0 for padding and 1, 2, ... for the samples of a row.
 
     Returns:
-      The number of each slot's sample, [B T] int32. Padding gets that of another sample or -1; it has no loss weight.
+      The number of each slot's sample, [B T] int32. Padding, which has no loss weight, gets the number of the last
+      sample of the rows above, or -1.
     """
-    in_row = segment_ids.max(axis=1)
-    return jnp.cumsum(in_row)[:, None] - in_row[:, None] + segment_ids - 1
+    samples_in_row = segment_ids.max(axis=1)
+    return jnp.cumsum(samples_in_row)[:, None] - samples_in_row[:, None] + segment_ids - 1
 
 
 def exact_matches(by_sample: SourceSums) -> tuple[jax.Array, jax.Array]:
-    """Counts the samples of which every trained token is the most probable one.
+    """Counts the samples whose every trained token is the model's most probable one.
 
-    Greedy decoding reproduces the trained tokens of such a sample, the turns of the user being given: each prediction
-    has the same tokens before it.
+    Given the user's turns, greedy decoding writes exactly these tokens, since the tokens before each are the same.
 
     Args:
       by_sample: the sums over the slots of each sample.
 
     Returns:
-      The number of such samples and that of all samples with a trained token, float32 scalars.
+      The number of such samples, and of all samples with a trained token; float32 scalars.
     """
     is_sample = by_sample.weight > 0
+    # Both are sums of the same weights, which are equal if all predictions are right.
     matches = is_sample & (by_sample.correct >= by_sample.weight)
     return jnp.sum(matches, dtype=jnp.float32), jnp.sum(is_sample, dtype=jnp.float32)
 
@@ -344,68 +365,70 @@ def apply_sums(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     skip_norm_above: jax.typing.ArrayLike = jnp.inf,
-    trained: Any = None,
+    trained_mask: Any = None,
     sources: Sequence[str] = (),
     average_weight: jax.typing.ArrayLike | None = None,
-    offloaded_clip: float | None = None,
+    offloads_moments: bool = False,
+    clip_norm: float = 0.0,
     rounding_seed: int | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one update from the sums of a step.
 
     A loss or gradient norm that is not finite leaves the whole state unchanged, with the metric `finite` false. If
     the gradient norm is finite but above `skip_norm_above`, the step is counted, but parameters and optimizer state
-    stay as they are, with the metric `skipped` true.
+    stay as they are, with the metric `skipped` true; the running average takes them in once more.
 
     Args:
       state: the state before the step.
       sums: the sums over all microbatches of the step.
       optimizer: an optax transformation without the learning rate, which `schedule` supplies.
-      schedule: maps the number of updates done to the learning rate.
+      schedule: maps the number of steps done to the learning rate.
       skip_norm_above: a step whose gradient norm, before clipping, is above this makes no update.
-      trained: a tree with the structure of the parameters, whose bool arrays broadcast to them; None trains all. Where
-        it is false, parameters do not change, and their gradients do not count in the norm.
+      trained_mask: as in `make_step`. Where it is false, parameters do not change, and their gradients do not count in
+        the norm.
       sources: the names of the sources; their metrics are NaN in a step that has no trained token of them.
       average_weight: the weight of the new parameters in the running average, where the state keeps one.
-      offloaded_clip: as in `make_step`.
-      rounding_seed: the seed of the random bits with which updated weights are rounded, where they are bfloat16.
+      offloads_moments: as in `make_step`.
+      clip_norm: as in `make_step`.
+      rounding_seed: as in `make_step`.
 
     Returns:
       The state after the step, and the metrics of the step as scalars.
     """
 
     # The gradient is divided by the sum of the weights here and nowhere else. If all weights are 0, it is NaN.
-    def mean(grads: Params, trained: Any) -> Params:
-        return _zero_frozen(jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, grads), trained)
+    def mean(grad_sums: Params, mask: Any) -> Params:
+        return _zero_frozen(jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, grad_sums), mask)
 
-    grads = mean(sums.grads, trained)
+    grads = mean(sums.grads, trained_mask)
     loss = sums.loss_sum / sums.weight_sum
 
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     skipped = finite & (grad_norm > skip_norm_above)
 
-    learning_rate, updated = schedule(state.step), finite & ~skipped
+    learning_rate = schedule(state.step)
+    makes_update = finite & ~skipped
     step = jnp.where(finite, state.step + 1, state.step)
-    own = state.params, state.opt_state
+    current = state.params, state.opt_state
 
-    def update(own: Any, grads: Params, trained: Any, layer: Any = 0) -> tuple[Any, jax.Array]:
-        rounded = functools.partial(round_params, seed=rounding_seed, step=state.step, first_layer=layer)
-        return _update(own, grads, optimizer, learning_rate, updated, trained, rounded)
+    def update(current: Any, grads: Params, mask: Any, first_layer: Any = 0) -> tuple[Any, jax.Array]:
+        to_held = functools.partial(round_params, seed=rounding_seed, step=state.step, first_layer=first_layer)
+        return _update(current, grads, optimizer, learning_rate, makes_update, mask, to_held)
 
-    if offloaded_clip is None:
-        (params, opt_state), update_sq = update(own, grads, trained)
+    if not offloads_moments:
+        (params, opt_state), update_sq = update(current, grads, trained_mask)
     else:
+        # `grads` gave the norm of all parts. The mean of each part is taken again, from its sums.
+        def update_part(part: Part, layer: Any, current: Any, grad_sums: Params) -> tuple[Any, jax.Array]:
+            mask = take_mask(part, layer, trained_mask)
+            return update(current, _clipped(mean(grad_sums, mask), grad_norm, clip_norm), mask, layer)
 
-        def update_part(part: Part, layer: Any, own: Any, grads: Params) -> tuple[Any, jax.Array]:
-            trained_part = take_mask(part, layer, trained)
-            grads = _clipped(mean(grads, trained_part), grad_norm, offloaded_clip)
-            return update(own, grads, trained_part, layer)
-
-        (params, opt_state), update_sq = update_by_parts(update_part, state.params, own, sums.grads)
+        (params, opt_state), update_sq = update_by_parts(update_part, state.params, current, sums.grads)
 
     average = None
     if state.average is not None:
-        assert average_weight is not None, "the state keeps an average"
+        assert average_weight is not None, "the state keeps an average, which needs average_weight"
         weight = jnp.where(finite, average_weight, 0.0)
         average = jax.tree.map(lambda old, new: old + weight * (new - old), state.average, in_float32(params))
     metrics = {
@@ -427,44 +450,50 @@ def apply_sums(
 
 
 def _update(
-    state: tuple[Params, Any],
+    current: tuple[Params, Any],
     grads: Params,
     optimizer: optax.GradientTransformation,
     learning_rate: jax.Array,
-    updated: jax.Array,
-    trained: Any,
-    rounded: Callable[[Params, Params], Params],
+    makes_update: jax.Array,
+    mask: Any,
+    to_held: Callable[[Params, Params], Params],
 ) -> tuple[tuple[Params, Any], jax.Array]:
-    """Updates parameters and optimizer state, or leaves both as they are where `updated` is false.
+    """Updates parameters and optimizer state, or leaves both as they are where `makes_update` is false.
 
     Args:
-      state: the parameters and the state of the optimizer.
+      current: the parameters and the state of the optimizer.
       grads: the mean gradient of the step.
       optimizer: the optimizer.
       learning_rate: float32 scalar.
-      updated: bool scalar.
-      trained: as in `apply_sums`.
-      rounded: returns new float32 parameters in the dtypes of the old ones, given these and the new ones.
+      makes_update: bool scalar.
+      mask: the `trained_mask` of these parameters.
+      to_held: given old and new parameters, returns the new ones in the dtypes of the old.
 
     Returns:
-      The new parameters and state, and the squared norm of the update, which is computed in any case.
+      The new parameters and state, and the squared norm of the update, also where it is not made.
     """
-    params, opt_state = state
+    params, opt_state = current
     wide = in_float32(params)
     directions, new_opt_state = optimizer.update(grads, opt_state, wide)
-    updates = _zero_frozen(jax.tree.map(lambda d: -learning_rate * d, directions), trained)
-    new = rounded(params, cast(Params, optax.apply_updates(wide, updates))), new_opt_state
-    # `where` selects the new or the old value of each array.
-    return jax.tree.map(lambda new, old: jnp.where(updated, new, old), new, state), optax.tree.norm(
-        updates, squared=True
+    updates = _zero_frozen(jax.tree.map(lambda d: -learning_rate * d, directions), mask)
+    new_params = to_held(params, cast(Params, optax.apply_updates(wide, updates)))
+    # A selection, and not a product with 0: NaNs of an update that is not made must not reach the state.
+    chosen = jax.tree.map(
+        lambda new, old: jnp.where(makes_update, new, old), (new_params, new_opt_state), (params, opt_state)
     )
+    return chosen, optax.tree.norm(updates, squared=True)
 
 
-def _clipped(grads: Params, norm: jax.Array, most: float) -> Params:
-    """Clips gradients as `optax.clip_by_global_norm` does, by a norm that also counts gradients that are not here."""
-    if not most:
+def _clipped(grads: Params, norm: jax.Array, max_norm: float) -> Params:
+    """Clips a part of the gradients as `optax.clip_by_global_norm` would clip all of them; `norm` is that of all."""
+    if not max_norm:
         return grads
-    return jax.tree.map(lambda g: jnp.where(norm < most, g, (g / norm) * most), grads)
+    return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, (g / norm) * max_norm), grads)
+
+
+# Below this 1 - r, `corrected_grad_sq` gives no estimate: one microbatch has almost all the weight, and the quotient
+# would be rounding error.
+MIN_CROSS_SHARE = 1e-3
 
 
 def corrected_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
@@ -496,8 +525,8 @@ def make_abstract_state(
     decoder: Decoder,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | AbstractMesh,
-    averages: bool = False,
-    offloads: bool = False,
+    keeps_average: bool = False,
+    offloads_moments: bool = False,
     param_dtype: str = "float32",
 ) -> TrainState:
     """Returns the shapes, dtypes and shardings of a run's state, without allocating arrays.
@@ -506,9 +535,9 @@ def make_abstract_state(
       decoder: the model.
       optimizer: the optimizer, whose state is included.
       mesh: the devices, which need not be present.
-      averages: whether the state keeps a running average of the parameters, which is float32 and sharded like them.
-      offloads: whether moments are in host memory.
-      param_dtype: the dtype of the weights; scales of norms, and others that are applied in float32, stay in it.
+      keeps_average: whether the state keeps a running average of the parameters, float32 and sharded like them.
+      offloads_moments: whether moments are in host memory.
+      param_dtype: the dtype of the weights, except `FLOAT32_PARAMS` such as the scales of norms, which stay float32.
 
     Returns:
       A TrainState of jax.ShapeDtypeStruct. Parameters and moments are sharded by `sharding.RULES`, the rest replicated.
@@ -518,11 +547,12 @@ def make_abstract_state(
     replicated: Any = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)
-    held = jax.tree_util.tree_map_with_path(lambda path, p: _held_in(param_dtype, path, p), params)
-    state = TrainState(step, held, opt_state, params if averages else None)
+    held = jax.tree_util.tree_map_with_path(lambda path, p: _with_dtype(param_dtype, path, p), params)
+    state = TrainState(step, held, opt_state, params if keeps_average else None)
     params_shardings = param_shardings(params, axes, mesh)
-    opt_state_shardings = _opt_state_shardings(opt_state, params, params_shardings, replicated, offloads)
-    shardings = TrainState(replicated, params_shardings, opt_state_shardings, params_shardings if averages else None)
+    opt_state_shardings = _opt_state_shardings(opt_state, params, params_shardings, replicated, offloads_moments)
+    average_shardings = params_shardings if keeps_average else None
+    shardings = TrainState(replicated, params_shardings, opt_state_shardings, average_shardings)
     return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
 
 
@@ -545,18 +575,18 @@ def make_abstract_base(decoder: Decoder, mesh: Mesh | AbstractMesh, dtype: Any) 
     base = decoder.base
 
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf, sharding: _held_in(dtype, path, leaf, sharding),
+        lambda path, leaf, sharding: _with_dtype(dtype, path, leaf, sharding),
         base.abstract,
         param_shardings(base.abstract, base.axes, mesh),
     )
 
 
-def _held_in(
+def _with_dtype(
     dtype: Any, path: tuple, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding | None = None
 ) -> jax.ShapeDtypeStruct:
-    """Returns a parameter's shape, in `dtype` unless the parameter is one of those that are applied in float32."""
-    own: Any = leaf.dtype if path[-1].key in FLOAT32_PARAMS else dtype
-    return jax.ShapeDtypeStruct(leaf.shape, own, sharding=sharding)
+    """Returns a parameter's ShapeDtypeStruct in `dtype`, or in its own if it is one of `FLOAT32_PARAMS`."""
+    held_dtype: Any = leaf.dtype if path[-1].key in FLOAT32_PARAMS else dtype
+    return jax.ShapeDtypeStruct(leaf.shape, held_dtype, sharding=sharding)
 
 
 def in_float32(params: Params) -> Params:
@@ -572,9 +602,10 @@ def round_params(
     Args:
       old: the parameters before the update.
       new: those after it, float32.
-      seed: the seed of the random bits, which are others for each parameter, layer and step; None if all are float32.
-      step: the number of updates done.
-      first_layer: the layer in the first row of stacks.
+      seed: the seed of the random bits, which differ between parameters, layers and steps; None if all parameters are
+        float32.
+      step: the number of steps done.
+      first_layer: the index of the first layer that the arrays stacked over layers hold.
 
     Returns:
       The new parameters in the dtypes of the old ones.
@@ -582,36 +613,43 @@ def round_params(
     if seed is None:
         return new
     of_step = jax.random.fold_in(jax.random.key(seed), step)
+    # The position of each parameter in the tree, from which its random bits follow.
     indices = jax.tree.unflatten(jax.tree.structure(new), range(len(jax.tree.leaves(new))))
 
     def rounded(path: tuple, index: int, old: jax.Array, new: jax.Array) -> jax.Array:
-        if old.dtype == jnp.float32 or not new.size:
+        if old.dtype == jnp.float32 or not new.size:  # a part of an update has empty arrays for the other parts
             return new.astype(old.dtype)
         key = jax.random.fold_in(of_step, index)
         if path[0].key != LAYERS:
             return round_stochastically(new, key)
+        # Each layer has a key, so that the bits are the same whether layers are updated one by one or together.
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first_layer + jnp.arange(len(new)))
         return jax.vmap(round_stochastically)(new, keys)
 
     return jax.tree_util.tree_map_with_path(rounded, indices, old, new)
 
 
+# The fields of `training.osft.Basis`, the two factors of a matrix's frozen directions in the optimizer's state (OSFT).
+# They are repeated here because this module is below `training`.
+BASIS_SIDES = ("outputs", "inputs")
+
+
 def _opt_state_shardings(
-    opt_state: Any, params: Params, shardings: Params, replicated: NamedSharding, offloads: bool
+    opt_state: Any, params: Params, shardings: Params, replicated: NamedSharding, offloads_moments: bool
 ) -> Any:
     """Returns the shardings of an optimizer's state.
 
     An array with the name and shape of a parameter is sharded like the parameter. The scales of a quantised moment have
-    one entry for each block along the last dim; they are sharded along the same mesh axes where these divide them. The
-    sides of a basis are sharded by the parameter that they belong to. Other arrays, such as counts and Adafactor's row
-    and column statistics, are replicated.
+    one entry for each block along the last dim; they are sharded along the same mesh axes, if these divide their
+    number. The two factors of an OSFT basis are sharded as their parameter is. Other arrays, such as counts and
+    Adafactor's row and column statistics, are replicated.
 
     Args:
       opt_state: the optimizer's state, with jax.ShapeDtypeStruct as leaves.
       params: the parameters, with jax.ShapeDtypeStruct as leaves.
       shardings: the sharding of each parameter.
       replicated: the sharding of all other arrays.
-      offloads: whether the arrays of parameters are in host memory.
+      offloads_moments: whether the arrays that belong to parameters are in host memory.
     """
     by_name = {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -628,13 +666,14 @@ def _opt_state_shardings(
         return sharding if leaf.shape == shape else replicated
 
     on_devices = jax.tree_util.tree_map_with_path(sharding_of, opt_state, is_leaf=is_quantized)
-    if not offloads:
+    if not offloads_moments:
         return on_devices
+    # An array with dict keys belongs to a parameter. The others are counts, which stay on the devices.
     return jax.tree_util.tree_map_with_path(lambda path, s: on_host(s) if dict_keys(path) else s, on_devices)
 
 
-def _zero_frozen(tree: Params, trained: Any) -> Params:
-    """Returns the tree with zeros where `trained` is false."""
-    if trained is None:
+def _zero_frozen(tree: Params, mask: Any) -> Params:
+    """Returns the tree with zeros where the mask is false."""
+    if mask is None:
         return tree
-    return jax.tree.map(lambda t, x: jnp.where(t, x, 0.0), trained, tree)
+    return jax.tree.map(lambda m, x: jnp.where(m, x, 0.0), mask, tree)

@@ -157,7 +157,7 @@ def test_memory_model_counts_the_average_like_the_parameters(run: Path) -> None:
     kept, none = estimate(True), estimate(False)
     assert none.average == 0 and kept.average == kept.params == none.params
     assert kept.resident - none.resident == kept.total - none.total == kept.params
-    state = make_abstract_state(decoder, optimizer, mesh, averages=True)
+    state = make_abstract_state(decoder, optimizer, mesh, keeps_average=True)
     assert bytes_per_device(make_abstract_state(decoder, optimizer, make_mesh(8, 1, 1), True).average) / kept.params > 6
     assert state.average["layers"]["mlp"]["up"].sharding == state.params["layers"]["mlp"]["up"].sharding
 

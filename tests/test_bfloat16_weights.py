@@ -98,7 +98,7 @@ def decoder() -> Decoder:
 def functions(sizes: tuple[int, int, int], seed: int | None) -> StepFunctions:
     compute = Compute(jnp.dtype("float32"), "reference", "none")
     return make_step(
-        decoder(), make_optimizer(**ADAM), lambda step: 1e-3, mesh_of(*sizes), compute, averages=True,
+        decoder(), make_optimizer(**ADAM), lambda step: 1e-3, mesh_of(*sizes), compute, keeps_average=True,
         rounding_seed=seed,
     )  # fmt: skip
 

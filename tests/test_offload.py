@@ -69,15 +69,16 @@ def updated(
     mask: Tree | None = None,
     dtype: str = "float32",
     *,
-    clip: float,
-    offloaded_clip: float | None,
+    clip: float = 0.0,
+    offloads: bool = False,
+    clip_of_parts: float = 0.0,
     grads: list[Tree],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after one update by each gradient, with the metrics of the last."""
     optimizer = make_optimizer(name=name, axes=AXES, trained=mask, grad_clip=clip, moments_dtype=dtype, **SETTINGS)
     state, metrics = TrainState(jnp.zeros((), jnp.int32), drawn(0), optimizer.init(drawn(0))), {}
-    settings = {"optimizer": optimizer, "schedule": lambda step: jnp.float32(1e-2), "trained": mask}
-    update = jax.jit(functools.partial(apply_sums, **settings, offloaded_clip=offloaded_clip))
+    settings = {"optimizer": optimizer, "schedule": lambda step: jnp.float32(1e-2), "trained_mask": mask}
+    update = jax.jit(functools.partial(apply_sums, **settings, offloads_moments=offloads, clip_norm=clip_of_parts))
     for g in grads:
         state, metrics = update(state, Sums(g, *[jnp.float32(2.0)] * 4, SourceSums(*[jnp.zeros(1)] * 4)))
     return state, metrics
@@ -102,8 +103,8 @@ def rounding(a: Any, b: Any) -> float:
 )
 def test_update_by_parts_equals_that_of_all_at_once(name: str, mask: Tree | None, dtype: str) -> None:
     grads = [drawn(1), drawn(2)]
-    whole, metrics = updated(name, mask, dtype, clip=CLIP, offloaded_clip=None, grads=grads)
-    parts, of_parts = updated(name, mask, dtype, clip=0.0, offloaded_clip=CLIP, grads=grads)
+    whole, metrics = updated(name, mask, dtype, clip=CLIP, grads=grads)
+    parts, of_parts = updated(name, mask, dtype, offloads=True, clip_of_parts=CLIP, grads=grads)
     assert rounding(whole.params, parts.params) <= len(grads) and int(parts.step) == len(grads)
     for a, b in zip(*(jax.tree.leaves(state.opt_state) for state in (whole, parts)), strict=True):
         np.testing.assert_allclose(
@@ -113,17 +114,17 @@ def test_update_by_parts_equals_that_of_all_at_once(name: str, mask: Tree | None
         np.testing.assert_allclose(value, of_parts[key], rtol=1e-6, err_msg=key)
     assert float(metrics["grad_norm"]) > CLIP, "gradients are clipped"
     if name == "adamw" and mask is None:
-        each_clipped_alone, _ = updated(name, mask, clip=CLIP, offloaded_clip=0.0, grads=grads)
+        each_clipped_alone, _ = updated(name, mask, clip=CLIP, offloads=True, grads=grads)
         nus = [state.opt_state[1].nu["embed"]["table"] for state in (whole, parts, each_clipped_alone)]
         assert np.allclose(nus[0], nus[1], rtol=1e-6, atol=0), "parts are clipped by the norm of all"
         assert not np.allclose(nus[0], nus[2], rtol=0.1, atol=0)
 
 
 def test_update_by_parts_of_a_step_that_is_not_finite_changes_nothing() -> None:
-    before, _ = updated("adamw", clip=0.0, offloaded_clip=CLIP, grads=[drawn(1)])
+    before, _ = updated("adamw", offloads=True, clip_of_parts=CLIP, grads=[drawn(1)])
     broken = drawn(2)
     broken["layers"]["gate"] = broken["layers"]["gate"].at[1, 0, 0].set(jnp.nan)
-    after, metrics = updated("adamw", clip=0.0, offloaded_clip=CLIP, grads=[drawn(1), broken])
+    after, metrics = updated("adamw", offloads=True, clip_of_parts=CLIP, grads=[drawn(1), broken])
     assert not metrics["finite"] and same(before, after)
 
 

@@ -60,7 +60,7 @@ def _states(name: str, mask: Tree | None, **settings: Any) -> list[tuple[Tree, A
     states = []
     for grads in GRADS:
         sums = Sums(jax.tree.map(lambda g: 2 * jnp.asarray(g), grads), *[jnp.float32(2.0)] * 4, NO_SOURCES)
-        state, _ = apply_sums(state, sums, optimizer, lambda step: RATE, trained=mask)  # quicker than compiling
+        state, _ = apply_sums(state, sums, optimizer, lambda step: RATE, trained_mask=mask)  # quicker than compiling
         states.append((jax.tree.map(np.asarray, state.params), state.opt_state))
     return states
 
@@ -234,7 +234,7 @@ def test_grad_norm_is_that_of_the_trained_parameters() -> None:
     params = jax.tree.map(jnp.asarray, drawn(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), *[jnp.float32(1.0)] * 4, NO_SOURCES)
-    _, metrics = apply_sums(state, sums, optimizer, lambda step: RATE, trained=mask)
+    _, metrics = apply_sums(state, sums, optimizer, lambda step: RATE, trained_mask=mask)
     assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(GRADS[0]["layers"]["scale"]), rel=1e-6)
 
 

@@ -150,7 +150,7 @@ def test_bases_are_split_over_a_mesh_and_steps_equal_one_device() -> None:
     made = frozen_optimizer()
     params = jax.tree.map(jnp.asarray, drawn(0))
     shardings, whole = param_shardings(params, AXES, mesh), jax.eval_shape(made.init, params)
-    split = _opt_state_shardings(whole, params, shardings, None, offloads=False)
+    split = _opt_state_shardings(whole, params, shardings, None, offloads_moments=False)
     parts = {n: tuple(side.spec for side in split.bases["layers"][n]) for n in OUTPUTS}
     spec = jax.sharding.PartitionSpec
     assert parts == {

@@ -490,8 +490,8 @@ def memory_inputs(
             decoder,
             optimizer(OptimizerSettings.of(config), decoder, architecture)[0],
             mesh,
-            averages=bool(config.train.ema_half_life),
-            offloads=config.optim.offload_moments,
+            keeps_average=bool(config.train.ema_half_life),
+            offloads_moments=config.optim.offload_moments,
             param_dtype=config.model.param_dtype,
         ),
         mesh,
@@ -606,9 +606,10 @@ class StepSettings(NamedTuple):
     accumulate_dtype: str
     compiler_options: tuple[tuple[str, str], ...]
     sources: tuple[str, ...]
-    averages: bool
+    keeps_average: bool
     max_held_out_samples: int
-    offloaded_clip: float | None
+    offloads_moments: bool
+    clip_norm: float
     rounding_seed: int | None  # runs whose weights are float32 share step functions, whatever their seeds
 
 
@@ -632,9 +633,10 @@ def step_functions(
         config.optim.accumulate_dtype,
         tuple((options or {}).items()),
         tuple(source_names(config.data)),
-        averages=bool(config.train.ema_half_life),
+        keeps_average=bool(config.train.ema_half_life),
         max_held_out_samples=held_out.TOGETHER if config.eval.exact_match else 0,
-        offloaded_clip=config.optim.grad_clip if config.optim.offload_moments else None,
+        offloads_moments=config.optim.offload_moments,
+        clip_norm=config.optim.grad_clip if config.optim.offload_moments else 0.0,
         rounding_seed=config.seed if config.model.param_dtype == "bfloat16" else None,
     )
     return shared_step_functions(settings, decoder, architecture, mesh, compute, schedule)
@@ -653,7 +655,7 @@ def shared_step_functions(
         name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0, moments_dtype="float32"
     )
     numbered = tuple(map(str, range(len(settings.sources))))  # the model's functions have no names of sources
-    of_model = settings._replace(optimizer=plain, sources=numbered, averages=False)
+    of_model = settings._replace(optimizer=plain, sources=numbered, keeps_average=False)
     fns = own_step_functions(settings, decoder, architecture, mesh, compute, schedule)
     return fns._replace(**shared_model_functions(of_model, decoder, architecture, mesh, compute))
 
@@ -693,9 +695,10 @@ def own_step_functions(
         settings.accumulate_dtype,
         dict(settings.compiler_options),
         settings.sources,
-        averages=settings.averages,
+        keeps_average=settings.keeps_average,
         max_held_out_samples=settings.max_held_out_samples,
-        offloaded_clip=settings.offloaded_clip,
+        offloads_moments=settings.offloads_moments,
+        clip_norm=settings.clip_norm,
         rounding_seed=settings.rounding_seed,
     )
 

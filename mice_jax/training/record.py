@@ -61,7 +61,7 @@ def make_record(
     """Returns the line of a step, before any evaluation adds to it.
 
     Args:
-      step: The number of updates done, from 1.
+      step: The number of steps done, this one included.
       phase: The name of the step's phase.
       batch: The step's counts, as the loader returns them.
       measured: The numbers that the step computed (`step.apply_sums`), as Python numbers.
