@@ -514,8 +514,8 @@ def _from_dict(hint: Any, value: Any) -> Any:
     return made
 
 
-def identity(config: Config) -> str:
-    """A text that all processes of a run must have in common: every field that may not change on resume."""
+def fields_fixed_on_resume(config: Config) -> str:
+    """Returns a text of every field that may not change on resume, which all processes of a run must have in common."""
     flat = {k: v for k, v in flatten(to_dict(config)).items() if not _may_change(k)}
     return repr(sorted(flat.items()))
 

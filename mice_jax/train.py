@@ -3,9 +3,8 @@
   mice train --config=configs/demo.py --workdir=runs/demo
   mice train --config=configs/demo.py --config.optim.learning_rate=1e-3 --workdir=runs/demo_1e-3
 
-Running the same command again resumes the run. A run writes to its workdir: config.json, data_report.json,
-metrics.jsonl (one line per step), TensorBoard events, checkpoints/<step>/, model/ (config.json and tokenizer) and
-summary.json.
+Running the same command again resumes the run. A run writes metrics.jsonl (one line per step), summary.json,
+checkpoints/<step>/ and other files to its workdir; README.md lists them all.
 """
 
 from mice_jax.cli import command
@@ -29,7 +28,7 @@ from mice_jax import hardware
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.cli.flags import define_train
 from mice_jax.cli.progress_display import Display
-from mice_jax.config import Config, identity
+from mice_jax.config import Config, fields_fixed_on_resume
 from mice_jax.config_checks import beta2_of
 from mice_jax.data import statistics
 from mice_jax.data.loader import load_steps
@@ -58,12 +57,12 @@ from mice_jax.training.stop_signals import StopSignals, paused
 
 
 class Launch(NamedTuple):
-    """How this process was started."""
+    """What `train` is told besides the config: the processes of the run, and options of the command line."""
 
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
-    expect_devices: int | None = None
+    expect_devices: int | None = None  # the run fails if all processes together have another number
     debug_nans: bool = False
     provenance: Mapping[str, Any] = types.MappingProxyType({})  # the config file and the command-line overrides
 
@@ -76,7 +75,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     Args:
       config: the validated config of the run.
       run: the run opened by `lifecycle`, which handles every exception that is raised here.
-      launch: how this process was started.
+      launch: the processes of the run, and options of the command line.
     """
     time_limit = Deadline(config.train.max_minutes)  # starts here, so set-up and compilation count
     workdir = run.workdir
@@ -84,7 +83,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     # ---- Processes and devices ----------------------------------------------------------------------------------
     # XLA reads its flags once, when its backend starts, so they are set before anything touches a device.
     xla_flags.set_flags(config.train.deterministic)
-    splits_cpu = _split_cpu(config, launch, workdir)
+    chose_cpu_devices = _choose_cpu_devices(config, launch, workdir)
     cache = compile_cache.enable(cache_folder(config.data.cache_dir))
     distributed.initialize(launch.coordinator_address, launch.num_processes, launch.process_id)
     is_main = distributed.is_main_process()
@@ -92,21 +91,23 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     log = Display(console).log
 
     # ---- Inputs -------------------------------------------------------------------------------------------------
-    # Everything that can be checked without data and weights is checked here, so that a mistake costs only seconds.
+    # Everything that can be checked without reading data or weights is checked here, so that a mistake costs seconds.
     # The workdir is locked after these checks, so that a mistake in the inputs leaves it untouched.
-    distributed.assert_same_on_all_processes("config", identity(config))
+    distributed.assert_same_on_all_processes("config", fields_fixed_on_resume(config))
     with distributed.raise_on_all_processes():
         distributed.check_devices(launch.expect_devices)
         mesh = build.run_mesh(config)
         trackers.check_trackers(config.log.trackers)
         inputs = build.inputs(config, run_files.hub_models(workdir))
         source, spec = inputs.source, inputs.spec()
-        if not run_files.has_started(workdir):  # A resumed run reads a checkpoint instead.
+        if config.model.lora.rank or not run_files.has_started(workdir):  # With LoRA, the base is loaded each time.
             check_weights(source)
-        recorded = run_files.recorded_choices(workdir, mesh)
-        attention = build.attention_on_mesh(config, spec, mesh, recorded)
-        build.run_decoder(config, spec, source.architecture, tensor=1)  # Checks the targets of adapters.
-        encoder = build.encoder(config, inputs.tokenizer, run_files.first_day(workdir))
+        # What "auto" stood for when the run was last on this mesh.
+        earlier_choices = run_files.recorded_choices(workdir, mesh)
+        attention = build.attention_on_mesh(config, spec, mesh, earlier_choices)
+        # Only for its check of model.lora.targets. The model of the run is made below, for its mesh.
+        build.run_decoder(config, spec, source.architecture, tensor=1)
+        encoder = build.encoder(config, inputs.tokenizer, run_files.start_date(workdir))
         benchmarks = RunBenchmarks(config.eval, inputs.tokenizer, spec)
         if is_main:
             workdir.lock(log)
@@ -125,12 +126,13 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     distributed.assert_same_on_all_processes("tasks", benchmarks.fingerprint())
 
     # ---- Model --------------------------------------------------------------------------------------------------
-    # Rows per device and remat that are left to "auto" are chosen from the device's memory and the sample lengths.
-    model = build.model(config, source, spec, mesh, attention, data.mean_length, recorded)
+    # Rows per device (if 0) and remat (if "auto") are those that the run had on this mesh before, or else follow from
+    # the device's memory and the lengths of the samples.
+    model = build.model(config, source, spec, mesh, attention, data.mean_length, earlier_choices)
     set_float32_matmul_precision(model.compute.dtype, mesh.devices.flat[0].platform)
     distributed.assert_same_on_all_processes("rows per device and remat", f"{model.rows} {model.compute.remat}")
-    steps = build.step_source(config, data, model.shapes, num_shards(mesh), local_shards(mesh))
-    pack = build.held_out_packer(config, data, model.shapes, mesh)
+    step_source = build.step_source(config, data, model.shapes, num_shards(mesh), local_shards(mesh))
+    pack_held_out = build.held_out_packer(config, data, model.shapes, mesh)
 
     # ---- Optimizer and step functions ---------------------------------------------------------------------------
     fns = build.step_functions(
@@ -145,22 +147,24 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         warm_start_ranges=phases.warm_start_ranges(data.spans),
         check_ownership=run.check_lock,
     )
-    start, state, base, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
-    if start and start == config.branch.step:
+    steps_done, state, base, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
+    # `mice branch` has put a checkpoint of the other run into this workdir, from which the branch begins.
+    if config.branch.step and steps_done == config.branch.step:
         state = enter_branch(state, config.branch.beta2, beta2_of(config.optim))
     # With LoRA, the state has the adapters alone, and `join` adds the frozen base parameters. Without LoRA, `base` is
     # None, and `join` returns its argument.
     join = functools.partial(model.decoder.join, base=base)
-    answer = build.sample_answerer(config, data, source, model, mesh, inputs.tokenizer)
-    evaluator = Evaluator(config, fns, mesh, data.dataset.validation, pack, score_benchmarks, join, answer)
+    answerer = build.sample_answerer(config, data, source, model, mesh, inputs.tokenizer)
+    evaluator = Evaluator(config, fns, mesh, data.dataset.validation, pack_held_out, score_benchmarks, join, answerer)
 
-    # ---- Initial files of the workdir ---------------------------------------------------------------------------
-    # They are written before the first step, so that a killed run can be resumed, exported and understood.
+    # ---- The workdir before the first step ----------------------------------------------------------------------
+    # metrics.jsonl is cut to the steps that are done. The other files are written now, so that a killed run can be
+    # resumed and exported.
     warnings = summary.warnings(config, source, model.decoder, data, mesh)
     with distributed.raise_on_all_processes():
         if is_main:
-            workdir.truncate_metrics(start)
-            workdir.log_event("resumed" if start else "started", start)
+            workdir.truncate_metrics(steps_done)
+            workdir.log_event("resumed" if steps_done else "started", steps_done)
             run_files.write_config(
                 workdir,
                 config,
@@ -168,36 +172,38 @@ def train(config: Config, run: Run, launch: Launch) -> None:
                 {**launch.provenance, **code_state()},
             )
             workdir.write_json(
-                "data_report.json", statistics.with_steps(data.dataset.report, steps, data.total_steps, warnings)
+                "data_report.json", statistics.with_steps(data.dataset.report, step_source, data.total_steps, warnings)
             )
             benchmarks.write_directions(workdir)
             run_files.write_model_folder(workdir.local / "model", source, spec, inputs.tokenizer)
             workdir.sync()
-    console.print(summary.table(config, source, data, steps, start, model))
-    if splits_cpu and mesh.devices.flat[0].platform == "cpu":
+    console.print(summary.table(config, source, data, step_source, steps_done, model))
+    if chose_cpu_devices and mesh.devices.flat[0].platform == "cpu":
         console.print(f"[dim]{cpu_devices.describe(mesh.size)}[/dim]")
     summary.print_warnings(console, warnings)
 
     # ---- Compilation --------------------------------------------------------------------------------------------
-    # What the first step needs is compiled now, and the rest beside the first steps where that changes nothing.
-    compiled = precompile.compile_run(fns, steps, start, data, pack, mesh, Display(console))
+    # What the first step needs is compiled now. On one process without a GPU, another thread compiles the rest during
+    # the first steps (`precompile.may_compile_later`).
+    compiled = precompile.compile_run(fns, step_source, steps_done, data, pack_held_out, mesh, Display(console))
     if compiled.shapes:
         console.print(f"[dim]{compiled.describe(cache)}[/dim]")
     distributed.barrier("compiled")
 
     # ---- Train --------------------------------------------------------------------------------------------------
     monitor = StopMonitor(workdir.local, config.stop, spec.vocab_size, data.total_steps) if is_main else None
-    writers = trackers.make_writers(config, workdir, console, start, data.total_steps) if is_main else []
+    writers = trackers.make_writers(config, workdir, console, steps_done, data.total_steps) if is_main else []
     # From here on run.progress, run.log and run.save may be used.
-    run.begin(start, progress, checkpoints, writers, compiled.stop)
+    run.begin(steps_done, progress, checkpoints, writers, compiled.stop)
     pause_at = step_at_fraction(config.train.pause_at_share, data.total_steps) if config.train.pause_at_share else 0
-    if 0 < pause_at <= start < data.total_steps:
-        raise paused(start)  # The run has paused there before, and the config does not move the pause.
+    # A pause that the run has made, or that it had passed when it was set, must be moved by the config.
+    if 0 < pause_at <= steps_done < data.total_steps:
+        raise paused(steps_done)
     stop_signals = StopSignals(
         run.preemption,
         checkpoints,
         time_limit,
-        first_step=start,
+        steps_done=steps_done,
         total_steps=data.total_steps,
         save_every_minutes=config.checkpoint.every_minutes,
         pause_at=pause_at,
@@ -208,30 +214,31 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         spec, hardware.peak_flops_of_all_devices(), model.num_params, config.data.max_length, frozen=base is not None
     )
 
-    if start == 0:
+    if steps_done == 0:
         _measure_before_training(evaluator, state, run)
 
     timer = LapTimer()
     sums = fns.zero_sums()
-    batches = put_steps(load_steps(steps, start, config.data.num_workers), mesh)
-    next_batch = next(batches, None)
-    for step in range(start + 1, data.total_steps + 1):
-        # A later phase may start from another checkpoint or with a new optimizer state.
+    loaded_steps = put_steps(load_steps(step_source, steps_done, config.data.num_workers), mesh)
+    next_loaded = next(loaded_steps, None)
+    for step in range(steps_done + 1, data.total_steps + 1):
+        # A later phase may start from another checkpoint or with a new optimizer state. Phases count steps from 0.
         index = phases.span_index(data.spans, step - 1)
         span = data.spans[index]
         if index > 0 and step - 1 == span.first:
             state = enter_phase(data.spans, index, state, fns, checkpoints, console.print)
 
-        # The update is queued on the devices; the next batch is sent to them while they work. Nothing else may cross
-        # between host and devices, since each implicit transfer would make the devices wait.
-        batch = next_batch
-        assert batch is not None, "the loader has every step"
-        scalars = _update_scalars(config, run.progress, batch["samples"], mesh)
+        # The update is queued, and the data of the next step is sent while the devices work. Then the metrics are read,
+        # which waits for the update. Any other transfer, such as that of a Python number which is passed to a jitted
+        # function, would make the devices wait; tests forbid them here.
+        loaded = next_loaded
+        assert loaded is not None, "the loader has every step"
+        scalars = _skip_threshold_and_average_weight(config, run.progress, loaded["samples"], mesh)
         with transfers.guard():
-            for microbatch in batch["microbatches"]:
+            for microbatch in loaded["microbatches"]:
                 sums = fns.accumulate(join(state.params), sums, microbatch)
             state, sums, device_metrics = fns.apply(state, sums, *scalars)
-            next_batch = next(batches, None)
+            next_loaded = next(loaded_steps, None)
             metrics = jax.tree.map(lambda value: value.item(), jax.device_get(device_metrics))
 
         # A loss or gradient norm that is not finite ends the run before the step is recorded.
@@ -240,19 +247,17 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             checkpoints.wait()
             cause = ""
             if launch.debug_nans:
-                cause = first_nonfinite.explain_step(spec, fns, mesh, join(state.params), batch["microbatches"])
+                cause = first_nonfinite.explain_step(spec, fns, mesh, join(state.params), loaded["microbatches"])
             raise StoppedByRule(summary.not_finite(step, metrics, checkpoints.folder, run.saved_step, cause))
         previous = run.progress
-        run.progress = previous.advance(batch, metrics["grad_norm"], metrics["skipped"], metrics["grad_sq_corrected"])
+        run.progress = previous.advance(loaded, metrics["grad_norm"], metrics["skipped"], metrics["grad_sq_corrected"])
         if metrics["skipped"]:
-            console.print(
-                f"the update of step {step} is skipped: its gradient norm {metrics['grad_norm']:.3g} is a spike"
-            )
+            console.print(summary.skipped(step, metrics["grad_norm"], config.train.skip_spikes))
 
         # The step's record, with any evaluation, is written before its checkpoint, so that metrics.jsonl has a line for
         # every checkpoint.
         record = make_record(
-            step, span.phase.name, batch, metrics, run.progress, timer.lap(), throughput,
+            step, span.phase.name, loaded, metrics, run.progress, timer.lap(), throughput,
             skips_spikes=bool(config.train.skip_spikes),
         )  # fmt: skip
         due = cadence.due(step, previous.samples, run.progress.samples)
@@ -261,10 +266,10 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         run.log(record, evaluation.answers)
         workdir.sync(after_s=SYNC_EVERY_S)
 
-        # Every process takes part in the poll. A run saves before it stops, even if a benchmark failed. Only scheduled
-        # checkpoints get a score. Others depend on the clock or a signal, so selecting among them would not be
-        # reproducible.
+        # Every process takes part in this decision.
         poll = stop_signals.poll(step, record, evaluation.failure)
+        # The state is saved before the run stops, also if a benchmark failed. Only a checkpoint that is due by samples
+        # gets a score. One saved by the clock or on a signal would make the choice of the best depend on chance.
         if due.checkpoint or poll.save or poll.stop is not None:
             run.save(state, record.get(config.checkpoint.best_metric) if due.checkpoint else None)
             stop_signals.saved()
@@ -274,8 +279,11 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     checkpoints.wait()
 
 
-def _split_cpu(config: Config, launch: Launch, workdir: Workdir) -> bool:
-    """Splits a CPU into several devices unless the user has set their number; returns whether it did."""
+def _choose_cpu_devices(config: Config, launch: Launch, workdir: Workdir) -> bool:
+    """Chooses how many devices JAX makes of a CPU, unless the user has; returns whether it did.
+
+    This has no effect on a machine whose devices are GPUs or TPUs.
+    """
     if launch.num_processes is not None or launch.expect_devices is not None:
         return False
     axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
@@ -284,9 +292,9 @@ def _split_cpu(config: Config, launch: Launch, workdir: Workdir) -> bool:
 
 
 def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) -> None:
-    """Records the held-out metrics before the first step, from which the gain of the run is measured.
+    """Records the held-out metrics before the first step, which are the baseline of the run.
 
-    Metrics that are not finite are not recorded.
+    Nothing is recorded if one of them is not finite.
     """
     before, known = evaluator.before_training(state)
     run.progress = dataclasses.replace(run.progress, known_before=known)
@@ -294,8 +302,10 @@ def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) 
         run.log({"step": 0, "samples": 0} | before.metrics, before.answers)
 
 
-def _update_scalars(config: Config, progress: Progress, samples: int, mesh: Mesh) -> tuple[jax.Array, jax.Array | None]:
-    """Puts on the devices what an update needs besides its sums.
+def _skip_threshold_and_average_weight(
+    config: Config, progress: Progress, samples: int, mesh: Mesh
+) -> tuple[jax.Array, jax.Array | None]:
+    """Puts on the devices the two numbers of an update that the host computes.
 
     Args:
       config: the run's config.
@@ -304,7 +314,8 @@ def _update_scalars(config: Config, progress: Progress, samples: int, mesh: Mesh
       mesh: the devices.
 
     Returns:
-      The gradient norm above which the step is skipped, and the weight of the new parameters in the running average.
+      The gradient norm above which the step makes no update (infinity: it makes one in any case), and the weight of the
+      new parameters in their running average (None: the run keeps none).
     """
     threshold = progress.spike_threshold(config.train.skip_spikes)
     average_weight = averaging.newest_weight(config.train.ema_half_life, samples, progress.samples + samples)
@@ -312,8 +323,11 @@ def _update_scalars(config: Config, progress: Progress, samples: int, mesh: Mesh
 
 
 # ---------------------------------------------------------------------------------------- the command
-def begin(values: command.Values) -> int | None:
-    """Runs the command. If the run has several processes, cli/command.py has started this one as a child."""
+def train_from_flags(values: command.Values) -> None:
+    """Trains as the flags of `mice train` say.
+
+    If the run has several processes, cli/command.py has started this one as a child.
+    """
     config = command.config_of(values)
     workdir = command.workdir_of(values)
     if watchdog.is_child():
@@ -330,7 +344,6 @@ def begin(values: command.Values) -> int | None:
         train(config, run, launch)
     if distributed.is_main_process():
         print(summary.final_message(run))
-    return None
 
 
 def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
@@ -355,12 +368,13 @@ def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
     return run.workdir.read_json("summary.json")
 
 
+# `mice_jax.train` is this module. It is made callable, so that `mice_jax.train(config, workdir)` works.
 command.make_module_callable(__name__, train_in_python)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `mice train`; returns its exit code."""
-    return command.run(__doc__, define_train, begin, sys.argv[1:] if argv is None else argv)
+    return command.run(__doc__, define_train, train_from_flags, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -431,6 +433,15 @@ def run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resumed_run_with_adapters_is_bit_equal(config: Path, run: Path, tmp_path: Path) -> None:
     assert run_train(config, tmp_path / "run") == 0
     assert_equal_runs(tmp_path / "run", run, 5)
+
+
+def test_resumed_run_checks_the_base_before_it_reads_data(
+    base: Path, config: Path, run: Path, tmp_path: Path, capsys
+) -> None:
+    damaged = shutil.copytree(base, tmp_path / "base")
+    os.truncate(damaged / "model.safetensors", 5000)
+    assert run_train(config, run, f"--config.model.init_from={damaged}") == 2
+    assert "model.safetensors (5000 bytes) is damaged or truncated" in capsys.readouterr().err
 
 
 def test_checkpoint_holds_adapters_and_their_moments_alone(run: Path) -> None:

@@ -84,7 +84,7 @@ class FakeCheckpoints:
 
 
 def signals_of(signal: str | None = None, notice_at: int | None = None, **changes: Any) -> StopSignals:
-    given: dict[str, Any] = {"first_step": 0, "total_steps": 10, "save_every_minutes": 0.0, "stop_rules": None}
+    given: dict[str, Any] = {"steps_done": 0, "total_steps": 10, "save_every_minutes": 0.0, "stop_rules": None}
     handler: Any = SimpleNamespace(signal=signal)
     checkpoints: Any = FakeCheckpoints(notice_at)
     return StopSignals(handler, checkpoints, Deadline(0.0), **(given | changes))
@@ -126,7 +126,7 @@ def test_a_preemption_notice_is_remembered() -> None:
     assert signals.poll(3, {}, None).stop is None
     first, later = signals.poll(4, {}, None).stop, signals.poll(5, {}, None).stop
     assert first and later and isinstance(later, Preempted)
-    assert signals_of(notice_at=4, first_step=4).poll(5, {}, None).stop, "a notice from before the first step"
+    assert signals_of(notice_at=4, steps_done=4).poll(5, {}, None).stop, "a notice from before the first step"
 
 
 def test_the_save_clock_restarts_when_told(monkeypatch: pytest.MonkeyPatch) -> None:

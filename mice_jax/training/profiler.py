@@ -15,18 +15,18 @@ class ProfileWriter:
     therefore belong to the next step.
     """
 
-    def __init__(self, steps: str, folder: Path, first_step: int):
+    def __init__(self, steps: str, folder: Path, steps_done: int):
         """Starts the trace if the first step of this process is in it.
 
         Args:
           steps: The steps to trace, "FIRST:END" without END, as in `log.profile_steps`.
           folder: The folder of the trace; TensorBoard finds it below its own folder.
-          first_step: The number of steps that were done before this process started.
+          steps_done: The number of steps that were done before this process started.
         """
         self._steps, self._folder = profiled_steps(steps), folder
         self._annotation: jax.profiler.StepTraceAnnotation | None = None
         self._is_tracing = False
-        self._expect(first_step + 1)
+        self._expect(steps_done + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Ends the trace of the record's step, and begins that of the next one."""

@@ -28,8 +28,8 @@ AVERAGED = "average.json"  # in a folder that `mice average` has written, which 
 ADDED = ("resolved", "provenance")  # These keys of config.json are not fields of the config.
 
 
-def first_day(workdir: Workdir) -> datetime.date | None:
-    """Returns the day on which a run began, for chat templates that write the date; None for a new run."""
+def start_date(workdir: Workdir) -> datetime.date | None:
+    """Returns the date on which a run began, for chat templates that write the date; None for a new run."""
     day = _resolved(workdir).get("today")
     return datetime.date.fromisoformat(day) if day else None
 

@@ -95,7 +95,7 @@ def decide(
 
 
 def paused(step: int) -> Paused:
-    """Returns the error of a run that has come to train.pause_at_share with this step."""
+    """Returns the error of a run that has come to train.pause_at_share with this step, or an earlier one."""
     return Paused(
         f"train.pause_at_share after step {step}; its state is saved. Run the same command with "
         "--config.train.pause_at_share=0, or a later share, to continue."
@@ -122,7 +122,7 @@ class StopSignals:
         checkpoints: Checkpoints,
         time_limit: Deadline,
         *,
-        first_step: int,
+        steps_done: int,
         total_steps: int,
         save_every_minutes: float,
         pause_at: int = 0,
@@ -134,7 +134,7 @@ class StopSignals:
           preemption: The handler of this process's signals.
           checkpoints: The run's checkpoints, whose coordination service knows of preemption notices.
           time_limit: The deadline of train.max_minutes.
-          first_step: The number of steps that were done before this process started.
+          steps_done: The number of steps that were done before this process started.
           total_steps: The number of the run's last step.
           save_every_minutes: The value of checkpoint.every_minutes; 0 means never.
           pause_at: The step after which the run pauses; 0 never pauses.
@@ -142,7 +142,7 @@ class StopSignals:
         """
         self._preemption, self._checkpoints, self._time_limit = preemption, checkpoints, time_limit
         self._total_steps, self._pause_at, self._stop_rules = total_steps, pause_at, stop_rules
-        self._noticed = checkpoints.preempted_before(first_step)
+        self._noticed = checkpoints.preempted_before(steps_done)
         self._save_timer = Deadline(save_every_minutes)
 
     def poll(self, step: int, record: dict[str, Any], failure: Exception | None) -> Poll:

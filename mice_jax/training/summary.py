@@ -244,6 +244,20 @@ def not_finite(step: int, measured: dict[str, Any], checkpoints: RunPath, saved_
     )
 
 
+def skipped(step: int, grad_norm: float, factor: float) -> str:
+    """Returns what is printed of a step whose update is skipped because its gradient norm is a spike.
+
+    Args:
+      step: The step.
+      grad_norm: Its gradient norm.
+      factor: The value of train.skip_spikes.
+    """
+    return (
+        f"step {step} makes no update: its gradient norm {grad_norm:.3g} is more than train.skip_spikes={factor:g} "
+        "times the median of the latest norms"
+    )
+
+
 def final_message(run: Run) -> str:
     """Returns the last lines that a complete run prints."""
     record, path = run.record, run.workdir.path

@@ -29,14 +29,14 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def make_writers(config: Config, workdir: Workdir, console: Console, first_step: int, total_steps: int) -> list[Writer]:
+def make_writers(config: Config, workdir: Workdir, console: Console, steps_done: int, total_steps: int) -> list[Writer]:
     """Makes the writers of a run's records: metrics.jsonl, the trackers that the config names, and the terminal.
 
     Args:
       config: The run's config.
       workdir: The run's workdir.
       console: The console to print to.
-      first_step: The number of steps that were done before this process started.
+      steps_done: The number of steps that were done before this process started.
       total_steps: The number of the run's last step.
 
     Returns:
@@ -44,11 +44,11 @@ def make_writers(config: Config, workdir: Workdir, console: Console, first_step:
     """
     log = config.log
     # The profiler comes last, so that a traced step includes the writing of the record of the step before.
-    profile = [ProfileWriter(log.profile_steps, workdir.local / "tensorboard", first_step)] if log.profile_steps else []
+    profile = [ProfileWriter(log.profile_steps, workdir.local / "tensorboard", steps_done)] if log.profile_steps else []
     return [
         JsonlWriter(workdir.local / METRICS),
         *make_trackers(log.trackers, workdir, project=log.project, every_steps=log.every_steps, config=to_dict(config)),
-        TerminalWriter(console, first_step, total_steps, log.every_steps),
+        TerminalWriter(console, steps_done, total_steps, log.every_steps),
         *profile,
     ]
 

@@ -72,12 +72,12 @@ class TerminalWriter:
     On a terminal this is a progress bar. Elsewhere it is a line for every `every_steps`-th step.
     """
 
-    def __init__(self, console: Console, first_step: int, total_steps: int, every_steps: int):
+    def __init__(self, console: Console, steps_done: int, total_steps: int, every_steps: int):
         """Starts the progress bar if the console is a terminal.
 
         Args:
           console: The console to print to.
-          first_step: The number of steps that were done before this process started.
+          steps_done: The number of steps that were done before this process started.
           total_steps: The number of the run's last step.
           every_steps: The number of steps between two updates.
         """
@@ -91,7 +91,7 @@ class TerminalWriter:
                 TextColumn("{task.completed}/{task.total}"),
             )
             self._bar = Progress(*columns, TimeRemainingColumn(), console=console)
-            self._task = self._bar.add_task("starting", total=total_steps, completed=first_step)
+            self._task = self._bar.add_task("starting", total=total_steps, completed=steps_done)
             self._bar.start()
 
     def write(self, record: dict[str, Any]) -> None:
