@@ -32,17 +32,17 @@ class StoppedByRule(Exception):
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved its state; exits with 75. The same command resumes it."""
+    """The run ended early with its state saved; exits with 75. The same command resumes it, except after a pause."""
 
     exit_code = 75
 
 
 class Paused(Preempted):
-    """The run has come to `train.pause_at_share` and has saved its state; exits with 75."""
+    """The run has come to `train.pause_at_share`, which must be moved to go on; exits with 75, its state saved."""
 
 
 def one_line(error: BaseException) -> str:
-    """The text of a library's error on one line, to be quoted in a message."""
+    """Returns the text of a library's error on one line, to be quoted in a message."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 

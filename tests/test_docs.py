@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parent.parent
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")]
 PAGES += sorted((REPOSITORY / "docs").rglob("*.md"))
 # Files that a reader makes, or that a run leaves.
-MADE_BY_READERS = {"configs/mine.py", "configs/rates.py", "demo/hf", "demo/result.json", "demo/run"}
+MADE_BY_READERS = {"configs/mine.py", "configs/rates.py", "demo/hf", "demo/result.json", "demo/run/report.html"}
 
 
 def missing_paths(text: str) -> set[str]:
