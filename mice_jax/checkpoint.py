@@ -97,7 +97,8 @@ class CheckpointReader:
         if item == "average" and self._manager.item_metadata(step)[item] is None:
             raise UserError(
                 f"{self.folder / str(step)} holds no average of the weights, since its run has train.ema_half_life=0. "
-                "Use the weights themselves, or the mean of several checkpoints (mice average)."
+                "Leave out --average or the /average at the end of the path, or take the mean of several checkpoints "
+                "(mice average)."
             )
         self._check_params(step, abstract, item)
         items = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract, strict=False)})
