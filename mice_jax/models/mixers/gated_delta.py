@@ -7,8 +7,9 @@ With a state S [D E] of each head, a slot computes (arXiv 2412.06464, equation 1
     output = q S
 
 Queries and keys are first divided by their length, and queries by sqrt(D). In a chunk of C slots, the corrections
-`beta (v - k S)` of all slots are the solution of a triangular system (section 3.3 of the paper), so that a chunk takes
-a few products of matrices, and only the state goes from chunk to chunk one after another.
+`beta (v - k S)` of all slots are the solution of a triangular system (section 3.3 of the paper). All chunks solve
+theirs at once, for a state of zeros; then chunk after chunk corrects its solution for the state before it, by two
+products.
 """
 
 import functools
@@ -46,7 +47,7 @@ def gated_delta(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the gated delta rule over packed rows; the state is reset at the start of each sample.
 
-    The backward pass computes everything again from the inputs; between chunks it keeps the states only.
+    The backward pass computes everything again from the inputs.
 
     Args:
       q: [B T K D].
@@ -175,19 +176,22 @@ def _gated_delta(
     # What a slot's correction takes from the values that earlier slots of the chunk have added.
     overlaps = product("mbkid,mbkjd->mbkij", k, k)[:, :, :, None] * pairs * beta[..., None]
     solved = _inverse_of_unit_lower(jnp.tril(overlaps, -1))  # [M B K G C C]
+    # The corrections are those of a state of zeros, less a product with the state before the chunk.
+    of_zeros = product("mbkgij,mbkgje->mbkgie", solved, beta[..., None] * v)
+    of_state = product("mbkgij,mbkgjd->mbkgid", solved, (beta * from_start)[..., None] * k[:, :, :, None])
+    remaining = to_end[..., None] * k[:, :, :, None]
+
+    def one_chunk(state: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        of_zeros, of_state, remaining, through = inputs
+        corrections = of_zeros - product("bkgid,bkgde->bkgie", of_state, state)
+        added = product("bkgid,bkgie->bkgde", remaining, corrections)
+        return through[..., None, None] * state + added, (state, corrections)
+
+    chunks = (of_zeros, of_state, remaining, through)
+    state, (states, corrections) = jax.lax.scan(one_chunk, grouped(state, 1), chunks)
     weights = product("mbkid,mbkjd->mbkij", q, k)[:, :, :, None] * pairs
-
-    def one_chunk(state: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q, k, v, beta, solved, weights, from_start, to_end, through = inputs
-        recalled = product("bkid,bkgde->bkgie", k, state) * from_start[..., None]
-        corrections = product("bkgij,bkgje->bkgie", solved, beta[..., None] * (v - recalled))
-        before = product("bkid,bkgde->bkgie", q, state) * from_start[..., None]
-        output = before + product("bkgij,bkgje->bkgie", weights, corrections)
-        added = product("bkid,bkgie->bkgde", k, to_end[..., None] * corrections)
-        return through[..., None, None] * state + added, output
-
-    chunks = (q, k, v, beta, solved, weights, from_start, to_end, through)
-    state, outputs = jax.lax.scan(jax.checkpoint(one_chunk, prevent_cse=False), grouped(state, 1), chunks)
+    before = product("mbkid,mbkgde->mbkgie", q, states) * from_start[..., None]
+    outputs = before + product("mbkgij,mbkgje->mbkgie", weights, corrections)
     outputs = from_chunks(outputs.reshape(outputs.shape[0], b, n, *outputs.shape[4:]))
     return outputs[:, :t].astype(dtype), state.reshape(b, n, *state.shape[3:])
 

@@ -5,8 +5,8 @@ With a state S [P D] of each head, a slot computes (arXiv 2405.21060, section 6)
     S = exp(time_step * rate) S + time_step * x outer b
     output = S c + skip * x
 
-In a chunk of C slots, the outputs are products of matrices, and only the state goes from chunk to chunk one after
-another.
+What a chunk of C slots computes within itself, what it adds to the state and what it reads from the state before it are
+products of matrices, for all chunks at once. Only the sum of the states goes from chunk to chunk, one after another.
 """
 
 import functools
@@ -56,7 +56,7 @@ def mamba2(
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the state space model over packed rows; the state is reset at the start of each sample.
 
-    The backward pass computes everything again from the inputs; between chunks it keeps the states only.
+    The backward pass computes everything again from the inputs.
 
     Args:
       x: [B T N P].
@@ -187,16 +187,15 @@ def _mamba2(
     added = grouped(added, 2)
     pairs, from_start, to_end, through = (grouped(y, 2) for y in chunk_decays(log_decay, segment_ids, chunk))
     weights = product("mbgid,mbgjd->mbgij", c, b)[:, :, :, None] * pairs
+    within = product("mbgrij,mbgrjp->mbgrip", weights, added)
+    of_chunk = product("mbgrip,mbgid->mbgrpd", to_end[..., None] * added, b)
 
-    def one_chunk(state: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        added, b, c, weights, from_start, to_end, through = inputs
-        before = product("bgid,bgrpd->bgrip", c, state) * from_start[..., None]
-        output = before + product("bgrij,bgrjp->bgrip", weights, added)
-        new = product("bgrip,bgid->bgrpd", to_end[..., None] * added, b)
-        return through[..., None, None] * state + new, output
+    def next_state(state: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        through, of_chunk = part
+        return through[..., None, None] * state + of_chunk, state
 
-    chunks = (added, b, c, weights, from_start, to_end, through)
-    state, outputs = jax.lax.scan(jax.checkpoint(one_chunk, prevent_cse=False), grouped(state, 1), chunks)
+    state, states = jax.lax.scan(next_state, grouped(state, 1), (through, of_chunk))
+    outputs = within + product("mbgid,mbgrpd->mbgrip", c, states) * from_start[..., None]
     outputs = from_chunks(outputs.reshape(outputs.shape[0], rows, n, chunk, p))[:, :slots]
     return _with_skip(outputs, x, skip), state.reshape(rows, n, *state.shape[3:])
 
