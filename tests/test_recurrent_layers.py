@@ -4,6 +4,7 @@ Parity with transformers, packing and decoding are in test_families.py, test_fam
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,13 +16,15 @@ from helpers.models import mesh_of, packed, sample_of, spec_of
 from mice_jax.hardware import train_flops
 from mice_jax.inference.sampler import cast_params
 from mice_jax.models.attention.tree import Trees
-from mice_jax.models.spec import Mixer, ModelSpec, ShortConv
+from mice_jax.models.spec import GatedDelta, Mamba2, Mixer, ModelSpec, ShortConv
 from mice_jax.models.transformer import Compute, Decoder, empty_cache, make_decoder
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import replicated_dims
 from mice_jax.step import batch_loss
 
 CONV = ShortConv(3, bias=False)
+MAMBA = Mamba2(4, 8, 1, 16, taps=4, time_step_limits=(0, math.inf), bias=False, conv_bias=True)
+DELTA = GatedDelta(2, 4, 8, 8, taps=4)
 PERIOD: tuple[Mixer | None, ...] = (CONV, CONV, None)
 ROWS = packed([[sample_of(20, slice(0, 20), np.random.default_rng(0))]], 96)  # more slots than MAX_DECODE_SLOTS
 
@@ -57,6 +60,13 @@ def test_remat_recomputes_a_short_convolution_s_products_as_documented() -> None
     # `full` computes again, in each of two layers, all products but the last of the MLP: four of a mixer and two. The
     # reference attention has two products besides those with weights, which `dots` computes again too.
     assert dots - none == 2 and full - none == 2 * (4 + 2) + 2
+
+
+@pytest.mark.parametrize("mixer", [MAMBA, DELTA], ids=["mamba2", "gated delta"])
+def test_remat_dots_does_not_compute_a_scan_again(mixer: Mixer) -> None:
+    none, dots, full = (products_of((mixer, None) * 2, remat) for remat in ("none", "dots", "full"))
+    assert dots - none <= 2  # those of the reference attention, as above; a scan has at least four
+    assert full - dots > 8  # with the scan, and products with weights
 
 
 def test_flops_of_short_convolutions_are_as_counted_by_hand() -> None:

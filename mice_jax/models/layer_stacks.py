@@ -37,7 +37,8 @@ REMAT_POLICIES = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
-    # Saves the results of products with weights, and of our own attention kernels: recomputing the rest is cheap.
+    # Saves the results of products with weights, of our own attention kernels and of recurrent scans: recomputing the
+    # rest is cheap.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(SAVED_NAME),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-SAVED_NAME = "attention"  # the name under which a rematerialisation policy can save the results of attention
+SAVED_NAME = "attention"  # the name under which a rematerialisation policy can save the results of mixers
 
 # B rows, T slots, N heads, H head_dim
 

@@ -7,7 +7,7 @@ class MixerWidths(NamedTuple):
     """Entries per slot of the arrays of a mixer on one device, besides its input and its output of d_model entries.
 
     Attributes:
-      products: The results of products with weights, which remat `dots` saves, without that of the last.
+      products: What remat `dots` saves: the results of products with weights, without that of the last, and the scan's.
       saved: All arrays that are saved for the backward pass without remat.
       working: The arrays that are alive while its backward pass runs.
     """

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mice_jax.models.attention.segments import mark_saveable
 from mice_jax.models.mixers.causal_conv import Kernel, empty_conv_state, heads_conv, heads_conv_steps
 from mice_jax.models.mixers.chunks import CHUNK
 from mice_jax.models.mixers.costs import MixerWidths
@@ -63,7 +64,7 @@ class GatedDeltaMixer(nnx.Module):
         q, k, v = (
             heads_conv(y, kernel, segment_ids, bias) for y, (kernel, bias) in zip(inputs, self._kernels(), strict=True)
         )
-        y = gated_delta_of_rows(q, k, v, log_decay, beta, segment_ids)
+        (y,) = mark_saveable(gated_delta_of_rows(q, k, v, log_decay, beta, segment_ids))
         return self._output(y, gate, reduce_dtype)
 
     def decode(self, x: jax.Array, state: State, num_tokens: jax.Array) -> tuple[jax.Array, State]:
@@ -118,17 +119,20 @@ class GatedDeltaMixer(nnx.Module):
     def flops_per_token(spec: ModelSpec, kind: GatedDelta) -> int:
         """Returns the FLOPs of the forward pass for one token: two for each weight, and those of the chunked scan."""
         keys, values = kind.num_key_heads * kind.key_dim, kind.num_value_heads * kind.value_dim
+        keys_by_value_head = kind.num_value_heads * kind.key_dim
         weights = spec.d_model * (2 * keys + 3 * values + 2 * kind.num_value_heads) + kind.taps * (2 * keys + values)
-        scan = 2 * CHUNK * keys + values * (2 * CHUNK + 3 * kind.key_dim)
+        scan = CHUNK * (2 * keys + 2 * values + keys_by_value_head) + 3 * values * kind.key_dim
         return 2 * (weights + scan)
 
     @staticmethod
     def widths(spec: ModelSpec, kind: GatedDelta, tensor: int) -> MixerWidths:
         """Returns the widths of its arrays on one of `tensor` devices."""
         keys, values = kind.num_key_heads * kind.key_dim // tensor, kind.num_value_heads * kind.value_dim // tensor
-        products = 2 * keys + 2 * values + 2 * kind.num_value_heads // tensor
-        # In float32 are the arrays of the rule, the decays and weights between slots, and the states of chunks.
+        keys_by_value_head = kind.num_value_heads * kind.key_dim // tensor
+        products = 2 * keys + 3 * values + 2 * kind.num_value_heads // tensor
+        # In float32 are the arrays of the rule, the decays and weights between slots, and of all chunks the states,
+        # what each adds to them, and a gradient.
         pairs = 2 * 5 * CHUNK * kind.num_value_heads // tensor
-        states = 2 * values * kind.key_dim // CHUNK
-        saved = products + 4 * keys + 6 * values
-        return MixerWidths(products, saved, saved + pairs + states + 4 * keys + 4 * values)
+        states = 2 * 3 * values * kind.key_dim // CHUNK
+        saved = products + 4 * keys + 5 * values
+        return MixerWidths(products, saved, saved + pairs + states + 4 * keys + 8 * values + 4 * keys_by_value_head)

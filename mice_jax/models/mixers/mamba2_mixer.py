@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mice_jax.models.attention.segments import mark_saveable
 from mice_jax.models.mixers.causal_conv import Kernel, empty_conv_state, heads_conv, heads_conv_steps
 from mice_jax.models.mixers.chunks import CHUNK
 from mice_jax.models.mixers.costs import MixerWidths
@@ -76,7 +77,7 @@ class Mamba2Mixer(nnx.Module):
         x, b, c = (
             heads_conv(y, kernel, segment_ids, bias) for y, (kernel, bias) in zip(inputs, self._kernels(), strict=True)
         )
-        y = mamba2_of_rows(x, steps, self._rate(), b, c, self.skip[...], segment_ids)
+        (y,) = mark_saveable(mamba2_of_rows(x, steps, self._rate(), b, c, self.skip[...], segment_ids))
         return self._output(y, gate, reduce_dtype)
 
     def decode(self, x: jax.Array, state: State, num_tokens: jax.Array) -> tuple[jax.Array, State]:
@@ -144,9 +145,10 @@ class Mamba2Mixer(nnx.Module):
     def widths(spec: ModelSpec, kind: Mamba2, tensor: int) -> MixerWidths:
         """Returns the widths of its arrays on one of `tensor` devices."""
         inner, shared = kind.num_heads * kind.head_dim // tensor, kind.num_groups * kind.state_dim
-        products = 2 * inner + 2 * shared + kind.num_heads // tensor
-        # In float32 are the products with the gate, the weights and decays between slots, and the states of chunks.
+        products = 3 * inner + 2 * shared + kind.num_heads // tensor
+        # In float32 are the products with the gate, the weights and decays between slots, and of all chunks the states,
+        # what each adds to them, and a gradient.
         pairs = 2 * 3 * CHUNK * kind.num_heads // tensor
-        states = 2 * inner * kind.state_dim // CHUNK
-        saved = products + 3 * inner + 2 * shared + 4 * inner
+        states = 2 * 3 * inner * kind.state_dim // CHUNK
+        saved = products + 2 * inner + 2 * shared + 4 * inner
         return MixerWidths(products, saved, saved + pairs + states + 4 * inner)
