@@ -384,10 +384,11 @@ def test_switching_off_any_feature_moves_logits_ten_tolerances(case: str, folder
 
 def test_a_pad_token_that_is_a_real_token_has_its_gradient(tmp_path: Path) -> None:
     """Its embedding has none in transformers (`padding_idx`), even where it is the token that ends a turn."""
-    pad, table = int(TOKENS[100]), "model.embed_tokens.weight"
-    model = torch_model("mistral-full", tmp_path, pad_token_id=pad, eos_token_id=pad)
-    decoder, params = load(tmp_path, mesh_of(1, 1, 1))
-    grads = jitted(decoder)(params, row_of(*SAMPLES, slots=SLOTS))[1]
+    pad, table, mesh = int(TOKENS[100]), "model.embed_tokens.weight", mesh_of(1, 1, 1)
+    model = torch_model("mistral", tmp_path, pad_token_id=pad, eos_token_id=pad)
+    decoder, params = load(tmp_path, mesh)
+    with jax.set_mesh(mesh):  # so that it is the program of the parity test
+        grads = jitted(decoder)(params, row_of(*SAMPLES, slots=SLOTS))[1]
     theirs = torch_gradients(model, *SAMPLES)[1]
     assert not theirs[table][pad].any()
     assert relative_gaps(grads, decoder, "MistralForCausalLM", theirs)[table] > 10 * RELATIVE
@@ -397,6 +398,7 @@ def test_a_pad_token_that_is_a_real_token_has_its_gradient(tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------------------------------- packing
+@pytest.mark.slow  # as phi3's own parity
 def test_longrope_factors_of_the_whole_row_change_its_short_samples(folders: Any) -> None:
     """What a choice of the factors for a whole batch gives, as a negative control of packing."""
     decoder, params = load(folders("phi3"), mesh_of(1, 1, 1))
@@ -443,18 +445,19 @@ def test_import_then_export_is_bit_equal_and_loads_in_transformers(case: str, fo
 
 # ---------------------------------------------------------------------------------------- wrapped checkpoints
 @pytest.mark.parametrize("architecture", WRAPPED)
-def test_decoder_of_a_wrapped_checkpoint_equals_transformers(architecture: str, tmp_path: Path) -> None:
-    """It is the decoder of the family, bit for bit, whose loss and gradients are compared above."""
+def test_decoder_of_a_wrapped_checkpoint_is_that_of_its_family(architecture: str, tmp_path: Path) -> None:
+    """For us bit for bit, and for transformers to rounding: the family's logits and gradients are compared above."""
     model, alone = wrapped_model(architecture, tmp_path / "wrapped"), tmp_path / "alone"
-    torch_model(WRAPPED[architecture], alone, **WRAPPED_CHANGES[WRAPPED[architecture]])
+    of_family = torch_model(WRAPPED[architecture], alone, **WRAPPED_CHANGES[WRAPPED[architecture]])
     decoder, params = load(tmp_path / "wrapped", mesh_of(1, 1, 1))
     expected_decoder, expected = load(alone, mesh_of(1, 1, 1))
     assert decoder.spec == expected_decoder.spec and jax.tree.structure(params) == jax.tree.structure(expected)
     assert gap(params, expected) == 0
-    logits, theirs = uncompiled_logits(decoder, params, row_of(SOME))[0], torch_logits(model, SOME)
-    assert gap(logits, theirs) < LOGITS
-    shifted = jax.tree.map(lambda x: x + np.float32(0.01), params)
-    assert gap(uncompiled_logits(decoder, shifted, row_of(SOME))[0], theirs) > 10 * LOGITS
+    theirs = torch_logits(model, SOME)
+    assert gap(torch_logits(of_family, SOME), theirs) < LOGITS / 10
+    with torch.no_grad():
+        of_family.model.norm.weight += 0.01
+    assert gap(torch_logits(of_family, SOME), theirs) > 10 * LOGITS
 
 
 @pytest.mark.parametrize("architecture", WRAPPED)

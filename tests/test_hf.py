@@ -27,7 +27,6 @@ from helpers.models import (
     packed,
     same_bits,
     torch_logits,
-    uncompiled_logits,
     whole,
 )
 from mice_jax.errors import UserError
@@ -81,11 +80,10 @@ def test_logits_on_600_tokens_equal_transformers(either: tuple[Path, LlamaForCau
     expected, exact = torch_logits(model, TOKENS), torch_logits(in_float64(model), TOKENS)
     noise = gap(expected, exact)
     assert 0 < noise < LOGITS < np.abs(exact).max() / 1000
-    decoder, params = load(folder, mesh_of(1, 1, 1))
-    for ours in (our_logits(decoder, params, ROW)[0], uncompiled_logits(decoder, params, ROW)[0]):
-        assert ours.shape == (600, VOCAB) and ours.dtype == np.float32
-        assert gap(ours, expected) < max(LOGITS, 3 * noise)
-        assert gap(ours, exact) < max(LOGITS, 3 * noise)
+    ours = our_logits(*load(folder, mesh_of(1, 1, 1)), ROW)[0]
+    assert ours.shape == (600, VOCAB) and ours.dtype == np.float32
+    assert gap(ours, expected) < max(LOGITS, 3 * noise)
+    assert gap(ours, exact) < max(LOGITS, 3 * noise)
 
 
 def switched_off(what: str, folder: Path) -> tuple[Decoder, Params]:
@@ -95,7 +93,7 @@ def switched_off(what: str, folder: Path) -> tuple[Decoder, Params]:
     if what == "a large norm_eps":
         return load(folder, one, rms_norm_eps=1e-2)
     decoder, params = load(folder, one)
-    attention, mlp = dict(params["layers"]["attention"]), dict(params["layers"]["mlp"])
+    attention = dict(params["layers"]["attention"])
     if what == "query heads dealt to other key heads":
         for name in ("q", "q_bias"):
             attention[name] = attention[name][:, [0, 2, 1, 3]]
@@ -104,14 +102,9 @@ def switched_off(what: str, folder: Path) -> tuple[Decoder, Params]:
         pairs = np.arange(12).reshape(2, 6).T.reshape(-1)
         for name in ("q", "k", "q_bias", "k_bias"):
             attention[name] = attention[name][:, :, pairs]
-    elif what in attention:
-        attention[what] = jnp.zeros_like(attention[what])
-    else:
-        mlp[what] = jnp.zeros_like(mlp[what])
-    return decoder, params | {"layers": params["layers"] | {"attention": attention, "mlp": mlp}}
+    return decoder, params | {"layers": params["layers"] | {"attention": attention}}
 
 
-BIASES = ["q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias"]
 OTHERS = [
     "another rope_theta",
     "a large norm_eps",
@@ -124,7 +117,7 @@ def test_wrong_rope_norm_or_heads_change_the_logits(untied: tuple[Path, LlamaFor
     """Biases are switched off in test_families."""
     expected = torch_logits(untied[1], TOKENS)
     for what in OTHERS:
-        assert gap(uncompiled_logits(*switched_off(what, untied[0]), ROW)[0], expected) > 10 * LOGITS, what
+        assert gap(our_logits(*switched_off(what, untied[0]), ROW)[0], expected) > 10 * LOGITS, what
 
 
 def test_logits_without_biases_and_with_the_default_head_dim(tmp_path: Path) -> None:
@@ -133,7 +126,7 @@ def test_logits_without_biases_and_with_the_default_head_dim(tmp_path: Path) -> 
     decoder, params = load(tmp_path, mesh_of(1, 1, 1))
     assert (decoder.spec.head_dim, decoder.spec.num_kv_heads) == (8, 4)
     assert not [name for name in params["layers"]["mlp"] if "bias" in name]
-    assert gap(uncompiled_logits(decoder, params, ROW)[0], torch_logits(model, TOKENS)) < LOGITS
+    assert gap(our_logits(decoder, params, ROW)[0], torch_logits(model, TOKENS)) < LOGITS
 
 
 # ---------------------------------------------------------------------------------------- in and out
@@ -237,7 +230,7 @@ def test_an_export_in_several_files_has_an_index_and_loads_everywhere(
     assert hf.stored_dtype(in_shards) == "float32"
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])  # each shape of a slice is compiled
 def test_slices_cut_on_a_device_equal_those_cut_on_the_host(
     sizes: tuple[int, int, int], untied: tuple[Path, LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,14 +55,13 @@ def run(batch: dict[str, np.ndarray], compute: Compute = PLAIN) -> Result:
 
 
 def alone(sample: Sample) -> dict[str, np.ndarray]:
-    """One sample as a row of its own, written without the loader."""
-    tokens, trained = (x[None] for x in sample)
-    n = tokens.shape[1]
+    """One sample in a row of its own of 60 slots, so that one program runs all, written without the loader."""
+    tokens, trained = (np.pad(x, (0, 60 - len(x)))[None] for x in sample)
     return {
         "tokens": tokens.astype(np.int32),
         "targets": np.roll(tokens, -1, axis=1).astype(np.int32),
-        "segment_ids": np.ones((1, n), np.int32),
-        "positions": np.arange(n, dtype=np.int32)[None],
+        "segment_ids": (np.arange(60)[None] < len(sample[0])).astype(np.int32),
+        "positions": np.arange(60, dtype=np.int32)[None],
         "loss_weights": np.append(trained[:, 1:], [[False]], axis=1).astype(np.float32),
     }
 
@@ -70,10 +69,7 @@ def alone(sample: Sample) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------- packing
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]:
-    """They start and end inside blocks of attention. One is a single token, one starts with a trained token.
-
-    Three have one length, so that running them alone compiles two programs.
-    """
+    """They start and end inside blocks of attention. One is a single token, one starts with a trained token."""
     rng = np.random.default_rng(0)
     parts = [(60, slice(30, 60)), (1, slice(0, 0)), (60, slice(0, 60)), (60, [59])]
     return [sample_of(n, trained, rng) for n, trained in parts]
@@ -87,7 +83,7 @@ def row(samples: list[Sample]) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def run_alone(samples: list[Sample]) -> Result:
     results = [run(alone(s)) for s in samples]
-    logits = jnp.concatenate([r[0] for r in results], axis=1)
+    logits = jnp.concatenate([r[0][:, : len(s[0])] for r, s in zip(results, samples, strict=True)], axis=1)
     return logits, sum(r[1] for r in results), jax.tree.map(lambda *g: sum(g), *(r[2] for r in results))
 
 
@@ -168,33 +164,41 @@ def test_remat_policies_give_equal_gradients_and_recompute_as_documented(
 
 
 # ---------------------------------------------------------------------------------------- init
+@functools.cache
+def drawn(sizes: tuple[int, int, int], seed: int) -> Params:
+    """Random parameters that were drawn on a mesh."""
+    tree = _init(sizes)(jax.random.key(seed))
+    assert tree["embed"]["table"].sharding.is_fully_replicated == (sizes == (1, 1, 1))
+    return jax.device_get(tree)
+
+
+@functools.cache
+def _init(sizes: tuple[int, int, int]):
+    mesh, decoder = mesh_of(*sizes), make_decoder(SPEC, sizes[2])
+    shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
+    # As in a run: without fusion emitters, which tests leave out, the last bit depends on how arrays are split.
+    options = QUICK | {"xla_cpu_use_fusion_emitters": True}
+    return jax.jit(decoder.init, out_shardings=shardings, compiler_options=options)
+
+
+SPEC = spec_of(vocab_size=1001, d_model=48)
+
+
 def test_random_parameters_are_the_same_on_every_mesh() -> None:
-    spec = spec_of(vocab_size=1001, d_model=48, num_layers=1)
     trees = []
     for sizes in [(1, 1, 1), (1, 2, 3)]:
-        mesh = mesh_of(*sizes)
-        assert sizes[2] == 1 or spec.vocab_size % sizes[2]
-        decoder = make_decoder(spec, sizes[2])
-        assert decoder.vocab_rows % sizes[2] == 0
-        shardings = param_shardings(decoder.abstract, decoder.axes, mesh)
-        # As in a run: without fusion emitters, which tests leave out, the last bit depends on how arrays are split.
-        options = QUICK | {"xla_cpu_use_fusion_emitters": True}
-        init = jax.jit(decoder.init, out_shardings=shardings, compiler_options=options)
-        tree, other = (jax.device_get(init(jax.random.key(seed))) for seed in (3, 4))
-        assert init(jax.random.key(3))["embed"]["table"].sharding.is_fully_replicated == (sizes == (1, 1, 1))
-        assert gap(tree, other) > 0.1
-        assert tree["embed"]["table"].shape[0] == decoder.vocab_rows
-        assert not tree["embed"]["table"][1001:].any()
-        tree["embed"]["table"] = tree["embed"]["table"][:1001]  # a tensor axis of 3 asks for more padding
-        assert not tree["head"]["weight"][1001:].any()
-        tree["head"]["weight"] = tree["head"]["weight"][:1001]
+        tree = {name: dict(part) for name, part in drawn(sizes, 3).items()}
+        assert gap(tree, drawn(sizes, 4)) > 0.1
+        for part, name in (("embed", "table"), ("head", "weight")):
+            rows = make_decoder(SPEC, sizes[2]).vocab_rows
+            assert tree[part][name].shape[0] == rows and rows % sizes[2] == 0 and not tree[part][name][1001:].any()
+            tree[part][name] = tree[part][name][:1001]  # a tensor axis of 3 asks for more padding
         trees.append(tree)
-    for tree in trees[1:]:
-        assert gap(tree, trees[0]) == 0
+    assert SPEC.vocab_size % 3 and gap(*trees) == 0
 
 
 def test_random_parameters_are_normal_and_differ_between_layers() -> None:
-    params = make_decoder(spec_of(vocab_size=1001)).init(jax.random.key(0))
+    params = drawn((1, 1, 1), 3)
     assert set(params) == {"embed", "layers", "final_norm", "head"}
     for weight in (params["embed"]["table"][:1001], params["layers"]["mlp"]["gate"]):
         n = weight.size  # the deviation of n draws is right to 1 / sqrt(2n); four of those
