@@ -124,8 +124,13 @@ POSITIONS = np.broadcast_to(np.arange(sum(PIECES), dtype=np.int32), TOKENS.shape
 HIDDEN = 2e-4
 
 
+@functools.cache
+def step_of(decoder: Decoder) -> Any:
+    return jax.jit(lambda p, *x: decoder.bind(p).decode(*x, decoder.unstack(p)), compiler_options=QUICK)
+
+
 def decoded(decoder: Decoder, params: Params, lengths: np.ndarray) -> np.ndarray:
-    step = jax.jit(lambda p, *x: decoder.bind(p).decode(*x, decoder.unstack(p)), compiler_options=QUICK)
+    step = step_of(decoder)
     cache, found, start = empty_cache(decoder.spec, 2, sum(PIECES) + 5, jnp.float32), [], 0
     for size in PIECES:
         piece = (slice(None), slice(start, start + size))
@@ -156,6 +161,7 @@ def test_decoding_in_uneven_pieces_gives_the_whole_sequence_s_states(
     assert max(gaps(found, np.asarray(whole))) < HIDDEN
 
 
+@pytest.mark.slow
 def test_a_wrong_window_or_length_moves_states_ten_tolerances(loaded: Any) -> None:
     """Negative controls of the comparison of hidden states."""
     decoder, params = loaded("mistral")

@@ -171,7 +171,7 @@ def test_an_output_of_other_settings_is_left_alone_and_both_are_named(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions, answers = write_jsonl(tmp_path / "q.jsonl", QUESTIONS), tmp_path / "a.jsonl"
-    flags = [f"--input={questions}", f"--output={answers}"]
+    flags = [f"--input={questions}", f"--output={answers}", "--batch_size=2"]  # as above, in the same programs
     assert run(folder, *flags) == 0
     whole = answers.read_bytes()
     begun = b"".join(whole.splitlines(True)[:2])
@@ -270,7 +270,8 @@ def test_a_text_that_ends_answers_may_lie_within_and_across_tokens(
     assert stop in whole[0] and make_tokenizer().tokenize(stop) == ["[", "c"] and "co" in make_tokenizer().get_vocab()
     assert stop + "o" in whole[0] and sum(stop in w for w in whole) < len(whole)
     questions, answers = write_jsonl(tmp_path / "q.jsonl", QUESTIONS), tmp_path / "a.jsonl"
-    assert run(folder, f"--input={questions}", f"--output={answers}", f"--stop={stop}", "--stop=never seen") == 0
+    flags = [f"--input={questions}", f"--output={answers}", "--batch_size=2"]
+    assert run(folder, *flags, f"--stop={stop}", "--stop=never seen") == 0
     lines = read(answers)
     assert [a["response"] for a in lines] == [w.split(stop)[0] for w in whole]
     assert [a["stopped"] for a in lines] == [stop in w for w in whole]
