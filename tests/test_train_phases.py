@@ -87,6 +87,15 @@ def seeded(folder: Path) -> Path:
     return folder / "seeded" / "run"
 
 
+@pytest.fixture(scope="module")
+def saved_by_the_minute(folder: Path) -> Path:
+    """A run whose second phase has another rate and takes all else from its first; it saves at every moment."""
+    body = "c.checkpoint.every_samples, c.checkpoint.every_minutes = 0, 1e-9"
+    config = two_phases(folder / "on", ", learning_rate=5e-3", body)
+    assert run_train(config, folder / "on" / "run") == 0
+    return folder / "on" / "run"
+
+
 def alone(folder: Path, start: Path, second: str = RESTART) -> list[Record]:
     """The second phase as a run of its own from a checkpoint: its first phase has no whole step, and so none."""
     config = two_phases(folder, second, f"c.model.init_from = '{start}'", first=", batch_size=1000")
@@ -161,13 +170,11 @@ def test_moments_that_are_carried_on_make_another_update_than_none(restarted: Pa
     assert carried["update_norm"] != pytest.approx(reset["update_norm"], rel=1e-2)
 
 
-def test_a_schedule_that_goes_on_does_not_start_over(tmp_path: Path) -> None:
-    config = two_phases(tmp_path / "on", ", learning_rate=5e-3")
-    assert run_train(config, tmp_path / "on" / "run") == 0
+def test_a_schedule_that_goes_on_does_not_start_over(saved_by_the_minute: Path) -> None:
     # One horizon of 9 steps, two of warm-up; the second phase's rate is half the first's.
     factors = [0.5, 1, *(1 - x / 7 for x in range(7))]
     wanted = [(1e-2 if i < 5 else 5e-3) * f for i, f in enumerate(factors)]
-    lines = read_metrics(tmp_path / "on" / "run")
+    lines = read_metrics(saved_by_the_minute)
     assert [line["learning_rate"] for line in lines] == pytest.approx(wanted, rel=1e-5)
 
 
@@ -263,10 +270,8 @@ def steps_kept(run: Path) -> list[int]:
     return sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
 
 
-def test_checkpoints_are_saved_by_the_minute_and_all_kept(tmp_path: Path) -> None:
-    flags = ("--config.checkpoint.every_samples=0", "--config.checkpoint.every_minutes=1e-9")
-    assert run_train(two_phases(tmp_path / "run", ""), tmp_path / "run" / "run", *flags) == 0
-    assert steps_kept(tmp_path / "run" / "run") == list(range(1, 10))
+def test_checkpoints_are_saved_by_the_minute_and_all_kept(saved_by_the_minute: Path) -> None:
+    assert steps_kept(saved_by_the_minute) == list(range(1, 10))
 
 
 # ---------------------------------------------------------------------------------------- spikes
