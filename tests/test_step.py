@@ -279,6 +279,25 @@ def test_norms_and_rate_in_metrics_are_those_of_the_update(folder: Path, two_ste
     assert metrics[1]["learning_rate"] == np.float32(RATE / 2)
 
 
+def test_corrected_norm_is_that_of_the_gradients_of_microbatches(folder: Path, two_steps: list[Rows]) -> None:
+    """On a mesh with all three axes, where a squared norm is a sum over shards; test_noise.py has its statistics."""
+    run = run_on(folder, (2, 2, 2))
+    state, sums, parts, weights = run.state(), run.fns.zero_sums(), [], []
+    for batch in run.batches(two_steps[0], 8):
+        alone = run.accumulate(state, run.fns.zero_sums(), [batch])
+        parts.append(np.concatenate([np.asarray(g, np.float64).ravel() for g in jax.tree.leaves(alone.grads)]))
+        weights.append(float(alone.weight_sum))
+        sums = run.accumulate(state, sums, [batch])
+    whole = sum(weights)
+    of_step, of_parts = norm(sum(parts)) ** 2 / whole**2, sum(norm(p) ** 2 for p in parts) / whole**2
+    expected = (of_step - of_parts) / (1 - sum(w * w for w in weights) / whole**2)
+    _, zeroed, measured = run.fns.apply(state, sums)
+    # Two float32 norms of about 15,000 terms, whose difference is of their own size.
+    assert float(measured["grad_sq_corrected"]) == pytest.approx(expected, rel=1e-4)
+    assert float(measured["grad_norm"]) ** 2 != pytest.approx(expected, rel=1e-2)
+    assert not float(zeroed.grad_sq_sum) and not float(zeroed.weight_sq_sum)
+
+
 def test_evaluate_gives_the_sums_of_accumulate(folder: Path, two_steps: list[Rows], expected: Any) -> None:
     run = run_on(folder, (2, 2, 2))
     state = run.state()
