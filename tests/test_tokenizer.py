@@ -415,7 +415,8 @@ def proto(model: bytes) -> Any:
     return sentencepiece_model_pb2.ModelProto.FromString(model)
 
 
-@pytest.mark.parametrize("cls", ["LlamaTokenizer", pytest.param("SentencePieceBackend", marks=pytest.mark.slow)])
+@pytest.mark.slow  # no other test trains a model of this vocabulary
+@pytest.mark.parametrize("cls", ["LlamaTokenizer", "SentencePieceBackend"])
 def test_run_is_trained_exported_and_asked_with_tokenizer_model_alone(
     cls: str, models: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
