@@ -241,24 +241,20 @@ def test_runs_of_unequal_length_need_blocks_and_held_out_data() -> None:
 # ---------------------------------------------------------------------------------------- a whole sweep
 @pytest.mark.slow
 def test_sweep_pauses_and_resumes_trials_until_the_best_is_bracketed(tmp_path: Path) -> None:
-    rates = [1e-3, 5e-3, 1e-2, 2e-2]
+    """Of three rates the highest is best, so it and its neighbour are finished; test_sweep has two workers."""
+    rates = [1e-5, 1e-3, 1e-2]
     fields = f"axes={{'{RATE}': {rates}}}, seeds=[0], stop=BracketRule(keep=1, seed_margin=0)"
     file = sweep_file(tmp_path, fields, "c.optim.batch_size = 4\n")
     file.write_text(
         file.read_text().replace("import Sweep\n", "import Sweep\nfrom mice_jax.sweeps import BracketRule\n")
     )
     workdir = tmp_path / "sweep"
-    output = run_sweep(file, workdir, "--workers=2")
+    output = run_sweep(file, workdir)
     rows = results(workdir)
-    assert len(rows) == 4 and {r["status"] for r in rows} == {"completed", "stopped"}
-    assert "best arm: optim.learning_rate=" in output and "4 of 4 ended" in output
-    total = max(int(r["steps"]) for r in rows)
-    completed = [float(r[RATE]) for r in rows if r["status"] == "completed"]
-    chosen = float(output.split("best arm: optim.learning_rate=")[1].split(";")[0])
-    at = rates.index(chosen)
-    assert {rates[i] for i in (at - 1, at, at + 1) if 0 <= i < len(rates)} <= set(completed)
-    for row in [r for r in rows if r["reason"].startswith("paused")]:
-        run = workdir / "runs" / row["number"]
-        assert int(row["steps"]) == -(-total // 5) and read_json(run, "summary.json")["status"] == "paused"
-        assert "eval/loss" in read_all_metrics(run)[0] and "eval/loss" in read_all_metrics(run)[-1]
-    assert len(study_of(workdir).trials) == 4
+    assert [r["status"] for r in rows] == ["stopped", "completed", "completed"]
+    assert "best arm: optim.learning_rate=0.01;" in output and "3 of 3 ended" in output
+    total, run = int(rows[2]["steps"]), workdir / "runs" / "0"
+    assert rows[0]["reason"].startswith("paused") and int(rows[0]["steps"]) == -(-total // 5)
+    assert read_json(run, "summary.json")["status"] == "paused"
+    assert "eval/loss" in read_all_metrics(run)[0] and "eval/loss" in read_all_metrics(run)[-1]
+    assert len(study_of(workdir).trials) == 3
