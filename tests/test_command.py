@@ -15,7 +15,7 @@ import mice_jax
 from helpers.runs import DEPRECATED, REPOSITORY, setting, write_config
 from mice_jax.cli import command, main
 from mice_jax.cli.flags import COMMANDS, define_config
-from mice_jax.config import Config, ConfigError
+from mice_jax.config import Config, ConfigError, field_names, locate
 from mice_jax.errors import Paused, Preempted, StoppedByRule, UserError
 from mice_jax.runtime import unused_packages, watchdog
 
@@ -69,11 +69,41 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ('data.template_kwargs={"a": false}', lambda c: c.data.template_kwargs, {"a": False}),
         ("eval.tasks=gsm8k,ifeval", lambda c: c.eval.tasks, ["gsm8k", "ifeval"]),
         ("data.template_kwargs={'a': None}", lambda c: c.data.template_kwargs, {"a": None}),
+        ("eval.tasks=['gsm8k', \"ifeval\"]", lambda c: c.eval.tasks, ["gsm8k", "ifeval"]),
+        ("eval.tasks=[gsm8k,ifeval]", lambda c: c.eval.tasks, ["gsm8k", "ifeval"]),
+        ("eval.tasks=[]", lambda c: c.eval.tasks, []),
+        ("eval.tasks=", lambda c: c.eval.tasks, []),
+        ("optim.frozen=model.layers.[0-3].*", lambda c: c.optim.frozen, ["model.layers.[0-3].*"]),
+        ("eval.at_shares=0.1,0.5", lambda c: c.eval.at_shares, [0.1, 0.5]),
+        ("eval.at_shares=[0.1, 0.5]", lambda c: c.eval.at_shares, [0.1, 0.5]),
+        ("eval.at_shares=1", lambda c: c.eval.at_shares, [1.0]),
+        ("eval.at_shares=[]", lambda c: c.eval.at_shares, []),
+        ("data.validation=[]", lambda c: c.data.validation, []),
     ],
 )
 def test_an_override_has_the_type_of_its_field(config_file: Path, override: str, get: Any, value: Any) -> None:
     got = get(parse(f"--config={config_file}", f"--config.{override}"))
     assert (got, type(got)) == (value, type(value))
+
+
+def test_every_field_can_be_set_by_a_flag(config_file: Path) -> None:
+    body = "from mice_jax.config import Published\n    c.data.phases[0].validation = [Source()]\n    "
+    body += "c.published, c.eval.at_shares, c.eval.tasks = [Published()], [0.2, 1.0], ['a', 'b']\n    return c"
+    config_file.write_text(config_file.read_text().replace("return c", body))
+
+    def with_flags(texts: dict[str, str]) -> Config:
+        got: list[Config] = []
+        argv = [f"--config={config_file}", *(f"--config.{name}={text}" for name, text in texts.items())]
+        assert command.run("doc", define_config, lambda v: got.append(command.unchecked_config_of(v)), argv) == 0
+        return got[0]
+
+    config, names = with_flags({}), [name.replace("[]", "[0]") for name in field_names()]
+    values = {name: getattr(*locate(config, name)) for name in names}
+    parts = {name for name in names if any(other.startswith(f"{name}[") for other in names)}
+    texts = {name: v if isinstance(v, str) else repr(v) for name, v in values.items() if name not in parts}
+    assert len(texts) > 100 and with_flags(texts) == config
+    empty = with_flags({name: "[]" for name in sorted(parts, reverse=True)})  # the lists inside of phases first
+    assert (empty.data.phases, empty.data.validation, empty.published) == ([], [], [])
 
 
 def test_overrides_leave_the_other_fields_as_in_the_file(config_file: Path) -> None:
@@ -108,6 +138,11 @@ def test_one_process_can_run_several_commands(config_file: Path) -> None:
         ("data.drop_remainder=perhaps", ["data.drop_remainder", "perhaps"]),
         ("data.phases[0].num_epochs=long", ["num_epochs", "long"]),
         ("optim.batch_size=0", ["optim.batch_size=0"]),
+        ("eval.at_shares=[0.1,half]", ["eval.at_shares=[0.1,half]: 'half' is not a number", "0.1,0.5"]),
+        ("eval.at_shares=[0.1,true]", ["eval.at_shares[1]=True", "must be float"]),
+        ("eval.tasks=[1]", ["eval.tasks[0]=1 is of type int and must be str"]),
+        ("data.phases=a.jsonl", ["data.phases=a.jsonl: write this list of Phase(...) in the config file", "[0].name"]),
+        ("data.validation=a.jsonl", ["list of Source(...) in the config file", "[0].path"]),
     ],
 )
 def test_a_wrong_override_is_named_with_a_suggestion(

@@ -1,9 +1,7 @@
 """A script that completes `mice` in bash and zsh: `eval "$(mice --completion)"`."""
 
-import dataclasses
-
 from mice_jax.cli.flags import COMMANDS, Command, Values
-from mice_jax.config import Config
+from mice_jax.config import field_names
 
 # bash splits words at `=`, so the current word is a flag's value alone; zsh keeps both in one word.
 SCRIPT = """\
@@ -54,17 +52,5 @@ def _flags(command: Command) -> list[str]:
         if flag.help and not name.startswith("no"):
             found.append(f"--{name}" if flag.boolean else f"--{name}=")
     if command.reads_run_config or command.module.endswith("show_config"):
-        found += [f"--config.{field}=" for field in _fields(Config())]
+        found += [f"--config.{field}=" for field in field_names() if "[]" not in field]
     return ["--help", *sorted(found)]
-
-
-def _fields(part: object, prefix: str = "") -> list[str]:
-    """Returns the names of the fields that a flag can set, without those inside lists of phases and sources."""
-    names = []
-    for field in dataclasses.fields(part):  # type: ignore[arg-type]
-        value = getattr(part, field.name)
-        if dataclasses.is_dataclass(value):
-            names += _fields(value, f"{prefix}{field.name}.")
-        elif not isinstance(value, list):
-            names.append(prefix + field.name)
-    return names

@@ -1,17 +1,21 @@
 """The flags of every command, and the table of commands.
 
-This module imports absl and ml_collections only, so that `--help` and wrong flags are answered at once: the commands
-themselves import jax and transformers, which takes seconds.
+This module imports absl, ml_collections and the config only, so that `--help` and wrong flags are answered at once: the
+commands themselves import jax and transformers, which takes seconds.
 """
 
 import ast
 import contextlib
+import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import config_flags
+
+from mice_jax.config import Phase, Published, Source
 
 Values = flags.FlagValues
 DefineFlags = Callable[[Values, list[str]], None]
@@ -22,20 +26,69 @@ DEFAULT_JUDGE_KEY_ENV = "OPENAI_API_KEY"
 
 
 # ---------------------------------------------------------------------------------------- shared by commands
-class _JSONParser(flags.ArgumentParser):
-    """Parses a field of the config that is an object, such as data.template_kwargs."""
+class _FieldParser(flags.ArgumentParser):
+    """Reads a config field's text by a function; ml_collections also passes the field's present value, which stays."""
+
+    def __init__(self, read: Callable[[str], Any]) -> None:
+        self._read = read
 
     def parse(self, argument: Any) -> Any:
-        if not isinstance(argument, str):
-            return argument  # the config's own value
-        for read in (json.loads, ast.literal_eval):  # as JSON, or as `mice config` prints it
-            with contextlib.suppress(ValueError, SyntaxError):
-                return read(argument)
-        raise ValueError('it must be a JSON object, such as {"enable_thinking": false}')
+        return self._read(argument) if isinstance(argument, str) else argument
 
 
-config_flags.register_flag_parser_for_type(dict[str, Any], _JSONParser())
-config_flags.register_flag_parser_for_type(list[str], flags.ListParser())
+def _object(text: str) -> Any:
+    """Reads an object, such as data.template_kwargs."""
+    return _literal(text, 'it must be a JSON object, such as {"enable_thinking": false}')
+
+
+def _items(text: str) -> list[Any]:
+    """Reads a list: its items with commas between them, with or without brackets and quotes."""
+    text = text.strip()
+    if text.startswith("[") and text.endswith("]"):
+        with contextlib.suppress(ValueError):
+            return _literal(text, "it is no list")
+        text = text[1:-1]  # items without quotes, which a shell may have removed
+    return flags.ListParser().parse(text)
+
+
+def _numbers(text: str) -> list[Any]:
+    """Reads a list of numbers; an item that is neither text nor number is left to the check of the config's types."""
+    items = _items(text)
+    for i, item in enumerate(items):
+        try:
+            items[i] = float(item) if isinstance(item, str) else item
+        except ValueError:
+            raise ValueError(f"{item!r} is not a number; write numbers such as 0.1,0.5, or [] for none") from None
+    return items
+
+
+def _no_parts(part: type, text: str) -> list[Any]:
+    """Reads an empty list of phases or sources; ValueError says how to set another."""
+    if _items(text):
+        first = dataclasses.fields(part)[0].name  # type: ignore[arg-type]
+        raise ValueError(
+            f"write this list of {part.__name__}(...) in the config file; a flag sets one field of an element, such as "
+            f"{first} by adding [0].{first} to the list's name, or makes the list empty by []"
+        )
+    return []
+
+
+def _literal(text: str, problem: str) -> Any:
+    """Returns the value that a text writes as JSON, or as `mice config` prints it; else raises ValueError."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            return read(text)
+    raise ValueError(problem)
+
+
+READERS: dict[Any, Callable[[str], Any]] = {
+    dict[str, Any]: _object,
+    list[str]: _items,
+    list[float]: _numbers,
+    **{list[part]: functools.partial(_no_parts, part) for part in (Phase, Source, Published)},
+}
+for _type, _read in READERS.items():
+    config_flags.register_flag_parser_for_type(_type, _FieldParser(_read))
 
 
 def define_config(values: Values, argv: list[str]) -> None:
