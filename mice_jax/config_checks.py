@@ -344,14 +344,20 @@ def _lora_problems(c: Any) -> list[str]:
 
 
 def _moments_problems(c: Any) -> list[str]:
-    o = c.optim
-    if o.moments_dtype != "int8" or (o.name != "adafactor" and (o.name != "sgd" or o.beta1)):
+    o, given = c.optim, f"optim.moments_dtype={c.optim.moments_dtype!r}"
+    if o.moments_dtype == "float32":
         return []
-    has = "keeps statistics of rows and columns" if o.name == "adafactor" else "with optim.beta1=0 keeps nothing"
-    return [
-        f"optim.moments_dtype='int8' quantises moments of the shape of the parameters, and optim.name={o.name!r} {has} "
-        "in their place: leave optim.moments_dtype at float32"
-    ]
+    if o.name == "sgd" and not o.beta1:
+        return [
+            f"{given} with optim.name='sgd' and optim.beta1=0, which keep no moments, so nothing reads it: leave "
+            "optim.moments_dtype at float32, or set optim.beta1"
+        ]
+    if o.name == "adafactor" and o.moments_dtype == "int8":
+        return [
+            f"{given} quantises moments of the shape of the parameters, and optim.name='adafactor' keeps statistics of "
+            "rows and columns in their place: set optim.moments_dtype to bfloat16 or float32"
+        ]
+    return []
 
 
 def _osft_problems(c: Any) -> list[str]:
