@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mice_jax.errors import UserError
+from mice_jax.numerics.basis import Basis
 from mice_jax.runtime.devices import find_devices
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -148,24 +149,26 @@ def param_spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | Ab
     return PartitionSpec(*split)
 
 
-def basis_sharding(shape: Sequence[int], side: str, of_param: NamedSharding) -> NamedSharding:
+def basis_sharding(basis: Basis, of_param: NamedSharding) -> Basis:
     """Computes how a basis of a stack of matrices is split: as the matrices are, and its directions as the other side.
 
     Args:
-      shape: the shape of the basis, [L O... K] or [L I... K].
-      side: "outputs" or "inputs", the dims that the basis has.
+      basis: the basis, with jax.ShapeDtypeStruct as leaves.
       of_param: the sharding of the matrices, [L O... I...].
 
     Returns:
-      The sharding of the basis.
+      The shardings of its sides.
     """
-    stack, *dims = of_param.spec
-    count = len(shape) - 2
-    own, other = (dims[:count], dims[count:]) if side == "outputs" else (dims[-count:], dims[:-count])
-    of_directions = next((axis for axis in other if axis is not None), None)
-    if of_directions is not None and shape[-1] % of_param.mesh.shape[of_directions]:
-        of_directions = None
-    return NamedSharding(of_param.mesh, PartitionSpec(stack, *own, of_directions))
+    mesh, (stack, *dims) = of_param.mesh, of_param.spec
+    count = len(basis.outputs.shape) - 2
+    outputs, inputs = dims[:count], dims[count:]
+
+    def sharding(side: Any, own: list, other: list) -> NamedSharding:
+        axis = next((axis for axis in other if axis is not None), None)
+        divides = axis is not None and side.shape[-1] % mesh.shape[axis] == 0
+        return NamedSharding(mesh, PartitionSpec(stack, *own, axis if divides else None))
+
+    return Basis(sharding(basis.outputs, outputs, inputs), sharding(basis.inputs, inputs, outputs))
 
 
 def replicated_dims(params: Any, axes: Any, mesh: Mesh | AbstractMesh) -> list[str]:

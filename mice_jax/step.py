@@ -21,7 +21,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from mice_jax.loss import SourceSums, cross_entropy_sums, tokens_per_chunk
 from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.transformer import Compute, Decoder, Params
-from mice_jax.numerics.blockwise import Quantized, is_quantized
+from mice_jax.numerics.basis import Basis
+from mice_jax.numerics.blockwise import Quantized
 from mice_jax.numerics.offload import LAYERS, Part, dict_keys, init_on_host, on_host, take_mask, update_by_parts
 from mice_jax.numerics.stochastic_rounding import round_stochastically
 from mice_jax.numerics.wide_gradient import WideGradient, variables_of, with_variables
@@ -629,11 +630,6 @@ def round_params(
     return jax.tree_util.tree_map_with_path(rounded, indices, old, new)
 
 
-# The fields of `training.osft.Basis`, the two factors of a matrix's frozen directions in the optimizer's state (OSFT).
-# They are repeated here because this module is below `training`.
-BASIS_SIDES = ("outputs", "inputs")
-
-
 def _opt_state_shardings(
     opt_state: Any, params: Params, shardings: Params, replicated: NamedSharding, offloads_moments: bool
 ) -> Any:
@@ -657,15 +653,16 @@ def _opt_state_shardings(
         by_name[dict_keys(path)] = leaf.shape, sharding
 
     def sharding_of(path: tuple, leaf: Any) -> Any:
-        side = getattr(path[-1], "name", "")
-        if side in BASIS_SIDES:
-            return basis_sharding(leaf.shape, side, by_name[dict_keys(path[:-1])][1])
         shape, sharding = by_name.get(dict_keys(path), (None, replicated))
-        if is_quantized(leaf):
+        if isinstance(leaf, Basis):
+            return basis_sharding(leaf, sharding)
+        if isinstance(leaf, Quantized):
             return Quantized(sharding, NamedSharding(sharding.mesh, split_like(leaf.scales.shape, sharding)))
         return sharding if leaf.shape == shape else replicated
 
-    on_devices = jax.tree_util.tree_map_with_path(sharding_of, opt_state, is_leaf=is_quantized)
+    on_devices = jax.tree_util.tree_map_with_path(
+        sharding_of, opt_state, is_leaf=lambda x: isinstance(x, Quantized | Basis)
+    )
     if not offloads_moments:
         return on_devices
     # An array with dict keys belongs to a parameter. The others are counts, which stay on the devices.

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mice_jax.numerics.basis import Basis
 from mice_jax.optim import matrix_dims
 
 # L layers, O... outputs, I... inputs, K frozen directions
@@ -28,13 +29,6 @@ from mice_jax.optim import matrix_dims
 Tree = Any
 # In matrices with at least this many directions, K is a multiple of RANK_MULTIPLE, so that a mesh divides it.
 LARGE, RANK_MULTIPLE = 1024, 64
-
-
-class Basis(NamedTuple):
-    """The frozen directions of a stack of matrices [L O... I...], as orthonormal columns."""
-
-    outputs: jax.Array  # U_k, [L O... K] float32
-    inputs: jax.Array  # V_k, [L I... K] float32
 
 
 class OsftState(NamedTuple):
