@@ -42,6 +42,7 @@ from mice_jax.model_source import (
 from mice_jax.models import hf, peft_format, untrained
 from mice_jax.sharding import make_mesh
 from mice_jax.storage import hub, jsonl
+from mice_jax.storage.paths import RunPath
 from mice_jax.storage.workdir import METRICS, Workdir
 from mice_jax.training import build
 from mice_jax.training.model_card import README, licence_of, model_card
@@ -61,7 +62,7 @@ def export(values: command.Values) -> None:
     """
     workdir, output = command.workdir_of(values), Path(command.required(values, "output"))
     if not (workdir / "model" / "config.json").exists():
-        raise UserError(f"--workdir={workdir} is not a run's workdir: it has no model/config.json.")
+        raise UserError(f"--workdir={workdir} is not a run's workdir: {_what_it_is(workdir)}.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output={output} already exists. Remove it, or give another folder.")
     source = dataclasses.replace(resolve_source(str(workdir)), averaged=values.average)
@@ -100,6 +101,21 @@ def export(values: command.Values) -> None:
     print(f"weights: {part}{_average(source, step) or f'those after step {step}'}")
     if values.push_to is not None:
         print(f"uploaded to {hub.upload(output, values.push_to)}")
+
+
+def _what_it_is(folder: RunPath) -> str:
+    """Returns what a folder is that is no run's workdir, and what to do instead, for an error message."""
+    if folder.parent.name == "checkpoints":
+        return f"it is a checkpoint of one. Give --workdir={folder.parent.parent} --step={folder.name}"
+    if (folder / peft_format.CONFIG).exists():
+        return (
+            f"it has an {peft_format.CONFIG}, so it is an adapter. mice generate, mice evaluate and model.init_from "
+            "take it as it is. For its base with the adapter merged into it, give the workdir of the run that trained "
+            "it, or use PeftModel.from_pretrained(base, folder).merge_and_unload() of the package peft"
+        )
+    if (folder / "config.json").exists():
+        return "it has a config.json of its own, so it is a Hugging Face folder already"
+    return "it has no model/config.json"
 
 
 def _check_adapter(source: ModelSource, adapters: AdapterRun | None) -> None:

@@ -380,8 +380,18 @@ def test_init_from_a_run_without_a_checkpoint_is_an_error(trained: Path, capsys:
 def test_bad_exports_are_errors(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained
     out = folder / "out"
-    assert "is not a run's workdir" in refused(run_export(folder, out), capsys)
-    work = folder / "work"
+    work, adapter = folder / "work", folder / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    others = {
+        folder: "it has no model/config.json",
+        folder / "init": "it has a config.json of its own, so it is a Hugging Face folder already",
+        adapter: "it has an adapter_config.json, so it is an adapter. mice generate, mice evaluate and model.init_from",
+        work / "checkpoints" / "2": f"it is a checkpoint of one. Give --workdir={work} --step=2",
+    }
+    for other, words in others.items():
+        said = refused(run_export(other, out), capsys)
+        assert f"--workdir={other} is not a run's workdir: {words}" in said
     said = refused(run_export(work, out, "--step=1"), capsys)
     assert "no step 1" in said and "it has 2" in said and not out.exists()
     assert "--dtype=float16" in refused(run_export(work, out, "--dtype=float16"), capsys)
