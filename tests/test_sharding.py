@@ -1,5 +1,7 @@
 """The mesh, and the placement of parameters and batches on it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -46,6 +48,44 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_an_error(
     assert f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor}" in str(e.value)
     assert "the number of devices, 8" in str(e.value)
     assert "-1" in str(e.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the layout of a mesh reads of a TPU."""
+
+    id: int
+    coords: tuple[int, ...]
+    device_kind: str = "TPU v5"
+    platform: str = "tpu"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+@pytest.mark.parametrize(
+    ("torus", "sizes", "splits"),  # of data, fsdp, sequence, tensor; whether an axis is no product of sides
+    [
+        ((2, 2, 2), (1, 8, 1, 1), False),
+        ((2, 2, 2), (1, 4, 1, 2), False),
+        ((4, 4, 4), (1, 32, 1, 2), True),
+        ((4, 4, 4), (2, 16, 2, 1), True),
+        ((4, 4, 8), (2, 8, 2, 4), True),
+    ],
+)
+def test_axes_that_are_no_sides_of_a_torus_split_it(
+    torus: tuple[int, ...], sizes: tuple[int, ...], splits: bool
+) -> None:
+    chips = [Chip(i, coords) for i, coords in enumerate(np.ndindex(*torus))]
+    if splits:
+        with pytest.raises(NotImplementedError):
+            jax.make_mesh(sizes, sharding.AXES, devices=chips)
+    data, fsdp, sequence, tensor = sizes
+    mesh = sharding.make_mesh(data, fsdp, tensor, chips, sequence=sequence)
+    assert tuple(mesh.shape.items()) == tuple(zip(sharding.AXES, sizes, strict=True))
+    assert sorted(chip.id for chip in mesh.devices.flat) == [*range(len(chips))]
+    coords = np.array([[chip.coords for chip in group] for group in mesh.devices.reshape(-1, sizes[-1])])
+    apart = np.abs(np.diff(coords, axis=1)).sum(-1)
+    assert (apart == 1).all()  # the chips of a tensor group are neighbours, in a line
 
 
 # ---------------------------------------------------------------------------------------- parameters
