@@ -81,16 +81,25 @@ def test_an_all_reduce_or_a_second_reduction_of_gradients_is_off(reduction: Coll
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "flops"),
+    ("name", "queries", "keys", "flops"),
     [
-        ("splash_mha_fwd_segmented_residuals.3", (2, 32, 4096, 80), 2 * 2 * 2 * 32 * 4096**2 * 80 / 2),
-        ("splash_mha_dkv_segmented_no_residuals.1", (32, 4096, 80), 4 * 2 * 32 * 4096**2 * 80 / 2),
-        ("custom-call.7", (32, 4096, 80), 0.0),
+        (
+            "splash_mha_fwd_segmented_residuals.3",
+            (2, 32, 4096, 80),
+            (2, 8, 4096, 80),
+            2 * 2 * 2 * 32 * 4096**2 * 80 / 2,
+        ),
+        ("splash_mha_dkv_segmented_no_residuals.1", (32, 4096, 80), (8, 4096, 80), 4 * 2 * 32 * 4096**2 * 80 / 2),
+        # One of four devices that share a row, with all of its keys.
+        ("splash_mha_dq_segmented.1", (32, 1024, 80), (32, 4096, 80), 3 * 2 * 32 * 1024 * 4096 * 80 / 2),
+        ("custom-call.7", (32, 4096, 80), (32, 4096, 80), 0.0),
     ],
 )
-def test_flops_of_splash_are_those_of_causal_rows(name: str, shape: tuple[int, ...], flops: float) -> None:
-    arrays = (Array("f32", (512, 128)), Array("bf16", shape))
-    assert compiled_step.splash_flops(Instruction(name, "custom-call", arrays, (), "")) == flops
+def test_flops_of_splash_are_those_of_causal_rows(
+    name: str, queries: tuple[int, ...], keys: tuple[int, ...], flops: float
+) -> None:
+    given = [Array("s32", (32, 8, 8)), *(Array("bf16", shape) for shape in (queries, keys, keys))]
+    assert compiled_step.splash_flops(Instruction(name, "custom-call", (), (), ""), given) == flops
 
 
 def test_compiler_options_leave_out_what_the_user_s_flags_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,11 @@ def program() -> Program:
 
 def counted(program: Program, peak_flops: float = 1.0, link_rate: float = 1.0) -> scheduled_hlo.Counts:
     return scheduled_hlo.count(
-        program, peak_flops=peak_flops, link_rate=link_rate, unknown_trips=CHUNKS, kernel_flops=lambda i: 1000.0
+        program,
+        peak_flops=peak_flops,
+        link_rate=link_rate,
+        unknown_trips=CHUNKS,
+        kernel_flops=lambda i, operands: 1000.0,
     )
 
 

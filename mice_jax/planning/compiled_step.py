@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from mice_jax.hardware import Chip, matmul_flops
 from mice_jax.models.spec import ModelSpec
 from mice_jax.planning import scheduled_hlo
-from mice_jax.planning.scheduled_hlo import Collective, Counts, Instruction
+from mice_jax.planning.scheduled_hlo import Array, Collective, Counts, Instruction
 
 LARGE = 2**20  # bytes of an array that is worth a line
 MAX_EXTRA_FLOPS = 1.03  # FLOPs of a program over those of the model
 MIN_OVERLAP = 0.95  # share of the bytes of collectives that are sent while products run
 MAX_EXPOSED = 0.10  # share of the time in which a device waits for a collective
-# Splash computes scores over whole rows, below the diagonal. Products of [T T] and [T H] in each of its kernels:
+# Splash computes scores over whole rows, below the diagonal. Products of [T S] and [S H] in each of its kernels:
 SPLASH_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
@@ -74,15 +74,23 @@ def _sent_bytes(collectives: Sequence[Collective]) -> float:
     return sum(c.times * c.sent_bytes for c in collectives)
 
 
-def splash_flops(kernel: Instruction) -> float:
-    """Returns the FLOPs of one of splash's kernels, by its name and result; 0 for any other custom call."""
+def splash_flops(kernel: Instruction, operands: Sequence[Array]) -> float:
+    """Returns the FLOPs of one of splash's kernels; 0 for any other custom call.
+
+    Half of the scores are below the diagonal. This holds on average also for devices that share a row, of which each
+    has some of the queries and all keys.
+
+    Args:
+      kernel: The call, whose name says which kernel it is.
+      operands: The arrays that it is given. The first that hold numbers are queries [N T H] and keys [K S H], with a
+        leading dim for several rows.
+    """
     products = next((count for name, count in SPLASH_PRODUCTS.items() if kernel.name.startswith(name)), 0)
-    # The result is [N T H], or [B N T H] for several rows. The kernel's other results are float32.
-    result = next((a.shape for a in kernel.arrays if a.dtype == "bf16"), ())
-    if not products or len(result) < 3:
+    shapes = [a.shape for a in operands if a.dtype in ("bf16", "f32") and len(a.shape) >= 3]
+    if not products or len(shapes) < 2:
         return 0.0
-    *heads, slots, head_dim = result
-    return products * 2 * math.prod(heads) * slots * slots * head_dim / 2
+    (*heads, queries, head_dim), (*_, keys, _) = shapes[:2]
+    return products * 2 * math.prod(heads) * queries * keys * head_dim / 2
 
 
 def figures(counts: Counts, spec: ModelSpec, *, params: int, tokens: int, remat: str, itemsize: int) -> list[Figure]:

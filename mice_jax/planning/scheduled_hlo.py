@@ -7,7 +7,7 @@ and a done, and what lies between the two runs at the same time. All functions h
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -156,6 +156,9 @@ class Counts:
     exposed_s: float
 
 
+KernelFlops = Callable[[Instruction, Sequence[Array]], float]
+
+
 # ---------------------------------------------------------------------------------------- parsing
 def parse_program(text: str) -> Program:
     """Parses the text of a program.
@@ -262,7 +265,7 @@ def count(
     peak_flops: float,
     link_rate: float,
     unknown_trips: int,
-    kernel_flops: Callable[[Instruction], float] = lambda instruction: 0.0,
+    kernel_flops: KernelFlops = lambda instruction, operands: 0.0,
 ) -> Counts:
     """Counts what one run of a program does on one device, and simulates how its collectives overlap with products.
 
@@ -275,7 +278,7 @@ def count(
       peak_flops: FLOP/s of products.
       link_rate: Bytes/s that one device sends.
       unknown_trips: How often a loop runs whose number of rounds depends on data.
-      kernel_flops: The FLOPs of a custom call.
+      kernel_flops: Returns the FLOPs of a custom call, from the instruction and the arrays that it is given.
     """
     counter = _Counter(program, peak_flops, link_rate, unknown_trips, kernel_flops)
     counter.run(program.entry, times=1, in_loop=False)
@@ -299,7 +302,7 @@ class _Counter:
         peak_flops: float,
         link_rate: float,
         unknown_trips: int,
-        kernel_flops_of: Callable[[Instruction], float],
+        kernel_flops_of: KernelFlops,
     ):
         self.program, self.peak_flops, self.link_rate = program, peak_flops, link_rate
         self.unknown_trips, self.kernel_flops_of = unknown_trips, kernel_flops_of
@@ -350,7 +353,8 @@ class _Counter:
     def _flops_of(self, computation: str, i: Instruction) -> tuple[float, float]:
         """FLOPs of the products and of the kernels of an instruction, with what it calls."""
         if i.opcode == "custom-call":
-            return 0.0, self.kernel_flops_of(i)
+            given = (self.program.find(computation, name) for name in i.operands)
+            return 0.0, self.kernel_flops_of(i, [array for operand in given if operand for array in operand.arrays])
         if i.opcode in ("fusion", "call") and i.called in self.program.computations:
             parts = [self._flops_of(i.called, inner) for inner in self.program.computations[i.called]]
             return sum(p for p, _ in parts), sum(k for _, k in parts)
