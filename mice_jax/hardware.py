@@ -53,11 +53,14 @@ def _gpu(kind: str, capability: str, *rates: float, host: tuple[float, float], h
     )
 
 
-# Rates to a host: x16 links of PCIe 4.0 (32e9 each way) and 5.0 (64e9) for GPUs, by their data sheets; those of TPUs
-# are from "How to Scale Your Model", part 2 (jax-ml.github.io/scaling-book): about 16e9, and 32e9 from v6e on. Host
-# memory is that of Google Cloud's machine types with all chips of a host (ct4p, ct5lp-8t, ct5p, ct6e-8t, tpu7x-4t, a2,
-# a3, a4), and 64 GB for a workstation with one GPU of 24 GB.
-# By the first part of a topology's name.
+# By the first part of a topology's name. What is known of hosts:
+# - host_rate: GPUs have x16 links of PCIe 4.0 (32e9 each way) or 5.0 (64e9), by their data sheets. "How to Scale Your
+#   Model", part 2 (jax-ml.github.io/scaling-book/tpus) gives a v4 16e9, v5 chips about as much, and a v6e 32e9. That of
+#   a TPU7x is an assumption.
+# - host_memory: that of Google Cloud's machine type with all chips of a host, in GB, by its pages on TPU and GPU
+#   machines: ct4p-hightpu-4t 407, ct5lp-hightpu-8t 384, ct5p-hightpu-4t 448, ct6e-standard-8t 1440, tpu7x-standard-4t
+#   960, a2-highgpu-8g 680, a2-ultragpu-8g 1360, a3-highgpu-8g 1872, a3-ultragpu-8g 2952, a4-highgpu-8g 3968. The 64 GB
+#   of a host with one GPU of 24 GB are an assumption.
 CHIPS: dict[str, Chip] = {
     "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.2e12, 270e9, host_memory=101e9, host_devices=4),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.82e12, 200e9, host_memory=48e9),
@@ -89,8 +92,8 @@ CHIPS: dict[str, Chip] = {
 DEFAULT_GPU_MEMORY_FRACTION = 0.75
 GPU_MEMORY_FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 GPUS_PER_HOST = 8
-NETWORK_RATE = 50e9  # bytes/s from one GPU to GPUs of other hosts: a link of 400 Gbit/s per GPU
-CPU_MEMORY_RATE = 20e9  # bytes/s of all CPU devices of a machine together
+NETWORK_RATE = 50e9  # bytes/s from one GPU to GPUs of other hosts: an assumption, a link of 400 Gbit/s per GPU
+CPU_MEMORY_RATE = 20e9  # bytes/s of all CPU devices of a machine together: an assumption
 
 
 def gpu_memory_fraction() -> float:
