@@ -19,7 +19,7 @@ from mice_jax.numerics import offload
 from mice_jax.optim import make_optimizer
 from mice_jax.planning import ahead_of_time
 from mice_jax.planning.planner import RunPlan
-from mice_jax.planning.settings import Setting, fitting_settings
+from mice_jax.planning.settings import SAME_SPEED, FittingSetting, Setting, fitting_settings, ranked
 from mice_jax.sharding import make_mesh
 from mice_jax.step import Sums, TrainState, apply_sums
 from mice_jax.training import memory_model
@@ -214,10 +214,17 @@ def test_host_memory_that_does_not_suffice_is_an_error() -> None:
         memory_model.check_host_memory(inputs, 1, "full", 8, 150 * 2**30)
 
 
-def test_settings_that_fit_are_the_fastest_first_with_their_cost() -> None:
+def test_settings_about_as_fast_are_ranked_by_what_they_cost() -> None:
+    times = {"c": (1.0, "x; y"), "b": (1.04, "x"), "e": (1.06, "x"), "a": (1.049, ""), "d": (1.11, "")}
+    found = [FittingSetting(name, cost, 0, 0, time, 1.0) for name, (time, cost) in times.items()]
+    assert "".join(setting.flags for setting in ranked(found)) == "abcde"
+    assert ranked([]) == []
+
+
+def test_settings_that_fit_are_ranked_with_their_cost() -> None:
     found = fitting_settings(plan_of("h100:1"), shown=100)
     times = [setting.step_time_s for setting in found]
-    assert times == sorted(times) and found
+    assert found == ranked(found) and times[0] < SAME_SPEED * min(times) < max(times) < SAME_SPEED * times[-1]
     usable = 0.9 * ahead_of_time.find_topology("h100:1").chip.memory
     assert all(setting.bytes_per_device <= usable for setting in found)
     by_flags = {setting.flags.partition(" --config.model.remat")[0]: setting for setting in found}

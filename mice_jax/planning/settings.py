@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mice_jax.config import Config, locate
 from mice_jax.planning import step_time
@@ -12,6 +12,7 @@ from mice_jax.training import memory_model
 
 LORA_RANK = 16
 SHOWN = 6
+SAME_SPEED = 1.05  # the ratio of two step times below which an estimate does not tell them apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +77,29 @@ class FittingSetting:
 def fitting_settings(run: RunPlan, shown: int = SHOWN) -> list[FittingSetting]:
     """Returns combinations of settings with which a run fits on its mesh, the fastest first.
 
-    Each has one row on a device. Of combinations with the same moments, sums and adapters, the fastest is returned.
+    Each has one row on a device. Of combinations with the same moments, sums and adapters, the fastest is returned. Of
+    combinations that are about as fast, those that cost less come first.
 
     Args:
       run: The planned run.
       shown: The largest number of combinations to return.
     """
     found = [best for group in _groups(run.config) if (best := _fastest(run, group))]
-    return sorted(found, key=lambda setting: setting.step_time_s)[:shown]
+    return ranked(found)[:shown]
+
+
+def ranked(found: Sequence[FittingSetting]) -> list[FittingSetting]:
+    """Sorts settings by step time, and by the number of things that they cost where `SAME_SPEED` does not part them."""
+    bands: list[list[FittingSetting]] = []
+    for setting in sorted(found, key=lambda setting: setting.step_time_s):
+        if not bands or setting.step_time_s >= SAME_SPEED * bands[-1][0].step_time_s:
+            bands.append([])
+        bands[-1].append(setting)
+    return [setting for band in bands for setting in sorted(band, key=_costs)]
+
+
+def _costs(setting: FittingSetting) -> int:
+    return len(setting.cost.split("; ")) if setting.cost else 0
 
 
 def _groups(config: Config) -> Iterator[tuple[Setting, ...]]:
