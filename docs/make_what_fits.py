@@ -38,10 +38,11 @@ SAMPLES, MEAN_LENGTH = 128, 2048
 HEAD = f"""# What fits where
 
 Full fine-tuning, with AdamW and rows of 4,096 tokens, of models in three sizes: for each kind of device the fastest
-settings with which the run fits. **Planned, not measured**: memory and time are the estimates of `mice plan`
-([Planning a run](plan.md)), for steps of {SAMPLES} samples of {MEAN_LENGTH:,} tokens. GPUs are an RTX 4090, an H100
-and an H200, with `XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}`; TPUs are split along `mesh.fsdp`. A device has one row
-in a microbatch, so that more are possible, and faster, where memory is left.
+settings with which the run fits; of settings within 5 % of each other, those that cost less. **Planned, not measured**:
+memory and time are the estimates of `mice plan` ([Planning a run](plan.md)), for steps of {SAMPLES} samples of
+{MEAN_LENGTH:,} tokens. GPUs are an RTX 4090, an H100 and an H200, with `XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}`;
+TPUs are split along `mesh.fsdp`. A device has one row in a microbatch, so that more are possible, and faster, where
+memory is left.
 
 | model | devices | settings | memory of a device | of the host, for it | tokens/s | what it costs |
 |---|---|---|---|---|---|---|
@@ -80,15 +81,18 @@ def line(model: str, devices: str, found: list[FittingSetting]) -> str:
     return f"| {model} | {devices} | {settings} | {memory[0]} | {memory[1]} | {best.tokens_per_s:,.0f} | {best.cost} |"
 
 
+def planned_line(model: str, devices: str) -> str:
+    """Plans a model on some devices, by their names in the table; returns the table's line."""
+    base = json.loads((SHAPES / "llama-3.2-3b" / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        shape = Path(folder) / "config.json"
+        shape.write_text(json.dumps(base | MODELS[model]))
+        return line(model, devices, fitting_settings(plan_of(shape, *DEVICES[devices]), shown=100))
+
+
 def main() -> None:
     """Writes the page."""
-    base, lines = json.loads((SHAPES / "llama-3.2-3b" / "config.json").read_text()), []
-    with tempfile.TemporaryDirectory() as folder:
-        for model, changes in MODELS.items():
-            shape = Path(folder) / "config.json"
-            shape.write_text(json.dumps(base | changes))
-            for devices, (topology, count) in DEVICES.items():
-                lines.append(line(model, devices, fitting_settings(plan_of(shape, topology, count), shown=100)))
+    lines = [planned_line(model, devices) for model in MODELS for devices in DEVICES]
     PAGE.write_text(HEAD + "\n".join(lines) + "\n" + TAIL)
 
 

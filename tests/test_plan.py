@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import runpy
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from helpers.models import spec_of
-from helpers.runs import read_json, read_metrics, run_train, run_verb, setting
+from helpers.runs import REPOSITORY, read_json, read_metrics, run_train, run_verb, setting
 from mice_jax import plan
 from mice_jax.cli.format import format_duration
-from mice_jax.config import Config
+from mice_jax.config import Config, locate
 from mice_jax.errors import UserError
 from mice_jax.hardware import CHIPS, Chip, find_chip
 from mice_jax.models.attention.cudnn import cudnn, softmax_bytes
@@ -392,9 +393,11 @@ def test_the_samples_of_a_step_are_the_mean_over_the_phases(tmp_path: Path, caps
 
 
 # ---------------------------------------------------------------------------------------- time
-def load_of(fsdp: int, tensor: int = 1, sequence: int = 1) -> memory_model.MemoryInputs:
+def load_of(fsdp: int, tensor: int = 1, sequence: int = 1, **fields: Any) -> memory_model.MemoryInputs:
     config = Config()
     config.data.max_length = 1024
+    for name, value in fields.items():
+        setattr(*locate(config, name), value)
     spec = spec_of(d_model=256, num_heads=4, num_kv_heads=4, head_dim=64, d_ff=512, vocab_size=4096)
     spec = dataclasses.replace(spec, qkv_bias=False, out_bias=False, mlp_bias=False)  # all that is left is split
     mesh = make_mesh(1, fsdp, tensor, jax.devices()[: fsdp * tensor * sequence], sequence=sequence)
@@ -442,6 +445,25 @@ def test_the_step_time_is_that_of_matmuls_weights_and_update_by_hand() -> None:
     assert again.compute_s == pytest.approx(made.compute_s * 4 / 3)
     faster = step_time.estimate_step_time(load, dataclasses.replace(CHIP, peak_flops=2e12), 2, "none", 64, 500)
     assert faster.compute_s == pytest.approx(made.compute_s / 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "per_param"),
+    [
+        # Float32 sums are read twice and zeroed, the rest is read and written.
+        ({}, 3 * 4 + 2 * (4 + 8)),
+        ({"optim.moments_dtype": "bfloat16", "optim.offload_moments": True}, 3 * 4 + 2 * (4 + 4)),
+        ({"optim.moments_dtype": "int8", "model.param_dtype": "bfloat16"}, 3 * 4 + 2 * (2 + 2 * 1.05)),
+        ({"optim.name": "lion", "optim.accumulate_dtype": "bfloat16"}, 3 * 2 + 2 * (4 + 4)),
+        ({"optim.name": "sgd", "optim.beta1": 0.0, "train.ema_half_life": 9.0}, 3 * 4 + 2 * (4 + 4)),
+    ],
+)
+def test_update_moves_the_bytes_in_which_its_state_is_held(fields: dict[str, Any], per_param: float) -> None:
+    load = load_of(1, **fields)
+    made = step_time.estimate_step_time(load, CHIP, rows=2, remat="none", samples=64, mean_length=500)
+    params = sum(math.prod(x.shape) for x in jax.tree.leaves(load.state.params))
+    # Norms are float32 in any case, and blocks of 64 to 128 codes have a scale of four bytes.
+    assert made.update_s == pytest.approx(params * per_param / 0.7e11, rel=0.01 if "int8" in fields.values() else 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -683,3 +705,15 @@ def test_plan_for_sparse_cores_is_made_again_where_libtpu_crashes(
     said = capsys.readouterr().err
     assert said.count("libtpu's compiler crashed in attempt") == codes.count(-signal.SIGSEGV)
     assert ("error: libtpu's compiler crashed 4 times" in said) == (exit_code == 2 and len(codes) == 4)
+
+
+# ---------------------------------------------------------------------------------------- documentation
+def test_page_of_what_fits_where_is_up_to_date() -> None:
+    made = runpy.run_path(str(REPOSITORY / "docs" / "make_what_fits.py"))
+    text = made["PAGE"].read_text()
+    head, tail = made["HEAD"], made["TAIL"]
+    assert text.startswith(head) and text.endswith("\n" + tail), "run python docs/make_what_fits.py"
+    lines = text.removeprefix(head).removesuffix(tail).splitlines()
+    assert [line.split(" | ")[:2] for line in lines] == [[f"| {m}", d] for m in made["MODELS"] for d in made["DEVICES"]]
+    # One line stands for all, which take twenty seconds: of a run that does not fit as it is.
+    assert made["planned_line"]("Llama 3.2 3B", "one GPU of 80 GB") in lines, "run python docs/make_what_fits.py"

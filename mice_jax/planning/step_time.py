@@ -32,7 +32,6 @@ ROW_FILL = 0.95  # share of slots that hold a token
 SPARSE_CORE_OVERLAP = 0.75  # of 3B to 7B models on v5p and v6e, with `xla_flags.SPARSE_CORE_OPTIONS`
 OTHER_TPU_OVERLAP = 0.0  # every collective runs alone
 GPU_OVERLAP = 0.8  # a guess at XLA's latency-hiding scheduler; no program was read
-UPDATE_BYTES_PER_PARAM = 36  # read and written by an update: gradient, parameter, two moments, zeroed sums
 MIN_ROWS = 1 / 8  # rows of the smallest microbatch shape on one device, as a fraction of a full row
 
 
@@ -87,7 +86,7 @@ def estimate_step_time(
         count / (LINK_EFFICIENCY * _link_rate(chip, inputs.mesh, axis))
         for axis, count in _sent_bytes(inputs, remat, row_slots, microbatches, weights, trained).items()
     )
-    update_s = trained * UPDATE_BYTES_PER_PARAM / (MEMORY_EFFICIENCY * chip.memory_rate)
+    update_s = _update_bytes(inputs, trained) / (MEMORY_EFFICIENCY * chip.memory_rate)
     overlapped = network_s * (assumed_overlap(chip) if overlap is None else overlap)
     exposed_s = network_s - overlapped + max(0.0, overlapped - compute_s)
     # Moments are moved while nothing else happens, the inputs of layers while products run.
@@ -123,6 +122,16 @@ def _device_flops(inputs: memory_model.MemoryInputs, remat: str, slots: float, m
     elif remat == "dots" and not BACKENDS[inputs.attention].saved_by_dots:
         recomputed = attention / 3
     return (matmul + attention + recomputed) / inputs.mesh.shape["tensor"]
+
+
+def _update_bytes(inputs: memory_model.MemoryInputs, trained: int) -> int:
+    """Returns the bytes of its own memory that a device reads and writes in the update of a step.
+
+    Parameters, moments and the running average are read and written, also where moments come from the host. The sums of
+    gradients are read for their norm and for the update, and set to zero.
+    """
+    state = memory_model.bytes_per_device(inputs.state) + memory_model.host_bytes_per_device(inputs.state)
+    return 2 * state + 3 * trained * inputs.sums_dtype.itemsize
 
 
 def _sent_bytes(
