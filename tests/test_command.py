@@ -1,5 +1,6 @@
 """Flags, overrides, help and exit codes, which all commands share."""
 
+import gc
 import importlib
 import os
 import shutil
@@ -463,25 +464,28 @@ def test_right_arguments_reach_the_command(config_file: Path, monkeypatch: pytes
     assert run_train(monkeypatch, *arguments, "--workdir=w") == (0, True)
 
 
-def test_unused_packages_are_hidden_while_a_command_is_imported(
+def test_unused_packages_and_garbage_wait_while_a_command_is_imported(
     config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hidden: list[bool] = []
+    seen: list[tuple[bool, bool]] = []
+
+    def look() -> None:
+        seen.append(("a_large_package" in sys.modules, gc.isenabled()))
 
     class Train:
         @staticmethod
         def main(arguments: list[str]) -> int:
-            hidden.append("a_large_package" in sys.modules)
+            look()
             return 0
 
     def import_module(name: str) -> type[Train]:
-        hidden.append("a_large_package" in sys.modules)
+        look()
         return Train
 
     monkeypatch.setattr(unused_packages, "PACKAGES", ("a_large_package",))
     monkeypatch.setattr(importlib, "import_module", import_module)
     assert mice(monkeypatch, "train", f"--config={config_file}", "--workdir=w") == 0
-    assert hidden == [True, False]
+    assert seen == [(True, False), (False, True)]
 
 
 def test_a_process_of_several_trains_in_a_child_before_any_slow_import(
@@ -519,10 +523,10 @@ def test_wrong_config_of_a_process_of_several_reaches_the_others(
 
 IMPORTS = """
 import importlib.util, sys
-from mice_jax.runtime import unused_packages
-unused_packages.hide()
+from mice_jax.runtime import slow_imports
+slow_imports.begin()
 import mice_jax.train
-unused_packages.show()
+slow_imports.end()
 setting = f"--config={sys.argv[1]}", f"--workdir={sys.argv[2]}"
 assert mice_jax.train.main(setting) == 0
 heavy = {"torch", "tensorflow", "scipy", "lm_eval", "pandas", "numba", "google.cloud.storage"}

@@ -22,7 +22,7 @@ from mice_jax.cli.flags import COMMANDS, DefineFlags, Values, define_processes
 from mice_jax.cli.task_names import check_names
 from mice_jax.config import Config, ConfigError
 from mice_jax.errors import Paused, Preempted, StoppedByRule, UserError
-from mice_jax.runtime import cluster, unused_packages, watchdog, xla_flags
+from mice_jax.runtime import cluster, slow_imports, watchdog, xla_flags
 
 if TYPE_CHECKING:
     from mice_jax.storage.paths import RunPath
@@ -55,7 +55,7 @@ def run(
       The exit code: 0 done; 2 the user's input is wrong; 3 stopped by a rule; 75 preempted or paused, its state saved;
       130 interrupted by Ctrl-C.
     """
-    unused_packages.show()
+    slow_imports.end()
     logging.set_verbosity(logging.ERROR)  # users need not see the warnings of libraries to each other
 
     def parse_and_run() -> int:
@@ -126,7 +126,7 @@ def before_imports(name: str) -> None:
     code = early_exit(name, argv)
     if code is not None:
         sys.exit(code)
-    unused_packages.hide()  # until `run`
+    slow_imports.begin()  # until `run`
 
 
 def early_exit(name: str, argv: Sequence[str]) -> int | None:

@@ -8,7 +8,7 @@ from mice_jax import __version__
 from mice_jax.cli import command, completion
 from mice_jax.cli.flags import COMMANDS
 from mice_jax.config import nearest
-from mice_jax.runtime import unused_packages, xla_flags
+from mice_jax.runtime import slow_imports, xla_flags
 
 
 def start() -> None:
@@ -39,11 +39,11 @@ def _run(argv: Sequence[str]) -> int:
         return 2
     code = command.early_exit(name, arguments)
     if code is None:
-        unused_packages.hide()  # not before `early_exit`, which runs a part of the command and shows them again
+        slow_imports.begin()  # not before `early_exit`, which runs a part of the command and ends this again
         try:
             module = importlib.import_module(COMMANDS[name].module)
         finally:
-            unused_packages.show()
+            slow_imports.end()
         code = module.main(arguments)
     return code
 
