@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ import numpy as np
 import pytest
 from lm_eval.utils import handle_non_serializable
 
-from helpers.forked import fork_train
+from helpers.forked import ForkedCommand, fork_train
 from helpers.runs import (
-    ENVIRONMENT,
-    REPOSITORY,
     arrays,
     place_flags,
     read_json,
@@ -245,12 +242,9 @@ def test_two_processes_score_what_one_process_scores(tmp_path: Path) -> None:
     line = scores_of(read_metrics(model)[-1], "eval/")
     assert benchmarks.scores(alone) == pytest.approx(line, abs=CLOSE) and len(line) == 5
     flags = [f"--model={model}", f"--include_path={tasks}", f"--tasks={CHOICE}", "--log_samples"]
-    environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
-    environment["MICE_JAX_CACHE"] = str(tmp_path / "another")  # else nothing would be scored again
+    environment = os.environ | {"MICE_JAX_CACHE": str(tmp_path / "another")}  # else nothing would be scored again
     output = f"--output={tmp_path / 'both.json'}"
-    commands = [[sys.executable, "-m", "mice_jax.evaluate", *flags, output, *place] for place in place_flags(2)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    both = [subprocess.Popen(c, cwd=REPOSITORY, env=environment, **pipes) for c in commands]
+    both = [ForkedCommand("evaluate", [*flags, output, *place], 2, environment) for place in place_flags(2)]
     said = [process.communicate(timeout=500)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert "results in" in said[0] and "results in" not in said[1]

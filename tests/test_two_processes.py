@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from helpers import bucket
-from helpers.forked import ForkedTrain, fork_train
+from helpers.forked import ForkedCommand, fork_train
 from helpers.runs import (
     arrays,
     lines_of,
@@ -36,7 +36,7 @@ STEPS = 10
 HEARTBEAT_S = "10"
 COUNTS = ("step", "phase", "epoch", "samples", "tokens", "loss_tokens", "learning_rate", "num_microbatches")
 
-Processes = list[ForkedTrain]
+Processes = list[ForkedCommand]
 Start = Callable[..., Processes]
 
 
@@ -242,6 +242,7 @@ def test_a_run_in_a_bucket_whose_main_process_is_killed_resumes_bit_equal(
         processes[0].kill()
         code, text = wait_for_end([processes[1]])[0]
         assert code == 75 and f"{name}/checkpoints/" in text.splitlines()[-1], text
+        assert "run/lock" in store.objects  # a dead writer's
         newest = max(int(key.split("/")[2]) for key in store.objects if key.endswith("/commit_success.txt"))
         store.put(
             b"{", {"name": f"run/checkpoints/{newest}/params/_METADATA"}
@@ -249,9 +250,10 @@ def test_a_run_in_a_bucket_whose_main_process_is_killed_resumes_bit_equal(
         ended = wait_for_end(start([config, config], name, keep, **environment))
         assert [code for code, _ in ended] == [0, 0], ended
         assert newest == 8 and "resumed after step 4" in ended[0][1]
+        assert "the checkpoint of step 8 is damaged" in ended[0][1]
         run = bucket.download(store, "run", tmp_path / "run")
     assert timeless(read_metrics(run)) == timeless(read_metrics(two_process_run))
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["10", "8", "damaged"]
     left, right = arrays(run, STEPS), arrays(two_process_run, STEPS)
     assert all(left[k].tobytes() == right[k].tobytes() for k in right) and left.keys() == right.keys()
-    assert not (run / "lock").exists()
+    assert list((run / "tensorboard").iterdir()) and not (run / "lock").exists()

@@ -1,10 +1,12 @@
-"""Runs of `mice train` in processes forked from one whose imports are done, for tests that start many.
+"""Commands in processes forked from one whose imports are done, for tests that start many.
 
 The imports are most of what a tiny run in a process of its own costs. `runs.start_train` starts the command as a user
 does; test_launch.py shows that such processes are signalled, killed and lost in the same way.
 """
 
 import functools
+import gc
+import importlib
 import multiprocessing
 import os
 import signal
@@ -24,13 +26,18 @@ from helpers.runs import ENVIRONMENT
 from mice_jax.runtime import fork_server
 
 
-class ForkedTrain:
+class ForkedCommand:
     """A forked process, with the part of subprocess.Popen that tests use; stdout and stderr share one file."""
 
-    def __init__(self, arguments: Sequence[str], devices: int, environment: Mapping[str, str], pace_s: float):
+    def __init__(
+        self, name: str, arguments: Sequence[str], devices: int, environment: Mapping[str, str], pace_s: float = 0.0
+    ):
+        self._name = name
         self.stdout = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         output = f"/proc/{os.getpid()}/fd/{self.stdout.fileno()}"
-        self._process = _server().Process(target=_run, args=(arguments, devices, dict(environment), pace_s, output))
+        self._process = _server().Process(
+            target=_run, args=(name, arguments, devices, dict(environment), pace_s, output)
+        )
         self._process.start()
         self.pid = self._process.pid or 0
 
@@ -47,7 +54,7 @@ class ForkedTrain:
         """Waits until the process has ended; returns the exit code."""
         self._process.join(timeout)
         if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("mice train", timeout or 0.0)
+            raise subprocess.TimeoutExpired(f"mice {self._name}", timeout or 0.0)
         return self._process.exitcode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
@@ -75,7 +82,7 @@ class ForkedTrain:
 
 def fork_train(
     config: Path, workdir: Path, *flags: str, devices: int = 8, pace_s: float = 0.0, **more: str
-) -> ForkedTrain:
+) -> ForkedCommand:
     """Starts `mice train` in a forked process, which a test may signal or kill.
 
     Args:
@@ -89,8 +96,9 @@ def fork_train(
     Returns:
         The process.
     """
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)} | more
-    return ForkedTrain([f"--config={config}", f"--workdir={workdir}", *flags], devices, environment, pace_s)
+    return ForkedCommand(
+        "train", [f"--config={config}", f"--workdir={workdir}", *flags], devices, os.environ | more, pace_s
+    )
 
 
 @functools.cache
@@ -109,13 +117,12 @@ def _server() -> ForkServerContext:
 
 # ---------------------------------------------------------------------------------------- in the forked process
 def _run(
-    arguments: Sequence[str], devices: int, environment: Mapping[str, str], pace_s: float, output: str
+    name: str, arguments: Sequence[str], devices: int, environment: Mapping[str, str], pace_s: float, output: str
 ) -> NoReturn:
-    """Runs the command as `python -m mice_jax.train` does: one of several processes forks the one that trains."""
+    """Runs the command as `python -m` does: one of several processes forks the one that trains."""
     import fsspec.config
     import jax
 
-    from mice_jax import train
     from mice_jax.cli import command
     from mice_jax.runtime import distributed, watchdog
 
@@ -123,7 +130,8 @@ def _run(
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.clear()
-    os.environ |= environment
+    os.environ |= {**environment, "JAX_NUM_CPU_DEVICES": str(devices)}
+    gc.set_threshold(20_000, 20, 100)  # as conftest.py does
     # What was read from the environment when these were imported.
     jax.config.update("jax_num_cpu_devices", devices)
     fsspec.config.set_conf_env(fsspec.config.conf)
@@ -131,9 +139,10 @@ def _run(
     watchdog.start_child = _fork_child
     if pace_s:
         _wait_after_steps(pace_s)
-    sys.argv = [str(train.__file__), *arguments]
-    code = command.early_exit("train", arguments)
-    sys.exit(train.main(arguments) if code is None else code)
+    module = importlib.import_module(f"mice_jax.{name}")
+    sys.argv = [str(module.__file__), *arguments]
+    code = command.early_exit(name, arguments)
+    sys.exit(module.main(arguments) if code is None else code)
 
 
 def _wait_after_steps(seconds: float) -> None:
