@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
 
-from helpers.families import CASES, torch_model, wrapped_model
+from helpers.families import CASES, WRAPPED_CHANGES, torch_model, wrapped_model
 from helpers.forked import fork_train
 from helpers.models import hf_arrays, llama, load, mesh_of, same_bits, whole
 from helpers.runs import REPOSITORY, make_tokenizer, read_metrics, run_export, run_train, setting
@@ -141,8 +141,10 @@ def test_a_run_on_three_devices_equals_one_on_eight(
 def test_family_is_trained_exported_and_loaded_in_transformers(case: str, tmp_path: Path) -> None:
     """A step with learning rate 0 gives back every bit; another changes every tensor."""
     config = setting(tmp_path / "setting")
-    sizes = ["vocab_size", *(["vocab_size_per_layer_input"] if case == "gemma4" else [])]
-    torch_model(case, tmp_path / "hf", **dict.fromkeys(sizes, 300))
+    changes: dict[str, Any] = {"vocab_size": 300}
+    if case == "gemma4":  # of the three kinds of layers by their keys, one each: own, lent and borrowed
+        changes |= WRAPPED_CHANGES[case] | {"vocab_size_per_layer_input": 300, "pad_token_id": None}
+    torch_model(case, tmp_path / "hf", **changes)
     make_tokenizer().save_pretrained(tmp_path / "hf")
     start = f"--config.model.init_from={tmp_path / 'hf'}"
     before = whole(tmp_path / "hf")
