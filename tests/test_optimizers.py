@@ -13,6 +13,7 @@ import torch
 from mice_jax.loss import SourceSums
 from mice_jax.optim import make_optimizer, make_phase_schedule
 from mice_jax.step import Sums, TrainState, apply_sums
+from mice_jax.training.summary import UNREAD_BY_OPTIMIZER
 
 RATE, STEPS = 1e-2, 3
 NO_SOURCES = SourceSums(*[jnp.zeros(1)] * 4)
@@ -154,6 +155,18 @@ def test_adafactor_equals_its_paper_layer_by_layer() -> None:
     held = sum(x.size for x in jax.tree.leaves(state))
     whole = sum(x.size for x in jax.tree.leaves(drawn(0)))
     assert held < whole / 3  # what it is for
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+def test_fields_that_are_warned_of_as_unread_have_no_effect(name: str) -> None:
+    """A field that is not a number spoils an update or the moments if it is read."""
+    weights = {"w": jnp.ones((4, 6))}
+    for field in ("beta1", "beta2", "eps"):
+        settings = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "grad_clip": 0.0} | {field: np.nan}
+        optimizer = make_optimizer(name=name, **settings)
+        made = jax.jit(lambda w, o=optimizer: o.update(w, o.init(w), w))(weights)  # the update and the state
+        finite = all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(made))
+        assert finite == (field in UNREAD_BY_OPTIMIZER.get(name, ())), field
 
 
 def newton_schulz(g: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 
 from mice_jax.config import Config
 from mice_jax.model_source import ModelSource
-from mice_jax.training.summary import _optimizer_warnings
+from mice_jax.training.summary import _optimizer_warnings, _unread_warnings
 
 pytestmark = pytest.mark.smoke
 
@@ -39,3 +39,20 @@ def test_muon_on_weights_of_another_optimizer_is_warned_of_once(
     warnings = list(_optimizer_warnings(config, source))
     assert len(warnings) == (said is not None)
     assert all(said in w and "2605.10468" in w for w in warnings)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, []),
+        ({"name": "sgd"}, []),  # nothing is set besides
+        ({"eps": 1e-6, "beta1": 0.8, "beta2": 0.99}, []),
+        ({"name": "sgd", "beta1": 0.0, "beta2": 0.99}, ["optim.beta2=0.99 has no effect with optim.name='sgd'"]),
+        ({"name": "lion", "eps": 1e-6}, ["optim.eps=1e-06 has no effect with optim.name='lion'"]),
+        ({"name": "adafactor", "beta1": 0.8}, ["optim.beta1=0.8 has no effect with optim.name='adafactor'"]),
+        ({"decay_ratio": 0.2}, ["optim.decay_ratio=0.2 has no effect with optim.schedule='constant'"]),
+        ({"schedule": "wsd", "decay_ratio": 0.2, "final_ratio": 0.1}, []),
+    ],
+)
+def test_fields_that_the_optimizer_or_schedule_does_not_read_are_named(fields: dict[str, Any], said: list[str]) -> None:
+    assert list(_unread_warnings(dataclasses.replace(Config().optim, **fields))) == said

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mice_jax.cli.format import format_bytes
-from mice_jax.config import Config
+from mice_jax.config import Config, Optim
 from mice_jax.config_checks import beta2_of, rate_of
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
@@ -30,6 +30,11 @@ from mice_jax.training.lifecycle import Run
 from mice_jax.training.phases import PhaseSpan
 
 SAMPLED_STEPS = 16  # The table shows the mean over this many first steps.
+# Fields of config.optim that an optimizer, or a schedule, does not read. beta2_half_life is an error instead.
+UNREAD_BY_OPTIMIZER = {"adafactor": ("beta1", "beta2", "eps"), "lion": ("eps",), "sgd": ("beta2", "eps")}
+UNREAD_BY_SCHEDULE = {
+    "constant": ("final_ratio", "decay_ratio"), "linear": ("decay_ratio",), "cosine": ("decay_ratio",)
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- before the first step
@@ -162,6 +167,7 @@ def warnings(config: Config, source: ModelSource, decoder: Decoder, data: RunDat
         *data.warnings,
         *_model_warnings(config, source, decoder.spec),
         *_optimizer_warnings(config, source),
+        *_unread_warnings(config.optim),
         *_mesh_warnings(decoder, mesh),
     ]
 
@@ -210,6 +216,19 @@ def _optimizer_warnings(config: Config, source: ModelSource) -> Iterator[str]:
         "and to forget more than one with the optimizer of the pretraining, the more so the stronger the updates "
         "(arXiv 2605.10468): compare it with optim.name='adamw' before you rely on it"
     )
+
+
+def _unread_warnings(optim: Optim) -> Iterator[str]:
+    """Yields warnings about fields that are set and that the optimizer or the schedule does not read.
+
+    They are no errors, so that optimizers and schedules can be the axis of a sweep.
+    """
+    default = Optim()
+    for choice, unread in (("name", UNREAD_BY_OPTIMIZER), ("schedule", UNREAD_BY_SCHEDULE)):
+        chosen = getattr(optim, choice)
+        for field in unread.get(chosen, ()):
+            if getattr(optim, field) != getattr(default, field):
+                yield f"optim.{field}={getattr(optim, field)} has no effect with optim.{choice}={chosen!r}"
 
 
 def _mesh_warnings(decoder: Decoder, mesh: Mesh) -> Iterator[str]:
