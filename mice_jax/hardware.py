@@ -59,8 +59,8 @@ def _gpu(kind: str, capability: str, *rates: float, host: tuple[float, float], h
 #   a TPU7x is an assumption.
 # - host_memory: that of Google Cloud's machine type with all chips of a host, in GB, by its pages on TPU and GPU
 #   machines: ct4p-hightpu-4t 407, ct5lp-hightpu-8t 384, ct5p-hightpu-4t 448, ct6e-standard-8t 1440, tpu7x-standard-4t
-#   960, a2-highgpu-8g 680, a2-ultragpu-8g 1360, a3-highgpu-8g 1872, a3-ultragpu-8g 2952, a4-highgpu-8g 3968. The 64 GB
-#   of a host with one GPU of 24 GB are an assumption.
+#   960, a2-highgpu-8g 680, a2-ultragpu-8g 1360, a3-highgpu-8g 1872, a3-ultragpu-8g 2952, a4-highgpu-8g 3968. Those of
+#   ct4p, a3-ultragpu and a4 were not looked up again. The 64 GB of a host with one GPU of 24 GB are an assumption.
 CHIPS: dict[str, Chip] = {
     "v4": Chip(("TPU v4",), 275e12, 30.75 * GIB, 1.2e12, 270e9, host_memory=101e9, host_devices=4),
     "v5e": Chip(("TPU v5 lite", "TPU v5e"), 197e12, 15.75 * GIB, 0.82e12, 200e9, host_memory=48e9),
