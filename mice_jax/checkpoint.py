@@ -5,8 +5,8 @@ run's counters at that step, and the samples and score of each saved step). Orba
 renames it when the save is committed, and removes the temporary folders of interrupted saves. A committed checkpoint
 then gets a manifest (storage/manifest.py). When a run resumes, a checkpoint that differs from its
 manifest, or that cannot be read, is moved to `checkpoints/damaged/` and never deleted. In a bucket, a checkpoint that
-agrees with its manifest but cannot be read stays where it is, since the bucket may only be unavailable: the command
-ends with a StoreError.
+agrees with its manifest but cannot be read stays where it is, since the reason may be an outage of the bucket: the
+command ends with a StoreError.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from mice_jax.storage.retention import checkpoints_to_keep, rank_by_score
 
 # The parameters whose first dim is the vocabulary, which is padded for the size of the mesh's tensor axis.
 VOCABULARY_PARAMS = ("embed.table", "head.weight", "own_embeddings.table")
-MAX_TENSOR = 128  # larger tensor axes are not expected
+MAX_TENSOR = 128  # the largest tensor axis for which `differ_in_padding` knows the padding
 # In a bucket, Orbax takes every folder without this object for an interrupted save and removes it.
 COMMITTED = "commit_success.txt"
 # Errors of a full disk, a quota or a limit on files contain one of these, in lower case; 28 is ENOSPC, 27 is EFBIG.
@@ -43,7 +43,10 @@ MAX_ERROR_CHARS = 300
 
 # ---------------------------------------------------------------------------------------- reading
 class CheckpointReader:
-    """Read-only access to a run's checkpoints; safe while the run is still writing."""
+    """Read-only access to a run's checkpoints; safe while the run is still writing.
+
+    Only the subclass `Checkpoints` opens them with `read_only=False`.
+    """
 
     def __init__(self, workdir: RunPath, *, read_only: bool = True):
         self.folder = _checkpoint_folder(workdir)
@@ -108,7 +111,8 @@ class CheckpointReader:
         """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`, and the run's progress."""
         self._check_params(step, abstract.params)
         items = {
-            # strict=False pads or cuts a vocabulary to the padding of this mesh; _check_params rejects other changes.
+            # strict=False pads or cuts a vocabulary to the padding of this mesh. _check_params rejects other changes of
+            # params. The shapes of opt_state and average follow from theirs and from fields that are fixed on resume.
             "params": ocp.args.StandardRestore(abstract.params, strict=False),
             "opt_state": ocp.args.StandardRestore(abstract.opt_state, strict=False),
             "progress": ocp.args.JsonRestore(),
@@ -127,7 +131,8 @@ class CheckpointReader:
         With `strict=False`, Orbax silently pads and cuts arrays to the requested shapes. That is right only for the
         padding of the vocabulary, which is zero.
         """
-        metadata = self._manager.item_metadata(step)[item]  # None, whose tree cannot be read, if it is damaged
+        # Orbax gives None for a damaged item. The AttributeError that follows counts as damage (`_try_restore`).
+        metadata = self._manager.item_metadata(step)[item]
         stored, wanted = _shapes(metadata.tree), _shapes(abstract)
         for name in [*wanted, *(stored.keys() - wanted.keys())]:
             found, asked = stored.get(name), wanted.get(name)
@@ -166,8 +171,8 @@ class Checkpoints(CheckpointReader):
           policy: which checkpoints are kept; None keeps all.
           warm_start_ranges: the steps of each phase from whose best checkpoint the next phase starts
             (`seed_from="best"`). The best step of each range is kept.
-          check_ownership: raises, in every process, if another run has taken over the folder. It is called before a
-            save, and before manifests are written and old checkpoints deleted.
+          check_ownership: raises, in every process, if a process outside of this run has taken the lock of the workdir.
+            It is called before a save, and before manifests are written and old checkpoints deleted.
         """
         self._policy = policy or config.Checkpoint()
         self._warm_start_ranges = warm_start_ranges
@@ -269,11 +274,11 @@ class Checkpoints(CheckpointReader):
 
     # ---- Preemption notices of the cluster, of which Orbax's manager knows --------------------------------------
     def preempted_before(self, start: int) -> bool:
-        """Returns whether a preemption notice came before the first step of this process; called once.
+        """Returns whether a preemption notice came before the first step of this process.
 
-        JAX reports a preemption at the step after the highest one for which any process has called
-        `reached_preemption`. If the notice comes before the first call, JAX reports it at step 1. A resumed run never
-        makes the call for step 1, so it is made here first.
+        Call it once, before the first `reached_preemption`. JAX reports a preemption at the step after the highest one
+        for which any process has called `reached_preemption`, and one that came before any call at step 1 only. A
+        resumed run begins at a later step and would miss it, so step 1 is asked for here first.
 
         Args:
           start: the number of steps that were done before this process started.

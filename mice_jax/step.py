@@ -153,10 +153,11 @@ def batch_loss(
     model = decoder.bind(params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
     output_weight = model.output_weight()
-    # A bfloat16 weight comes with the zeros that take its float32 gradient (numerics/wide_gradient.py).
+    # A bfloat16 weight is a pair: the weight, and float32 zeros that receive its gradient (numerics/wide_gradient.py).
     if isinstance(output_weight, WideGradient):
         output_weight = output_weight.astype(jnp.float32)
-    sum_over_devices = gradient_sum(output_weight.shape, ("vocab", "embed"), compute.reduce_dtype)
+    # How the devices' gradients of the output weight are added.
+    reduction = gradient_sum(output_weight.shape, ("vocab", "embed"), compute.reduce_dtype)
     with jax.named_scope("loss"):
         loss_sum, weight_sum, source_sums = cross_entropy_sums(
             hidden,
@@ -171,8 +172,8 @@ def batch_loss(
             num_sources=num_sources,
             batch_axes=BATCH_AXES,
             length_axes=(LENGTH_AXIS,),
-            weight_spec=sum_over_devices.spec,
-            add_weight_gradients=sum_over_devices.add,
+            weight_spec=reduction.spec,
+            add_weight_gradients=reduction.add,
         )
     return loss_sum, (weight_sum, source_sums)
 
@@ -282,7 +283,8 @@ def make_step(
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
         (loss_sum, (weight_sum, source_sums)), grads = gradients(params, batch)
-        # The sums hold the gradients of frozen parameters too, which `apply_sums` sets to zero once.
+        # The sums hold the gradients of frozen parameters too, which `apply_sums` sets to zero once: a mask may freeze
+        # some layers of a stacked array.
         grad_sq = optax.tree.norm(_zero_frozen(grads, trained_mask), squared=True)
         microbatch = Sums(grads, loss_sum, weight_sum, grad_sq, weight_sum**2, source_sums)
         return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
@@ -346,7 +348,8 @@ def sample_numbers(segment_ids: jax.Array) -> jax.Array:
 def exact_matches(by_sample: SourceSums) -> tuple[jax.Array, jax.Array]:
     """Counts the samples whose every trained token is the model's most probable one.
 
-    Given the user's turns, greedy decoding writes exactly these tokens, since the tokens before each are the same.
+    Given a sample's untrained tokens, greedy decoding writes exactly its trained ones, since the tokens before each are
+    the same.
 
     Args:
       by_sample: the sums over the slots of each sample.
@@ -377,7 +380,7 @@ def apply_sums(
 
     A loss or gradient norm that is not finite leaves the whole state unchanged, with the metric `finite` false. If
     the gradient norm is finite but above `skip_norm_above`, the step is counted, but parameters and optimizer state
-    stay as they are, with the metric `skipped` true; the running average takes them in once more.
+    stay as they are, with the metric `skipped` true; the running average takes in the unchanged parameters.
 
     Args:
       state: the state before the step.
@@ -397,7 +400,8 @@ def apply_sums(
       The state after the step, and the metrics of the step as scalars.
     """
 
-    # The gradient is divided by the sum of the weights here and nowhere else. If all weights are 0, it is NaN.
+    # The gradient is divided by the sum of the weights here and nowhere else. If all weights are 0 (the step has no
+    # trained token), loss and gradient are NaN, and the step is not finite.
     def mean(grad_sums: Params, mask: Any) -> Params:
         return _zero_frozen(jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, grad_sums), mask)
 
@@ -414,13 +418,14 @@ def apply_sums(
     current = state.params, state.opt_state
 
     def update(current: Any, grads: Params, mask: Any, first_layer: Any = 0) -> tuple[Any, jax.Array]:
-        to_held = functools.partial(round_params, seed=rounding_seed, step=state.step, first_layer=first_layer)
-        return _update(current, grads, optimizer, learning_rate, makes_update, mask, to_held)
+        to_param_dtype = functools.partial(round_params, seed=rounding_seed, step=state.step, first_layer=first_layer)
+        return _update(current, grads, optimizer, learning_rate, makes_update, mask, to_param_dtype)
 
     if not offloads_moments:
         (params, opt_state), update_sq = update(current, grads, trained_mask)
     else:
-        # `grads` gave the norm of all parts. The mean of each part is taken again, from its sums.
+        # `grads` is used for the norm alone. The mean of each part is computed again from its sums, so that the mean
+        # gradient of the whole model need not stay in memory.
         def update_part(part: Part, layer: Any, current: Any, grad_sums: Params) -> tuple[Any, jax.Array]:
             mask = take_mask(part, layer, trained_mask)
             return update(current, _clipped(mean(grad_sums, mask), grad_norm, clip_norm), mask, layer)
@@ -457,7 +462,7 @@ def _update(
     learning_rate: jax.Array,
     makes_update: jax.Array,
     mask: Any,
-    to_held: Callable[[Params, Params], Params],
+    to_param_dtype: Callable[[Params, Params], Params],
 ) -> tuple[tuple[Params, Any], jax.Array]:
     """Updates parameters and optimizer state, or leaves both as they are where `makes_update` is false.
 
@@ -468,7 +473,7 @@ def _update(
       learning_rate: float32 scalar.
       makes_update: bool scalar.
       mask: the `trained_mask` of these parameters.
-      to_held: given old and new parameters, returns the new ones in the dtypes of the old.
+      to_param_dtype: given old and new parameters, returns the new ones in the dtypes of the old.
 
     Returns:
       The new parameters and state, and the squared norm of the update, also where it is not made.
@@ -477,7 +482,7 @@ def _update(
     wide = in_float32(params)
     directions, new_opt_state = optimizer.update(grads, opt_state, wide)
     updates = _zero_frozen(jax.tree.map(lambda d: -learning_rate * d, directions), mask)
-    new_params = to_held(params, cast(Params, optax.apply_updates(wide, updates)))
+    new_params = to_param_dtype(params, cast(Params, optax.apply_updates(wide, updates)))
     # A selection, and not a product with 0: NaNs of an update that is not made must not reach the state.
     chosen = jax.tree.map(
         lambda new, old: jnp.where(makes_update, new, old), (new_params, new_opt_state), (params, opt_state)
@@ -492,8 +497,8 @@ def _clipped(grads: Params, norm: jax.Array, max_norm: float) -> Params:
     return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, (g / norm) * max_norm), grads)
 
 
-# Below this 1 - r, `corrected_grad_sq` gives no estimate: one microbatch has almost all the weight, and the quotient
-# would be rounding error.
+# The least share of (sum w_i)^2 that products of the weights of two different microbatches must have, 1 - r in
+# `corrected_grad_sq`. Below it one microbatch has almost all the weight, and the estimate would be rounding error.
 MIN_CROSS_SHARE = 1e-3
 
 
@@ -507,7 +512,8 @@ def corrected_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
 
       |G|^2 ~ (|sum s_i|^2 - sum |s_i|^2) / (W^2 - sum w_i^2) = (|g|^2 - q) / (1 - r)
 
-    where q = sum |s_i|^2 / W^2 and r = sum w_i^2 / W^2. Microbatches may have unequal weights, or none.
+    where q = sum |s_i|^2 / W^2 and r = sum w_i^2 / W^2. Microbatches may have unequal weights, or none. Rows are packed
+    best-fit and dealt at random, which leaves a small bias where gradients depend on the length (docs/sweeps.md).
 
     Args:
       grad_norm: |g|, float32 scalar.

@@ -4,7 +4,7 @@
   mice train --config=configs/demo.py --config.optim.learning_rate=1e-3 --workdir=runs/demo_1e-3
 
 Running the same command again resumes the run. A run writes metrics.jsonl (one line per step), summary.json,
-checkpoints/<step>/ and other files to its workdir; README.md lists them all.
+checkpoints/<step>/ and other files to its workdir; README.md lists those that users read.
 """
 
 from mice_jax.cli import command
@@ -92,7 +92,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
     # ---- Inputs -------------------------------------------------------------------------------------------------
     # Everything that can be checked without reading data or weights is checked here, so that a mistake costs seconds.
-    # The workdir is locked after these checks, so that a mistake in the inputs leaves it untouched.
+    # The workdir is created and locked after these checks, so that a mistake that they find leaves it untouched.
     distributed.assert_same_on_all_processes("config", fields_fixed_on_resume(config))
     with distributed.raise_on_all_processes():
         distributed.check_devices(launch.expect_devices)
@@ -105,7 +105,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         # What "auto" stood for when the run was last on this mesh.
         earlier_choices = run_files.recorded_choices(workdir, mesh)
         attention = build.attention_on_mesh(config, spec, mesh, earlier_choices)
-        # Only for its check of model.lora.targets. The model of the run is made below, for its mesh.
+        # This only checks model.lora.targets, for which any mesh does. The model of the run is made below.
         build.run_decoder(config, spec, source.architecture, tensor=1)
         encoder = build.encoder(config, inputs.tokenizer, run_files.start_date(workdir))
         benchmarks = RunBenchmarks(config.eval, inputs.tokenizer, spec)
@@ -117,6 +117,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
     # ---- Data ---------------------------------------------------------------------------------------------------
     # One process builds the token stores while the others wait, so an error must be raised in every process.
+    # `data.spans` has the range of steps of each phase (training/phases.py).
     with distributed.raise_on_all_processes(), Display(console) as display:
         for note in inputs.notes:
             display.log(note)
@@ -148,7 +149,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         check_ownership=run.check_lock,
     )
     steps_done, state, base, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
-    # `mice branch` has put a checkpoint of the other run into this workdir, from which the branch begins.
+    # `mice branch` has put a checkpoint of the other run into this workdir. While it is the newest, the branch begins
+    # from it.
     if config.branch.step and steps_done == config.branch.step:
         state = enter_branch(state, config.branch.beta2, beta2_of(config.optim))
     # With LoRA, the state has the adapters alone, and `join` adds the frozen base parameters. Without LoRA, `base` is
@@ -196,7 +198,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     # From here on run.progress, run.log and run.save may be used.
     run.begin(steps_done, progress, checkpoints, writers, compiled.stop)
     pause_at = step_at_fraction(config.train.pause_at_share, data.total_steps) if config.train.pause_at_share else 0
-    # A pause that the run has made, or that it had passed when it was set, must be moved by the config.
+    # A run that is at or past its pause ends again, with the same exit code, until the config moves the pause.
     if 0 < pause_at <= steps_done < data.total_steps:
         raise paused(steps_done)
     stop_signals = StopSignals(
@@ -268,8 +270,9 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
         # Every process takes part in this decision.
         poll = stop_signals.poll(step, record, evaluation.failure)
-        # The state is saved before the run stops, also if a benchmark failed. Only a checkpoint that is due by samples
-        # gets a score. One saved by the clock or on a signal would make the choice of the best depend on chance.
+        # The state is saved before the run stops, also if a benchmark failed. Only a checkpoint whose step follows from
+        # the data and the config gets a score. One saved by the clock or on a signal would make the choice of the best
+        # depend on chance.
         if due.checkpoint or poll.save or poll.stop is not None:
             run.save(state, record.get(config.checkpoint.best_metric) if due.checkpoint else None)
             stop_signals.saved()
@@ -294,7 +297,8 @@ def _choose_cpu_devices(config: Config, launch: Launch, workdir: Workdir) -> boo
 def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) -> None:
     """Records the held-out metrics before the first step, which are the baseline of the run.
 
-    Nothing is recorded if one of them is not finite.
+    Nothing is recorded if one of them is not finite. What later evaluations need to measure forgetting, the scores on
+    the sources of eval.retain, is also kept in the run's progress, and so in its checkpoints.
     """
     before, known = evaluator.before_training(state)
     run.progress = dataclasses.replace(run.progress, known_before=known)
@@ -326,7 +330,8 @@ def _skip_threshold_and_average_weight(
 def train_from_flags(values: command.Values) -> None:
     """Trains as the flags of `mice train` say.
 
-    If the run has several processes, cli/command.py has started this one as a child.
+    If the run has several processes, the command that was started on each host only watches, and has started this
+    process as its child (runtime/watchdog.py).
     """
     config = command.config_of(values)
     workdir = command.workdir_of(values)

@@ -1,6 +1,6 @@
 """Turns samples into token ids and a loss mask.
 
-The whole conversation is rendered once with the chat template (module `conversation`), and the text is tokenised.
+A conversation is rendered with the chat template as a whole (module `conversation`), and that text is tokenised.
 Module `template_spans` finds the ranges of characters to train on (spans). A token is trained if it overlaps a span by
 at least one character.
 """
@@ -31,7 +31,8 @@ from mice_jax.errors import UserError
 RULES_VERSION = 3  # increased whenever ids or masks change, so that token stores are rebuilt
 MATCHES_NOTHING = "(?!)"  # a regular expression
 EXAMPLE_TOKENS = 6  # shown of the first difference between a sample and its prompt
-# The assistant messages that are trained, unless a message's `train` or a sample's `unmask` overrides it.
+# The assistant messages that are trained. A message's `train` overrides this, as does a sample's `unmask`, which trains
+# the messages of all roles but `system`.
 TRAIN_ON = ("all", "last")
 
 
@@ -48,7 +49,7 @@ class Encoded:
     """An encoded sample of n tokens."""
 
     ids: np.ndarray  # int32 [n]
-    trained: np.ndarray  # uint8 [n]; 1 = the model learns to predict this token
+    trained: np.ndarray  # uint8 [n]; 1 = the model learns to predict this token (the first one's value is not used)
     flags: int = 0  # a combination of `SampleFlag`
     notes: Notes = field(default_factory=lambda: NO_NOTES)  # what was left out or changed, and how often
 
@@ -107,7 +108,8 @@ class ChatEncoder:
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         """Encodes samples.
 
-        The ids of a chat equal those of `apply_chat_template` for its messages, tools, documents and template_kwargs. A
+        The ids of a chat equal those of `apply_chat_template` for its tools, documents, template_kwargs and messages,
+        the latter as `ConversationRenderer.as_template_sees` gives them, and without reasoning if it is dropped. A
         document, whose only message has the role "pretraining", is encoded as its text, followed by eos if the
         tokenizer has one and has not added it.
 
@@ -225,7 +227,7 @@ class ChatEncoder:
         return self._offset_tokenizer.encode(text)
 
     def stop_ids(self) -> list[int]:
-        """Returns, as a list of one, the id that ends an assistant's turn: the last trained one of a short example."""
+        """Returns the id that ends an assistant's turn, the last trained one of a short example, in a list."""
         where = "an example conversation that shows which token ends a turn"
         sample = Sample(PROBE_MESSAGES, tools=None, unmask=False, where=where)
         (probe,) = self.encode([sample])
