@@ -154,8 +154,8 @@ def test_decoding_in_uneven_pieces_gives_the_whole_sequence_s_states(
     decoder, params = loaded(case)
     compute = Compute(jnp.dtype("float32"), "reference", "none")
     segments = (ROWS[:, None] > POSITIONS).astype(np.int32)
-    with jax.disable_jit():  # quicker than compiling a program for one call
-        whole = decoder.bind(params).hidden(*map(jnp.asarray, (TOKENS, POSITIONS, segments)), compute)
+    hidden = jax.jit(lambda p, *x: decoder.bind(p).hidden(*x, compute), compiler_options=QUICK)
+    whole = hidden(params, TOKENS, POSITIONS, segments)
     found = decoded(decoder, params, ROWS)
     assert found.dtype == np.float32
     assert max(gaps(found, np.asarray(whole))) < HIDDEN
