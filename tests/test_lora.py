@@ -401,7 +401,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 2048}
     sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.1)).save_pretrained(path)
+    rest = {"initializer_range": 0.1, "rms_norm_eps": 1e-5}  # as in helpers/runs.py, whose runs have its programs
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **rest)).save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
 
@@ -509,12 +510,7 @@ def test_run_from_an_average_of_adapters_starts_from_the_merged_weights(
     config: Path, run: Path, tmp_path: Path
 ) -> None:
     last = read_metrics(run)[-1]
-    full = [
-        "--config.model.lora.rank=0",
-        "--config.model.lora.dora=False",
-        "--config.model.lora.targets=",
-        "--config.optim.max_steps=1",
-    ]
+    full = [*FULL, "--config.train.ema_half_life=0", "--config.optim.max_steps=1"]
     start = f"--config.model.init_from={run}/checkpoints/5/average"  # merges the average of the adapters
     assert run_train(config, tmp_path / "next", start, *full) == 0
     assert abs(read_all_metrics(tmp_path / "next")[0]["eval/loss"] - last["eval/average/loss"]) < 1e-5
