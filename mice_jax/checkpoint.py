@@ -261,9 +261,10 @@ class Checkpoints(CheckpointReader):
         try:
             with _explain_store_errors(self.folder):
                 yield
-        except jax.errors.JaxRuntimeError:  # a process is lost, and the collective below would wait for it
-            raise
         except Exception as e:
+            # A lost process would not join the collective below. No JaxRuntimeError is an error of the store.
+            if isinstance(e, jax.errors.JaxRuntimeError) or distributed.is_lost_peer_error(e):
+                raise
             failure = e
         failed, in_store = distributed.any_across_processes(failure is not None, isinstance(failure, StoreError))
         if failed:
@@ -434,6 +435,8 @@ def _explain_store_errors(folder: RunPath) -> Iterator[None]:
     except (AssertionError, AttributeError, LookupError, TypeError, jax.errors.JaxRuntimeError):  # bugs and lost peers
         raise
     except Exception as e:
+        if distributed.is_lost_peer_error(e):
+            raise
         text = one_line(e)
         if is_remote(folder):
             raise StoreError(f"{folder} could not be opened or written: {text[:MAX_ERROR_CHARS]}.") from e

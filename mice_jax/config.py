@@ -432,6 +432,8 @@ MUTABLE_ON_RESUME = (
     "checkpoint.every_minutes", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.keep_every", "log", "eval",
     "stop", "published",
 )  # fmt: skip
+# Fields that may differ between the processes of a run, since hosts may have other disks and other numbers of cores.
+FIELDS_OF_A_HOST = ("data.cache_dir", "data.num_workers", "data.prepare_workers")
 
 
 @dataclass
@@ -514,10 +516,10 @@ def _from_dict(hint: Any, value: Any) -> Any:
     return made
 
 
-def fields_fixed_on_resume(config: Config) -> str:
-    """Returns a text of every field that may not change on resume, which all processes of a run must have in common."""
-    flat = {k: v for k, v in flatten(to_dict(config)).items() if not _may_change(k)}
-    return repr(sorted(flat.items()))
+def fields_of_all_processes(config: Config) -> str:
+    """Returns a text of every field that all processes of a run must have in common: those not in FIELDS_OF_A_HOST."""
+    flat = flatten(to_dict(config))
+    return repr(sorted((name, value) for name, value in flat.items() if name not in FIELDS_OF_A_HOST))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

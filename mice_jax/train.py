@@ -28,7 +28,7 @@ from mice_jax import hardware
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.cli.flags import define_train
 from mice_jax.cli.progress_display import Display
-from mice_jax.config import Config, fields_fixed_on_resume
+from mice_jax.config import Config, fields_of_all_processes
 from mice_jax.config_checks import beta2_of
 from mice_jax.data import statistics
 from mice_jax.data.loader import load_steps
@@ -70,7 +70,7 @@ class Launch(NamedTuple):
 def train(config: Config, run: Run, launch: Launch) -> None:
     """Trains a model, starting from the newest checkpoint in the workdir or, in a new run, from `model.init_from`.
 
-    Every process of the run calls this function with the same config.
+    Every process of the run calls this function with the same config, except for `config.FIELDS_OF_A_HOST`.
 
     Args:
       config: the validated config of the run.
@@ -93,7 +93,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     # ---- Inputs -------------------------------------------------------------------------------------------------
     # Everything that can be checked without reading data or weights is checked here, so that a mistake costs seconds.
     # The workdir is created and locked after these checks, so that a mistake that they find leaves it untouched.
-    distributed.assert_same_on_all_processes("config", fields_fixed_on_resume(config))
+    distributed.assert_same_on_all_processes("config", fields_of_all_processes(config))
     with distributed.raise_on_all_processes():
         distributed.check_devices(launch.expect_devices)
         mesh = build.run_mesh(config)

@@ -323,3 +323,19 @@ def test_processes_agree_on_whether_a_failed_save_can_be_resumed(
         if own is not None:
             raise own
     assert (type(e.value), str(e.value)) == (type(raised), str(raised))
+
+
+@pytest.mark.parametrize("in_bucket", [False, True])
+@pytest.mark.parametrize("kind", [ValueError, jax.errors.JaxRuntimeError])
+def test_the_error_of_a_lost_peer_is_raised_at_once(
+    kind: type[Exception], in_bucket: bool, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lost process would not join a collective."""
+    lost = kind("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    with opened(run) as checkpoints, monkeypatch.context() as patch, pytest.raises(kind) as e:
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(checkpoint, "is_remote", lambda folder: in_bucket)
+        patch.setattr(checkpoint.distributed, "any_across_processes", lambda *flags: pytest.fail("a collective"))
+        with checkpoints._raise_write_errors_on_all_processes():
+            raise lost
+    assert e.value is lost

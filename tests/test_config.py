@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from helpers.runs import REPOSITORY
-from mice_jax.config import Config, ConfigError, Phase, Source, differences, field_names, flatten, to_dict
+from mice_jax.config import (
+    Config,
+    ConfigError,
+    Phase,
+    Source,
+    differences,
+    field_names,
+    fields_of_all_processes,
+    flatten,
+    to_dict,
+)
 from mice_jax.config_checks import resolved_rate
 
 pytestmark = pytest.mark.smoke
@@ -403,6 +413,24 @@ def test_fields_of_data_and_numerics_may_not_differ(name: str) -> None:
     changed = {"train.deterministic": True, "model.compute_dtype": "bfloat16"}.get(name, 17)
     put(other, name, changed)
     assert len(differences(to_dict(good()), to_dict(other))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "same"),
+    [
+        ("data.cache_dir", "elsewhere", True),
+        ("data.num_workers", 2, True),
+        ("data.prepare_workers", 2, True),
+        ("mesh.fsdp", 4, False),  # these may change on resume
+        ("checkpoint.every_samples", 1, False),
+        ("eval.every_samples", 10, False),
+        ("optim.batch_size", 17, False),
+    ],
+)
+def test_processes_may_differ_in_fields_of_their_host_only(name: str, value: Any, same: bool) -> None:
+    other = good()
+    put(other, name, value)
+    assert (fields_of_all_processes(other) == fields_of_all_processes(good())) == same
 
 
 # ---------------------------------------------------------------------------------------- documentation
