@@ -5,11 +5,9 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from helpers.forked import fork_train
-from helpers.runs import place_flags, read_metrics, run_verb
+from helpers.runs import place_flags, read_json, read_metrics, run_verb
 from helpers.sweeps import (
     await_no_process,
     kill,
@@ -68,16 +66,8 @@ def test_two_processes_run_each_trial_and_resume_after_one_was_lost(tmp_path: Pa
         lines = read_metrics(run)
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "no step is there twice"
         assert (run / "log.txt").read_text().count("\ndone: ") == 1 and (run / "log.1.txt").exists()
-    # One process with as many devices takes the same steps, so both processes took part in each of them.
-    run = workdir / "runs" / "1"
-    alone = fork_train(run / "config.py", tmp_path / "alone", devices=2)
-    output, _ = alone.communicate(timeout=400)
-    assert alone.returncode == 0, output
-    losses = [[line["loss"] for line in read_metrics(folder)] for folder in (run, tmp_path / "alone")]
-    # Sums over devices are taken in another order, and the rounding of float32 may grow over 32 steps.
-    np.testing.assert_allclose(*losses, rtol=1e-3)
-    microbatches = [[line["num_microbatches"] for line in read_metrics(f)] for f in (run, tmp_path / "alone")]
-    assert microbatches[0] == microbatches[1]
+        # Both devices, one of each process, take part in each step; test_two_processes compares its numbers.
+        assert read_json(run, "config.json")["resolved"]["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
 
 
 @pytest.mark.slow
