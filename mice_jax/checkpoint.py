@@ -354,6 +354,8 @@ class Checkpoints(CheckpointReader):
         except UserError:
             raise
         except Exception as e:  # Orbax may raise any exception on damaged files
+            if distributed.is_lost_peer_error(e):
+                raise  # It says nothing about the files, and the lost process would not join the collective below.
             damage = one_line(e)[:MAX_ERROR_CHARS]
         if not distributed.is_true_on_any_process(restored is None):
             return restored, None
