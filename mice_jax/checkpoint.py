@@ -95,8 +95,20 @@ class CheckpointReader:
           item: "params", or "average" for the running average of the parameters.
 
         Raises:
-          UserError: if the checkpoint has other parameters, or no average.
+          UserError: if the checkpoint cannot be read, or has other parameters, or no average.
         """
+        try:
+            return self._restore_params(step, abstract, item)
+        except UserError:
+            raise
+        except Exception as e:  # Orbax may raise any exception on damaged files
+            raise UserError(
+                f"{self.folder / str(step)} cannot be read ({one_line(e)[:MAX_ERROR_CHARS]}). If it is damaged, use "
+                f"another step with --step (there are {', '.join(map(str, self.steps()))}), or resume the run, which "
+                "moves damaged checkpoints away."
+            ) from e
+
+    def _restore_params(self, step: int, abstract: Params, item: str) -> Params:
         if item == "average" and self._manager.item_metadata(step)[item] is None:
             raise UserError(
                 f"{self.folder / str(step)} holds no average of the weights, since its run has train.ema_half_life=0. "

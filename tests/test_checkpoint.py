@@ -251,6 +251,15 @@ def test_a_vocabulary_is_padded_with_zeros(run: Path) -> None:
     np.testing.assert_array_equal(embed, np.pad(np.full((128, 8), 10.0), ((0, 256), (0, 0))))
 
 
+@pytest.mark.parametrize("damage", ["cut arrays", "missing arrays", "invalid metadata"])
+def test_a_reader_of_a_damaged_checkpoint_names_the_other_steps(damage: str, run: Path) -> None:
+    DAMAGES[damage](run / "checkpoints" / "10")
+    reader = CheckpointReader(run)
+    with pytest.raises(UserError, match=r"checkpoints/10 cannot be read .* --step \(there are 9, 10\)"):
+        reader.restore_params(10, ABSTRACT.params)
+    reader.close()
+
+
 def test_a_reader_resolves_steps_and_changes_nothing(run: Path) -> None:
     before = sorted(run.rglob("*"))
     reader = CheckpointReader(run)
