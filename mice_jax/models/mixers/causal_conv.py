@@ -57,8 +57,10 @@ def _causal_conv(x: jax.Array, weight: jax.Array, segment_ids: jax.Array, bias: 
 def _taps_sum(x: jax.Array, weight: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Convolves [B T C] with [C K] within samples; returns float32."""
     wide, kernel = x.astype(jnp.float32), weight.astype(jnp.float32)
-    before = (_earlier(wide, distance, segment_ids) for distance in _distances(x, weight))
-    return sum((y * kernel[:, -2 - i] for i, y in enumerate(before)), wide * kernel[:, -1])
+    y = wide * kernel[:, -1]
+    for distance in _distances(x, weight):
+        y += _earlier(wide, distance, segment_ids) * kernel[:, -1 - distance]
+    return y
 
 
 def _distances(x: jax.Array, weight: jax.Array) -> range:
