@@ -33,7 +33,12 @@ CHOICES = {
     "checkpoint.best_mode": ("min", "max"),
 }
 PHASE_CHOICES = {"optimizer": ("carry", "reset"), "schedule": ("go_on", "restart"), "seed_from": ("last", "best")}
-OPTIMIZERS_WITH_BETA2 = ("adamw", "muon", "lion")
+# Fields of config.optim that an optimizer, or a schedule, does not read.
+UNREAD_BY_OPTIMIZER = {"adafactor": ("beta1", "beta2", "eps"), "lion": ("eps",), "sgd": ("beta2", "eps")}
+UNREAD_BY_SCHEDULE = {
+    "constant": ("final_ratio", "decay_ratio"), "linear": ("decay_ratio",), "cosine": ("decay_ratio",)
+}  # fmt: skip
+OPTIMIZERS_WITH_BETA2 = tuple(n for n in CHOICES["optim.name"] if "beta2" not in UNREAD_BY_OPTIMIZER.get(n, ()))
 FLOAT32_ROUNDING = 2.0**-24  # a number this close to 1 is 1 in float32
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 HALVES = ("", "short", "long")

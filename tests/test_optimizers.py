@@ -10,10 +10,10 @@ import optax
 import pytest
 import torch
 
+from mice_jax.config_checks import UNREAD_BY_OPTIMIZER
 from mice_jax.loss import SourceSums
 from mice_jax.optim import make_optimizer, make_phase_schedule
 from mice_jax.step import Sums, TrainState, apply_sums
-from mice_jax.training.summary import UNREAD_BY_OPTIMIZER
 
 RATE, STEPS = 1e-2, 3
 NO_SOURCES = SourceSums(*[jnp.zeros(1)] * 4)

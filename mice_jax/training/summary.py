@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mice_jax.cli.format import format_bytes
 from mice_jax.config import Config, Optim
-from mice_jax.config_checks import beta2_of, rate_of
+from mice_jax.config_checks import UNREAD_BY_OPTIMIZER, UNREAD_BY_SCHEDULE, beta2_of, rate_of
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.model_source import ModelSource
@@ -30,11 +30,6 @@ from mice_jax.training.lifecycle import Run
 from mice_jax.training.phases import PhaseSpan
 
 SAMPLED_STEPS = 16  # The table shows the mean over this many first steps.
-# Fields of config.optim that an optimizer, or a schedule, does not read. beta2_half_life is an error instead.
-UNREAD_BY_OPTIMIZER = {"adafactor": ("beta1", "beta2", "eps"), "lion": ("eps",), "sgd": ("beta2", "eps")}
-UNREAD_BY_SCHEDULE = {
-    "constant": ("final_ratio", "decay_ratio"), "linear": ("decay_ratio",), "cosine": ("decay_ratio",)
-}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- before the first step
