@@ -10,7 +10,6 @@ command ends with a StoreError.
 """
 
 import contextlib
-import math
 import os
 import re
 import sys
@@ -24,7 +23,8 @@ import orbax.checkpoint as ocp
 
 from mice_jax import config
 from mice_jax.errors import AgreedError, StoreError, UserError, one_line
-from mice_jax.models.transformer import VOCAB_MULTIPLE, Params
+from mice_jax.models.checkpoint_layout import dotted_path
+from mice_jax.models.transformer import VOCAB_MULTIPLE, Params, vocab_multiple
 from mice_jax.runtime import distributed
 from mice_jax.step import TrainState
 from mice_jax.storage.manifest import MANIFEST, verify, write_manifest
@@ -413,7 +413,7 @@ class Checkpoints(CheckpointReader):
 def differ_in_padding(name: str, a: Sequence[int], b: Sequence[int]) -> bool:
     """Returns whether two shapes may be those of one parameter, with its vocabulary padded for two meshes.
 
-    A vocabulary is padded to a multiple of 128 and of the size of the tensor axis (`make_decoder`).
+    A vocabulary is padded to a multiple of `vocab_multiple` of the size of the tensor axis.
 
     Args:
       name: the dotted name of the parameter.
@@ -423,14 +423,14 @@ def differ_in_padding(name: str, a: Sequence[int], b: Sequence[int]) -> bool:
     if name not in VOCABULARY_PARAMS or len(a) != len(b) or a[1:] != b[1:]:
         return False
     small, large = sorted((a[0], b[0]))
-    multiples = {math.lcm(VOCAB_MULTIPLE, tensor) for tensor in range(1, MAX_TENSOR + 1)}
+    multiples = {vocab_multiple(tensor) for tensor in range(1, MAX_TENSOR + 1)}
     return small % VOCAB_MULTIPLE == 0 and any(large % m == 0 and large - m < small for m in multiples)
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each parameter by its dotted name."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+    return {dotted_path(path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _described(name: str, shape: tuple[int, ...] | None) -> str:

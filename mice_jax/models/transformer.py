@@ -427,10 +427,15 @@ def place_cache(spec: ModelSpec, cache: Cache) -> Cache:
 VOCAB_MULTIPLE = 128
 
 
+def vocab_multiple(tensor: int) -> int:
+    """Returns the number of which the padded vocabulary is a multiple, for a tensor axis of this size."""
+    return math.lcm(VOCAB_MULTIPLE, tensor)
+
+
 @functools.cache
 def make_decoder(spec: ModelSpec, tensor: int = 1, lora: LoRA | None = None) -> Decoder:
     """Returns the decoder of a spec, with a vocabulary padded so that a tensor axis of size `tensor` divides it."""
-    multiple = math.lcm(VOCAB_MULTIPLE, tensor)
+    multiple = vocab_multiple(tensor)
     rows = -(-spec.vocab_size // multiple) * multiple
     module = nnx.eval_shape(lambda: Transformer(spec, rows, nnx.Rngs(0), lora))
     graph, state = nnx.split(module, nnx.Param)

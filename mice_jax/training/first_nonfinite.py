@@ -19,6 +19,7 @@ import numpy as np
 from jax.extend import core as jax_core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mice_jax.models.checkpoint_layout import dotted_path
 from mice_jax.models.layer_stacks import is_loop_of_layers, layer_of_scopes, layers_of_stack
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Params
@@ -254,7 +255,7 @@ def nonfinite_params(spec: ModelSpec, params: Params) -> list[str]:
     found = []
     flags = jax.device_get(jax.jit(lambda tree: jax.tree_util.tree_map_with_path(bad, tree))(params))
     for path, flag in jax.tree_util.tree_leaves_with_path(flags):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = dotted_path(path)
         if np.ndim(flag):
             layers = layers_of_stack(spec, path[1].key)
             found += [f"{name} of layer {layers[row]}" for row in np.flatnonzero(flag)]
