@@ -102,6 +102,8 @@ class CheckpointReader:
         except UserError:
             raise
         except Exception as e:  # Orbax may raise any exception on damaged files
+            if distributed.is_lost_peer_error(e):
+                raise  # It says nothing about the files.
             raise UserError(
                 f"{self.folder / str(step)} cannot be read ({one_line(e)[:MAX_ERROR_CHARS]}). If it is damaged, use "
                 f"another step with --step (there are {', '.join(map(str, self.steps()))}), or resume the run, which "
