@@ -96,7 +96,7 @@ def measure(
     mesh = make_mesh(1, -1, 1, devices=topology.devices)
     decoder = build.run_decoder(config, spec, architecture, tensor=1)
     compute = Compute(jnp.dtype(compute_dtype), "blockwise", config.model.remat)
-    fns = build.step_functions(config, decoder, architecture, mesh, compute, lambda step: jnp.float32(1e-5))
+    fns = build.step_functions(config, decoder, architecture, mesh, compute)
     inputs = build.memory_inputs(config, decoder, architecture, mesh, compute_dtype, "blockwise")
     estimate = memory_model.estimate_memory(inputs, rows, config.model.remat)
     accumulate, apply = compile_memory(fns, mesh, topology.chip, rows, slots, ("accumulate", "apply"))

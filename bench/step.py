@@ -156,8 +156,7 @@ class Ours:
             grad_clip=CLIP, beta1=beta1, beta2=beta2, eps=eps, weight_decay=0.0, moments_dtype=small
         )
         compute = transformer.Compute(jnp.dtype(dtype), backend, args.remat)
-        schedule = lambda step: jnp.float32(RATE)  # noqa: E731
-        self.fns = make_step(self.decoder, optimizer, schedule, self.mesh, compute, accumulate_dtype=small)
+        self.fns = make_step(self.decoder, optimizer, self.mesh, compute, accumulate_dtype=small)
         if weights is None:
             self.state = self.fns.init(jax.random.key(0))
         else:
@@ -172,7 +171,7 @@ class Ours:
 
         for rows in microbatches:
             self.sums = self.fns.accumulate(self.state.params, self.sums, put_rows(rows, self.mesh))
-        self.state, self.sums, measured = self.fns.apply(self.state, self.sums)
+        self.state, self.sums, measured = self.fns.apply(self.state, self.sums, RATE)
         return float(measured["loss"])
 
     def accumulate_program(self, rows: dict[str, np.ndarray]) -> Any:

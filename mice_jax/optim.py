@@ -1,10 +1,10 @@
 """Learning-rate schedules, and optimizers that give the direction of an update.
 
-The step multiplies a direction by the learning rate, so that the rate depends on the run's count of steps only and no
-schedule is part of an optimizer's state.
+A schedule is computed by the host, and its rate is an argument of the update that multiplies the direction. So the rate
+depends on the run's count of steps only, and runs with other schedules use the same compiled program.
 """
 
-import dataclasses
+import bisect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -17,7 +17,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mice_jax.numerics import blockwise
 
-Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+Schedule = Callable[[float], float]  # of the number of steps done
 Axes = tuple[str | None, ...]  # the logical axes of a parameter, outputs first
 
 # Muon's updates are scaled to this root mean square, which is about that of Adam, so that one learning rate serves both
@@ -53,76 +53,35 @@ def make_schedule(
       decay_ratio: the share of the horizon in which `wsd` falls.
 
     Returns:
-      A function of a step, which may be traced, to a float32 scalar.
+      The rate as a function of the step.
     """
     # The subtraction keeps rounding errors from adding a step: 0.07 * 100 is 7.000000000000001.
     warmup = warmup_steps or math.ceil(warmup_ratio * horizon - 1e-9)
 
-    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-        s = jnp.asarray(step, jnp.float32)
-        x = jnp.clip((s - warmup) / max(1, horizon - warmup), 0.0, 1.0)
+    def schedule(s: float) -> float:
+        if s < warmup:
+            return learning_rate * (s + 1) / warmup
+        x = min((s - warmup) / max(1, horizon - warmup), 1.0)
         if kind == "constant":
-            factor = jnp.ones_like(x)
+            factor = 1.0
         elif kind == "linear":
             factor = 1 - x * (1 - final_ratio)
         elif kind == "cosine":
-            factor = final_ratio + (1 - final_ratio) * (1 + jnp.cos(jnp.pi * x)) / 2
+            factor = final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * x)) / 2
         else:
             assert kind == "wsd", kind
             decayed = (s - horizon * (1 - decay_ratio)) / max(1e-9, horizon * decay_ratio)
-            factor = 1 - jnp.clip(decayed, 0.0, 1.0) * (1 - final_ratio)
-        return learning_rate * jnp.where(s < warmup, (s + 1) / max(1, warmup), factor)
+            factor = 1 - min(max(decayed, 0.0), 1.0) * (1 - final_ratio)
+        return learning_rate * factor
 
     return schedule
 
 
-@dataclasses.dataclass(frozen=True)
-class PhaseSchedule:
-    """The learning rate of a run with several phases; schedules with equal attributes are equal.
+def make_phase_schedule(phases: Iterable[tuple[int, float, bool]], horizon: int, kind: str, **shape: float) -> Schedule:
+    """Makes the learning rate of a run with several phases.
 
     From each restart of the schedule to the next, or to the horizon, the rate has the shape of `make_schedule`, times
     the learning rate of the phase.
-
-    Attributes:
-      phases: for each phase its first step, its learning rate, and whether the schedule restarts there.
-      horizon: the number of steps of the run.
-      kind: as in `make_schedule`.
-      shape: names and values of other arguments of `make_schedule`.
-    """
-
-    phases: tuple[tuple[int, float, bool], ...]
-    horizon: int
-    kind: str
-    shape: tuple[tuple[str, float], ...]
-
-    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """Returns the rate of a step, which may be traced, as a float32 scalar."""
-        starts = [0, *(first for first, _, restarts in self.phases[1:] if restarts)]
-        ends = [*starts[1:], max(self.horizon, starts[-1] + 1)]
-        shape = cast(Any, dict(self.shape))
-        shapes = [make_schedule(self.kind, 1.0, e - s, **shape) for s, e in zip(starts, ends, strict=True)]
-        firsts, rates = (np.array([p[i] for p in self.phases], dtype) for i, dtype in ((0, np.int32), (1, np.float32)))
-        s = jnp.asarray(step)
-        factors = jnp.stack([shape(s - start) for shape, start in zip(shapes, starts, strict=True)])
-        factor = factors[jnp.searchsorted(jnp.array(starts), s, side="right") - 1]
-        return jnp.asarray(rates)[jnp.searchsorted(jnp.asarray(firsts), s, side="right") - 1] * factor
-
-
-@dataclasses.dataclass(frozen=True)
-class TabulatedSchedule:
-    """A learning rate that is given for each step; schedules with equal rates are equal."""
-
-    rates: tuple[float, ...]
-
-    def __call__(self, step: jax.typing.ArrayLike) -> jax.Array:
-        """Returns the rate of a step, which may be traced, as a float32 scalar."""
-        return jnp.asarray(np.array(self.rates, np.float32))[step]
-
-
-def make_phase_schedule(
-    phases: Iterable[tuple[int, float, bool]], horizon: int, kind: str, **shape: float
-) -> PhaseSchedule:
-    """Makes the learning rate of a run with several phases; see PhaseSchedule.
 
     Args:
       phases: for each phase its first step, its learning rate, and whether the schedule restarts there.
@@ -130,8 +89,18 @@ def make_phase_schedule(
       kind: as in `make_schedule`.
       **shape: other arguments of `make_schedule`.
     """
-    schedule = PhaseSchedule(tuple(phases), horizon, kind, tuple(sorted(shape.items())))
-    assert schedule.phases[0][0] == 0
+    firsts, rates, restarts = zip(*phases, strict=True)
+    assert firsts[0] == 0
+    starts = [0, *(first for first, restart in zip(firsts[1:], restarts[1:], strict=True) if restart)]
+    ends = [*starts[1:], max(horizon, starts[-1] + 1)]
+    shapes = [
+        make_schedule(kind, 1.0, end - start, **cast(Any, shape)) for start, end in zip(starts, ends, strict=True)
+    ]
+
+    def schedule(step: float) -> float:
+        part = bisect.bisect_right(starts, step) - 1
+        return rates[bisect.bisect_right(firsts, step) - 1] * shapes[part](step - starts[part])
+
     return schedule
 
 

@@ -105,8 +105,8 @@ class StepFunctions(NamedTuple):
       from_params: (params) -> TrainState. It donates params.
       zero_sums: () -> Sums.
       accumulate: (params, sums, batch) -> Sums. It donates sums.
-      apply: (state, sums, skip_norm_above=inf, average_weight=None) -> TrainState, zeroed Sums, metrics. It donates
-        state and sums.
+      apply: (state, sums, learning_rate, skip_norm_above=inf, average_weight=None) -> TrainState, zeroed Sums, metrics.
+        It donates state and sums.
       evaluate: (params, batch) -> loss_sum, weight_sum, correct_sum, and if exact matches are counted also num_matches,
         num_samples.
       gradients: (params, batch) -> (loss_sum, (weight_sum, source_sums)), gradients. `accumulate` calls it; not jitted.
@@ -181,7 +181,6 @@ def batch_loss(
 def make_step(
     decoder: Decoder,
     optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
     mesh: Mesh,
     compute: Compute,
     trained_mask: Any = None,
@@ -199,7 +198,6 @@ def make_step(
     Args:
       decoder: the model.
       optimizer: an optax transformation without the learning rate, from `optim.make_optimizer`.
-      schedule: maps the number of steps done to the learning rate.
       mesh: the devices.
       compute: dtype, attention backend and rematerialisation of forward and backward.
       trained_mask: bool arrays in a tree like the parameters, to which they broadcast, false where a parameter is
@@ -290,13 +288,17 @@ def make_step(
         return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
 
     def apply(
-        state: TrainState, sums: Sums, skip_norm_above: float = math.inf, average_weight: float | None = None
+        state: TrainState,
+        sums: Sums,
+        learning_rate: float,
+        skip_norm_above: float = math.inf,
+        average_weight: float | None = None,
     ) -> tuple[TrainState, Sums, dict[str, jax.Array]]:
         state, metrics = apply_sums(
             state,
             sums,
             optimizer,
-            schedule,
+            learning_rate,
             skip_norm_above,
             trained_mask,
             sources,
@@ -367,7 +369,7 @@ def apply_sums(
     state: TrainState,
     sums: Sums,
     optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
+    learning_rate: jax.typing.ArrayLike,
     skip_norm_above: jax.typing.ArrayLike = jnp.inf,
     trained_mask: Any = None,
     sources: Sequence[str] = (),
@@ -385,8 +387,8 @@ def apply_sums(
     Args:
       state: the state before the step.
       sums: the sums over all microbatches of the step.
-      optimizer: an optax transformation without the learning rate, which `schedule` supplies.
-      schedule: maps the number of steps done to the learning rate.
+      optimizer: an optax transformation without the learning rate.
+      learning_rate: the learning rate of the step.
       skip_norm_above: a step whose gradient norm, before clipping, is above this makes no update.
       trained_mask: as in `make_step`. Where it is false, parameters do not change, and their gradients do not count in
         the norm.
@@ -412,7 +414,7 @@ def apply_sums(
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     skipped = finite & (grad_norm > skip_norm_above)
 
-    learning_rate = schedule(state.step)
+    learning_rate = jnp.asarray(learning_rate, jnp.float32)
     makes_update = finite & ~skipped
     step = jnp.where(finite, state.step + 1, state.step)
     current = state.params, state.opt_state

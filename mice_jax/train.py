@@ -136,9 +136,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     pack_held_out = build.held_out_packer(config, data, model.shapes, mesh)
 
     # ---- Optimizer and step functions ---------------------------------------------------------------------------
-    fns = build.step_functions(
-        config, model.decoder, source.architecture, mesh, model.compute, build.run_schedule(config, data)
-    )
+    fns = build.step_functions(config, model.decoder, source.architecture, mesh, model.compute)
+    schedule = build.run_schedule(config, data)
     score_benchmarks = benchmarks.scorer(source, model.decoder, mesh, model.compute.dtype, log)
 
     # ---- State: the newest checkpoint of this workdir, or else init_from ------------------------------------------
@@ -235,10 +234,10 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         # function, would make the devices wait; tests forbid them here.
         loaded = next_loaded
         assert loaded is not None, "the loader has every step"
-        scalars = _skip_threshold_and_average_weight(config, run.progress, loaded["samples"], mesh)
         with transfers.guard():
             for microbatch in loaded["microbatches"]:
                 sums = fns.accumulate(join(state.params), sums, microbatch)
+            scalars = _scalars_of_update(config, schedule(step - 1), run.progress, loaded["samples"], mesh)
             state, sums, device_metrics = fns.apply(state, sums, *scalars)
             next_loaded = next(loaded_steps, None)
             metrics = jax.tree.map(lambda value: value.item(), jax.device_get(device_metrics))
@@ -306,24 +305,26 @@ def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) 
         run.log({"step": 0, "samples": 0} | before.metrics, before.answers)
 
 
-def _skip_threshold_and_average_weight(
-    config: Config, progress: Progress, samples: int, mesh: Mesh
-) -> tuple[jax.Array, jax.Array | None]:
-    """Puts on the devices the two numbers of an update that the host computes.
+def _scalars_of_update(
+    config: Config, learning_rate: float, progress: Progress, samples: int, mesh: Mesh
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Puts on the devices the numbers of an update that the host computes.
 
     Args:
       config: the run's config.
+      learning_rate: the learning rate of the step.
       progress: the counters before the step.
       samples: the number of samples of the step.
       mesh: the devices.
 
     Returns:
-      The gradient norm above which the step makes no update (infinity: it makes one in any case), and the weight of the
-      new parameters in their running average (None: the run keeps none).
+      The learning rate, the gradient norm above which the step makes no update (infinity: it makes one in any case),
+      and the weight of the new parameters in their running average (None: the run keeps none).
     """
     threshold = progress.spike_threshold(config.train.skip_spikes)
     average_weight = averaging.newest_weight(config.train.ema_half_life, samples, progress.samples + samples)
-    return put_scalar(threshold, mesh), None if average_weight is None else put_scalar(average_weight, mesh)
+    average = None if average_weight is None else put_scalar(average_weight, mesh)
+    return put_scalar(learning_rate, mesh), put_scalar(threshold, mesh), average
 
 
 # ---------------------------------------------------------------------------------------- the command

@@ -41,7 +41,7 @@ def test_splash_in_a_train_step_compiles_for_a_v5e(remat: str, forward: int, tpu
     decoder = make_decoder(spec, 2)
     optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)
     compute = Compute(jnp.dtype("bfloat16"), "splash", remat)
-    fns = make_step(decoder, optimizer, lambda step: jnp.float32(0), mesh, compute)
+    fns = make_step(decoder, optimizer, mesh, compute)
     batch = ahead_of_time.abstract_batch(mesh, 2, 640)
     compiled = fns.accumulate.compile(fns.abstract_state.params, fns.abstract_sums, batch)
     # There are two windows; full rematerialisation runs the forward kernel again in the backward pass.

@@ -144,7 +144,7 @@ def step_sums(backend: str, dtype: str, devices: list[Any], merged: bool = False
     params = jax.device_put(random_params(decoder), param_shardings(decoder.abstract, decoder.axes, mesh))
     optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)
     compute = Compute(jnp.dtype(dtype), backend, "full")
-    fns = make_step(decoder, optimizer, lambda step: jnp.float32(0), mesh, compute)
+    fns = make_step(decoder, optimizer, mesh, compute)
     with jax.default_matmul_precision("highest"):
         sums = jax.device_get(fns.accumulate(params, fns.zero_sums(), put_rows(arrays, mesh)))
     return float(sums.loss_sum), np.concatenate([np.ravel(x) for x in jax.tree.leaves(sums.grads)])

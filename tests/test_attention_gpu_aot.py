@@ -61,7 +61,7 @@ def step_calls(backend: str, tensor: int, heads: tuple[int, int]) -> Counter[tup
     spec = spec_of(num_heads=heads[0], num_kv_heads=heads[1], head_dim=HEAD_DIM, windows=(None, 256))
     optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)
     compute = Compute(jnp.dtype("bfloat16"), backend, "full")
-    fns = make_step(make_decoder(spec, tensor), optimizer, lambda step: jnp.float32(0), mesh, compute)
+    fns = make_step(make_decoder(spec, tensor), optimizer, mesh, compute)
     arguments = fns.abstract_state.params, fns.abstract_sums, abstract_batch(mesh, 3, SLOTS)
     with entered(mesh):
         return calls_in(fns.accumulate.jitted.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text())

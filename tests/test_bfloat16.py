@@ -39,7 +39,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Decoder, Params]:
 def functions(decoder: Decoder, dtype: str, accumulate_dtype: str = "float32") -> StepFunctions:
     compute = Compute(jnp.dtype(dtype), "blockwise", "none")
     optimizer = make_optimizer(**PLAIN)
-    return make_step(decoder, optimizer, lambda step: 1e-3, mesh_of(*MESH), compute, None, accumulate_dtype)
+    return make_step(decoder, optimizer, mesh_of(*MESH), compute, None, accumulate_dtype)
 
 
 def batch_of(rows: list[list[Sample]]) -> Batch:

@@ -98,7 +98,7 @@ def decoder() -> Decoder:
 def functions(sizes: tuple[int, int, int], seed: int | None) -> StepFunctions:
     compute = Compute(jnp.dtype("float32"), "reference", "none")
     return make_step(
-        decoder(), make_optimizer(**ADAM), lambda step: 1e-3, mesh_of(*sizes), compute, keeps_average=True,
+        decoder(), make_optimizer(**ADAM), mesh_of(*sizes), compute, keeps_average=True,
         rounding_seed=seed,
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ def trained(sizes: tuple[int, int, int], seed: int | None, steps: int) -> TrainS
     batch = put_rows(rows(), mesh_of(*sizes))
     for _ in range(steps):
         sums = fns.accumulate(state.params, sums, batch)
-        state, sums, metrics = fns.apply(state, sums, np.inf, 0.5)
+        state, sums, metrics = fns.apply(state, sums, 1e-3, np.inf, 0.5)
         assert metrics["finite"]
     return jax.device_get(state)
 

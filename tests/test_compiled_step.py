@@ -148,9 +148,7 @@ def test_gradients_are_reduce_scattered_in_float32_on_a_tpu() -> None:
     optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)
     compute = Compute(jnp.dtype("bfloat16"), "reference", "full")
     options = xla_flags.compiler_options(sparse_cores=True)
-    fns = make_step(
-        make_decoder(SPEC, 1), optimizer, lambda step: jnp.float32(0), mesh, compute, compiler_options=options
-    )
+    fns = make_step(make_decoder(SPEC, 1), optimizer, mesh, compute, compiler_options=options)
     batch = abstract_batch(mesh, 1, SLOTS)
     text = fns.accumulate.compile(fns.abstract_state.params, fns.abstract_sums, batch).as_text()
     check_gradients(text)

@@ -48,7 +48,7 @@ def explained() -> Callable[..., str]:
     mesh, decoder = mesh_of(1, 1, 1), make_decoder(spec_of(num_layers=3))
     compute = Compute(jnp.dtype("float32"), "reference", "none")
     adam = make_optimizer(name="adamw", grad_clip=1.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0)
-    fns = make_step(decoder, adam, lambda step: jnp.float32(1e-3), mesh, compute)
+    fns = make_step(decoder, adam, mesh, compute)
     rng, params = np.random.default_rng(0), random_params(decoder)
     rows = [[sample_of(30, slice(5, None), rng)] for _ in range(2)]
     batches, find = [put_rows(packed(rows, 32), mesh)] * 2, Finder(fns.gradients, mesh)

@@ -77,7 +77,7 @@ def accumulated(batches: list[dict[str, np.ndarray]], reduce_dtype: str) -> list
     decoder = make_decoder(spec_of(), 1)
     compute = Compute(jnp.dtype("bfloat16"), "reference", "full", jnp.dtype(reduce_dtype))
     optimizer = make_optimizer(grad_clip=1.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0)
-    fns = make_step(decoder, optimizer, lambda step: jnp.float32(0), mesh, compute)
+    fns = make_step(decoder, optimizer, mesh, compute)
     params = jax.device_put(random_params(decoder), jax.tree.map(lambda a: a.sharding, fns.abstract_state.params))
     return [jax.device_get(fns.accumulate(params, fns.zero_sums(), put_rows(b, mesh)).grads) for b in batches]
 

@@ -102,7 +102,7 @@ class Ours:
         self.decoder: Decoder = make_decoder(base_decoder.spec, sizes[2], made)
         optimizer = make_optimizer(grad_clip=0.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0)
         compute = Compute(jnp.dtype(dtype), "blockwise", "none")
-        self.fns: StepFunctions = make_step(self.decoder, optimizer, lambda s: jnp.float32(RATE), self.mesh, compute)
+        self.fns: StepFunctions = make_step(self.decoder, optimizer, self.mesh, compute)
         rng = np.random.default_rng(1)
         shapes, axes = (self.decoder.split(t)[0] for t in (self.decoder.abstract, self.decoder.axes))
         drawn = jax.tree_util.tree_map_with_path(
@@ -183,7 +183,7 @@ def test_loss_gradients_and_four_steps_equal_peft(
             halved = {k: v / 2 for k, v in found.items()}
             assert relative_gap(halved, expected) > 100 * GRADIENT, "the negative control"
         optimizer.step()
-        state, sums, measured = ours.fns.apply(state, sums)
+        state, sums, measured = ours.fns.apply(state, sums, RATE)
         assert abs(float(measured["loss"]) - loss.item()) < LOSS * loss.item()
     end, after = ours.by_name(state.params, tmp_path / "end"), named(theirs, lambda p: p)
     norm = lambda x: np.sqrt(sum(np.square(v).sum() for v in x.values()))  # noqa: E731

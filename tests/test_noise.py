@@ -222,7 +222,7 @@ def step_on(folder: Path, sizes: tuple[int, int, int]):
     decoder, params = load(folder, mesh)
     optimizer = make_optimizer(grad_clip=1.0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0)
     compute = Compute(jnp.dtype("float32"), "reference", "none")
-    fns = make_step(decoder, optimizer, lambda s: jnp.float32(1e-3), mesh, compute, compiler_options=COMPILER_OPTIONS)
+    fns = make_step(decoder, optimizer, mesh, compute, compiler_options=COMPILER_OPTIONS)
     return fns, mesh, params
 
 

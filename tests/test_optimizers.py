@@ -61,7 +61,7 @@ def _states(name: str, mask: Tree | None, **settings: Any) -> list[tuple[Tree, A
     states = []
     for grads in GRADS:
         sums = Sums(jax.tree.map(lambda g: 2 * jnp.asarray(g), grads), *[jnp.float32(2.0)] * 4, NO_SOURCES)
-        state, _ = apply_sums(state, sums, optimizer, lambda step: RATE, trained_mask=mask)  # quicker than compiling
+        state, _ = apply_sums(state, sums, optimizer, RATE, trained_mask=mask)  # quicker than compiling
         states.append((jax.tree.map(np.asarray, state.params), state.opt_state))
     return states
 
@@ -247,7 +247,7 @@ def test_grad_norm_is_that_of_the_trained_parameters() -> None:
     params = jax.tree.map(jnp.asarray, drawn(0))
     state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), *[jnp.float32(1.0)] * 4, NO_SOURCES)
-    _, metrics = apply_sums(state, sums, optimizer, lambda step: RATE, trained_mask=mask)
+    _, metrics = apply_sums(state, sums, optimizer, RATE, trained_mask=mask)
     assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(GRADS[0]["layers"]["scale"]), rel=1e-6)
 
 
@@ -258,7 +258,7 @@ def test_a_step_above_the_norm_limit_counts_but_updates_nothing() -> None:
     sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), *[jnp.float32(1.0)] * 4, NO_SOURCES)
     norm = float(optax.tree.norm(GRADS[0]))
     for limit, skipped in ((norm * 0.999, True), (norm * 1.001, False)):
-        after, metrics = apply_sums(state, sums, optimizer, lambda step: RATE, limit)
+        after, metrics = apply_sums(state, sums, optimizer, RATE, limit)
         assert bool(metrics["skipped"]) == skipped and int(after.step) == 1
         assert (float(metrics["update_norm"]) == 0) == skipped
         same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after, state)), strict=True)]
@@ -267,7 +267,7 @@ def test_a_step_above_the_norm_limit_counts_but_updates_nothing() -> None:
 
 # ---------------------------------------------------------------------------------------- schedules over phases
 def rates(schedule: Any, steps: list[int]) -> list[float]:
-    return [float(schedule(s)) for s in steps]
+    return [schedule(s) for s in steps]
 
 
 def test_a_restarted_schedule_runs_over_its_own_phase() -> None:
@@ -281,8 +281,6 @@ def test_a_restarted_schedule_runs_over_its_own_phase() -> None:
     assert rates(restarted, [0, 2, 9, 10, 11, 12, 29]) == pytest.approx(
         [0.5e-3, 1e-3, 1e-3 * (1 - 7 / 8), 2e-3, 4e-3, 4e-3, 4e-3 * (1 - 17 / 18)], rel=1e-5
     )
-    traced = jax.jit(jax.vmap(restarted))(jnp.arange(30))
-    np.testing.assert_allclose(traced, rates(restarted, list(range(30))), atol=1e-6 * 4e-3)
 
 
 @pytest.mark.parametrize(

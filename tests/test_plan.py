@@ -200,7 +200,7 @@ def test_an_abstract_state_is_laid_out_as_start_makes_it(name: str, dtype: str) 
     decoder = make_decoder(spec_of(), 1)
     mesh = make_mesh(1, 4, 2, jax.devices()[:8])
     compute = Compute(jnp.dtype("float32"), "reference", "none")
-    fns = build.step_functions(config, decoder, "LlamaForCausalLM", mesh, compute, lambda step: jnp.float32(0))
+    fns = build.step_functions(config, decoder, "LlamaForCausalLM", mesh, compute)
     with jax.set_mesh(mesh):
         made = jax.eval_shape(fns.from_params.jitted, fns.abstract_state.params)
     shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (made, fns.abstract_state)]

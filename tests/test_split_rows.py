@@ -141,7 +141,7 @@ def step_on(sizes: tuple[int, int, int], sequence: int, backend: str, parts: int
     decoder = make_decoder(spec_of(num_heads=4, num_kv_heads=2, **LAYERS[kind]), mesh.shape["tensor"])
     compute = Compute(jnp.dtype("float32"), backend, "dots", row_parts=parts)
     optimizer = make_optimizer(name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0)
-    fns = make_step(decoder, optimizer, lambda step: jnp.float32(0), mesh, compute)
+    fns = make_step(decoder, optimizer, mesh, compute)
     params = jax.device_put(random_params(decoder), jax.tree.map(lambda a: a.sharding, fns.abstract_state.params))
     order = Shape(1, SLOTS, sequence if parts == 2 else 1).order
     arrays = rows() if order is None else {name: x[:, order] for name, x in rows().items()}

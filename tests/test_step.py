@@ -44,8 +44,8 @@ ALONE = (1, 1, 1)
 Rows = list[list[Sample]]
 
 
-def schedule(step: Any) -> jax.Array:
-    return RATE / (1 + jnp.asarray(step, jnp.float32))  # 0.01, then 0.005
+def schedule(step: int) -> float:
+    return RATE / (1 + step)  # 0.01, then 0.005
 
 
 @dataclasses.dataclass
@@ -74,9 +74,9 @@ class Run:
         self, steps: Sequence[Rows], rows_per_microbatch: int, loss_reduction: str = "token"
     ) -> tuple[TrainState, list[dict[str, float]]]:
         state, sums, metrics = self.state(), self.fns.zero_sums(), []
-        for rows in steps:
+        for step, rows in enumerate(steps):
             sums = self.accumulate(state, sums, self.batches(rows, rows_per_microbatch, loss_reduction))
-            state, sums, measured = self.fns.apply(state, sums)
+            state, sums, measured = self.fns.apply(state, sums, schedule(step))
             metrics.append({k: float(x) for k, x in measured.items()})
         return state, metrics
 
@@ -87,7 +87,7 @@ def run_on(folder: Path, sizes: tuple[int, int, int]) -> Run:
     mesh = mesh_of(*sizes)
     decoder, params = load(folder, mesh)
     compute = Compute(jnp.dtype("float32"), ATTENTION[sizes], "none")
-    return Run(make_step(decoder, make_optimizer(**ADAM), schedule, mesh, compute), mesh, params)
+    return Run(make_step(decoder, make_optimizer(**ADAM), mesh, compute), mesh, params)
 
 
 # ---------------------------------------------------------------------------------------- data and reference
@@ -228,7 +228,7 @@ def test_a_mean_of_microbatch_means_gives_another_loss_and_update(
         means.append(jax.tree.map(lambda x, s=sums: x / s.weight_sum, sums))
     mean = jax.tree.map(lambda *x: sum(x) / len(x), *means)
     shardings = jax.tree.map(lambda x: x.sharding, run.fns.zero_sums())
-    wrong, _, metrics = run.fns.apply(state, jax.device_put(mean, shardings))
+    wrong, _, metrics = run.fns.apply(state, jax.device_put(mean, shardings), RATE)
     updated, [theirs] = torch_steps(model, [rows])
     assert abs(float(metrics["loss"]) - theirs["loss"]) > 10 * LOSS * theirs["loss"]
     assert abs(float(metrics["grad_norm"]) - theirs["grad_norm"]) > 10 * NORM * theirs["grad_norm"]
@@ -255,12 +255,12 @@ def test_weight_decay_equals_torch_s_without_norms_and_biases(
 ) -> None:
     run = run_on(folder, ALONE)
     optimizer = make_optimizer(**(ADAM | {"weight_decay": 1.0}))
-    update = jax.jit(functools.partial(apply_sums, optimizer=optimizer, schedule=schedule), compiler_options=QUICK)
+    update = jax.jit(functools.partial(apply_sums, optimizer=optimizer), compiler_options=QUICK)
     state = TrainState(jnp.zeros((), jnp.int32), run.params, optimizer.init(run.params))
     shardings = jax.tree.map(lambda x: x.sharding, run.params)
-    for rows in two_steps:
+    for step, rows in enumerate(two_steps):
         sums = run.accumulate(state, run.fns.zero_sums(), run.batches(rows, 16))
-        state, _ = update(state, sums)
+        state, _ = update(state, sums, learning_rate=schedule(step))
         state = dataclasses.replace(state, params=jax.device_put(state.params, shardings))
     updated, _ = torch_steps(model, two_steps, weight_decay=1.0)
     assert update_gap(state.params, in_our_form(updated, tmp_path), run.params) < UPDATE
@@ -291,7 +291,7 @@ def test_corrected_norm_is_that_of_the_gradients_of_microbatches(folder: Path, t
     whole = sum(weights)
     of_step, of_parts = norm(sum(parts)) ** 2 / whole**2, sum(norm(p) ** 2 for p in parts) / whole**2
     expected = (of_step - of_parts) / (1 - sum(w * w for w in weights) / whole**2)
-    _, zeroed, measured = run.fns.apply(state, sums)
+    _, zeroed, measured = run.fns.apply(state, sums, RATE)
     # Two float32 norms of about 15,000 terms, whose difference is of their own size.
     assert float(measured["grad_sq_corrected"]) == pytest.approx(expected, rel=1e-4)
     assert float(measured["grad_norm"]) ** 2 != pytest.approx(expected, rel=1e-2)
@@ -350,11 +350,11 @@ def test_a_non_finite_loss_or_gradient_leaves_the_state_unchanged(
         sums = sums._replace(grads=grads)
     if bad == "no weight at all":
         sums = run.fns.zero_sums()
-    state, sums, metrics = run.fns.apply(state, sums)
+    state, sums, metrics = run.fns.apply(state, sums, RATE)
     assert not metrics["finite"]
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, jax.device_get(state))))
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(sums))  # nothing of it enters the next step
-    state, _, metrics = run.fns.apply(state, run.accumulate(state, sums, run.batches(two_steps[0], 16)))
+    state, _, metrics = run.fns.apply(state, run.accumulate(state, sums, run.batches(two_steps[0], 16)), RATE)
     assert metrics["finite"]
     same = jax.tree.leaves(jax.tree.map(np.array_equal, before, jax.device_get(state)))
     assert not any(same), "a good step changes everything"
@@ -368,7 +368,7 @@ def test_each_shape_is_compiled_once_over_many_steps(folder: Path, two_steps: li
     for _ in range(3):
         for rows_per_microbatch in (8, 4):
             sums = run.accumulate(state, sums, run.batches(two_steps[0], rows_per_microbatch))
-        state, sums, _ = run.fns.apply(state, sums)
+        state, sums, _ = run.fns.apply(state, sums, RATE)
     assert {(8, SLOTS), (4, SLOTS)} <= run.shapes
     assert run.fns.accumulate.jitted._cache_size() == len(run.shapes)
     assert run.fns.apply.jitted._cache_size() == 1
@@ -391,7 +391,7 @@ def test_donated_arrays_are_deleted_and_params_are_not(folder: Path, two_steps: 
     more = run.accumulate(state, sums, [batch])
     assert deleted(sums) == {True}
     assert deleted(state) == deleted(batch) == {False}
-    new_state, new_sums, _ = run.fns.apply(state, more)
+    new_state, new_sums, _ = run.fns.apply(state, more, RATE)
     assert deleted((state, more)) == {True}
     assert deleted((new_state, new_sums)) == {False}
 
@@ -408,7 +408,7 @@ def test_sums_and_state_are_updated_in_place(folder: Path, two_steps: list[Rows]
         return program.memory_analysis().alias_size_in_bytes
 
     assert shared(run.fns.accumulate.compile(state.params, sums, batch)) == held(sums)
-    assert shared(run.fns.apply.compile(state, sums)) == held((state, sums))
+    assert shared(run.fns.apply.compile(state, sums, RATE)) == held((state, sums))
     assert shared(run.fns.evaluate.compile(state.params, batch)) == 0  # nothing is donated
 
 
@@ -440,7 +440,7 @@ def test_no_program_of_a_step_holds_the_logits_of_all_tokens(
     chunk, tokens = tokens_per_chunk(decoder.vocab_rows), 2 * 640
 
     def functions() -> StepFunctions:
-        return make_step(decoder, make_optimizer(name="adamw", **ADAM), schedule, mesh, compute)
+        return make_step(decoder, make_optimizer(name="adamw", **ADAM), mesh, compute)
 
     fns = functions()
     params, sums = fns.abstract_state.params, fns.abstract_sums

@@ -334,11 +334,12 @@ def test_runs_of_other_optimizers_and_schedules_share_what_runs_the_model() -> N
         config = Config()
         for name, value in changes.items():
             setattr(config.optim, name, value)
-        return build.step_functions(config, decoder, "LlamaForCausalLM", mesh, compute, lambda step: jnp.float32(0))
+        return build.step_functions(config, decoder, "LlamaForCausalLM", mesh, compute)
 
     one, other = made(), made(name="muon", grad_clip=0.5, weight_decay=0.3, beta2=0.5)
     assert (other.accumulate, other.evaluate, other.zero_sums) == (one.accumulate, one.evaluate, one.zero_sums)
     assert other.apply != one.apply and other.from_params != one.from_params
+    assert made(learning_rate=0.5, schedule="cosine", warmup_steps=3) is one
     for changed in ({"frozen": FROZEN}, {"accumulate_dtype": "bfloat16"}):
         assert made(**changed).accumulate != one.accumulate
 
@@ -353,9 +354,7 @@ def test_state_of_each_optimizer_on_a_mesh_is_restored_bit_for_bit(name: str, dt
     config = Config()
     config.optim.name, config.optim.moments_dtype, config.optim.frozen = name, dtype, FROZEN
     compute = Compute(jnp.dtype("float32"), "reference", "none")
-    fns = build.step_functions(
-        config, make_decoder(spec_of(), 2), "LlamaForCausalLM", mesh_of(2, 2, 2), compute, lambda step: jnp.float32(0)
-    )
+    fns = build.step_functions(config, make_decoder(spec_of(), 2), "LlamaForCausalLM", mesh_of(2, 2, 2), compute)
     rng = np.random.default_rng(0)
 
     def drawn(leaf: jax.ShapeDtypeStruct) -> jax.Array:

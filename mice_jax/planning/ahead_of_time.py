@@ -207,7 +207,7 @@ def compile_memory(
     loaded = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
     functions = {
         "accumulate": (fns.accumulate, (params, sums, batch), (state.step, state.opt_state, state.average)),
-        "apply": (fns.apply, (state, sums, float("inf"), None if state.average is None else 0.0), base),
+        "apply": (fns.apply, (state, sums, 0.0, float("inf"), None if state.average is None else 0.0), base),
         "evaluate": (fns.evaluate, (params, batch), (state.step, state.opt_state, state.average, sums)),
         "zero_sums": (fns.zero_sums, (), (state, base)),
         "start": (fns.from_params, (loaded,), (sums, base)),

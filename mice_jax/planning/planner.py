@@ -22,7 +22,7 @@ from mice_jax.planning import ahead_of_time, step_time
 from mice_jax.planning.ahead_of_time import CompiledMemory, Topology
 from mice_jax.sharding import AXES, LENGTH_AXIS, abstract_mesh, make_mesh, mesh_sizes
 from mice_jax.step import StepFunctions
-from mice_jax.training import build, memory_model, phases
+from mice_jax.training import build, memory_model
 
 MAX_ROWS = 1024  # largest number of rows of one device that is tried
 TENSOR_AXIS_SIZES = (1, 2, 4, 8)  # tensor parallelism needs the fast links within a host or between neighbours
@@ -136,14 +136,11 @@ class RunPlan:
         c = self.config
         data, fsdp, sequence, tensor = layout.sizes
         mesh = make_mesh(data, fsdp, tensor, self.topology.devices, sequence=sequence)
-        # The steps at which phases begin are constants of the program and do not affect its memory.
-        spans = phases.phase_spans(c.data.phases, range(1, len(c.data.phases) + 1), len(c.data.phases))
-        schedule = build.schedule(c, spans, c.optim.max_steps or len(spans))
         reduce_dtype = jnp.dtype(c.optim.reduce_dtype)
         parts = build.row_parts(self.spec, mesh)
         compute = Compute(jnp.dtype(self.dtype), self.attention, layout.remat, reduce_dtype, parts)
         decoder = build.run_decoder(c, self.spec, self._architecture, tensor)
-        return build.step_functions(c, decoder, self._architecture, mesh, compute, schedule), mesh
+        return build.step_functions(c, decoder, self._architecture, mesh, compute), mesh
 
     def compile(self, layout: Layout, only: Sequence[str] = ()) -> list[CompiledMemory]:
         """Compiles functions of the step with a layout.

@@ -45,7 +45,7 @@ from mice_jax.models.lora import LoRA, scale_of
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.numerics.offload import check_host_memory_kind
-from mice_jax.optim import Schedule, TabulatedSchedule, make_optimizer, make_phase_schedule
+from mice_jax.optim import Schedule, make_optimizer, make_phase_schedule
 from mice_jax.runtime.xla_flags import compiler_options
 from mice_jax.sharding import LENGTH_AXIS, local_shards, make_mesh, num_shards, param_shardings
 from mice_jax.step import StepFunctions, make_abstract_base, make_abstract_state, make_step
@@ -589,7 +589,7 @@ def run_schedule(config: Config, data: RunData) -> Schedule:
     spans = phase_spans(config.data.phases, trunk.phase_ends(), len(trunk))
     of_trunk = schedule(config, spans, horizon=branch.max_steps or len(trunk))
     places = np.interp(mixture.samples_before()[:-1], trunk.samples_before(), np.arange(len(trunk) + 1))
-    return TabulatedSchedule(tuple(jax.vmap(of_trunk)(places.astype(np.float32)).tolist()))
+    return lambda step: of_trunk(places[int(step)])
 
 
 def peak_rate(config: Config, phase: Phase) -> float:
@@ -600,7 +600,7 @@ def peak_rate(config: Config, phase: Phase) -> float:
 
 
 class StepSettings(NamedTuple):
-    """What the step functions of a run depend on besides the model, the mesh and the schedule."""
+    """What the step functions of a run depend on besides the model and the mesh."""
 
     optimizer: OptimizerSettings
     accumulate_dtype: str
@@ -613,9 +613,7 @@ class StepSettings(NamedTuple):
     rounding_seed: int | None  # runs whose weights are float32 share step functions, whatever their seeds
 
 
-def step_functions(
-    config: Config, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute, schedule: Schedule
-) -> StepFunctions:
+def step_functions(config: Config, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute) -> StepFunctions:
     """Makes the step functions of a run. Runs of one process whose settings are equal share what is compiled.
 
     Args:
@@ -624,7 +622,6 @@ def step_functions(
       architecture: The name of transformers' class.
       mesh: The run's mesh.
       compute: The dtype, attention backend and remat policy.
-      schedule: The learning rate schedule.
     """
     chip = find_chip(mesh.devices.flat[0])
     options = compiler_options(chip is not None and chip.sparse_cores)
@@ -639,24 +636,24 @@ def step_functions(
         clip_norm=config.optim.grad_clip if config.optim.offload_moments else 0.0,
         rounding_seed=config.seed if config.model.param_dtype == "bfloat16" else None,
     )
-    return shared_step_functions(settings, decoder, architecture, mesh, compute, schedule)
+    return shared_step_functions(settings, decoder, architecture, mesh, compute)
 
 
 @functools.lru_cache(maxsize=4)
 def shared_step_functions(
-    settings: StepSettings, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute, schedule: Schedule
+    settings: StepSettings, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute
 ) -> StepFunctions:
     """Makes step functions, or returns those of the last few runs of the process that equal them in all arguments.
 
-    Those that run the model, which take most of the time to compile, are shared by runs whose optimizer and schedule
-    differ, such as those of several learning rates.
+    Learning rates are arguments of the update, so runs that differ only in the schedule share all functions. Those that
+    run the model, which take most of the time to compile, are shared by runs with different optimizers too.
     """
     plain = settings.optimizer._replace(
         name="sgd", grad_clip=0.0, beta1=0.0, beta2=0.0, eps=1e-8, weight_decay=0.0, moments_dtype="float32"
     )
     numbered = tuple(map(str, range(len(settings.sources))))  # the model's functions have no names of sources
     of_model = settings._replace(optimizer=plain, sources=numbered, keeps_average=False)
-    fns = own_step_functions(settings, decoder, architecture, mesh, compute, schedule)
+    fns = own_step_functions(settings, decoder, architecture, mesh, compute)
     return fns._replace(**shared_model_functions(of_model, decoder, architecture, mesh, compute))
 
 
@@ -664,7 +661,7 @@ def shared_step_functions(
 def shared_model_functions(
     settings: StepSettings, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute
 ) -> dict[str, Callable]:
-    """Makes the step functions that run the model, which neither the optimizer nor the schedule changes.
+    """Makes the step functions that run the model, which the optimizer does not change.
 
     Args:
       settings: Of an optimizer that stands for all, with the run's frozen parameters, whose gradients are not measured.
@@ -676,19 +673,18 @@ def shared_model_functions(
     Returns:
       The functions by their names in StepFunctions.
     """
-    fns = own_step_functions(settings, decoder, architecture, mesh, compute, lambda step: jnp.zeros(()))
+    fns = own_step_functions(settings, decoder, architecture, mesh, compute)
     return {name: getattr(fns, name) for name in ("zero_sums", "accumulate", "evaluate", "gradients")}
 
 
 def own_step_functions(
-    settings: StepSettings, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute, schedule: Schedule
+    settings: StepSettings, decoder: Decoder, architecture: str, mesh: Mesh, compute: Compute
 ) -> StepFunctions:
     """Makes step functions that no other run shares."""
     made, trained = optimizer(settings.optimizer, decoder, architecture)
     return make_step(
         decoder,
         made,
-        schedule,
         mesh,
         compute,
         trained,

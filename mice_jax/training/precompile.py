@@ -169,7 +169,7 @@ def step_programs(
     """
     state, sums = fns.abstract_state, fns.abstract_sums
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-    update = (state, sums, scalar, None if state.average is None else scalar)
+    update = (state, sums, scalar, scalar, None if state.average is None else scalar)
     programs = [Program("the update", fns.apply, update, True)]
     for number, shape in enumerate(trained, 1):
         name = f"shape {number} of {len(trained)}: {shape.rows} x {shape.slots} tokens a device"
