@@ -15,9 +15,11 @@ import pytest
 from rich.console import Console
 
 from helpers.sweeps import results, small_sweep, study_of
-from mice_jax.config import Config, ConfigError, Phase, Range
+from mice_jax.config import Config, ConfigError, Phase, Range, locate
 from mice_jax.errors import Preempted, UserError
+from mice_jax.runtime import cpu_devices
 from mice_jax.runtime.cpu_devices import usable_cores
+from mice_jax.runtime.fork_server import CommandProcess
 from mice_jax.sweeps import claims, worker_pool, workers
 from mice_jax.sweeps.devices import share_of_devices
 from mice_jax.sweeps.progress_table import ProgressTable, trials_to_show
@@ -55,6 +57,7 @@ def test_config_file_of_a_trial_defines_its_config(tmp_path: Path) -> None:
     study = Study(sweep, tmp_path / "out")
     assert study.claim() == 0 and study.claim() == 1 and study.claim() is None
     config = runpy.run_path(str(study.begin(1)))["get_config"]()
+    assert config == study.config(1)
     assert isinstance(config, Config) and (config.optim.learning_rate, config.seed) == (1e-2, 5)
     assert config == trial_config(sweep, {RATE: 1e-2, "seed": 5})
 
@@ -171,11 +174,11 @@ def test_trial_asked_to_end_is_preempted_and_a_killed_one_is_retried(
     study = Study(small_sweep(axes={RATE: [1e-3]}), tmp_path / "out")
     started: list[str] = []
 
-    def run_forked(module: str, *rest: object) -> int:
+    def run(process: CommandProcess, module: str, *rest: object) -> int:
         started.append(module)
         return 128 + signal.Signals[name]
 
-    monkeypatch.setattr(workers, "run_forked", run_forked)
+    monkeypatch.setattr(CommandProcess, "run", run)
     if name == "SIGKILL":
         assert workers.work(study) == 0 and len(started) == workers.MAX_ATTEMPTS
         assert results(tmp_path / "out")[0]["status"] == "failed"
@@ -183,6 +186,33 @@ def test_trial_asked_to_end_is_preempted_and_a_killed_one_is_retried(
     with pytest.raises(Preempted, match="asked to end before its first step"):
         workers.work(study)
     assert len(started) == 1 and study.claim() == 0, "the next worker takes it"
+
+
+def test_trials_that_differ_in_settings_of_a_process_run_in_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process settles the number of its CPU devices, and XLA's flags, once."""
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cpu_devices, "usable_cores", lambda: 4)
+
+    def settings(**changes: Any) -> Any:
+        config = Config()
+        config.optim.batch_size = 8
+        for name, value in changes.items():
+            locate(config, name.replace("__", "."))[0].__setattr__(name.rpartition("__")[2], value)
+        return workers.settings_of_process(config, tmp_path)
+
+    new = settings()
+    assert settings(optim__learning_rate=1.0, optim__batch_size=16) == new
+    for change in ({"optim__batch_size": 2}, {"mesh__fsdp": 2}, {"train__deterministic": True}):
+        assert settings(**change) != new, change
+    resolved = {"mesh": {"data": 1, "fsdp": 4}, "device": "cpu"}
+    (tmp_path / "config.json").write_text(json.dumps({"resolved": resolved}))
+    assert settings() == new, "a trial that goes on, on as many devices"
+    resolved["mesh"]["fsdp"] = 2
+    (tmp_path / "config.json").write_text(json.dumps({"resolved": resolved}))
+    assert settings() != new, "it began on fewer"
 
 
 @pytest.mark.parametrize(

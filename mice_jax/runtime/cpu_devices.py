@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mice_jax.runtime.cluster import in_cluster
 
@@ -77,6 +78,16 @@ def default_count(
         return None
     shards = batch_size * math.prod(max(1, size) for size in mesh_sizes[2:])
     return choose(recorded or min(cores or usable_cores(), MOST, shards), mesh_sizes)
+
+
+def recorded_count(run_config: Mapping[str, Any]) -> int | None:
+    """Returns the number of devices that a run last had on a CPU; None for a new run, or one on other devices.
+
+    Args:
+      run_config: The content of the run's config.json; empty for a new run.
+    """
+    resolved = run_config.get("resolved", {})
+    return math.prod(resolved["mesh"].values()) if resolved.get("device") == "cpu" else None
 
 
 def describe(count: int) -> str:

@@ -5,6 +5,7 @@ report it. The command that the user started therefore becomes a parent, which t
 as its child and waits. A child ends as soon as its parent is gone, so killing the visible command ends the run.
 """
 
+import functools
 import json
 import os
 import signal
@@ -113,8 +114,9 @@ def await_child(child: Child, release: Callable[[], None], workdir: "RunPath") -
     return code if code >= 0 else _report_signal(-code, workdir)
 
 
+@functools.cache
 def exit_when_parent_exits() -> None:
-    """Starts a thread that kills this process as soon as its parent has ended."""
+    """Starts a thread that kills this process as soon as its parent has ended; once, however often it is called."""
     pipe = int(os.environ[PARENT_PIPE])
 
     def wait() -> None:

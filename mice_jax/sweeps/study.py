@@ -26,7 +26,7 @@ import sqlalchemy as sql
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import exc as sql_exc
 
-from mice_jax.config import Range, Sweep, differences, locate, to_dict
+from mice_jax.config import Config, Range, Sweep, differences, locate, to_dict
 from mice_jax.config_checks import rate_of
 from mice_jax.errors import UserError, one_line
 from mice_jax.statistics import registered_claims
@@ -254,6 +254,10 @@ class Study:
         self.study.sampler = sampler(seed=(self.sweep.base.seed * 1_000_003 + number) % 2**32)
         params = self._draw(optuna.trial.Trial(self.study, trial._trial_id))
         return self._write_config(number, params, self._until.get(number, 1.0))
+
+    def config(self, number: int) -> Config:
+        """Returns the config of a trial that has begun, for the whole run."""
+        return trial_config(self.sweep, self.trials()[number].params)
 
     def _write_config(self, number: int, params: dict[str, Any], until: float) -> Path:
         """Writes the config file of a trial that is to be run up to a share of its steps."""

@@ -1,15 +1,20 @@
-"""A worker of a sweep, which claims trials and runs each one in a separate process until all trials have ended."""
+"""A worker of a sweep, which claims trials and runs them in a process of their own until all trials have ended."""
 
+import contextlib
+import json
 import os
 import queue
 import signal
 import threading
 import time
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mice_jax.config import Config
 from mice_jax.errors import Paused, Preempted, UserError
-from mice_jax.runtime.fork_server import run_forked
+from mice_jax.runtime import cpu_devices
+from mice_jax.runtime.fork_server import CommandProcess
 from mice_jax.storage import lock
 from mice_jax.sweeps.process_group import Connection, Followers, ProcessSpec, connect_to_main
 from mice_jax.sweeps.study import Study, has_paused, read_summary
@@ -37,25 +42,26 @@ def work(study: Study, followers: Followers | None = None) -> int:
     Raises:
         Preempted: the worker was asked to end, or one of its processes was lost; the trial is saved.
     """
-    while True:
-        number = study.claim()
-        if number is None:
-            study.end_unneeded()
-            if study.num_ended() == len(study.trials()):
-                return 0
-            # Other workers run the rest. Should one of them die, its trial is resumed here.
-            time.sleep(POLL_S)
-            continue
-        with study.claim_kept(number):
-            try:
-                exit_code = _run_trial(study, number, followers)
-            except Preempted:
-                study.claims.release(number)
-                raise
-            if _has_paused(study, number, exit_code):
-                study.pause(number)
-            else:
-                study.end(number, exit_code)
+    with contextlib.closing(CommandProcess()) as process:
+        while True:
+            number = study.claim()
+            if number is None:
+                study.end_unneeded()
+                if study.num_ended() == len(study.trials()):
+                    return 0
+                # Other workers run the rest. Should one of them die, its trial is resumed here.
+                time.sleep(POLL_S)
+                continue
+            with study.claim_kept(number):
+                try:
+                    exit_code = _run_trial(study, number, process, followers)
+                except Preempted:
+                    study.claims.release(number)
+                    raise
+                if _has_paused(study, number, exit_code):
+                    study.pause(number)
+                else:
+                    study.end(number, exit_code)
 
 
 def work_as_main_process(study: Study, process: ProcessSpec) -> int:
@@ -89,8 +95,7 @@ def follow_main_process(folder: Path, process: ProcessSpec) -> int:
         run = folder / "runs" / str(message["trial"])
         config = _await_file(run / "config.py")
         arguments = [f"--config={config}", f"--workdir={run}", *process.flags()]
-        exit_code = run_forked("mice_jax.train", arguments, run, {}, run / f"log.{process.process_id}.txt")
-        connection.send(code=exit_code)
+        connection.send(code=_run_once(arguments, run, {}, run / f"log.{process.process_id}.txt"))
     return int(message["end"])
 
 
@@ -105,8 +110,8 @@ def _receive_messages(connection: Connection, messages: queue.Queue[dict[str, An
 
 
 # ---------------------------------------------------------------------------------------- one trial
-def _run_trial(study: Study, number: int, followers: Followers | None) -> int:
-    """Runs or resumes a trial until its process has ended for good; returns the exit code."""
+def _run_trial(study: Study, number: int, process: CommandProcess, followers: Followers | None) -> int:
+    """Runs or resumes a trial until its command has ended for good; returns the exit code."""
     folder = study.run_folder(number)
     # A worker may have been killed after its run had ended and before it could record that.
     known_exit_code = {"completed": 0, "stopped": 3}.get((read_summary(folder) or {}).get("status", ""))
@@ -114,15 +119,17 @@ def _run_trial(study: Study, number: int, followers: Followers | None) -> int:
         return known_exit_code
     config = study.begin(number)
     environment = {TRIAL_VARIABLE: study.trial_variable(number)}
-    arguments = [f"--config={config}", f"--workdir={folder}", *(followers.process.flags() if followers else [])]
+    arguments, log = [f"--config={config}", f"--workdir={folder}"], folder / "log.txt"
     furthest_step, attempts = -1, 0
     while True:
         _await_unlocked(folder)
         if followers:
             followers.begin_trial(number)
-        exit_code = run_forked("mice_jax.train", arguments, folder, environment, folder / "log.txt")
-        if followers:
+            exit_code = _run_once([*arguments, *followers.process.flags()], folder, environment, log)
             followers.await_trial()
+        else:
+            settings = settings_of_process(study.config(number), folder)
+            exit_code = process.run("mice_jax.train", arguments, folder, environment, log, settings)
         if _has_paused(study, number, exit_code):
             return exit_code
         _raise_if_preempted(number, exit_code)
@@ -134,6 +141,26 @@ def _run_trial(study: Study, number: int, followers: Followers | None) -> int:
         furthest_step = max(furthest_step, step)
         if attempts >= MAX_ATTEMPTS:
             return exit_code
+
+
+def _run_once(arguments: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path) -> int:
+    """Runs one process of a trial of several, which JAX joins once, so that each trial needs new ones."""
+    with contextlib.closing(CommandProcess()) as process:
+        return process.run("mice_jax.train", arguments, folder, environment, log)
+
+
+def settings_of_process(config: Config, folder: Path) -> Hashable:
+    """Returns what a run settles once for its process. Runs that differ in it cannot run in the same process.
+
+    Args:
+        config: the run's config.
+        folder: the run's folder, which is empty before it has begun.
+    """
+    written = folder / "config.json"
+    recorded = cpu_devices.recorded_count(json.loads(written.read_text())) if written.exists() else None
+    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
+    devices = cpu_devices.default_count(axes, config.optim.batch_size, recorded)
+    return devices, config.train.deterministic, config.data.cache_dir
 
 
 def _has_paused(study: Study, number: int, exit_code: int) -> bool:

@@ -1,7 +1,6 @@
 """Writes the files of a run that exist before its first step, and reads them when the run is resumed."""
 
 import datetime
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from mice_jax.models import hf, untrained
 from mice_jax.models.families import FAMILIES
 from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute
+from mice_jax.runtime import cpu_devices
 from mice_jax.sharding import LENGTH_AXIS
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training.model_card import README
@@ -42,8 +42,7 @@ def recorded_choices(workdir: Workdir, mesh: Mesh) -> dict[str, Any]:
 
 def recorded_cpu_devices(workdir: Workdir) -> int | None:
     """Returns the number of devices that a run last had on a CPU; None for a new run, or one on other devices."""
-    resolved = _resolved(workdir)
-    return math.prod(resolved["mesh"].values()) if resolved.get("device") == "cpu" else None
+    return cpu_devices.recorded_count({"resolved": _resolved(workdir)})
 
 
 def hub_models(workdir: Workdir) -> dict[str, dict[str, str]]:
