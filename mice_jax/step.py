@@ -1,8 +1,8 @@
 """One optimizer step: `accumulate` adds a microbatch to the sums of the step, `apply` updates the state with them.
 
 Both are pure functions over plain pytrees, jitted with donated inputs. A step has as many microbatches as its samples
-need. They have a few fixed shapes, each of which is compiled once. The loss of a step, like its gradient, is a weighted
-sum over all tokens of the step, divided by the sum of the weights. Only `apply_sums` makes that division.
+need. Microbatches have a few fixed shapes, and `accumulate` is compiled once for each. The loss of a step, like its
+gradient, is a weighted sum over all tokens of the step, divided by the sum of the weights. Only `apply_sums` divides.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ Batch = dict[str, jax.Array]
 class TrainState:
     """Everything that an optimizer step changes."""
 
-    step: jax.Array  # number of steps done, those whose update was skipped included, int32
-    params: Params  # float32, or weights in bfloat16 and the rest in float32
+    step: jax.Array  # number of steps done, int32; a step whose update was skipped counts
+    params: Params  # float32; or bfloat16, except FLOAT32_PARAMS such as the scales of norms
     opt_state: Any  # the optax state, whose moments may be in host memory; None in what `mice average` writes
     average: Params | None = None  # running average of params, float32; None if the run keeps none
 
@@ -62,10 +62,7 @@ class Jitted:
         self._compiling: dict[Any, Future] = {}  # by the signature of the arguments
 
     def __call__(self, *args: Any) -> Any:
-        """Calls the function under the mesh.
-
-        If another thread is compiling it for arguments of these shapes, that is awaited first.
-        """
+        """Calls the function under the mesh; waits first if another thread is compiling it for these shapes."""
         if self._compiling and (compiling := self._compiling.pop(_signature(args), None)):
             compiling.result()
         with jax.set_mesh(self._mesh):
@@ -76,11 +73,13 @@ class Jitted:
         self._compiling[_signature(args)] = threads.submit(self.compile, *args)
 
     def forget_cancelled(self) -> None:
-        """Forgets compilations that were cancelled before they began; calls compile these programs themselves."""
+        """Forgets compilations that were cancelled before they began; a later call then compiles what it needs."""
         self._compiling = {signature: f for signature, f in self._compiling.items() if not f.cancelled()}
 
     def compile(self, *args: Any, options: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
-        """Compiles for arguments of these shapes, without running; a later call finds the program in JAX's cache.
+        """Compiles for arguments of these shapes, without running; a later call reuses the program.
+
+        JAX keeps the executable with the lowered function, which a call with the same shapes and shardings looks up.
 
         Args:
           *args: the arguments, as jax.ShapeDtypeStruct or numbers.
@@ -91,14 +90,14 @@ class Jitted:
 
 
 def _signature(args: tuple) -> tuple:
-    """Returns the shapes and dtypes of all arrays, by which a run tells the programs of one function apart."""
+    """Returns the shapes and dtypes of all arrays; within a run, they determine the compiled program of a function."""
     return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
 
 
 class StepFunctions(NamedTuple):
     """The jitted functions of a run, and the shapes, dtypes and shardings of the state and the sums.
 
-    The abstract trees have jax.ShapeDtypeStruct with a sharding in place of each array.
+    The abstract trees have a jax.ShapeDtypeStruct with a sharding in place of each array.
 
     Attributes:
       init: (key) -> TrainState.
@@ -107,9 +106,10 @@ class StepFunctions(NamedTuple):
       accumulate: (params, sums, batch) -> Sums. It donates sums.
       apply: (state, sums, learning_rate, skip_norm_above=inf, average_weight=None) -> TrainState, zeroed Sums, metrics.
         It donates state and sums.
-      evaluate: (params, batch) -> loss_sum, weight_sum, correct_sum, and if exact matches are counted also num_matches,
-        num_samples.
-      gradients: (params, batch) -> (loss_sum, (weight_sum, source_sums)), gradients. `accumulate` calls it; not jitted.
+      evaluate: (params, batch) -> loss_sum, weight_sum, correct_sum (the weights of correctly predicted tokens), and if
+        exact matches are counted also num_matches, num_samples.
+      gradients: (params, batch) -> (loss_sum, (weight_sum, source_sums)), gradients. It is not jitted: `accumulate`
+        calls it.
       abstract_state: the state.
       abstract_sums: the sums.
       abstract_base: the frozen parameters that adapters are added to; None if all are trained.
@@ -208,11 +208,12 @@ def make_step(
       keeps_average: whether the state keeps a running average of the parameters.
       max_held_out_samples: the most samples that an evaluated microbatch may hold, for counting exact matches; 0 counts
         none.
-      offloads_moments: whether moments are kept in host memory, and parameters updated part by part. `optimizer` sees
-        the gradients of one part at a time, so it must not clip by a global norm.
+      offloads_moments: whether moments are kept in host memory, and parameters updated in parts: each layer, and all
+        other parameters together. `optimizer` sees the gradients of one part at a time, so it must not clip by the
+        global norm; `clip_norm` does.
       clip_norm: the global norm to which gradients are clipped if moments are offloaded; 0 for no clipping.
-      rounding_seed: None keeps weights in float32. A number keeps them in bfloat16, and is the seed of the random bits
-        by which each update is rounded to it.
+      rounding_seed: None keeps weights in float32. A number keeps them in bfloat16, and is the seed of the stochastic
+        rounding of each update.
 
     Returns:
       The jitted functions; nothing is compiled before the first call.
@@ -241,7 +242,7 @@ def make_step(
         return from_params(decoder.split(decoder.init(key))[0])
 
     def from_params(params: Params) -> TrainState:
-        # A copy: `apply` donates the parameters and their average, and one buffer cannot be donated twice.
+        # The average is a copy, since `apply` donates it and the parameters, and no buffer can be donated twice.
         average = jax.tree.map(jnp.copy, in_float32(params)) if keeps_average else None
         params = jax.tree.map(lambda p, a: p.astype(a.dtype), params, abstract_state.params)
         opt_state = init_on_host(init_moments, params) if offloads_moments else init_moments(params)
@@ -257,7 +258,7 @@ def make_step(
         if not max_held_out_samples:
             loss_sum, (weight_sum, source_sums) = batch_loss(decoder, params, batch, compute)
             return loss_sum, weight_sum, source_sums.correct[0]
-        # The sums by source are sums by sample where each sample is taken as a source of its own.
+        # With each sample numbered as a source of its own, the sums by source are sums by sample.
         batch = batch | {"sources": sample_numbers(batch["segment_ids"])}
         loss_sum, (weight_sum, by_sample) = batch_loss(
             decoder, params, batch, compute, num_sources=max_held_out_samples
@@ -281,8 +282,8 @@ def make_step(
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
         (loss_sum, (weight_sum, source_sums)), grads = gradients(params, batch)
-        # The sums hold the gradients of frozen parameters too, which `apply_sums` sets to zero once: a mask may freeze
-        # some layers of a stacked array.
+        # A mask may freeze single layers of a stacked array, so the sums hold the gradients of frozen parameters too.
+        # `apply_sums` sets them to zero, once a step.
         grad_sq = optax.tree.norm(_zero_frozen(grads, trained_mask), squared=True)
         microbatch = Sums(grads, loss_sum, weight_sum, grad_sq, weight_sum**2, source_sums)
         return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
@@ -340,18 +341,18 @@ def sample_numbers(segment_ids: jax.Array) -> jax.Array:
       segment_ids: [B T] int32, 0 for padding and 1, 2, ... for the samples of a row.
 
     Returns:
-      The number of each slot's sample, [B T] int32. Padding, which has no loss weight, gets the number of the last
-      sample of the rows above, or -1.
+      The number of each slot's sample, [B T] int32. A slot of padding, which has no loss weight, gets the number of the
+      last sample of the rows before its own, or -1.
     """
     samples_in_row = segment_ids.max(axis=1)
     return jnp.cumsum(samples_in_row)[:, None] - samples_in_row[:, None] + segment_ids - 1
 
 
 def exact_matches(by_sample: SourceSums) -> tuple[jax.Array, jax.Array]:
-    """Counts the samples whose every trained token is the model's most probable one.
+    """Counts the samples in which every trained token is the model's most probable one.
 
-    Given a sample's untrained tokens, greedy decoding writes exactly its trained ones, since the tokens before each are
-    the same.
+    Greedy decoding would write exactly the trained tokens of such a sample: each of them is the most probable one after
+    the tokens before it, and these are the same in decoding.
 
     Args:
       by_sample: the sums over the slots of each sample.
@@ -360,7 +361,7 @@ def exact_matches(by_sample: SourceSums) -> tuple[jax.Array, jax.Array]:
       The number of such samples, and of all samples with a trained token; float32 scalars.
     """
     is_sample = by_sample.weight > 0
-    # Both are sums of the same weights, which are equal if all predictions are right.
+    # `weight` sums the weights of all tokens, `correct` those of the tokens that are predicted correctly.
     matches = is_sample & (by_sample.correct >= by_sample.weight)
     return jnp.sum(matches, dtype=jnp.float32), jnp.sum(is_sample, dtype=jnp.float32)
 
@@ -380,9 +381,9 @@ def apply_sums(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Makes one update from the sums of a step.
 
-    A loss or gradient norm that is not finite leaves the whole state unchanged, with the metric `finite` false. If
-    the gradient norm is finite but above `skip_norm_above`, the step is counted, but parameters and optimizer state
-    stay as they are, with the metric `skipped` true; the running average takes in the unchanged parameters.
+    If the loss or the gradient norm is not finite, the whole state stays unchanged and the metric `finite` is false. If
+    both are finite but the norm is above `skip_norm_above`, the step is counted and the metric `skipped` is true, but
+    parameters and optimizer state stay unchanged. The running average is then updated with the unchanged parameters.
 
     Args:
       state: the state before the step.
@@ -402,8 +403,8 @@ def apply_sums(
       The state after the step, and the metrics of the step as scalars.
     """
 
-    # The gradient is divided by the sum of the weights here and nowhere else. If all weights are 0 (the step has no
-    # trained token), loss and gradient are NaN, and the step is not finite.
+    # This function and the next lines are the only place that divides by the sum of the weights. If all weights are 0
+    # (the step has no trained token), loss and gradient are NaN, and the step is not finite.
     def mean(grad_sums: Params, mask: Any) -> Params:
         return _zero_frozen(jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, grad_sums), mask)
 
@@ -426,8 +427,8 @@ def apply_sums(
     if not offloads_moments:
         (params, opt_state), update_sq = update(current, grads, trained_mask)
     else:
-        # `grads` is used for the norm alone. The mean of each part is computed again from its sums, so that the mean
-        # gradient of the whole model need not stay in memory.
+        # `grads` is used for the norm only. The mean gradient of each part is computed again from its sums, so that the
+        # mean gradient of the whole model need not stay in memory.
         def update_part(part: Part, layer: Any, current: Any, grad_sums: Params) -> tuple[Any, jax.Array]:
             mask = take_mask(part, layer, trained_mask)
             return update(current, _clipped(mean(grad_sums, mask), grad_norm, clip_norm), mask, layer)
@@ -436,7 +437,7 @@ def apply_sums(
 
     average = None
     if state.average is not None:
-        assert average_weight is not None, "the state keeps an average, which needs average_weight"
+        assert average_weight is not None, "the state has a running average, so average_weight must be given"
         weight = jnp.where(finite, average_weight, 0.0)
         average = jax.tree.map(lambda old, new: old + weight * (new - old), state.average, in_float32(params))
     metrics = {
@@ -478,7 +479,7 @@ def _update(
       to_param_dtype: given old and new parameters, returns the new ones in the dtypes of the old.
 
     Returns:
-      The new parameters and state, and the squared norm of the update, also where it is not made.
+      The new parameters and state, and the squared norm of the update, whether it is made or not.
     """
     params, opt_state = current
     wide = in_float32(params)
@@ -499,8 +500,8 @@ def _clipped(grads: Params, norm: jax.Array, max_norm: float) -> Params:
     return jax.tree.map(lambda g: jnp.where(norm < max_norm, g, (g / norm) * max_norm), grads)
 
 
-# The least share of (sum w_i)^2 that products of the weights of two different microbatches must have, 1 - r in
-# `corrected_grad_sq`. Below it one microbatch has almost all the weight, and the estimate would be rounding error.
+# The smallest denominator 1 - r for which `corrected_grad_sq` returns an estimate. Below it, one microbatch has almost
+# all of the weight, and the estimate would be rounding error.
 MIN_CROSS_SHARE = 1e-3
 
 
@@ -515,7 +516,8 @@ def corrected_grad_sq(grad_norm: jax.Array, sums: Sums) -> jax.Array:
       |G|^2 ~ (|sum s_i|^2 - sum |s_i|^2) / (W^2 - sum w_i^2) = (|g|^2 - q) / (1 - r)
 
     where q = sum |s_i|^2 / W^2 and r = sum w_i^2 / W^2. Microbatches may have unequal weights, or none. Rows are packed
-    best-fit and dealt at random, which leaves a small bias where gradients depend on the length (docs/sweeps.md).
+    by best fit and assigned to microbatches at random, which leaves a small bias if gradients depend on the length of
+    their sample (docs/sweeps.md).
 
     Args:
       grad_norm: |g|, float32 scalar.
@@ -568,7 +570,7 @@ def make_abstract_state(
 def make_abstract_base(decoder: Decoder, mesh: Mesh | AbstractMesh, dtype: Any) -> Params | None:
     """Returns the shapes, dtypes and shardings of the frozen parameters that adapters are added to.
 
-    They are held in the compute dtype, in which every product uses them anyway, so this does not change results.
+    They are held in the compute dtype. Every matrix product would cast them to it anyway, so results do not change.
     The scales of norms, and the other `FLOAT32_PARAMS`, stay float32.
 
     Args:
@@ -606,7 +608,7 @@ def in_float32(params: Params) -> Params:
 def round_params(
     old: Params, new: Params, seed: int | None, step: jax.typing.ArrayLike, first_layer: jax.typing.ArrayLike = 0
 ) -> Params:
-    """Rounds updated parameters to the dtypes in which they are held.
+    """Rounds updated parameters to the dtypes in which they are held, stochastically to bfloat16.
 
     Args:
       old: the parameters before the update.
@@ -622,7 +624,7 @@ def round_params(
     if seed is None:
         return new
     of_step = jax.random.fold_in(jax.random.key(seed), step)
-    # The position of each parameter in the tree, from which its random bits follow.
+    # The random bits of a parameter depend on its position in the tree.
     indices = jax.tree.unflatten(jax.tree.structure(new), range(len(jax.tree.leaves(new))))
 
     def rounded(path: tuple, index: int, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -631,7 +633,8 @@ def round_params(
         key = jax.random.fold_in(of_step, index)
         if path[0].key != LAYERS:
             return round_stochastically(new, key)
-        # Each layer has a key, so that the bits are the same whether layers are updated one by one or together.
+        # Each layer has a key of its own, so that its random bits are the same whether layers are updated one by one or
+        # together.
         keys = jax.vmap(functools.partial(jax.random.fold_in, key))(first_layer + jnp.arange(len(new)))
         return jax.vmap(round_stochastically)(new, keys)
 
@@ -644,8 +647,8 @@ def _opt_state_shardings(
     """Returns the shardings of an optimizer's state.
 
     An array with the name and shape of a parameter is sharded like the parameter. The scales of a quantised moment have
-    one entry for each block along the last dim; they are sharded along the same mesh axes, if these divide their
-    number. The two factors of an OSFT basis are sharded as their parameter is. Other arrays, such as counts and
+    one entry for each block along the last dim. Each of their dims is sharded like that of the parameter, if the mesh
+    axes divide it. `sharding.basis_sharding` shards the two factors of an OSFT basis. Other arrays, such as counts and
     Adafactor's row and column statistics, are replicated.
 
     Args:

@@ -57,12 +57,12 @@ from mice_jax.training.stop_signals import StopSignals, paused
 
 
 class Launch(NamedTuple):
-    """What `train` is told besides the config: the processes of the run, and options of the command line."""
+    """The settings of one start of a run that are not in its config: its processes, and command-line options."""
 
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
-    expect_devices: int | None = None  # the run fails if all processes together have another number
+    expect_devices: int | None = None  # over all processes; the run fails if it has another number of devices
     debug_nans: bool = False
     provenance: Mapping[str, Any] = types.MappingProxyType({})  # the config file and the command-line overrides
 
@@ -100,24 +100,26 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         trackers.check_trackers(config.log.trackers)
         inputs = build.inputs(config, run_files.hub_models(workdir))
         source, spec = inputs.source, inputs.spec()
-        if config.model.lora.rank or not run_files.has_started(workdir):  # With LoRA, the base is loaded each time.
+        # A run that resumes from a checkpoint needs the weights of init_from only with LoRA, where its checkpoints lack
+        # the frozen base.
+        if config.model.lora.rank or not run_files.has_started(workdir):
             check_weights(source)
-        # What "auto" stood for when the run was last on this mesh.
+        # The values that were chosen for "auto" when the run last used this mesh.
         earlier_choices = run_files.recorded_choices(workdir, mesh)
         attention = build.attention_on_mesh(config, spec, mesh, earlier_choices)
-        # This only checks model.lora.targets, for which any mesh does. The model of the run is made below.
+        # This decoder is discarded: making it checks model.lora.targets, which do not depend on the mesh.
         build.run_decoder(config, spec, source.architecture, tensor=1)
         encoder = build.encoder(config, inputs.tokenizer, run_files.start_date(workdir))
         benchmarks = RunBenchmarks(config.eval, inputs.tokenizer, spec)
         if is_main:
             workdir.lock(log)
             run_files.check_same_config(workdir, config)
-    # A repository of the Hub may be updated between the look-ups of two processes.
+    # Two processes may have found different commits, if a repository of the Hub was updated in between.
     distributed.assert_same_on_all_processes("commits of models of the Hub", repr(inputs.hosted))
 
     # ---- Data ---------------------------------------------------------------------------------------------------
-    # One process builds the token stores while the others wait, so an error must be raised in every process.
-    # `data.spans` has the range of steps of each phase (training/phases.py).
+    # Of the processes that share a cache, one builds each token store and the others wait for it. An error of any
+    # process is raised in all. `data.spans` has the range of steps of each phase (training/phases.py).
     with distributed.raise_on_all_processes(), Display(console) as display:
         for note in inputs.notes:
             display.log(note)
@@ -127,8 +129,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     distributed.assert_same_on_all_processes("tasks", benchmarks.fingerprint())
 
     # ---- Model --------------------------------------------------------------------------------------------------
-    # Rows per device (if 0) and remat (if "auto") are those that the run had on this mesh before, or else follow from
-    # the device's memory and the lengths of the samples.
+    # If the config leaves rows per device or remat open (0, "auto"), a resumed run on the same mesh takes its earlier
+    # choice. Otherwise they are chosen by the memory of a device and the lengths of the samples.
     model = build.model(config, source, spec, mesh, attention, data.mean_length, earlier_choices)
     set_float32_matmul_precision(model.compute.dtype, mesh.devices.flat[0].platform)
     distributed.assert_same_on_all_processes("rows per device and remat", f"{model.rows} {model.compute.remat}")
@@ -148,8 +150,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         check_ownership=run.check_lock,
     )
     steps_done, state, base, progress = restore_or_start(checkpoints, source, model.decoder, fns, config.seed, log)
-    # `mice branch` has put a checkpoint of the other run into this workdir. While it is the newest, the branch begins
-    # from it.
+    # A run made by `mice branch` begins from a checkpoint of another run, which was copied into this workdir. This
+    # holds until the branch has saved a checkpoint of its own.
     if config.branch.step and steps_done == config.branch.step:
         state = enter_branch(state, config.branch.beta2, beta2_of(config.optim))
     # With LoRA, the state has the adapters alone, and `join` adds the frozen base parameters. Without LoRA, `base` is
@@ -159,8 +161,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     evaluator = Evaluator(config, fns, mesh, data.dataset.validation, pack_held_out, score_benchmarks, join, answerer)
 
     # ---- The workdir before the first step ----------------------------------------------------------------------
-    # metrics.jsonl is cut to the steps that are done. The other files are written now, so that a killed run can be
-    # resumed and exported.
+    # Lines of metrics.jsonl that are newer than the checkpoint are removed. The other files are written now, so that a
+    # killed run can be resumed and exported.
     warnings = summary.warnings(config, source, model.decoder, data, mesh)
     with distributed.raise_on_all_processes():
         if is_main:
@@ -184,8 +186,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     summary.print_warnings(console, warnings)
 
     # ---- Compilation --------------------------------------------------------------------------------------------
-    # What the first step needs is compiled now. On one process without a GPU, another thread compiles the rest during
-    # the first steps (`precompile.may_compile_later`).
+    # The programs of the first step are compiled now. A run of one process without GPUs compiles the others in another
+    # thread during its first steps; any other run compiles them now too (`precompile.may_compile_later`).
     compiled = precompile.compile_run(fns, step_source, steps_done, data, pack_held_out, mesh, Display(console))
     if compiled.shapes:
         console.print(f"[dim]{compiled.describe(cache)}[/dim]")
@@ -197,7 +199,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     # From here on run.progress, run.log and run.save may be used.
     run.begin(steps_done, progress, checkpoints, writers, compiled.stop)
     pause_at = step_at_fraction(config.train.pause_at_share, data.total_steps) if config.train.pause_at_share else 0
-    # A run that is at or past its pause ends again, with the same exit code, until the config moves the pause.
+    # A run that was paused and is started again without a change of train.pause_at_share pauses again at once.
     if 0 < pause_at <= steps_done < data.total_steps:
         raise paused(steps_done)
     stop_signals = StopSignals(
@@ -223,15 +225,15 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     loaded_steps = put_steps(load_steps(step_source, steps_done, config.data.num_workers), mesh)
     next_loaded = next(loaded_steps, None)
     for step in range(steps_done + 1, data.total_steps + 1):
-        # A later phase may start from another checkpoint or with a new optimizer state. Phases count steps from 0.
+        # A later phase may start from another checkpoint or with a new optimizer state. Spans count steps from 0.
         index = phases.span_index(data.spans, step - 1)
         span = data.spans[index]
         if index > 0 and step - 1 == span.first:
             state = enter_phase(data.spans, index, state, fns, checkpoints, console.print)
 
-        # The update is queued, and the data of the next step is sent while the devices work. Then the metrics are read,
-        # which waits for the update. Any other transfer, such as that of a Python number which is passed to a jitted
-        # function, would make the devices wait; tests forbid them here.
+        # The update is dispatched, and the next step's data is sent to the devices while they compute. Then the metrics
+        # are read, which waits for the update. An implicit transfer, such as a Python number passed to a jitted
+        # function, would make the devices wait; the tests disallow them here.
         loaded = next_loaded
         assert loaded is not None, "the loader has every step"
         with transfers.guard():
@@ -267,11 +269,11 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         run.log(record, evaluation.answers)
         workdir.sync(after_s=SYNC_EVERY_S)
 
-        # Every process takes part in this decision.
+        # The processes agree on whether to save or stop.
         poll = stop_signals.poll(step, record, evaluation.failure)
-        # The state is saved before the run stops, also if a benchmark failed. Only a checkpoint whose step follows from
-        # the data and the config gets a score. One saved by the clock or on a signal would make the choice of the best
-        # depend on chance.
+        # The state is saved before the run stops, also if a benchmark failed. Only a checkpoint that is due gets a
+        # score, since its step is the same in every repetition of the run. With scores of checkpoints that are saved by
+        # the clock or on a signal, the choice of the best would depend on timing.
         if due.checkpoint or poll.save or poll.stop is not None:
             run.save(state, record.get(config.checkpoint.best_metric) if due.checkpoint else None)
             stop_signals.saved()
@@ -282,9 +284,10 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
 
 def _choose_cpu_devices(config: Config, launch: Launch, workdir: Workdir) -> bool:
-    """Chooses how many devices JAX makes of a CPU, unless the user has; returns whether it did.
+    """Sets the number of devices into which JAX divides a CPU, unless the user has set it; returns whether it did.
 
-    This has no effect on a machine whose devices are GPUs or TPUs.
+    With --num_processes or --expect_devices, the user counts on a certain number, and it is not changed. The number
+    has no effect on GPUs and TPUs.
     """
     if launch.num_processes is not None or launch.expect_devices is not None:
         return False
@@ -296,8 +299,8 @@ def _choose_cpu_devices(config: Config, launch: Launch, workdir: Workdir) -> boo
 def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) -> None:
     """Records the held-out metrics before the first step, which are the baseline of the run.
 
-    Nothing is recorded if one of them is not finite. What later evaluations need to measure forgetting, the scores on
-    the sources of eval.retain, is also kept in the run's progress, and so in its checkpoints.
+    Nothing is recorded if one of them is not finite. The metrics of the sources in eval.retain are also kept in the
+    run's progress, and so in its checkpoints, because later evaluations are divided by them to measure forgetting.
     """
     before, known = evaluator.before_training(state)
     run.progress = dataclasses.replace(run.progress, known_before=known)
@@ -308,7 +311,7 @@ def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) 
 def _scalars_of_update(
     config: Config, learning_rate: float, progress: Progress, samples: int, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Puts on the devices the numbers of an update that the host computes.
+    """Computes the scalar inputs of an update on the host, and copies them to the devices.
 
     Args:
       config: the run's config.
@@ -318,8 +321,8 @@ def _scalars_of_update(
       mesh: the devices.
 
     Returns:
-      The learning rate, the gradient norm above which the step makes no update (infinity: it makes one in any case),
-      and the weight of the new parameters in their running average (None: the run keeps none).
+      The learning rate, the gradient norm above which the update is skipped (infinity if none is), and the weight of
+      the new parameters in their running average (None if the run keeps no average).
     """
     threshold = progress.spike_threshold(config.train.skip_spikes)
     average_weight = averaging.newest_weight(config.train.ema_half_life, samples, progress.samples + samples)
@@ -331,8 +334,8 @@ def _scalars_of_update(
 def train_from_flags(values: command.Values) -> None:
     """Trains as the flags of `mice train` say.
 
-    If the run has several processes, the command that was started on each host only watches, and has started this
-    process as its child (runtime/watchdog.py).
+    In a run of several processes, the command that the user starts on a host only watches. It starts itself again as a
+    child, which is the process that trains (runtime/watchdog.py).
     """
     config = command.config_of(values)
     workdir = command.workdir_of(values)

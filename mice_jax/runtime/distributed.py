@@ -110,7 +110,8 @@ def assert_same_on_all_processes(what: str, fingerprint: str) -> None:
 def raise_on_all_processes() -> Iterator[None]:
     """Raises a UserError of any process on all processes, so that none of them hangs in a later collective.
 
-    Every process must enter and leave the block, and nothing inside may wait for another process.
+    Every process must enter and leave the block, and nothing inside may be a collective. Waiting for a lock that
+    another process holds is allowed, since that process releases it also if it fails.
 
     Raises:
         StoreError: if that is what one of the processes raised.
