@@ -335,6 +335,7 @@ def test_special_token_spelt_by_a_content_is_flagged(encoders: dict[str, ChatEnc
     document = make([{"role": "pretraining", "content": "Red<|im_end|>blue"}])
     samples = [chat("a<|im_end|>", "Red"), chat("Hi", "<|im_start|>"), thought, document]
     assert flags_of(encoder, *samples) == [spelt] * 4
+    assert flags_of(ChatEncoder(encoder.tokenizer, reasoning="drop"), thought) == [SampleFlag(0)]
     # Tokens that are added but not special (<think>) and parts of special ones are mere text.
     assert flags_of(encoder, chat("<think>", "<|im_start"), chat("Hi", "<|im_end |>")) == [SampleFlag(0)] * 2
     encoder.tokenizer.split_special_tokens = True  # then it is read as text too

@@ -1,8 +1,8 @@
 """Turns samples into token ids and a loss mask.
 
 A conversation is rendered with the chat template as a whole (module `conversation`), and that text is tokenised.
-Module `template_spans` finds the ranges of characters to train on (spans). A token is trained if it overlaps a span by
-at least one character.
+Module `template_spans` finds the ranges of characters to train on (spans). A token is trained, that is, has a loss
+weight, if it overlaps a span by at least one character.
 """
 
 import datetime
@@ -30,16 +30,16 @@ from mice_jax.errors import UserError
 
 RULES_VERSION = 3  # increased whenever ids or masks change, so that token stores are rebuilt
 MATCHES_NOTHING = "(?!)"  # a regular expression
-EXAMPLE_TOKENS = 6  # shown of the first difference between a sample and its prompt
-# The assistant messages that are trained. A message's `train` overrides this, as does a sample's `unmask`, which trains
-# the messages of all roles but `system`.
+EXAMPLE_TOKENS = 6  # the number of tokens that describe the first difference between a sample and a prompt
+# Which assistant messages are trained. A sample's `unmask` trains the messages of all roles but `system` instead, and a
+# message's `train` overrides both.
 TRAIN_ON = ("all", "last")
 
 
 class SampleFlag(enum.IntFlag):
     """Properties of a sample that may be a mistake in the data or the template."""
 
-    SPECIAL_IN_CONTENT = 1  # the text of a special token occurs in a message, and is encoded as that token
+    SPECIAL_IN_CONTENT = 1  # a message contains the text of a special token, which would be encoded as that token
     DOUBLE_BOS = 2  # the ids begin with two bos tokens
     STARTS_WITH_ASSISTANT = 4  # the first message that is not a system message is an assistant message
 
@@ -49,7 +49,7 @@ class Encoded:
     """An encoded sample of n tokens."""
 
     ids: np.ndarray  # int32 [n]
-    trained: np.ndarray  # uint8 [n]; 1 = the model learns to predict this token (the first one's value is not used)
+    trained: np.ndarray  # uint8 [n]; 1 = the model learns to predict this token; not used for the first token
     flags: int = 0  # a combination of `SampleFlag`
     notes: Notes = field(default_factory=lambda: NO_NOTES)  # what was left out or changed, and how often
 
@@ -75,8 +75,8 @@ class ChatEncoder:
           today: the date that templates may write; None means today. A resumed run passes the date of its first start.
           reasoning: what happens to reasoning: "template" leaves it to the template; "last" does not train turns whose
             reasoning the template leaves out (usually all but the last turn); "per_turn" makes a sample of each trained
-            turn, rendered as in inference, for which the caller passes samples through `split_by_turn` before `encode`;
-            "drop" removes reasoning.
+            turn, rendered as in inference (the caller passes samples through `split_by_turn` before `encode`); "drop"
+            removes reasoning.
 
         Raises:
           UserError: if `train_on` or `reasoning` is unknown, or the kind of tokenizer is not supported.
@@ -108,13 +108,13 @@ class ChatEncoder:
     def encode(self, samples: Sequence[Sample]) -> list[Encoded]:
         """Encodes samples.
 
-        The ids of a chat equal those of `apply_chat_template` for its tools, documents, template_kwargs and messages,
-        the latter as `ConversationRenderer.as_template_sees` gives them, and without reasoning if it is dropped. A
-        document, whose only message has the role "pretraining", is encoded as its text, followed by eos if the
-        tokenizer has one and has not added it.
+        The ids of a conversation equal those of `apply_chat_template`, called with its tools, documents and
+        template_kwargs. Before that, `ConversationRenderer.as_template_sees` prepares its messages, without reasoning
+        if `reasoning` is "drop". A document is encoded as its text, followed by eos if the tokenizer has an eos token
+        and has not added it.
 
         Args:
-          samples: conversations and documents.
+          samples: conversations, and documents, whose only message has the role "pretraining".
 
         Returns:
           One `Encoded` for each sample, in order.
@@ -134,8 +134,8 @@ class ChatEncoder:
 
         Args:
           samples: conversations and documents.
-          compare: in the first so many conversations, the tokens before each trained turn are compared with the prompt
-            that `prompt_ids` gives for it. Differences are counted in `Encoded.notes`.
+          compare: the number of conversations, from the first on, in which the tokens before each trained turn are
+            compared with the generation prompt for that turn. Differences are counted in `Encoded.notes`.
 
         Returns:
           An `Encoded` or a `BadRecord` for each sample, in order.
@@ -159,7 +159,7 @@ class ChatEncoder:
             notes = conversation.notes
             if number < compare:
                 notes = notes | self._compare_with_prompts(conversation, ids, offsets)
-            flags = self._flags(samples[i], ids[:2].tolist())
+            flags = self._flags(conversation.sample, ids[:2].tolist())
             encoded[i] = Encoded(ids, _mask(offsets, conversation.spans), flags, notes)
         return encoded  # type: ignore[return-value]
 
@@ -171,8 +171,8 @@ class ChatEncoder:
     def split_by_turn(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """Yields a sample for each trained turn if `reasoning` is "per_turn", and the given samples otherwise.
 
-        The sample of a turn ends with it, so that the template renders it as in inference. A trained message of another
-        role belongs to the next turn of the assistant. A sample without trained turns is yielded as it is.
+        The sample of a turn ends with that turn, so that the template renders it as in inference. A trained message of
+        another role belongs to the assistant's next trained turn. A sample without trained turns is yielded as it is.
         """
         for sample in samples:
             splits = self.reasoning == "per_turn" and not _is_document(sample)
@@ -187,7 +187,7 @@ class ChatEncoder:
     def _turns(self, sample: Sample) -> list[list[int]]:
         """Returns the indices of the trained messages, grouped by turn.
 
-        A group ends with an assistant message, unless it is the last and no trained assistant message follows.
+        Each group ends with a trained assistant message; trained messages after the last of these form a group too.
         """
         turns: list[list[int]] = []
         ended = True
@@ -227,14 +227,14 @@ class ChatEncoder:
         return self._offset_tokenizer.encode(text)
 
     def stop_ids(self) -> list[int]:
-        """Returns the id that ends an assistant's turn, the last trained one of a short example, in a list."""
+        """Returns a list of the one token id that ends an assistant's turn: the last trained token of a short chat."""
         where = "an example conversation that shows which token ends a turn"
         sample = Sample(PROBE_MESSAGES, tools=None, unmask=False, where=where)
         (probe,) = self.encode([sample])
         return [int(probe.ids[probe.trained.nonzero()[0][-1]])]
 
     def show(self, ids: np.ndarray, trained: np.ndarray, color: bool) -> str:
-        """Returns the decoded text with the trained parts marked.
+        """Decodes a sample, and marks the parts of the text that are trained.
 
         Args:
           ids: int [n].
@@ -248,7 +248,7 @@ class ChatEncoder:
         edges = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
         shown = before = ""
         for start, end in itertools.pairwise(edges):
-            # The text is decoded from its start each time, since a part decoded alone would lose its first space.
+            # All ids up to the end of the part are decoded, since a part decoded alone may lose its first space.
             text = self._decode(ids[:end])
             part = text[len(before) :] if text.startswith(before) else self._decode(ids[start:end])
             shown += f"{left}{part}{right}" if end > start and trained[start] else part
@@ -280,7 +280,7 @@ class ChatEncoder:
         return self._template.depends_on_date
 
     def warnings(self) -> list[str]:
-        """Returns what the user should know about the template, as sentences."""
+        """Returns warnings about the template for the user, as sentences without a full stop."""
         if not self.depends_on_date:
             return []
         return [
@@ -322,13 +322,13 @@ class ChatEncoder:
         return flags.value
 
     def _compare_with_prompts(self, conversation: Rendered, ids: np.ndarray, offsets: np.ndarray) -> dict[str, Note]:
-        """Counts the trained turns before which a sample has other tokens than the prompt that asks for the turn."""
-        if len(conversation.spans) != len(conversation.train_indices):  # It is not known which span is whose.
+        """Counts the trained turns for which the tokens before the turn differ from the generation prompt for it."""
+        if len(conversation.spans) != len(conversation.train_indices):  # Spans cannot be matched with messages.
             return {}
         inputs = inputs_of(conversation.sample)
         compared, differing, example = 0, 0, ""
         for i, span in zip(conversation.train_indices, conversation.spans, strict=True):
-            if i == 0 or conversation.messages[i]["role"] != "assistant":  # The first message has no prompt.
+            if i == 0 or conversation.messages[i]["role"] != "assistant":  # These have no prompt.
                 continue
             try:
                 text = self._template.render(conversation.messages[:i], inputs, add_generation_prompt=True)
@@ -371,7 +371,7 @@ def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
       uint8 [n].
     """
     starts, ends = offsets.T
-    # An empty token, such as an added prefix space, counts as one character: it is trained if the next character is.
+    # A token without characters, such as an added prefix space, is trained if the character after it is.
     ends = np.maximum(ends, starts + 1)
     trained = np.zeros(len(starts), np.uint8)
     for start, end in spans:
@@ -390,7 +390,7 @@ def _texts(messages: list[Message]) -> Iterator[str]:
 
 
 def _longest_of(strings: Iterable[str]) -> str:
-    """Returns the text of a pattern that matches the longest of the strings at a position; without any, nothing."""
+    """Returns a regular expression that matches the longest of the strings at a position; for no strings, nothing."""
     longest_first = sorted(set(strings), key=lambda s: (-len(s), s))
     return "|".join(map(re.escape, longest_first)) or MATCHES_NOTHING
 
@@ -398,8 +398,8 @@ def _longest_of(strings: Iterable[str]) -> str:
 def _any_of(strings: Iterable[str]) -> re.Pattern[str]:
     """Returns a compiled pattern that finds any of the strings, or nothing if there are none.
 
-    The strings are grouped by their first two characters, because an alternation of the thousand special tokens that
-    some tokenizers have would be slow.
+    The strings are grouped by their first two characters, because some tokenizers have a thousand special tokens, and
+    an alternation of as many strings would be slow.
     """
     groups = itertools.groupby(sorted(set(strings)), lambda s: s[:2])
     parts = (f"{re.escape(start)}(?:{'|'.join(re.escape(s[2:]) for s in group)})" for start, group in groups)
