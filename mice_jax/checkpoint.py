@@ -1,12 +1,16 @@
 """Checkpoints with Orbax: saving in the background, retention, and what happens to damaged checkpoints.
 
-`workdir/checkpoints/<step>` holds params, opt_state, average (of the params, if the run keeps one) and progress (the
-run's counters at that step, and the samples and score of each saved step). Orbax writes a step to a temporary folder,
-renames it when the save is committed, and removes the temporary folders of interrupted saves. A committed checkpoint
-then gets a manifest (storage/manifest.py). When a run resumes, a checkpoint that differs from its
-manifest, or that cannot be read, is moved to `checkpoints/damaged/` and never deleted. In a bucket, a checkpoint that
-agrees with its manifest but cannot be read stays where it is, since the reason may be an outage of the bucket: the
-command ends with a StoreError.
+`workdir/checkpoints/<step>` holds params, opt_state, average (the running average of params, if the run keeps one) and
+progress: the run's counters at that step, and for each saved step its number of samples and its score, the value of
+`checkpoint.best_metric`.
+
+On disk, Orbax writes a checkpoint to a temporary folder and commits it by a rename. In a bucket, which has no renames,
+it commits a checkpoint by writing a marker object into it. It removes what interrupted saves left. A committed
+checkpoint then gets a manifest with the sizes and checksums of its files (storage/manifest.py).
+
+When a run resumes, a checkpoint that differs from its manifest, or that cannot be read, is damaged. It is moved to
+`checkpoints/damaged/` and never deleted. In a bucket, a checkpoint that agrees with its manifest but cannot be read
+stays where it is, and the command ends with a StoreError, since the reason may be an outage.
 """
 
 import contextlib
@@ -34,9 +38,9 @@ from mice_jax.storage.retention import checkpoints_to_keep, rank_by_score
 # The parameters whose first dim is the vocabulary, which is padded for the size of the mesh's tensor axis.
 VOCABULARY_PARAMS = ("embed.table", "head.weight", "own_embeddings.table")
 MAX_TENSOR = 128  # the largest tensor axis for which `differ_in_padding` knows the padding
-# In a bucket, Orbax takes every folder without this object for an interrupted save and removes it.
+# The marker object. In a bucket, Orbax takes every folder without it for an interrupted save and removes the folder.
 COMMITTED = "commit_success.txt"
-# Errors of a full disk, a quota or a limit on files contain one of these, in lower case; 28 is ENOSPC, 27 is EFBIG.
+# Errors of a full disk, a quota or a limit on file sizes contain one of these; 28 is ENOSPC, 27 is EFBIG.
 NO_SPACE_ERRORS = ("no space", "quota", "file too large", "os_error_code='28'", "os_error_code='27'")
 MAX_ERROR_CHARS = 300
 
@@ -82,9 +86,10 @@ class CheckpointReader:
         return steps[-1] if step is None else step
 
     def samples(self, step: int) -> int:
-        """Returns the number of samples that the run had seen at a step."""
+        """Returns the number of samples that the run had seen at a step; raises UserError if it cannot be read."""
         items = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=items)["progress"]["samples"]
+        with self._explain_damage(step):
+            return self._manager.restore(step, args=items)["progress"]["samples"]
 
     def restore_params(self, step: int, abstract: Params, item: str = "params") -> Params:
         """Restores the parameters of a step.
@@ -97,8 +102,14 @@ class CheckpointReader:
         Raises:
           UserError: if the checkpoint cannot be read, or has other parameters, or no average.
         """
-        try:
+        with self._explain_damage(step):
             return self._restore_params(step, abstract, item)
+
+    @contextlib.contextmanager
+    def _explain_damage(self, step: int) -> Iterator[None]:
+        """Turns the errors of a checkpoint that cannot be read into an error for the user."""
+        try:
+            yield
         except UserError:
             raise
         except Exception as e:  # Orbax may raise any exception on damaged files
@@ -106,12 +117,12 @@ class CheckpointReader:
                 raise  # It says nothing about the files.
             raise UserError(
                 f"{self.folder / str(step)} cannot be read ({one_line(e)[:MAX_ERROR_CHARS]}). If it is damaged, use "
-                f"another step with --step (there are {', '.join(map(str, self.steps()))}), or resume the run, which "
-                "moves damaged checkpoints away."
+                f"another step (there are {', '.join(map(str, self.steps()))}) with --step or as "
+                f"model.init_from={self.folder}/STEP, or resume the run, which moves damaged checkpoints away."
             ) from e
 
     def _restore_params(self, step: int, abstract: Params, item: str) -> Params:
-        if item == "average" and self._manager.item_metadata(step)[item] is None:
+        if item == "average" and not (self.folder / str(step) / item).exists():
             raise UserError(
                 f"{self.folder / str(step)} holds no average of the weights, since its run has train.ema_half_life=0. "
                 "Leave out --average or the /average at the end of the path, or take the mean of several checkpoints "
@@ -125,8 +136,9 @@ class CheckpointReader:
         """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`, and the run's progress."""
         self._check_params(step, abstract.params)
         items = {
-            # strict=False pads or cuts a vocabulary to the padding of this mesh. _check_params rejects other changes of
-            # params. The shapes of opt_state and average follow from theirs and from fields that are fixed on resume.
+            # strict=False pads or cuts the vocabulary as this mesh needs it. _check_params rejects other differences of
+            # the params. The shapes of opt_state and average are not checked: they follow from those of the params and
+            # from config fields that may not change on resume.
             "params": ocp.args.StandardRestore(abstract.params, strict=False),
             "opt_state": ocp.args.StandardRestore(abstract.opt_state, strict=False),
             "progress": ocp.args.JsonRestore(),
@@ -145,7 +157,7 @@ class CheckpointReader:
         With `strict=False`, Orbax silently pads and cuts arrays to the requested shapes. That is right only for the
         padding of the vocabulary, which is zero.
         """
-        # Orbax gives None for a damaged item. The AttributeError that follows counts as damage (`_try_restore`).
+        # The metadata of a damaged item may be None. The callers treat the AttributeError that follows as damage.
         metadata = self._manager.item_metadata(step)[item]
         stored, wanted = _shapes(metadata.tree), _shapes(abstract)
         for name in [*wanted, *(stored.keys() - wanted.keys())]:
@@ -154,8 +166,8 @@ class CheckpointReader:
                 continue
             raise UserError(
                 f"{self.folder / str(step)} holds {_described(name, found)}, but the model that is asked for has "
-                f"{_described(name, asked)}. Restore the config.json of the model that the run started from "
-                "(model.init_from; for other commands WORKDIR/model/config.json)."
+                f"{_described(name, asked)}. The model's config.json has probably changed since the run started: that "
+                "of model.init_from for mice train, WORKDIR/model/config.json for other commands. Undo the change."
             )
 
     def close(self) -> None:
@@ -183,10 +195,10 @@ class Checkpoints(CheckpointReader):
         Args:
           workdir: the run's folder, on disk or in a bucket.
           policy: which checkpoints are kept; None keeps all.
-          warm_start_ranges: the steps of each phase from whose best checkpoint the next phase starts
-            (`seed_from="best"`). The best step of each range is kept.
+          warm_start_ranges: the steps of each phase that the next phase continues from its best checkpoint
+            (`seed_from="best"`). The best checkpoint of each range is kept.
           check_ownership: raises, in every process, if a process outside of this run has taken the lock of the workdir.
-            It is called before a save, and before manifests are written and old checkpoints deleted.
+            It is called before each save, and before a manifest is written and old checkpoints are deleted.
         """
         self._policy = policy or config.Checkpoint()
         self._warm_start_ranges = warm_start_ranges
@@ -200,8 +212,8 @@ class Checkpoints(CheckpointReader):
     def save(self, state: TrainState, progress: dict[str, Any], score: float | None = None) -> None:
         """Waits for the previous save, then copies the arrays and writes them in the background.
 
-        Expired checkpoints are deleted only once a newer one is complete, so from the first completed save on, the
-        folder always has a complete checkpoint.
+        A checkpoint that the policy no longer keeps is deleted only after a newer one is complete. From the first
+        completed save on, the folder therefore always has a complete checkpoint.
 
         Args:
           state: the state after `state.step` steps.
@@ -223,7 +235,7 @@ class Checkpoints(CheckpointReader):
         self._pending_manifest = step
 
     def wait(self) -> None:
-        """Blocks until the pending save is committed, its manifest written and expired checkpoints deleted."""
+        """Blocks until the pending save is committed, its manifest written, and what the policy drops deleted."""
         step = self._pending_manifest
         self._pending_manifest = None
         with self._raise_write_errors_on_all_processes():
@@ -240,7 +252,7 @@ class Checkpoints(CheckpointReader):
             self._delete_expired()
 
     def _delete_expired(self) -> None:
-        # Only checkpoints whose samples are known can be ranked; others are kept.
+        # The policy applies to the checkpoints whose samples are known. Any others are kept.
         present = {step: self._saved[step] for step in self.steps() if step in self._saved}
         warm_start_steps = [self.best_step(steps) for steps in self._warm_start_ranges]
         kept = checkpoints_to_keep(
@@ -270,13 +282,17 @@ class Checkpoints(CheckpointReader):
 
     @contextlib.contextmanager
     def _raise_write_errors_on_all_processes(self) -> Iterator[None]:
-        """Like `distributed.raise_on_all_processes`, but explains failures, and re-raises at once if a peer is lost."""
+        """Raises an error of any process on all processes, with a message for the user if the storage failed.
+
+        Unlike `distributed.raise_on_all_processes`, it also handles errors that are not a UserError. If a peer is
+        lost, its error is raised at once.
+        """
         failure = None
         try:
             with _explain_store_errors(self.folder):
                 yield
         except Exception as e:
-            # A lost process would not join the collective below. No JaxRuntimeError is an error of the store.
+            # A lost process would not join the collective below. A JaxRuntimeError never comes from the storage.
             if isinstance(e, jax.errors.JaxRuntimeError) or distributed.is_lost_peer_error(e):
                 raise
             failure = e
@@ -287,13 +303,13 @@ class Checkpoints(CheckpointReader):
                 raise kind(str(failure)) from failure
             raise failure or kind("a checkpoint could not be written; another process prints the reason.")
 
-    # ---- Preemption notices of the cluster, of which Orbax's manager knows --------------------------------------
+    # ---- Preemption notices of the cluster, which Orbax's manager passes on from JAX ----------------------------
     def preempted_before(self, start: int) -> bool:
         """Returns whether a preemption notice came before the first step of this process.
 
-        Call it once, before the first `reached_preemption`. JAX reports a preemption at the step after the highest one
-        for which any process has called `reached_preemption`, and one that came before any call at step 1 only. A
-        resumed run begins at a later step and would miss it, so step 1 is asked for here first.
+        Call it once, before the first `reached_preemption`. JAX reports a notice at one step only: the step after the
+        highest one that any process has passed to `reached_preemption`. If the notice came before any call, that is
+        step 1, which a resumed run would never ask for. So this function asks for step 1.
 
         Args:
           start: the number of steps that were done before this process started.
@@ -303,9 +319,9 @@ class Checkpoints(CheckpointReader):
         return at_step_1 or at_start
 
     def reached_preemption(self, step: int) -> bool:
-        """Returns whether to stop after a step because of a preemption notice; called at every step.
+        """Returns whether to stop after a step because of a preemption notice.
 
-        It is true at one step, which is the same in every process.
+        Call it after every step. For each notice it is true at one step, which is the same in every process.
         """
         return self._manager.reached_preemption(step)
 
@@ -346,7 +362,7 @@ class Checkpoints(CheckpointReader):
         return None
 
     def _verify(self, step: int) -> str | None:
-        """Returns what is damaged, or None in every process if a checkpoint agrees with its manifest or has none.
+        """Compares a checkpoint with its manifest; returns a description of the damage, or None in every process.
 
         Only the main process reads the files, so it alone knows the details.
         """
@@ -358,7 +374,7 @@ class Checkpoints(CheckpointReader):
     def _try_restore(
         self, step: int, abstract: TrainState
     ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str | None]:
-        """Returns the restored state and progress, or None and how the checkpoint is damaged.
+        """Returns the restored state and progress, and None; or None, and a description of the damage.
 
         Either every process restores the checkpoint, or none does.
         """
@@ -395,7 +411,7 @@ class Checkpoints(CheckpointReader):
         return target
 
     def _raise_if_checkpoints_exist(self) -> None:
-        """Raises if the folder holds checkpoints although Orbax lists none, or holds only damaged ones."""
+        """Raises if the folder holds checkpoints although Orbax lists none: a failed listing, or all are damaged."""
         if is_remote(self.folder) and any(
             re.fullmatch(f"[0-9]+/{COMMITTED}", name) for name in list_objects(self.folder)
         ):
@@ -407,15 +423,15 @@ class Checkpoints(CheckpointReader):
         if damaged:
             raise UserError(
                 f"all checkpoints in {self.folder} are damaged: {', '.join(damaged)}. Start in another --workdir, or "
-                "remove them to start this run from the beginning."
+                "remove these folders to start this run from the beginning."
             )
 
 
 # ---------------------------------------------------------------------------------------- shared
 def differ_in_padding(name: str, a: Sequence[int], b: Sequence[int]) -> bool:
-    """Returns whether two shapes may be those of one parameter, with its vocabulary padded for two meshes.
+    """Returns whether two shapes may be those of one parameter whose vocabulary is padded for two different meshes.
 
-    A vocabulary is padded to a multiple of `vocab_multiple` of the size of the tensor axis.
+    A vocabulary is padded to a multiple of `vocab_multiple(tensor)`, where `tensor` is the size of the tensor axis.
 
     Args:
       name: the dotted name of the parameter.
@@ -445,7 +461,7 @@ def _checkpoint_folder(workdir: RunPath) -> RunPath:
 
 @contextlib.contextmanager
 def _explain_store_errors(folder: RunPath) -> Iterator[None]:
-    """Turns the errors of a disk without space or an unavailable bucket into errors for the user."""
+    """Turns the errors of a full disk or an unavailable bucket into errors for the user."""
     try:
         yield
     except (AssertionError, AttributeError, LookupError, TypeError, jax.errors.JaxRuntimeError):  # bugs and lost peers
@@ -462,5 +478,5 @@ def _explain_store_errors(folder: RunPath) -> Iterator[None]:
         raise UserError(
             f"the checkpoint could not be written to {folder}, since there is no space for it ({text[:200]}; the disk "
             f"has {stats.f_bavail * stats.f_frsize:,} bytes free). The earlier checkpoints are complete. Delete old "
-            "ones or other files, and run the same command to resume; with checkpoint.keep_last, it keeps fewer."
+            "ones or other files, and run the same command to resume. checkpoint.keep_last makes a run keep fewer."
         ) from e

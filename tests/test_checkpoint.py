@@ -204,7 +204,7 @@ def shaped(embed: tuple[int, ...] = (128, 8), up: tuple[int, ...] = (2, 8), **ot
     [
         (
             shaped(up=(2, 12)),
-            r"layers\.up with the shape \[2, 8\], but .* layers\.up with the shape \[2, 12\]\. Restore",
+            r"layers\.up with the shape \[2, 8\], but .* layers\.up with the shape \[2, 12\]\. .* Undo",
         ),
         (shaped(up=(2, 8, 1)), r"layers\.up with the shape \[2, 8\], but .* with the shape \[2, 8, 1\]"),
         (shaped(embed=(128, 12)), r"embed\.table with the shape \[128, 8\], but .* \[128, 12\]"),
@@ -255,8 +255,22 @@ def test_a_vocabulary_is_padded_with_zeros(run: Path) -> None:
 def test_a_reader_of_a_damaged_checkpoint_names_the_other_steps(damage: str, run: Path) -> None:
     DAMAGES[damage](run / "checkpoints" / "10")
     reader = CheckpointReader(run)
-    with pytest.raises(UserError, match=r"checkpoints/10 cannot be read .* --step \(there are 9, 10\)"):
+    with pytest.raises(UserError, match=r"checkpoints/10 cannot be read .* another step \(there are 9, 10\)"):
         reader.restore_params(10, ABSTRACT.params)
+    reader.close()
+
+
+def test_a_reader_names_what_a_checkpoint_lacks(run: Path) -> None:
+    step = run / "checkpoints" / "10"
+    reader = CheckpointReader(run)
+    with pytest.raises(UserError, match=r"checkpoints/10 holds no average of the weights"):
+        reader.restore_params(10, ABSTRACT.params, "average")
+    (step / "average").mkdir()  # the average is there, but its files are lost
+    with pytest.raises(UserError, match=r"checkpoints/10 cannot be read"):
+        reader.restore_params(10, ABSTRACT.params, "average")
+    DAMAGES["missing progress"](step)
+    with pytest.raises(UserError, match=r"checkpoints/10 cannot be read"):
+        reader.samples(10)
     reader.close()
 
 
