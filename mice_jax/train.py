@@ -240,9 +240,9 @@ def train(config: Config, run: Run, launch: Launch) -> None:
             for microbatch in loaded["microbatches"]:
                 sums = fns.accumulate(join(state.params), sums, microbatch)
             scalars = _scalars_of_update(config, schedule(step - 1), run.progress, loaded["samples"], mesh)
-            state, sums, device_metrics = fns.apply(state, sums, *scalars)
+            state, sums, metrics = fns.apply(state, sums, *scalars)
             next_loaded = next(loaded_steps, None)
-            metrics = jax.tree.map(lambda value: value.item(), jax.device_get(device_metrics))
+            metrics = jax.tree.map(lambda value: value.item(), jax.device_get(metrics))
 
         # A loss or gradient norm that is not finite ends the run before the step is recorded.
         if not metrics["finite"]:
