@@ -16,16 +16,18 @@ from mice_jax.errors import UserError
 from mice_jax.statistics import student_t
 from mice_jax.sweeps import BracketRule, Replay, replay
 from mice_jax.sweeps.grid import Grid
+from mice_jax.sweeps.rule import Runs
 
 pytestmark = pytest.mark.smoke
 START = 10.0
 RATES = (1e-5, 2e-5, 4e-5, 8e-5, 16e-5, 32e-5)
+PROBED = 0.5  # the share of the run to which every arm is probed
 
 
-def curves_of(probe, final, points: int = 5) -> np.ndarray:
-    """Returns curves [*, point] that are at `probe` at the first fifth of the run and at `final` from then on."""
+def curves_of(probe, final) -> np.ndarray:
+    """Returns curves [*, point] of ten points that are at `probe` up to the probe and at `final` from then on."""
     probe, final = np.broadcast_arrays(np.asarray(probe, float), np.asarray(final, float))
-    return np.stack([probe] * (points // 5) + [final] * (points - points // 5), axis=-1)
+    return np.stack([probe] * 5 + [final] * 5, axis=-1)
 
 
 RULE = BracketRule()
@@ -39,60 +41,89 @@ def one_axis(probe, finals, rule: BracketRule = RULE, **options) -> Replay:
 
 # ---------------------------------------------------------------------------------------- by hand
 def test_bracket_walks_down_to_a_winner_that_came_last_in_the_probe() -> None:
-    """The probe leaves 3, 4, 5; the best of them is at the end of the three, so the walk goes on to the last arm."""
+    """The probe leaves the last arm alone, and each neighbour on the way to the first one is better."""
     r = one_axis([6, 5, 4, 3, 2, 1], [[1, 2, 3, 4, 5, 6]])
     assert r.chosen == {"rate": 1e-5}
     assert r.ran.tolist() == [[1, 1, 1, 1, 1, 1]] and r.saved == 0.0
     r = one_axis([6, 5, 4, 3, 2, 1], [[1.5, 1, 3, 4, 5, 6]])
     assert r.chosen == {"rate": 2e-5}, "here the end of the axis is the second neighbour of the winner"
     r = one_axis([3.0, 2.9, 2, 3.5, 2.1, 2.2], [[2, 3, 4, 5, 1, 6]])
-    assert r.ran[0].tolist() == pytest.approx([0.2, 0.2, 1, 1, 1, 1]), "the best of the leaders has one neighbour left"
-    assert r.saved == pytest.approx(1.6 / 6)
+    assert r.ran[0].tolist() == pytest.approx([PROBED, PROBED, 1, 1, 1, 1]), (
+        "the best of the leaders has one neighbour left"
+    )
+    assert r.saved == pytest.approx(1 / 6)
 
 
 def test_bracketed_leader_ends_the_sweep() -> None:
     r = one_axis([3, 2, 1, 2, 3, 4], [[3, 2, 1, 2, 3, 4]])
     assert r.chosen == {"rate": 4e-5} and r.notes == ()
-    assert r.ran[0].tolist() == pytest.approx([0.2, 1, 1, 1, 0.2, 0.2]) and r.saved == pytest.approx(0.4)
+    assert r.ran[0].tolist() == pytest.approx([PROBED, 1, 1, 1, PROBED, PROBED]) and r.saved == pytest.approx(0.25)
 
 
-def test_keep_of_one_still_brackets() -> None:
-    r = one_axis([3, 2, 1, 2, 3, 4], [[3, 2, 1, 2, 3, 4]], BracketRule(keep=1))
-    assert r.ran[0].tolist() == pytest.approx([0.2, 1, 1, 1, 0.2, 0.2])
-
-
-def test_arms_that_tie_with_the_last_of_the_leaders_are_finished() -> None:
-    """The gain of the probe is 9, so the margin is 0.27."""
-    r = one_axis([1, 1.5, 2, 2.26, 2.28, 5], [[1, 2, 3, 4, 5, 6]])
-    assert r.ran[0].tolist() == pytest.approx([1, 1, 1, 1, 0.2, 0.2])
+@pytest.mark.parametrize(("third", "is_finished"), [(1.26, True), (1.28, False)])
+def test_arms_that_tie_with_the_best_of_the_probe_are_finished(third: float, is_finished: bool) -> None:
+    """The gain of the probe is 9, so the margin is 0.27; the third arm is no neighbour of the best one."""
+    r = one_axis([1, 1.1, third, 2, 3, 5], [[1, 2, 3, 4, 5, 6]])
+    assert r.ran[0].tolist() == pytest.approx([1, 1, 1 if is_finished else PROBED, PROBED, PROBED, PROBED])
 
 
 def test_probe_that_has_learned_nothing_rules_out_no_arm() -> None:
     assert one_axis([10, 10.1, 10.2, 10.3, 10.4, 11], [[3, 2, 1, 2, 3, 4]]).saved == 0.0
 
 
-def test_one_arm_of_six_is_finished_in_large_grids() -> None:
-    probe = np.arange(1, 25).reshape(1, 4, 6)
-    axes = {"batch": [1, 2, 4, 8], "rate": list(RATES)}
-    r = replay(curves_of(probe, probe), axes, BracketRule(axes=("rate",), seed_margin=0), start=100.0)
-    assert int((r.ran == 1).sum()) == 4, "the first row of the grid leads, and 0 is at the end of both axes"
+BY_BATCH = {"batch": [8, 16], "rate": [1, 2, 3, 4]}
+NOWHERE = math.nan  # what a run that has diverged is at
+
+
+@pytest.mark.parametrize(
+    ("probe", "axes", "wanted"),
+    [
+        ([1, 2, 3, 4, 3.9, 5], {}, [0, 4]),
+        ([1, 2, 3, 4, 4.1, 5], {}, [0]),  # the fifth is worse than the fourth
+        ([1, 5, 4, 4, 5, 6], {}, [0, 2, 3]),  # two that tie
+        ([1, 9, 2, 8, 3, 7], {}, [0, 2, 4]),  # numbers without an order
+        ([1, 2, 3, NOWHERE, 4, 5], {}, [0, 4]),  # its neighbour has diverged
+        ([1, 2, 3, 3.5, 4, 5], {}, [0]),
+        ([1, 2, 3, 4, 5, NOWHERE], {}, [0]),
+        ([1, 2, 3, 3.9, 5, 4], {"rate": [1, 2, 3, 6, 4, 5]}, [0, 3]),  # neighbours are those by value
+        ([1, 2, 3, 4, 8, 7, 6, 9], BY_BATCH, [0, 6]),  # two batch sizes have no order
+        ([NOWHERE] * 6, {}, []),
+    ],
+)
+def test_local_minima_of_the_probe_are_finished(probe: list[float], axes: dict, wanted: list[int]) -> None:
+    """The margin is 0, so that only minima are finished."""
+    grid = Grid(axes or {"rate": RATES})
+    curves = np.array(probe)[None, :, None].repeat(2, axis=2)
+    curves = np.where(np.isnan(curves), np.inf, curves)
+    runs = Runs(curves, np.ones((1, grid.size), int), np.zeros((1, grid.size), bool), np.array([PROBED, 1.0]), START)
+    assert {task.arm for task in BracketRule(seed_margin=0).next_tasks(grid, runs)} == {*wanted}
+
+
+def test_winner_that_only_leads_its_neighbours_is_found() -> None:
+    """The fifth arm is fourth in the probe and wins; where it is worse than the fourth, the control, it is lost."""
+    finals = [[2, 3, 4, 4, 1, 5]]
+    found = one_axis([1, 2, 3, 4, 3.9, 5], finals)
+    assert found.chosen == {"rate": 16e-5}
+    assert found.ran[0].tolist() == pytest.approx([1, PROBED, PROBED, 1, 1, 1])
+    lost = one_axis([1, 2, 3, 4, 4.1, 5], finals)
+    assert lost.chosen == {"rate": 1e-5} and lost.ran[0].tolist() == pytest.approx([1] * 2 + [PROBED] * 4)
 
 
 def test_second_valley_within_the_margin_is_bracketed_too() -> None:
     """The margin is 0.27: the arm at 1.2 counts as a minimum of its own, one at 1.4 does not."""
     probe = [2, 1, 5, 5, 1.1, 5]
-    near = one_axis(probe, [[2, 1, 3, 3, 1.2, 0.5]], BracketRule(keep=2))
+    near = one_axis(probe, [[2, 1, 3, 3, 1.2, 0.5]])
     assert near.chosen == {"rate": 32e-5} and near.ran[0, 3] == 1
-    far = one_axis(probe, [[2, 1, 3, 3, 1.4, 0.5]], BracketRule(keep=2))
-    assert far.chosen == {"rate": 2e-5} and far.ran[0, 5] == pytest.approx(0.2)
+    far = one_axis(probe, [[2, 1, 3, 3, 1.4, 0.5]])
+    assert far.chosen == {"rate": 2e-5} and far.ran[0, 5] == pytest.approx(PROBED)
 
 
 def test_two_ordered_axes_are_both_bracketed() -> None:
     final = np.array([[[9, 8, 7], [6, 1, 5], [4, 3, 2]]], float)
     axes = {"batch": [8, 16, 32], "rate": [1, 2, 3]}
-    r = replay(curves_of(final, final), axes, BracketRule(keep=1, seed_margin=0), start=START)
+    r = replay(curves_of(final, final), axes, BracketRule(seed_margin=0), start=START)
     assert r.chosen == {"batch": 16, "rate": 2}
-    finished = [[0, 1], [1, 0], [1, 1], [1, 2], [2, 1], [2, 2]]  # the last one because one arm of six is kept: two
+    finished = [[0, 1], [1, 0], [1, 1], [1, 2], [2, 1], [2, 2]]  # the last one leads its neighbours in the probe
     assert np.argwhere(r.ran[0] == 1).tolist() == finished
 
 
@@ -117,9 +148,9 @@ def test_noisy_lag_stays_in_contention_by_the_t_test() -> None:
 def test_other_kinds_of_axes_make_blocks_that_meet_at_the_end() -> None:
     """The probe of the second block is worse than that of any arm of the first, and its best arm wins."""
     probe = np.array([[[1, 2, 3, 4, 5], [6, 7, 8, 9, 9.5]]])
-    final = np.array([[[3, 2, 3, 4, 5], [2, 1, 2, 3, 4]]])
+    final = np.array([[[3, 2, 3, 4, 5], [4, 1, 2, 3, 4]]])
     axes = {"schedule": ["constant", "cosine"], "rate": [1, 2, 3, 4, 5]}
-    rule = BracketRule(keep=1, seed_margin=0)
+    rule = BracketRule(seed_margin=0)
     r = replay(curves_of(probe, final), axes, rule, start=START)
     assert r.chosen == {"schedule": "cosine", "rate": 2}
     assert (r.ran[0] == 1).tolist() == [[True] * 3 + [False] * 2] * 2
@@ -142,17 +173,17 @@ def test_axis_of_names_after_the_rates_makes_blocks_too() -> None:
     probe = np.array([[[1, 6], [2, 7], [3, 8], [4, 9], [5, 9.5]]])
     final = np.array([[[3, 2], [2, 1], [3, 2], [4, 3], [5, 4]]])
     axes = {"rate": [1, 2, 3, 4, 5], "schedule": ["constant", "cosine"]}
-    r = replay(curves_of(probe, final), axes, BracketRule(keep=1, seed_margin=0), start=START)
+    r = replay(curves_of(probe, final), axes, BracketRule(seed_margin=0), start=START)
     assert r.chosen == {"rate": 2, "schedule": "cosine"}
 
 
 def test_diverged_runs_stop_where_they_diverge_and_do_not_count() -> None:
     curves = curves_of([[1, 2, 3, 4, 5, 6]], [[math.nan, 3, 2, 1, 2, 3]])
-    curves[0, 1, 2:] = math.inf  # in the middle of the run
+    curves[0, 1, 6:] = math.inf  # in the middle of the run
     curves[0, 5] = math.nan  # from its first point on
     r = replay(curves, {"rate": RATES}, BracketRule(), start=START)
     assert r.chosen == {"rate": 8e-5}
-    assert r.ran[0].tolist() == pytest.approx([0.4, 0.6, 1, 1, 1, 0.2])
+    assert r.ran[0].tolist() == pytest.approx([0.6, 0.7, 1, 1, 1, 0.1])
 
 
 def test_arm_that_diverges_with_a_later_seed_is_out() -> None:
@@ -183,16 +214,16 @@ def test_regret_is_that_of_the_other_seeds() -> None:
     assert peeked.regret == 0.0
     probe = [[1, 8, 9, 9.1, 9.2]] * 4
     final = [[2, 3, 4, 4, 1]] * 2 + [[2, 3, 4, 4, 1.6]] * 2
-    missed = replay(curves_of(probe, final), {"rate": [1, 2, 3, 4, 5]}, BracketRule(keep=1), start=START, seeds=(0, 1))
+    missed = replay(curves_of(probe, final), {"rate": [1, 2, 3, 4, 5]}, BracketRule(), start=START, seeds=(0, 1))
     assert missed.chosen == {"rate": 1} and missed.regret == pytest.approx(2 / 1.6 - 1)
     assert math.isnan(replay(curves_of(0, finals), {"rate": [1, 2, 3]}, BracketRule(), start=START).regret)
 
 
 def test_workers_share_the_time_of_the_runs() -> None:
-    """Three arms are finished and three are probed: 3.6 runs. Two workers need 3 probes and then two whole runs."""
+    """Three arms are finished and three are probed: 4.5 runs. Two workers need 3 probes, the leader, then two."""
     finals = [[3, 2, 1, 2, 3, 4]]
-    assert one_axis(finals[0], finals).wall_clock == pytest.approx(3.6)
-    assert one_axis(finals[0], finals, workers=2).wall_clock == pytest.approx(3 * 0.2 + 2 * 0.8)
+    assert one_axis(finals[0], finals).wall_clock == pytest.approx(4.5)
+    assert one_axis(finals[0], finals, workers=2).wall_clock == pytest.approx(3 * 0.5 + 0.5 + 0.5)
 
 
 # ---------------------------------------------------------------------------------------- a second implementation
@@ -209,10 +240,7 @@ def reference(curves: np.ndarray, shape: tuple[int, ...], start: float, rule: Br
     seeds, arms, points = curves.shape
     at = math.ceil(round(rule.first * points, 6))
     y, end = curves[0, :, at - 1], curves[:, :, -1]
-    order = sorted(range(arms), key=lambda a: y[a])
-    cut = y[order[min(arms, max(rule.keep, -(-arms // 6))) - 1]]
-    gain = start - y[order[0]]
-    done = {a for a in range(arms) if gain <= 0 or y[a] <= cut + rule.seed_margin * gain}
+    gain = start - min(y)
 
     def beside(a: int) -> set[int]:
         found = set()
@@ -221,6 +249,11 @@ def reference(curves: np.ndarray, shape: tuple[int, ...], start: float, rule: Br
             found |= ({a - stride} if i else set()) | ({a + stride} if i + 1 < shape[axis] else set())
         return found
 
+    done = {
+        a
+        for a in range(arms)
+        if gain <= 0 or y[a] <= min(y) + rule.seed_margin * gain or y[a] <= min(y[n] for n in beside(a))
+    }
     while True:
         low = min(end[0, a] for a in done)
         margin = rule.seed_margin * max(0.0, start - low)
@@ -264,11 +297,11 @@ def random_sweep(seed: int, noise: float = 0.1) -> tuple[np.ndarray, dict, float
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**20), st.sampled_from([0.01, 0.1, 0.5]), st.integers(1, 4), st.integers(1, 5))
-def test_rule_equals_a_second_implementation(seed: int, noise: float, keep: int, workers: int) -> None:
+@given(st.integers(0, 2**20), st.sampled_from([0.01, 0.1, 0.5]), st.sampled_from([0.0, 0.03, 0.2]), st.integers(1, 5))
+def test_rule_equals_a_second_implementation(seed: int, noise: float, margin: float, workers: int) -> None:
     """The number of workers changes the order in which runs come in, and so must not change the answer."""
     curves, axes, start = random_sweep(seed, noise)
-    rule = BracketRule(keep=keep)
+    rule = BracketRule(seed_margin=margin)
     arm, ran = reference(curves.reshape(len(curves), -1, 10), curves.shape[1:-1], start, rule)
     r = replay(curves, axes, rule, start=start, workers=workers)
     assert r.ran.reshape(ran.shape) == pytest.approx(ran, abs=1e-12)
@@ -354,7 +387,7 @@ def test_quantiles_of_student_s_t_equal_scipy_s() -> None:
 GOOD = curves_of([[3, 2, 1], [3, 2, 1]], 1.0)
 BAD_INPUT = [
     ({"curves": GOOD[0]}, "curves has 2 dims.*needs 3: .seed, rate, point."),
-    ({"curves": GOOD[:, :2]}, r"curves has the shape \(2, 2, 5\), but the axes have 3 values"),
+    ({"curves": GOOD[:, :2]}, r"curves has the shape \(2, 2, 10\), but the axes have 3 values"),
     ({"curves": GOOD[..., :0]}, "holds no value"),
     ({"curves": [[["a"]]]}, "curves is not an array of numbers"),
     ({"curves": np.where(GOOD == 1, -np.inf, GOOD)}, "contains -inf"),

@@ -100,9 +100,9 @@ def test_bracket_rule_meets_its_targets_on_stored_sweeps() -> None:
     scores = evidence.evaluate([stored_sweeps.load(f) for f in STORED], {"bracket": BracketRule()})
     [summary] = evidence.summarise(scores)
     assert summary.passes and summary.sweeps == 4
-    assert all(s.splits == 20 and s.saved >= 0.7 and s.misses == 0 for s in scores)
-    # The rates are bracketed and those of two neighbouring batch sizes finished, with 2 to 3 arms for all three seeds.
-    assert summary.saved[0] == pytest.approx(0.782, abs=0.002)
+    assert all(s.splits == 20 and s.saved >= 0.69 and s.misses == 0 for s in scores)
+    # Probes are 9 of 54 runs. The halves of five to seven arms and 2 to 3 arms with further seeds make another 6.
+    assert summary.saved[0] == pytest.approx(0.721, abs=0.002)
 
 
 def test_halving_of_runs_loses_the_winner_of_a_stored_sweep() -> None:

@@ -24,6 +24,7 @@ from mice_jax.sweeps.trials import bracket_rule, settled, trial_config
 RATE = "optim.learning_rate"
 RATES = [1e-5, 2e-5, 4e-5, 8e-5, 16e-5]
 STEPS = 10
+PROBED = 0.5  # the share of a run to which every arm is probed
 
 
 def bracket_sweep(**fields: Any) -> Sweep:
@@ -34,13 +35,13 @@ def bracket_sweep(**fields: Any) -> Sweep:
 
 
 def write_run(folder: Path, curve: np.ndarray, share: float, start: float, status: str) -> None:
-    """Writes the files of a run of ten steps that came to a share of them, evaluated at a fifth and at the end."""
+    """Writes the files of a run of ten steps that came to a share of them, evaluated at half of them and at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = [{"step": 0, "samples": 0, "eval/loss": start}]
     for step in range(1, round(share * STEPS) + 1):
         line = {"step": step, "samples": 8 * step, "loss": 1.0}
-        if step in (2, STEPS):
-            line["eval/loss"] = float(curve[0 if step == 2 else 1])
+        if step in (5, STEPS):
+            line["eval/loss"] = float(curve[0 if step == 5 else 1])
         lines.append(line)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "data_report.json").write_text(json.dumps({"steps": STEPS}))
@@ -55,11 +56,11 @@ def test_trials_that_run_are_those_of_a_replay(seed: int, tmp_path: Path) -> Non
     rng = np.random.default_rng(seed)
     axes = {RATE: RATES[: 3 + seed % 3], "optim.schedule": ["constant", "cosine"][: 1 + seed % 2]}
     shape = (3, *map(len, axes.values()))
-    curves = 2 + np.abs(rng.normal(size=(*shape, 5)).cumsum(axis=1))  # points at 20, 40, ... 100 %
+    curves = 2 + np.abs(rng.normal(size=(*shape, 4)).cumsum(axis=1))  # points at 25, 50, 75 and 100 %
     if seed % 4 == 3:
         curves[:, -1, :, -1] = np.nan
     sweep = bracket_sweep(axes=axes, stop=BracketRule(seed_margin=0.2))
-    by_arm = curves.reshape(3, -1, 5)
+    by_arm = curves.reshape(3, -1, 4)
     finals: dict[int, float] = {}
     failed: set[int] = set()
     ran = np.zeros(by_arm.shape[:2])
@@ -70,7 +71,7 @@ def test_trials_that_run_are_those_of_a_replay(seed: int, tmp_path: Path) -> Non
             break
         number, until = tasks[0]
         arm, s = divmod(number, 3)
-        values = by_arm[s, arm, [0, 4]]
+        values = by_arm[s, arm, [1, 3]]
         diverges = until == 1 and np.isnan(values[1])
         ran[s, arm] = until
         write_run(tmp_path / str(number), values, 0.9 if diverges else until, 6.0, "completed")
@@ -87,24 +88,24 @@ def test_trials_that_run_are_those_of_a_replay(seed: int, tmp_path: Path) -> Non
 
 def test_higher_metric_is_better_where_the_sweep_says_so(tmp_path: Path) -> None:
     sweep = bracket_sweep(mode="max", seeds=[])
-    live = LiveBracket(sweep, BracketRule(keep=1, seed_margin=0), tmp_path, lambda n: STEPS)
+    live = LiveBracket(sweep, BracketRule(seed_margin=0), tmp_path, lambda n: STEPS)
     for number, value in enumerate([1, 2, 3, 2, 1]):
-        write_run(tmp_path / str(number), np.array([value, value]), 0.2, 0.5, "paused")
+        write_run(tmp_path / str(number), np.array([value, value]), PROBED, 0.5, "paused")
     assert [task.number for task in live.tasks({}, ())] == [2]
     assert [task.number for task in live.tasks({2: 3.0}, ())] == [1, 3]
     assert live.tasks({1: 2.0, 2: 3.0, 3: 2.0}, ()) == []
 
 
 def test_study_pauses_resumes_and_ends_trials(tmp_path: Path) -> None:
-    """The second rate leads and wins: its neighbours and it are finished, and the other two stay at a fifth."""
-    study = Study(bracket_sweep(seeds=[3, 4], stop=BracketRule(keep=1, seed_margin=0)), tmp_path / "sweep")
+    """The second rate leads and wins: its neighbours and it are finished, and the other two stay at half."""
+    study = Study(bracket_sweep(seeds=[3, 4], stop=BracketRule(seed_margin=0)), tmp_path / "sweep")
     values = [2.0, 1.0, 2.0, 3.0, 4.0]
     claimed = [study.claim() for _ in range(6)]
     assert claimed == [0, 2, 4, 6, 8, None], "the first seed of each arm"
     for number in claimed[:-1]:
         config = study.begin(number).read_text()
-        assert "pause_at_share=0.2" in config and "at_shares=[0.2]" in config and study.pauses(number)
-        write_run(study.run_folder(number), np.full(2, values[number // 2]), 0.2, 5.0, "paused")
+        assert "pause_at_share=0.5" in config and "at_shares=[0.5]" in config and study.pauses(number)
+        write_run(study.run_folder(number), np.full(2, values[number // 2]), PROBED, 5.0, "paused")
         study.pause(number)
     assert [r["status"] for r in results(study.folder)] == ["paused", "waiting"] * 5
     for wanted in ([2], [0, 4]):
@@ -120,10 +121,10 @@ def test_study_pauses_resumes_and_ends_trials(tmp_path: Path) -> None:
     assert study.num_ended() == 10
     rows = results(study.folder)
     assert [r["status"] for r in rows] == ["completed", "stopped"] * 3 + ["stopped"] * 4
-    assert rows[6]["reason"] == "paused at 20%: the bracket rule has found the best arm without it"
+    assert rows[6]["reason"] == "paused at 50%: the bracket rule has found the best arm without it"
     assert rows[9]["reason"] == "not run: the bracket rule has found the best arm without it"
     assert "pause_at_share=0.0" in (study.run_folder(6) / "config.py").read_text(), "so that it can be run by hand"
-    assert study.conclusion() == [f"best arm: {RATE}=2e-05; eval/loss 1 (mean of 1 seeds); saved 66%"]
+    assert study.conclusion() == [f"best arm: {RATE}=2e-05; eval/loss 1 (mean of 1 seeds); saved 60%"]
     study.write_certificate()
     found = content.of_sweep(study.folder)["certificate"]
     lags = [(b["axis"], *(b[side]["lag"] for side in ("lower", "higher"))) for b in found["brackets"]]
@@ -140,10 +141,10 @@ def test_certificate_has_the_neighbours_and_the_runner_up_with_its_interval() ->
     curves = np.where(np.isnan(finals), 2.0, finals)[..., None].repeat(2, axis=2)
     done = np.where(np.isnan(finals), 0, 2)
     curves[0, 4], done[0, 4] = np.inf, 1  # rate 4e-5, constant
-    runs = Runs(curves, done, np.zeros((3, 8), bool), np.array([0.2, 1.0]), 3.0)
+    runs = Runs(curves, done, np.zeros((3, 8), bool), np.array([PROBED, 1.0]), 3.0)
     found = certificate.of_sweep(BracketRule(), grid, runs, "eval/loss", 1.0)
     assert found and found.values == {RATE: 2e-5, "optim.schedule": "constant"}
-    assert (found.seeds, found.mean) == (3, pytest.approx(1.0)) and found.saved == pytest.approx(1 - (7 + 0.2) / 24)
+    assert (found.seeds, found.mean) == (3, pytest.approx(1.0)) and found.saved == pytest.approx(1 - (7 + 0.5) / 24)
     [bracket] = found.brackets
     assert bracket.lower and bracket.higher and bracket.lower.lag == pytest.approx(0.5) and bracket.lower.seeds == 1
     assert bracket.higher.status == "diverged" and np.isnan(bracket.higher.lag)
@@ -153,7 +154,7 @@ def test_certificate_has_the_neighbours_and_the_runner_up_with_its_interval() ->
     assert (found.runner_up.low, found.runner_up.high) == pytest.approx((reference.low, reference.high))
     assert found.runner_up.lag == pytest.approx(0.03)
     assert json.loads(json.dumps(found.to_json()))["brackets"][0]["higher"]["lag"] is None
-    alone = Runs(curves[:, :1], done[:, :1], np.zeros((3, 1), bool), np.array([0.2, 1.0]), 3.0)
+    alone = Runs(curves[:, :1], done[:, :1], np.zeros((3, 1), bool), np.array([PROBED, 1.0]), 3.0)
     at_the_end = certificate.of_sweep(BracketRule(), checked_grid({RATE: RATES[:1]}), alone, "eval/loss", 1.0)
     assert at_the_end and at_the_end.runner_up is None and at_the_end.brackets == []
 
@@ -243,7 +244,7 @@ def test_runs_of_unequal_length_need_blocks_and_held_out_data() -> None:
 def test_sweep_pauses_and_resumes_trials_until_the_best_is_bracketed(tmp_path: Path) -> None:
     """Of three rates the highest is best, so it and its neighbour are finished; test_sweep has two workers."""
     rates = [1e-5, 1e-3, 1e-2]
-    fields = f"axes={{'{RATE}': {rates}}}, seeds=[0], stop=BracketRule(keep=1, seed_margin=0)"
+    fields = f"axes={{'{RATE}': {rates}}}, seeds=[0], stop=BracketRule(seed_margin=0)"
     file = sweep_file(tmp_path, fields, "c.optim.batch_size = 4\n")
     file.write_text(
         file.read_text().replace("import Sweep\n", "import Sweep\nfrom mice_jax.sweeps import BracketRule\n")
@@ -254,7 +255,7 @@ def test_sweep_pauses_and_resumes_trials_until_the_best_is_bracketed(tmp_path: P
     assert [r["status"] for r in rows] == ["stopped", "completed", "completed"]
     assert "best arm: optim.learning_rate=0.01;" in output and "3 of 3 ended" in output
     total, run = int(rows[2]["steps"]), workdir / "runs" / "0"
-    assert rows[0]["reason"].startswith("paused") and int(rows[0]["steps"]) == -(-total // 5)
+    assert rows[0]["reason"].startswith("paused") and int(rows[0]["steps"]) == -(-total // 2)
     assert read_json(run, "summary.json")["status"] == "paused"
     assert "eval/loss" in read_all_metrics(run)[0] and "eval/loss" in read_all_metrics(run)[-1]
     assert len(study_of(workdir).trials) == 3

@@ -1,14 +1,15 @@
 """A rule that finds the best arm of a sweep without running the whole grid.
 
 Rules that stop runs for good on an early ranking lose the winner where that ranking turns later. This rule pauses
-runs instead, finishes the few that lead early, then finishes the neighbours of the best arm on each ordered axis until
-both of them are worse, and spends further seeds only on the arms that one seed cannot tell apart.
+runs half-way instead, finishes those that lead their neighbours there, then finishes the neighbours of the best arm on
+each ordered axis until both of them are worse, and spends further seeds only on the arms that one seed cannot tell
+apart.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,11 +18,9 @@ from mice_jax.statistics import student_t
 from mice_jax.sweeps.grid import MIN_ORDERED_VALUES, Grid, is_numeric
 from mice_jax.sweeps.rule import Runs, SweepRule, Task, best_arm
 
-# The constants of the rule. They were fixed on sweeps of a toy network before any study was run with the rule, and are
-# not to be tuned on a study whose conclusions rest on them.
-FIRST = 0.2  # the share of its run to which every arm is probed
-KEEP = 3  # how many arms of a block are finished after the probe, at least
-KEEP_ONE_OF = 6  # and at least one of this many arms
+# The constants of the rule. They were fixed on sweeps of a toy network and on synthetic ones before any study was run
+# with the rule, and are not to be tuned on a study whose conclusions rest on them.
+FIRST = 0.5  # the share of its run to which every arm is probed
 SEED_MARGIN = 0.03  # as a share of the gain: 1.25 times the largest lag of a good arm after one seed
 T_TEST_SEEDS = 3  # the number of seeds from which on a paired t test also decides who is in contention
 T_TEST_LEVEL = 0.9  # its confidence, one-sided
@@ -33,8 +32,8 @@ class BracketRule(SweepRule):
     """Probes all arms with one seed, brackets the best one, and gives further seeds to the arms in contention.
 
     1. Probe: each arm runs with the first seed to the first evaluation at or past `first` of the run.
-    2. Finish: in each block, the `keep` best arms by the probe are finished (one arm of six where that is more), and
-       those that lag behind the last of them by no more than the margin.
+    2. Finish: in each block, the local minima of the probe are finished, which are the arms without a better neighbour
+       on an ordered axis, and so are those that lag behind the best one by no more than the margin.
     3. Bracket: on each ordered axis, the neighbours of the block's best finished arm are finished, and those of any
        other finished arm that is within the margin of it and has no better finished neighbour. This is repeated until
        all these neighbours are finished.
@@ -46,9 +45,12 @@ class BracketRule(SweepRule):
     The margin is `seed_margin` times the gain, which is the metric before the first step less the best value at hand.
     A run that diverges counts as infinitely bad, and so does its arm.
 
+    The rule was first written with a probe at a fifth of the run, after which the three best arms of a block were
+    finished (one of six where that was more). That saved five points more, and lost more than 1 % seven times as often:
+    where the ranking turns late, the three best arms of an early probe are all in the wrong place.
+
     Attributes:
         first: The share of its run to which every arm is probed.
-        keep: How many arms of a block are finished after the probe, at least.
         seed_margin: The lag that one seed does not settle, as a share of the gain.
         axes: The names of the ordered axes, numbers of which neighbours behave alike; by default all axes of at
             least three numbers.
@@ -57,7 +59,6 @@ class BracketRule(SweepRule):
     """
 
     first: float = FIRST
-    keep: int = KEEP
     seed_margin: float = SEED_MARGIN
     axes: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
@@ -93,10 +94,9 @@ class BracketRule(SweepRule):
 
     def check_axes(self, grid: Grid) -> None:
         """Raises UserError where a field of the rule is out of bounds or an axis cannot be bracketed."""
-        if not 0 < self.first <= 1 or self.keep < 1 or not 0 <= self.seed_margin < math.inf:
+        if not 0 < self.first <= 1 or not 0 <= self.seed_margin < math.inf:
             raise UserError(
-                f"{self} is not a rule: first must be above 0 and at most 1, keep at least 1, and seed_margin at "
-                "least 0."
+                f"{self} is not a rule: first must be above 0 and at most 1, and seed_margin at least 0 and finite."
             )
         for name in (*self.axes, *self.blocks):
             if name not in grid.axes:
@@ -146,7 +146,7 @@ class BracketRule(SweepRule):
         The stages are gone through from the first one on each time. Each is complete before the next one is looked at,
         so the answer does not depend on which of several runs came in first.
         """
-        arms = self._leaders(runs, block)
+        arms = self._leaders(grid, runs, block)
         while all(runs.finished(0, a) for a in arms):
             beside = [a for a in self._beside_the_best(grid, runs, arms) if a not in arms and not runs.failed_arms[a]]
             # Arms that were finished because of an arm that has diverged since then are known too.
@@ -156,17 +156,22 @@ class BracketRule(SweepRule):
             arms = [*arms, *more]
         return arms
 
-    def _leaders(self, runs: Runs, block: Sequence[int]) -> list[int]:
-        """Returns the arms of a probed block that lead by the probe, the best first."""
+    def _leaders(self, grid: Grid, runs: Runs, block: Sequence[int]) -> list[int]:
+        """Returns the arms of a probed block that are finished because of the probe, the best first."""
         at_probe = {a: runs.value(0, a, runs.points_at(self.first)) for a in block}
-        alive = sorted((a for a in block if math.isfinite(at_probe[a])), key=lambda a: at_probe[a])
-        if not alive:
-            return []
-        last_kept = alive[: max(self.keep, math.ceil(len(block) / KEEP_ONE_OF))][-1]
-        gain = runs.start - at_probe[alive[0]]
-        if gain <= 0:  # No arm has learned anything yet, so the probe ranks noise.
-            return alive
-        return [a for a in alive if at_probe[a] <= at_probe[last_kept] + self.seed_margin * gain]
+        best = min(at_probe.values())
+        gain = runs.start - best
+        margin = self.seed_margin * gain if gain > 0 else math.inf  # without a gain, the probe ranks noise
+        leaders = [a for a in block if at_probe[a] <= best + margin or self._is_minimum(grid, at_probe, a)]
+        return sorted((a for a in leaders if math.isfinite(at_probe[a])), key=lambda a: at_probe[a])
+
+    def _is_minimum(self, grid: Grid, values: Mapping[int, float], arm: int) -> bool:
+        """Returns whether an arm is no worse than each of its neighbours that has a value."""
+        return all(values[arm] <= values[n] for n in self._neighbours(grid, arm) if n in values)
+
+    def _neighbours(self, grid: Grid, arm: int) -> list[int]:
+        """Returns the neighbours of an arm on all ordered axes."""
+        return [n for axis in self.ordered_axes(grid) for n in grid.neighbours(arm, axis)]
 
     def _beside_the_best(self, grid: Grid, runs: Runs, finished: Sequence[int]) -> list[int]:
         """Returns the neighbours of the best finished arm and of each local minimum within the margin of it."""
@@ -177,10 +182,8 @@ class BracketRule(SweepRule):
         margin = self.seed_margin * max(runs.start - final[best], 0.0)
         beside: dict[int, None] = {}  # a dict keeps the order
         for arm in sorted(finished, key=lambda a: final[a]):
-            neighbours = [n for axis in self.ordered_axes(grid) for n in grid.neighbours(arm, axis)]
-            is_minimum = all(final[arm] <= final[n] for n in neighbours if n in final)
-            if arm == best or (is_minimum and final[arm] - final[best] <= margin):
-                beside |= dict.fromkeys(neighbours)
+            if arm == best or (final[arm] - final[best] <= margin and self._is_minimum(grid, final, arm)):
+                beside |= dict.fromkeys(self._neighbours(grid, arm))
         return list(beside)
 
     # -------------------------------------------------------------------- seeds and the answer

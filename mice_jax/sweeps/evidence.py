@@ -23,7 +23,6 @@ from mice_jax.training.stop_rules import HalvingRule, MedianRule, PaperRule
 
 RULES: Mapping[str, SweepRule] = {
     "bracket": BracketRule(),
-    "bracket-50": BracketRule(first=0.5),
     "full": FullGrid(),
     "share-20": ConstantShare(0.2, 4),
     "share-50": ConstantShare(0.5, 4),
