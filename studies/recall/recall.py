@@ -86,7 +86,7 @@ def recipe(folder: str, batch_size: int = 32, learning_rate: float = 1e-3) -> Co
     c.optim.beta2_half_life = BETA2_HALF_LIFE
     c.train.ema_half_life = 819.0
     c.eval.retain, c.eval.exact_match = list(OLD), True
-    c.eval.at_shares = [0.1, 0.2, 0.4, 0.7]
+    c.eval.at_shares = [0.1, 0.2, 0.5, 0.7]
     c.checkpoint.every_samples, c.checkpoint.keep_last = 0, 1
     c.stop.steps = 0
     c.log.trackers, c.log.every_steps = [], 100
