@@ -185,6 +185,7 @@ class RunPlan:
         if fixed > memory:
             return 0, "compiled: another function than accumulate does not fit"
 
+        @functools.cache
         def estimated(rows: int) -> int:
             return self.estimate(layout.with_rows(rows)).total
 
