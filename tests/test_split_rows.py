@@ -39,12 +39,12 @@ def test_devices_share_a_row_in_parts_from_both_of_its_ends() -> None:
     parts = [[0, 1, 2, 3], [20, 21, 22, 23], [4, 5, 6, 7], [16, 17, 18, 19], [8, 9, 10, 11], [12, 13, 14, 15]]
     assert order.reshape(6, 4).tolist() == parts
     rows = np.arange(2 * 24 * 5).reshape(2, 24, 5)
-    assert np.array_equal(in_balanced_order(jnp.asarray(rows), 3), rows[:, order])
-    assert np.array_equal(in_row_order(jnp.asarray(rows[:, order]), 3), rows)
-    segment_ids = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([7, 13, 4]))[None]
+    assert np.array_equal(jax.jit(in_balanced_order, static_argnums=1)(rows, 3), rows[:, order])
+    assert np.array_equal(jax.jit(in_row_order, static_argnums=1)(rows[:, order], 3), rows)
+    segment_ids = np.repeat([1, 2, 0], [7, 13, 4]).astype(np.int32)[None]
     with jax.set_mesh(mesh_of(1, 1, 1, sequence=3)):
-        lengths = np.asarray(sample_lengths(segment_ids[:, order], 2))
-    assert np.array_equal(lengths, rope.sample_lengths(segment_ids)[:, order])
+        lengths = np.asarray(jax.jit(sample_lengths, static_argnums=1)(segment_ids[:, order], 2))
+    assert np.array_equal(lengths, np.asarray(jax.jit(rope.sample_lengths)(segment_ids))[:, order])
     # Under causality, the queries of each device see as many keys; those of a third of the row do not.
     keys = np.arange(1, 25)
     assert np.ptp(keys[order].reshape(3, -1).sum(axis=1)) == 0 < np.ptp(keys.reshape(3, -1).sum(axis=1))
@@ -84,8 +84,17 @@ def with_gradients(function):
     return jax.jit(run, compiler_options=QUICK)
 
 
-@pytest.mark.parametrize(("name", "parts"), [("plain", 1), ("window and soft cap", 2)])
-@pytest.mark.parametrize("backend", SPLITTING)
+# One part of the row for each device is in no way special to the Pallas kernel.
+@pytest.mark.parametrize(
+    ("backend", "name", "parts"),
+    [
+        *((backend, "window and soft cap", 2) for backend in SPLITTING),
+        *(
+            pytest.param(backend, "plain", 1, marks=[pytest.mark.slow] if backend == "pallas" else [])
+            for backend in SPLITTING
+        ),
+    ],
+)
 def test_queries_of_each_device_attend_as_those_of_the_whole_row(
     backend: str, name: str, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
