@@ -10,7 +10,6 @@ from safetensors.numpy import load_file
 
 from helpers.runs import (
     arrays,
-    assert_equal_runs,
     make_chats,
     read_all_metrics,
     read_metrics,
@@ -118,14 +117,6 @@ def test_average_changes_no_weight_and_no_other_metric(config: Path, run: Path, 
         np.testing.assert_allclose(*([r[name] for r in read_metrics(w)] for w in (run, off)), rtol=1e-5, err_msg=name)
     a, b = arrays(run, STEPS), arrays(off, STEPS)
     assert all(a[k].tobytes() == b[k].tobytes() for k in b) and len(a) > len(b)
-
-
-def test_paused_run_resumes_its_average_bit_for_bit(config: Path, run: Path, tmp_path: Path) -> None:
-    again, pause = tmp_path / "run", "--config.train.pause_at_share=0.5"
-    assert run_train(config, again, pause) == 75
-    assert run_train(config, again) == 0
-    assert_equal_runs(again, run, STEPS)
-    assert any(k.startswith("average") for k in arrays(run, STEPS))
 
 
 def test_held_out_loss_of_the_average_is_that_of_a_run_from_it(config: Path, run: Path, tmp_path: Path) -> None:

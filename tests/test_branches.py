@@ -57,6 +57,7 @@ def test_unchanged_branch_equals_the_uninterrupted_run_bit_for_bit(
 ) -> None:
     run = made[1] / "runs" / "0"
     assert_equal_runs(trunk, run, STEPS)
+    assert any(k.startswith("average") for k in arrays(run, STEPS)), "also in the running average of the weights"
     first = json.loads((run / "events.jsonl").read_text().splitlines()[0])
     assert (first["event"], first["step"]) == ("resumed", STEP)
 
