@@ -1,5 +1,6 @@
 """Parts of tests of whole runs: tiny chat data, a tokenizer, a model of 18,512 parameters, and config files."""
 
+import functools
 import json
 import os
 import random
@@ -220,13 +221,22 @@ def arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
         folder = workdir.resolve() / "checkpoints" / str(step) / item
         if item == "average" and not folder.exists():
             continue
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            whole = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
-            )
-            tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=whole))
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        found |= {f"{item}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in leaves}
+        files = tuple((file, file.stat().st_ino, file.stat().st_mtime_ns) for file in sorted(folder.rglob("*")))
+        found |= {f"{item}{name}": x for name, x in _arrays_in(folder, files).items()}
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _arrays_in(folder: Path, files: tuple[Any, ...]) -> dict[str, np.ndarray]:
+    """Reads a part of a checkpoint, once for as long as its `files` stay the same; nothing may write to the arrays."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        whole = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
+        )
+        tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=whole))
+    found = {jax.tree_util.keystr(path): np.array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for x in found.values():
+        x.setflags(write=False)
     return found
 
 
