@@ -142,7 +142,7 @@ def test_long_file_is_read_in_little_memory(kind: str, tmp_path: Path) -> None:
     elif kind == ".json":
         path.write_text("[" + ",\n".join(map(json.dumps, rows)) + "]")
     else:
-        path.write_bytes(gzip.compress(lines(*rows), compresslevel=1))
+        path.write_bytes(gzip.compress(lines(*rows), compresslevel=0))
 
     def read(how: str) -> tuple[int, int]:
         done = subprocess.run([sys.executable, "-c", HOLD, str(path), how], capture_output=True, text=True, check=True)
@@ -349,7 +349,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 PREPARE = """
 import sys
 from mice_chats.mice_chats_dataset_builder import Builder
-Builder(data_dir=sys.argv[1], config=sys.argv[2], file_format="array_record").download_and_prepare()
+for config in ("small", "large"):
+    Builder(data_dir=sys.argv[1], config=config, file_format="array_record").download_and_prepare()
 assert "tensorflow" not in sys.modules
 """
 
@@ -362,9 +363,8 @@ def tfds_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "mice_chats_dataset_builder.py").write_text(BUILDER)
-    for config in ("small", "large"):
-        command = [sys.executable, "-c", PREPARE, str(folder / "data"), config]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(folder / "code")}, capture_output=True)
+    command = [sys.executable, "-c", PREPARE, str(folder / "data")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(folder / "code")}, capture_output=True)
     return folder / "data"
 
 
@@ -417,18 +417,30 @@ def test_each_config_and_split_of_a_tfds_data_set_has_a_key_of_its_own(tfds_data
     assert len(set(keys)) == 4 and use(f"tfds:mice_chats/{paths[0]}", tfds_data, tmp_path)[-1].split()[1] == keys[0]
 
 
-@pytest.mark.parametrize(
-    ("path", "words"),
-    [
-        ("tfds:mice_chats/small", "must have the form tfds:name[/config]:split"),
-        ("tfds:mice_chats/small:nosplit", "Unknown split"),
-        ("tfds:mice_chatz:train", "Dataset mice_chatz not found"),
-    ],
-)
-def test_missing_tfds_data_set_is_an_error(path: str, words: str, tfds_data: Path, tmp_path: Path) -> None:
-    (error,) = use(path, tfds_data, tmp_path)
-    assert f"UserError: {'the source' if 'form' in words else path}" in error and words in error
-    assert "abstract_reasoning" not in error.partition("UserError")[2]  # the list of all that there are
+REFUSED = {
+    "tfds:mice_chats/small": "must have the form tfds:name[/config]:split",
+    "tfds:mice_chats/small:nosplit": "Unknown split",
+    "tfds:mice_chatz:train": "Dataset mice_chatz not found",
+}
+REFUSE = """
+import sys
+from mice_jax.data.readers import open_source
+from mice_jax.errors import UserError
+for path in sys.argv[1:]:
+    try:
+        print(list(open_source(path).blocks()))
+    except UserError as error:
+        print(f"UserError: {error}".encode())
+"""
+
+
+def test_missing_tfds_data_set_is_an_error(tfds_data: Path) -> None:
+    environment = os.environ | {"TFDS_DATA_DIR": str(tfds_data)}
+    command = [sys.executable, "-c", REFUSE, *REFUSED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    for (path, words), error in zip(REFUSED.items(), done.stdout.splitlines(), strict=True):
+        assert f"UserError: {'the source' if 'form' in words else path}" in error and words in error
+        assert "abstract_reasoning" not in error, "the list of all that there are"
 
 
 # ---------------------------------------------------------------------------------------- Hugging Face datasets
