@@ -49,7 +49,7 @@ def products_of(mixers: tuple[Mixer | None, ...], remat: str = "full") -> int:
 
 
 def test_the_program_does_not_grow_with_depth_but_with_irregularity() -> None:
-    assert products_of(PERIOD * 2) == products_of(PERIOD * 6)
+    assert products_of(PERIOD * 2) == products_of(PERIOD * 3)
     assert products_of(PERIOD * 2) < products_of((*PERIOD, None, *PERIOD)) < products_of(PERIOD * 2) * 3
     head = products_of(PERIOD * 2) - products_of((None,) * 3)  # one more layer is compiled, a convolution
     assert 0 < head < products_of((None,) * 3)
@@ -64,8 +64,8 @@ def test_remat_recomputes_a_short_convolution_s_products_as_documented() -> None
 
 @pytest.mark.parametrize("mixer", [MAMBA, DELTA], ids=["mamba2", "gated delta"])
 def test_remat_dots_does_not_compute_a_scan_again(mixer: Mixer) -> None:
-    none, dots, full = (products_of((mixer, None) * 2, remat) for remat in ("none", "dots", "full"))
-    assert dots - none <= 2  # those of the reference attention, as above; a scan has at least four
+    none, dots, full = (products_of((mixer, mixer), remat) for remat in ("none", "dots", "full"))
+    assert dots <= none  # a scan has at least four
     assert full - dots > 8  # with the scan, and products with weights
 
 

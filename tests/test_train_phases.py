@@ -239,7 +239,8 @@ def test_phase_seed_from_best_without_any_scored_checkpoint_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Progress, "noise_scale", lambda self: NoiseScale())
-    config = two_phases(tmp_path / "run", SEEDED, RISING.replace("eval/phase/knowledge/loss", "noise_scale"))
+    body = RISING.replace("eval/phase/knowledge/loss", "noise_scale")
+    config = two_phases(tmp_path / "run", SEEDED, body, first=", batch_size=40")  # one step
     assert run_train(config, tmp_path / "run" / "run") == 2
     assert "checkpoint.best_metric is null at each of them" in capsys.readouterr().err
 

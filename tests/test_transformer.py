@@ -82,8 +82,8 @@ def row(samples: list[Sample]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def run_alone(samples: list[Sample]) -> Result:
-    results = [run(alone(s)) for s in samples]
-    logits = jnp.concatenate([r[0][:, : len(s[0])] for r, s in zip(results, samples, strict=True)], axis=1)
+    results = jax.device_get([run(alone(s)) for s in samples])
+    logits = np.concatenate([r[0][:, : len(s[0])] for r, s in zip(results, samples, strict=True)], axis=1)
     return logits, sum(r[1] for r in results), jax.tree.map(lambda *g: sum(g), *(r[2] for r in results))
 
 
