@@ -235,8 +235,9 @@ def hf(folder: Path) -> Path:
     """A Hugging Face folder, made by transformers."""
     sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    rest = {"initializer_range": 0.1, "rms_norm_eps": 1e-5}  # as in helpers/runs.py, whose runs have its programs
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(folder / "hf")
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, **rest)).save_pretrained(folder / "hf")
     make_tokenizer().save_pretrained(folder / "hf")
     return folder / "hf"
 

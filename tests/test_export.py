@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from helpers import models
 from helpers.runs import chat, make_tokenizer, read_json, read_metrics, run_export, run_train, setting
 from mice_jax.inference.generation_config import GenerationDefaults, defaults_in, fields_of_export
 from mice_jax.model_source import load_params, resolve_source
-from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.models.transformer import make_decoder
 from mice_jax.sharding import make_mesh, param_shardings
 
 
@@ -45,10 +45,8 @@ def our_logits(workdir: Path, ids: np.ndarray, step: int | None = None) -> np.nd
     decoder = make_decoder(source.spec)
     params = load_params(source, decoder, param_shardings(decoder.abstract, decoder.axes, mesh), step=step)
     positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    model = decoder.bind(params)
-    compute = Compute(jnp.dtype("float32"), "reference", "none")
-    hidden = model.hidden(jnp.asarray(ids), jnp.asarray(positions), jnp.ones(ids.shape, jnp.int32), compute)
-    return np.asarray(hidden @ model.output_weight().T)[..., : source.spec.vocab_size]
+    rows = {"tokens": ids, "positions": positions, "segment_ids": np.ones(ids.shape, np.int32)}
+    return models.our_logits(decoder, params, rows, "reference")
 
 
 def torch_logits(folder: Path, ids: np.ndarray, dtype: Any = torch.float32) -> np.ndarray:
@@ -66,9 +64,10 @@ def test_transformers_gives_our_logits(workdir: Path, exported: Path, tmp_path: 
     # Float32 on both sides, logits of some units: about 1e-6 each, by sums in another order.
     np.testing.assert_allclose(theirs, ours, atol=2e-5)
     # One step of training makes far more of a difference: it is the newest checkpoint that was exported.
-    assert np.abs(theirs - our_logits(workdir, IDS, step=1)).max() > 1e-2
+    first = our_logits(workdir, IDS, step=1)
+    assert np.abs(theirs - first).max() > 1e-2
     assert run_export(workdir, tmp_path / "first", "--step=1") == 0
-    np.testing.assert_allclose(torch_logits(tmp_path / "first", IDS), our_logits(workdir, IDS, step=1), atol=2e-5)
+    np.testing.assert_allclose(torch_logits(tmp_path / "first", IDS), first, atol=2e-5)
 
 
 def test_export_is_complete_and_in_the_dtype_of_the_start(workdir: Path, exported: Path, folder: Path) -> None:

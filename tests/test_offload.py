@@ -76,7 +76,7 @@ def updated(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after one update by each gradient, with the metrics of the last."""
     optimizer = make_optimizer(name=name, axes=AXES, trained=mask, grad_clip=clip, moments_dtype=dtype, **SETTINGS)
-    state, metrics = TrainState(jnp.zeros((), jnp.int32), drawn(0), optimizer.init(drawn(0))), {}
+    state, metrics = TrainState(jnp.zeros((), jnp.int32), drawn(0), jax.jit(optimizer.init)(drawn(0))), {}
     settings = {"optimizer": optimizer, "learning_rate": 1e-2, "trained_mask": mask}
     update = jax.jit(functools.partial(apply_sums, **settings, offloads_moments=offloads, clip_norm=clip_of_parts))
     for g in grads:
