@@ -122,8 +122,7 @@ def test_train_and_prepare_are_functions_of_a_config(tmp_path: Path) -> None:
     config.data.max_length = 128
     config.data.cache_dir = str(tmp_path / "stores")
     config.data.phases = [Phase(name="one", sources=[Source(path=str(data))])]
-    # As in helpers/runs.py, whose runs have its programs.
-    config.optim.batch_size, config.optim.learning_rate, config.train.rows_per_device = 8, 1e-2, 1
+    config.optim.batch_size, config.train.rows_per_device = 8, 1
     report = mice_jax.prepare(config, quiet=True)
     assert (sum(s["kept"] for s in report["sources"].values()), report["steps"]) == (16, 2)
     workdir = tmp_path / "run"
