@@ -12,7 +12,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from mice_jax.config_checks import flatten, nearest, sweep_problems, type_problems, value_problems
+from mice_jax.config_checks import flatten, nearest_field, sweep_problems, type_problems, value_problems
+from mice_jax.errors import sentence
 
 
 class ConfigError(ValueError):
@@ -36,7 +37,7 @@ class _Strict:
     def __setattr__(self, name: str, value: Any) -> None:
         names = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
         if name not in names:
-            raise ConfigError(f"{type(self).__name__} has no field {name!r}{nearest(name, names)}")
+            raise ConfigError(f"{type(self).__name__} has no field {name!r}{nearest_field(name, names)}")
         if "_is_made" in self.__dict__:
             self.__dict__["_set_by_user"].add(name)
         object.__setattr__(self, name, value)
@@ -417,12 +418,16 @@ class Config(_Strict):
         problems = type_problems(self, Config, "")
         if not problems:  # values can be checked only once they have the right types
             problems = value_problems(self, flatten(to_dict(self)))
-        if not problems:
-            return
-        if len(problems) == 1:
-            raise ConfigError(f"in the config, {problems[0]}.")
-        listed = "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
-        raise ConfigError(f"the config has {len(problems)} problems: {listed}.")
+        _raise(problems, "config")
+
+
+def _raise(problems: list[str], of: str) -> None:
+    """Raises ConfigError with all problems of a config or a sweep, if there are any."""
+    if len(problems) == 1:
+        raise ConfigError(f"in the {of}, {sentence(problems[0])}")
+    if problems:
+        listed = "; ".join(f"({i}) {p.rstrip('?')}" for i, p in enumerate(problems, 1))
+        raise ConfigError(f"the {of} has {len(problems)} problems: {listed}.")
 
 
 # Fields that may change when a run is resumed: they affect neither the data nor the numerics.
@@ -464,9 +469,7 @@ class Sweep(_Strict):
 
     def validate(self) -> None:
         """Raises ConfigError with every problem of the sweep; the configs of its trials are checked when they start."""
-        problems = sweep_problems(self, field_names(), Range)
-        if problems:
-            raise ConfigError(f"the sweep has {len(problems)} problem(s): {'; '.join(problems)}.")
+        _raise(sweep_problems(self, field_names(), Range), "sweep")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mice_jax.errors import did_you_mean
 CHOICES = {
     "model.compute_dtype": ("auto", "float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
+    "model.attention": ("auto", "splash", "cudnn", "pallas", "blockwise", "reference"),
     "model.remat": ("auto", "none", "full", "dots", "offload"),
     "data.overlong": ("drop", "truncate", "error"),
     "data.train_on": ("all", "last"),
@@ -33,6 +34,22 @@ CHOICES = {
     "checkpoint.best_mode": ("min", "max"),
 }
 PHASE_CHOICES = {"optimizer": ("carry", "reset"), "schedule": ("go_on", "restart"), "seed_from": ("last", "best")}
+# What fields are called elsewhere.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "bs": "batch_size",
+    "wd": "weight_decay",
+    "epochs": "num_epochs",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "rows_per_device",
+    "warmup": "warmup_ratio",
+    "scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "optimizer": "name",
+    "max_seq_length": "max_length",
+    "max_grad_norm": "grad_clip",
+    "model_name_or_path": "init_from",
+}
 # Fields of config.optim that an optimizer, or a schedule, does not read.
 UNREAD_BY_OPTIMIZER = {"adafactor": ("beta1", "beta2", "eps"), "lion": ("eps",), "sgd": ("beta2", "eps")}
 UNREAD_BY_SCHEDULE = {
@@ -42,6 +59,7 @@ OPTIMIZERS_WITH_BETA2 = tuple(n for n in CHOICES["optim.name"] if "beta2" not in
 FLOAT32_ROUNDING = 2.0**-24  # a number this close to 1 is 1 in float32
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 HALVES = ("", "short", "long")
+FORMATS = ("messages", "alpaca", "sharegpt", "prompt_completion", "text")
 # Inclusive bounds; a field that is not a number is outside of them.
 BOUNDS = {
     "data.max_length": (2, math.inf),
@@ -91,6 +109,22 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
     """The end of an error message: `; did you mean 'x'?` for the closest of `names`, or all names if none is close."""
     names = list(names)
     return did_you_mean(name, names, f"; it has {', '.join(names)}.", cutoff=0.5)
+
+
+def nearest_field(name: str, names: typing.Iterable[str]) -> str:
+    """Returns the end of an error message about an unknown field of a config.
+
+    Args:
+      name: the unknown field; dotted if the names are.
+      names: the fields that there are.
+    """
+    names = list(names)
+    if group := next((n for n in names if n.startswith(f"{name}.")), None):
+        return f", which is a group of fields; set one of them, such as {group}."
+    group, _, last = name.rpartition(".")
+    alike = [n for n in names if n.rpartition(".")[2] == OTHER_NAMES.get(last, last)]
+    alike.sort(key=lambda n: (n.rpartition(".")[0] != group, "[]" in n))
+    return f"; did you mean {alike[0]!r}?" if alike else nearest(name, names)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -471,6 +505,9 @@ def _phase_problems(d: Any) -> list[str]:
                 problems.append(f"{where}[{j}].weight={s.weight} must be more than 0")
             if s.max_samples < 0:
                 problems.append(f"{where}[{j}].max_samples={s.max_samples} must be at least 0")
+            if s.format not in FORMATS:
+                near = did_you_mean(s.format, FORMATS, "")
+                problems.append(f"{where}[{j}].format={s.format!r} is not one of {', '.join(FORMATS)}{near}")
             if s.half not in HALVES:
                 problems.append(f"{where}[{j}].half={s.half!r} is not one of {', '.join(map(repr, HALVES))}")
     return problems
@@ -521,7 +558,7 @@ def sweep_problems(sweep: Any, names: Collection[str], range_class: type) -> lis
     problems = []
     for name, values in sweep.axes.items():
         if re.sub(r"\[[0-9]+\]", "[]", name) not in names:
-            problems.append(f"axes has {name!r}, which is not a field of the config{nearest(name, names)}")
+            problems.append(f"axes has {name!r}, which is not a field of the config{nearest_field(name, names)}")
         elif isinstance(values, range_class):
             if sweep.search == "grid":
                 problems.append(f"axes[{name!r}] is a Range: a grid needs a list")

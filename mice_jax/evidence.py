@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mice_jax.cli.flags import define_evidence
-from mice_jax.config import nearest
+from mice_jax.config_checks import nearest
 from mice_jax.errors import UserError
 from mice_jax.sweeps import evidence, stored_sweeps, synthetic
 from mice_jax.sweeps.rule import SweepRule

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.runs import REPOSITORY
+from mice_jax import config_checks
 from mice_jax.config import (
     Config,
     ConfigError,
@@ -20,6 +21,8 @@ from mice_jax.config import (
     to_dict,
 )
 from mice_jax.config_checks import resolved_rate
+from mice_jax.data.sources import FORMATS
+from mice_jax.models.attention import BACKENDS
 
 pytestmark = pytest.mark.smoke
 
@@ -453,3 +456,9 @@ def test_every_field_is_documented_in_one_sentence() -> None:
     for row in rows:
         sentence = row[2].removesuffix(" |")
         assert sentence[0].isupper() and sentence.endswith(".") and ". " not in sentence, row
+
+
+def test_the_choices_of_the_config_are_what_the_code_has() -> None:
+    """The config is checked without the imports of attention and of data."""
+    assert config_checks.CHOICES["model.attention"] == ("auto", *BACKENDS)
+    assert set(config_checks.FORMATS) == set(FORMATS)

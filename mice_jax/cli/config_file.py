@@ -11,12 +11,15 @@ from pathlib import Path
 from absl import flags
 
 from mice_jax import config
-from mice_jax.config import ConfigError, field_names, nearest
+from mice_jax.config import ConfigError, field_names
+from mice_jax.config_checks import OTHER_NAMES, nearest, nearest_field
 from mice_jax.errors import UserError
 
-NUMBERS = {
+LIBRARY_SENTENCES = {
     r"invalid literal for int\(\) with base 10: .*": "it must be a whole number",
     r"could not convert string to float: .*": "it must be a number",
+    r"\('Non-boolean argument to boolean flag', .*\)": "it must be true or false",
+    r"Missing value for flag (--\S+)": r"\1 has no value: write \1=VALUE",
 }
 
 
@@ -37,7 +40,7 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
     try:
         rest = values(argv)
     except flags.UnrecognizedFlagError as e:
-        raise UserError(f"unknown flag --{e.flagname}{nearest(e.flagname, values)}") from None
+        raise UserError(f"unknown flag --{e.flagname}{_nearest_flag(e.flagname, values)}") from None
     except flags.Error as e:
         if "parsing config file" in str(e):  # the file's own error, wrapped in absl's
             raise _config_error(e, argv) from e
@@ -48,10 +51,20 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
         raise UserError(f"unexpected argument {rest[1]!r}: every argument is given as --name=value. See --help.")
 
 
+def _nearest_flag(name: str, values: flags.FlagValues) -> str:
+    """Returns the end of the error about an unknown flag, which may be a field of the config without its group."""
+    if hasattr(values._flags().get("config"), "override_values"):  # the command takes fields of the config
+        last = OTHER_NAMES.get(name, name)
+        fields = sorted((f for f in field_names() if f.rpartition(".")[2] == last), key=lambda f: "[]" in f)
+        if fields:
+            return f"; did you mean '--config.{fields[0].replace('[]', '[0]')}'?"
+    return nearest(name, values)
+
+
 def _in_words(error: str) -> str:
-    """Returns absl's sentence about a flag's value, with what Python says of a number in words."""
-    for of_python, words in NUMBERS.items():
-        error = re.sub(of_python, words, error)
+    """Returns absl's sentence about a flag's value, with what it and Python say of the value in words."""
+    for of_library, words in LIBRARY_SENTENCES.items():
+        error = re.sub(of_library, words, error)
     return error
 
 
@@ -80,7 +93,7 @@ def _check_config_flags(argv: list[str]) -> None:
             raise _missing_file(Path(_config_file(argv)))
         field = re.sub(r"^(no)?config\.", "", name)
         if field != name and re.sub(r"\[-?[0-9]+\]", "[]", field) not in field_names():
-            raise ConfigError(f"--config.{field}: the config has no field {field}{nearest(field, field_names())}")
+            raise ConfigError(f"--config.{field}: the config has no field {field}{nearest_field(field, field_names())}")
 
 
 def _config_error(e: Exception, argv: list[str]) -> UserError:
@@ -92,11 +105,15 @@ def _config_error(e: Exception, argv: list[str]) -> UserError:
     frames = [f for f in traceback.extract_tb(cause.__traceback__) if os.path.abspath(f.filename) == file]
     indexed = [a for a in argv if re.match(r"-{1,2}config\..*\[", a)]
     if isinstance(cause, IndexError) and indexed and not frames:
-        return UserError(f"an index is past the end of its list in the config: {', '.join(indexed)}.")
+        return UserError(
+            f"an index is past the end of its list in the config: {', '.join(indexed)}. Indices count from 0; "
+            "`mice config` prints the lists."
+        )
     if isinstance(cause, AttributeError) and "get_config" in str(cause):
         return UserError(f"{_config_file(argv)} defines no get_config(arg) that returns the config.")
     if isinstance(cause, SyntaxError):
-        return UserError(f"{cause.filename} line {cause.lineno} is not valid Python: {cause.msg}.")
+        kind = "" if str(cause.filename).endswith(".py") else " --config takes a Python file."
+        return UserError(f"{cause.filename} line {cause.lineno} is not valid Python: {cause.msg}.{kind}")
     where = f"{frames[-1].filename} line {frames[-1].lineno}: " if frames else ""
     kind = "" if isinstance(cause, ConfigError) else f"{type(cause).__name__}: "
     text = str(cause).strip() + _nearest_keyword(str(cause))
@@ -110,7 +127,7 @@ def _nearest_keyword(error: str) -> str:
     part = getattr(config, match[1], None) if match else None
     if match is None or part is None:
         return ""
-    return nearest(match[2], [f.name for f in dataclasses.fields(part)])
+    return nearest_field(match[2], [f.name for f in dataclasses.fields(part)])
 
 
 def _config_file(argv: list[str]) -> str:

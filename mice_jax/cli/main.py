@@ -7,8 +7,19 @@ from collections.abc import Sequence
 from mice_jax import __version__
 from mice_jax.cli import command, completion
 from mice_jax.cli.flags import COMMANDS
-from mice_jax.config import nearest
+from mice_jax.config_checks import nearest
 from mice_jax.runtime import slow_imports, xla_flags
+
+# What commands are called elsewhere.
+OTHER_NAMES = {
+    "chat": "generate --model=MODEL",
+    "eval": "evaluate",
+    "finetune": "train",
+    "merge": "export",
+    "resume": "train",
+    "sft": "train",
+    "tokenize": "prepare",
+}
 
 
 def start() -> None:
@@ -35,7 +46,8 @@ def _run(argv: Sequence[str]) -> int:
         print(completion.script())
         return 0
     if name not in COMMANDS:
-        print(f"error: unknown command {name!r}{nearest(name, COMMANDS)} See mice --help.", file=sys.stderr)
+        near = f"; did you mean {OTHER_NAMES[name]!r}?" if name in OTHER_NAMES else nearest(name, COMMANDS)
+        print(f"error: unknown command {name!r}{near} See mice --help.", file=sys.stderr)
         return 2
     code = command.early_exit(name, arguments)
     if code is None:

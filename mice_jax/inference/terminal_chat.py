@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mice_jax.config import nearest
+from mice_jax.config_checks import nearest
 from mice_jax.errors import UserError
 
 Message = dict[str, Any]

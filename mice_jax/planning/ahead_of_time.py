@@ -19,7 +19,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mice_jax.config import nearest
+from mice_jax.config_checks import nearest
 from mice_jax.errors import UserError, install_command, one_line
 from mice_jax.hardware import (
     CHIPS,

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mice_jax.config import Branch, Config, Sweep, from_dict, holds_data_out, locate, nearest, to_dict
-from mice_jax.config_checks import OPTIMIZERS_WITH_BETA2, beta2_of, half_life_of_beta2, rate_for_batch
+from mice_jax.config import Branch, Config, Sweep, from_dict, holds_data_out, locate, to_dict
+from mice_jax.config_checks import OPTIMIZERS_WITH_BETA2, beta2_of, half_life_of_beta2, nearest, rate_for_batch
 from mice_jax.data.mixture import Mixture, PhasePools, Pool, Trunk
 from mice_jax.data.readers import files_of, is_remote
 from mice_jax.errors import UserError

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mice_jax import hardware
-from mice_jax.config import Config, nearest
+from mice_jax.config import Config
+from mice_jax.config_checks import nearest
 from mice_jax.data.source_names import source_names
 from mice_jax.errors import UserError
 from mice_jax.hardware import customary_train_flops, train_flops
