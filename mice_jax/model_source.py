@@ -42,9 +42,9 @@ from mice_jax.runtime.xla_flags import options_of_init
 from mice_jax.sharding import param_shardings
 from mice_jax.storage import hub, manifest
 from mice_jax.storage.cache import cache_folder
+from mice_jax.storage.model_names import RANDOM, missing_model
 from mice_jax.storage.paths import RunPath, download_small_files, parse_path
 
-RANDOM = "random:"
 AVERAGE = "average"  # the part of a checkpoint that holds the running average of the weights
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -140,10 +140,7 @@ def resolve_source(init_from: str, *, commit: str = "", weights: bool = True) ->
     if folder.parent.name == "checkpoints" and folder.name.isdigit():
         folder, step = folder.parent.parent, int(folder.name)
     if not folder.is_dir():
-        raise UserError(
-            f"{init_from} does not exist or is not a folder. Give a Hugging Face folder, a model of the Hub "
-            "(owner/name), a run's workdir (or one of its checkpoints/<step>), or random:path/to/config.json."
-        )
+        raise missing_model(init_from)
     if (folder / "checkpoints").is_dir():
         file = (folder if isinstance(folder, Path) else download_small_files(folder)) / "model" / "config.json"
         config = hf.read_config(file)

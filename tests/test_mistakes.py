@@ -19,13 +19,26 @@ CONFIG, RUN, SFT = "--config=run.py", "--workdir=runs/sft", f"--config={REPOSITO
 # The arguments of `mice`, and what its answer has to say.
 MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a misspelt command": ("trian", ["'trian'", "did you mean 'train'"]),
+    "a chat as a command": ("chat --model=init", ["'chat'", "generate --model=MODEL"]),
     "nothing but the command": ("train", ["--config is missing", "FILE.py"]),
     "no workdir": (f"train {CONFIG}", ["--workdir is missing", "folder of the run"]),
     "a misspelt config file": (f"train --config=rum.py {RUN}", ["rum.py does not exist", "did you mean run.py"]),
     "a config in another folder": (f"train --config=x/y.py {RUN}", ["x/y.py does not exist; paths are relative to"]),
     "a misspelt flag": (f"train --confg=run.py {RUN}", ["--confg", "did you mean 'config'"]),
+    "a field without its group": (f"train {CONFIG} {RUN} --lr=1", ["did you mean '--config.optim.learning_rate'"]),
+    "a flag without its value": (f"prepare {CONFIG} --inspect", ["--inspect has no value", "--inspect=VALUE"]),
     "a config without its flag": ("train run.py", ["'run.py'", "--name=value"]),
     "a misspelt field": (f"train {CONFIG} {RUN} --config.optim.learning_rte=1", ["did you mean 'optim.learning_rate'"]),
+    "an abbreviated field": (f"train {CONFIG} {RUN} --config.optim.lr=1", ["did you mean 'optim.learning_rate'"]),
+    "a field of no group": (f"train {CONFIG} {RUN} --config.batch_size=8", ["did you mean 'optim.batch_size'"]),
+    "a group of fields": (f"train {CONFIG} {RUN} --config.data=1", ["a group of fields", "such as data.tokenizer"]),
+    "a word for a switch": (f"train {CONFIG} {RUN} --config.data.skip_bad=on", ["skip_bad=on", "true or false"]),
+    "a phase that is not there": (
+        f"train {CONFIG} {RUN} --config.data.phases[3].num_epochs=2",
+        ["phases[3]", "count from 0", "mice config"],
+    ),
+    "data as a config": (f"train --config=chats.jsonl {RUN}", ["chats.jsonl", "takes a Python file"]),
+    "a config that returns nothing": (f"train --config=none.py {RUN}", ["none.py", "`return c`"]),
     "a word for a number": (
         f"train {CONFIG} {RUN} --config.optim.batch_size=many",
         ["batch_size=many", "a whole number"],
@@ -37,6 +50,12 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         f"train {CONFIG} {RUN} --config.model.init_from=/models/mouse",
         ["/models/mouse does not exist", "Hugging Face folder"],
     ),
+    "a model without its config": (
+        f"train {CONFIG} {RUN} --config.model.init_from=random:runs",
+        ["runs/config.json, which does not exist"],
+    ),
+    "a misspelt attention": (f"train {CONFIG} {RUN} --config.model.attention=flash", ["'flash'", "cudnn", "blockwise"]),
+    "a file as a workdir": (f"train {CONFIG} --workdir=table.csv", ["table.csv is a file", "folder"]),
     "a misspelt template": (
         f"train {CONFIG} {RUN} --config.data.chat_template=chatlm",
         ["did you mean 'chatml'", "plain"],
@@ -44,6 +63,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "data that are not there": (
         f"prepare {CONFIG} --config.data.phases[0].sources[0].path=data/chats.jsonl",
         ["'data/chats.jsonl' names no file", ".parquet", "Source.path"],
+    ),
+    "a misspelt format": (
+        f"prepare {CONFIG} --config.data.phases[0].sources[0].format=share_gpt",
+        ["sources[0].format='share_gpt'", "did you mean 'sharegpt'"],
     ),
     "a spreadsheet as data": (
         f"prepare {CONFIG} --config.data.phases[0].sources[0].path=table.csv",
@@ -55,12 +78,17 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a run's config for a sweep": (f"sweep {CONFIG} --workdir=sweeps/a", ["get_sweep(arg)", "Sweep"]),
     "no model": ("generate --prompt=Hello", ["--model is missing", "Hugging Face folder"]),
     "a model that is not there": ("generate --model=sft_hf --prompt=Hello", ["sft_hf does not exist", "owner/name"]),
+    "a folder without a model": ("generate --model=runs --prompt=Hello", ["runs holds no model", "config.json"]),
     "a repository that is not there": ("generate --model=Qwen/Qwen9 --prompt=x", ["Qwen/Qwen9", "hf download"]),
     "questions without a file for answers": ("generate --model=init --input=q.jsonl", ["--output go together"]),
     "a hot temperature": ("generate --model=sft_hf --prompt=x --temperature=hot", ["--temperature=hot", "a number"]),
     "an evaluation of no model": ("evaluate --tasks=mmlu", ["--model is missing"]),
     "an evaluation without tasks": ("evaluate --model=init", ["--tasks is missing", "mmlu"]),
-    "an export of no run": ("export --workdir=nowhere --output=out", ["nowhere is not a run's workdir"]),
+    "an export of no run": (
+        "export --workdir=nowhere --output=out",
+        ["nowhere is not a run's workdir", "no such folder"],
+    ),
+    "an export of a misspelt run": ("export --workdir=ini --output=out", ["no such folder; did you mean init"]),
     "an export to nowhere": ("export --workdir=runs/sft", ["--output is missing", "folder to write"]),
     "a report of no run": ("report --workdir=runs", ["neither the folder of a run", "sweep.json"]),
     "a report of a missing folder": ("report --workdir=nowhere", ["nowhere does not exist"]),
@@ -76,6 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_config(folder / "run.py", write_jsonl(folder / "chats.jsonl", make_chats(9)), write_init(folder / "init"))
     (folder / "runs").mkdir()
     (folder / "table.csv").write_text("question,answer\n")
+    (folder / "none.py").write_text("def get_config(arg=''):\n    pass\n")
     return folder
 
 
@@ -101,7 +130,10 @@ print(done.returncode, used.ru_utime + used.ru_stime)
 """
 
 
-@pytest.mark.parametrize("arguments", ["train --confg=run.py", f"train {CONFIG} {RUN} --config.optim.batch_size=0"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["train --confg=run.py", f"train {CONFIG} {RUN} --config.optim.batch_size=0", "generate --model=Qwen/Qwen9"],
+)
 def test_mistake_costs_little_in_a_process_of_its_own(arguments: str, folder: Path) -> None:
     """A busy machine may double the time; with the imports of training it would be five seconds and more."""
     command = [sys.executable, "-c", CPU_S, *arguments.split()]

@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from absl import flags, logging
 
+from mice_jax.cli import early_checks
 from mice_jax.cli.config_file import parse_flags
 from mice_jax.cli.flags import COMMANDS, DefineFlags, Values, define_processes
 from mice_jax.cli.task_names import check_names
@@ -152,6 +153,7 @@ def early_exit(name: str, argv: Sequence[str]) -> int | None:
             check_names(values.tasks, values.include_path)
         for flag in command.required:
             required(values, flag)
+        early_checks.check_places(name, values)
         if name == "train" and cluster.is_multi_process(*processes_of(argv)):
             code = watchdog.run_child(command.module, argv, workdir_of(values))
             ended = True
@@ -213,7 +215,10 @@ def unchecked_config_of(values: Values) -> Config:
     config = values.config if values["config"].present else required(values, "config")
     if not isinstance(config, Config):
         kind = type(config).__name__
-        raise UserError(f"get_config of --config returned a {kind}; it must return a mice_jax.config.Config.")
+        file = values["config"].config_filename  # type: ignore[attr-defined]
+        raise UserError(
+            f"{file}: get_config returned a {kind}; it must return a mice_jax.config.Config, so end it with `return c`."
+        )
     return config
 
 

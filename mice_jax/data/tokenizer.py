@@ -25,8 +25,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from mice_jax.data import templates
 from mice_jax.data.byte_level import bytes_of_tokens, spans_by_bytes, word_table
+from mice_jax.data.template_names import check_template_name
 from mice_jax.data.template_source import check_defaults, with_defaults
-from mice_jax.errors import UserError, did_you_mean, one_line
+from mice_jax.errors import UserError, one_line
 from mice_jax.storage import hub
 
 Span = tuple[int, int]  # characters, the end excluded
@@ -184,11 +185,7 @@ def _compare_conversion(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def _read_template(path: str) -> str:
-    if not Path(path).exists():
-        raise UserError(
-            f"data.chat_template={path!r} is neither the name of a built-in template ({templates.NAMES}) nor an "
-            f"existing file{did_you_mean(path, templates.TOKENS, '.')}"
-        )
+    check_template_name(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from mice_jax.errors import UserError, one_line
 
@@ -58,6 +59,18 @@ class HubModel(NamedTuple):
 def is_hub_id(name: str) -> bool:
     """Returns whether a name is `owner/name` or `owner/name@revision`, and no path that exists here."""
     return HUB_ID.fullmatch(name) is not None and not os.path.lexists(name)
+
+
+def check_cached(name: str) -> None:
+    """Raises UserError where HF_HUB_OFFLINE is set and the cache has nothing of a model of the Hub."""
+    found = HUB_ID.fullmatch(name)
+    assert found is not None, name
+    repo = found["repo"]
+    if (
+        constants.HF_HUB_OFFLINE
+        and not (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")).exists()
+    ):
+        raise UserError(_offline(name, repo, found["revision"]))
 
 
 def fetch(name: str, commit: str = "", *, weights: bool = True) -> HubModel:

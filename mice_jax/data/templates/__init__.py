@@ -10,26 +10,11 @@ from typing import Any
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
+from mice_jax.data.template_names import NAMES as NAMES
+from mice_jax.data.template_names import TOKENS
 from mice_jax.errors import UserError
 
-# The tokens that each writes, besides the tokenizer's own bos and eos.
-TOKENS: dict[str, tuple[str, ...]] = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "granite": ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|tool_call|>"),
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "mistral": (
-        "[INST]",
-        "[/INST]",
-        "[AVAILABLE_TOOLS]",
-        "[/AVAILABLE_TOOLS]",
-        "[TOOL_CALLS]",
-        "[TOOL_RESULTS]",
-        "[/TOOL_RESULTS]",
-    ),
-    "plain": (),
-}
 ENDED_BY_EOS = ("mistral", "plain")
-NAMES = ", ".join(TOKENS)
 
 
 def give_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:

@@ -1,0 +1,59 @@
+"""Checks that the files and folders which a command names are there, before its imports, which take seconds."""
+
+import difflib
+from pathlib import Path
+
+from absl import flags
+
+from mice_jax.config import Config
+from mice_jax.data.template_names import check_template_name
+from mice_jax.errors import UserError
+
+
+def check_places(command: str, values: flags.FlagValues) -> None:
+    """Checks the local files and folders that the flags and the config of a command name.
+
+    What is in a store or on a server is not looked for: the command itself finds out.
+
+    Args:
+      command: the name of the command.
+      values: its parsed flags; a config is valid.
+
+    Raises:
+      UserError: one of them is not there, or is something else.
+    """
+    if command in ("train", "prepare", "plan"):
+        config: Config = values.config
+        _check_model(config.model.init_from)
+        check_template_name(config.data.chat_template)
+        if command != "plan":  # it plans without the data too
+            _check_data(config)
+    if command in ("generate", "evaluate"):
+        _check_model(values.model)
+    if command in ("export", "average") and "://" not in values.workdir:
+        _check_exists(Path(values.workdir))
+    if command == "train" and "://" not in values.workdir and Path(values.workdir).is_file():
+        raise UserError(f"--workdir={values.workdir} is a file, and must be the folder of a run. Give another path.")
+
+
+def _check_exists(workdir: Path) -> None:
+    if not workdir.exists():
+        near = difflib.get_close_matches(workdir.name, [folder.name for folder in workdir.parent.glob("*")], n=1)
+        end = f"; did you mean {workdir.parent / near[0]}?" if near else f"; paths are relative to {Path.cwd()}."
+        raise UserError(f"--workdir={workdir} is not a run's workdir: there is no such folder{end}")
+
+
+def _check_model(name: str) -> None:
+    from mice_jax.storage.model_names import check_model_name  # it imports huggingface_hub, which --help does not need
+
+    check_model_name(name)
+
+
+def _check_data(config: Config) -> None:
+    from mice_jax.data.readers import files_of, is_remote  # it imports pyarrow, which --help does not need
+
+    data = config.data
+    held_out = [*data.validation, *(source for phase in data.phases for source in phase.validation)]
+    for source in [*(source for phase in data.phases for source in phase.sources), *held_out]:
+        if not is_remote(source.path) and not source.path.startswith(("hf:", "tfds:")):
+            files_of(source.path)

@@ -1,0 +1,52 @@
+"""What the name of a model can be, checked without the imports that reading a model takes."""
+
+import os
+from pathlib import Path
+
+from mice_jax.errors import UserError
+from mice_jax.storage import hub
+
+RANDOM = "random:"
+# One of these makes a folder a model: a Hugging Face folder, an adapter of PEFT, the workdir of a run.
+CONTENTS = ("config.json", "adapter_config.json", "checkpoints", "model/config.json")
+
+
+def check_model_name(name: str) -> None:
+    """Checks that a model is where its name says, as far as that can be seen on this disk.
+
+    Args:
+      name: As `model.init_from`. A model of the Hub is looked for in the cache alone, and only where HF_HUB_OFFLINE is
+        set; what is in a store is not looked for.
+
+    Raises:
+      UserError: There is no such file or folder, or the folder holds no model.
+    """
+    if name.startswith(RANDOM):
+        file = Path(name.removeprefix(RANDOM))
+        file = file / "config.json" if file.is_dir() else file
+        if not file.is_file():
+            raise UserError(
+                f"{name} needs the file {file}, which does not exist. Give random:path/to/config.json or its folder; "
+                f"paths are relative to {Path.cwd()}."
+            )
+        return
+    if hub.is_hub_id(name):
+        return hub.check_cached(name)
+    if "://" in name or os.path.exists(os.path.join(name, "..", "..", "checkpoints")):  # a store, or a checkpoint
+        return
+    folder = Path(name)
+    if not folder.is_dir():
+        raise missing_model(name)
+    if not any((folder / content).exists() for content in CONTENTS):
+        raise UserError(
+            f"{name} holds no model: it has none of {', '.join(CONTENTS[:2])} and checkpoints/. Give a Hugging Face "
+            "folder, an adapter folder of PEFT, or a run's workdir."
+        )
+
+
+def missing_model(name: str) -> UserError:
+    """Returns the error for a name that is no folder."""
+    return UserError(
+        f"{name} does not exist or is not a folder. Give a Hugging Face folder, a model of the Hub "
+        "(owner/name), a run's workdir (or one of its checkpoints/<step>), or random:path/to/config.json."
+    )
