@@ -51,6 +51,11 @@ def sentence(text: str) -> str:
     return text if text.endswith("?") else f"{text}."
 
 
+def format_count(count: int, noun: str) -> str:
+    """Returns a count with its noun in the singular or plural."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def did_you_mean(name: str, names: Collection[str], otherwise: str, cutoff: float = 0.6) -> str:
     """Returns the end of an error message about an unknown name.
 

@@ -33,13 +33,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from mice_jax.cli.flags import define_plan
-from mice_jax.cli.format import format_bytes, format_count, format_duration
+from mice_jax.cli.format import format_bytes, format_duration
 from mice_jax.config import Config
 from mice_jax.data.readers import open_source
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, format_count
 from mice_jax.hardware import CHIPS, GPU_MEMORY_FRACTION_VARIABLE, gpu_memory_fraction
-from mice_jax.model_source import RANDOM, ModelSource, resolve_source, with_vocabulary
+from mice_jax.model_source import ModelSource, resolve_source, with_vocabulary
 from mice_jax.models.spec import ModelSpec
 from mice_jax.planning import ahead_of_time, cost, step_time
 from mice_jax.planning.ahead_of_time import CompiledMemory
@@ -48,6 +48,7 @@ from mice_jax.planning.settings import fitting_settings
 from mice_jax.runtime import watchdog, xla_flags
 from mice_jax.runtime.precision import set_float32_matmul_precision
 from mice_jax.sharding import replicated_dims
+from mice_jax.storage.model_names import RANDOM
 from mice_jax.training import memory_model
 
 READ_BYTES = 16 * 2**20  # a plan reads the run's data only if they are at most this large

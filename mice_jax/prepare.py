@@ -34,7 +34,7 @@ from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import microbatch_shapes
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, format_count
 from mice_jax.training import build
 
 WIDTH = 160  # columns of a table if the output is not a terminal
@@ -92,8 +92,9 @@ def _print_report(whole: dict[str, Any], console: Console) -> None:
     packed_for = whole["packed_for"]
     console.print(
         f"{whole['steps']:,} steps; the first {min(statistics.NUM_PACKED_STEPS, whole['steps'])} fill "
-        f"{whole['packing_efficiency_of_first_steps']:.1%} of their slots, packed for {packed_for['shards']} "
-        f"shards of {packed_for['rows_per_shard']} rows (of mesh and train.rows_per_device; 1 where they leave it open)"
+        f"{whole['packing_efficiency_of_first_steps']:.1%} of their slots, packed for "
+        f"{format_count(packed_for['shards'], 'shard')} of {format_count(packed_for['rows_per_shard'], 'row')} (of "
+        "mesh and train.rows_per_device; 1 where they leave it open)"
     )
 
 

@@ -79,7 +79,7 @@ def test_overlong_samples_are_truncated_and_counted(build: Any, encoder: ChatEnc
 
 def test_overlong_samples_are_an_error_where_asked(build: Any, encoder: ChatEncoder) -> None:
     most = length(encoder, SHORT)
-    with pytest.raises(UserError, match=r"chats\.jsonl has 1 samples above data\.max_length") as raised:
+    with pytest.raises(UserError, match=r"chats\.jsonl has 1 sample above data\.max_length") as raised:
         build([SHORT, LONG], max_length=most, overlong="error")
     assert str(length(encoder, LONG)) in str(raised.value)
     assert build([SHORT], max_length=most, overlong="error").report["sources"]["chats"]["kept"] == 1

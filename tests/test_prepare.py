@@ -91,7 +91,7 @@ def test_report_is_shown_and_written_as_in_training(
         "duplicates" in out
         and "longest: chats: " in out
         and re.search(r"2 steps; the first 2 fill \d+\.\d% of", out)
-        and "packed for 1 shards of 1 rows (" in out
+        and "packed for 1 shard of 1 row (" in out
     )
     assert row(out, "stacked") == ["stacked", "1", "2", "16", "16 chats"]
     assert run_train(config, tmp_path / "work") == 0
@@ -115,7 +115,7 @@ def test_data_warnings_are_shown_and_kept(config: Path, tmp_path: Path, capsys: 
     kept = json.loads((tmp_path / "report.json").read_text())["warnings"]
     assert [line.removeprefix("warning: ") for line in out.splitlines() if line.startswith("warning: ")] == kept
     assert any("a batch is larger than an epoch" in w for w in kept)
-    assert "warning: chats: 1 samples are exact copies" in out
+    assert "warning: chats: exact copies of other samples in it: 1," in out
     assert re.search(r"warning: chats: 2 samples \(the first is .*chats\.jsonl line 17\) hold a special token", out)
     assert "chats.jsonl line 17) start with the assistant" in out
 

@@ -100,7 +100,7 @@ def test_good_data_is_not_warned_of() -> None:
         ),
         ({"dropped": {"no trained token": 2}}, "2 of its 200 samples are dropped: 2 no trained token"),
         ({"truncated": 3}, "3 samples are truncated"),
-        ({"duplicates": 1}, "1 samples are exact copies"),
+        ({"duplicates": 1}, "exact copies of other samples in it: 1,"),
         *(({"signs": {s: {"samples": 7, "first": "a.jsonl line 2"}}}, "7 samples (the first is a.jsonl line 2)")
           for s in r.FLAG_MESSAGES),
     ],

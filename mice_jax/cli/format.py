@@ -15,8 +15,3 @@ def format_duration(days: float) -> str:
     unit = next((name for name, length in SECONDS_PER_UNIT.items() if seconds >= length), "second")
     count = f"{seconds / SECONDS_PER_UNIT[unit]:.3g}"
     return f"{count} {unit}" if count == "1" else f"{count} {unit}s"
-
-
-def format_count(count: int, noun: str) -> str:
-    """A count with its noun in the singular or plural."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

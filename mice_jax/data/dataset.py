@@ -19,7 +19,7 @@ from mice_jax.data.chat import ChatEncoder, SampleFlag
 from mice_jax.data.mixture import Corpus, PhasePools, Pool, SampleSources
 from mice_jax.data.source_names import source_name
 from mice_jax.data.store import ProgressCallback, TokenStore, build_store
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, format_count
 from mice_jax.storage.cache import cache_folder
 
 MAX_DEFAULT_WORKERS = 32  # each takes a few hundred MB; data.prepare_workers may be larger
@@ -166,9 +166,9 @@ class _Pools:
         if data.overlong == "error" and overlong.any():
             longest = self._corpus.where(int(ids[lengths.argmax()]))
             raise UserError(
-                f"{source.path} has {int(overlong.sum())} samples above data.max_length={data.max_length}, the longest "
-                f"of {lengths.max()} tokens ({longest}), and data.overlong is 'error'. Increase the length, or set "
-                "data.overlong to 'drop' or 'truncate'."
+                f"{source.path} has {format_count(int(overlong.sum()), 'sample')} above "
+                f"data.max_length={data.max_length}, the longest of {lengths.max()} tokens ({longest}), and "
+                "data.overlong is 'error'. Increase the length, or set data.overlong to 'drop' or 'truncate'."
             )
         too_long = overlong & (data.overlong == "drop")
         untrained = ~too_long & (self._corpus.num_trained[ids] == 0)

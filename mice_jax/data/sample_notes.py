@@ -8,8 +8,8 @@ UNREAD = "unread key "  # what the name of a key that nothing reads begins with
 
 # What each note counts, as a sentence about a source. {n} is the count, {first} the place of the first.
 MESSAGES = {
-    "empty_answer": "{n} trained assistant messages are empty (the first in {first}), so that only the token that ends "
-    "the turn is trained; fill them, or set their `train` to false",
+    "empty_answer": "trained assistant messages that are empty: {n} (the first in {first}), so that only the token "
+    "that ends the turn is trained; fill them, or set their `train` to false",
     "content_left_out": "{n} messages are left out by the chat template (the first in {first}); take a template that "
     "renders their roles, or take them out of the data",
     "reasoning_left_out": "{n} trained assistant messages have reasoning that the chat template leaves out (the first "

@@ -218,8 +218,8 @@ def _warnings_of(entry: Entry) -> list[str]:
         )
     if entry["duplicates"]:
         found.append(
-            f"{entry['duplicates']:,} samples are exact copies of others in it, and weigh that much more; remove them, "
-            "or use Source.weight for what should weigh more"
+            f"exact copies of other samples in it: {entry['duplicates']:,}, by which those weigh more; remove them, or "
+            "use Source.weight for what should weigh more"
         )
     for flag, numbers in entry["signs"].items():
         found.append(f"{numbers['samples']:,} samples (the first is {numbers['first']}) {FLAG_MESSAGES[flag]}")

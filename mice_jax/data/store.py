@@ -209,7 +209,13 @@ def _write(folder: Path, job: TokenisationJob, log: Callable[[str], None], watch
         stream.flush()
         os.fsync(stream.fileno())  # before the folder is renamed, so that every store with its name is complete
     if not progress.samples:
-        skipped = f": all {sum(progress.bad.values())} records are bad ({progress.bad})" if progress.bad else ""
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in progress.bad.items())
+        skipped = (
+            f": all of its {format_count(sum(progress.bad.values()), 'record')} are bad ({reasons}). Check Source.format; "
+            "with data.skip_bad=False the error names the records"
+            if reasons
+            else ""
+        )
         shutil.rmtree(folder)
         raise UserError(f"{job.path} holds no sample{skipped}. A source needs at least one record with a sample.")
     meta = {

@@ -16,7 +16,8 @@ from mice_jax.data.sources import Sample
 from mice_jax.data.template_spans import PROBE_MESSAGES
 
 # Keys of a message that every template is taken to know, or that are checked in another way.
-KNOWN_KEYS = {"role", "content", "train", "tool_calls", *REASONING}
+# `tool_call_id` is in every tool message of OpenAI's format, and most templates do without it.
+KNOWN_KEYS = {"role", "content", "train", "tool_calls", "tool_call_id", *REASONING}
 
 
 @dataclass(frozen=True)

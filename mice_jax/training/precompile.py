@@ -18,6 +18,7 @@ from mice_jax.cli.progress_display import Display
 from mice_jax.data.loader import StepSource, empty_rows
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import Shape
+from mice_jax.errors import format_count
 from mice_jax.sharding import batch_sharding, num_shards
 from mice_jax.step import Batch, Jitted, StepFunctions
 from mice_jax.training import held_out
@@ -64,9 +65,9 @@ class Compiled(NamedTuple):
 
     def describe(self, cache: Path) -> str:
         """Returns a sentence about the compilation; `cache` is the folder of compiled programs."""
-        done = self.shapes - self.later
-        rest = f"; {self.later} more are compiled while the run begins" if self.later else ""
-        return f"{done} microbatch shapes compiled, or found in {cache}, in {self.seconds:.0f} s{rest}"
+        done = format_count(self.shapes - self.later, "microbatch shape")
+        rest = f"; {self.later} more while the run begins" if self.later else ""
+        return f"{done} compiled, or found in {cache}, in {self.seconds:.0f} s{rest}"
 
 
 def compile_run(

@@ -16,6 +16,7 @@ from mice_jax.config import Config, Optim
 from mice_jax.config_checks import UNREAD_BY_OPTIMIZER, UNREAD_BY_SCHEDULE, beta2_of, rate_of
 from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
+from mice_jax.errors import format_count
 from mice_jax.model_source import ModelSource
 from mice_jax.models import hf, untrained
 from mice_jax.models.families import FAMILIES
@@ -88,7 +89,7 @@ def _step(config: Config, steps: StepSource, total_steps: int) -> str:
     rows, slots = steps.shapes[0].rows, steps.shapes[0].slots
     return (
         f"{' then '.join(sizes)} samples, about {tokens:,.0f} tokens in {microbatches:.3g} microbatches of at most "
-        f"{rows} rows per device by {slots:,} slots"
+        f"{format_count(rows, 'row')} per device by {slots:,} slots"
     )
 
 
