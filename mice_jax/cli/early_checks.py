@@ -22,12 +22,11 @@ def check_places(command: str, values: flags.FlagValues) -> None:
     Raises:
       UserError: one of them is not there, or is something else.
     """
-    if command in ("train", "prepare", "plan"):
+    if command in ("train", "prepare"):  # `plan` needs neither weights nor data
         config: Config = values.config
         _check_model(config.model.init_from)
         check_template_name(config.data.chat_template)
-        if command != "plan":  # it plans without the data too
-            _check_data(config)
+        _check_data(config)
     if command in ("generate", "evaluate"):
         _check_model(values.model)
     if command in ("export", "average") and "://" not in values.workdir:

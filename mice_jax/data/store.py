@@ -211,8 +211,8 @@ def _write(folder: Path, job: TokenisationJob, log: Callable[[str], None], watch
     if not progress.samples:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in progress.bad.items())
         skipped = (
-            f": all of its {format_count(sum(progress.bad.values()), 'record')} are bad ({reasons}). Check Source.format; "
-            "with data.skip_bad=False the error names the records"
+            f": all {sum(progress.bad.values()):,} records are bad ({reasons}). Check Source.format; with "
+            "data.skip_bad=False the error names the records"
             if reasons
             else ""
         )
