@@ -1,6 +1,5 @@
 """What the name of a model can be, checked without the imports that reading a model takes."""
 
-import os
 from pathlib import Path
 
 from mice_jax.errors import UserError
@@ -32,7 +31,7 @@ def check_model_name(name: str) -> None:
         return
     if hub.is_hub_id(name):
         return hub.check_cached(name)
-    if "://" in name or os.path.exists(os.path.join(name, "..", "..", "checkpoints")):  # a store, or a checkpoint
+    if "://" in name or "checkpoints" in Path(name).parts:  # a store, or a checkpoint of a run
         return
     folder = Path(name)
     if not folder.is_dir():
