@@ -42,7 +42,7 @@ from mice_jax.sweeps.devices import share_of_devices
 from mice_jax.sweeps.process_group import ProcessSpec
 from mice_jax.sweeps.progress_table import ProgressTable
 from mice_jax.sweeps.study import STATUS_BY_STATE, Study, status_of
-from mice_jax.sweeps.trials import bracket_rule, fixed_params, settled, sibling_rule, trial_config
+from mice_jax.sweeps.trials import bracket_rule, check_metric, fixed_params, settled, sibling_rule, trial_config
 from mice_jax.sweeps.worker_pool import WorkerPool
 
 STORAGE_VARIABLE = "MICE_JAX_STORAGE"  # environment variable with the database's URL, which may hold a password
@@ -120,6 +120,7 @@ def load_sweep(config: str) -> tuple[Sweep, list[str]]:
     sibling_rule(sweep)
     if rule := bracket_rule(sweep):
         live_bracket.check(sweep, rule)
+    check_metric(sweep)
     claims = registered_claims.find(Path(file), sweep.claims)
     sweep.claims = str(claims.resolve()) if claims else registered_claims.NONE
     if claims:

@@ -1,5 +1,6 @@
 """The bracket rule at work on a sweep: what it runs next by the files of the trials, pauses, and how it ends."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -19,7 +20,7 @@ from mice_jax.sweeps.grid import checked_grid
 from mice_jax.sweeps.live_bracket import LiveBracket, check
 from mice_jax.sweeps.rule import Runs
 from mice_jax.sweeps.study import Study
-from mice_jax.sweeps.trials import bracket_rule, settled, trial_config
+from mice_jax.sweeps.trials import bracket_rule, check_metric, settled, trial_config
 
 RATE = "optim.learning_rate"
 RATES = [1e-5, 2e-5, 4e-5, 8e-5, 16e-5]
@@ -210,6 +211,27 @@ def test_macro_loss_is_the_metric_of_several_held_out_sources(
     assert notes == ["metric: eval/macro_loss, the mean over the 2 held-out sources (metric= takes another one)"] * (
         metric == "eval/macro_loss"
     )
+
+
+@pytest.mark.parametrize(
+    ("num_held_out", "fields", "message"),
+    [
+        (
+            1,
+            {"metric": "eval/los"},
+            "metric='eval/los' of the sweep is not measured in its runs; did you mean 'eval/loss'",
+        ),
+        (2, {"metric": "eval/3/loss"}, "is not measured in its runs; did you mean 'eval/0/loss'"),
+        (0, {"metric": "eval/loss"}, "its base holds none out"),
+        (0, {"metric": "loss"}, ""),
+        (2, {"metric": "eval/average/1/loss"}, ""),
+        (1, {"metric": "eval/mmlu/acc", "axes": {"eval.tasks": [["mmlu"], []]}}, ""),
+    ],
+)
+def test_metric_that_no_run_measures_is_an_error(num_held_out: int, fields: dict[str, Any], message: str) -> None:
+    sweep = left_to_the_command(num_held_out, **fields)
+    with pytest.raises(UserError, match=re.escape(message)) if message else contextlib.nullcontext():
+        check_metric(sweep)
 
 
 @pytest.mark.parametrize(

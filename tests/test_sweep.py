@@ -79,7 +79,7 @@ def test_sweep_in_a_bucket_is_an_error_before_any_access(tmp_path: Path, capsys,
 
 
 def test_dry_run_prints_trials_steps_and_cost_and_leaves_nothing(tmp_path: Path, capsys) -> None:
-    file = sweep_file(tmp_path, "axes={'optim.batch_size': [4, 8]}, seeds=[0, 1]", held_out=False)
+    file = sweep_file(tmp_path, "axes={'optim.batch_size': [4, 8]}, seeds=[0, 1], metric='loss'", held_out=False)
     assert run_verb(sweep.main, [f"--config={file}", f"--workdir={tmp_path / 'out'}", "--dry_run"]) == 0
     printed = capsys.readouterr().out
     assert "4 trials, 120 steps" in printed and "hours of one H100" in printed and not (tmp_path / "out").exists()

@@ -6,12 +6,13 @@ import itertools
 from typing import Any
 
 from mice_jax.config import Config, Range, Sweep, is_set, locate
+from mice_jax.config_checks import nearest
 from mice_jax.data.source_names import held_out_names
 from mice_jax.errors import UserError
 from mice_jax.sweeps import live_bracket
 from mice_jax.sweeps.bracket_rule import BracketRule
 from mice_jax.training import stop_rules
-from mice_jax.training.metric_names import MACRO
+from mice_jax.training.metric_names import KEPT, MACRO, MACRO_EXACT_MATCH
 
 AUTO = "auto"
 
@@ -35,6 +36,28 @@ def settled(sweep: Sweep) -> tuple[Sweep, list[str]]:
         stop, note = _chosen_rule(dataclasses.replace(sweep, metric=metric))
         notes.append(note)
     return dataclasses.replace(sweep, metric=metric, stop=stop), notes
+
+
+def check_metric(sweep: Sweep) -> None:
+    """Raises UserError where no run of the sweep can measure its metric, as far as the config tells.
+
+    Only held-out metrics are checked, and only where neither benchmarks nor axes can add others.
+    """
+    base, metric = sweep.base, sweep.metric
+    if not metric.startswith("eval/") or base.eval.tasks or any(a.startswith(("data", "eval")) for a in sweep.axes):
+        return
+    sources = held_out_names(base.data)
+    if not sources:
+        raise UserError(
+            f"metric={metric!r} of the sweep is measured on held-out data, and its base holds none out. Set "
+            "data.validation or data.validation_fraction."
+        )
+    groups = ["", *(f"{source}/" for source in sources), *(f"phase/{phase.name}/" for phase in base.data.phases)]
+    known = [MACRO, MACRO_EXACT_MATCH, KEPT]
+    known += [f"eval/{group}{kind}" for group in groups for kind in ("loss", "token_accuracy", "exact_match")]
+    known += [name.replace("eval/", "eval/average/", 1) for name in known]
+    if metric not in known:
+        raise UserError(f"metric={metric!r} of the sweep is not measured in its runs{nearest(metric, known)}")
 
 
 def _chosen_rule(sweep: Sweep) -> tuple[str | None, str]:

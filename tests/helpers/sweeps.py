@@ -36,6 +36,7 @@ def get_config(arg: str = "") -> Config:
     c = Config()
     c.model.init_from = "models/mouse"
     c.data.phases = [Phase(sources=[Source(path="chats.jsonl")])]
+    c.data.validation_fraction = 0.2
     return c
 '''
 
