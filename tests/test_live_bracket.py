@@ -125,7 +125,7 @@ def test_study_pauses_resumes_and_ends_trials(tmp_path: Path) -> None:
     assert rows[6]["reason"] == "paused at 50%: the bracket rule has found the best arm without it"
     assert rows[9]["reason"] == "not run: the bracket rule has found the best arm without it"
     assert "pause_at_share=0.0" in (study.run_folder(6) / "config.py").read_text(), "so that it can be run by hand"
-    assert study.conclusion() == [f"best arm: {RATE}=2e-05; eval/loss 1 (mean of 1 seeds); saved 60%"]
+    assert study.conclusion() == [f"best arm: {RATE}=2e-05; eval/loss 1; saved 60%"]
     study.write_certificate()
     found = content.of_sweep(study.folder)["certificate"]
     lags = [(b["axis"], *(b[side]["lag"] for side in ("lower", "higher"))) for b in found["brackets"]]

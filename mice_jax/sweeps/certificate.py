@@ -77,7 +77,8 @@ class Certificate:
     def sentence(self) -> str:
         """Returns the answer in one line."""
         values = ", ".join(f"{name}={value}" for name, value in self.values.items())
-        return f"best arm: {values}; {self.metric} {self.mean:.4g} (mean of {self.seeds} seeds); saved {self.saved:.0%}"
+        of_seeds = f" (mean of {self.seeds} seeds)" if self.seeds > 1 else ""
+        return f"best arm: {values}; {self.metric} {self.mean:.4g}{of_seeds}; saved {self.saved:.0%}"
 
 
 def of_sweep(rule: BracketRule, grid: Grid, runs: Runs, metric: str, sign: float) -> Certificate | None:

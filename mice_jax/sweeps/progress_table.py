@@ -145,6 +145,6 @@ def trials_to_show(statuses: Sequence[str], best: int | None, room: int) -> set[
 
 
 def _ending(trial: FrozenTrial, metric: str) -> str:
-    status = f"{status_of(trial)} {trial.user_attrs.get('reason', '')}".strip()
+    reason = trial.user_attrs.get("reason", "")
     value = "" if trial.value is None else f", {metric} {trial.value:.4g}"
-    return f"trial {trial.number}: {status}{value}"
+    return f"trial {trial.number}: {status_of(trial)}{f', {reason}' if reason else ''}{value}"
