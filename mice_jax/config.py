@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mice_jax.config_checks import flatten, nearest_field, sweep_problems, type_problems, value_problems
+from mice_jax.config_checks import nearest as nearest  # for the arguments of configs
 from mice_jax.errors import sentence
 
 

@@ -28,7 +28,11 @@ pytestmark = [
 
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
-    body = "c.seed = int(arg or 0)\nc.data.validation = [Source(path='v.jsonl')]"
+    """A config whose files are there, and empty: what a command finds without its imports."""
+    (tmp_path / "init").mkdir()
+    for name in ("a.jsonl", "v.jsonl", "init/config.json"):
+        (tmp_path / name).touch()
+    body = f"c.seed = int(arg or 0)\nc.data.validation = [Source(path='{tmp_path}/v.jsonl')]"
     return write_config(tmp_path / "run.py", tmp_path / "a.jsonl", tmp_path / "init", body)
 
 
@@ -368,7 +372,7 @@ def test_config_prints_values_with_their_defaults(
     lines = capsys.readouterr().out.splitlines()
     assert "c.optim.learning_rate = 0.5  # default 2e-05" in lines
     assert "c.optim.schedule = 'constant'" in lines
-    assert "c.data.validation = [Source(path='v.jsonl')]  # default []" in lines
+    assert f"c.data.validation = [Source(path='{config_file.parent}/v.jsonl')]  # default []" in lines
 
 
 def test_what_config_prints_is_a_config(

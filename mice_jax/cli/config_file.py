@@ -53,7 +53,7 @@ def parse_flags(values: flags.FlagValues, argv: list[str]) -> None:
 
 def _nearest_flag(name: str, values: flags.FlagValues) -> str:
     """Returns the end of the error about an unknown flag, which may be a field of the config without its group."""
-    if hasattr(values._flags().get("config"), "override_values"):  # the command takes fields of the config
+    if hasattr(type(values._flags().get("config")), "override_values"):  # the command takes fields of the config
         last = OTHER_NAMES.get(name, name)
         fields = sorted((f for f in field_names() if f.rpartition(".")[2] == last), key=lambda f: "[]" in f)
         if fields:
@@ -110,7 +110,10 @@ def _config_error(e: Exception, argv: list[str]) -> UserError:
             "`mice config` prints the lists."
         )
     if isinstance(cause, AttributeError) and "get_config" in str(cause):
-        return UserError(f"{_config_file(argv)} defines no get_config(arg) that returns the config.")
+        return UserError(
+            f"{_config_file(argv)} defines no get_config(arg) that returns the config; --config takes a Python file that "
+            "does."
+        )
     if isinstance(cause, SyntaxError):
         kind = "" if str(cause.filename).endswith(".py") else " --config takes a Python file."
         return UserError(f"{cause.filename} line {cause.lineno} is not valid Python: {cause.msg}.{kind}")
