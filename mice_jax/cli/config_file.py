@@ -111,8 +111,8 @@ def _config_error(e: Exception, argv: list[str]) -> UserError:
         )
     if isinstance(cause, AttributeError) and "get_config" in str(cause):
         return UserError(
-            f"{_config_file(argv)} defines no get_config(arg) that returns the config; --config takes a Python file that "
-            "does."
+            f"{_config_file(argv)} defines no get_config(arg) that returns the config; --config takes a Python file "
+            "that does."
         )
     if isinstance(cause, SyntaxError):
         kind = "" if str(cause.filename).endswith(".py") else " --config takes a Python file."
