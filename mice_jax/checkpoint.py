@@ -8,9 +8,10 @@ On disk, Orbax writes a checkpoint to a temporary folder and commits it by a ren
 it commits a checkpoint by writing a marker object into it. It removes what interrupted saves left. A committed
 checkpoint then gets a manifest with the sizes and checksums of its files (storage/manifest.py).
 
-When a run resumes, a checkpoint that differs from its manifest, or that cannot be read, is damaged. It is moved to
-`checkpoints/damaged/` and never deleted. In a bucket, a checkpoint that agrees with its manifest but cannot be read
-stays where it is, and the command ends with a StoreError, since the reason may be an outage.
+A run that resumes checks its checkpoints from the newest to the first that is intact; it does not read older ones. A
+checkpoint that differs from its manifest, or that cannot be read, is damaged. It is moved to `checkpoints/damaged/` and
+never deleted. In a bucket, a checkpoint that agrees with its manifest but cannot be read stays where it is, and the
+command ends with a StoreError, since the reason may be an outage.
 """
 
 import contextlib
@@ -118,22 +119,31 @@ class CheckpointReader:
             raise UserError(
                 f"{self.folder / str(step)} cannot be read ({one_line(e)[:MAX_ERROR_CHARS]}). If it is damaged, use "
                 f"another step (there are {', '.join(map(str, self.steps()))}) with --step or as "
-                f"model.init_from={self.folder}/STEP, or resume the run, which moves damaged checkpoints away."
+                f"model.init_from={self.folder}/STEP. To resume the run, move this checkpoint out of that folder; if "
+                "it is the newest, the run does so itself."
             ) from e
 
     def _restore_params(self, step: int, abstract: Params, item: str) -> Params:
         if item == "average" and not (self.folder / str(step) / item).exists():
             raise UserError(
-                f"{self.folder / str(step)} holds no average of the weights, since its run has train.ema_half_life=0. "
-                "Leave out --average or the /average at the end of the path, or take the mean of several checkpoints "
-                "(mice average)."
+                f"{self.folder / str(step)} holds no average of the weights: its run has train.ema_half_life=0, or "
+                "mice average wrote it. Leave out --average or the /average at the end of the path, or take the mean "
+                "of several checkpoints (mice average)."
             )
         self._check_params(step, abstract, item)
         items = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract, strict=False)})
         return self._manager.restore(step, args=items)[item]
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`, and the run's progress."""
+        """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`, and the run's progress.
+
+        Raises:
+          UserError: if the checkpoint cannot be read, or has other parameters.
+        """
+        with self._explain_damage(step):
+            return self._restore(step, abstract)
+
+    def _restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         self._check_params(step, abstract.params)
         items = {
             # strict=False pads or cuts the vocabulary as this mesh needs it. _check_params rejects other differences of
@@ -309,7 +319,8 @@ class Checkpoints(CheckpointReader):
 
         Call it once, before the first `reached_preemption`. JAX reports a notice at one step only: the step after the
         highest one that any process has passed to `reached_preemption`. If the notice came before any call, that is
-        step 1, which a resumed run would never ask for. So this function asks for step 1.
+        step 1, which a resumed run would never ask for. So this function asks for step 1. It then asks for `start`, so
+        that a later notice is reported at one of the steps that follow `start`.
 
         Args:
           start: the number of steps that were done before this process started.
@@ -380,7 +391,7 @@ class Checkpoints(CheckpointReader):
         """
         restored, damage = None, None
         try:
-            restored = self.restore(step, abstract)
+            restored = self._restore(step, abstract)
         except UserError:
             raise
         except Exception as e:  # Orbax may raise any exception on damaged files

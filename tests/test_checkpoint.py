@@ -257,6 +257,8 @@ def test_a_reader_of_a_damaged_checkpoint_names_the_other_steps(damage: str, run
     reader = CheckpointReader(run)
     with pytest.raises(UserError, match=r"checkpoints/10 cannot be read .* another step \(there are 9, 10\)"):
         reader.restore_params(10, ABSTRACT.params)
+    with pytest.raises(UserError, match=r"checkpoints/10 cannot be read .* another step \(there are 9, 10\)"):
+        reader.restore(10, ABSTRACT)
     reader.close()
 
 
@@ -371,7 +373,7 @@ def test_a_process_lost_during_a_restore_is_no_damage(run: Path, monkeypatch: py
     lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
     with opened(run) as checkpoints, monkeypatch.context() as patch, pytest.raises(ValueError, match="Gloo") as e:
         patch.setattr(jax, "process_count", lambda: 2)
-        patch.setattr(checkpoints, "restore", lose_a_process)
+        patch.setattr(checkpoints, "_restore", lose_a_process)
         patch.setattr(checkpoint.distributed, "is_true_on_any_process", lambda flag: pytest.fail("a collective"))
         checkpoints._try_restore(1, ABSTRACT)
     assert e.value is lost

@@ -143,7 +143,7 @@ def enter_phase(
       log: Called with a sentence about where the phase starts from.
 
     Raises:
-      UserError: The phase starts from the best checkpoint, but none has a score.
+      UserError: The phase starts from the best checkpoint, but none has a score, or it cannot be read.
     """
     phase, before = spans[index].phase, spans[index - 1]
     if phase.seed_from == "best":
