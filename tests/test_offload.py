@@ -22,7 +22,7 @@ from mice_jax.planning.planner import RunPlan
 from mice_jax.planning.settings import SAME_SPEED, FittingSetting, Setting, fitting_settings, ranked
 from mice_jax.sharding import make_mesh
 from mice_jax.step import Sums, TrainState, apply_sums
-from mice_jax.training import memory_model
+from mice_jax.training import build, memory_model
 from mice_jax.training.memory_model import bytes_per_device, host_bytes_per_device
 
 STEPS = 5
@@ -235,12 +235,17 @@ def test_settings_that_fit_are_ranked_with_their_cost() -> None:
 
 
 # ---------------------------------------------------------------------------------------- bad input
-def test_devices_without_host_memory_are_named() -> None:
+def test_devices_without_host_memory_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = [types.SimpleNamespace(kind=kind) for kind in ("device", "unpinned_host")]
     device = types.SimpleNamespace(device_kind="Made-up 1", addressable_memories=lambda: kinds)
     with pytest.raises(UserError, match=r"optim\.offload_moments=True.*'pinned_host'.*Made-up 1.*'device'"):
         offload.check_host_memory_kind([device], "optim.offload_moments=True")
     offload.check_host_memory_kind(jax.devices()[:1], "")
+    config = Config()
+    config.optim.offload_moments = True
+    monkeypatch.setattr(offload, "HOST_KIND", "absent_host")
+    with pytest.raises(UserError, match=r"optim\.offload_moments=True.*'absent_host'"):  # before any data is read
+        build.run_mesh(config)
 
 
 @pytest.mark.parametrize(("name", "beta1"), [("adafactor", 0.9), ("sgd", 0.0)])

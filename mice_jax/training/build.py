@@ -56,7 +56,14 @@ from mice_jax.training.phases import PhaseSpan, phase_spans
 
 # ---------------------------------------------------------------------------------------- devices
 def run_mesh(config: Config) -> Mesh:
-    """Makes the mesh of a run; raises UserError if the sizes of its axes do not fit the devices or the rows."""
+    """Makes the mesh of a run.
+
+    Raises:
+      UserError: The sizes of its axes do not fit the devices or the rows, or the config asks for arrays in host memory
+        and the devices cannot keep them there.
+    """
+    for setting in offloading_settings(config):
+        check_host_memory_kind(jax.local_devices(), setting)
     sizes = config.mesh
     made = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, sequence=sizes.sequence)
     problem = row_problem(config.data.max_length, made.shape[LENGTH_AXIS])
@@ -300,8 +307,6 @@ def model(
       The model.
     """
     platform = mesh.devices.flat[0].platform
-    for setting in offloading_settings(config):
-        check_host_memory_kind(jax.local_devices(), setting)
     decoder = run_decoder(config, spec, source.architecture, mesh.shape["tensor"])
     dtype = compute_dtype(config, platform)
     needs = memory_inputs(config, decoder, source.architecture, mesh, dtype, attention)
