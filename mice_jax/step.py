@@ -403,8 +403,8 @@ def apply_sums(
       The state after the step, and the metrics of the step as scalars.
     """
 
-    # This function and the next lines are the only place that divides by the sum of the weights. If all weights are 0
-    # (the step has no trained token), loss and gradient are NaN, and the step is not finite.
+    # The gradient is divided by the sum of the weights in this function, and the loss below it. If all weights are 0
+    # (the step has no trained token), both are NaN, and the step is not finite.
     def mean(grad_sums: Params, mask: Any) -> Params:
         return _zero_frozen(jax.tree.map(lambda g: g.astype(jnp.float32) / sums.weight_sum, grad_sums), mask)
 
@@ -551,8 +551,8 @@ def make_abstract_state(
       param_dtype: the dtype of the weights, except `FLOAT32_PARAMS` such as the scales of norms, which stay float32.
 
     Returns:
-      A TrainState of jax.ShapeDtypeStruct. Parameters and moments are sharded by `sharding.RULES`, the rest replicated.
-      With LoRA, the parameters are the adapters alone.
+      A TrainState of jax.ShapeDtypeStruct. The parameters and their average are sharded by `sharding.RULES`, the state
+      of the optimizer as `_opt_state_shardings` says. With LoRA, the parameters are the adapters alone.
     """
     params, axes = decoder.split(decoder.abstract)[0], decoder.split(decoder.axes)[0]
     replicated: Any = NamedSharding(mesh, PartitionSpec())
@@ -648,8 +648,8 @@ def _opt_state_shardings(
 
     An array with the name and shape of a parameter is sharded like the parameter. The scales of a quantised moment have
     one entry for each block along the last dim. Each of their dims is sharded like that of the parameter, if the mesh
-    axes divide it. `sharding.basis_sharding` shards the two factors of an OSFT basis. Other arrays, such as counts and
-    Adafactor's row and column statistics, are replicated.
+    axes divide it. `sharding.basis_sharding` shards the two factors of an OSFT basis (training/osft.py). Other
+    arrays, such as counts and Adafactor's row and column statistics, are replicated.
 
     Args:
       opt_state: the optimizer's state, with jax.ShapeDtypeStruct as leaves.

@@ -118,7 +118,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     distributed.assert_same_on_all_processes("commits of models of the Hub", repr(inputs.hosted))
 
     # ---- Data ---------------------------------------------------------------------------------------------------
-    # Of the processes that share a cache, one builds each token store and the others wait for it. An error of any
+    # Of the processes that share a cache, one builds each token store and the others wait for it. A UserError of any
     # process is raised in all. `data.spans` has the range of steps of each phase (training/phases.py).
     with distributed.raise_on_all_processes(), Display(console) as display:
         for note in inputs.notes:
@@ -130,7 +130,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
     # ---- Model --------------------------------------------------------------------------------------------------
     # If the config leaves rows per device or remat open (0, "auto"), a resumed run on the same mesh takes its earlier
-    # choice. Otherwise they are chosen by the memory of a device and the lengths of the samples.
+    # choice. Any other run chooses them by the memory of a device and the lengths of the samples.
     model = build.model(config, source, spec, mesh, attention, data.mean_length, earlier_choices)
     set_float32_matmul_precision(model.compute.dtype, mesh.devices.flat[0].platform)
     distributed.assert_same_on_all_processes("rows per device and remat", f"{model.rows} {model.compute.remat}")

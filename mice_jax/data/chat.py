@@ -289,7 +289,7 @@ class ChatEncoder:
         ]
 
     def fingerprint(self) -> str:
-        """Returns a hash of everything that determines ids, masks and flags, including the date and RULES_VERSION."""
+        """Returns a hash of everything that determines ids and masks, including the date and RULES_VERSION."""
         parts = [
             RULES_VERSION,
             self._offset_tokenizer.state(),
