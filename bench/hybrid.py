@@ -34,6 +34,7 @@ import numpy as np
 from mice_jax.models.layer_groups import find_groups
 from mice_jax.models.spec import GatedDelta, Mamba2, Mixer, ModelSpec, Rope, ShortConv
 from mice_jax.models.transformer import Compute, make_decoder
+from mice_jax.runtime import xla_flags
 from mice_jax.step import batch_loss
 
 CONV = ShortConv(3, bias=False)
@@ -153,4 +154,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    xla_flags.reexec_with_huge_pages()  # `mice` does so too; here both models get huge pages
     main()

@@ -311,7 +311,8 @@ def test_a_chat_remembers_until_it_is_cleared(
     out = capsys.readouterr().out
     first = expected(model, CONVERSATIONS[3])
     both = [*CONVERSATIONS[3], {"role": "assistant", "content": first}, {"role": "user", "content": "red"}]
-    assert out == f"{WELCOME}\n> {first}\n> {expected(model, both)}\n> > > {first}\n> "
+    cleared = "A new conversation, with no system message."
+    assert out == f"{WELCOME}\n> {first}\n> {expected(model, both)}\n> {cleared}\n> > {first}\n> "
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert run(folder) == 0
 

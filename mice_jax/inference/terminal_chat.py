@@ -60,11 +60,10 @@ class TerminalChat:
         """Does what a command says. A command is never sent to the model, an unknown one neither."""
         if name == "/help":
             print("\n".join(f"{name:<8} {text}" for name, text in COMMANDS.items()))
-        elif name == "/clear":
+        elif name in ("/clear", "/system"):
+            self._system = argument if name == "/system" else self._system
             self._clear()
-        elif name == "/system":
-            self._system = argument
-            self._clear()
+            print(f"A new conversation, with {'the' if self._system else 'no'} system message.")
         elif name == "/save":
             self._save(argument)
         elif name != "/exit":
