@@ -370,9 +370,11 @@ def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
       StoppedByRule: if a stop rule ended the run.
       Preempted: if the run ended early with its state saved: after a signal, a preemption notice, a time limit, a
         planned pause, or a failure of the storage.
+      KeyboardInterrupt: if Ctrl-C, or the stop button of a notebook, ended the run before its first step, or a second
+        time while it was to end after a step.
     """
     config.validate()
-    with lifecycle(parse_path(str(workdir))) as run:
+    with lifecycle(parse_path(str(workdir)), owns_process=False) as run:
         train(config, run, Launch())
     return run.workdir.read_json("summary.json")
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from types import FrameType
 from typing import NoReturn
 
@@ -21,20 +22,28 @@ class PreemptionHandler:
     handler of SIGTERM and reports that signal as a preemption notice (see Checkpoints.preempted_before);
     `enable_saving` installs this handler again.
 
+    In a Python program of the user's, such as a notebook, a signal that would end the process is passed to the handler
+    that was there before, which for SIGINT raises KeyboardInterrupt. In a thread other than the main one, where Python
+    allows no handlers, there are none.
+
+    Args:
+        owns_process: whether this process runs nothing but the run.
+
     Attributes:
         signal: name of the signal that arrived, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, owns_process: bool = True) -> None:
         self.signal: str | None = None
-        self._can_save = False
-        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        self._owns_process, self._can_save = owns_process, False
+        numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def enable_saving(self) -> None:
         """Declares that the run has begun: from now on a signal stops it after the step in progress."""
         self._can_save = True
         if self.signal is None:
-            for number in STOP_SIGNALS:
+            for number in self._previous:
                 signal.signal(number, self._handle)
 
     def restore_handlers(self) -> None:
@@ -46,9 +55,15 @@ class PreemptionHandler:
         self.signal = signal.Signals(number).name
         if not self._can_save and not jax.distributed.is_initialized():
             message = f"preempted: {self.signal} before the first step. Nothing is lost; run the same command again."
-            _exit_at_once(Preempted.exit_code, message)
+            self._end(number, Preempted.exit_code, message)
         message = "stopped at once, without saving: run the same command to resume from the last checkpoint"
-        signal.signal(signal.SIGINT, lambda number, frame: _exit_at_once(128 + number, message))
+        signal.signal(signal.SIGINT, lambda number, frame: self._end(number, 128 + number, message))
+
+    def _end(self, number: int, code: int, message: str) -> None:
+        if self._owns_process:
+            _exit_at_once(code, message)
+        signal.signal(number, self._previous[signal.Signals(number)])
+        signal.raise_signal(number)
 
 
 def _exit_at_once(code: int, message: str) -> NoReturn:

@@ -39,9 +39,9 @@ class Run:
       saved_step: The newest step that was saved, or is being saved.
     """
 
-    def __init__(self, workdir: RunPath):
+    def __init__(self, workdir: RunPath, owns_process: bool):
         self.workdir = Workdir(workdir)
-        self.preemption = PreemptionHandler()
+        self.preemption = PreemptionHandler(owns_process)
         self.progress = Progress()
         self.record: dict[str, Any] = {}
         self.start = 0
@@ -136,7 +136,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def lifecycle(workdir: RunPath) -> Iterator[Run]:
+def lifecycle(workdir: RunPath, owns_process: bool = True) -> Iterator[Run]:
     """Provides the context of a run, from before its workdir is locked until the lock is released.
 
     If one of several processes fails alone, it prints its error and ends at once. The others then notice that it is
@@ -144,6 +144,7 @@ def lifecycle(workdir: RunPath) -> Iterator[Run]:
 
     Args:
       workdir: The run's workdir, which is not locked yet.
+      owns_process: Whether this process runs nothing but the run, so that a signal may end it.
 
     Yields:
       The run. The caller locks its `workdir`, and calls `begin` before the first step.
@@ -151,7 +152,7 @@ def lifecycle(workdir: RunPath) -> Iterator[Run]:
     Raises:
       Preempted: The checkpoint store failed, and there is a checkpoint to continue from.
     """
-    run = Run(workdir)
+    run = Run(workdir, owns_process)
     try:
         with run.workdir, _summary(run):
             yield run
