@@ -205,7 +205,7 @@ def test_one_behind_yields_each_item_once_and_in_order() -> None:
         ]
 
 
-def test_kept_share_is_measured_against_what_was_known_before_the_first_step() -> None:
+def test_kept_share_is_of_what_was_known_before_the_first_step() -> None:
     before = {"eval/old/exact_match": 0.8, "eval/old/token_accuracy": 0.9, "eval/new/exact_match": 0.0}
     before |= {"eval/older/exact_match": 0.5, "eval/older/token_accuracy": 0.6}
     known = held_out.known_before(before, ["old", "older"])

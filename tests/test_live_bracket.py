@@ -133,7 +133,7 @@ def test_study_pauses_resumes_and_ends_trials(tmp_path: Path) -> None:
     assert found["runner_up"]["seeds"] == 1 and found["runner_up"]["low"] is None, "one seed has no interval"
 
 
-def test_certificate_has_the_neighbours_and_the_runner_up_with_its_interval() -> None:
+def test_certificate_has_neighbours_and_the_runner_up_with_its_interval() -> None:
     """Arms by rate and schedule: the best one has a neighbour that lags, one that diverged, and a close rival."""
     grid = checked_grid({RATE: RATES[:4], "optim.schedule": ["constant", "cosine"]})
     finals = np.full((3, 8), np.nan)

@@ -492,7 +492,7 @@ def test_bfloat16_sums_over_devices_halve_their_bytes() -> None:
     assert times[1] == pytest.approx(times[0] * (2 * 2 + 2) / (2 * 2 + 4))
 
 
-def test_devices_that_share_rows_share_their_slots_and_gather_keys_and_values() -> None:
+def test_devices_that_share_rows_split_slots_and_gather_keys_and_values() -> None:
     whole, split = (dataclasses.replace(load_of(2, sequence=n), attention="blockwise") for n in (1, 4))
     layers, params = 2, sum(math.prod(x.shape) for x in jax.tree.leaves(whole.state.params))
     alone, shared = (memory_model.estimate_memory(x, 2, "dots") for x in (whole, split))

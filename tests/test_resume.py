@@ -100,7 +100,7 @@ def test_paused_and_resumed_run_is_bit_equal(config: Path, uninterrupted: Path, 
 
 # ---------------------------------------------------------------------------------------- killed
 @pytest.mark.slow
-def test_resume_after_kills_at_startup_between_and_during_saves_is_bit_equal(
+def test_resume_is_bit_equal_after_kills_at_startup_and_around_saves(
     config: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     """Killed while it starts, some steps past a checkpoint, which are done again, and in the middle of a save."""
@@ -125,7 +125,7 @@ def test_resume_after_kills_at_startup_between_and_during_saves_is_bit_equal(
 
 # ---------------------------------------------------------------------------------------- on another mesh
 @pytest.mark.slow
-def test_run_preempted_on_8_and_4_devices_and_ended_on_1_sees_the_same_samples(
+def test_run_preempted_on_8_and_4_devices_sees_the_same_samples_on_1(
     config: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     """It is asked to leave in the middle of epochs, of five steps, and goes on with other devices and axes."""

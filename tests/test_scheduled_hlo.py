@@ -30,7 +30,7 @@ def counted(program: Program, peak_flops: float = 1.0, link_rate: float = 1.0) -
     )
 
 
-def test_an_instruction_is_parsed_with_its_tuple_layouts_and_called_program(program: Program) -> None:
+def test_instruction_is_parsed_with_its_layouts_and_called_program(program: Program) -> None:
     assert program.entry == "main.1"
     start = program.find("layer", "call-start.2")
     assert start == Instruction(

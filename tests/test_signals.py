@@ -9,6 +9,8 @@ import pytest
 from mice_jax.runtime import signals
 from mice_jax.runtime.signals import STOP_SIGNALS, PreemptionHandler
 
+pytestmark = pytest.mark.smoke
+
 
 class Exited(Exception):
     """Stands for the end of the process."""

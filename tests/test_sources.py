@@ -215,7 +215,7 @@ def test_prompt_and_completion_of_messages_trains_on_the_completion_alone(tmp_pa
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 
 
-def test_sharegpt_call_is_a_turn_of_the_assistant_and_its_result_one_of_a_tool(tmp_path: Path) -> None:
+def test_sharegpt_call_is_an_assistant_turn_and_its_result_a_tool_turn(tmp_path: Path) -> None:
     call = json.dumps(CALL["function"])
     turns = [
         {"from": "human", "value": "hi"},

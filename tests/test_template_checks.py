@@ -110,7 +110,7 @@ def test_template_that_fails_on_a_null_content_names_the_fix() -> None:
     encoder(template).encode([called("")])  # the fix
 
 
-def test_template_that_fails_for_another_reason_does_not_name_null_contents() -> None:
+def test_template_that_fails_otherwise_does_not_name_null_contents() -> None:
     said = refusal("{{ raise_exception('no chats today') }}", called(None))
     assert "no chats today" in said and "null" not in said
 
@@ -120,7 +120,7 @@ OBJECT_OR_TEXT = [{"city": "Rome", "days": 2}, '{"city": "Rome", "days": 2}']
 
 
 @pytest.mark.parametrize("arguments", OBJECT_OR_TEXT)
-def test_arguments_are_an_object_for_the_template_also_where_they_are_a_text(arguments: Any) -> None:
+def test_arguments_that_are_a_text_are_an_object_for_the_template(arguments: Any) -> None:
     asked = encoder(WITH_CALLS)
     (one,) = asked.encode([called(arguments=arguments)])
     assert 'weather {"city": "Rome", "days": 2}</call>' in asked.tokenizer.decode(one.ids)

@@ -403,7 +403,7 @@ def test_a_workdir_that_another_live_process_writes_is_refused(
     assert err.count("\n") == 1 and files(held) == before
 
 
-def test_a_run_gives_back_its_signals_and_its_lock_even_where_it_is_refused(config: Path, tmp_path: Path) -> None:
+def test_a_refused_run_gives_back_its_signals_and_its_lock(config: Path, tmp_path: Path) -> None:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     before = [signal.getsignal(n) for n in numbers]
     for steps, code in ((1, 0), (2, 2), (1, 0)):  # a complete run is not lengthened
