@@ -205,8 +205,8 @@ class Checkpoints(CheckpointReader):
         Args:
           workdir: the run's folder, on disk or in a bucket.
           policy: which checkpoints are kept; None keeps all.
-          warm_start_ranges: the steps of each phase that the next phase continues from its best checkpoint
-            (`seed_from="best"`). The best checkpoint of each range is kept.
+          warm_start_ranges: for each phase from whose best checkpoint the next phase starts (`seed_from="best"`), the
+            steps of that phase. The best checkpoint of each range is kept.
           check_ownership: raises, in every process, if a process outside of this run has taken the lock of the workdir.
             It is called before each save, and before a manifest is written and old checkpoints are deleted.
         """

@@ -112,7 +112,7 @@ class StepFunctions(NamedTuple):
         calls it.
       abstract_state: the state.
       abstract_sums: the sums.
-      abstract_base: the frozen parameters that adapters are added to; None if all are trained.
+      abstract_base: the frozen parameters that adapters are added to; None if the model has no adapters.
       abstract_params: what `accumulate` and `evaluate` take: the parameters of the state, joined with the base.
     """
 

@@ -70,7 +70,8 @@ class Launch(NamedTuple):
 def train(config: Config, run: Run, launch: Launch) -> None:
     """Trains a model, starting from the newest checkpoint in the workdir or, in a new run, from `model.init_from`.
 
-    Every process of the run calls this function with the same config, except for `config.FIELDS_OF_A_HOST`.
+    Every process of the run calls this function with the same config, except for the fields in `FIELDS_OF_A_HOST` of
+    config.py.
 
     Args:
       config: the validated config of the run.
@@ -104,7 +105,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         # the frozen base.
         if config.model.lora.rank or not run_files.has_started(workdir):
             check_weights(source)
-        # The values that were chosen for "auto" when the run last used this mesh.
+        # The values that were chosen for "auto" when the run last started, if that was on this mesh.
         earlier_choices = run_files.recorded_choices(workdir, mesh)
         attention = build.attention_on_mesh(config, spec, mesh, earlier_choices)
         # This decoder is discarded: making it checks model.lora.targets, which do not depend on the mesh.
@@ -186,8 +187,9 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     summary.print_warnings(console, warnings)
 
     # ---- Compilation --------------------------------------------------------------------------------------------
-    # The programs of the first step are compiled now. A run of one process without GPUs compiles the others in another
-    # thread during its first steps; any other run compiles them now too (`precompile.may_compile_later`).
+    # The programs of the first step are compiled now. A run of one process without GPUs compiles those of the other
+    # microbatch shapes in another thread during its first steps; any other run compiles them now too
+    # (`precompile.may_compile_later`).
     compiled = precompile.compile_run(fns, step_source, steps_done, data, pack_held_out, mesh, Display(console))
     if compiled.shapes:
         console.print(f"[dim]{compiled.describe(cache)}[/dim]")
@@ -366,6 +368,7 @@ def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
       The content of summary.json.
 
     Raises:
+      ConfigError: if `config.validate` finds a problem.
       UserError: if the config, the data or the workdir cannot be used.
       StoppedByRule: if a stop rule ended the run.
       Preempted: if the run ended early with its state saved: after a signal, a preemption notice, a time limit, a
