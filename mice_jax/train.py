@@ -103,7 +103,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         source, spec = inputs.source, inputs.spec()
         # A run that resumes from a checkpoint needs the weights of init_from only with LoRA, where its checkpoints lack
         # the frozen base.
-        if config.model.lora.rank or not run_files.has_started(workdir):
+        if config.model.lora.rank or not run_files.has_checkpoint(workdir):
             check_weights(source)
         # The values that were chosen for "auto" when the run last started, if that was on this mesh.
         earlier_choices = run_files.recorded_choices(workdir, mesh)

@@ -50,9 +50,10 @@ def hub_models(workdir: Workdir) -> dict[str, dict[str, str]]:
     return _resolved(workdir).get("hub", {})
 
 
-def has_started(workdir: Workdir) -> bool:
-    """Returns whether the workdir holds a run that has begun to train."""
-    return bool(_resolved(workdir))
+def has_checkpoint(workdir: Workdir) -> bool:
+    """Returns whether the workdir holds a run that has saved a checkpoint, which may be damaged."""
+    checkpoints = workdir.path / "checkpoints"
+    return checkpoints.is_dir() and any(folder.name.isdigit() for folder in checkpoints.iterdir())
 
 
 def mesh_and_device(mesh: Mesh) -> dict[str, Any]:
