@@ -377,7 +377,8 @@ class Checkpoints(CheckpointReader):
 
         Only the main process reads the files, so it alone knows the details.
         """
-        damage = verify(self.folder / str(step)) if distributed.is_main_process() else None
+        with distributed.raise_on_all_processes():  # A bucket may not be reachable.
+            damage = verify(self.folder / str(step)) if distributed.is_main_process() else None
         if not distributed.is_true_on_any_process(damage is not None):
             return None
         return damage or "the main process found that it differs from its manifest"

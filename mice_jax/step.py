@@ -91,7 +91,7 @@ class Jitted:
 
 def _signature(args: tuple) -> tuple:
     """Returns the shapes and dtypes of all arrays; within a run, they determine the compiled program of a function."""
-    return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(args))
+    return tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in jax.tree.leaves(args))
 
 
 class StepFunctions(NamedTuple):

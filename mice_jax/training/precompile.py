@@ -96,11 +96,14 @@ def compile_run(
     shapes = shapes_to_compile(steps, start, data.total_steps)
     if not shapes:
         return Compiled(0, 0, 0.0, lambda: None)
-    first = shapes_to_compile(steps, start, start + 1) if may_compile_later(mesh) else shapes
+    first = shapes_to_compile(steps, start, start + 1)
     passes = held_out.sources(data.dataset.validation, pack)
     evaluated = dict.fromkeys(shape for source in passes for shape in shapes_to_compile(source, 0, len(source)))
     resets = any(span.phase.optimizer == "reset" for span in data.spans if span.first >= max(start, 1))
-    programs = step_programs(fns, shapes, first, evaluated, mesh, resets=resets, evaluates_first=start == 0)
+    programs = step_programs(
+        fns, shapes, first, evaluated, mesh,
+        resets=resets, evaluates_first=start == 0, may_compile_later=may_compile_later(mesh),
+    )  # fmt: skip
 
     began = time.perf_counter()
     with display.status() as announce:
@@ -119,7 +122,8 @@ def compile_run(
         for function in {id(p.function): p.function for p in programs}.values():
             function.forget_cancelled()
 
-    return Compiled(len(shapes), len(shapes) - len(first), seconds, stop)
+    later = sum(not program.first and program.function is fns.accumulate for program in programs)
+    return Compiled(len(shapes), later, seconds, stop)
 
 
 def may_compile_later(mesh: Mesh) -> bool:
@@ -156,17 +160,19 @@ def step_programs(
     *,
     resets: bool,
     evaluates_first: bool,
+    may_compile_later: bool,
 ) -> list[Program]:
     """Lists the programs of a run, those that are compiled before its first step in front.
 
     Args:
       fns: The run's step functions.
       trained: The microbatch shapes of the steps, in the order in which they are needed.
-      first: Those that are compiled before the first step.
+      first: Those that the first step needs.
       evaluated: The microbatch shapes of the held-out loss.
       mesh: The run's mesh.
       resets: Whether a later phase resets the optimizer, which needs another function.
       evaluates_first: Whether the held-out loss is measured before the first step.
+      may_compile_later: Whether what the first step does not need may be compiled while the run begins.
     """
     state, sums = fns.abstract_state, fns.abstract_sums
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -182,6 +188,8 @@ def step_programs(
         programs.append(Program(name, fns.evaluate, arguments, evaluates_first))
     if resets:
         programs.append(Program("the reset of the optimizer", fns.from_params, (state.params,), False))
+    if not may_compile_later:
+        return [program._replace(first=True) for program in programs]
     return sorted(programs, key=lambda program: not program.first)
 
 

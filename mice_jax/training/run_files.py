@@ -35,7 +35,7 @@ def start_date(workdir: Workdir) -> datetime.date | None:
 
 
 def recorded_choices(workdir: Workdir, mesh: Mesh) -> dict[str, Any]:
-    """Returns what "auto" stood for when the run last ran on such a mesh; empty if it never did."""
+    """Returns what "auto" stood for when the run was last started, if that was on such a mesh; else nothing."""
     resolved = _resolved(workdir)
     return resolved if mesh_and_device(mesh).items() <= resolved.items() else {}
 
