@@ -1,11 +1,13 @@
 """The study of what a small model learns and keeps: its world, and that its sweeps and claims are what can be run."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 
 from helpers.runs import REPOSITORY
+from mice_jax.errors import UserError
 from mice_jax.statistics import registered_claims
 from mice_jax.sweep import load_sweep
 from mice_jax.sweeps.trials import fixed_params, trial_config
@@ -13,7 +15,7 @@ from mice_jax.sweeps.trials import fixed_params, trial_config
 pytestmark = pytest.mark.smoke
 STUDY = REPOSITORY / "studies" / "recall"
 sys.path.append(str(STUDY))
-recall, world = pytest.importorskip("recall"), pytest.importorskip("world")
+recall, world, keep = (pytest.importorskip(name) for name in ("recall", "world", "keep"))
 SMALL = recall.Size(facts=30, drawn=400, phase=220, held_out=20)
 
 
@@ -82,3 +84,22 @@ def test_every_sweep_and_its_claims_can_be_run(name: str, trials: int, primary: 
         assert sum(c.primary for c in claims) == primary
     else:
         assert not primary
+
+
+def test_evaluations_of_a_sweep_are_kept_in_one_file(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text('{"study": "final"}')
+    header = "number,optim.batch_size,seed,status,steps,loss@2%,eval/loss@5%,optim.learning_rate@resolved,metric"
+    (tmp_path / "results.csv").write_text(f"{header}\n0,8,3,completed,2,1.5,1.4,1e-3,0.9\n1,512,3,waiting,0,,,,\n")
+    (tmp_path / "runs" / "0").mkdir(parents=True)
+    lines = [{"step": 0, "eval/loss": 2.0}, {"step": 1, "loss": 1.5}, {"step": 2, "loss": 1.0, "eval/loss": 0.9}]
+    (tmp_path / "runs" / "0" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = tmp_path / "results" / "final.jsonl.gz"
+    assert keep.keep(tmp_path, file) == 1, "the trial that waits has nothing to keep"
+    sweep, [trial] = keep.read(file)
+    assert sweep == {"study": "final"} and trial.pop("evaluations") == [lines[0], lines[2]]
+    assert trial["optim.batch_size"] == "8" and trial["metric"] == "0.9" and "loss@2%" not in trial
+    before = file.read_bytes()
+    keep.keep(tmp_path, file)
+    assert file.read_bytes() == before, "the same runs give the same file"
+    with pytest.raises(UserError, match="not the folder of a sweep"):
+        keep.keep(tmp_path / "other", file)

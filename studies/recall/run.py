@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 import mice_jax  # noqa: F401  (first, because it silences transformers' advice to install torch)
 
 # isort: split
+from keep import keep
 from mice_jax.cli import command
 from mice_jax.errors import Preempted, UserError
 from mice_jax.sweeps.study import read_summary
@@ -58,7 +59,11 @@ def begin(values: command.Values) -> int:
     for name in SWEEPS:
         print(f"\n== {name} ==", flush=True)
         config = [f"--config={HERE / f'{name}.py'}:{folder}", f"--workdir={folder / name}"]
-        run("sweep", [*config, f"--workers={values.workers}"], end)
+        try:
+            run("sweep", [*config, f"--workers={values.workers}"], end)
+        finally:
+            if values.size == "study" and (folder / name / "results.csv").is_file():
+                keep(folder / name, HERE / "results" / f"{name}.jsonl.gz")
     return 0
 
 
