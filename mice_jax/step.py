@@ -153,7 +153,8 @@ def batch_loss(
     model = decoder.bind(params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
     output_weight = model.output_weight()
-    # A bfloat16 weight is a pair: the weight, and float32 zeros that receive its gradient (numerics/wide_gradient.py).
+    # Where gradients are computed, a bfloat16 weight of the state comes as a pair: the weight, and float32 zeros that
+    # receive its gradient (numerics/wide_gradient.py).
     if isinstance(output_weight, WideGradient):
         output_weight = output_weight.astype(jnp.float32)
     # How the devices' gradients of the output weight are added.

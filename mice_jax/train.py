@@ -93,7 +93,8 @@ def train(config: Config, run: Run, launch: Launch) -> None:
 
     # ---- Inputs -------------------------------------------------------------------------------------------------
     # Everything that can be checked without reading data or weights is checked here, so that a mistake costs seconds.
-    # The workdir is created and locked after these checks, so that a mistake that they find leaves it untouched.
+    # The workdir is created and locked after these checks, so that a mistake that they find leaves it untouched. Only
+    # the comparison with the config of an earlier run in it comes after the lock.
     distributed.assert_same_on_all_processes("config", fields_of_all_processes(config))
     with distributed.raise_on_all_processes():
         distributed.check_devices(launch.expect_devices)
@@ -373,8 +374,8 @@ def train_in_python(config: Config, workdir: str) -> dict[str, Any]:
       StoppedByRule: if a stop rule ended the run.
       Preempted: if the run ended early with its state saved: after a signal, a preemption notice, a time limit, a
         planned pause, or a failure of the storage.
-      KeyboardInterrupt: if Ctrl-C, or the stop button of a notebook, ended the run before its first step, or a second
-        time while it was to end after a step.
+      KeyboardInterrupt: if Ctrl-C, or the stop button of a notebook, was pressed before the first step, or was pressed
+        again before the run had ended.
     """
     config.validate()
     with lifecycle(parse_path(str(workdir)), owns_process=False) as run:

@@ -51,7 +51,7 @@ class Encoded:
     ids: np.ndarray  # int32 [n]
     trained: np.ndarray  # uint8 [n]; 1 = the model learns to predict this token; not used for the first token
     flags: int = 0  # a combination of `SampleFlag`
-    notes: Notes = field(default_factory=lambda: NO_NOTES)  # what was left out or changed, and how often
+    notes: Notes = field(default_factory=lambda: NO_NOTES)  # what is left out, changed or unusual, and how often
 
 
 class ChatEncoder:
@@ -109,9 +109,9 @@ class ChatEncoder:
         """Encodes samples.
 
         The ids of a conversation equal those of `apply_chat_template`, called with its tools, documents and
-        template_kwargs. Before that, `ConversationRenderer.as_template_sees` prepares its messages, without reasoning
-        if `reasoning` is "drop". A document is encoded as its text, followed by eos if the tokenizer has an eos token
-        and has not added it.
+        template_kwargs, and with its messages as `ConversationRenderer.as_template_sees` returns them. If `reasoning`
+        is "drop", reasoning is removed from the messages first. A document is encoded as its text, followed by eos if
+        the tokenizer has an eos token and has not added it.
 
         Args:
           samples: conversations, and documents, whose only message has the role "pretraining".
