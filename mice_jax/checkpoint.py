@@ -377,7 +377,7 @@ class Checkpoints(CheckpointReader):
 
         Only the main process reads the files, so it alone knows the details.
         """
-        with distributed.raise_on_all_processes():  # A bucket may not be reachable.
+        with distributed.raise_on_all_processes(), _explain_store_errors(self.folder):
             damage = verify(self.folder / str(step)) if distributed.is_main_process() else None
         if not distributed.is_true_on_any_process(damage is not None):
             return None

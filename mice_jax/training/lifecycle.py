@@ -8,6 +8,7 @@ into the error whose exit code the command returns.
 import contextlib
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -131,7 +132,10 @@ class Run:
         if isinstance(error, StoreError) and (newest := self._checkpoints.last_committed_step()) is not None:
             checkpoint = self._checkpoints.folder / str(newest)
             error = Preempted(f"{error} Run the same command to continue from {checkpoint}, which is complete.")
-        self._finish(STATUS.get(type(error), "failed"), str(error) or type(error).__name__)
+        try:
+            self._finish(STATUS.get(type(error), "failed"), str(error) or type(error).__name__)
+        except OSError as e:  # A full disk, perhaps, which is what `error` says too.
+            print(f"summary.json of {self.workdir.path} could not be written: {one_line(e)}", file=sys.stderr)
         return error
 
 

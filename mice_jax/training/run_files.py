@@ -20,6 +20,7 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute
 from mice_jax.runtime import cpu_devices
 from mice_jax.sharding import LENGTH_AXIS
+from mice_jax.storage.paths import is_remote
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training.model_card import README
 
@@ -51,7 +52,12 @@ def hub_models(workdir: Workdir) -> dict[str, dict[str, str]]:
 
 
 def has_checkpoint(workdir: Workdir) -> bool:
-    """Returns whether the workdir holds a run that has saved a checkpoint, which may be damaged."""
+    """Returns whether the workdir holds a run that has saved a checkpoint, which may be damaged.
+
+    In a bucket, which is not asked, a run that has begun counts as one that has.
+    """
+    if is_remote(workdir.path):
+        return bool(_resolved(workdir))
     checkpoints = workdir.path / "checkpoints"
     return checkpoints.is_dir() and any(folder.name.isdigit() for folder in checkpoints.iterdir())
 
