@@ -39,7 +39,7 @@ TRAIN_ON = ("all", "last")
 class SampleFlag(enum.IntFlag):
     """Properties of a sample that may be a mistake in the data or the template."""
 
-    SPECIAL_IN_CONTENT = 1  # a message contains the text of a special token, which would be encoded as that token
+    SPECIAL_IN_CONTENT = 1  # a message contains the text of a special token, which is encoded as that token
     DOUBLE_BOS = 2  # the ids begin with two bos tokens
     STARTS_WITH_ASSISTANT = 4  # the first message that is not a system message is an assistant message
 
