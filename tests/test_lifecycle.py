@@ -1,5 +1,6 @@
 """How a run that fails is reported."""
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,16 @@ def test_reason_of_a_failure_is_kept_where_its_summary_cannot_be_written(
     reason = UserError("the checkpoint could not be written")
     assert run._fail(reason) is reason
     assert "summary.json" in (said := capsys.readouterr().err) and "No space left" in said
+
+
+@pytest.mark.parametrize(("number", "reported"), [(errno.ENOSPC, UserError), (errno.EIO, OSError)])
+def test_full_disk_is_an_error_of_the_user_s(tmp_path: Path, number: int, reported: type[Exception]) -> None:
+    run: Any = Run(tmp_path, owns_process=True)
+    run.preemption.restore_handlers()
+    run._checkpoints = SimpleNamespace()
+    error = run._fail(OSError(number, "what the system says"))
+    assert type(error) is reported and "what the system says" in str(error)
+    assert "what the system says" in run.workdir.read_json("summary.json")["reason"]
 
 
 def test_run_has_a_checkpoint_once_one_is_committed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Counts what a sample's encoding left out or changed, by name, with the place of the first sample."""
+"""Counts what a sample's encoding left out, changed or found unusual, by name, with the place of the first sample."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

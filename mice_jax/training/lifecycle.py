@@ -7,6 +7,7 @@ into the error whose exit code the command returns.
 
 import contextlib
 import dataclasses
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 
 from mice_jax.checkpoint import Checkpoints
-from mice_jax.errors import AgreedError, Paused, Preempted, StoppedByRule, StoreError, one_line
+from mice_jax.errors import AgreedError, Paused, Preempted, StoppedByRule, StoreError, UserError, one_line
 from mice_jax.runtime import distributed, watchdog
 from mice_jax.runtime.signals import PreemptionHandler
 from mice_jax.step import TrainState
@@ -25,6 +26,7 @@ from mice_jax.storage.workdir import Workdir
 from mice_jax.training.progress import Progress
 from mice_jax.training.writers import Writer
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 STATUS = {StoppedByRule: "stopped", Paused: "paused", Preempted: "preempted"}  # Any other error is a failure.
 
 
@@ -132,6 +134,11 @@ class Run:
         if isinstance(error, StoreError) and (newest := self._checkpoints.last_committed_step()) is not None:
             checkpoint = self._checkpoints.folder / str(newest)
             error = Preempted(f"{error} Run the same command to continue from {checkpoint}, which is complete.")
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            error = UserError(
+                f"{self.workdir.path} cannot be written: {error.strerror}. Make room, and run the same command to "
+                "resume from the last checkpoint."
+            )
         try:
             self._finish(STATUS.get(type(error), "failed"), str(error) or type(error).__name__)
         except OSError as e:  # A full disk, perhaps, which is what `error` says too.
