@@ -68,7 +68,8 @@ def _open_data(config: Config, console: Console) -> tuple[build.RunData, ChatEnc
     with Display(console) as display:
         for note in inputs.notes:
             display.log(note)
-        return build.data(config, encoder, display.log, display.watch), encoder
+        data = build.data(config, encoder, display.log, display.watch)
+    return data._replace(warnings=[*data.warnings, *build.length_warnings(config, inputs.source)]), encoder
 
 
 def _report(config: Config, data: build.RunData) -> dict[str, Any]:

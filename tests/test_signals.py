@@ -22,9 +22,12 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise Exited(code)
 
     monkeypatch.setattr(signals, "_exit_at_once", exit_at_once)
+    of_pytest = signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore SIGINT.
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     yield
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    after = [signal.getsignal(number) for number in STOP_SIGNALS]
+    signal.signal(signal.SIGINT, of_pytest)
+    assert after == before
 
 
 @pytest.mark.parametrize(("owns_process", "raised"), [(True, Exited), (False, KeyboardInterrupt)])

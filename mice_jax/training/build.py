@@ -120,6 +120,21 @@ def inputs(config: Config, recorded: Mapping[str, Mapping[str, str]] | None = No
     return Inputs(source, tokenizer, notes, hosted)
 
 
+def length_warnings(config: Config, source: ModelSource) -> list[str]:
+    """Returns a sentence if rows may be longer than the model was made for, else nothing.
+
+    Args:
+      config: The run's config.
+      source: The model that the run starts from.
+    """
+    if config.data.max_length <= source.spec.max_positions:
+        return []
+    return [
+        f"data.max_length={config.data.max_length} is beyond the max_position_embeddings={source.spec.max_positions} "
+        "that the model was made for"
+    ]
+
+
 def encoder(config: Config, tokenizer: PreTrainedTokenizerBase, today: datetime.date | None = None) -> ChatEncoder:
     """Returns the encoder of the run's chats.
 
@@ -281,6 +296,15 @@ class Model(NamedTuple):
     def num_params(self) -> int:
         """The number of parameters, the padding of the vocabulary included."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.decoder.abstract))
+
+    @property
+    def num_padding(self) -> int:
+        """The number of parameters that pad the vocabulary to a size that the mesh divides."""
+        decoder = self.decoder
+        axes = jax.tree.leaves(decoder.axes, is_leaf=lambda a: isinstance(a, tuple))
+        leaves = zip(jax.tree.leaves(decoder.abstract), axes, strict=True)
+        in_a_row = sum(leaf.size // decoder.vocab_rows for leaf, names in leaves if "vocab" in names)
+        return in_a_row * (decoder.vocab_rows - decoder.spec.vocab_size)
 
 
 def model(

@@ -26,7 +26,7 @@ from mice_jax.sharding import replicated_dims
 from mice_jax.storage.paths import RunPath
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training import memory_model
-from mice_jax.training.build import Model, RunData, peak_rate
+from mice_jax.training.build import Model, RunData, length_warnings, peak_rate
 from mice_jax.training.lifecycle import Run
 from mice_jax.training.phases import PhaseSpan
 
@@ -51,7 +51,7 @@ def table(config: Config, source: ModelSource, data: RunData, steps: StepSource,
     mesh, compute = model.memory_inputs.mesh, model.compute
     memory = memory_model.estimate_memory(model.memory_inputs, model.rows, compute.remat)
     lines = {
-        "model": f"{source.architecture}, {model.num_params:,} parameters, from {config.model.init_from}"
+        "model": f"{source.architecture}, {_num_params(model)}, from {config.model.init_from}"
         + (f" at commit {source.hosted.commit}" if source.hosted else ""),
         "mesh": ", ".join(f"{k} {v}" for k, v in mesh.shape.items()) + f" on {jax.devices()[0].device_kind}",
         "data": _data(data.dataset),
@@ -66,6 +66,11 @@ def table(config: Config, source: ModelSource, data: RunData, steps: StepSource,
     for name, line in lines.items():
         made.add_row(name, escape(line))
     return made
+
+
+def _num_params(model: Model) -> str:
+    padding = f" and {model.num_padding:,} that pad the vocabulary" if model.num_padding else ""
+    return f"{model.num_params - model.num_padding:,} parameters{padding}"
 
 
 def _data(data: Dataset) -> str:
@@ -181,11 +186,7 @@ def _model_warnings(config: Config, source: ModelSource, spec: ModelSpec) -> Ite
         yield f"lora_dropout={source.adapter.dropout} of the adapter is not applied: training goes without dropout"
     if parts := untrained.prefixes(FAMILIES[source.architecture]):
         yield f"only the text decoder is trained: {', '.join(parts)}... are exported as they are"
-    if config.data.max_length > source.spec.max_positions:
-        yield (
-            f"data.max_length={config.data.max_length} is beyond the max_position_embeddings="
-            f"{source.spec.max_positions} that the model was made for"
-        )
+    yield from length_warnings(config, source)
     rows = source.spec.vocab_size
     if spec.vocab_size != rows:
         made = "drawn like the rest" if source.kind == "random" else f"each the mean of the {rows:,} there are"
