@@ -33,6 +33,7 @@ SAMPLES, STEPS, BATCH, HALF_LIFE = 36, 5, 8, 12.0  # the last step has 4 samples
 SAMPLES_OF_STEPS = (8, 8, 8, 8, 4)
 # Each step rounds twice, and each weight of the mean once: five steps stay below ten half-ulps of the largest weight.
 ROUNDING = 10 * 2.0**-24
+IN_NOISE = {"grad_sq_corrected", "noise_scale"}  # differences of nearly equal numbers
 HF_EMBEDDING, EMBEDDING = "model.embed_tokens.weight", "['embed']['table']"
 
 
@@ -105,18 +106,16 @@ def test_average_changes_no_weight_and_no_other_metric(config: Path, run: Path, 
     assert not (off / "checkpoints" / str(STEPS) / "average").exists()
     of_average = [k for k in read_metrics(run)[-1] if k.startswith("eval/average/")]
     assert {"eval/average/loss", "eval/average/held/token_accuracy", "eval/average/macro_loss"} <= {*of_average}
-    # Norms are sums over all weights, whose order the compiler may choose differently beside the average.
-    norms = {"param_norm", "update_norm", "grad_norm"}
-    noise = {k for k in read_metrics(run)[0] if k.startswith("noise_scale")} | {"grad_sq_corrected"}  # from norms
-    ignored = {*of_average, *norms, *noise}
     on, alone = (
-        [{k: v for k, v in r.items() if k not in ignored} for r in timeless(read_all_metrics(w))] for w in (run, off)
+        [{k: v for k, v in r.items() if k not in of_average} for r in timeless(read_all_metrics(w))] for w in (run, off)
     )
-    assert on == alone and {"loss", "eval/loss", "entropy"} <= alone[-1].keys()
-    for name in norms:
-        np.testing.assert_allclose(*([r[name] for r in read_metrics(w)] for w in (run, off)), rtol=1e-5, err_msg=name)
-    a, b = arrays(run, STEPS), arrays(off, STEPS)
-    assert all(a[k].tobytes() == b[k].tobytes() for k in b) and len(a) > len(b)
+    assert [r.keys() for r in on] == [r.keys() for r in alone] and {"loss", "eval/loss"} <= alone[-1].keys()
+    # That the average is no part of the update is tested bit for bit in test_optimizers.py. Here the compiler may round
+    # a product and a sum once in one of the two programs and twice in the other.
+    for name in sorted({k for r in alone for k, v in r.items() if isinstance(v, float)} - IN_NOISE):
+        np.testing.assert_allclose(*([r.get(name) or 0 for r in w] for w in (on, alone)), rtol=1e-5, err_msg=name)
+    assert furthest(leaves(run, STEPS), leaves(off, STEPS)) < 1e-5
+    assert furthest(leaves(run, STEPS), leaves(run, STEPS, "average")) > 1e-3, "the negative control"
 
 
 def test_held_out_loss_of_the_average_is_that_of_a_run_from_it(config: Path, run: Path, tmp_path: Path) -> None:

@@ -251,6 +251,22 @@ def test_grad_norm_is_that_of_the_trained_parameters() -> None:
     assert float(metrics["grad_norm"]) == pytest.approx(np.linalg.norm(GRADS[0]["layers"]["scale"]), rel=1e-6)
 
 
+def test_average_changes_no_bit_of_an_update() -> None:
+    """Operation by operation, since the compiler may round otherwise where it computes more in one loop."""
+    optimizer = make_optimizer(name="adamw", **SETTINGS)
+    params = jax.tree.map(jnp.asarray, drawn(0))
+    sums = Sums(jax.tree.map(jnp.asarray, GRADS[0]), *[jnp.float32(1.0)] * 4, NO_SOURCES)
+    (with_average, on), (alone, off) = (
+        apply_sums(TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average), sums, optimizer, RATE,
+                   average_weight=0.25)
+        for average in (params, None)
+    )  # fmt: skip
+    for a, b in ((with_average.params, alone.params), (with_average.opt_state, alone.opt_state), (on, off)):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    quarter = jax.tree.map(lambda old, new: old + 0.25 * (new - old), params, alone.params)
+    jax.tree.map(np.testing.assert_array_equal, with_average.average, quarter)
+
+
 def test_a_step_above_the_norm_limit_counts_but_updates_nothing() -> None:
     optimizer = make_optimizer(name="adamw", **SETTINGS)
     params = jax.tree.map(jnp.asarray, drawn(0))

@@ -67,7 +67,7 @@ class CommandProcess:
         if sys.platform != "linux":
             with log.open("a") as file:
                 return watchdog.run_child(module, arguments, workdir, environment, file)
-        if settings != self._settings or (self._child and self._child.has_ended()):
+        if settings != self._settings or (self._child and not self._child.is_waiting()):
             self.close()
         self._settings = settings
         child = self._child or _Child()
@@ -114,8 +114,12 @@ class _Child:
             return self._process.exitcode
 
     def has_ended(self) -> bool:
-        """Whether the process has ended, so that it runs no further command."""
+        """Whether the process is known to have ended, so that it runs no further command."""
         return self._process.exitcode is not None
+
+    def is_waiting(self) -> bool:
+        """Whether the process waits for a command; where it was killed, its end of the pipe is closed."""
+        return not self._messages.poll()
 
     def send_signal(self, sig: int, /) -> None:
         if not self.has_ended() and self._process.pid is not None:
