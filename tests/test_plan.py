@@ -163,8 +163,8 @@ def test_the_arguments_are_parameters_moments_and_sums_counted_by_hand(
     assert said["arguments_bytes"] == 4 * own + scalars + batch_bytes(1, 128)
     assert (said["params_bytes"], said["optimizer_bytes"], said["sums_bytes"]) == (own, 2 * own + 4, own)
     assert said["arguments_bytes"] + said["temp_bytes"] == said["bytes_per_device"] <= said["hbm_bytes"]
-    limit = 4  # of the gradient norm
-    assert said["functions"]["apply"]["arguments"] == 4 * own + scalars + limit
+    rate_and_limit = 4 + 4  # the learning rate, and the limit of the gradient norm
+    assert said["functions"]["apply"]["arguments"] == 4 * own + scalars + rate_and_limit
     # Moments of half the size and rows twice as long change the numbers accordingly.
     flags = ("--config.optim.moments_dtype=bfloat16", "--config.data.max_length=256")
     other = run_plan(config, capsys, LONE, *flags)
