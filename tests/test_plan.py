@@ -171,7 +171,7 @@ def test_the_arguments_are_parameters_moments_and_sums_counted_by_hand(
     assert other["arguments_bytes"] == said["arguments_bytes"] - own + batch_bytes(1, 128)
     # On one device all is whole.
     alone = run_plan(config, capsys, LONE, topology="cpu:1")
-    assert alone["functions"]["apply"]["arguments"] == 16 * PARAMS + scalars + limit
+    assert alone["functions"]["apply"]["arguments"] == 16 * PARAMS + scalars + rate_and_limit
 
 
 def test_bfloat16_weights_halve_the_bytes_of_parameters_and_need_no_cast() -> None:
