@@ -215,7 +215,7 @@ def unchecked_config_of(values: Values) -> Config:
     config = values.config if values["config"].present else required(values, "config")
     if not isinstance(config, Config):
         kind = type(config).__name__
-        file = values["config"].config_filename  # type: ignore[attr-defined]
+        file = config_provenance(values)["config_file"]
         raise UserError(
             f"{file}: get_config returned a {kind}; it must return a mice_jax.config.Config, so end it with `return c`."
         )
