@@ -366,26 +366,23 @@ def test_the_error_of_a_lost_peer_is_raised_at_once(
     assert e.value is lost
 
 
-def test_a_process_lost_during_a_restore_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("reads", "call"),
+    [
+        ("_restore", lambda checkpoints: checkpoints._try_restore(1, ABSTRACT)),
+        ("_restore_params", lambda checkpoints: checkpoints.restore_params(10, ABSTRACT.params)),
+    ],
+)
+def test_a_process_lost_while_a_checkpoint_is_read_is_no_damage(
+    reads: str, call: Callable[[Checkpoints], object], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def lose_a_process(*_: object) -> None:
         raise lost
 
     lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
     with opened(run) as checkpoints, monkeypatch.context() as patch, pytest.raises(ValueError, match="Gloo") as e:
         patch.setattr(jax, "process_count", lambda: 2)
-        patch.setattr(checkpoints, "_restore", lose_a_process)
+        patch.setattr(checkpoints, reads, lose_a_process)
         patch.setattr(checkpoint.distributed, "is_true_on_any_process", lambda flag: pytest.fail("a collective"))
-        checkpoints._try_restore(1, ABSTRACT)
-    assert e.value is lost
-
-
-def test_a_process_lost_while_parameters_are_read_is_no_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lose_a_process(*_: object) -> None:
-        raise lost
-
-    lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
-    with opened(run) as checkpoints, monkeypatch.context() as patch, pytest.raises(ValueError, match="Gloo") as e:
-        patch.setattr(jax, "process_count", lambda: 2)
-        patch.setattr(checkpoints, "_restore_params", lose_a_process)
-        checkpoints.restore_params(10, ABSTRACT.params)
+        call(checkpoints)
     assert e.value is lost
