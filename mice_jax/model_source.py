@@ -42,7 +42,7 @@ from mice_jax.runtime.xla_flags import options_of_init
 from mice_jax.sharding import param_shardings
 from mice_jax.storage import hub, manifest
 from mice_jax.storage.cache import cache_folder
-from mice_jax.storage.model_names import RANDOM, missing_model
+from mice_jax.storage.model_names import RANDOM, missing_model, random_config
 from mice_jax.storage.paths import RunPath, download_small_files, parse_path
 
 AVERAGE = "average"  # the part of a checkpoint that holds the running average of the weights
@@ -120,8 +120,7 @@ def resolve_source(init_from: str, *, commit: str = "", weights: bool = True) ->
       UserError: `init_from` is not one of these, cannot be fetched, or has a config.json that cannot be used.
     """
     if init_from.startswith(RANDOM):
-        file = Path(init_from.removeprefix(RANDOM))
-        file = file / "config.json" if file.is_dir() else file
+        file = random_config(init_from)
         config = hf.read_config(file) | {"dtype": "float32"}
         return ModelSource("random", file.parent, None, None, config, hf.spec_from_config(config, file))
     if hub.is_hub_id(init_from):

@@ -294,9 +294,7 @@ def _choose_cpu_devices(config: Config, launch: Launch, workdir: Workdir) -> boo
     """
     if launch.num_processes is not None or launch.expect_devices is not None:
         return False
-    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
-    recorded = run_files.recorded_cpu_devices(workdir)
-    return split_cpu(cpu_devices.default_count(axes, config.optim.batch_size, recorded))
+    return split_cpu(cpu_devices.count_of_run(config, run_files.recorded_cpu_devices(workdir)))
 
 
 def _measure_before_training(evaluator: Evaluator, state: TrainState, run: Run) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from mice_jax.config import Config
+from mice_jax.data.source_names import held_out_sources
 from mice_jax.data.template_names import check_template_name
 from mice_jax.errors import UserError
 
@@ -51,8 +52,7 @@ def _check_model(name: str) -> None:
 def _check_data(config: Config) -> None:
     from mice_jax.data.readers import files_of, is_remote  # it imports pyarrow, which --help does not need
 
-    data = config.data
-    held_out = [*data.validation, *(source for phase in data.phases for source in phase.validation)]
-    for source in [*(source for phase in data.phases for source in phase.sources), *held_out]:
+    trained = [source for phase in config.data.phases for source in phase.sources]
+    for source in [*trained, *held_out_sources(config.data)]:
         if not is_remote(source.path) and not source.path.startswith(("hf:", "tfds:")):
             files_of(source.path)

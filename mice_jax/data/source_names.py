@@ -14,8 +14,12 @@ def held_out_names(data: config.Data) -> list[str]:
     """The names of the sources that are held out, each once."""
     if data.validation_fraction:
         return source_names(data)
-    held_out = [*data.validation, *(s for phase in data.phases for s in phase.validation)]
-    return list(dict.fromkeys(map(source_name, held_out)))
+    return list(dict.fromkeys(map(source_name, held_out_sources(data))))
+
+
+def held_out_sources(data: config.Data) -> list[config.Source]:
+    """The sources of files that are held out as a whole, of all phases."""
+    return [*data.validation, *(source for phase in data.phases for source in phase.validation)]
 
 
 def source_name(source: config.Source) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mice_jax.config import Config
 from mice_jax.runtime.cluster import in_cluster
 
 VARIABLE = "JAX_NUM_CPU_DEVICES"
@@ -78,6 +79,12 @@ def default_count(
         return None
     shards = batch_size * math.prod(max(1, size) for size in mesh_sizes[2:])
     return choose(recorded or min(cores or usable_cores(), MOST, shards), mesh_sizes)
+
+
+def count_of_run(config: Config, recorded: int | None) -> int | None:
+    """Returns `default_count` for the mesh and the batch size of a run's config."""
+    mesh = config.mesh
+    return default_count((mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence), config.optim.batch_size, recorded)
 
 
 def recorded_count(run_config: Mapping[str, Any]) -> int | None:

@@ -21,8 +21,7 @@ def check_model_name(name: str) -> None:
       UserError: There is no such file or folder, or the folder holds no model.
     """
     if name.startswith(RANDOM):
-        file = Path(name.removeprefix(RANDOM))
-        file = file / "config.json" if file.is_dir() else file
+        file = random_config(name)
         if not file.is_file():
             raise UserError(
                 f"{name} needs the file {file}, which does not exist. Give random:path/to/config.json or its folder; "
@@ -41,6 +40,12 @@ def check_model_name(name: str) -> None:
             f"{name} holds no model: it has none of {', '.join(CONTENTS[:2])} and checkpoints/. Give a Hugging Face "
             "folder, an adapter folder of PEFT, or a run's workdir."
         )
+
+
+def random_config(name: str) -> Path:
+    """Returns the config.json of a model that is drawn at random, whose name gives it or its folder."""
+    file = Path(name.removeprefix(RANDOM))
+    return file / "config.json" if file.is_dir() else file
 
 
 def missing_model(name: str) -> UserError:

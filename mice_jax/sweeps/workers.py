@@ -158,9 +158,7 @@ def settings_of_process(config: Config, folder: Path) -> Hashable:
     """
     written = folder / "config.json"
     recorded = cpu_devices.recorded_count(json.loads(written.read_text())) if written.exists() else None
-    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.sequence)
-    devices = cpu_devices.default_count(axes, config.optim.batch_size, recorded)
-    return devices, config.train.deterministic, config.data.cache_dir
+    return cpu_devices.count_of_run(config, recorded), config.train.deterministic, config.data.cache_dir
 
 
 def _has_paused(study: Study, number: int, exit_code: int) -> bool:
