@@ -34,6 +34,7 @@ from rich.table import Table
 
 from mice_jax.cli.flags import define_plan
 from mice_jax.cli.format import format_bytes, format_duration
+from mice_jax.cli.topology_names import parse_topology
 from mice_jax.config import Config
 from mice_jax.data.readers import open_source
 from mice_jax.data.tokenizer import load_tokenizer
@@ -116,10 +117,10 @@ def plan(values: command.Values) -> None:
 
 def _start_jax(topology: str) -> None:
     """Makes JAX use CPU devices only, as many as a cpu:N topology has, so that a plan never occupies an accelerator."""
-    family, _, count = topology.partition(":")
+    family, count = parse_topology(topology)
     with contextlib.suppress(RuntimeError):  # raised if this process has already initialized JAX
         jax.config.update("jax_platforms", "cpu")
-        if family == "cpu" and count.isdigit() and int(count):
+        if family == "cpu":
             jax.config.update("jax_num_cpu_devices", int(count))
 
 
@@ -393,8 +394,8 @@ def begin(arguments: Sequence[str], values: command.Values) -> int | None:
 
 def _may_crash(topology: str) -> bool:
     """Whether libtpu compiles for SparseCores, which sometimes overflows a stack of its compiler (BUILD_NOTES.md)."""
-    chip = CHIPS.get(topology.partition(":")[0])
-    return chip is not None and chip.sparse_cores
+    family, _ = parse_topology(topology)
+    return family in CHIPS and CHIPS[family].sparse_cores
 
 
 def _plan_in_child(arguments: Sequence[str]) -> int:

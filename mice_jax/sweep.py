@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mice_jax.cli import early_checks
 from mice_jax.cli.config_file import allow_imports_next_to
 from mice_jax.cli.flags import define_sweep
 from mice_jax.config import ConfigError, Sweep
@@ -67,6 +68,9 @@ def begin(values: command.Values) -> int | None:
             "all workers share."
         )
     folder = Path(workdir)
+    if not values.worker:
+        for params in fixed_params(sweep):
+            early_checks.check_inputs(trial_config(sweep, params))
     if values.worker:  # The trials of a sweep share one compilation cache, unless the user set one.
         os.environ.setdefault(workers.CACHE_VARIABLE, str(folder.resolve() / "programs"))
     if process and process.process_id:

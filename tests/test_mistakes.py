@@ -75,6 +75,12 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a word for a count": (f"prepare {CONFIG} --inspect=many", ["--inspect=many", "a whole number"]),
     "no topology": (f"plan {CONFIG}", ["--topology is missing", "cpu:N"]),
     "an unknown device": (f"plan {CONFIG} --topology=h10:1", ["'h10'", "did you mean 'h100'", "cpu:8"]),
+    "no number of devices": (f"plan {CONFIG} --topology=H100", ["the number of devices", "h100:8"]),
+    "a branch of a misspelt run": ("branch --from=ini --at=9 --workdir=b", ["--from=ini", "did you mean init"]),
+    "a sweep of a model that is not there": (
+        "sweep --config=sweep.py --workdir=sweeps/a",
+        ["model.init_from=inti", "Hugging Face folder"],
+    ),
     "a run's config for a sweep": (f"sweep {CONFIG} --workdir=sweeps/a", ["get_sweep(arg)", "Sweep"]),
     "no model": ("generate --prompt=Hello", ["--model is missing", "Hugging Face folder"]),
     "a model that is not there": ("generate --model=sft_hf --prompt=Hello", ["sft_hf does not exist", "owner/name"]),
@@ -97,11 +103,23 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
 }
 
 
+SWEEP = """
+import run
+from mice_jax.config import Sweep
+
+def get_sweep(arg=""):
+    base = run.get_config()
+    base.model.init_from = "inti"
+    return Sweep(base=base, axes={"optim.learning_rate": [1e-3, 1e-4]}, metric="train/loss", seeds=[0])
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a config, data and a model without weights."""
     folder = tmp_path_factory.mktemp("new")
     write_config(folder / "run.py", write_jsonl(folder / "chats.jsonl", make_chats(9)), write_init(folder / "init"))
+    (folder / "sweep.py").write_text(SWEEP)
     (folder / "runs").mkdir()
     (folder / "table.csv").write_text("question,answer\n")
     (folder / "none.py").write_text("def get_config(arg=''):\n    pass\n")

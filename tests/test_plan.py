@@ -17,6 +17,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from helpers.models import spec_of
 from helpers.runs import REPOSITORY, read_json, read_metrics, run_train, run_verb, setting
 from mice_jax import plan
+from mice_jax.cli import topology_names
 from mice_jax.cli.format import format_duration
 from mice_jax.config import Config, locate
 from mice_jax.errors import UserError
@@ -309,13 +310,17 @@ def test_an_unknown_topology_is_an_error_with_the_nearest_one(
     assert f"--topology={topology}" in told and said in told
 
 
-@pytest.mark.parametrize("family", ahead_of_time.SLICES)
+@pytest.mark.parametrize("family", topology_names.SLICES)
 def test_libtpu_knows_every_slice_that_is_suggested(family: str) -> None:
-    for shape in ahead_of_time.SLICES[family]:
+    for shape in topology_names.SLICES[family]:
         target = ahead_of_time.find_topology(f"{family}:{shape}")
         chips = math.prod(int(n) for n in shape.split("x"))
         assert target.count == len(target.devices or []) == chips * target.chip.devices
         assert find_chip(target.devices[0]) == target.chip == CHIPS[family]
+
+
+def test_every_kind_of_device_is_known_by_its_name() -> None:
+    assert set(topology_names.KINDS) == {"cpu", *CHIPS}
 
 
 def test_a_tpu7x_has_more_than_one_name() -> None:

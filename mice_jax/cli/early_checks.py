@@ -1,10 +1,11 @@
-"""Checks that the files and folders which a command names are there, before its imports, which take seconds."""
+"""Checks of what a command names, its files and folders among them, before its imports, which take seconds."""
 
 import difflib
 from pathlib import Path
 
 from absl import flags
 
+from mice_jax.cli.topology_names import parse_topology
 from mice_jax.config import Config
 from mice_jax.data.source_names import held_out_sources
 from mice_jax.data.template_names import check_template_name
@@ -12,7 +13,7 @@ from mice_jax.errors import UserError
 
 
 def check_places(command: str, values: flags.FlagValues) -> None:
-    """Checks the local files and folders that the flags and the config of a command name.
+    """Checks the local files, the folders and the devices that the flags and the config of a command name.
 
     What is in a store or on a server is not looked for: the command itself finds out.
 
@@ -23,30 +24,42 @@ def check_places(command: str, values: flags.FlagValues) -> None:
     Raises:
       UserError: one of them is not there, or is something else.
     """
-    if command in ("train", "prepare"):  # `plan` needs neither weights nor data
-        config: Config = values.config
-        _check_model(config.model.init_from)
-        check_template_name(config.data.chat_template)
-        _check_data(config)
+    if command in ("train", "prepare"):
+        check_inputs(values.config)
+    if command == "plan":  # It needs neither weights nor data.
+        parse_topology(values.topology)
     if command in ("generate", "evaluate"):
-        _check_model(values.model)
+        _check_model(values.model, "--model=")
     if command in ("export", "average") and "://" not in values.workdir:
-        _check_exists(Path(values.workdir))
+        _check_exists("workdir", Path(values.workdir))
+    if command == "branch":
+        _check_exists("from", Path(values["from"].value))
     if command == "train" and "://" not in values.workdir and Path(values.workdir).is_file():
         raise UserError(f"--workdir={values.workdir} is a file, and must be the folder of a run. Give another path.")
 
 
-def _check_exists(workdir: Path) -> None:
+def check_inputs(config: Config) -> None:
+    """Checks that the model, the chat template and the data of a run are there, as far as this disk shows it.
+
+    Raises:
+      UserError: one of them is not there.
+    """
+    _check_model(config.model.init_from, "model.init_from=")
+    check_template_name(config.data.chat_template)
+    _check_data(config)
+
+
+def _check_exists(flag: str, workdir: Path) -> None:
     if not workdir.exists():
         near = difflib.get_close_matches(workdir.name, [folder.name for folder in workdir.parent.glob("*")], n=1)
         end = f"; did you mean {workdir.parent / near[0]}?" if near else f"; paths are relative to {Path.cwd()}."
-        raise UserError(f"--workdir={workdir} is not a run's workdir: there is no such folder{end}")
+        raise UserError(f"--{flag}={workdir} is not a run's workdir: there is no such folder{end}")
 
 
-def _check_model(name: str) -> None:
+def _check_model(name: str, field: str) -> None:
     from mice_jax.storage.model_names import check_model_name  # it imports huggingface_hub, which --help does not need
 
-    check_model_name(name)
+    check_model_name(name, field)
 
 
 def _check_data(config: Config) -> None:

@@ -19,6 +19,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from mice_jax.cli.topology_names import SLICES, parse_topology
 from mice_jax.config_checks import nearest
 from mice_jax.errors import UserError, install_command, one_line
 from mice_jax.hardware import (
@@ -38,11 +39,6 @@ from mice_jax.training.precompile import abstract_batch
 # The jitted functions of a run: training steps, evaluation on held-out samples, and initialization.
 FUNCTIONS = ("accumulate", "apply", "evaluate", "zero_sums", "start")
 MAX_CONCURRENT_COMPILES = 2
-# Common TPU slices, which error messages suggest; libtpu accepts others too.
-SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-SLICES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-SLICES = {"v4": SLICES_3D, "v5e": SLICES_2D, "v5p": SLICES_3D, "v6e": SLICES_2D, "tpu7x": SLICES_3D}
-EXAMPLES = ("cpu:8", "v4:2x2x2", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:8")
 # These keep libtpu from locking TPU chips and from querying Google Cloud's metadata, since this machine has no TPU.
 WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -97,18 +93,9 @@ def find_topology(topology: str, device_file: str = "") -> Topology:
     Raises:
         UserError: if the topology does not exist, or its compiler is not installed.
     """
-    family, _, shape = topology.lower().partition(":")
-    family = {"7x": "tpu7x", "v7x": "tpu7x"}.get(family, family)
-    kinds = ["cpu", *CHIPS]
-    if family not in kinds:
-        raise UserError(
-            f"--topology={topology}: {family!r} is not a known kind of device{nearest(family, kinds)} "
-            f"Examples: {', '.join(EXAMPLES)}."
-        )
+    family, shape = parse_topology(topology)
     if family in SLICES:
         return _tpus(topology, family, shape)
-    if not re.fullmatch(r"[1-9]\d*", shape):
-        raise UserError(f"--topology={topology}: after the colon comes the number of devices, as in {family}:8.")
     return _cpus(topology, int(shape)) if family == "cpu" else _gpus(topology, family, int(shape), device_file)
 
 

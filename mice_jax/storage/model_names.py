@@ -10,12 +10,13 @@ RANDOM = "random:"
 CONTENTS = ("config.json", "adapter_config.json", "checkpoints", "model/config.json")
 
 
-def check_model_name(name: str) -> None:
+def check_model_name(name: str, given_as: str = "") -> None:
     """Checks that a model is where its name says, as far as that can be seen on this disk.
 
     Args:
       name: As `model.init_from`. A model of the Hub is looked for in the cache alone, and only where HF_HUB_OFFLINE is
         set; what is in a store is not looked for.
+      given_as: The field or flag that gives it, such as "--model=", for the message.
 
     Raises:
       UserError: There is no such file or folder, or the folder holds no model.
@@ -24,8 +25,8 @@ def check_model_name(name: str) -> None:
         file = random_config(name)
         if not file.is_file():
             raise UserError(
-                f"{name} needs the file {file}, which does not exist. Give random:path/to/config.json or its folder; "
-                f"paths are relative to {Path.cwd()}."
+                f"{given_as}{name} needs the file {file}, which does not exist. Give random:path/to/config.json or its "
+                f"folder; paths are relative to {Path.cwd()}."
             )
         return
     if hub.is_hub_id(name):
@@ -34,11 +35,11 @@ def check_model_name(name: str) -> None:
         return
     folder = Path(name)
     if not folder.is_dir():
-        raise missing_model(name)
+        raise missing_model(f"{given_as}{name}")
     if not any((folder / content).exists() for content in CONTENTS):
         raise UserError(
-            f"{name} holds no model: it has none of {', '.join(CONTENTS[:2])} and checkpoints/. Give a Hugging Face "
-            "folder, an adapter folder of PEFT, or a run's workdir."
+            f"{given_as}{name} holds no model: it has none of {', '.join(CONTENTS[:2])} and checkpoints/. Give a "
+            "Hugging Face folder, an adapter folder of PEFT, or a run's workdir."
         )
 
 
@@ -49,7 +50,7 @@ def random_config(name: str) -> Path:
 
 
 def missing_model(name: str) -> UserError:
-    """Returns the error for a name that is no folder."""
+    """Returns the error for a name that is no folder; the field or flag that gives it may stand before it."""
     return UserError(
         f"{name} does not exist or is not a folder. Give a Hugging Face folder, a model of the Hub "
         "(owner/name), a run's workdir (or one of its checkpoints/<step>), or random:path/to/config.json."
