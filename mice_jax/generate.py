@@ -34,7 +34,7 @@ from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.sources import ROLES
 from mice_jax.data.template_source import RESERVED
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, format_count
 from mice_jax.inference.chat import ChatModel, Message
 from mice_jax.inference.generation_config import FILE, GenerationDefaults
 from mice_jax.inference.sampler import Sampler, Sampling, check_fits, default_max_new_tokens
@@ -277,7 +277,7 @@ def _answer_file(job: _Job, model: ChatModel, sampling: Sampling, batch_size: in
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
             f.flush()
             report(done / len(records), done)
-    print(f"answered {len(records)} lines in {job.output}")
+    print(f"answered {format_count(len(records), 'line')} in {job.output}")
 
 
 def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -364,7 +364,8 @@ def _num_answered(questions: Path, output: Path, records: list[dict[str, Any]]) 
     whole = content[: content.rfind(b"\n") + 1]
     lines = whole.split(b"\n")[:-1]
     if len(lines) > len(records):
-        raise UserError(f"--output={output} has {len(lines)} lines, --input={questions} {len(records)}: {_OTHER_INPUT}")
+        has = format_count(len(lines), "line")
+        raise UserError(f"--output={output} has {has}, --input={questions} {len(records)}: {_OTHER_INPUT}")
     for number, (line, record) in enumerate(zip(lines, records, strict=False), 1):
         if not _answers(line, record):
             raise UserError(

@@ -377,7 +377,8 @@ def _lines(result: dict[str, Any]) -> dict[str, str]:
         what = "devices" if result["device_kind"] == "cpu" else "chips"
         cost = f", {result['cost']:,.0f} at the price given" if result["cost"] else ""
         lines["the run"] = (
-            f"{result['steps']:,.0f} steps, about {format_duration(result['days'])} on {result['chips']:g} {what}{cost}"
+            f"{format_count(round(result['steps']), 'step')}, about {format_duration(result['days'])} on "
+            f"{result['chips']:g} {what}{cost}"
         )
     return {name: line for name, line in lines.items() if line}
 

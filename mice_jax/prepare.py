@@ -92,8 +92,8 @@ def _print_report(whole: dict[str, Any], console: Console) -> None:
         console.print(f"longest: {escape(line)}", soft_wrap=True)
     packed_for = whole["packed_for"]
     console.print(
-        f"{whole['steps']:,} steps; the first {min(statistics.NUM_PACKED_STEPS, whole['steps'])} fill "
-        f"{whole['packing_efficiency_of_first_steps']:.1%} of their slots, packed for "
+        f"{format_count(whole['steps'], 'step')}; in the first {min(statistics.NUM_PACKED_STEPS, whole['steps'])}, "
+        f"{whole['packing_efficiency_of_first_steps']:.1%} of the slots are filled, packed for "
         f"{format_count(packed_for['shards'], 'shard')} of {format_count(packed_for['rows_per_shard'], 'row')} (of "
         "mesh and train.rows_per_device; 1 where they leave it open)"
     )

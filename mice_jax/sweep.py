@@ -33,7 +33,7 @@ from mice_jax.cli import early_checks
 from mice_jax.cli.config_file import allow_imports_next_to
 from mice_jax.cli.flags import define_sweep
 from mice_jax.config import ConfigError, Sweep
-from mice_jax.errors import Preempted, UserError
+from mice_jax.errors import Preempted, UserError, format_count
 from mice_jax.report_page import page, read_runs
 from mice_jax.runtime import cluster, watchdog
 from mice_jax.statistics import registered_claims
@@ -167,8 +167,9 @@ def _dry_run(sweep: Sweep, notes: Sequence[str]) -> None:
         table.add_row(str(number), *values, seed, *counts, f"{of_trial.flops:.2e}")
     console.print(table)
     console.print(
-        f"{len(trials)} trials, {total.steps:,.0f} steps, {total.tokens:,.0f} tokens, {total.flops:.3g} model FLOPs "
-        f"where none is stopped: {total.h100_hours():.3g} hours of one H100 at 40 % of its peak"
+        f"{format_count(len(trials), 'trial')}, {total.steps:,.0f} steps, {total.tokens:,.0f} tokens, "
+        f"{total.flops:.3g} model FLOPs where none is stopped: {total.h100_hours():.3g} hours of one H100 at 40 % of "
+        "its peak"
     )
     for note in notes:
         console.print(escape(note))
@@ -199,10 +200,12 @@ def _run_workers(study: Study, arguments: Sequence[str], shares: Sequence[dict[s
     verdicts = page.write([study.folder], study.folder / page.REPORT).verdicts
     left = len(study.trials()) - study.num_ended()
     if left and signals:
-        raise Preempted(f"{left} trials have not ended; run the same command to continue.")
+        raise Preempted(f"{format_count(left, 'trial')} left to end; run the same command to continue.")
     if left:
         lines = log_file.read_text().strip().splitlines() or ["they printed nothing"]
-        raise UserError(f"the workers ended before {left} trials did. The last line of {log_file} is: {lines[-1]}")
+        raise UserError(
+            f"the workers ended before {format_count(left, 'trial')} did. The last line of {log_file} is: {lines[-1]}"
+        )
     console.print(escape("\n".join([_summary(study), *critical, *verdicts])))
 
 

@@ -465,7 +465,7 @@ def test_model_answers_both_turns_and_missing_room_is_counted(
     too_long = [key for key, size in sizes.items() if size + 16 > 104]
     assert 0 < len(too_long) < 3 and all(turn == 3 for _, turn in too_long)
     assert found["unanswered"] == len(too_long) and found["judgements"] == 6 - len(too_long)
-    assert f"unanswered: {len(too_long)} turns" in mt_bench.describe(found)
+    assert f"unanswered: {len(too_long)} turn" in mt_bench.describe(found)
     lines = [json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines()]
     first = next(a["answer"] for a in lines if a.get("question_id") == 2 and a.get("turn") == 1 and "answer" in a)
     messages = [{"role": "user", "content": "Two mice and two?"}]

@@ -262,7 +262,7 @@ def test_answers_are_shown_as_they_were_first_and_last(tmp_path: Path) -> None:
         file.write('{"step": 60, "answer": "no prompt"}\n{"step": 60, "sour')
     data = page_of(tmp_path, tmp_path / "run")
     assert data["answers"] == [asked | {"first": {"step": 0, "text": "a"}, "last": {"step": 40, "text": HOSTILE}}]
-    assert "answers.jsonl: 1 lines are damaged" in str(data["problems"])
+    assert "answers.jsonl: 1 damaged line left out" in str(data["problems"])
     write_run(tmp_path / "other", make_config())
     assert page_of(tmp_path, tmp_path / "other")["answers"] == []
 
@@ -309,7 +309,12 @@ def test_run_killed_in_the_middle_of_a_line_is_shown_up_to_it(
     assert data["runs"][0]["grid"][0] == list(range(1, 60)) and data["runs"][0]["status"] == "unknown"
     assert data["runs"][0]["evaluations"]["a/acc"][2] == [0.5]
     problems = " ".join(p["text"] for p in data["problems"])
-    for words in ("metrics.jsonl: 1 lines", "config.json is damaged", "no summary.json", "eval_scores.jsonl: 1 lines"):
+    for words in (
+        "metrics.jsonl: 1 damaged line",
+        "config.json is damaged",
+        "no summary.json",
+        "eval_scores.jsonl: 1 damaged line",
+    ):
         assert words in problems
     assert "no summary.json" in capsys.readouterr().out
 

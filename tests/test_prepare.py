@@ -90,7 +90,7 @@ def test_report_is_shown_and_written_as_in_training(
     assert (
         "duplicates" in out
         and "longest: chats: " in out
-        and re.search(r"2 steps; the first 2 fill \d+\.\d% of", out)
+        and re.search(r"2 steps; in the first 2, \d+\.\d% of", out)
         and "packed for 1 shard of 1 row (" in out
     )
     assert row(out, "stacked") == ["stacked", "1", "2", "16", "16 chats"]

@@ -119,7 +119,7 @@ def test_held_out_samples_that_are_trained_on_are_said() -> None:
 
 def test_copies_of_what_another_source_has_are_said() -> None:
     (said,) = r.data_warnings(report(entry(), duplicates_across_sources=1200))
-    assert said.startswith("1,200 samples are exact copies of some in another source")
+    assert said.startswith("1,200 exact copies of samples in another source")
 
 
 # ---------------------------------------------------------------------------------------- tables

@@ -213,7 +213,7 @@ def test_sweep_asked_to_end_saves_its_trials_and_ends_with_75(tmp_path: Path) ->
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and "1 trials have not ended" in output, output
+    assert process.returncode == 75 and "1 trial left to end" in output, output
     assert read_json(tmp_path / "sweep" / "runs" / "0", "summary.json")["status"] == "preempted"
     await_no_process(tmp_path / "sweep")
 

@@ -238,7 +238,7 @@ def test_start_up_output_names_dropped_held_out_data_and_escapes_brackets(
     config = setting(tmp_path, f"c.data.validation = [Source(path={str(held)!r})]")
     assert run_train(config, tmp_path / "run", "--config.optim.max_steps=1") == 0
     said = capsys.readouterr().out
-    assert "held [bold], held out: 1 of its" in said and "samples are dropped" in said
+    assert "held [bold], held out: 1 of its" in said and "samples is dropped" in said
 
 
 # ---------------------------------------------------------------------------------------- compilation

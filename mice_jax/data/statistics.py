@@ -14,6 +14,7 @@ from rich.table import Table
 
 from mice_jax.data import sample_notes
 from mice_jax.data.packing import slot_efficiency
+from mice_jax.errors import format_count
 
 if TYPE_CHECKING:  # importing the loader imports grain, which takes a while
     from mice_jax.data.loader import StepSource
@@ -187,8 +188,8 @@ def data_warnings(report: Entry) -> list[str]:
             found += [f"{name}: {sentence}" for sentence in _warnings_of(entry)]
     if copies := report["duplicates_across_sources"]:
         found.append(
-            f"{copies:,} samples are exact copies of some in another source, and weigh that much more: remove them "
-            "from one of the two"
+            f"{copies:,} exact {'copy' if copies == 1 else 'copies'} of samples in another source, which weigh that "
+            "much more: remove them from one of the two"
         )
     overlap = report["validation_overlap"]
     if overlap:
@@ -197,6 +198,10 @@ def data_warnings(report: Entry) -> list[str]:
             "own), which then measures memorisation: remove them from one of the two"
         )
     return found
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _warnings_of(entry: Entry) -> list[str]:
@@ -211,10 +216,13 @@ def _warnings_of(entry: Entry) -> list[str]:
     if dropped:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in entry["dropped"].items())
         share = f" ({dropped / entry['read']:.1%})" if dropped > MIN_DROPPED_FRACTION * entry["read"] else ""
-        found.append(f"{dropped:,} of its {entry['read']:,} samples are dropped{share}: {reasons}")
+        found.append(
+            f"{dropped:,} of its {format_count(entry['read'], 'sample')} {_are(dropped)} dropped{share}: {reasons}"
+        )
     if entry["truncated"]:
         found.append(
-            f"{entry['truncated']:,} samples are truncated at data.max_length, so their ends are not trained on"
+            f"{format_count(entry['truncated'], 'sample')} {_are(entry['truncated'])} truncated at data.max_length; "
+            "what is cut off is not trained on"
         )
     if entry["duplicates"]:
         found.append(
@@ -222,7 +230,9 @@ def _warnings_of(entry: Entry) -> list[str]:
             "use Source.weight for what should weigh more"
         )
     for flag, numbers in entry["signs"].items():
-        found.append(f"{numbers['samples']:,} samples (the first is {numbers['first']}) {FLAG_MESSAGES[flag]}")
+        found.append(
+            f"{format_count(numbers['samples'], 'sample')} (the first is {numbers['first']}) {FLAG_MESSAGES[flag]}"
+        )
     return [*found, *sample_notes.sentences(entry.get("notes", {}))]
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mice_jax.cli.task_names import MT_BENCH
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, format_count
 from mice_jax.evals.judge import Judge, Unusable, score_of
 from mice_jax.inference.chat import Completion, Message
 from mice_jax.inference.generation_config import GenerationDefaults
@@ -489,7 +489,9 @@ def describe(found: dict[str, Any]) -> str:
     lines.append(", ".join(f"{name} {shown(score)}" for name, score in found["by_category"].items()))
     lines += [f"failed: {count} judgements, {reason}" for reason, count in found["failed_by_reason"].items()]
     if found["unanswered"]:
-        lines.append(f"unanswered: {found['unanswered']} turns, for which the model's positions leave no room")
+        lines.append(
+            f"unanswered: {format_count(found['unanswered'], 'turn')}, for which the model's positions leave no room"
+        )
     if found["cut"]:
-        lines.append(f"cut: {found['cut']} answers at their longest")
+        lines.append(f"cut: {format_count(found['cut'], 'answer')} at the longest length")
     return "\n".join(lines)

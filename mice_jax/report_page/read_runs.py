@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
+from mice_jax.errors import format_count
 from mice_jax.storage.workdir import (
     ANSWERS,
     CERTIFICATE,
@@ -162,7 +163,7 @@ def _rows(file: Path, problems: list[str]) -> list[dict[str, str]]:
     rows = list(csv.DictReader(io.StringIO(file.read_text(errors="replace"))))
     whole = [{k: v or "" for k, v in r.items() if k} for r in rows if r.get("number") and r.get("status")]
     if len(whole) < len(rows):
-        problems.append(f"{len(rows) - len(whole)} lines of {RESULTS} are damaged and left out")
+        problems.append(f"{RESULTS}: {format_count(len(rows) - len(whole), 'damaged line')} left out")
     return whole
 
 
@@ -307,7 +308,7 @@ def _drop_unplaced(table: pa.Table, problems: list[str]) -> pa.Table:
     places = np.stack([table[k].to_numpy(zero_copy_only=False).astype(np.float64) for k in ("step", "samples")])
     unplaced = np.isnan(places).any(axis=0)
     if count := np.count_nonzero(unplaced):
-        problems.append(f"{count} lines of {METRICS} have no step or samples, and are left out")
+        problems.append(f"{METRICS}: {format_count(count, 'line')} without step or samples left out")
     return table.filter(pa.array(np.logical_not(unplaced)))
 
 
@@ -345,7 +346,7 @@ def _lines(file: Path, problems: list[str]) -> list[dict[str, Any]]:
             damaged.append(number)
     if damaged:
         numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        problems.append(f"{file.name}: {len(damaged)} lines are damaged and left out (line {numbers})")
+        problems.append(f"{file.name}: {format_count(len(damaged), 'damaged line')} left out (line {numbers})")
     return entries
 
 

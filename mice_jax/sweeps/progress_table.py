@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mice_jax.errors import format_count
 from mice_jax.sweeps.study import Study, status_of
 from mice_jax.training.stop_monitor import last_record
 
@@ -122,7 +123,7 @@ class ProgressTable:
         if self._steps_at_start is None:
             self._steps_at_start = done
         rate = (done - self._steps_at_start) / max(1e-9, time.monotonic() - self._started)
-        return f"{done:,} steps done" + (f", at most {left / rate:,.0f} s left" if rate and left else "")
+        return f"{format_count(done, 'step')} done" + (f", at most {left / rate:,.0f} s left" if rate and left else "")
 
 
 def trials_to_show(statuses: Sequence[str], best: int | None, room: int) -> set[int]:

@@ -28,7 +28,7 @@ from mice_jax.data.mixture import Mixture, Trunk
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.data.source_names import source_names
 from mice_jax.data.tokenizer import load_tokenizer
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, format_count
 from mice_jax.hardware import find_chip
 from mice_jax.inference.sampler import cast_params
 from mice_jax.model_source import (
@@ -224,9 +224,10 @@ def _step_warnings(config: Config, dataset: Dataset, mixture: Mixture) -> Iterat
     if config.data.validation_fraction and not dataset.validation:
         yield f"data.validation_fraction={config.data.validation_fraction} holds out no sample of these few"
     if mixture.samples_left_out:
-        yield f"{mixture.samples_left_out:,} samples left out by data.drop_remainder"
+        yield f"{format_count(mixture.samples_left_out, 'sample')} left out by data.drop_remainder"
     if config.optim.max_steps > len(mixture):
-        yield f"optim.max_steps={config.optim.max_steps} is beyond the {len(mixture)} steps that the phases have"
+        steps = format_count(len(mixture), "step")
+        yield f"optim.max_steps={config.optim.max_steps} is more than the phases have: {steps}"
 
 
 def step_source(

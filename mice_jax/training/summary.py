@@ -59,7 +59,7 @@ def table(config: Config, source: ModelSource, data: RunData, steps: StepSource,
         "compute": f"{jnp.dtype(compute.dtype).name}, {compute.attention} attention, remat {compute.remat}",
         "memory": _memory(memory, model.memory),
         "optimizer": _optimizer(config),
-        "run": f"{data.total_steps:,} steps" + (f", resumed after step {start:,}" if start else ""),
+        "run": format_count(data.total_steps, "step") + (f", resumed after step {start:,}" if start else ""),
     }
     if len(data.spans) > 1:
         lines |= {f"phase {i}": _phase(config, span, i) for i, span in enumerate(data.spans, 1)}
@@ -79,8 +79,9 @@ def _data(data: Dataset) -> str:
     loss_tokens = sum(s["loss_tokens"] * s["weight"] for s in sources)
     held_out = sum(len(h.ids) for h in data.validation)
     kept = sum(s["kept"] for s in sources)
-    return f"{kept:,} samples, {tokens:,.0f} tokens, {loss_tokens / max(1, tokens):.0%} of them trained on" + (
-        f", {held_out:,} samples held out" if held_out else ""
+    return (
+        f"{format_count(kept, 'sample')}, {tokens:,.0f} tokens, {loss_tokens / max(1, tokens):.0%} of them trained on"
+        + (f", {format_count(held_out, 'sample')} held out" if held_out else "")
     )
 
 
@@ -283,6 +284,7 @@ def final_message(run: Run) -> str:
     if "eval/average/loss" in record:
         held_out += f" ({record['eval/average/loss']:.4f} of the averaged weights)"
     return (
-        f"done: step {record['step']}, {record['samples']:,} samples, loss {record['loss']:.4f}{held_out}\n"
+        f"done: step {record['step']}, {format_count(record['samples'], 'sample')}, "
+        f"loss {record['loss']:.4f}{held_out}\n"
         f"next: mice export --workdir={path} --output=HF_DIR"
     )
