@@ -1,6 +1,7 @@
 """The study of what a small model learns and keeps: its world, and that its sweeps and claims are what can be run."""
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_every_sweep_and_its_claims_can_be_run(name: str, trials: int, primary: 
 
 
 def test_evaluations_of_a_sweep_are_kept_in_one_file(tmp_path: Path) -> None:
-    (tmp_path / "sweep.json").write_text('{"study": "final"}')
+    (tmp_path / "sweep.json").write_text(json.dumps({"base": str(tmp_path.parent / "base")}))
     header = "number,optim.batch_size,seed,status,steps,loss@2%,eval/loss@5%,optim.learning_rate@resolved,metric"
     (tmp_path / "results.csv").write_text(f"{header}\n0,8,3,completed,2,1.5,1.4,1e-3,0.9\n1,512,3,waiting,0,,,,\n")
     (tmp_path / "runs" / "0").mkdir(parents=True)
@@ -96,10 +97,23 @@ def test_evaluations_of_a_sweep_are_kept_in_one_file(tmp_path: Path) -> None:
     file = tmp_path / "results" / "final.jsonl.gz"
     assert keep.keep(tmp_path, file) == 1, "the trial that waits has nothing to keep"
     sweep, [trial] = keep.read(file)
-    assert sweep == {"study": "final"} and trial.pop("evaluations") == [lines[0], lines[2]]
+    assert sweep == {"base": "base"} and trial.pop("evaluations") == [lines[0], lines[2]]
     assert trial["optim.batch_size"] == "8" and trial["metric"] == "0.9" and "loss@2%" not in trial
     before = file.read_bytes()
     keep.keep(tmp_path, file)
     assert file.read_bytes() == before, "the same runs give the same file"
     with pytest.raises(UserError, match="not the folder of a sweep"):
         keep.keep(tmp_path / "other", file)
+
+
+def test_page_is_computed_from_the_kept_results_alone(tmp_path: Path) -> None:
+    page = pytest.importorskip("page")
+    [h1, _] = page.verdict_lines("final")
+    assert h1.startswith(
+        "H1: the large batch knows more, each at its best rate: refuted; -0.304 [-0.335, -0.273], 95%, 5"
+    )
+    arms = page.arms_of(page.trials_of("final"), "optim.batch_size")
+    small, large = (statistics.fmean(t.end(page.LEARNED) for t in arms[(size,)]) for size in ("8", "512"))
+    assert f"| 8 | {small:.3f} (" in page.table(arms, {"exact match": page.LEARNED})[2] and small > large + 0.2
+    assert page.command.run("", page.define, page.begin, [f"--plots={tmp_path}"]) == 0
+    assert {"batch.svg", "frontier.svg"} <= {file.name for file in tmp_path.iterdir()}

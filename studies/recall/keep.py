@@ -3,7 +3,8 @@
     python studies/recall/keep.py --sweep=studies/recall/runs/final --output=studies/recall/results/final.jsonl.gz
 
 The first line of the file is sweep.json of the sweep, with its registered claims. Each further line is a trial:
-its row of results.csv, and the lines of its metrics.jsonl that have an evaluation. run.py calls this after each sweep.
+its row of results.csv, and the lines of its metrics.jsonl that have an evaluation. Paths are relative to the folder
+that holds the sweep. run.py calls this after each sweep.
 """
 
 import csv
@@ -46,6 +47,7 @@ def keep(sweep: Path, output: Path) -> int:
             lines.append(trial | {"evaluations": records})
     output.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    text = text.replace(f"{sweep.resolve().parent}/", "")
     output.write_bytes(gzip.compress(text.encode(), mtime=0))
     return len(lines) - 1
 
