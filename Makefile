@@ -64,7 +64,7 @@ format: .venv/.test
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv build site *.egg-info demo/run demo/hf demo/data demo/result.json studies/mouse/runs studies/recall/runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build site *.egg-info demo/run demo/hf demo/data demo/result.json studies/recall/runs .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # --- set-up -------------------------------------------------------------------------------------
 # .base, .lab, .test and .docs say which packages .venv holds; new pins or dependencies install again.

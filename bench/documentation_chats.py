@@ -1,6 +1,6 @@
-"""Make what the study trains on: chat data, a tokenizer and the config of a small model.
+"""Makes chats from the documentation of Python, a tokenizer and the config of a small model, for bench/train_cpu.py.
 
-    python studies/mouse/study_data.py OUT
+    python bench/documentation_chats.py OUT
 
 The text is the documentation of the Python that runs this file, read from the standard library
 at run time; no text is kept in the repository. As in the paper there are three phases:
@@ -30,13 +30,13 @@ from transformers import PreTrainedTokenizerFast
 
 Pair = tuple[str, str]  # a prompt and its answer
 
-# The phases' sizes in the paper, in thousands of samples; the study keeps their proportion.
+# The phases' sizes in the paper, in thousands of samples; these keep their proportion.
 PHASES = {"instructions": 308, "knowledge": 231, "skills": 286}
 SAMPLES_PER_THOUSAND = 8
 # How often a conversation has one, two and three turns. Skills have many because they are short.
 TURNS = {"instructions": (86, 10, 4), "knowledge": (86, 10, 4), "skills": (30, 30, 40)}
 HELDOUT = 0.05
-MAX_CHARS = 1900  # of a conversation's answers: about 850 tokens of the study's tokenizer
+MAX_CHARS = 1900  # of a conversation's answers: about 850 tokens of its tokenizer
 MAX_POSITIONS = 1024
 
 SYSTEM_PROMPTS = {
@@ -377,7 +377,7 @@ def write_model_config(out_dir: Path, vocab_size: int) -> Path:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        sys.exit("usage: python studies/mouse/study_data.py OUT")
+        sys.exit("usage: python bench/documentation_chats.py OUT")
     out_dir = Path(sys.argv[1])
     counts = make_data(out_dir)
     train_tokenizer(out_dir, [out_dir / f"{phase}.jsonl" for phase in PHASES])

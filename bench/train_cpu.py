@@ -1,8 +1,7 @@
 """Measures training speed and memory on a CPU against TRL's SFTTrainer, paired in one run.
 
 Both sides train the same Llama from the same weights on the same chats, with the same template, trained tokens, maximum
-length, AdamW, float32 and number of samples per step. The short chats are those of
-studies/mouse/study_data.py.
+length, AdamW, float32 and number of samples per step. The short chats are those of bench/documentation_chats.py.
 With `--lengths=long`, several of them are joined, so that lengths are like those of real chats: log-normal, with a
 median of 245 tokens, up to 4,096. Each run is a separate process. The sides take turns, round after round, so that
 slow minutes of the machine affect both. A pair is one round.
@@ -161,7 +160,7 @@ def setup(args: argparse.Namespace) -> None:
     from mice_jax.data.mixture import Mixture, PhasePools, Pool
 
     folder, count = Path(args.folder), args.steps * args.batch
-    subprocess.run([sys.executable, str(ROOT / "studies/mouse/study_data.py"), str(folder / "data")], check=True)
+    subprocess.run([sys.executable, str(ROOT / "bench/documentation_chats.py"), str(folder / "data")], check=True)
     files = sorted(f for f in (folder / "data").glob("*.jsonl") if "heldout" not in f.name)
     samples = [line for f in files for line in f.read_text(encoding="utf-8").splitlines()]
     random.Random(0).shuffle(samples)

@@ -1,4 +1,4 @@
-"""The data of the study at mouse scale: the same every time, valid, split without leaks, and with true answers."""
+"""Chats made from documentation: the same every time, valid, split without leaks, and with true answers."""
 
 import importlib.util
 import json
@@ -13,12 +13,12 @@ from types import ModuleType
 import pytest
 from transformers import AutoTokenizer
 
-SCRIPT = Path(__file__).parents[1] / "studies" / "mouse" / "study_data.py"
+SCRIPT = Path(__file__).parents[1] / "bench" / "documentation_chats.py"
 PHASES = ("instructions", "knowledge", "skills")
 
 
 def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study_data", SCRIPT)
+    spec = importlib.util.spec_from_file_location("documentation_chats", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -37,7 +37,7 @@ def run_script(out_dir: Path, hash_seed: str) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out_dir = tmp_path_factory.mktemp("study")
+    out_dir = tmp_path_factory.mktemp("chats")
     assert "knowledge" in run_script(out_dir, hash_seed="1")
     return out_dir
 
