@@ -331,7 +331,10 @@ def test_special_token_spelt_by_a_content_is_flagged(encoders: dict[str, ChatEnc
     thought, called = chat("Hi", "Red"), chat("Hi", "Red")
     thought.messages[1]["reasoning_content"] = "<|im_start|>"
     called.messages[1]["tool_calls"] = [{"function": {"name": "f", "arguments": {"a": "é<|im_end|>"}}}]
+    described = make([*chat("Hi", "Red").messages], tools=[{"name": "f", "description": "ends with <|im_end|>"}])
     assert flags_of(encoders["qwen25"], called) == [spelt]  # whose template has a place for calls
+    of_tools = "{% if tools %}{{ tools }}{% endif %}" + CHATML
+    assert flags_of(ChatEncoder(encoder.tokenizer, of_tools), described) == [spelt]
     document = make([{"role": "pretraining", "content": "Red<|im_end|>blue"}])
     samples = [chat("a<|im_end|>", "Red"), chat("Hi", "<|im_start|>"), thought, document]
     assert flags_of(encoder, *samples) == [spelt] * 4

@@ -39,7 +39,7 @@ TRAIN_ON = ("all", "last")
 class SampleFlag(enum.IntFlag):
     """Properties of a sample that may be a mistake in the data or the template."""
 
-    SPECIAL_IN_CONTENT = 1  # a message contains the text of a special token, which is encoded as that token
+    SPECIAL_IN_CONTENT = 1  # a message, tool or document has the text of a special token, which is encoded as it
     DOUBLE_BOS = 2  # the ids begin with two bos tokens
     STARTS_WITH_ASSISTANT = 4  # the first message that is not a system message is an assistant message
 
@@ -312,7 +312,7 @@ class ChatEncoder:
 
     def _flags(self, sample: Sample, first_ids: list[int]) -> int:
         flags = SampleFlag(0)
-        if self._special_token_pattern and any(map(self._special_token_pattern.search, _texts(sample.messages))):
+        if self._special_token_pattern and any(map(self._special_token_pattern.search, _texts(sample))):
             flags |= SampleFlag.SPECIAL_IN_CONTENT
         if self._bos is not None and first_ids == [self._bos, self._bos]:
             flags |= SampleFlag.DOUBLE_BOS
@@ -379,9 +379,12 @@ def _mask(offsets: np.ndarray, spans: list[Span]) -> np.ndarray:
     return trained
 
 
-def _texts(messages: list[Message]) -> Iterator[str]:
-    """Yields the texts of messages: contents, reasoning and tool calls."""
-    for m in messages:
+def _texts(sample: Sample) -> Iterator[str]:
+    """Yields the texts of a sample: of its messages contents, reasoning and tool calls, and its tools and documents."""
+    for given in (sample.tools, sample.documents):
+        if given:
+            yield json.dumps(given, ensure_ascii=False)
+    for m in sample.messages:
         if m.get("content"):
             yield m["content"]
         yield from (m[k] for k in REASONING if m.get(k))

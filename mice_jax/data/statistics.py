@@ -171,8 +171,8 @@ def _first_steps(epochs: Sequence["Epoch"], phase: int) -> range:
 
 # ---------------------------------------------------------------------------------------- likely mistakes in the data
 FLAG_MESSAGES = {
-    "special_in_content": "hold a special token's text inside a message, which is read as that token and can end or "
-    "fake a turn; take it out, or mask it",
+    "special_in_content": "hold a special token's text in a message, a tool or a document, which is read as that token "
+    "and can end or fake a turn; take it out, or mask it",
     "double_bos": "begin with the bos token twice; take it out of the text, or out of the chat template",
     "starts_with_assistant": "start with the assistant, which the model never sees when it is asked; put the user's "
     "message before it",
