@@ -347,8 +347,7 @@ def load_params(
     mesh = jax.tree.leaves(shardings)[0].mesh
     stored = make_decoder(source.spec, mesh.shape["tensor"])
     params = _stored_params(source, stored, param_shardings(stored.abstract, stored.axes, mesh), step)
-    grow = jax.jit(functools.partial(_grown, stored, decoder), donate_argnums=0, out_shardings=shardings)
-    return grow(params)
+    return _grown(stored, decoder, params, shardings)
 
 
 @functools.lru_cache(maxsize=4)
@@ -367,19 +366,22 @@ def _random_init(decoder: Decoder, tree: Any, shardings: tuple[NamedSharding, ..
     return jax.jit(decoder.init, out_shardings=tree.unflatten(shardings), compiler_options=options_of_init(platform))
 
 
-def _grown(stored: Decoder, decoder: Decoder, params: Params) -> Params:
-    """Appends embedding rows to the parameters of `stored`, so that they fit `decoder`."""
+def _grown(stored: Decoder, decoder: Decoder, params: Params, shardings: Params) -> Params:
+    """Appends embedding rows to the parameters of `stored`, so that they fit `decoder`; the others stay as they are."""
     known, wanted = stored.spec.vocab_size, decoder.spec.vocab_size
 
-    def grow(p: jax.Array, axes: tuple[str, ...], abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        if "vocab" not in axes:
-            return p
+    def grow(p: jax.Array, abstract: jax.ShapeDtypeStruct) -> jax.Array:
         real = p[:known]
         mean = jnp.mean(real, axis=0, keepdims=True)
         grown = jnp.concatenate([real, jnp.repeat(mean, wanted - known, axis=0)])
         return jnp.pad(grown, [(0, w - n) for n, w in zip(grown.shape, abstract.shape, strict=True)])
 
-    return jax.tree.map(grow, params, stored.axes, decoder.abstract)
+    def grown_or_same(p: jax.Array, axes: Any, abstract: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
+        if "vocab" not in axes:
+            return p
+        return jax.jit(functools.partial(grow, abstract=abstract), out_shardings=sharding)(p)
+
+    return jax.tree.map(grown_or_same, params, stored.axes, decoder.abstract, shardings)
 
 
 def _stored_params(source: ModelSource, decoder: Decoder, shardings: Params, step: int | None) -> Params:

@@ -59,15 +59,16 @@ def test_rows_of_added_tokens_are_the_mean_and_reported(tmp_path: Path, capsys: 
         assert model(torch.tensor([[OWN + ADDED - 1]])).logits.shape == (1, 1, OWN + ADDED)
 
 
-def test_rows_of_added_tokens_of_a_tied_embedding_are_the_mean(tmp_path: Path) -> None:
+@pytest.mark.parametrize("added", [ADDED, 100])  # within the padding of the vocabulary, and beyond it
+def test_rows_of_added_tokens_of_a_tied_embedding_are_the_mean(added: int, tmp_path: Path) -> None:
     source = resolve_source(str(small_llama(tmp_path, make_tokenizer(), tie_word_embeddings=True)))
-    ids = {f"token {i}": i for i in range(OWN + ADDED)}
-    decoder = make_decoder(with_vocabulary(source, ids, {f"token {OWN + i}" for i in range(ADDED)}))
-    assert decoder.spec.vocab_size == OWN + ADDED and "head" not in decoder.abstract
+    ids = {f"token {i}": i for i in range(OWN + added)}
+    decoder = make_decoder(with_vocabulary(source, ids, {f"token {OWN + i}" for i in range(added)}))
+    assert decoder.spec.vocab_size == OWN + added and "head" not in decoder.abstract
     params = load_params(source, decoder, param_shardings(decoder.abstract, decoder.axes, mesh_of(1, 1, 1)))
     table, old = np.asarray(params["embed"]["table"]), whole(tmp_path)["model.embed_tokens.weight"]
     assert np.array_equal(table[:OWN], old)
-    assert np.abs(table[OWN : OWN + ADDED] - old.astype(np.float64).mean(axis=0)).max() < 1e-7
+    assert np.abs(table[OWN : OWN + added] - old.astype(np.float64).mean(axis=0)).max() < 1e-7
 
 
 def test_a_run_started_from_a_run_gets_rows_for_added_tokens(tmp_path: Path) -> None:
