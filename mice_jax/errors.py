@@ -5,6 +5,7 @@ line, field), the value found, and the fix. Invariants of the code are `assert`s
 """
 
 import difflib
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -72,8 +73,9 @@ def did_you_mean(name: str, names: Collection[str], otherwise: str, cutoff: floa
 def install_command(extra: str) -> str:
     """Returns how to install one of the extras of pyproject.toml, to be quoted in a message.
 
-    Extras are installed from a checkout, since no package index has mice_jax.
+    Extras are installed from a checkout, since no package index has mice_jax, with the versions that were tested.
     """
     if (CHECKOUT / "pyproject.toml").is_file():
-        return f"pip install -e '{CHECKOUT}[{extra}]'"
+        pins = CHECKOUT / "constraints" / ("py311.txt" if sys.version_info < (3, 12) else "py312.txt")
+        return f"pip install -c '{pins}' -e '{CHECKOUT}[{extra}]'"
     return f"pip install -e '.[{extra}]' in a checkout of mice_jax"

@@ -28,6 +28,7 @@ from helpers.tasks import (
     write_tasks,
 )
 from mice_jax import evaluate
+from mice_jax.cli import task_names
 from mice_jax.errors import UserError, install_command
 from mice_jax.evals import benchmarks, harness
 from mice_jax.inference.generation_config import GenerationDefaults, read_generation_config
@@ -222,7 +223,7 @@ def test_missing_or_old_harness_is_an_error_with_the_install_command(
     with monkeypatch.context() as patched:
         patched.setattr("importlib.util.find_spec", lambda name: None)
         assert install_command("eval") in said(capsys, hollow, tasks, f"--tasks={CHOICE}")
-    monkeypatch.setattr(benchmarks, "version", lambda name: "0.4.9.1")
+    monkeypatch.setattr(task_names, "version", lambda name: "0.4.9.1")
     error = said(capsys, hollow, tasks, f"--tasks={CHOICE}")
     assert f"need lm-eval 0.4.13 or newer, and 0.4.9.1 is installed: {install_command('eval')}" in error
 

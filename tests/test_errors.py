@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 def test_install_command_names_the_checkout_or_says_that_one_is_needed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert errors.install_command("lab") == f"pip install -e '{ROOT}[lab]'"
+    [pins] = re.findall(r"-c '(.*?)' -e ", errors.install_command("lab"))
+    assert Path(pins).is_file() and errors.install_command("lab") == f"pip install -c '{pins}' -e '{ROOT}[lab]'"
     monkeypatch.setattr(errors, "CHECKOUT", tmp_path)
     assert errors.install_command("lab") == "pip install -e '.[lab]' in a checkout of mice_jax"
 

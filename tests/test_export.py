@@ -137,7 +137,7 @@ def test_export_starts_a_run_with_another_template(exported: Path, folder: Path,
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
     card = (tmp_path / "hf" / "README.md").read_text()
-    assert card.startswith('---\nbase_model: "base"\n') and '\nlicense: "mit"\n' in card
+    assert "base_model" not in card and '\nlicense: "mit"\n' in card and "`base`" in card
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.chat_template == template
     stops = GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id

@@ -102,18 +102,17 @@ def test_card_names_no_path_of_the_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("init_from", "name", "sentence"),
+    ("init_from", "sentence"),
     [
-        ("models/Tiny-1B/", "Tiny-1B", "`Tiny-1B`. "),
-        ("/runs/sft/checkpoints/1400", "sft", "`sft`, after its step 1,400. "),
-        ("random:init/config.json", None, "None: all weights were drawn at random, for the architecture in `init`."),
-        ("random:init", None, "None: all weights were drawn at random, for the architecture in `init`."),
+        ("models/Tiny-1B/", "`Tiny-1B`. "),
+        ("/runs/sft/checkpoints/1400", "`sft`, after its step 1,400. "),
+        ("random:init/config.json", "None: all weights were drawn at random, for the architecture in `init`."),
+        ("random:init", "None: all weights were drawn at random, for the architecture in `init`."),
     ],
 )
-def test_base_model_is_a_name(init_from: str, name: str | None, sentence: str) -> None:
+def test_base_model_is_a_name_and_no_link(init_from: str, sentence: str) -> None:
     text = card(**base(init_from))
-    assert front_matter(text).get("base_model") == name
-    assert sentence in text
+    assert "base_model" not in front_matter(text) and sentence in text
 
 
 def test_base_model_of_the_hub_is_named_with_its_commit() -> None:
@@ -127,7 +126,7 @@ def test_base_model_of_the_hub_is_named_with_its_commit() -> None:
 
 
 def test_front_matter_has_the_licence_of_the_base() -> None:
-    fields = {"base_model": "Tiny-1B", "library_name": "transformers", "pipeline_tag": "text-generation"}
+    fields = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     assert front_matter(card()) == fields
     assert "Its licence is not known" in card()
     licence = {"license": "other", "license_name": "a: b", "license_link": "LICENSE"}

@@ -54,8 +54,8 @@ BAD_RECORDS: dict[str, tuple[Any, str, str]] = {
     "strange role": (with_message(role="xyz"), "unknown role", "one of system, user, assistant"),
     "role no string": (with_message(role=3), "bad messages.role", r"messages\[1\].role is the number 3"),
     "no content": ({"messages": [{"role": "user"}]}, "no content", r"messages\[0\] has no `content`"),
-    "null content": (with_message(content=None), "no content", "null is for messages with `tool_calls`"),
-    "null beside no call": (with_message(content=None, tool_calls=[]), "no content", "null is for"),
+    "null content": (with_message(content=None), "no content", r"content is null, which only"),
+    "null beside no call": (with_message(content=None, tool_calls=[]), "no content", "content is null, which only"),
     "content a number": (with_message(content=3), "bad messages.content", "content is the number 3"),
     "content an object": (with_message(content={}), "bad messages.content", "content is an object"),
     "an image": (

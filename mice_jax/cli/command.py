@@ -148,9 +148,9 @@ def early_exit(name: str, argv: Sequence[str]) -> int | None:
         nonlocal ended
         if command.reads_run_config:
             asked = config_of(values).eval
-            check_names(asked.tasks, asked.include_path)
+            check_names(asked.tasks, asked.include_path, needs_harness=name == "train")
         if name == "evaluate":
-            check_names(values.tasks, values.include_path)
+            check_names(values.tasks, values.include_path, needs_harness=True)
         for flag in command.required:
             required(values, flag)
         early_checks.check_places(name, values)

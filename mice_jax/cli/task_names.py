@@ -5,33 +5,51 @@ lm-evaluation-harness takes half a minute to import and to index its 14,000 file
 
 import difflib
 import importlib.util
+import os
 import re
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, install_command
 
 MT_BENCH = "mt_bench"  # the name of MT-Bench among the tasks; not a task of the harness
+LEAST_HARNESS = (0, 4, 13)  # the first version of lm-eval that works here
 SUFFIXES = (".yaml", ".yml", "")  # files that others include have none
 DEFINED = re.compile(r"^(?:task|group|tag): *[\"']?([\w./-]+)[\"']? *$", re.M)
 
 
-def check_names(names: Sequence[str], include_path: str) -> None:
-    """Checks that each name occurs in the YAML file of some task.
+def check_harness() -> None:
+    """Raises UserError if lm-eval is not installed or is too old."""
+    install = install_command("eval")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"benchmarks need the package lm-eval: {install}.")
+    there, least = version("lm_eval"), ".".join(map(str, LEAST_HARNESS))
+    if tuple(int(n) for n in re.findall(r"\d+", there)[:3]) < LEAST_HARNESS:
+        raise UserError(f"benchmarks need lm-eval {least} or newer, and {there} is installed: {install}.")
+
+
+def check_names(names: Sequence[str], include_path: str, needs_harness: bool) -> None:
+    """Checks that each name occurs in the YAML file of some task, where the harness is installed.
 
     A name that passes may still be unknown, because the text of a file is searched and not its meaning.
 
     Args:
       names: Names of tasks or groups.
       include_path: A folder with YAML files of further tasks; "" adds none.
+      needs_harness: Whether the command runs the tasks, so that the harness has to be there.
 
     Raises:
-      UserError: A name occurs in no file.
+      UserError: The harness is missing or too old, or a name occurs in no file.
     """
     asked = [name for name in names if isinstance(name, str) and name != MT_BENCH]
-    harness = importlib.util.find_spec("lm_eval") if asked else None
+    if not asked:
+        return
+    if needs_harness:
+        check_harness()
+    harness = importlib.util.find_spec("lm_eval")
     if harness is None or not harness.submodule_search_locations:
-        return  # nothing to look up, or `load_benchmarks` says how to install it
+        return
     files = _files(Path(harness.submodule_search_locations[0]) / "tasks") + _files(include_path)
     for name in asked:
         if not _occurs(name, files):
@@ -51,8 +69,10 @@ def describe_unknown(name: str, known: Iterable[str]) -> str:
 
 def _files(folder: Path | str) -> list[Path]:
     """Returns the files of a folder that may define tasks; none for ""."""
-    found = Path(folder).rglob("*") if folder else []
-    return [file for file in found if file.suffix in SUFFIXES and file.is_file()]
+    if not folder:
+        return []
+    found = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return [file for file in found if file.suffix in SUFFIXES]
 
 
 def _defined(files: Sequence[Path]) -> set[str]:

@@ -141,7 +141,7 @@ def _record(raw: Any) -> Record:
         except RecursionError as e:
             raise _BadRecord("nested too deep", "its JSON is nested too deep") from e
         except json.JSONDecodeError as e:
-            raise _BadRecord("not JSON", f"it is not JSON: {e.msg} at column {e.colno}") from e
+            raise _BadRecord("not JSON", f"it is not JSON: {e.msg.removesuffix(' at')} at column {e.colno}") from e
         except ValueError as e:  # such as NaN, or an integer of thousands of digits
             raise _BadRecord("not JSON", f"it is not JSON: {one_line(e)}") from e
     if not isinstance(raw, dict):
@@ -210,9 +210,10 @@ def _sharegpt(record: Record) -> Record:
         role = turn.get("from")
         _check_name(role, f"{at}.from", _SHAREGPT_ROLES)
         rest = {k: v for k, v in turn.items() if k not in ("from", "value")}
-        content = turn.get("value")
-        said = {"content": "", "tool_calls": _calls(content, f"{at}.value")} if role == "function_call" else {}
-        messages.append(rest | {"role": _SHAREGPT_ROLES[role], "content": content} | said)
+        said = {"content": turn["value"]} if "value" in turn else {}
+        if role == "function_call":
+            said = {"content": "", "tool_calls": _calls(turn.get("value"), f"{at}.value")}
+        messages.append(rest | {"role": _SHAREGPT_ROLES[role]} | said)
     return record | {"messages": messages}
 
 
@@ -321,11 +322,13 @@ def _decoded(value: Any) -> Any:
 
 def _message(message: Any, at: str) -> Record:
     _check(isinstance(message, dict), at, message, "an object with `role` and `content`")
+    has_null = "content" in message and message["content"] is None
     message = {k: v for k, v in message.items() if v is not None}
     for key in ("role", "content"):
         if key not in message and not (key == "content" and message.get("tool_calls")):
-            hint = " (null is for messages with `tool_calls`)" if key == "content" else ""
-            raise _BadRecord(f"no {key}", f"{at} has no `{key}` but {_brief(list(message))}{hint}")
+            if key == "content" and has_null:
+                raise _BadRecord("no content", f"{at}.content is null, which only a message with `tool_calls` may have")
+            raise _BadRecord(f"no {key}", f"{at} has no `{key}` but {_brief(list(message))}")
     _check_name(message["role"], f"{at}.role", ROLES)
     message["content"] = _content(message.get("content"), f"{at}.content")
     calls = message.get("tool_calls")

@@ -71,12 +71,15 @@ def load_tokenizer(
     if tokenizer.get_vocab().keys() <= {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens}:
         raise _unloadable(folder, f"{type(tokenizer).__name__} finds no vocabulary there except special tokens")
     _compare_conversion(folder, tokenizer)
+    own: Any = tokenizer.chat_template
     if chat_template in templates.TOKENS:
         lacking = templates.give_template(tokenizer, chat_template)
         if lacking and notes is not None:
             notes.append(f"chat template {chat_template}: the tokenizer gets the special tokens {', '.join(lacking)}")
     elif chat_template:
         tokenizer.chat_template = _read_template(chat_template)
+    if own and own != tokenizer.chat_template and notes is not None:
+        notes.append(f"chat template {chat_template} replaces the model's own, which data.chat_template='' keeps")
     _change_template(tokenizer, lambda text: text.removeprefix("\ufeff"))  # a byte-order mark is not part of the text
     if template_kwargs:
         _give_defaults(tokenizer, template_kwargs)

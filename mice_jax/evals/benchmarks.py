@@ -6,7 +6,6 @@ benchmark is scored separately, so that its results can be cached by its fingerp
 
 import dataclasses
 import hashlib
-import importlib.util
 import inspect
 import itertools
 import json
@@ -26,8 +25,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax import __version__
-from mice_jax.cli.task_names import describe_unknown
-from mice_jax.errors import UserError, install_command, one_line
+from mice_jax.cli.task_names import check_harness, describe_unknown
+from mice_jax.errors import UserError, one_line
 from mice_jax.inference.generation_config import FILE, GenerationDefaults
 from mice_jax.models.transformer import Params
 
@@ -41,8 +40,6 @@ if TYPE_CHECKING:  # Modules that import this one must run without lm-eval, whic
 SHOTS = {"mmlu": 5}
 # The number of bootstrap samples for standard errors that have no formula. It is the harness's default.
 BOOTSTRAP = 100_000
-# The oldest version of the harness that has the internals that are used here.
-LEAST = (0, 4, 13)
 # The harness's default seeds.
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234, "fewshot_seed": 1234}
 # The harness's name for the absence of a filter of answers.
@@ -150,7 +147,7 @@ def load_benchmarks(
     """
     if not names:
         return []
-    _check_harness()
+    check_harness()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # Its warnings concern its own task files.
     if settings.apply_chat_template and not tokenizer.chat_template:
         raise UserError(
@@ -376,16 +373,6 @@ class BenchmarkEvaluator:
 
 
 # ---------------------------------------------------------------------------------------- finding and loading
-def _check_harness() -> None:
-    """Raises UserError if lm-eval is not installed or is too old."""
-    install = install_command("eval")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"benchmarks need the package lm-eval: {install}.")
-    there, least = version("lm_eval"), ".".join(map(str, LEAST))
-    if tuple(int(n) for n in re.findall(r"\d+", there)[:3]) < LEAST:
-        raise UserError(f"benchmarks need lm-eval {least} or newer, and {there} is installed: {install}.")
-
-
 def _manager(names: Sequence[str], include_path: str) -> Any:
     """Returns the harness's index of tasks.
 

@@ -84,21 +84,11 @@ def model_card(
 
 
 def _front_matter(config: Json, licence: Mapping[str, str]) -> str:
-    base = _base_name(config)
-    fields = {"base_model": base} if base else {}
+    hosted = _hosted(config)  # The Hub links `base_model` to a repository, so that no folder may be named there.
+    fields = {"base_model": hosted["repo"]} if hosted else {}
     fields |= {"library_name": "transformers", "pipeline_tag": "text-generation", **licence}
     # A JSON string is a YAML string too.
     return "---\n" + "".join(f"{k}: {json.dumps(v, ensure_ascii=False)}\n" for k, v in fields.items()) + "---\n"
-
-
-def _base_name(config: Json) -> str:
-    """Returns the name of the model, folder or run that the weights started from; "" for random weights."""
-    init_from = str(_field(config, "model.init_from") or "")
-    if init_from.startswith("random:"):
-        return ""
-    if hosted := _hosted(config):
-        return hosted["repo"]
-    return _split_step(init_from)[0]
 
 
 def _hosted(config: Json) -> Json:

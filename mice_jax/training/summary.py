@@ -78,10 +78,10 @@ def _data(data: Dataset) -> str:
     tokens = sum(s["tokens"] * s["weight"] for s in sources)
     loss_tokens = sum(s["loss_tokens"] * s["weight"] for s in sources)
     held_out = sum(len(h.ids) for h in data.validation)
-    kept = sum(s["kept"] for s in sources)
-    return (
-        f"{format_count(kept, 'sample')}, {tokens:,.0f} tokens, {loss_tokens / max(1, tokens):.0%} of them trained on"
-        + (f", {format_count(held_out, 'sample')} held out" if held_out else "")
+    samples = round(sum(s["kept"] * s["weight"] for s in sources))  # as they are drawn, like the tokens
+    trained = loss_tokens / max(1, tokens)
+    return f"{format_count(samples, 'sample')}, {tokens:,.0f} tokens, {trained:.0%} of them trained on" + (
+        f", {format_count(held_out, 'sample')} held out" if held_out else ""
     )
 
 

@@ -187,6 +187,12 @@ function bounds(traces, logarithmic) {
   if (!span || (top <= high + 3 * span && bottom >= low - 3 * span)) return null;
   return [Math.max(bottom, low - span) - 0.08 * span, Math.min(top, high + span) + 0.08 * span];
 }
+// Labels within decades overlap in plotly where an axis spans one to three of them, so that it shows 1, 2 and 5 there.
+const logTicks = ([low, high]) => high - low > 3 ? { nticks: 7 } : high - low > 0.7 ? { dtick: "D2" } : { nticks: 5 };
+function extent(traces) {
+  const logs = traces.flatMap(t => t.y).filter(v => v > 0).map(Math.log10);
+  return [logs.reduce((a, b) => Math.min(a, b), Infinity), logs.reduce((a, b) => Math.max(a, b), -Infinity)];
+}
 function drawCurves(entry) {
   const logarithmic = state.log[entry.name], traces = [];
   const faded = i => state.chosen.size > 0 && !state.chosen.has(i);
@@ -213,10 +219,10 @@ function drawCurves(entry) {
   const range = bounds(traces, logarithmic);
   const cut = range && traces.some(t => !t.skip && t.y.some(v => v !== null && (logarithmic ? v > 0 && Math.log10(v) > range[1] : v > range[1])));
   entry.caption.textContent = entry.note + (cut ? `${entry.note ? " · " : ""}axis cut, a double click shows all` : "");
-  const layout = { xaxis: { title: { text: xTitle(), font: { size: 11, color: colourOf("--faint") } }, rangemode: "tozero" }, yaxis: logarithmic ? { type: "log", nticks: 7, tickformat: "~g" } : { type: "linear" }, uirevision: `${state.x} ${logarithmic}` };
+  const layout = { xaxis: { title: { text: xTitle(), font: { size: 11, color: colourOf("--faint") } }, rangemode: "tozero" }, yaxis: logarithmic ? { type: "log", tickformat: "~g", ...logTicks(range ?? extent(traces)) } : { type: "linear" }, uirevision: `${state.x} ${logarithmic}` };
   if (range) layout.yaxis.range = range;
-  const named = traces.filter(t => t.hoverinfo !== "skip").length > 1;
-  if (alone) Object.assign(layout, { showlegend: named, hovermode: "x unified", ...landmarks() }, named ? { margin: { l: 48, r: 12, t: BAR + LEGEND * (innerWidth < 600 ? 2 : 1), b: 36 } } : {});
+  const named = traces.filter(t => t.hoverinfo !== "skip").length, lines = named > 1 ? Math.ceil(named / (innerWidth < 600 ? 2 : 3)) : 0;
+  if (alone) Object.assign(layout, { showlegend: lines > 0, hovermode: "x unified", ...landmarks() }, lines ? { margin: { l: 48, r: 12, t: BAR + LEGEND * lines, b: 36 } } : {});
   return { traces, layout };
 }
 const mainColour = () => CATEGORIES[theme()][0];
