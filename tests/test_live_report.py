@@ -125,6 +125,12 @@ def test_run_is_running_while_its_process_lives(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------- in a browser
+# The number of labels of vertical axes that begin above the end of the one before.
+OVERLAPS = """() => [...document.querySelectorAll("#charts .plot")].flatMap(plot => {
+  const places = [...plot.querySelectorAll(".ytick text")].map(t => t.getBoundingClientRect());
+  places.sort((a, b) => a.top - b.top);
+  return places.slice(1).filter((place, i) => place.top < places[i].bottom - 1);
+}).length"""
 TICKS = "plot => [...plot.querySelectorAll('.ytick text')].map(t => t.textContent)"
 
 
@@ -139,7 +145,7 @@ def test_open_page_follows_a_run_and_keeps_what_its_reader_did(
     [folder] = served.folders
     long = f"a reason that is {'long ' * 40}"
     for step in range(200):
-        add_step(folder, grad_norm=10.0 ** (step % 5 - 2))
+        add_step(folder, grad_norm=10.0 ** (step % 5 - 2), update_norm=20.0 ** (step % 3 / 2))
     report_file = json.loads((folder / "data_report.json").read_text()) | {"warnings": ["take care"]}
     report_file["sources"]["chats"]["dropped"] = {long: 2}
     (folder / "data_report.json").write_text(json.dumps(report_file))
@@ -154,6 +160,7 @@ def test_open_page_follows_a_run_and_keeps_what_its_reader_did(
     assert tab.evaluate(COVERED) == 0
     ticks = [float(t) for t in tab.query_selector_all("#charts .plot")[1].evaluate(TICKS)]
     assert 4 <= len(ticks) <= 9 and ticks == sorted(set(ticks)) and ticks[-1] >= 10 * ticks[0]
+    assert tab.evaluate(OVERLAPS) == 0
     [cell] = [c for c in tab.query_selector_all("#data-body td") if long.strip() in c.text_content()]
     assert cell.bounding_box()["width"] < 600
     assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
