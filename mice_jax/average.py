@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from mice_jax.checkpoint import CheckpointReader, Checkpoints
 from mice_jax.cli.flags import define_average
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, format_count
 from mice_jax.model_source import ModelSource, resolve_source
 from mice_jax.models.transformer import Params
 from mice_jax.step import TrainState
@@ -96,11 +96,12 @@ def _last_steps(source: ModelSource, last: int) -> tuple[list[int], int]:
     reader = CheckpointReader(source.workdir)
     steps = reader.steps()
     if len(steps) < last:
-        there = f"{len(steps)} (steps {', '.join(map(str, steps))})" if steps else "none"
+        there = f": {', '.join(map(str, steps))}" if steps else ""
+        found = format_count(len(steps), "complete checkpoint")
         raise UserError(
-            f"--last={last} is more than the complete checkpoints of {source.workdir}, which are {there}. Give a "
-            "smaller number; a run saves more of them with a smaller checkpoint.every_samples, and keeps them by the "
-            "checkpoint.keep_ fields."
+            f"--last={last}: {source.workdir} has {found}{there}. Give a smaller number. For more, train with "
+            f"checkpoint.keep_last={last} (0 keeps all, unless another keep_ field is set), and a "
+            "checkpoint.every_samples that saves as many."
         )
     samples = reader.samples(steps[-1])
     reader.close()

@@ -283,7 +283,7 @@ class Checkpoint(_Strict):
     every_minutes: float = 0.0
     """Save after this many minutes too; 0 means never."""
     keep_last: int = 0
-    """Keep this many of the newest checkpoints."""
+    """Keep this many of the newest checkpoints; where this and the next two fields are 0, all are kept."""
     keep_best: int = 0
     """Keep this many of the checkpoints that are best by best_metric."""
     keep_every: int = 0

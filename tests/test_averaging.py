@@ -178,7 +178,7 @@ def test_mice_average_writes_the_mean_of_the_last_checkpoints(run: Path, tmp_pat
 def test_mice_average_refuses_more_checkpoints_than_there_are(run: Path, tmp_path: Path, capsys) -> None:
     assert run_verb(average.main, [f"--workdir={run}", "--last=6", f"--output={tmp_path / 'a'}"]) == 2
     said = capsys.readouterr().err
-    assert "--last=6 is more than the complete checkpoints" in said and "5 (steps 1, 2, 3, 4, 5)" in said
+    assert "--last=6: " in said and "has 5 complete checkpoints: 1, 2, 3, 4, 5. Give a smaller number" in said
     assert not (tmp_path / "a").exists()
 
 

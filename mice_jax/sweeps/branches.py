@@ -145,7 +145,8 @@ def _step_at(run: Path, records: Mapping[int, Mapping[str, Any]], at: int) -> in
         listed = ", ".join(f"{samples} (step {step})" for samples, step in sorted(there.items())) or "none"
         raise UserError(
             f"--at={at}: {run} has no checkpoint after {at} samples. Its checkpoints are at {listed}. Choose one of "
-            "these, or train with a smaller checkpoint.every_samples."
+            "these. A run saves every checkpoint.every_samples and deletes what no checkpoint.keep_ field keeps; "
+            f"checkpoint.every_samples={at} with keep_every={at} keeps this one."
         )
     return there[at]
 
