@@ -101,7 +101,7 @@ def _stores(
     errors: list[BadRecordsError] = []  # of all sources, so that their bad records are listed together
     for source in [s for p in data.phases for s in (*p.sources, *p.validation)] + data.validation:
         if (source.path, source.format) not in stores:
-            log(f"tokens of {source.path}")
+            log(f"tokenising {source.path}")
             try:
                 stores[source.path, source.format] = build_store(
                     source.path,
