@@ -71,9 +71,9 @@ def _print(made: branches.Plan) -> None:
         rate = f"{rate_of(config.optim):.6g}"
         table.add_row(*values, rate, f"{beta2_of(config.optim):.6g}", f"{steps:,}", f"{end - made.samples:,}")
     console.print(table)
-    seeds = ", ".join(map(str, made.sweep.seeds))
+    seeds = f"seed{'s' * (len(made.sweep.seeds) > 1)} {', '.join(map(str, made.sweep.seeds))}"
     console.print(
-        f"from {made.run}, step {made.step} ({made.samples:,} samples), to {end:,} samples, with seeds {seeds}"
+        f"from {made.run}, step {made.step} ({made.samples:,} samples), to {end:,} samples, with {seeds}"
     )
 
 
