@@ -29,6 +29,7 @@ from mice_jax.errors import UserError, format_count
 from mice_jax.model_source import ModelSource, resolve_source
 from mice_jax.models.transformer import Params
 from mice_jax.step import TrainState
+from mice_jax.storage.paths import check_new_folder
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training import build
 from mice_jax.training.run_files import AVERAGED
@@ -114,8 +115,7 @@ def _output(values: command.Values, steps: Sequence[int]) -> Path:
         raise UserError(f"--output is missing. {values.workdir} is in a bucket; give a folder on this disk.")
     default = Path(values.workdir) / "averages" / f"{steps[-1]}_last_{len(steps)}"
     output = Path(values.output) if values.output else default
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output={output} already exists. Remove it, or give another folder.")
+    check_new_folder("output", output)
     return output
 
 

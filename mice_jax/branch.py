@@ -72,9 +72,7 @@ def _print(made: branches.Plan) -> None:
         table.add_row(*values, rate, f"{beta2_of(config.optim):.6g}", f"{steps:,}", f"{end - made.samples:,}")
     console.print(table)
     seeds = f"seed{'s' * (len(made.sweep.seeds) > 1)} {', '.join(map(str, made.sweep.seeds))}"
-    console.print(
-        f"from {made.run}, step {made.step} ({made.samples:,} samples), to {end:,} samples, with {seeds}"
-    )
+    console.print(f"from {made.run}, step {made.step} ({made.samples:,} samples), to {end:,} samples, with {seeds}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

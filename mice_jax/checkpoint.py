@@ -116,11 +116,15 @@ class CheckpointReader:
         except Exception as e:  # Orbax may raise any exception on damaged files
             if distributed.is_lost_peer_error(e):
                 raise  # It says nothing about the files.
+            found = None
+            with contextlib.suppress(OSError):
+                found = verify(self.folder / str(step))
+            reason = found or one_line(e).partition(" See full TensorStore details")[0][:MAX_ERROR_CHARS].rstrip(".")
+            others = ", ".join(str(s) for s in self.steps() if s != step) or "none"
             raise UserError(
-                f"{self.folder / str(step)} cannot be read ({one_line(e)[:MAX_ERROR_CHARS]}). If it is damaged, use "
-                f"another step (there are {', '.join(map(str, self.steps()))}) with --step or as "
-                f"model.init_from={self.folder}/STEP. To resume the run, move this checkpoint out of that folder; if "
-                "it is the newest, the run does so itself."
+                f"{self.folder / str(step)} cannot be read ({reason}). If it is damaged, use another step "
+                f"(there are {others}) with --step or as model.init_from={self.folder}/STEP. To resume the run, "
+                "move this checkpoint out of that folder; if it is the newest, the run does so itself."
             ) from e
 
     def _restore_params(self, step: int, abstract: Params, item: str) -> Params:

@@ -60,6 +60,7 @@ from mice_jax.models.transformer import make_decoder
 from mice_jax.runtime import compile_cache, distributed, precision, xla_flags
 from mice_jax.sharding import make_mesh
 from mice_jax.storage.cache import cache_folder
+from mice_jax.storage.json_file import read_json
 from mice_jax.storage.paths import RunPath, write_atomically
 from mice_jax.storage.workdir import DIRECTIONS, SCORES
 from mice_jax.training import build
@@ -420,7 +421,7 @@ def _curve(workdir: RunPath, by_step: Mapping[Any, Results]) -> tuple[list[str],
     write_atomically(file, "".join(json.dumps(lines[step]) + "\n" for step in sorted(lines)))
     better = {name: high for found in by_step.values() for name, high in benchmarks.higher_is_better(found).items()}
     file = workdir / DIRECTIONS
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = read_json(file) or {}
     write_atomically(file, json.dumps(known | benchmarks.directions(better), indent=2) + "\n")
     return [_best(name, now, high) for name, high in better.items()], now
 

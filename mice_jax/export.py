@@ -42,7 +42,8 @@ from mice_jax.model_source import (
 from mice_jax.models import hf, peft_format, untrained
 from mice_jax.sharding import make_mesh
 from mice_jax.storage import hub, jsonl
-from mice_jax.storage.paths import RunPath
+from mice_jax.storage.model_names import check_workdir
+from mice_jax.storage.paths import check_new_folder
 from mice_jax.storage.workdir import METRICS, Workdir
 from mice_jax.training import build
 from mice_jax.training.model_card import README, licence_of, model_card
@@ -61,10 +62,8 @@ def export(values: command.Values) -> None:
       UserError: A flag is not valid, the output exists, or the checkpoint cannot be read.
     """
     workdir, output = command.workdir_of(values), Path(command.required(values, "output"))
-    if not (workdir / "model" / "config.json").exists():
-        raise UserError(f"--workdir={workdir} is not a run's workdir: {_what_it_is(workdir)}.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output={output} already exists. Remove it, or give another folder.")
+    check_workdir(workdir)
+    check_new_folder("output", output)
     source = dataclasses.replace(resolve_source(str(workdir)), averaged=values.average)
     dtype = values.dtype or source.config.get("dtype", "float32")
     if dtype not in DTYPES:
@@ -98,24 +97,9 @@ def export(values: command.Values) -> None:
     partial.rename(output)
     print(f"exported {count:,} parameters in {dtype} to {output}")
     part = "" if adapters is None else "the adapter alone, " if values.adapter else "merged with the adapter, "
-    print(f"weights: {part}{_average(source, step) or f'those after step {step}'}")
+    print(f"weights: {part}{_average(source, step) or _of_step(source, step)}")
     if values.push_to is not None:
         print(f"uploaded to {hub.upload(output, values.push_to)}")
-
-
-def _what_it_is(folder: RunPath) -> str:
-    """Returns what a folder is that is no run's workdir, and what to do instead, for an error message."""
-    if folder.parent.name == "checkpoints":
-        return f"it is a checkpoint of one. Give --workdir={folder.parent.parent} --step={folder.name}"
-    if (folder / peft_format.CONFIG).exists():
-        return (
-            f"it has an {peft_format.CONFIG}, so it is an adapter. mice generate, mice evaluate and model.init_from "
-            "take it as it is. For its base with the adapter merged into it, give the workdir of the run that trained "
-            "it, or use PeftModel.from_pretrained(base, folder).merge_and_unload() of the package peft"
-        )
-    if (folder / "config.json").exists():
-        return "it has a config.json of its own, so it is a Hugging Face folder already"
-    return "it has no model/config.json"
 
 
 def _check_adapter(source: ModelSource, adapters: AdapterRun | None) -> None:
@@ -151,6 +135,12 @@ def _average(source: ModelSource, step: int) -> str:
         half_life = (run.read_json("config.json") or {}).get("train", {}).get("ema_half_life", 0)
         return f"the running average after step {step}, with a half-life of {half_life:,g} samples"
     return (run.read_json(AVERAGED) or {}).get("average", "")
+
+
+def _of_step(source: ModelSource, step: int) -> str:
+    """Returns the step of the weights, and of how many steps where the run goes on after it."""
+    steps = (Workdir(source.folder.parent).read_json("data_report.json") or {}).get("steps", step)
+    return f"those after step {step}" + (f" of {steps}" if step < steps else "")
 
 
 def _model_card(source: ModelSource, step: int, dtype: str, title: str) -> str:

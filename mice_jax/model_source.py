@@ -42,6 +42,7 @@ from mice_jax.runtime.xla_flags import options_of_init
 from mice_jax.sharding import param_shardings
 from mice_jax.storage import hub, manifest
 from mice_jax.storage.cache import cache_folder
+from mice_jax.storage.json_file import read_json
 from mice_jax.storage.model_names import RANDOM, missing_model, random_config
 from mice_jax.storage.paths import RunPath, download_small_files, parse_path
 
@@ -433,7 +434,7 @@ def adapter_run(source: ModelSource) -> AdapterRun | None:
       UserError: The base model, which the run's model.init_from names, is not there any more.
     """
     file = source.folder.parent / "config.json"
-    config = json.loads(file.read_text()) if source.kind == "run" and file.exists() else {}
+    config = (read_json(file) or {}) if source.kind == "run" else {}
     made: dict[str, Any] = config.get("model", {}).get("lora", {})
     if not made.get("rank"):
         return None

@@ -374,12 +374,11 @@ def _lines(result: dict[str, Any]) -> dict[str, str]:
         f"{result['tokens_per_s']:,.0f} tokens/s, {result['mfu']:.0%} of the peak: an estimate",
     }
     if result["days"]:
-        what = "devices" if result["device_kind"] == "cpu" else "chips"
+        what = "device" if result["device_kind"] == "cpu" else "chip"
+        devices = f"{result['chips']:g} {what}{'s' * (result['chips'] != 1)}"
         cost = f", {result['cost']:,.0f} at the price given" if result["cost"] else ""
-        lines["the run"] = (
-            f"{format_count(round(result['steps']), 'step')}, about {format_duration(result['days'])} on "
-            f"{result['chips']:g} {what}{cost}"
-        )
+        steps, time_needed = format_count(round(result["steps"]), "step"), format_duration(result["days"])
+        lines["the run"] = f"{steps}, about {time_needed} on {devices}{cost}"
     return {name: line for name, line in lines.items() if line}
 
 

@@ -93,8 +93,8 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, count: int, *, sequence: int =
     if math.prod(sizes) != count:
         raise UserError(
             f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} x mesh.sequence={sequence} does not multiply "
-            f"to the number of devices, {count}. Change the sizes; one of them may be -1 for the remaining devices, if "
-            f"the others divide {count}."
+            f"to the number of devices, {count} (of a CPU, JAX_NUM_CPU_DEVICES sets another). Change the sizes; one of "
+            f"them may be -1 for the remaining devices, if the others divide {count}."
         )
     return sizes
 

@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -68,6 +69,8 @@ def begin(values: command.Values) -> int | None:
             "all workers share."
         )
     folder = Path(workdir)
+    if (folder / "config.json").exists() and not (folder / "sweep.json").exists():
+        raise UserError(f"--workdir={folder} is the folder of a run. Give the sweep a folder of its own.")
     if not values.worker:
         for params in fixed_params(sweep):
             early_checks.check_inputs(trial_config(sweep, params))
@@ -125,6 +128,8 @@ def load_sweep(config: str) -> tuple[Sweep, list[str]]:
     if rule := bracket_rule(sweep):
         live_bracket.check(sweep, rule)
     check_metric(sweep)
+    for params in fixed_params(sweep):
+        _check_trial(sweep, params)
     claims = registered_claims.find(Path(file), sweep.claims)
     sweep.claims = str(claims.resolve()) if claims else registered_claims.NONE
     if claims:
@@ -132,6 +137,15 @@ def load_sweep(config: str) -> tuple[Sweep, list[str]]:
         count = sum(c.primary for c in registered)
         notes.append(f"claims: {count} to be judged, and {len(registered) - count} explorations, from {claims}")
     return sweep, notes
+
+
+def _check_trial(sweep: Sweep, params: dict[str, Any]) -> None:
+    """Raises UserError, with the parameters, where a trial's config is not valid."""
+    try:
+        trial_config(sweep, params)
+    except ConfigError as e:
+        values = ", ".join(f"{name}={value!r}" for name, value in params.items())
+        raise UserError(f"in the sweep, the trial with {values}: {str(e).removeprefix('in the config, ')}") from None
 
 
 def _call_get_sweep(file: Path, arg: str) -> object:

@@ -111,7 +111,7 @@ DATA: dict[str, tuple[Spoil, list[str]]] = {
         lambda f: ["--config.data.max_length=40", "--config.data.overlong=error"],
         ["chats.jsonl", "data.max_length=40", "drop"],
     ),
-    "nothing to train on": (with_lines(MUTE, MUTE), ["stacked", "'no trained token': 2"]),
+    "nothing to train on": (with_lines(MUTE, MUTE), ["stacked", ": 2 no trained token"]),
     "a template that changes contents": (
         with_template(CHATML.replace("{{ m.content }}", "{{ m.content | upper | reverse }}")),
         ["chats.jsonl line 1", "generation", "data.chat_template"],

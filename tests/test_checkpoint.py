@@ -255,9 +255,10 @@ def test_a_vocabulary_is_padded_with_zeros(run: Path) -> None:
 def test_a_reader_of_a_damaged_checkpoint_names_the_other_steps(damage: str, run: Path) -> None:
     DAMAGES[damage](run / "checkpoints" / "10")
     reader = CheckpointReader(run)
-    with pytest.raises(UserError, match=r"checkpoints/10 cannot be read .* another step \(there are 9, 10\)"):
+    said = r" is missing| has [\d,]+ bytes, not [\d,]+| has other bytes than were written"
+    with pytest.raises(UserError, match=rf"checkpoints/10 cannot be read \([^)]*({said})\)\. .* \(there are 9\)"):
         reader.restore_params(10, ABSTRACT.params)
-    with pytest.raises(UserError, match=r"checkpoints/10 cannot be read .* another step \(there are 9, 10\)"):
+    with pytest.raises(UserError, match=r"checkpoints/10 cannot be read .* another step \(there are 9\)"):
         reader.restore(10, ABSTRACT)
     reader.close()
 

@@ -103,9 +103,9 @@ def test_sample_whose_trained_tokens_were_cut_off_is_dropped_and_counted(build: 
 @pytest.mark.parametrize(
     ("records", "fields", "words"),
     [
-        ([MUTE, MUTE], {}, ["'no trained token': 2"]),
-        ([SHORT, LONG], {"max_length": 4}, ["'longer than max_length': 2", "data.max_length=4"]),
-        ([LATE], {"max_length": 20, "overlong": "truncate"}, ["'no trained token': 1"]),
+        ([MUTE, MUTE], {}, ["chats: 2 no trained token."]),
+        ([SHORT, LONG], {"max_length": 4}, ["chats: 2 longer than max_length.", "data.max_length=4"]),
+        ([LATE], {"max_length": 20, "overlong": "truncate"}, ["chats: 1 no trained token."]),
     ],
 )
 def test_phase_without_samples_is_an_error_that_counts_the_dropped(

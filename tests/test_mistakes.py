@@ -75,7 +75,22 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a word for a count": (f"prepare {CONFIG} --inspect=many", ["--inspect=many", "a whole number"]),
     "no topology": (f"plan {CONFIG}", ["--topology is missing", "cpu:N"]),
     "an unknown device": (f"plan {CONFIG} --topology=h10:1", ["'h10'", "did you mean 'h100'", "cpu:8"]),
-    "no number of devices": (f"plan {CONFIG} --topology=H100", ["the number of devices", "h100:8"]),
+    "a slice of other directions": (f"plan {CONFIG} --topology=v5e:2x3x9", ["not a slice of TPU v5e", "2x4"]),
+    "a run in the folder of a sweep": (f"train {CONFIG} --workdir=swept", ["folder of a sweep", "swept/runs"]),
+    "a run whose config.json is cut": (f"train {CONFIG} --workdir=cut", ["cut/config.json is damaged", "a copy"]),
+    "a file as the folder to export to": ("export --workdir=cut --output=run.py", ["run.py already exists"]),
+    "questions that are not there": ("generate --model=init --input=q.jsonl --output=a.jsonl", ["q.jsonl is not a f"]),
+    "a misspelt template of a question": (
+        "generate --model=init --prompt=x --chat_template=chatlm",
+        ["--chat_template='chatlm'", "did you mean 'chatml'"],
+    ),
+    "a sweep in the folder of a run": ("sweep --config=sweep.py --workdir=cut", ["cut is the folder of a run"]),
+    "an axis of texts": ("sweep --config=texts.py --workdir=sweeps/b", ["optim.batch_size='8'", "the sweep", "int"]),
+    "a file as the folder of tasks": (
+        "evaluate --model=init --tasks=mine --include_path=run.py",
+        ["include_path=run.py is not a folder"],
+    ),
+    "no number of devices": (f"plan {CONFIG} --topology=H100", ["'' is no number of devices", "h100:8"]),
     "a branch of a misspelt run": ("branch --from=ini --at=9 --workdir=b", ["--from=ini", "did you mean init"]),
     "a sweep of a model that is not there": (
         "sweep --config=sweep.py --workdir=sweeps/a",
@@ -104,11 +119,11 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
 
 
 SWEEP = """
-import run
+import runpy
 from mice_jax.config import Sweep
 
 def get_sweep(arg=""):
-    base = run.get_config()
+    base = runpy.run_path("run.py")["get_config"]()
     base.model.init_from = "inti"
     return Sweep(base=base, axes={"optim.learning_rate": [1e-3, 1e-4]}, metric="train/loss", seeds=[0])
 """
@@ -120,6 +135,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("new")
     write_config(folder / "run.py", write_jsonl(folder / "chats.jsonl", make_chats(9)), write_init(folder / "init"))
     (folder / "sweep.py").write_text(SWEEP)
+    (folder / "texts.py").write_text(
+        SWEEP.replace("inti", "init").replace("learning_rate", "batch_size").replace("1e-3", "'8'")
+    )
+    for name, file in (("swept", "sweep.json"), ("cut", "config.json")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text('{"model": ')
     (folder / "runs").mkdir()
     (folder / "table.csv").write_text("question,answer\n")
     (folder / "none.py").write_text("def get_config(arg=''):\n    pass\n")

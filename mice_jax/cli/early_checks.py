@@ -30,12 +30,19 @@ def check_places(command: str, values: flags.FlagValues) -> None:
         parse_topology(values.topology)
     if command in ("generate", "evaluate"):
         _check_model(values.model, "--model=")
+        check_template_name(values.chat_template, "--chat_template=")
+    if command == "generate" and values.input and values.output and not Path(values.input).is_file():
+        raise UserError(f"--input={values.input} is not a file; paths are relative to {Path.cwd()}.")
     if command in ("export", "average") and "://" not in values.workdir:
         _check_exists("workdir", Path(values.workdir))
     if command == "branch":
-        _check_exists("from", Path(values["from"].value))
-    if command == "train" and "://" not in values.workdir and Path(values.workdir).is_file():
-        raise UserError(f"--workdir={values.workdir} is a file, and must be the folder of a run. Give another path.")
+        _check_exists("from", Path(str(values["from"].value)))
+    if command == "export" and "://" not in values.workdir:
+        _check_run(Path(values.workdir))
+    if command == "export" and values.output:
+        _check_new_folder("output", Path(values.output))
+    if command == "train" and "://" not in values.workdir:
+        _check_workdir(Path(values.workdir))
 
 
 def check_inputs(config: Config) -> None:
@@ -54,6 +61,28 @@ def _check_exists(flag: str, workdir: Path) -> None:
         near = difflib.get_close_matches(workdir.name, [folder.name for folder in workdir.parent.glob("*")], n=1)
         end = f"; did you mean {workdir.parent / near[0]}?" if near else f"; paths are relative to {Path.cwd()}."
         raise UserError(f"--{flag}={workdir} is not a run's workdir: there is no such folder{end}")
+
+
+def _check_workdir(workdir: Path) -> None:
+    if workdir.is_file():
+        raise UserError(f"--workdir={workdir} is a file, and must be the folder of a run. Give another path.")
+    if (workdir / "sweep.json").is_file():
+        raise UserError(
+            f"--workdir={workdir} is the folder of a sweep, whose runs are in {workdir / 'runs'}. Give the run a "
+            "folder of its own."
+        )
+
+
+def _check_run(workdir: Path) -> None:
+    from mice_jax.storage.model_names import check_workdir  # it imports huggingface_hub, which --help does not need
+
+    check_workdir(workdir)
+
+
+def _check_new_folder(flag: str, folder: Path) -> None:
+    from mice_jax.storage.paths import check_new_folder  # it imports fsspec, which --help does not need
+
+    check_new_folder(flag, folder)
 
 
 def _check_model(name: str, field: str) -> None:

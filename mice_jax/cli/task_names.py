@@ -29,6 +29,12 @@ def check_harness() -> None:
         raise UserError(f"benchmarks need lm-eval {least} or newer, and {there} is installed: {install}.")
 
 
+def check_include_path(include_path: str) -> None:
+    """Raises UserError if the path is neither "" nor a folder."""
+    if include_path and not Path(include_path).is_dir():
+        raise UserError(f"include_path={include_path} is not a folder. Give a folder with the YAML files of tasks.")
+
+
 def check_names(names: Sequence[str], include_path: str, needs_harness: bool) -> None:
     """Checks that each name occurs in the YAML file of some task, where the harness is installed.
 
@@ -43,6 +49,7 @@ def check_names(names: Sequence[str], include_path: str, needs_harness: bool) ->
       UserError: The harness is missing or too old, or a name occurs in no file.
     """
     asked = [name for name in names if isinstance(name, str) and name != MT_BENCH]
+    check_include_path(include_path)
     if not asked:
         return
     if needs_harness:
@@ -64,7 +71,7 @@ def describe_unknown(name: str, known: Iterable[str]) -> str:
     """Returns the error message for a name that is not among the known ones."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     near = f"; the nearest are {', '.join(close)}" if close else ""
-    return f"there is no task {name!r}{near}."
+    return f"there is no task {name!r}{near}. Tasks of your own are read from the folder of include_path."
 
 
 def _files(folder: Path | str) -> list[Path]:
@@ -82,8 +89,11 @@ def _defined(files: Sequence[Path]) -> set[str]:
 def _occurs(name: str, files: Sequence[Path]) -> bool:
     # Most tasks are defined in a file or folder of their name, so that few files are read for a name that exists.
     likely = sorted(files, key=lambda file: name not in file.stem and name.split("_")[0] not in file.parts)
-    whole = re.compile(rf"(?<![\w-]){re.escape(name)}(?![\w-])")
-    return any(whole.search(_text(file)) for file in likely)
+    # It is the value of a key (task, group, tag or a name in a group) or an entry of a list of such values.
+    named = re.compile(
+        rf"^(?:.*\b(?:task|group|tag)\b.*[:,\[ ]| *- *)[\"']?{re.escape(name)}[\"']? *(?:$|[,\]#])", re.M
+    )
+    return any(named.search(_text(file)) for file in likely)
 
 
 def _text(file: Path) -> str:

@@ -9,6 +9,7 @@ from mice_jax.errors import UserError
 SLICES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SLICES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 SLICES = {"v4": SLICES_3D, "v5e": SLICES_2D, "v5p": SLICES_3D, "v6e": SLICES_2D, "tpu7x": SLICES_3D}
+SHAPES = {1: r"[1-9]\d*x[1-9]\d*", 2: r"[1-9]\d*x[1-9]\d*x[1-9]\d*"}  # by how many times "x" occurs
 GPUS = ("l4", "rtx4090", "a100-40", "a100", "h100", "h200", "b200")
 KINDS = ("cpu", *SLICES, *GPUS)
 OTHER_NAMES = {"7x": "tpu7x", "v7x": "tpu7x"}
@@ -36,5 +37,7 @@ def parse_topology(topology: str) -> tuple[str, str]:
             f"Examples: {', '.join(EXAMPLES)}."
         )
     if kind not in SLICES and not re.fullmatch(r"[1-9]\d*", shape):
-        raise UserError(f"--topology={topology}: after the colon comes the number of devices, as in {kind}:8.")
+        raise UserError(f"--topology={topology}: {shape!r} is no number of devices; write it as in {kind}:8.")
+    if kind in SLICES and not re.fullmatch(SHAPES[SLICES[kind][0].count("x")], shape):
+        raise UserError(f"--topology={topology} is not a slice of TPU {kind}{nearest(shape, SLICES[kind])}")
     return kind, shape

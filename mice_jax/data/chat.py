@@ -228,7 +228,7 @@ class ChatEncoder:
 
     def stop_ids(self) -> list[int]:
         """Returns a list of the one token id that ends an assistant's turn: the last trained token of a short chat."""
-        where = "an example conversation that shows which token ends a turn"
+        where = "the token that ends a turn is not known"
         sample = Sample(PROBE_MESSAGES, tools=None, unmask=False, where=where)
         (probe,) = self.encode([sample])
         return [int(probe.ids[probe.trained.nonzero()[0][-1]])]

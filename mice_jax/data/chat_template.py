@@ -126,8 +126,8 @@ class ChatTemplate:
         if not self._template:
             raise TemplateError(
                 f"the tokenizer {self._tokenizer.name_or_path!r} has no chat template, as is usual "
-                "for base models. Set data.chat_template to the name of one that comes with this package "
-                f'({templates.NAMES}), such as data.chat_template="chatml", or to the path of a .jinja file'
+                "for base models. Set data.chat_template (--chat_template of generate and evaluate) to the name of one "
+                f"that comes with this package ({templates.NAMES}), such as chatml, or to the path of a .jinja file"
             )
         if isinstance(self._template, str):
             return self._with_date(self._template)

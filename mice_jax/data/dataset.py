@@ -238,9 +238,10 @@ def _sample_sources(named: Sequence[tuple[str, Pool]], num_samples: int) -> Samp
 
 def _check_phase(phase: PhasePools, data: config.Data, sources: dict[str, Any]) -> None:
     if not phase.per_epoch:
-        dropped = {name: s["dropped"] | s["set_aside"] for name, s in sources.items()}
+        counts = {name: (s["dropped"] | s["set_aside"]).items() for name, s in sources.items()}
+        dropped = "; ".join(f"{name}: {', '.join(f'{n:,} {why}' for why, n in c)}" for name, c in counts.items() if c)
         raise UserError(
-            f"the phase {phase.name!r} has no sample to train on. Dropped, by source and reason: {dropped}. "
+            f"the phase {phase.name!r} has no sample to train on. Dropped, by source and reason: {dropped or 'none'}. "
             f"A sample is kept when its tokens are at most data.max_length={data.max_length} and at least one "
             "of them is trained on."
         )

@@ -23,10 +23,15 @@ TOKENS: dict[str, tuple[str, ...]] = {
 NAMES = ", ".join(TOKENS)
 
 
-def check_template_name(name: str) -> None:
-    """Raises UserError where `data.chat_template` is neither empty, nor a built-in template, nor a file."""
+def check_template_name(name: str, given_as: str = "data.chat_template=") -> None:
+    """Raises UserError where a name of a template is neither empty, nor that of a built-in one, nor a file.
+
+    Args:
+      name: The name.
+      given_as: The field or flag that gives it, for the message.
+    """
     if name and name not in TOKENS and not Path(name).exists():
         raise UserError(
-            f"data.chat_template={name!r} is neither the name of a built-in template ({NAMES}) nor an existing "
+            f"{given_as}{name!r} is neither the name of a built-in template ({NAMES}) nor an existing "
             f"file{did_you_mean(name, TOKENS, '.')}"
         )

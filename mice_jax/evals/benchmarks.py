@@ -25,7 +25,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax import __version__
-from mice_jax.cli.task_names import check_harness, describe_unknown
+from mice_jax.cli.task_names import check_harness, check_include_path, describe_unknown
 from mice_jax.errors import UserError, one_line
 from mice_jax.inference.generation_config import FILE, GenerationDefaults
 from mice_jax.models.transformer import Params
@@ -156,8 +156,7 @@ def load_benchmarks(
         )
     if len(set(names)) < len(names):
         raise UserError(f"tasks={','.join(names)} names a benchmark twice.")
-    if include_path and not Path(include_path).is_dir():
-        raise UserError(f"include_path={include_path} is not a folder. Give a folder with the YAML files of tasks.")
+    check_include_path(include_path)
     manager = _manager(names, include_path)
     unknown = [n for n in names if n not in manager.task_index]
     if unknown:

@@ -308,7 +308,7 @@ def _drop_unplaced(table: pa.Table, problems: list[str]) -> pa.Table:
     places = np.stack([table[k].to_numpy(zero_copy_only=False).astype(np.float64) for k in ("step", "samples")])
     unplaced = np.isnan(places).any(axis=0)
     if count := np.count_nonzero(unplaced):
-        problems.append(f"{METRICS}: {format_count(count, 'line')} without step or samples left out")
+        problems.append(f"{METRICS}: {format_count(int(count), 'line')} without step or samples left out")
     return table.filter(pa.array(np.logical_not(unplaced)))
 
 

@@ -189,17 +189,25 @@ def _reason(name: str, repo: str, revision: str | None, error: Exception) -> str
         )
     if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
         return _offline(name, repo, revision)
+    # The library's own error for a missing file says what its cause says, and gives advice.
+    cause = (error.__cause__ or error) if isinstance(error, LocalEntryNotFoundError) else error
     return (
-        f"{repo}{at} could not be fetched from the Hub, and {constants.HF_HUB_CACHE} does not have all of it: "
-        f"{one_line(error)}. Check the network and the disk, and run the same command again; what was fetched is kept."
+        f"{repo}{at} could not be fetched from the Hub ({one_line(cause)}), and {constants.HF_HUB_CACHE} does not have "
+        "all of it. Check the network and the disk, and run the same command again, which keeps what was fetched. "
+        f"Without a network, run {_download(repo, revision)}."
     )
 
 
 def _offline(name: str, repo: str, revision: str | None) -> str:
-    asked = f" --revision {revision}" if revision else ""
-    folder = repo.partition("/")[2]
     return (
         f"{name} is no path on this machine, the Hub's cache in {constants.HF_HUB_CACHE} does not have all of its "
-        "files, and HF_HUB_OFFLINE is set, so nothing is downloaded. Unset HF_HUB_OFFLINE, or run `hf download "
-        f"{repo}{asked} --local-dir models/{folder}` where there is a network, and give that folder."
+        "files, and HF_HUB_OFFLINE is set, so nothing is downloaded. Unset HF_HUB_OFFLINE where there is a "
+        f"network, or run {_download(repo, revision)}."
     )
+
+
+def _download(repo: str, revision: str | None) -> str:
+    """Returns how to get a model onto this machine by hand, as the end of a sentence."""
+    asked = f" --revision {revision}" if revision else ""
+    folder = repo.partition("/")[2]
+    return f"`hf download {repo}{asked} --local-dir models/{folder}` where there is one, and give that folder"

@@ -55,7 +55,9 @@ class FolderLock:
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / FILE).open("a+")
         except OSError as e:
-            raise UserError(f"--workdir={folder} cannot be written: {e.strerror}.") from None
+            raise UserError(
+                f"--workdir={folder} cannot be written: {e.strerror}. Give a folder in a place where you may write."
+            ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

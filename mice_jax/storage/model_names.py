@@ -4,10 +4,12 @@ from pathlib import Path
 
 from mice_jax.errors import UserError
 from mice_jax.storage import hub
+from mice_jax.storage.paths import RunPath
 
 RANDOM = "random:"
 # One of these makes a folder a model: a Hugging Face folder, an adapter of PEFT, the workdir of a run.
-CONTENTS = ("config.json", "adapter_config.json", "checkpoints", "model/config.json")
+ADAPTER = "adapter_config.json"
+CONTENTS = ("config.json", ADAPTER, "checkpoints", "model/config.json")
 
 
 def check_model_name(name: str, given_as: str = "") -> None:
@@ -41,6 +43,29 @@ def check_model_name(name: str, given_as: str = "") -> None:
             f"{given_as}{name} holds no model: it has none of {', '.join(CONTENTS[:2])} and checkpoints/. Give a "
             "Hugging Face folder, an adapter folder of PEFT, or a run's workdir."
         )
+
+
+def check_workdir(workdir: RunPath) -> None:
+    """Raises UserError where a folder is not the workdir of a run."""
+    if not (workdir / "model" / "config.json").exists():
+        raise UserError(f"--workdir={workdir} is not a run's workdir: {_what_it_is(workdir)}.")
+
+
+def _what_it_is(folder: RunPath) -> str:
+    """Returns what a folder is that is no run's workdir, and what to do instead, for an error message."""
+    if folder.parent.name == "checkpoints":
+        return f"it is a checkpoint of one. Give --workdir={folder.parent.parent} --step={folder.name}"
+    if (folder / ADAPTER).exists():
+        return (
+            f"it has an {ADAPTER}, so it is an adapter. mice generate, mice evaluate and model.init_from "
+            "take it as it is. For its base with the adapter merged into it, give the workdir of the run that trained "
+            "it, or use PeftModel.from_pretrained(base, folder).merge_and_unload() of the package peft"
+        )
+    if (folder / "sweep.json").exists():
+        return f"it is the folder of a sweep. Give one of its runs, {folder}/runs/NUMBER, by the table in results.csv"
+    if (folder / "config.json").exists():
+        return "it has a config.json of its own, so it is a Hugging Face folder already"
+    return "it has no model/config.json"
 
 
 def random_config(name: str) -> Path:

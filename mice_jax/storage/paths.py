@@ -63,6 +63,12 @@ def write_atomically(file: RunPath, text: str) -> None:
         file.write_text(text)
 
 
+def check_new_folder(flag: str, folder: Path) -> None:
+    """Raises UserError where a folder that a command is to write exists and is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--{flag}={folder} already exists. Give a folder that does not exist yet, or is empty.")
+
+
 def move(folder: RunPath, to: RunPath) -> None:
     """Renames a folder. A bucket moves object by object, so an interrupted move leaves some objects in each place."""
     if isinstance(folder, Path):

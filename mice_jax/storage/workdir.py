@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from mice_jax.errors import StoreError, UserError, one_line
 from mice_jax.storage import jsonl, lock
+from mice_jax.storage.json_file import read_json
 from mice_jax.storage.paths import RunPath, copy_small_files, download_small_files, upload, write_atomically
 
 METRICS = "metrics.jsonl"
@@ -165,9 +166,8 @@ class Workdir:
         write_atomically(self.local / name, json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """The content of a JSON file, or None if it does not exist."""
-        file = self.local / name
-        return json.loads(file.read_text()) if file.exists() else None
+        """The content of a JSON file, or None if it does not exist; raises UserError where it is damaged."""
+        return read_json(self.local / name)
 
     def log_event(self, event: str, step: int) -> None:
         """Appends a line with the event, the step and the time to events.jsonl."""

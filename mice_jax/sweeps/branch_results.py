@@ -11,6 +11,7 @@ import numpy as np
 
 from mice_jax.config import Sweep
 from mice_jax.statistics.critical_batch import LEVEL, CriticalBatch, critical_batch
+from mice_jax.storage.json_file import read_json
 from mice_jax.storage.paths import write_atomically
 from mice_jax.storage.workdir import BRANCH, CRITICAL_BATCH
 from mice_jax.sweeps.trials import fixed_params
@@ -31,10 +32,9 @@ def of_folder(folder: Path, sweep: Sweep) -> dict[str, Any] | None:
     Returns:
         None where the folder holds no branches, they do not differ in their batch size, or some have not ended.
     """
-    file = folder / BRANCH
-    if not file.exists() or BATCH_SIZE not in sweep.axes or len(sweep.axes[BATCH_SIZE]) < 2:
+    trunk, batch_sizes = read_json(folder / BRANCH), list(sweep.axes.get(BATCH_SIZE, []))
+    if trunk is None or len(batch_sizes) < 2:
         return None
-    trunk, batch_sizes = json.loads(file.read_text()), list(sweep.axes[BATCH_SIZE])
     values = _values(folder, sweep, int(trunk["samples"]))
     if values is None:
         return None
@@ -58,7 +58,7 @@ def _values(folder: Path, sweep: Sweep, at: int) -> dict[str, np.ndarray] | None
     by_arm: dict[str, tuple[int, list[tuple[float, float]]]] = {}
     for number, params in enumerate(fixed_params(sweep)):
         run = folder / "runs" / str(number)
-        summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").exists() else {}
+        summary = read_json(run / "summary.json") or {}
         if summary.get("status") not in ("completed", "stopped"):
             return None
         arm = repr({k: v for k, v in params.items() if k != "seed"})

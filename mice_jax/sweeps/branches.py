@@ -22,6 +22,7 @@ from mice_jax.data.readers import files_of, is_remote
 from mice_jax.errors import UserError
 from mice_jax.statistics.registered_claims import NONE
 from mice_jax.storage import jsonl
+from mice_jax.storage.json_file import read_json
 from mice_jax.storage.paths import write_atomically
 from mice_jax.storage.workdir import BRANCH, DIRECTIONS, METRICS
 from mice_jax.sweeps.branch_results import BATCH_SIZE
@@ -96,7 +97,7 @@ def plan(
         UserError: The run, its data or the checkpoint is missing, an axis is wrong, or the arms would end after
             different numbers of samples.
     """
-    config, report = _config_of(run), _json(run / "data_report.json")
+    config, report = _config_of(run), read_json(run / "data_report.json") or {}
     records = {r["step"]: r for r in jsonl.read(run / METRICS)}
     step = _step_at(run, records, at)
     _check_data(run, config)
@@ -126,14 +127,10 @@ def _config_of(run: Path) -> Config:
             f"--from={run} is not the folder of a run on this disk: it has no config.json. Give the --workdir of a run "
             "of mice train."
         )
-    config = from_dict(_json(run / "config.json"))
+    config = from_dict(read_json(run / "config.json"))
     if config.branch.step:
         raise UserError(f"--from={run} is itself a branch. Give the run that it branches off from.")
     return config
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _step_at(run: Path, records: Mapping[int, Mapping[str, Any]], at: int) -> int:
@@ -308,7 +305,7 @@ def write(made: Plan, workdir: Path) -> Path:
         **made.noise,
     }
     file = workdir / BRANCH
-    if file.exists() and _json(file) != record:
+    if (known := read_json(file)) is not None and known != record:
         raise UserError(f"--workdir={workdir} holds other branches ({file}). Give another --workdir.")
     if not file.exists() and workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"--workdir={workdir} is not empty and holds no branches. Give another --workdir.")
@@ -343,7 +340,7 @@ def copy_state(run: Path, step: int, config: Config, workdir: Path) -> None:
     lines = [line for line in (run / METRICS).read_text().splitlines() if json.loads(line)["step"] <= step]
     (workdir / METRICS).write_text("".join(line + "\n" for line in lines))
     # What "auto" chose for the run is chosen again, as in a resumed run.
-    whole = to_dict(config) | {"resolved": _json(run / "config.json").get("resolved", {}), "provenance": {}}
+    whole = to_dict(config) | {"resolved": (read_json(run / "config.json") or {}).get("resolved", {}), "provenance": {}}
     write_atomically(workdir / "config.json", json.dumps(whole, indent=2) + "\n")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mice_jax.errors import UserError
+from mice_jax.storage.json_file import read_json
 from mice_jax.training import stop_rules
 from mice_jax.training.stop_monitor import read_run
 
@@ -162,10 +163,9 @@ class _FinishedRun:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """Returns the settings of a sweep that is a grid of plain values."""
-    file = folder / "sweep.json"
-    if not file.exists():
+    stored = (read_json(folder / "sweep.json") or {}).get("sweep")
+    if stored is None:
         raise UserError(f"--sweeps: {folder} is not the folder of a sweep, which would hold sweep.json.")
-    stored = json.loads(file.read_text())["sweep"]
     try:
         settings = {name: ast.literal_eval(stored[name]) for name in ("axes", "seeds", "metric", "mode", "search")}
     except (ValueError, SyntaxError):
@@ -181,8 +181,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _read_run(folder: Path, number: int, settings: Mapping[str, Any]) -> _FinishedRun:
     """Reads the run of a trial that has ended by itself."""
     run, metric = folder / "runs" / str(number), settings["metric"]
-    (before, records), file = read_run(run), run / "summary.json"
-    summary = json.loads(file.read_text()) if file.exists() else {}
+    (before, records), summary = read_run(run), read_json(run / "summary.json") or {}
     status, reason = summary.get("status", "it has no summary.json"), summary.get("reason") or ""
     # In a sweep without a rule among siblings, only the rules of every run stop one: it has diverged.
     diverged = status == "stopped" and settings["stop"] in (None, "None", "'none'")

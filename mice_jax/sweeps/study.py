@@ -30,6 +30,7 @@ from mice_jax.config import Config, Range, Sweep, differences, locate, to_dict
 from mice_jax.config_checks import rate_of
 from mice_jax.errors import UserError, one_line
 from mice_jax.statistics import registered_claims
+from mice_jax.storage.json_file import read_json
 from mice_jax.storage.paths import write_atomically
 from mice_jax.storage.workdir import CERTIFICATE, RESULTS
 from mice_jax.sweeps.claims import HEARTBEAT_S, Claims
@@ -105,10 +106,9 @@ class Study:
     def _load_settings(self) -> dict[str, Any]:
         """Returns what sweep.json holds, or what it is to hold; raises UserError where it is of a different sweep."""
         current = {"base": to_dict(self.sweep.base), "sweep": _plain_settings(self.sweep)}
-        file = self.folder / "sweep.json"
-        if not file.exists():
+        known = read_json(self.folder / "sweep.json")
+        if known is None:
             return current | {"study": f"{self.folder.resolve().name}-{uuid.uuid4().hex[:12]}"}
-        known = json.loads(file.read_text())
         changed = differences(known["base"], json.loads(json.dumps(current["base"])))
         changed += [f"{k}: {known['sweep'][k]} -> {v}" for k, v in current["sweep"].items() if known["sweep"][k] != v]
         if changed:
@@ -399,8 +399,8 @@ class Study:
 
     def total_steps(self, number: int) -> int:
         """Returns the steps of a trial's run when it is not stopped; 0 before it has started."""
-        report = self.run_folder(number) / "data_report.json"
-        return int(json.loads(report.read_text())["steps"]) if report.exists() else 0
+        report = read_json(self.run_folder(number) / "data_report.json")
+        return int(report["steps"]) if report else 0
 
     def write_results(self) -> None:
         """Writes results.csv from the current state of all trials."""
@@ -462,8 +462,7 @@ def has_paused(run: Path) -> bool:
 
 def read_summary(run: Path) -> dict[str, Any] | None:
     """Returns the summary.json of a run; None if there is none."""
-    file = run / "summary.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(run / "summary.json")
 
 
 def _plain_settings(sweep: Sweep) -> dict[str, Any]:

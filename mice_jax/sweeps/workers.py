@@ -1,7 +1,6 @@
 """A worker of a sweep, which claims trials and runs them in a process of their own until all trials have ended."""
 
 import contextlib
-import json
 import os
 import queue
 import signal
@@ -16,6 +15,7 @@ from mice_jax.errors import Paused, Preempted, UserError
 from mice_jax.runtime import cpu_devices
 from mice_jax.runtime.fork_server import CommandProcess
 from mice_jax.storage import lock
+from mice_jax.storage.json_file import read_json
 from mice_jax.sweeps.process_group import Connection, Followers, ProcessSpec, connect_to_main
 from mice_jax.sweeps.study import Study, has_paused, read_summary
 from mice_jax.training.stop_monitor import TRIAL_VARIABLE, last_record
@@ -156,8 +156,8 @@ def settings_of_process(config: Config, folder: Path) -> Hashable:
         config: the run's config.
         folder: the run's folder, which is empty before it has begun.
     """
-    written = folder / "config.json"
-    recorded = cpu_devices.recorded_count(json.loads(written.read_text())) if written.exists() else None
+    written = read_json(folder / "config.json")
+    recorded = cpu_devices.recorded_count(written) if written else None
     return cpu_devices.count_of_run(config, recorded), config.train.deterministic, config.data.cache_dir
 
 

@@ -10,7 +10,7 @@ run, where nothing else is said: exact match is the mean over formats, knowledge
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ def draw_batch(batch: Sequence[Trial], final: Sequence[Trial]) -> Figure:
     return figure
 
 
-def draw_frontier(sweeps: dict[str, Sequence[Trial]]) -> Figure:
+def draw_frontier(sweeps: Mapping[str, Sequence[Trial]]) -> Figure:
     """Draws what each completed run has learned against what it has kept."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
