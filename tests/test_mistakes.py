@@ -78,7 +78,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a slice of other directions": (f"plan {CONFIG} --topology=v5e:2x3x9", ["not a slice of TPU v5e", "2x4"]),
     "a run in the folder of a sweep": (f"train {CONFIG} --workdir=swept", ["folder of a sweep", "swept/runs"]),
     "a run whose config.json is cut": (f"train {CONFIG} --workdir=cut", ["cut/config.json is damaged", "a copy"]),
-    "a file as the folder to export to": ("export --workdir=cut --output=run.py", ["run.py already exists"]),
+    "a file as the folder to export to": ("export --workdir=made --output=run.py", ["run.py already exists"]),
     "questions that are not there": ("generate --model=init --input=q.jsonl --output=a.jsonl", ["q.jsonl is not a f"]),
     "a misspelt template of a question": (
         "generate --model=init --prompt=x --chat_template=chatlm",
@@ -138,9 +138,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts.py").write_text(
         SWEEP.replace("inti", "init").replace("learning_rate", "batch_size").replace("1e-3", "'8'")
     )
-    for name, file in (("swept", "sweep.json"), ("cut", "config.json")):
-        (folder / name).mkdir()
-        (folder / name / file).write_text('{"model": ')
+    for name in ("swept/sweep.json", "cut/config.json", "made/model/config.json"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text('{"model": ')
     (folder / "runs").mkdir()
     (folder / "table.csv").write_text("question,answer\n")
     (folder / "none.py").write_text("def get_config(arg=''):\n    pass\n")
