@@ -30,9 +30,9 @@ from mice_jax.model_source import ModelSource, resolve_source
 from mice_jax.models.transformer import Params
 from mice_jax.step import TrainState
 from mice_jax.storage.paths import check_new_folder
+from mice_jax.storage.recorded_config import AVERAGED
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training import build
-from mice_jax.training.run_files import AVERAGED
 
 
 def average(values: command.Values) -> None:

@@ -44,10 +44,10 @@ from mice_jax.sharding import make_mesh
 from mice_jax.storage import hub, jsonl
 from mice_jax.storage.model_names import check_workdir
 from mice_jax.storage.paths import check_new_folder
+from mice_jax.storage.recorded_config import AVERAGED
 from mice_jax.storage.workdir import METRICS, Workdir
 from mice_jax.training import build
 from mice_jax.training.model_card import README, licence_of, model_card
-from mice_jax.training.run_files import AVERAGED
 
 DTYPES = ("float32", "bfloat16")
 

@@ -43,6 +43,7 @@ from mice_jax.step import TrainState
 from mice_jax.storage.cache import cache_folder
 from mice_jax.storage.paths import parse_path
 from mice_jax.storage.provenance import code_state
+from mice_jax.storage.recorded_config import check_same_config
 from mice_jax.storage.workdir import SYNC_EVERY_S, Workdir
 from mice_jax.training import averaging, build, first_nonfinite, phases, precompile, run_files, summary, trackers
 from mice_jax.training.cadence import make_cadence
@@ -115,7 +116,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
         benchmarks = RunBenchmarks(config.eval, inputs.tokenizer, spec)
         if is_main:
             workdir.lock(log)
-            run_files.check_same_config(workdir, config)
+            check_same_config(workdir.path, config, workdir.local)
     # Two processes may have found different commits, if a repository of the Hub was updated in between.
     distributed.assert_same_on_all_processes("commits of models of the Hub", repr(inputs.hosted))
 

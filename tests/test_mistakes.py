@@ -1,6 +1,8 @@
 """What new users get wrong in the commands of the documentation: each mistake is one paragraph with the fix."""
 
+import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 from helpers.runs import DEPRECATED, REPOSITORY, make_chats, write_config, write_init, write_jsonl
 from mice_jax.cli import main
+from mice_jax.config import to_dict
 
 pytestmark = [
     pytest.mark.smoke,
@@ -78,6 +81,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a slice of other directions": (f"plan {CONFIG} --topology=v5e:2x3x9", ["not a slice of TPU v5e", "2x4"]),
     "a run in the folder of a sweep": (f"train {CONFIG} --workdir=swept", ["folder of a sweep", "swept/runs"]),
     "a run whose config.json is cut": (f"train {CONFIG} --workdir=cut", ["cut/config.json is damaged", "a copy"]),
+    "a run with another config": (
+        f"train {CONFIG} --workdir=done",
+        ["done was made with another config", "optim.learning_rate: 0.5 -> "],
+    ),
     "a file as the folder to export to": ("export --workdir=made --output=run.py", ["run.py already exists"]),
     "questions that are not there": ("generate --model=init --input=q.jsonl --output=a.jsonl", ["q.jsonl is not a f"]),
     "a misspelt template of a question": (
@@ -144,6 +151,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "runs").mkdir()
     (folder / "table.csv").write_text("question,answer\n")
     (folder / "none.py").write_text("def get_config(arg=''):\n    pass\n")
+    config = to_dict(runpy.run_path(str(folder / "run.py"))["get_config"]())
+    config["optim"]["learning_rate"] = 0.5
+    (folder / "done").mkdir()
+    (folder / "done" / "config.json").write_text(json.dumps(config | {"resolved": {}}))
     return folder
 
 

@@ -42,7 +42,7 @@ def check_places(command: str, values: flags.FlagValues) -> None:
     if command == "export" and values.output:
         _check_new_folder("output", Path(values.output))
     if command == "train" and "://" not in values.workdir:
-        _check_workdir(Path(values.workdir))
+        _check_workdir(Path(values.workdir), values.config)
 
 
 def check_inputs(config: Config) -> None:
@@ -63,7 +63,9 @@ def _check_exists(flag: str, workdir: Path) -> None:
         raise UserError(f"--{flag}={workdir} is not a run's workdir: there is no such folder{end}")
 
 
-def _check_workdir(workdir: Path) -> None:
+def _check_workdir(workdir: Path, config: Config) -> None:
+    from mice_jax.storage.recorded_config import check_same_config  # it imports fsspec, which --help does not need
+
     if workdir.is_file():
         raise UserError(f"--workdir={workdir} is a file, and must be the folder of a run. Give another path.")
     if (workdir / "sweep.json").is_file():
@@ -71,6 +73,7 @@ def _check_workdir(workdir: Path) -> None:
             f"--workdir={workdir} is the folder of a sweep, whose runs are in {workdir / 'runs'}. Give the run a "
             "folder of its own."
         )
+    check_same_config(workdir, config)
 
 
 def _check_run(workdir: Path) -> None:

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from mice_jax.config import Config, differences, to_dict
+from mice_jax.config import Config, to_dict
 from mice_jax.data.tokenizer import save_tokenizer
-from mice_jax.errors import UserError
 from mice_jax.inference import generation_config
 from mice_jax.model_source import ModelSource
 from mice_jax.models import hf, untrained
@@ -21,12 +20,9 @@ from mice_jax.models.transformer import Compute
 from mice_jax.runtime import cpu_devices
 from mice_jax.sharding import LENGTH_AXIS
 from mice_jax.storage.paths import is_remote
+from mice_jax.storage.recorded_config import CONFIG
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training.model_card import README
-
-CONFIG = "config.json"
-AVERAGED = "average.json"  # in a folder that `mice average` has written, which is no run that could go on
-ADDED = ("resolved", "provenance")  # These keys of config.json are not fields of the config.
 
 
 def start_date(workdir: Workdir) -> datetime.date | None:
@@ -91,24 +87,6 @@ def choices(
         "today": str(today),
         **({"hub": hosted} if hosted else {}),
     }
-
-
-def check_same_config(workdir: Workdir, config: Config) -> None:
-    """Raises UserError if the workdir has a run of another config, apart from fields that a resume may change."""
-    if workdir.read_json(AVERAGED) is not None:
-        raise UserError(
-            f"--workdir={workdir.path} holds weights that mice average has written, and no run to resume. Give another "
-            "--workdir; model.init_from may name this one."
-        )
-    old = workdir.read_json(CONFIG)
-    if old is None:
-        return
-    changed = differences({k: v for k, v in old.items() if k not in ADDED}, to_dict(config))
-    if changed:
-        raise UserError(
-            f"--workdir={workdir.path} was made with another config, which differs in {'; '.join(changed)} (there -> "
-            "here). Run it with the config that made it, or give another --workdir."
-        )
 
 
 def write_config(workdir: Workdir, config: Config, resolved: dict[str, Any], provenance: dict[str, Any]) -> None:

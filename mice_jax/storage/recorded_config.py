@@ -1,0 +1,38 @@
+"""The config that a run was made with, which a resumed run is compared with before its imports."""
+
+from mice_jax.config import Config, differences, to_dict
+from mice_jax.errors import UserError
+from mice_jax.storage.json_file import read_json
+from mice_jax.storage.paths import RunPath
+
+CONFIG = "config.json"
+AVERAGED = "average.json"  # in a folder that `mice average` has written, which is no run that could go on
+ADDED = ("resolved", "provenance")  # These keys of config.json are not fields of the config.
+
+
+def check_same_config(workdir: RunPath, config: Config, local: RunPath | None = None) -> None:
+    """Checks that a run of the same config, apart from fields that a resume may change, is in a workdir, or none.
+
+    Args:
+      workdir: The workdir.
+      config: The config of the run that is to start.
+      local: The folder with the copy of the workdir's small files, where it is in a bucket.
+
+    Raises:
+      UserError: The workdir has a run of another config, or averaged weights.
+    """
+    folder = local or workdir
+    if (folder / AVERAGED).exists():
+        raise UserError(
+            f"--workdir={workdir} holds weights that mice average has written, and no run to resume. Give another "
+            "--workdir; model.init_from may name this one."
+        )
+    old = read_json(folder / CONFIG)
+    if old is None:
+        return
+    changed = differences({k: v for k, v in old.items() if k not in ADDED}, to_dict(config))
+    if changed:
+        raise UserError(
+            f"--workdir={workdir} was made with another config, which differs in {'; '.join(changed)} (there -> "
+            "here). Run it with the config that made it, or give another --workdir."
+        )
