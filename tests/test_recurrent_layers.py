@@ -4,7 +4,9 @@ Parity with transformers, packing and decoding are in test_families.py, test_fam
 """
 
 import functools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,9 +15,12 @@ import numpy as np
 import pytest
 
 from helpers.models import mesh_of, packed, sample_of, spec_of
+from helpers.runs import REPOSITORY
 from mice_jax.hardware import train_flops
 from mice_jax.inference.sampler import cast_params
+from mice_jax.models import hf
 from mice_jax.models.attention.tree import Trees
+from mice_jax.models.mixers import MIXERS
 from mice_jax.models.spec import GatedDelta, Mamba2, Mixer, ModelSpec, ShortConv
 from mice_jax.models.transformer import Compute, Decoder, empty_cache, make_decoder
 from mice_jax.optim import make_optimizer
@@ -115,3 +120,46 @@ def test_the_cache_of_a_recurrent_layer_is_its_state_and_does_not_grow() -> None
     short, long = (empty_cache(spec, 2, slots, jnp.float32) for slots in (8, 64))
     assert [x.shape for x in short[:2]] == [x.shape for x in long[:2]] == [(2, 2, 32)] * 2
     assert short[2][0].shape == (2, 2, 12, 8) and long[2][0].shape == (2, 2, 12, 64)
+
+
+# ---------------------------------------------------------------------------------------- memory
+KINDS_OF_LAYERS: dict[str, dict[str, Any]] = {
+    "granite-4.0-h-350m": {"layer_types": "mamba"},
+    "Qwen3.5-4B": {"layer_types": "linear_attention", "full_attention_interval": 99},
+    "LFM2-1.2B": {"full_attn_idxs": []},
+}
+
+
+def spec_of_depth(release: str, layers: int) -> ModelSpec:
+    """A published model with recurrent layers of one kind only."""
+    config = json.loads((REPOSITORY / "tests" / "data" / "configs" / f"{release}.json").read_text())
+    changes = KINDS_OF_LAYERS[release] | {"num_hidden_layers": layers}
+    if kind := changes.get("layer_types"):
+        changes["layer_types"] = [kind] * layers
+    if text := config.get("text_config"):
+        return hf.spec_from_config(config | {"text_config": text | changes}, Path("config.json"))
+    return hf.spec_from_config(config | changes, Path("config.json"))
+
+
+def saved_bytes_per_slot(spec: ModelSpec, slots: int) -> float:
+    """The bytes per slot that JAX keeps for the backward pass in bfloat16, of arrays that have the slots as a dim."""
+    decoder, compute = make_decoder(spec), Compute(jnp.bfloat16, "blockwise", "none")
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), decoder.abstract)
+    row = jax.ShapeDtypeStruct((1, slots), jnp.int32)
+
+    def backward(params: Any, tokens: jax.Array, positions: jax.Array, segments: jax.Array) -> Any:
+        return jax.vjp(lambda p: decoder.bind(p).hidden(tokens, positions, segments, compute), params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(backward, params, row, row, row))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in kept if slots in x.shape) / slots
+
+
+@pytest.mark.parametrize("release", KINDS_OF_LAYERS)
+def test_memory_model_counts_what_jax_saves_of_a_recurrent_layer(release: str) -> None:
+    two, four = (spec_of_depth(release, layers) for layers in (2, 4))
+    of_layer = (saved_bytes_per_slot(four, 448) - saved_bytes_per_slot(two, 448)) / 2
+    kind = two.mixers[0]
+    widths = MIXERS[type(kind)].widths(two, kind, tensor=1, lanes=1)
+    counted = 2 * (10 * two.d_model + 6 * two.d_ff_of(kind) + widths.saved) + 4 * widths.saved_float32
+    assert counted == pytest.approx(of_layer, rel=0.02)  # what has one number for each head or slot is left out
+    assert release == "LFM2-1.2B" or counted - 2 * widths.saved_float32 < 0.9 * of_layer, "float32 counted as bfloat16"

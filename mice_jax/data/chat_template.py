@@ -125,9 +125,8 @@ class ChatTemplate:
     def _text_for(self, tools: list[Message] | None) -> str:
         if not self._template:
             raise TemplateError(
-                f"the tokenizer {self._tokenizer.name_or_path!r} has no chat template, as is usual "
-                "for base models. Set data.chat_template (--chat_template of generate and evaluate) to the name of one "
-                f"that comes with this package ({templates.NAMES}), such as chatml, or to the path of a .jinja file"
+                f"the tokenizer {self._tokenizer.name_or_path!r} has no chat template. Set data.chat_template (or the "
+                f"flag --chat_template) to one of {templates.NAMES}, or to the path of a .jinja file"
             )
         if isinstance(self._template, str):
             return self._with_date(self._template)

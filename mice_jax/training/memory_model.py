@@ -22,7 +22,7 @@ from mice_jax.loss import tokens_per_chunk
 from mice_jax.models.attention import BACKENDS
 from mice_jax.models.layer_groups import Group, find_groups
 from mice_jax.models.mixers import MIXERS
-from mice_jax.models.mixers.costs import MixerWidths
+from mice_jax.models.mixers.costs import MixerWidths, padded
 from mice_jax.models.spec import Kind, is_recurrent
 from mice_jax.models.transformer import Decoder, Params
 from mice_jax.numerics.offload import is_on_host
@@ -312,17 +312,20 @@ def _widths(inputs: MemoryInputs, kind: Kind) -> tuple[int, int, int, int]:
     """Returns d_model, and the widths of the queries, the keys and the MLP of a layer on one device."""
     s, tensor = inputs.decoder.spec, inputs.mesh.shape["tensor"]
     attention = s.attention_of(None if is_recurrent(kind) else kind)
-    head = attention.head_dim
-    if inputs.attention == "splash":
-        head = -(-head // TPU_LANES) * TPU_LANES
+    head = padded(attention.head_dim, _lanes(inputs))
     return s.d_model, s.num_heads * head // tensor, attention.num_kv_heads * head // tensor, s.d_ff_of(kind) // tensor
+
+
+def _lanes(inputs: MemoryInputs) -> int:
+    """Returns what the devices pad the last dim of an array to a multiple of."""
+    return TPU_LANES if inputs.attention == "splash" else 1
 
 
 def _mixer_widths(inputs: MemoryInputs, kind: Kind) -> MixerWidths:
     """Returns the widths of the arrays of a layer's mixer on one device."""
     spec, tensor = inputs.decoder.spec, inputs.mesh.shape["tensor"]
     if is_recurrent(kind):
-        return MIXERS[type(kind)].widths(spec, kind, tensor)
+        return MIXERS[type(kind)].widths(spec, kind, tensor, _lanes(inputs))
     _, q, k, _ = _widths(inputs, kind)
     attention_output = q if BACKENDS[inputs.attention].saved_by_dots else 0
     # Each window is a branch of a switch, which saves more for several.
@@ -333,6 +336,7 @@ def _mixer_widths(inputs: MemoryInputs, kind: Kind) -> MixerWidths:
     return MixerWidths(
         products=q + 2 * k + attention_output + gate,
         saved=3 * q + 3 * k + (windows - 1) * (q + k) + 3 * gate,
+        saved_float32=0,
         working=working + 2 * gate,
     )
 
@@ -346,7 +350,7 @@ def _saved_per_slot(inputs: MemoryInputs, kind: Kind, remat: str) -> int:
         return OFFLOADED_IN_FLIGHT * d // inputs.decoder.spec.num_layers
     if remat == "dots":  # The results of all matmuls with weights, except the last, are saved too.
         return 2 * d + mixer.products + 2 * f
-    return 10 * d + mixer.saved + 6 * f
+    return 10 * d + mixer.saved + 6 * f + mixer.saved_float32 * 4 // inputs.dtype.itemsize
 
 
 def _working_per_slot(inputs: MemoryInputs, kind: Kind) -> int:

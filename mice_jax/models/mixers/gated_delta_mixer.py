@@ -9,7 +9,7 @@ from flax import nnx
 from mice_jax.models.attention.segments import mark_saveable
 from mice_jax.models.mixers.causal_conv import Kernel, empty_conv_state, heads_conv, heads_conv_steps
 from mice_jax.models.mixers.chunks import CHUNK
-from mice_jax.models.mixers.costs import MixerWidths
+from mice_jax.models.mixers.costs import MixerWidths, padded
 from mice_jax.models.mixers.gated_delta import gated_delta_of_rows, gated_delta_step
 from mice_jax.models.parameters import param, param_of, product
 from mice_jax.models.spec import GatedDelta, ModelSpec
@@ -125,8 +125,8 @@ class GatedDeltaMixer(nnx.Module):
         return 2 * (weights + scan)
 
     @staticmethod
-    def widths(spec: ModelSpec, kind: GatedDelta, tensor: int) -> MixerWidths:
-        """Returns the widths of its arrays on one of `tensor` devices."""
+    def widths(spec: ModelSpec, kind: GatedDelta, tensor: int, lanes: int) -> MixerWidths:
+        """Returns the widths of its arrays on one of `tensor` devices, which pad heads to a multiple of `lanes`."""
         keys, values = kind.num_key_heads * kind.key_dim // tensor, kind.num_value_heads * kind.value_dim // tensor
         keys_by_value_head = kind.num_value_heads * kind.key_dim // tensor
         products = 2 * keys + 3 * values + 2 * kind.num_value_heads // tensor
@@ -134,5 +134,9 @@ class GatedDeltaMixer(nnx.Module):
         # what each adds to them, and a gradient.
         pairs = 2 * 5 * CHUNK * kind.num_value_heads // tensor
         states = 2 * 3 * values * kind.key_dim // CHUNK
-        saved = products + 4 * keys + 5 * values
-        return MixerWidths(products, saved, saved + pairs + states + 4 * keys + 8 * values + 4 * keys_by_value_head)
+        working = products + 8 * keys + 13 * values + 4 * keys_by_value_head + pairs + states
+        key_heads = kind.num_key_heads // tensor * padded(kind.key_dim, lanes)
+        value_heads = kind.num_value_heads // tensor * padded(kind.value_dim, lanes)
+        saved = 8 * keys + 4 * values + 2 * key_heads + 2 * value_heads
+        norms = 2 * kind.num_value_heads // tensor * lanes  # a number for each head, in an array whose last dim is 1
+        return MixerWidths(products, saved, 7 * value_heads + norms, working)

@@ -9,7 +9,7 @@ from flax import nnx
 from mice_jax.models.attention.segments import mark_saveable
 from mice_jax.models.mixers.causal_conv import Kernel, empty_conv_state, heads_conv, heads_conv_steps
 from mice_jax.models.mixers.chunks import CHUNK
-from mice_jax.models.mixers.costs import MixerWidths
+from mice_jax.models.mixers.costs import MixerWidths, padded
 from mice_jax.models.mixers.mamba2 import mamba2_of_rows, mamba2_step, time_steps
 from mice_jax.models.parameters import param, param_of, plus, product
 from mice_jax.models.spec import Mamba2, ModelSpec
@@ -142,13 +142,14 @@ class Mamba2Mixer(nnx.Module):
         return 2 * (weights + scan)
 
     @staticmethod
-    def widths(spec: ModelSpec, kind: Mamba2, tensor: int) -> MixerWidths:
-        """Returns the widths of its arrays on one of `tensor` devices."""
+    def widths(spec: ModelSpec, kind: Mamba2, tensor: int, lanes: int) -> MixerWidths:
+        """Returns the widths of its arrays on one of `tensor` devices, which pad heads to a multiple of `lanes`."""
         inner, shared = kind.num_heads * kind.head_dim // tensor, kind.num_groups * kind.state_dim
         products = 3 * inner + 2 * shared + kind.num_heads // tensor
         # In float32 are the products with the gate, the weights and decays between slots, and of all chunks the states,
         # what each adds to them, and a gradient.
         pairs = 2 * 3 * CHUNK * kind.num_heads // tensor
         states = 2 * 3 * inner * kind.state_dim // CHUNK
-        saved = products + 2 * inner + 2 * shared + 4 * inner
-        return MixerWidths(products, saved, saved + pairs + states + 4 * inner)
+        working = products + 10 * inner + 2 * shared + pairs + states
+        heads = kind.num_heads // tensor * padded(kind.head_dim, lanes)
+        return MixerWidths(products, 4 * inner + 2 * heads + 10 * shared, inner + 6 * heads, working)

@@ -92,7 +92,7 @@ class ShortConvMixer(nnx.Module):
         return 2 * (4 * spec.d_model**2 + kind.taps * spec.d_model)
 
     @staticmethod
-    def widths(spec: ModelSpec, kind: ShortConv, tensor: int) -> MixerWidths:
+    def widths(spec: ModelSpec, kind: ShortConv, tensor: int, lanes: int) -> MixerWidths:
         """Returns the widths of its arrays on one of `tensor` devices."""
         channels = spec.d_model // tensor
-        return MixerWidths(products=3 * channels, saved=6 * channels, working=8 * channels)
+        return MixerWidths(products=3 * channels, saved=6 * channels, saved_float32=0, working=8 * channels)
