@@ -158,7 +158,7 @@ def saved_bytes_per_slot(spec: ModelSpec, slots: int) -> float:
 def test_memory_model_counts_what_jax_saves_of_a_recurrent_layer(release: str) -> None:
     two, four = (spec_of_depth(release, layers) for layers in (2, 4))
     of_layer = (saved_bytes_per_slot(four, 448) - saved_bytes_per_slot(two, 448)) / 2
-    kind = two.mixers[0]
+    kind: Any = two.mixers[0]
     widths = MIXERS[type(kind)].widths(two, kind, tensor=1, lanes=1)
     counted = 2 * (10 * two.d_model + 6 * two.d_ff_of(kind) + widths.saved) + 4 * widths.saved_float32
     assert counted == pytest.approx(of_layer, rel=0.02)  # what has one number for each head or slot is left out
