@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import shutil
 import signal
 import time
@@ -29,6 +30,7 @@ from helpers.runs import (
 )
 from mice_jax.runtime import distributed
 from mice_jax.sharding import make_mesh
+from mice_jax.storage.lock import FolderLock
 from mice_jax.training import build
 
 pytestmark = pytest.mark.slow
@@ -192,13 +194,13 @@ def test_run_of_one_goes_on_as_two_that_are_preempted_twice_and_as_one(
 
 # ---------------------------------------------------------------------------------------- errors
 def test_an_error_of_the_main_process_ends_both(config: Path, tmp_path: Path, start: Start) -> None:
-    """Only the main process compares the config with that of the workdir."""
+    """Only the main process locks the workdir."""
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text('{"seed": 5}')
+    lock = FolderLock(run)
     ended = wait_for_end(start([config, config], run), 100)
+    lock.release()
     assert [code for code, _ in ended] == [2, 2], ended
-    assert "was made with another config" in ended[0][1]
+    assert f"another live process (process {os.getpid()} on " in ended[0][1]
     assert "error: process 0 failed: " in ended[1][1]
 
 
