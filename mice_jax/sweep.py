@@ -33,7 +33,7 @@ from rich.table import Table
 from mice_jax.cli import early_checks
 from mice_jax.cli.config_file import allow_imports_next_to
 from mice_jax.cli.flags import define_sweep
-from mice_jax.config import ConfigError, Sweep
+from mice_jax.config import Config, ConfigError, Sweep
 from mice_jax.errors import Preempted, UserError, format_count
 from mice_jax.report_page import page, read_runs
 from mice_jax.runtime import cluster, watchdog
@@ -59,6 +59,7 @@ def begin(values: command.Values) -> int | None:
     process = _process_of_worker(values)
     sweep, notes = load_sweep(command.required(values, "config"))
     storage = values.storage or os.environ.get(STORAGE_VARIABLE, "")
+    configs = [] if values.worker else [_checked_config(sweep, params) for params in fixed_params(sweep)]
     if values.dry_run:
         _dry_run(sweep, notes)
         return 0
@@ -71,9 +72,8 @@ def begin(values: command.Values) -> int | None:
     folder = Path(workdir)
     if (folder / "config.json").exists() and not (folder / "sweep.json").exists():
         raise UserError(f"--workdir={folder} is the folder of a run. Give the sweep a folder of its own.")
-    if not values.worker:
-        for params in fixed_params(sweep):
-            early_checks.check_inputs(trial_config(sweep, params))
+    for config in configs:
+        early_checks.check_inputs(config)
     if values.worker:  # The trials of a sweep share one compilation cache, unless the user set one.
         os.environ.setdefault(workers.CACHE_VARIABLE, str(folder.resolve() / "programs"))
     if process and process.process_id:
@@ -128,8 +128,6 @@ def load_sweep(config: str) -> tuple[Sweep, list[str]]:
     if rule := bracket_rule(sweep):
         live_bracket.check(sweep, rule)
     check_metric(sweep)
-    for params in fixed_params(sweep):
-        _check_trial(sweep, params)
     claims = registered_claims.find(Path(file), sweep.claims)
     sweep.claims = str(claims.resolve()) if claims else registered_claims.NONE
     if claims:
@@ -139,10 +137,10 @@ def load_sweep(config: str) -> tuple[Sweep, list[str]]:
     return sweep, notes
 
 
-def _check_trial(sweep: Sweep, params: dict[str, Any]) -> None:
-    """Raises UserError, with the parameters, where a trial's config is not valid."""
+def _checked_config(sweep: Sweep, params: dict[str, Any]) -> Config:
+    """Returns the config of a trial; raises UserError, with the trial's parameters, where it is not valid."""
     try:
-        trial_config(sweep, params)
+        return trial_config(sweep, params)
     except ConfigError as e:
         values = ", ".join(f"{name}={value!r}" for name, value in params.items())
         raise UserError(f"in the sweep, the trial with {values}: {str(e).removeprefix('in the config, ')}") from None

@@ -33,15 +33,14 @@ def check_places(command: str, values: flags.FlagValues) -> None:
         check_template_name(values.chat_template, "--chat_template=")
     if command == "generate" and values.input and values.output and not Path(values.input).is_file():
         raise UserError(f"--input={values.input} is not a file; paths are relative to {Path.cwd()}.")
-    if command in ("export", "average") and "://" not in values.workdir:
-        _check_exists("workdir", Path(values.workdir))
     if command == "branch":
         _check_exists("from", Path(str(values["from"].value)))
-    if command == "export" and "://" not in values.workdir:
-        _check_run(Path(values.workdir))
-    if command == "export" and values.output:
-        _check_new_folder("output", Path(values.output))
-    if command == "train" and "://" not in values.workdir:
+    is_local = "workdir" in values and "://" not in (values.workdir or "")
+    if command in ("export", "average") and is_local:
+        _check_exists("workdir", Path(values.workdir))
+    if command == "export":
+        _check_export(Path(values.workdir) if is_local else None, Path(values.output))
+    if command == "train" and is_local:
         _check_workdir(Path(values.workdir), values.config)
 
 
@@ -76,16 +75,14 @@ def _check_workdir(workdir: Path, config: Config) -> None:
     check_same_config(workdir, config)
 
 
-def _check_run(workdir: Path) -> None:
-    from mice_jax.storage.model_names import check_workdir  # it imports huggingface_hub, which --help does not need
+def _check_export(workdir: Path | None, output: Path) -> None:
+    # They import huggingface_hub and fsspec, which --help does not need.
+    from mice_jax.storage.model_names import check_workdir
+    from mice_jax.storage.paths import check_new_folder
 
-    check_workdir(workdir)
-
-
-def _check_new_folder(flag: str, folder: Path) -> None:
-    from mice_jax.storage.paths import check_new_folder  # it imports fsspec, which --help does not need
-
-    check_new_folder(flag, folder)
+    if workdir:
+        check_workdir(workdir)
+    check_new_folder("output", output)
 
 
 def _check_model(name: str, field: str) -> None:

@@ -52,7 +52,7 @@ def check_workdir(workdir: RunPath) -> None:
 
 
 def _what_it_is(folder: RunPath) -> str:
-    """Returns what a folder is that is no run's workdir, and what to do instead, for an error message."""
+    """Returns what a folder is if it is not the workdir of a run, and what to do instead, for an error message."""
     if folder.parent.name == "checkpoints":
         return f"it is a checkpoint of one. Give --workdir={folder.parent.parent} --step={folder.name}"
     if (folder / ADAPTER).exists():
@@ -75,7 +75,7 @@ def random_config(name: str) -> Path:
 
 
 def missing_model(name: str) -> UserError:
-    """Returns the error for a name that is no folder; the field or flag that gives it may stand before it."""
+    """Returns the error for a model that does not exist, whose name may follow the field or flag that gives it."""
     return UserError(
         f"{name} does not exist or is not a folder. Give a Hugging Face folder, a model of the Hub "
         "(owner/name), a run's workdir (or one of its checkpoints/<step>), or random:path/to/config.json."

@@ -6,7 +6,7 @@ from mice_jax.storage.json_file import read_json
 from mice_jax.storage.paths import RunPath
 
 CONFIG = "config.json"
-AVERAGED = "average.json"  # in a folder that `mice average` has written, which is no run that could go on
+AVERAGED = "average.json"  # marks a folder that `mice average` has written, which cannot be resumed
 ADDED = ("resolved", "provenance")  # These keys of config.json are not fields of the config.
 
 

@@ -62,7 +62,7 @@ Arms = dict[tuple[str, ...], list[Trial]]
 
 
 def trials_of(name: str, folder: Path = RESULTS) -> list[Trial]:
-    """Returns the trials of a sweep; none where it has not been run."""
+    """Returns the trials of a sweep, or an empty list if it has not been run."""
     file = folder / f"{name}.jsonl.gz"
     rows = read(file)[1] if file.exists() else []
     return [
