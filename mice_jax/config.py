@@ -232,7 +232,8 @@ class Optim(_Strict):
     offload_moments: bool = False
     """Keep the optimizer's moments in host memory, and bring those of one layer at a time to the devices."""
     accumulate_dtype: str = "float32"
-    """The dtype in which the gradients of a step are summed over microbatches: float32 or bfloat16."""
+    """The dtype in which the gradients of a step are summed over microbatches: float32 or bfloat16. Gradients of
+    weights that are held in bfloat16 are rounded to it before they are added, which saves as much memory again."""
     reduce_dtype: str = "float32"
     """The dtype in which gradients are summed over devices: float32 or bfloat16; those of norms always in float32."""
     frozen: list[str] = field(default_factory=list)

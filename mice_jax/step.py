@@ -153,8 +153,8 @@ def batch_loss(
     model = decoder.bind(params)
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], compute)
     output_weight = model.output_weight()
-    # Where gradients are computed, a bfloat16 weight of the state comes as a pair: the weight, and float32 zeros that
-    # receive its gradient (numerics/wide_gradient.py).
+    # Where gradients are computed, a bfloat16 weight of the state comes as a pair: the weight, and zeros that receive
+    # its gradient (numerics/wide_gradient.py).
     if isinstance(output_weight, WideGradient):
         output_weight = output_weight.astype(jnp.float32)
     # How the devices' gradients of the output weight are added.
@@ -203,7 +203,8 @@ def make_step(
       compute: dtype, attention backend and rematerialisation of forward and backward.
       trained_mask: bool arrays in a tree like the parameters, to which they broadcast, false where a parameter is
         frozen; None trains all.
-      accumulate_dtype: the dtype in which gradients are summed over microbatches.
+      accumulate_dtype: the dtype in which gradients are summed over microbatches, and in which those of bfloat16
+        weights leave a microbatch.
       compiler_options: XLA's options for the functions that run the model.
       sources: the names of the sources, in the order of `batch["sources"]`; none for no metrics by source.
       keeps_average: whether the state keeps a running average of the parameters.
@@ -274,18 +275,18 @@ def make_step(
         # With adapters, only they are differentiated; the base is held constant.
         trained, base = decoder.split(params)
 
-        # Parameters in bfloat16 are differentiated through float32 zeros that accompany them, so that their gradients
-        # are float32 (numerics/wide_gradient.py).
+        # Parameters in bfloat16 are differentiated through zeros that accompany them, so that their gradients are
+        # computed in float32, and kept in the dtype of the sums (numerics/wide_gradient.py).
         def loss_of(variables: Params) -> tuple[jax.Array, tuple[jax.Array, SourceSums]]:
             return loss(decoder.join(with_variables(trained, variables), base), batch)
 
-        return jax.value_and_grad(loss_of, has_aux=True)(variables_of(trained))
+        return jax.value_and_grad(loss_of, has_aux=True)(variables_of(trained, accumulate_dtype))
 
     def accumulate(params: Params, sums: Sums, batch: Batch) -> Sums:
         (loss_sum, (weight_sum, source_sums)), grads = gradients(params, batch)
         # A mask may freeze single layers of a stacked array, so the sums hold the gradients of frozen parameters too.
         # `apply_sums` sets them to zero, once a step.
-        grad_sq = optax.tree.norm(_zero_frozen(grads, trained_mask), squared=True)
+        grad_sq = optax.tree.norm(in_float32(_zero_frozen(grads, trained_mask)), squared=True)
         microbatch = Sums(grads, loss_sum, weight_sum, grad_sq, weight_sum**2, source_sums)
         return jax.tree.map(lambda total, x: (total + x).astype(total.dtype), sums, microbatch)
 

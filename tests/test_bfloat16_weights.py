@@ -95,10 +95,10 @@ def decoder() -> Decoder:
 
 
 @functools.cache
-def functions(sizes: tuple[int, int, int], seed: int | None) -> StepFunctions:
+def functions(sizes: tuple[int, int, int], seed: int | None, sums: str = "float32") -> StepFunctions:
     compute = Compute(jnp.dtype("float32"), "reference", "none")
     return make_step(
-        decoder(), make_optimizer(**ADAM), mesh_of(*sizes), compute, keeps_average=True,
+        decoder(), make_optimizer(**ADAM), mesh_of(*sizes), compute, accumulate_dtype=sums, keeps_average=True,
         rounding_seed=seed,
     )  # fmt: skip
 
@@ -171,11 +171,14 @@ def test_each_seed_step_and_parameter_has_random_bits_of_its_own() -> None:
         assert all(0.3 < np.mean(a != b) < 0.7 for b in bits[:i])  # half of them agree by chance
 
 
-def test_gradients_of_bfloat16_weights_are_those_of_float32_copies() -> None:
-    params = random_params(decoder())
-    narrow = jax.tree_util.tree_map_with_path(
-        lambda path, p: p if path[-1].key in FLOAT32_PARAMS else p.astype(jnp.bfloat16), params
+def narrow_params() -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: p if path[-1].key in FLOAT32_PARAMS else p.astype(jnp.bfloat16), random_params(decoder())
     )
+
+
+def test_gradients_of_bfloat16_weights_are_those_of_float32_copies() -> None:
+    narrow = narrow_params()
     copies = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
     batch = put_rows(rows(), mesh_of(1, 1, 1))
     fns = functions((1, 1, 1), 7)
@@ -186,6 +189,22 @@ def test_gradients_of_bfloat16_weights_are_those_of_float32_copies() -> None:
     grads = np.concatenate([x.ravel() for x in jax.tree.leaves(found.grads)])
     grads = grads[grads != 0]  # that of a token that does not occur is 0
     assert np.mean(grads != grads.astype(jnp.bfloat16).astype(np.float32)) > 0.98, "they are not rounded to bfloat16"
+
+
+def test_gradients_are_rounded_once_where_they_are_summed_in_bfloat16() -> None:
+    """So they take two bytes each before they are added, as the sums do."""
+    params, batch = narrow_params(), put_rows(rows(), mesh_of(1, 1, 1))
+    wide, narrow = (functions((1, 1, 1), 7, sums) for sums in ("float32", "bfloat16"))
+    _, gradients = jax.eval_shape(narrow.gradients, params, batch)
+    assert jax.tree.map(lambda g: g.dtype, gradients) == jax.tree.map(lambda p: p.dtype, params)
+    exact, rounded = (jax.device_get(fns.accumulate(params, fns.zero_sums(), batch)) for fns in (wide, narrow))
+    # The two programs may differ in the last bit of a float32 gradient, which moves one in thousands to the other side.
+    found, wanted = flat(rounded.grads), flat(jax.tree.map(lambda g: g.astype(jnp.bfloat16), exact.grads))
+    assert np.mean(found != wanted) < 1e-3
+    np.testing.assert_allclose(found, flat(exact.grads), rtol=2**-8)
+    # Rounding changes a square by 2^-8 of it at the most. A sum of bfloat16 squares would lose far more.
+    np.testing.assert_allclose(rounded.grad_sq_sum, exact.grad_sq_sum, rtol=2**-8)
+    assert rounded.loss_sum == exact.loss_sum
 
 
 def test_saved_bfloat16_weights_are_read_in_float32_by_other_commands(tmp_path: Path) -> None:
@@ -228,7 +247,7 @@ def test_weight_used_as_an_array_gives_its_gradient_to_the_zeros() -> None:
         used = with_variables(params, variables)
         return jnp.sum(used["weight"][1:3].astype(jnp.float32) * used["scale"][1:3]) / 3
 
-    grads = jax.grad(loss)(variables_of(params))
+    grads = jax.grad(loss)(variables_of(params, jnp.float32))
     np.testing.assert_allclose(grads["weight"], np.array([0, 2, 2, 0]) / 3, rtol=1e-7)
     np.testing.assert_allclose(grads["scale"], np.array([0, 1.5, 1.5, 0]) / 3, rtol=1e-7)
     assert {g.dtype for g in grads.values()} == {jnp.dtype("float32")}

@@ -1,8 +1,9 @@
-"""Weights in bfloat16 whose gradients are float32.
+"""Weights in bfloat16 whose gradients are computed in float32, and kept in the dtype in which a run sums them.
 
-JAX gives a gradient the dtype of what it differentiates by, which would round that of a bfloat16 weight. Casting all
-weights to float32 beforehand would need twice the memory of float32 weights. So a weight is accompanied by float32
-zeros of its shape, which no value depends on and XLA removes; the gradient of the weight is given to them.
+JAX gives a gradient the dtype of what it differentiates by, which would make that of a bfloat16 weight bfloat16
+wherever it is computed. Casting all weights to float32 beforehand would need twice the memory of float32 weights. So a
+weight is accompanied by zeros of its shape, which no value depends on and XLA removes; the gradient of the weight is
+given to them, in their dtype.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ class WideGradient:
 
     Attributes:
       weight: bfloat16, of any shape; None in a gradient, which has none for it.
-      zeros: float32, of the same shape.
+      zeros: of the same shape, in the dtype of the gradient.
     """
 
     weight: Any
@@ -39,23 +40,37 @@ class WideGradient:
         return self.weight.ndim
 
     def astype(self, dtype: Any) -> jax.Array:
-        """Returns the weight as an array of another dtype, whose gradient is given to the zeros."""
+        """Returns the weight as an array of another dtype, whose float32 gradient is given to the zeros."""
         return _in_float32(self.weight, self.zeros).astype(dtype)
 
 
-def variables_of(params: Any) -> Any:
-    """Returns what to differentiate by, float32: each parameter itself, or zeros in the place of one in bfloat16."""
-    return jax.tree.map(lambda p: p if p.dtype == jnp.float32 else jnp.zeros(p.shape, jnp.float32), params)
+def gradient_dtype(param: Any, sums_dtype: Any) -> Any:
+    """Returns the dtype of the gradient of a parameter: float32, or that of the sums if the parameter is bfloat16."""
+    return jnp.dtype(jnp.float32 if param.dtype == jnp.float32 else sums_dtype)
+
+
+def variables_of(params: Any, sums_dtype: Any) -> Any:
+    """Returns what to differentiate by: each parameter itself, or zeros in the place of one in bfloat16.
+
+    Args:
+      params: The parameters, float32 or bfloat16.
+      sums_dtype: The dtype in which gradients are summed over microbatches, which the zeros get.
+    """
+    return jax.tree.map(
+        lambda p: p if p.dtype == jnp.float32 else jnp.zeros(p.shape, gradient_dtype(p, sums_dtype)), params
+    )
 
 
 def with_variables(params: Any, variables: Any) -> Any:
-    """Returns the parameters as a model uses them, so that the gradient by `variables_of(params)` is theirs."""
+    """Returns the parameters as a model uses them, so that the gradient by `variables_of(params, ...)` is theirs."""
     return jax.tree.map(lambda p, v: v if p.dtype == jnp.float32 else WideGradient(p, v), params, variables)
 
 
 def gradient_for(weight: Any, gradient: jax.Array) -> Any:
     """Returns a float32 gradient as a custom_vjp returns it for a weight: in its dtype, or that of the zeros."""
-    return WideGradient(None, gradient) if isinstance(weight, WideGradient) else gradient.astype(weight.dtype)
+    if isinstance(weight, WideGradient):
+        return WideGradient(None, gradient.astype(weight.zeros.dtype))
+    return gradient.astype(weight.dtype)
 
 
 @jax.custom_vjp
@@ -63,4 +78,12 @@ def _in_float32(weight: jax.Array, zeros: jax.Array) -> jax.Array:
     return weight.astype(jnp.float32)
 
 
-_in_float32.defvjp(lambda weight, zeros: (_in_float32(weight, zeros), None), lambda _, gradient: (None, gradient))
+def _forward(weight: jax.Array, zeros: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _in_float32(weight, zeros), jnp.zeros(0, zeros.dtype)  # an empty array that tells their dtype
+
+
+def _backward(empty: jax.Array, gradient: jax.Array) -> tuple[None, jax.Array]:
+    return None, gradient.astype(empty.dtype)
+
+
+_in_float32.defvjp(_forward, _backward)

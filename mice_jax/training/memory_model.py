@@ -26,6 +26,7 @@ from mice_jax.models.mixers.costs import MixerWidths, padded
 from mice_jax.models.spec import Kind, is_recurrent
 from mice_jax.models.transformer import Decoder, Params
 from mice_jax.numerics.offload import is_on_host
+from mice_jax.numerics.wide_gradient import gradient_dtype
 from mice_jax.sharding import LENGTH_AXIS
 from mice_jax.step import TrainState
 
@@ -145,14 +146,18 @@ def estimate_memory(inputs: MemoryInputs, rows: int, remat: str) -> MemoryEstima
 
     groups = find_groups(mixers)
     # The gradients of each group are put into stacks of all layers, and then added.
-    padded = 4 * trained if len(groups) > 1 else 0
+    gradients = sum(
+        entries_per_device(p) * gradient_dtype(p, inputs.sums_dtype).itemsize
+        for p in jax.tree.leaves(inputs.state.params)
+    )
+    padded = gradients if len(groups) > 1 else 0
     own_inputs = 2 * slots * inputs.decoder.spec.num_layers * inputs.decoder.spec.per_layer_dim  # and their gradients
     return MemoryEstimate(
         params=bytes_per_device(inputs.state.params) + bytes_per_device(inputs.base),
         optimizer=bytes_per_device(inputs.state.opt_state),
         average=bytes_per_device(inputs.state.average),
         sums=trained * inputs.sums_dtype.itemsize,
-        gradients=4 * trained + padded,
+        gradients=gradients + padded,
         cast=entries_per_device(cast) * itemsize,
         activations=sum(saved_by_layer(kind) for kind in mixers) + own_inputs * itemsize,
         working=max(_lm_head_bytes(inputs, rows), _own_table_bytes(inputs), *map(working_of_group, groups)),
