@@ -5,6 +5,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helpers.runs import REPOSITORY
@@ -112,8 +113,25 @@ def test_page_is_computed_from_the_kept_results_alone(tmp_path: Path) -> None:
     assert h1.startswith(
         "H1: the large batch knows more, each at its best rate: refuted; -0.304 [-0.335, -0.273], 95%, 5"
     )
+    [h4, *_] = page.verdict_lines("phases")
+    assert h4.startswith("H4: stacked data ends better than phases with 5 % replay, each at its best rate: supported")
     arms = page.arms_of(page.trials_of("final"), "optim.batch_size")
     small, large = (statistics.fmean(t.end(page.LEARNED) for t in arms[(size,)]) for size in ("8", "512"))
     assert f"| 8 | {small:.3f} (" in page.table(arms, {"exact match": page.LEARNED})[2] and small > large + 0.2
     assert page.command.run("", page.define, page.begin, [f"--plots={tmp_path}"]) == 0
-    assert {"batch.svg", "frontier.svg"} <= {file.name for file in tmp_path.iterdir()}
+    assert {file.name for file in tmp_path.iterdir()} == {"batch.svg", "frontier.svg", "phases.svg", "schedule.svg"}
+
+
+def test_signal_is_judged_by_sweeps_that_it_was_not_fitted_to() -> None:
+    signals = pytest.importorskip("signals")
+    rng = np.random.default_rng(0)
+    arms = []
+    for i in range(30):
+        batch, rate = int(2 ** rng.integers(3, 9)), float(10 ** rng.uniform(-4, -2))
+        early = {name: float(rng.uniform(0.5, 2)) for name in (signals.HELD_OUT, *signals.SIGNALS)}
+        end = 1 + 0.1 * np.log(batch) - 0.2 * np.log(rate) - np.log(early[signals.HELD_OUT]) + early["grad_norm@10%"]
+        arms.append(signals.Arm("abc"[i % 3], batch, rate, early, end / 2, end))
+    assert signals.explained(arms, "grad_norm@10%") == pytest.approx(1), "the end is made of these"
+    assert signals.explained(arms) < 0.9 and signals.explained(arms, "entropy@10%") < 0.9
+    table = signals.rank_lines(arms)
+    assert table[2].startswith(f"| {signals.HELD_OUT} | -") and len(table) == 2 + len(signals.SIGNALS) + 1

@@ -3,8 +3,8 @@
     python studies/recall/keep.py --sweep=studies/recall/runs/final --output=studies/recall/results/final.jsonl.gz
 
 The first line of the file is sweep.json of the sweep, with its registered claims. Each further line is a trial:
-its row of results.csv, and the lines of its metrics.jsonl that have an evaluation. Paths are relative to the folder
-that holds the sweep. run.py calls this after each sweep.
+its row of results.csv, of whose signals those after a tenth of a run are kept, and the lines of its metrics.jsonl that
+have an evaluation. Paths are relative to the folder that holds the sweep. run.py calls this after each sweep.
 """
 
 import csv
@@ -23,6 +23,7 @@ from mice_jax.cli import command
 from mice_jax.errors import UserError
 
 COLUMNS = ("number", "seed", "status", "steps", "samples", "metric", "reason")  # of results.csv, besides the axes
+EARLY = "@10%"  # the end of the columns of signals that are kept: of the first evaluation after the start
 
 
 def keep(sweep: Path, output: Path) -> int:
@@ -42,7 +43,7 @@ def keep(sweep: Path, output: Path) -> int:
         raise UserError(f"{sweep} has no results.csv, so it is not the folder of a sweep that has begun.")
     lines = [json.loads((sweep / "sweep.json").read_text())]
     for row in csv.DictReader((sweep / "results.csv").read_text().splitlines()):
-        trial = {name: row[name] for name in row if name in COLUMNS or "." in name.partition("@")[0]}
+        trial = {n: row[n] for n in row if n in COLUMNS or "." in n.partition("@")[0] or n.endswith(EARLY)}
         if records := evaluations(sweep / "runs" / row["number"] / "metrics.jsonl"):
             lines.append(trial | {"evaluations": records})
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ Everything is computed from results/*.jsonl.gz, so no run is needed. Numbers are
 run, where nothing else is said: exact match is the mean over formats, knowledge and skills.
 """
 
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -28,6 +29,7 @@ from mice_jax.cli import command
 from mice_jax.statistics import verdicts
 from mice_jax.statistics.registered_claims import Registration
 from recall import PHASES, RATES
+from signals import arms_with_signals, explained_line, rank_lines
 
 RESULTS = HERE / "results"
 LEARNED, KEPT = "eval/average/macro_exact_match", "eval/average/kept"
@@ -62,9 +64,8 @@ Arms = dict[tuple[str, ...], list[Trial]]
 
 
 def trials_of(name: str, folder: Path = RESULTS) -> list[Trial]:
-    """Returns the trials of a sweep, or an empty list if it has not been run."""
-    file = folder / f"{name}.jsonl.gz"
-    rows = read(file)[1] if file.exists() else []
+    """Returns the trials of a sweep."""
+    rows = read(folder / f"{name}.jsonl.gz")[1]
     return [
         Trial({a: _arm(a, row[a]) for a in AXES[name]}, row["status"] == "completed", row["evaluations"])
         for row in rows
@@ -92,16 +93,24 @@ def arms_of(trials: Sequence[Trial], *axes: str) -> Arms:
 # ---------------------------------------------------------------------------------------- text
 def verdict_lines(name: str, folder: Path = RESULTS) -> list[str]:
     """Returns a line for each claim of a sweep: the registered ones, then the explorations."""
-    file = folder / f"{name}.jsonl.gz"
-    if not file.exists() or "registered_claims" not in (sweep := read(file)[0]):
+    sweep, rows = read(folder / f"{name}.jsonl.gz")
+    if "registered_claims" not in sweep:
         return []
     registration = Registration.from_json(sweep["registered_claims"])
     results = []
-    for row in read(file)[1]:
+    for row in rows:
         params = {axis: row[axis] for axis in registration.axes}
         ends = {name: value for name, value in row["evaluations"][-1].items() if isinstance(value, float)}
         results.append(verdicts.Result(row["number"], params, int(row["seed"]), row["status"], ends))
     return [_line(v) for v in verdicts.judge(registration, results)]
+
+
+def signal_lines(folder: Path = RESULTS) -> list[str]:
+    """Returns what early signals tell of the end: ranks in the batch sweep, and predictions between sweeps."""
+    probes = arms_with_signals(folder / "batch.jsonl.gz", LEARNED, seed=0)
+    files = [folder / f"{name}.jsonl.gz" for name in AXES]
+    arms = [arm for file in files for arm in arms_with_signals(file, LEARNED) if not math.isnan(arm.end)]
+    return [*rank_lines(probes), "", explained_line(arms)]
 
 
 def _line(v: verdicts.Verdict) -> str:
@@ -198,21 +207,21 @@ def define(values: command.Values, argv: list[str]) -> None:
 
 
 def begin(values: command.Values) -> None:
-    sweeps = {name: found for name in AXES if (found := trials_of(name))}
+    sweeps = {name: trials_of(name) for name in AXES}
     scores = {"exact match": LEARNED, "last weights": LAST_WEIGHTS, "kept": KEPT}
     parts = scores | {name: f"eval/average/{name}/exact_match" for name in PHASES}
     for name, trials in sweeps.items():
         print(f"\n## {name}\n", *verdict_lines(name), "", sep="\n")
         print("\n".join(table(arms_of(trials, *AXES[name]), parts)))
+    print("\n## signals\n", *signal_lines(), sep="\n")
     folder = Path(values.plots)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {"frontier": draw_frontier(sweeps)}
-    if "batch" in sweeps and "final" in sweeps:
-        figures["batch"] = draw_batch(sweeps["batch"], sweeps["final"])
-    if "schedule" in sweeps:
-        figures["schedule"] = draw_arms(sweeps["schedule"], SCHEDULE, scores)
-    if "phases" in sweeps:
-        figures["phases"] = draw_arms(sweeps["phases"], MIXTURE, parts)
+    figures = {
+        "frontier": draw_frontier(sweeps),
+        "batch": draw_batch(sweeps["batch"], sweeps["final"]),
+        "schedule": draw_arms(sweeps["schedule"], SCHEDULE, scores),
+        "phases": draw_arms(sweeps["phases"], MIXTURE, parts),
+    }
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
