@@ -20,6 +20,8 @@ SHAPES = Path(__file__).parents[1] / "configs" / "paper" / "shapes"
 MODELS = {  # what differs from the shape of Llama 3.2 3B in the published config.json
     "Llama 3.2 1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+    "SmolLM3 3B": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+                   "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128},
     "Llama 3.2 3B": {},
     "Llama 3.1 8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
@@ -37,7 +39,7 @@ GPU_SHARE = 0.95  # of a GPU's memory, XLA_PYTHON_CLIENT_MEM_FRACTION
 SAMPLES, MEAN_LENGTH = 128, 2048
 HEAD = f"""# What fits where
 
-Full fine-tuning, with AdamW and rows of 4,096 tokens, of models in three sizes: for each kind of device the fastest
+Full fine-tuning, with AdamW and rows of 4,096 tokens, of models in four sizes: for each kind of device the fastest
 settings with which the run fits; of settings within 5 % of each other, those that cost less. **Planned, not measured**:
 memory and time are the estimates of `mice plan` ([Planning a run](plan.md)), for steps of {SAMPLES} samples of
 {MEAN_LENGTH:,} tokens. GPUs are an RTX 4090, an H100 and an H200, with `XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}`;

@@ -83,7 +83,8 @@ def _forward(weight: jax.Array, zeros: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _backward(empty: jax.Array, gradient: jax.Array) -> tuple[None, jax.Array]:
-    return None, gradient.astype(empty.dtype)
+    # Without a barrier, XLA would round where the gradient is added, and keep float32 until then.
+    return None, jax.lax.optimization_barrier(gradient.astype(empty.dtype))
 
 
 _in_float32.defvjp(_forward, _backward)
