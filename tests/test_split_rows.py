@@ -18,10 +18,16 @@ from mice_jax.config_checks import row_problem
 from mice_jax.data.packing import Shape, microbatch_shapes
 from mice_jax.errors import UserError
 from mice_jax.models import rope
-from mice_jax.models.attention import BACKENDS, AttentionRequirements, choose_backend
+from mice_jax.models.attention import BACKENDS, AttentionRequirements, attend, choose_backend
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.score_function import Scoring
-from mice_jax.models.attention.split_rows import RowSplit, in_balanced_order, in_row_order, sample_lengths
+from mice_jax.models.attention.split_rows import (
+    RowSplit,
+    in_balanced_order,
+    in_row_order,
+    moved_parts,
+    sample_lengths,
+)
 from mice_jax.models.spec import GatedDelta, Mamba2, ShortConv
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.optim import make_optimizer
@@ -45,9 +51,17 @@ def test_devices_share_a_row_in_parts_from_both_of_its_ends() -> None:
     with jax.set_mesh(mesh_of(1, 1, 1, sequence=3)):
         lengths = np.asarray(jax.jit(sample_lengths, static_argnums=1)(segment_ids[:, order], 2))
     assert np.array_equal(lengths, np.asarray(jax.jit(rope.sample_lengths)(segment_ids))[:, order])
-    # Under causality, the queries of each device see as many keys; those of a third of the row do not.
-    keys = np.arange(1, 25)
-    assert np.ptp(keys[order].reshape(3, -1).sum(axis=1)) == 0 < np.ptp(keys.reshape(3, -1).sum(axis=1))
+
+
+@pytest.mark.parametrize(("devices", "in_row_order"), [(2, 1.5), (3, 1.67), (4, 1.75), (16, 1.94)])
+def test_queries_move_so_that_devices_have_equal_work(devices: int, in_row_order: float) -> None:
+    """The work of the busiest device over the mean, for one sample: under causality, slot t sees t + 1 keys."""
+    moves = np.array(moved_parts(devices))
+    for exchange in (moves[0::2], moves[1::2]):  # each device sends one part and receives one
+        assert np.array_equal(np.sort(exchange, axis=0).T, [range(devices)] * 2)
+    keys = np.arange(1, 2 * devices * 128 + 1).reshape(2 * devices, 128).sum(axis=1)
+    before, after = (np.bincount(of_parts, keys) for of_parts in moves.T)
+    assert (round(before.max() / before.mean(), 2), np.ptp(after)) == (in_row_order, 0)
 
 
 @pytest.mark.parametrize(("max_length", "devices"), [(131072, 64), (16384, 8), (48, 2), (4096, 2)])
@@ -62,7 +76,7 @@ def test_every_microbatch_shape_divides_into_the_parts_of_devices(max_length: in
 # 48 slots, of which each of three devices has 16: samples that cross one or several of their borders, and padding.
 SEGMENTS = np.stack([np.repeat(s, n).astype(np.int32) for s, n in (([1], [48]), ([1, 2, 3, 4, 0], [7, 20, 1, 12, 8]))])
 SCORINGS = {"plain": Scoring(0.3, None, None), "window and soft cap": Scoring(0.3, 9, 1.5)}
-ORDERS = {1: np.arange(48), 2: Shape(1, 48, balanced_over=3).order}
+ORDER = np.array(Shape(1, 48, balanced_over=3).order)
 
 
 @functools.cache
@@ -84,31 +98,19 @@ def with_gradients(function):
     return jax.jit(run, compiler_options=QUICK)
 
 
-# One part of the row for each device is in no way special to the Pallas kernel.
-@pytest.mark.parametrize(
-    ("backend", "name", "parts"),
-    [
-        *((backend, "window and soft cap", 2) for backend in SPLITTING),
-        *(
-            pytest.param(backend, "plain", 1, marks=[pytest.mark.slow] if backend == "pallas" else [])
-            for backend in SPLITTING
-        ),
-    ],
-)
-def test_queries_of_each_device_attend_as_those_of_the_whole_row(
-    backend: str, name: str, parts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("backend", SPLITTING)
+def test_queries_of_each_device_attend_as_those_of_the_whole_row(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three devices in turn; the gradients of keys and values are sums over them."""
-    monkeypatch.setattr(BLOCKWISE, "BLOCK", 6)  # does not divide a device's parts of 8 or 16 slots
-    scoring, order = SCORINGS[name], ORDERS[parts]
+    monkeypatch.setattr(BLOCKWISE, "BLOCK", 6)  # does not divide a device's parts of 8 slots
+    scoring = SCORINGS["window and soft cap"]
 
     def split_over_three(q: jax.Array, k: jax.Array, v: jax.Array, devices: jax.Array) -> jax.Array:
         def of_device(own: tuple[jax.Array, jax.Array]) -> jax.Array:
-            split = RowSplit(3, parts, own[1])
+            split = RowSplit(3, own[1])
             return KERNELS[backend](own[0], k, v, jnp.asarray(SEGMENTS), scoring, split)
 
-        queries = jnp.stack(jnp.split(q[:, order], 3, axis=1))
-        return jnp.concatenate(list(jax.lax.map(of_device, (queries, devices))), axis=1)[:, np.argsort(order)]
+        queries = jnp.stack(jnp.split(q[:, ORDER], 3, axis=1))
+        return jnp.concatenate(list(jax.lax.map(of_device, (queries, devices))), axis=1)[:, np.argsort(ORDER)]
 
     run = with_gradients(split_over_three)
     out, grads = run(*drawn(), jnp.arange(3))
@@ -116,6 +118,26 @@ def test_queries_of_each_device_attend_as_those_of_the_whole_row(
     assert gap(out, expected) < 1e-5 and gap(grads, expected_grads) < 1e-4  # as in test_attention.py
     misplaced, wrong_grads = run(*drawn(), jnp.array([1, 2, 0]))  # with the mask of another device's slots
     assert gap(misplaced, expected) > 0.1 and gap(wrong_grads, expected_grads) > 0.1
+
+
+# Where queries are moved to is in no way special to the Pallas kernel.
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=[pytest.mark.slow] if name == "pallas" else []) for name in SPLITTING]
+)
+def test_rows_in_row_order_attend_on_three_devices_as_on_one(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BLOCKWISE, "BLOCK", 6)
+    interpreted = dataclasses.replace(BACKENDS[backend], kernel=KERNELS[backend])
+    monkeypatch.setitem(BACKENDS, backend, interpreted)
+    scoring, segment_ids = SCORINGS["plain"], jnp.asarray(SEGMENTS)
+
+    def split_over_three(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, segment_ids, scoring, backend=backend, row_parts=1)
+
+    with jax.set_mesh(mesh_of(1, 1, 1, sequence=3)):
+        out, grads = with_gradients(split_over_three)(*drawn())
+    expected, expected_grads = of_whole_rows(scoring)
+    assert gap(out, expected) < 1e-5 and gap(grads, expected_grads) < 1e-4  # as in test_attention.py
+    assert gap(out[:, ORDER], expected) > 0.1  # where results are not moved back
 
 
 def test_a_backend_that_cannot_split_rows_names_those_that_can() -> None:

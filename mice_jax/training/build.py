@@ -344,14 +344,15 @@ def model(
     memory_model.check_host_memory(needs, rows, remat, jax.local_device_count(), memory_model.host_memory_bytes())
     devices, parts = mesh.shape[LENGTH_AXIS], row_parts(spec, mesh)
     compute = Compute(jnp.dtype(dtype), attention, remat, jnp.dtype(config.optim.reduce_dtype), parts)
-    shapes = microbatch_shapes(config.data.max_length, rows, devices * max(parts, 1), devices if parts == 2 else 1)
+    shapes = microbatch_shapes(config.data.max_length, rows, 2 * devices if parts else 1, devices if parts == 2 else 1)
     return Model(decoder, compute, shapes, needs, memory)
 
 
 def row_parts(spec: ModelSpec, mesh: Mesh | AbstractMesh) -> int:
     """Returns the number of parts of each row that a device of the sequence axis has; 0 if devices have whole rows.
 
-    Two parts balance the work of causal attention. A recurrent mixer needs the slots of a device to follow one another.
+    Two parts balance the work of causal attention. A recurrent mixer needs the slots of a device to follow one another,
+    so attention moves the queries of its models.
     """
     if mesh.shape[LENGTH_AXIS] == 1:
         return 0

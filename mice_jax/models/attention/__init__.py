@@ -20,7 +20,7 @@ from mice_jax.models.attention.pallas import pallas
 from mice_jax.models.attention.reference import reference
 from mice_jax.models.attention.score_function import Scoring
 from mice_jax.models.attention.splash import splash
-from mice_jax.models.attention.split_rows import RowSplit, gather_row
+from mice_jax.models.attention.split_rows import RowSplit, gather_row, move_to_balanced_order, move_to_row_order
 from mice_jax.models.spec import ModelSpec
 from mice_jax.sharding import BATCH_AXES, LENGTH_AXIS
 
@@ -177,8 +177,8 @@ def attend(
 ) -> jax.Array:
     """Computes attention of packed rows.
 
-    Under a mesh, each device works on its own rows and heads. Where rows are split over devices, each works on its own
-    queries, and gathers the keys and values of whole rows. If the tensor axis does not divide the key heads, they
+    Under a mesh, each device works on its own rows and heads. Where rows are split over devices, each works on some of
+    the queries, and gathers the keys and values of whole rows. If the tensor axis does not divide the key heads, they
     are repeated to the query heads that they serve; if it does not divide the query heads, heads of zeros are added.
 
     Args:
@@ -189,7 +189,8 @@ def attend(
       scoring: scale, window and soft cap.
       backend: a key of `BACKENDS`.
       row_parts: the number of parts of a row that each device of the sequence axis has; 0 if it has whole rows. With
-        two, all arrays are in balanced order.
+        two, all arrays are in balanced order. With one, they are in the order of the row, a device has an even number
+        of slots, and queries are moved so that the work is balanced.
 
     Returns:
       [B T N H] in the dtype of `q`, zero at padding.
@@ -210,8 +211,10 @@ def attend(
         if not row_parts:
             return kernel(q, k, v, segment_ids, scoring)
         k, v, segment_ids = (gather_row(x, row_parts) for x in (k, v, segment_ids))
-        split = RowSplit(mesh.shape[LENGTH_AXIS], row_parts, jax.lax.axis_index(LENGTH_AXIS))
-        return kernel(q, k, v, segment_ids, scoring, split)
+        split = RowSplit(mesh.shape[LENGTH_AXIS], jax.lax.axis_index(LENGTH_AXIS))
+        if row_parts == 2:
+            return kernel(q, k, v, segment_ids, scoring, split)
+        return move_to_row_order(kernel(move_to_balanced_order(q), k, v, segment_ids, scoring, split))
 
     local = jax.shard_map(
         on_one_device,

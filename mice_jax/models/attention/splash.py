@@ -65,7 +65,7 @@ def splash(
 def _slots_of_devices(queries: int, padded: int, split: RowSplit) -> np.ndarray:
     """Returns the slots of the row at which the padded queries of all devices are, one device after another."""
     part, padded_part = queries // split.parts, padded // split.parts
-    order = balanced_parts(split.devices) if split.parts == 2 else range(split.devices)
+    order = balanced_parts(split.devices) if split.parts == 2 else [0]
     return np.concatenate([part * place + np.arange(padded_part, dtype=np.int32) for place in order])
 
 

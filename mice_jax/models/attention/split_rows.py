@@ -1,7 +1,8 @@
-"""Rows whose slots are split over the devices of the mesh axis `sequence`: their order, and the gathering of keys.
+"""Rows whose slots are split over the devices of the mesh axis `sequence`: their order, and what devices exchange.
 
-A device has one part of each row, or two where their order balances the work of causal attention
-(`packing_limits.balanced_parts`). Its queries stay where they are and attend to the keys and values of whole rows.
+Each device attends with two parts of the queries of a row to all its keys and values, in the order that balances the
+work of causal attention (`packing_limits.balanced_parts`). Where a model needs slots in the order of the row, devices
+have two neighbouring parts outside of attention, and queries and results are moved.
 """
 
 import dataclasses
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 
 from mice_jax.models import rope
 from mice_jax.models.attention.segments import pad_to_multiple
+from mice_jax.packing_limits import balanced_parts
 from mice_jax.sharding import LENGTH_AXIS
 
-# B rows, T slots of a row, P parts of a row on one device
+# B rows, T slots of a row, P parts of a row whose queries one device has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +25,12 @@ class RowSplit:
     """Which queries of a row a device has; an attention kernel gets its queries only, and all keys and values."""
 
     devices: int  # that share a row
-    parts: int  # of a row on each device: 1, or 2 in balanced order
     device: Any  # index of this device among them, int32
+
+    @property
+    def parts(self) -> int:
+        """The number of parts of a row whose queries each device has, in balanced order."""
+        return 1 if self.devices == 1 else 2
 
     def starts(self, queries: int) -> jax.Array:
         """Returns the slots of the row at which the parts of a device's queries start, [P] int32."""
@@ -38,7 +44,7 @@ class RowSplit:
         return (self.starts(queries)[:, None] + within).reshape(-1)
 
 
-WHOLE_ROW = RowSplit(devices=1, parts=1, device=0)
+WHOLE_ROW = RowSplit(devices=1, device=0)
 
 
 def query_segments(split: RowSplit, queries: int, segment_ids: jax.Array) -> jax.Array:
@@ -134,3 +140,40 @@ def _gather_backward(parts: int, _: None, d_whole: jax.Array) -> tuple[jax.Array
 
 
 gather_row.defvjp(_gather_forward, _gather_backward)
+
+
+def moved_parts(devices: int) -> list[tuple[int, int]]:
+    """Returns the devices that have each part of a row in row order and in balanced order."""
+    order = balanced_parts(devices)
+    return [(part // 2, order.index(part) // 2) for part in range(2 * devices)]
+
+
+def move_to_balanced_order(x: jax.Array) -> jax.Array:
+    """Moves slots to the devices that have them in balanced order, inside of a function that is manual over the axis.
+
+    Of its two neighbouring parts, each device sends the one with an even index in a first exchange, and the other in a
+    second. In either, each device receives one.
+
+    Args:
+      x: [B T/devices ...], in row order.
+
+    Returns:
+      [B T/devices ...], in balanced order.
+    """
+    moves = moved_parts(jax.lax.axis_size(LENGTH_AXIS))
+    even, odd = jnp.split(x, 2, axis=1)
+    even, odd = (jax.lax.ppermute(y, LENGTH_AXIS, moves[i::2]) for i, y in enumerate((even, odd)))
+    return jnp.concatenate(_swap_on_odd_devices(even, odd), axis=1)
+
+
+def move_to_row_order(x: jax.Array) -> jax.Array:
+    """Moves slots [B T/devices ...] back to where they were before `move_to_balanced_order`."""
+    moves = [(there, here) for here, there in moved_parts(jax.lax.axis_size(LENGTH_AXIS))]
+    halves = _swap_on_odd_devices(*jnp.split(x, 2, axis=1))
+    return jnp.concatenate([jax.lax.ppermute(y, LENGTH_AXIS, moves[i::2]) for i, y in enumerate(halves)], axis=1)
+
+
+def _swap_on_odd_devices(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Swaps the parts of odd devices, whose part from the start of the row is the one with an odd index."""
+    odd = jax.lax.axis_index(LENGTH_AXIS) % 2 == 1
+    return jnp.where(odd, second, first), jnp.where(odd, first, second)
