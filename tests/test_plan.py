@@ -24,6 +24,7 @@ from mice_jax.errors import UserError
 from mice_jax.hardware import CHIPS, Chip, find_chip
 from mice_jax.models.attention.cudnn import cudnn, softmax_bytes
 from mice_jax.models.attention.score_function import Scoring
+from mice_jax.models.spec import ShortConv
 from mice_jax.models.transformer import Compute, make_decoder
 from mice_jax.planning import ahead_of_time, planner, step_time
 from mice_jax.planning.ahead_of_time import CompiledMemory, assume_compute_capability
@@ -515,6 +516,23 @@ def test_devices_that_share_rows_split_slots_and_gather_keys_and_values() -> Non
     sums = times[0].microbatches * params / 2 * 4 * 2 * 3 / 4
     assert times[1].compute_s == pytest.approx(times[0].compute_s / 4)
     assert times[1].network_s - times[0].network_s == pytest.approx((keys + sums) / 0.7e10)
+
+
+@pytest.mark.parametrize(("remat", "passes"), [("none", 1), ("full", 2)])
+def test_devices_that_share_rows_of_a_recurrent_model_move_queries(remat: str, passes: int) -> None:
+    """In one of two layers, queries and results are sent in each pass forward, and their gradients once."""
+    load = dataclasses.replace(load_of(1, sequence=4), attention="blockwise")
+    layers = [(None, None), (ShortConv(3, bias=False), None)]
+    of_layers = [
+        dataclasses.replace(load.decoder, spec=dataclasses.replace(load.decoder.spec, mixers=x)) for x in layers
+    ]
+    times = [
+        step_time.estimate_step_time(dataclasses.replace(load, decoder=x), CHIP, 2, remat, 64, 500) for x in of_layers
+    ]
+    slots = 64 * 500 / 0.95 / 4
+    queries = slots * 4 * 64 * 2 * (passes + 1) * 2 * 3 / 4
+    keys = 4 * slots * 2 * 4 * 64 * (passes * 2 + 4) * 3 / 4
+    assert times[1].network_s - times[0].network_s == pytest.approx((queries - keys) / 0.7e10)
 
 
 def test_one_device_has_no_network_time() -> None:

@@ -142,15 +142,19 @@ def _sent_bytes(
     Along fsdp, each microbatch all-gathers the weights twice and reduce-scatters the gradients of those that are
     trained. Along data, the gradients are all-reduced. Along tensor, the activations are all-reduced. Along sequence,
     the gradients are all-reduced, the keys and values of rows are all-gathered, again if they are not saved, and their
-    gradients are reduce-scattered in float32.
+    gradients are reduce-scattered in float32. Queries and results that are moved go along it too, again if they are
+    not saved, and so do their gradients. Of all parts of a row about one in `sequence` stays where it is. The links in
+    between, which on a torus carry them too, are not counted.
     """
     spec, mesh, itemsize = inputs.decoder.spec, inputs.mesh, inputs.dtype.itemsize
     gradient, sequence = inputs.reduce_dtype.itemsize, mesh.shape[LENGTH_AXIS]
     slots = row_slots / sequence
     keys = row_slots * sum(memory_model.gathered_width(inputs, kind) for kind in spec.mixers)
-    per_key = itemsize * (1 if remat == "none" else 2) + 4
+    queries = slots * sum(memory_model.moved_width(inputs, kind) for kind in spec.mixers)
+    passes = 1 if remat == "none" else 2
+    moved = keys * (passes * itemsize + 4) + queries * 2 * (passes + 1) * itemsize
     return {
-        "sequence": (keys * per_key + microbatches * trained * gradient * 2) * (1 - 1 / sequence),
+        "sequence": (moved + microbatches * trained * gradient * 2) * (1 - 1 / sequence),
         "fsdp": microbatches * (mesh.shape["fsdp"] - 1) * (2 * itemsize * weights + gradient * trained),
         "data": microbatches * trained * gradient * 2 * (1 - 1 / mesh.shape["data"]),
         "tensor": 8 * spec.num_layers * slots * spec.d_model * itemsize * (1 - 1 / mesh.shape["tensor"]),

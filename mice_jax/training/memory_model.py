@@ -308,6 +308,15 @@ def gathered_width(inputs: MemoryInputs, kind: Kind) -> int:
     return 2 * _widths(inputs, kind)[2]
 
 
+def moved_width(inputs: MemoryInputs, kind: Kind) -> int:
+    """Returns the entries per slot of the queries, and as many of results, that these devices move in a layer; else 0.
+
+    Only where recurrent layers keep the order of the row are there any (`attention.split_rows`).
+    """
+    moved = gathered_width(inputs, kind) and inputs.decoder.spec.is_recurrent
+    return _widths(inputs, kind)[1] if moved else 0
+
+
 def _slots_of_row(inputs: MemoryInputs) -> int:
     """Returns the slots of a row on one device."""
     return inputs.max_length // inputs.mesh.shape[LENGTH_AXIS]
