@@ -161,7 +161,12 @@ def _sum_over_devices(
     def on_one_device(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         loss_sum, source_sums, d_hidden, d_weight = sum_own_rows(*arrays)
         all_sums = add(jnp.concatenate([loss_sum[None], source_sums]))  # one sum over devices costs less than two
-        return all_sums[0], all_sums[1:], d_hidden, add_gradients(d_weight) if with_gradient else d_weight
+        if not with_gradient:
+            return all_sums[0], all_sums[1:], d_hidden, d_weight
+        # Without the barrier, XLA adds the devices' gradients of the output weight after the layers' backward pass, and
+        # each device keeps its own, float32 [V D], until then.
+        d_hidden, d_weight = jax.lax.optimization_barrier((d_hidden, add_gradients(d_weight)))
+        return all_sums[0], all_sums[1:], d_hidden, d_weight
 
     def over_devices(hidden: jax.Array, weight: jax.Array, *of_slots: jax.Array) -> Any:
         return jax.shard_map(
