@@ -6,10 +6,10 @@ Each arm sees the same samples. Compare the best learning rate of each arm, sinc
 rate at an end of the list means that the list is too short.
 Read: eval/skills/loss in results.csv is what is learned; eval/kept in each metrics.jsonl is the share that is kept of
 the lists that the base was trained on.
-Measured, one seed, each at its best rate: at batch 16 (256 steps) full fine-tuning has 0.91 of the tasks right and keeps
-0.09 of the lists, adapters 0.44 and 0.15; at batch 128 (32 steps) 0.46 and none, adapters 0.24 and none, at the end of
-their list of rates. So adapters are behind at both batch sizes here. At the lowest rate they keep 0.99 of the lists at
-batch 128, and learn 0.11 of the tasks.
+Measured, one seed, each at its best rate: at batch 16 (256 steps) full fine-tuning has 0.91 of the tasks right and
+keeps 0.09 of the lists, adapters 0.44 and 0.15; at batch 128 (32 steps) 0.46 and none, adapters 0.24 and none, at the
+end of their list of rates. So adapters are behind at both batch sizes here. At the lowest rate and batch 128 they keep
+0.99 of the lists, and learn 0.11 of the tasks.
 Cost: about eight CPU minutes for all twelve trials.
 Data and model: runs/demo_base of configs/demo_base.py, trained further on the demo's small tasks.
 Launch: mice sweep --config=configs/full_or_lora.py --workdir=runs/full_or_lora

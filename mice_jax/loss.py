@@ -60,6 +60,7 @@ def cross_entropy_sums(
     length_axes: tuple[str, ...] = (),
     weight_spec: PartitionSpec | None = None,
     add_weight_gradients: Callable[[jax.Array], jax.Array] | None = None,
+    add_first: bool = False,
 ) -> tuple[jax.Array, jax.Array, SourceSums]:
     """Computes the sum of weight * cross-entropy over all slots, the sum of the weights, and sums by source.
 
@@ -85,6 +86,9 @@ def cross_entropy_sums(
       weight_spec: which of these axes split the dims of the gradient with respect to `output_weight`; None for none.
       add_weight_gradients: called on every device, adds the devices' gradients with respect to `output_weight`, float32
         [V D], and returns the device's part by `weight_spec`. None adds them without splitting.
+      add_first: whether they are added before the gradient of `hidden` is used. Otherwise XLA adds them after the
+        backward pass of all layers, and each device keeps its own [V D] until then. Where the embedding table is the
+        output weight, XLA adds both gradients of it on each device, and then over the devices once.
 
     Returns:
       loss_sum and weight_sum, float32 scalars, and the sums by source.
@@ -103,6 +107,7 @@ def cross_entropy_sums(
         length_axes=length_axes,
         weight_spec=weight_spec,
         add_weight_gradients=add_weight_gradients,
+        add_first=add_first,
     )
     sum_losses = over_devices(functools.partial(over_chunks, with_gradient=False), with_gradient=False)
     sum_losses_and_gradients = over_devices(functools.partial(over_chunks, with_gradient=True), with_gradient=True)
@@ -143,6 +148,7 @@ def _sum_over_devices(
     length_axes: tuple[str, ...],
     weight_spec: PartitionSpec | None,
     add_weight_gradients: Callable[[jax.Array], jax.Array] | None,
+    add_first: bool,
     with_gradient: bool,
 ) -> SumFunction:
     """Runs `sum_own_rows` on each device's slots, then adds its sums over the mesh axes that split slots."""
@@ -163,10 +169,8 @@ def _sum_over_devices(
         all_sums = add(jnp.concatenate([loss_sum[None], source_sums]))  # one sum over devices costs less than two
         if not with_gradient:
             return all_sums[0], all_sums[1:], d_hidden, d_weight
-        # Without the barrier, XLA adds the devices' gradients of the output weight after the layers' backward pass, and
-        # each device keeps its own, float32 [V D], until then.
-        d_hidden, d_weight = jax.lax.optimization_barrier((d_hidden, add_gradients(d_weight)))
-        return all_sums[0], all_sums[1:], d_hidden, d_weight
+        gradients = d_hidden, add_gradients(d_weight)
+        return all_sums[0], all_sums[1:], *(jax.lax.optimization_barrier(gradients) if add_first else gradients)
 
     def over_devices(hidden: jax.Array, weight: jax.Array, *of_slots: jax.Array) -> Any:
         return jax.shard_map(

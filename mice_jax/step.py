@@ -175,6 +175,7 @@ def batch_loss(
             length_axes=(LENGTH_AXIS,),
             weight_spec=reduction.spec,
             add_weight_gradients=reduction.add,
+            add_first=not decoder.spec.tie_embeddings,
         )
     return loss_sum, (weight_sum, source_sums)
 
