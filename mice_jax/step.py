@@ -23,7 +23,16 @@ from mice_jax.models.parameters import FLOAT32_PARAMS
 from mice_jax.models.transformer import Compute, Decoder, Params
 from mice_jax.numerics.basis import Basis
 from mice_jax.numerics.blockwise import Quantized
-from mice_jax.numerics.offload import LAYERS, Part, dict_keys, init_on_host, on_host, take_mask, update_by_parts
+from mice_jax.numerics.offload import (
+    LAYERS,
+    Part,
+    can_be_on_host,
+    dict_keys,
+    init_on_host,
+    on_host,
+    take_mask,
+    update_by_parts,
+)
 from mice_jax.numerics.stochastic_rounding import round_stochastically
 from mice_jax.numerics.wide_gradient import WideGradient, variables_of, with_variables
 from mice_jax.sharding import BATCH_AXES, LENGTH_AXIS, basis_sharding, gradient_sum, param_shardings, split_like
@@ -659,7 +668,7 @@ def _opt_state_shardings(
       params: the parameters, with jax.ShapeDtypeStruct as leaves.
       shardings: the sharding of each parameter.
       replicated: the sharding of all other arrays.
-      offloads_moments: whether the arrays that belong to parameters are in host memory.
+      offloads_moments: whether the arrays that can be in host memory are there.
     """
     by_name = {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -679,8 +688,9 @@ def _opt_state_shardings(
     )
     if not offloads_moments:
         return on_devices
-    # An array with dict keys belongs to a parameter. The others are counts, which stay on the devices.
-    return jax.tree_util.tree_map_with_path(lambda path, s: on_host(s) if dict_keys(path) else s, on_devices)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x, sharding: on_host(sharding) if can_be_on_host(path, x) else sharding, opt_state, on_devices
+    )
 
 
 def _zero_frozen(tree: Params, mask: Any) -> Params:

@@ -128,6 +128,17 @@ def test_update_by_parts_of_a_step_that_is_not_finite_changes_nothing() -> None:
     assert not metrics["finite"] and same(before, after)
 
 
+def test_moments_of_8_bits_are_on_the_host_only_in_stacks() -> None:
+    """libtpu does not compile the transfer of a whole array of 8 bits an entry."""
+    optimizer = make_optimizer(name="adamw", axes=AXES, grad_clip=0.0, moments_dtype="int8", **SETTINGS)
+    state = jax.eval_shape(optimizer.init, drawn(0))
+    kept = {True: set(), False: set()}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        kept[offload.can_be_on_host(path, leaf)].add((offload.dict_keys(path)[:1], leaf.dtype.itemsize))
+    assert kept[True] >= {(("layers",), 1), (("layers",), 4), (("embed",), 4)}
+    assert kept[False] == {((), 4), (("embed",), 1), (("layers",), 1)}, "counts, codes of the table and of one layer"
+
+
 def test_moments_on_host_are_made_and_scaled_there() -> None:
     mesh = make_mesh(1, 2, 1, jax.devices()[:2])
     sharding = jax.NamedSharding(mesh, jax.P())

@@ -89,6 +89,16 @@ def dict_keys(path: tuple) -> tuple[str, ...]:
     return tuple(key.key for key in reversed_keys)[::-1]
 
 
+def can_be_on_host(path: tuple, leaf: Any) -> bool:
+    """Whether an array of an optimizer's state can be kept in host memory: one of a parameter, but for 8-bit tables.
+
+    libtpu 0.0.42 does not compile the transfer of a whole array of 8 bits an entry, only that of a slice of it. So such
+    an array is on the devices if it is no stack of layers.
+    """
+    part = _part_of(path, leaf)
+    return part is not None and (part.rows > 0 or jnp.dtype(leaf.dtype).itemsize > 1)
+
+
 def _part_of(path: tuple, leaf: Any) -> Part | None:
     """Returns the part of the parameters to which a leaf belongs; None for counts and other numbers."""
     keys = dict_keys(path)
@@ -197,11 +207,13 @@ def init_on_host(init: Callable[[Any], T], params: Any) -> T:
       params: The parameters.
 
     Returns:
-      The state, with its arrays of parameters in host memory and its numbers on the devices.
+      The state, with what `can_be_on_host` in host memory and the rest on the devices.
     """
     abstract = jax.eval_shape(init, params)
     structure = jax.tree.structure(abstract)
-    parts = [_part_of(path, x) for path, x in jax.tree_util.tree_leaves_with_path(abstract)]
+    leaves = jax.tree_util.tree_leaves_with_path(abstract)
+    parts = [_part_of(path, x) for path, x in leaves]
+    spaces = [jax.memory.Space.Host if can_be_on_host(path, x) else jax.memory.Space.Device for path, x in leaves]
     result: list[Any] = [None] * len(parts)
     for part in _parts_of(params):
         own = [i for i, of_leaf in enumerate(parts) if of_leaf == part]
@@ -211,13 +223,13 @@ def init_on_host(init: Callable[[Any], T], params: Any) -> T:
 
         def made_layer(_: None, layer: Any, own: list[int] = own, made: Callable = made) -> tuple[None, list]:
             rows = made(layer)
-            return None, [jax.device_put(rows[i][0], jax.memory.Space.Host) for i in own]
+            return None, [jax.device_put(rows[i][0], spaces[i]) for i in own]
 
         if part.rows:
             _, arrays = jax.lax.scan(made_layer, None, jnp.arange(part.rows))
         else:
             rows = made(0)
-            arrays = [jax.device_put(rows[i], jax.memory.Space.Host) for i in own]
+            arrays = [jax.device_put(rows[i], spaces[i]) for i in own]
         for i, x in zip(own, arrays, strict=True):
             result[i] = x
     numbers = jax.tree.leaves(init(jax.tree.map(lambda x: x[:0], params)))
