@@ -25,11 +25,13 @@ import jax.numpy as jnp
 
 from mice_jax.checkpoint import CheckpointReader, Checkpoints
 from mice_jax.cli.flags import define_average
-from mice_jax.errors import UserError, format_count
+from mice_jax.errors import UserError
 from mice_jax.model_source import ModelSource, resolve_source
 from mice_jax.models.transformer import Params
 from mice_jax.step import TrainState
-from mice_jax.storage.paths import check_new_folder
+from mice_jax.storage.checkpoint_steps import check_last
+from mice_jax.storage.model_names import check_workdir
+from mice_jax.storage.outputs import check_new_folder
 from mice_jax.storage.recorded_config import AVERAGED
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training import build
@@ -45,8 +47,7 @@ def average(values: command.Values) -> None:
       UserError: A flag is not valid, the output exists, or the run has too few checkpoints.
     """
     workdir, last = command.workdir_of(values), int(command.required(values, "last"))
-    if not (workdir / "model" / "config.json").exists():
-        raise UserError(f"--workdir={workdir} is not a run's workdir: it has no model/config.json.")
+    check_workdir(workdir)
     source = resolve_source(str(workdir))
     steps, samples = _last_steps(source, last)
     output = _output(values, steps)
@@ -96,14 +97,7 @@ def _last_steps(source: ModelSource, last: int) -> tuple[list[int], int]:
     assert source.workdir is not None, "resolve_source has found a run"
     reader = CheckpointReader(source.workdir)
     steps = reader.steps()
-    if len(steps) < last:
-        there = f": {', '.join(map(str, steps))}" if steps else ""
-        found = format_count(len(steps), "complete checkpoint")
-        raise UserError(
-            f"--last={last}: {source.workdir} has {found}{there}. Give a smaller number. For more, train with "
-            f"checkpoint.keep_last={last} (0 keeps all, unless another keep_ field is set), and a "
-            "checkpoint.every_samples that saves as many."
-        )
+    check_last(source.workdir, steps, last)
     samples = reader.samples(steps[-1])
     reader.close()
     return steps[-last:], samples

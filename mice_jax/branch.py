@@ -21,9 +21,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from mice_jax.cli import flag_checks
 from mice_jax.cli.flags import define_branch
 from mice_jax.config_checks import beta2_of, rate_of
-from mice_jax.errors import UserError
 from mice_jax.runtime import watchdog
 from mice_jax.sweeps import branches
 from mice_jax.sweeps.trials import trial_config
@@ -33,13 +33,14 @@ WIDTH = 140  # columns of the table where the output is not a terminal
 
 def begin(values: command.Values) -> int | None:
     """Plans the branches that the flags describe, and runs them as a sweep; returns the exit code."""
+    flag_checks.check_branch(values)
     made = branches.plan(
         Path(command.required(values, "from")),
         command.required(values, "at"),
         values.axes,
         samples=int(values["for"].value or 0),
         scale=values.scale,
-        seeds=_seeds(values.seeds),
+        seeds=flag_checks.parse_seeds(values.seeds),
         tolerance=values.tolerance,
     )
     _print(made)
@@ -49,13 +50,6 @@ def begin(values: command.Values) -> int | None:
     file = branches.write(made, workdir)
     arguments = [f"--config={file}", f"--workdir={workdir}", f"--workers={values.workers}"]
     return watchdog.run_child("mice_jax.sweep", arguments, workdir)
-
-
-def _seeds(texts: Sequence[str]) -> list[int]:
-    try:
-        return [int(text) for text in texts]
-    except ValueError:
-        raise UserError(f"--seeds={','.join(texts)} must be whole numbers with commas between, as in 0,1,2.") from None
 
 
 def _print(made: branches.Plan) -> None:

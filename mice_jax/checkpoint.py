@@ -32,6 +32,7 @@ from mice_jax.models.checkpoint_layout import dotted_path
 from mice_jax.models.transformer import VOCAB_MULTIPLE, Params, vocab_multiple
 from mice_jax.runtime import distributed
 from mice_jax.step import TrainState
+from mice_jax.storage.checkpoint_steps import AVERAGE, check_has_average, choose_step
 from mice_jax.storage.manifest import MANIFEST, verify, write_manifest
 from mice_jax.storage.paths import RunPath, is_remote, list_objects, move, write_atomically
 from mice_jax.storage.retention import checkpoints_to_keep, rank_by_score
@@ -54,7 +55,7 @@ class CheckpointReader:
     """
 
     def __init__(self, workdir: RunPath, *, read_only: bool = True):
-        self.folder = _checkpoint_folder(workdir)
+        self.folder = workdir / "checkpoints"
         self._manager = self._open(read_only)
 
     def _open(self, read_only: bool) -> ocp.CheckpointManager:
@@ -71,7 +72,8 @@ class CheckpointReader:
             "progress": ocp.JsonCheckpointHandler(),
         }
         with _explain_store_errors(self.folder):
-            return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+            folder = self.folder.resolve() if isinstance(self.folder, Path) else self.folder  # Orbax needs it so
+            return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Returns the steps of all committed checkpoints, in order."""
@@ -79,12 +81,7 @@ class CheckpointReader:
 
     def resolve_step(self, step: int | None) -> int:
         """Returns `step`, or the newest step if it is None; raises UserError if there is no such checkpoint."""
-        steps = self.steps()
-        if not steps:
-            raise UserError(f"{self.folder} holds no complete checkpoint.")
-        if step is not None and step not in steps:
-            raise UserError(f"{self.folder} has no step {step}; it has {', '.join(map(str, steps))}.")
-        return steps[-1] if step is None else step
+        return choose_step(self.folder, self.steps(), step)
 
     def samples(self, step: int) -> int:
         """Returns the number of samples that the run had seen at a step; raises UserError if it cannot be read."""
@@ -128,12 +125,8 @@ class CheckpointReader:
             ) from e
 
     def _restore_params(self, step: int, abstract: Params, item: str) -> Params:
-        if item == "average" and not (self.folder / str(step) / item).exists():
-            raise UserError(
-                f"{self.folder / str(step)} holds no average of the weights: its run has train.ema_half_life=0, or "
-                "mice average wrote it. Leave out --average or the /average at the end of the path, or take the mean "
-                "of several checkpoints (mice average)."
-            )
+        if item == AVERAGE:
+            check_has_average(self.folder / str(step))
         self._check_params(step, abstract, item)
         items = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract, strict=False)})
         return self._manager.restore(step, args=items)[item]
@@ -469,10 +462,6 @@ def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
 
 def _described(name: str, shape: tuple[int, ...] | None) -> str:
     return f"no {name}" if shape is None else f"{name} with the shape {list(shape)}"
-
-
-def _checkpoint_folder(workdir: RunPath) -> RunPath:
-    return (workdir.resolve() if isinstance(workdir, Path) else workdir) / "checkpoints"
 
 
 @contextlib.contextmanager

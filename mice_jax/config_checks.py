@@ -118,13 +118,29 @@ def nearest_field(name: str, names: typing.Iterable[str]) -> str:
       name: the unknown field; dotted if the names are.
       names: the fields that there are.
     """
+    plain = re.sub(r"\[-?[0-9]+\]", "[]", name)
     names = list(names)
-    if group := next((n for n in names if n.startswith(f"{name}.")), None):
-        return f", which is a group of fields; set one of them, such as {group}."
-    group, _, last = name.rpartition(".")
+    if group := next((n for n in names if n.startswith(f"{plain}.")), None):
+        return f", which is a group of fields; set one of them, such as {_with_indices(group, name)}."
+    group, _, last = plain.rpartition(".")
     alike = [n for n in names if n.rpartition(".")[2] == OTHER_NAMES.get(last, last)]
     alike.sort(key=lambda n: (n.rpartition(".")[0] != group, "[]" in n))
-    return f"; did you mean {alike[0]!r}?" if alike else nearest(name, names)
+    if alike:
+        return f"; did you mean {_with_indices(alike[0], name)!r}?"
+    return nearest(name, [_with_indices(n, name) for n in names])
+
+
+def _with_indices(field: str, given: str) -> str:
+    """Returns a field's name with the indices that a similar name gives to its lists, and 0 for the others."""
+    parts = [part.rstrip("]").partition("[") for part in given.split(".")]
+    by_name = {part: index for part, _, index in parts if index}
+    by_place = {place: index for place, (_, _, index) in enumerate(parts) if index}
+
+    def indexed(place: int, part: str) -> str:
+        base = part.removesuffix("[]")
+        return part if part == base else f"{base}[{by_name.get(base) or by_place.get(place, '0')}]"
+
+    return ".".join(indexed(place, part) for place, part in enumerate(field.split(".")))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -36,6 +36,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.checkpoint import CheckpointReader
+from mice_jax.cli import flag_checks
 from mice_jax.cli.flags import define_evaluate
 from mice_jax.cli.progress_display import Display
 from mice_jax.data.chat import ChatEncoder
@@ -147,9 +148,9 @@ class _Job:
 
 def _read_flags(values: command.Values) -> _Job:
     """Reads the model's config, the tokenizer and the tasks that the flags name, and checks all of them."""
+    flag_checks.check_evaluate(values)
     distributed.check_devices(values.expect_devices)
     settings = _settings(values)
-    output = _output(values)
     model = command.required(values, "model")
     source = resolve_model(model, values.step)
     steps = _steps(source, values)
@@ -157,10 +158,6 @@ def _read_flags(values: command.Values) -> _Job:
     check_vocabulary(source, tokenizer.get_vocab())
     dtype = compute_dtype(values.compute_dtype)
     precision.set_float32_matmul_precision(dtype, jax.default_backend())
-    if values.batch_size < 1:
-        raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
-    if not values.tasks:
-        raise UserError("--tasks is missing; give at least one, as in --tasks=mmlu,gsm8k.")
     names = [name for name in values.tasks if name != mt_bench.NAME]
     defaults = generation_config_of(source, tokenizer)
     positions = source.spec.max_positions
@@ -183,7 +180,7 @@ def _read_flags(values: command.Values) -> _Job:
         benchmarks=loaded,
         settings=settings,
         mt_bench=judged,
-        output=output,
+        output=Path(values.output) if values.output is not None else None,
     )
 
 
@@ -293,15 +290,6 @@ def _mt_bench_settings(values: command.Values, defaults: GenerationDefaults) -> 
         return None
     if jax.process_count() > 1:
         raise UserError(f"{mt_bench.NAME} runs in one process; this is one of {jax.process_count()}.")
-    if values.tasks == [mt_bench.NAME]:
-        for name in ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "log_samples"):
-            if values[name].present:
-                raise UserError(
-                    f"--{name} is for the harness's tasks; {mt_bench.NAME} asks its questions without examples, in the "
-                    "chat template, and keeps every answer. Leave it out."
-                )
-    if values.repeats < 1:
-        raise UserError(f"--repeats={values.repeats} must be at least 1.")
     judge = make_judge(values.judge_url, values.judge_model, values.judge_key_env)
     return mt_bench.load_settings(
         judge,
@@ -312,20 +300,6 @@ def _mt_bench_settings(values: command.Values, defaults: GenerationDefaults) -> 
         system=values.system_instruction,
         defaults=defaults,
     )
-
-
-def _output(values: command.Values) -> Path | None:
-    """Returns the file of results; MT-Bench needs one, because it keeps the answers next to it."""
-    if values.output is None:
-        if mt_bench.NAME in values.tasks:
-            raise UserError(f"--output is missing: {mt_bench.NAME} keeps answers and grades next to it. Give a file.")
-        return None
-    output = Path(values.output)
-    if not output.parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {output.parent}.")
-    if output.is_dir():
-        raise UserError(f"--output={output} is a folder; give a file, F.json.")
-    return output
 
 
 def _steps(source: ModelSource, values: command.Values) -> Sequence[int | None]:

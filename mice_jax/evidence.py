@@ -27,6 +27,7 @@ from rich.table import Table
 from mice_jax.cli.flags import define_evidence
 from mice_jax.config_checks import nearest
 from mice_jax.errors import UserError
+from mice_jax.storage.outputs import check_output_file
 from mice_jax.sweeps import evidence, stored_sweeps, synthetic
 from mice_jax.sweeps.rule import SweepRule
 
@@ -75,8 +76,7 @@ def _output(name: str | None) -> Path | None:
     if name is None:
         return None
     output = Path(name)
-    if not output.absolute().parent.is_dir() or output.is_dir():
-        raise UserError(f"--output={name}: give a file F.json in a folder that exists.")
+    check_output_file(output, "F.json")
     return output
 
 

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import jax
 
+from mice_jax.cli import flag_checks
 from mice_jax.cli.flags import define_export
 from mice_jax.data.tokenizer import load_tokenizer, save_tokenizer
-from mice_jax.errors import UserError
 from mice_jax.model_source import (
     AdapterRun,
     ModelSource,
@@ -42,14 +42,12 @@ from mice_jax.model_source import (
 from mice_jax.models import hf, peft_format, untrained
 from mice_jax.sharding import make_mesh
 from mice_jax.storage import hub, jsonl
-from mice_jax.storage.model_names import check_workdir
-from mice_jax.storage.paths import check_new_folder
+from mice_jax.storage.model_names import check_workdir, no_adapter
+from mice_jax.storage.outputs import check_new_folder
 from mice_jax.storage.recorded_config import AVERAGED
 from mice_jax.storage.workdir import METRICS, Workdir
 from mice_jax.training import build
 from mice_jax.training.model_card import README, licence_of, model_card
-
-DTYPES = ("float32", "bfloat16")
 
 
 def export(values: command.Values) -> None:
@@ -62,19 +60,17 @@ def export(values: command.Values) -> None:
       UserError: A flag is not valid, the output exists, or the checkpoint cannot be read.
     """
     workdir, output = command.workdir_of(values), Path(command.required(values, "output"))
+    flag_checks.check_export(values)
     check_workdir(workdir)
     check_new_folder("output", output)
     source = dataclasses.replace(resolve_source(str(workdir)), averaged=values.average)
     dtype = values.dtype or source.config.get("dtype", "float32")
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype={dtype} is not one of {', '.join(DTYPES)}.")
-    if values.push_to is not None:
-        hub.check_upload(values.push_to)
     step = resolve_step(source, values.step)
     assert step is not None, "a run has steps"
     adapters = adapter_run(source)
     if values.adapter:
-        _check_adapter(source, adapters)
+        if adapters is None:
+            raise no_adapter(workdir)
         dtype = values.dtype or "float32"
     tokenizer = load_tokenizer(str(source.folder))
     # The export is written to a temporary folder and renamed once it is complete, so that no reader sees half of it.
@@ -100,15 +96,6 @@ def export(values: command.Values) -> None:
     print(f"weights: {part}{_average(source, step) or _of_step(source, step)}")
     if values.push_to is not None:
         print(f"uploaded to {hub.upload(output, values.push_to)}")
-
-
-def _check_adapter(source: ModelSource, adapters: AdapterRun | None) -> None:
-    """Raises UserError if a run has no adapter."""
-    if adapters is None:
-        raise UserError(
-            f"--adapter: {source.workdir} trained the model's own weights (model.lora.rank=0), so it has no adapter. "
-            "Leave --adapter out to export the model."
-        )
 
 
 def _save_adapter(folder: Path, source: ModelSource, run: AdapterRun, step: int, dtype: str) -> int:

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from mice_jax.cli import flag_checks
 from mice_jax.cli.flags import define_generate
 from mice_jax.cli.progress_display import Display
 from mice_jax.data.chat import ChatEncoder
@@ -69,18 +70,12 @@ def generate(values: command.Values) -> None:
     """
     # ------------------------------------------------------------------------------------ input
     xla_flags.set_flags(deterministic=False)
-    source = resolve_model(command.required(values, "model"), values.step)
+    model_name = command.required(values, "model")
+    flag_checks.check_generate(values)
+    source = resolve_model(model_name, values.step)
     max_new_tokens = values.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = default_max_new_tokens(source.spec)
-    if values.prompt is not None and values.input is not None:
-        raise UserError("--prompt and --input are both given; give one of them.")
-    if (values.input is None) != (values.output is None):
-        raise UserError("--input and --output go together: the answers to one file are written to another.")
-    if not all(values.stop):
-        raise UserError("--stop is empty: it would end every answer before its first character.")
-    if values.batch_size < 1:
-        raise UserError(f"--batch_size={values.batch_size} must be at least 1.")
     tokenizer = load_tokenizer(str(source.tokenizer_folder), values.chat_template)
     check_vocabulary(source, tokenizer.get_vocab())
     encoder = ChatEncoder(tokenizer)
@@ -356,8 +351,6 @@ def _num_answered(questions: Path, output: Path, records: list[dict[str, Any]]) 
     Raises:
       UserError: The output has answers to other records, or cannot be written.
     """
-    if not output.parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {output.parent}.")
     if output.exists() and output.samefile(questions):
         raise UserError(f"--output={output} is --input itself; give another file.")
     content = _read(output) if output.exists() else b""

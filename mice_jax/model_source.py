@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax.checkpoint import CheckpointReader
+from mice_jax.cli.flag_checks import check_compute_dtype
 from mice_jax.config import Lora
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import file_digests
@@ -42,12 +43,10 @@ from mice_jax.runtime.xla_flags import options_of_init
 from mice_jax.sharding import param_shardings
 from mice_jax.storage import hub, manifest
 from mice_jax.storage.cache import cache_folder
+from mice_jax.storage.checkpoint_steps import AVERAGE
 from mice_jax.storage.json_file import read_json
-from mice_jax.storage.model_names import RANDOM, missing_model, random_config
+from mice_jax.storage.model_names import RANDOM, check_trained_model, missing_model, no_run, random_config
 from mice_jax.storage.paths import RunPath, download_small_files, parse_path
-
-AVERAGE = "average"  # the part of a checkpoint that holds the running average of the weights
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,11 +181,10 @@ def resolve_model(model: str, step: int | None = None) -> ModelSource:
     Raises:
       UserError: There is no such model, it has no weights, or `step` is given for a Hugging Face folder.
     """
-    if model.startswith(RANDOM):
-        raise UserError(f"The model {model} has random weights. Give a folder with trained weights.")
+    check_trained_model(model, step)
     source = resolve_source(model)
     if step is not None and source.kind != "run":
-        raise UserError(f"step={step} is for a run's workdir, and {model} is a Hugging Face model. Leave it out.")
+        raise no_run(model, step)
     return source
 
 
@@ -203,8 +201,7 @@ def compute_dtype(name: str, platform: str | None = None) -> Any:
     Raises:
       UserError: The name is not one of these.
     """
-    if name not in DTYPES:
-        raise UserError(f"compute_dtype={name} is not one of {', '.join(DTYPES)}.")
+    check_compute_dtype(name)
     if name == "auto":
         name = "float32" if (platform or find_devices()[0].platform) == "cpu" else "bfloat16"
     return jnp.dtype(name)

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mice_jax.cli import flag_checks
 from mice_jax.cli.flags import define_prepare
 from mice_jax.cli.progress_display import Display
 from mice_jax.config import Config
@@ -34,7 +35,7 @@ from mice_jax.data.dataset import Dataset
 from mice_jax.data.loader import StepSource
 from mice_jax.data.mixture import Mixture
 from mice_jax.data.packing import microbatch_shapes
-from mice_jax.errors import UserError, format_count
+from mice_jax.errors import format_count
 from mice_jax.training import build
 
 WIDTH = 160  # columns of a table if the output is not a terminal
@@ -43,11 +44,8 @@ WIDTH = 160  # columns of a table if the output is not a terminal
 def prepare(values: command.Values) -> None:
     """Builds the token stores of a config and prints the reports that the flags select."""
     config = command.config_of(values)
+    flag_checks.check_prepare(values)
     output = Path(values.output) if values.output else None
-    if output and not output.absolute().parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {output.absolute().parent}.")
-    if values.ids and not values.inspect:
-        raise UserError("--ids shows the samples of --inspect=N token by token: give that too.")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     data, encoder = _open_data(config, console)
     whole = _report(config, data)

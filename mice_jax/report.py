@@ -27,6 +27,7 @@ from rich.markup import escape
 from mice_jax.cli.flags import define_report
 from mice_jax.errors import UserError
 from mice_jax.report_page import live, page, read_runs
+from mice_jax.storage.outputs import check_output_file
 from mice_jax.storage.paths import download_small_files, parse_path
 
 MAX_WARNINGS = 10  # printed for things that could not be read; the page lists all of them
@@ -89,10 +90,7 @@ def _output(values: command.Values, folders: list[Path]) -> Path:
         raise UserError(f"--output is missing. {given[0]} is in a bucket; give a file on this disk, F.html.")
     default = Path(page.REPORT) if len(folders) > 1 else folders[0] / page.REPORT
     output = Path(values.output) if values.output else default
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output={output}: the folder {output.absolute().parent} does not exist.")
-    if output.is_dir():
-        raise UserError(f"--output={output} is a folder. Give a file, F.html.")
+    check_output_file(output, "F.html")
     return output
 
 

@@ -28,6 +28,7 @@ from mice_jax import hardware
 from mice_jax.checkpoint import Checkpoints
 from mice_jax.cli.flags import define_train
 from mice_jax.cli.progress_display import Display
+from mice_jax.cli.tracker_names import check_trackers
 from mice_jax.config import Config, fields_of_all_processes
 from mice_jax.config_checks import beta2_of
 from mice_jax.data import statistics
@@ -100,7 +101,7 @@ def train(config: Config, run: Run, launch: Launch) -> None:
     with distributed.raise_on_all_processes():
         distributed.check_devices(launch.expect_devices)
         mesh = build.run_mesh(config)
-        trackers.check_trackers(config.log.trackers)
+        check_trackers(config.log.trackers)
         inputs = build.inputs(config, run_files.hub_models(workdir))
         source, spec = inputs.source, inputs.spec()
         # A run that resumes from a checkpoint needs the weights of init_from only with LoRA, where its checkpoints lack

@@ -439,8 +439,12 @@ def test_wrong_arguments_are_reported_before_slow_imports(
     ("command", "arguments", "message"),
     [
         ("evaluate", ["--tasks=arc_chalenge,gsm8k", "--model=m"], "'arc_chalenge'; the nearest are arc_challenge"),
-        ("train", ["--config=FILE", "--config.eval.tasks=barn"], "no task 'barn'"),
-        ("evaluate", ["--tasks=barns", "--include_path=FOLDER"], "FOLDER define barn_choice, barns_of_wood."),
+        ("train", ["--config=FILE", "--workdir=w", "--config.eval.tasks=barn"], "no task 'barn'"),
+        (
+            "evaluate",
+            ["--model=m", "--tasks=barns", "--include_path=FOLDER"],
+            "FOLDER define barn_choice, barns_of_wood.",
+        ),
     ],
 )
 def test_unknown_task_is_reported_before_slow_imports(

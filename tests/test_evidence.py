@@ -252,7 +252,7 @@ def test_command_prints_a_table_and_writes_the_scores(tmp_path: Path, capsys: py
     [
         (["--synthetic=0"], "--sweeps is missing"),
         (["--rules=bracke"], "'bracke' is not a rule of `mice evidence`; did you mean 'bracket'?"),
-        (["--output=gone/f.json"], "--output=gone/f.json: give a file F.json in a folder that exists"),
+        (["--output=gone/f.json"], "--output=gone/f.json: there is no folder gone. Make it"),
         (["--sweeps=gone"], "--sweeps: gone does not exist"),
     ],
 )

@@ -36,6 +36,35 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a field of no group": (f"train {CONFIG} {RUN} --config.batch_size=8", ["did you mean 'optim.batch_size'"]),
     "a group of fields": (f"train {CONFIG} {RUN} --config.data=1", ["a group of fields", "such as data.tokenizer"]),
     "a word for a switch": (f"train {CONFIG} {RUN} --config.data.skip_bad=on", ["skip_bad=on", "true or false"]),
+    "a field of a list": (
+        f"train {CONFIG} {RUN} --config.data.phases[0].source[1].path=b.jsonl",
+        ["did you mean 'data.phases[0].sources[1].path'"],
+    ),
+    "a list without an index": (
+        f"train {CONFIG} {RUN} --config.data.phases.num_epochs=2",
+        ["did you mean 'data.phases[0].num_epochs'"],
+    ),
+    "a mesh beyond the cores": (
+        f"train {CONFIG} {RUN} --config.mesh.fsdp=999",
+        ["mesh.fsdp=999", "needs 999 devices", "JAX_NUM_CPU_DEVICES=999"],
+    ),
+    "a workdir in another store": (f"train {CONFIG} --workdir=s3://bucket/run", ["s3://", "gs://", "mount the store"]),
+    "a tracker that is not installed": (
+        f"train {CONFIG} {RUN} --config.log.trackers=mlflow",
+        ["'mlflow'", "is not installed", "pip install"],
+    ),
+    "the best checkpoint by a loss that is not measured": (
+        f"train {CONFIG} {RUN} --config.checkpoint.keep_best=1 --config.checkpoint.best_metric=eval/loss",
+        ["best_metric='eval/loss'", "holds out no data", "data.validation_fraction"],
+    ),
+    "weights that are cut": (
+        f"train {CONFIG} {RUN} --config.model.init_from=half",
+        ["half/model.safetensors (9 bytes) is damaged or truncated", "Download it again"],
+    ),
+    "weights of another format": (
+        f"train {CONFIG} {RUN} --config.model.init_from=pickle",
+        ["pickle has neither model.safetensors nor", "as safetensors first"],
+    ),
     "a phase that is not there": (
         f"train {CONFIG} {RUN} --config.data.phases[3].num_epochs=2",
         ["phases[3]", "count from 0", "mice config"],
@@ -98,7 +127,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         ["include_path=run.py is not a folder"],
     ),
     "no number of devices": (f"plan {CONFIG} --topology=H100", ["'' is not a number of devices", "h100:8"]),
-    "a branch of a misspelt run": ("branch --from=ini --at=9 --workdir=b", ["--from=ini", "did you mean init"]),
+    "a branch of a misspelt run": (
+        "branch --from=ini --at=9 --workdir=b --axes=optim.beta1=0.8",
+        ["--from=ini", "did you mean init"],
+    ),
     "a sweep of a model that is not there": (
         "sweep --config=sweep.py --workdir=sweeps/a",
         ["model.init_from=inti", "Hugging Face folder"],
@@ -109,9 +141,46 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "a folder without a model": ("generate --model=runs --prompt=Hello", ["runs holds no model", "config.json"]),
     "a repository that is not there": ("generate --model=Qwen/Qwen9 --prompt=x", ["Qwen/Qwen9", "hf download"]),
     "questions without a file for answers": ("generate --model=init --input=q.jsonl", ["--output go together"]),
+    "a question and a file of them": (
+        "generate --model=init --prompt=x --input=chats.jsonl --output=a.jsonl",
+        ["--prompt and --input are both given"],
+    ),
+    "answers in a folder that is not there": (
+        "generate --model=init --input=chats.jsonl --output=no/a.jsonl",
+        ["--output=no/a.jsonl", "no folder no", "relative to"],
+    ),
+    "a folder for answers": (
+        "generate --model=init --input=chats.jsonl --output=runs",
+        ["runs is a folder", "F.jsonl"],
+    ),
+    "a step of a Hugging Face folder": ("generate --model=init --prompt=x --step=3", ["step=3", "a run's workdir"]),
+    "a step that was not saved": ("generate --model=made --prompt=x --step=9", ["made/checkpoints has no step 9", "5"]),
+    "a probability of 2": ("generate --model=init --prompt=x --top_p=2", ["top_p=2.0", "at most 1"]),
+    "random weights for an answer": ("generate --model=random:init --prompt=x", ["random weights", "trained weights"]),
+    "weights for an answer that are cut": ("generate --model=half --prompt=x", ["half/model.safetensors", "damaged"]),
     "a hot temperature": ("generate --model=sft_hf --prompt=x --temperature=hot", ["--temperature=hot", "a number"]),
     "an evaluation of no model": ("evaluate --tasks=mmlu", ["--model is missing"]),
     "an evaluation without tasks": ("evaluate --model=init", ["--tasks is missing", "mmlu"]),
+    "a negative limit": ("evaluate --model=init --tasks=mmlu --limit=-1", ["limit=-1.0", "a number of documents"]),
+    "checkpoints of a Hugging Face folder": (
+        "evaluate --model=init --tasks=mmlu --all_checkpoints",
+        ["--all_checkpoints is for a run", "--model=init"],
+    ),
+    "a folder for scores": ("evaluate --model=init --tasks=mmlu --output=runs", ["runs is a folder", "F.json"]),
+    "a judge that is not named": ("evaluate --model=init --tasks=mt_bench --output=a.json", ["--judge_url=https://"]),
+    "a dtype that is not stored": ("export --workdir=made --output=out --dtype=fp16", ["fp16", "float32, bfloat16"]),
+    "a running average that was not kept": (
+        "export --workdir=made --output=out --average",
+        ["made/checkpoints/5 holds no average", "mice average"],
+    ),
+    "an upload to no repository": ("export --workdir=made --output=out --push_to=mine", ["mine must be owner/name"]),
+    "more checkpoints than there are": ("average --workdir=made --last=3", ["made has 1 complete checkpoint: 5"]),
+    "a branch of a model": (
+        "branch --from=init --at=9 --axes=optim.beta1=0.8 --workdir=b",
+        ["init", "that of a model"],
+    ),
+    "branches without a folder": ("branch --from=made --at=9 --axes=optim.beta1=0.8", ["--workdir is missing"]),
+    "branches that do not differ": ("branch --from=made --at=9 --workdir=b", ["--axes is missing", "batch_size=16,32"]),
     "an export of no run": (
         "export --workdir=nowhere --output=out",
         ["nowhere is not a run's workdir", "no such folder"],
@@ -124,6 +193,11 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "the evidence of no sweep": ("evidence --sweeps=runs", ["not the folder of a sweep", "sweep.json"]),
 }
 
+# Those that are not found before the imports of the command, which are light for these commands.
+FOUND_LATER = {
+    "a sweep in the folder of a run", "an axis of texts", "a sweep of a model that is not there",
+    "a run's config for a sweep", "a report of no run", "a report of a missing folder", "the evidence of no sweep",
+}  # fmt: skip
 
 SWEEP = """
 import runpy
@@ -145,8 +219,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts.py").write_text(
         SWEEP.replace("inti", "init").replace("learning_rate", "batch_size").replace("1e-3", "'8'")
     )
+    for name in ("half", "pickle"):
+        write_init(folder / name)
+    (folder / "half" / "model.safetensors").write_bytes(b"\x99" + b"\0" * 8)
+    (folder / "made" / "checkpoints" / "5").mkdir(parents=True)
     for name in ("swept/sweep.json", "cut/config.json", "made/model/config.json"):
-        (folder / name).parent.mkdir(parents=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text('{"model": ')
     (folder / "runs").mkdir()
     (folder / "table.csv").write_text("question,answer\n")
@@ -158,6 +236,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _refuse(module: str) -> None:
+    raise AssertionError(f"{module} was imported before the mistake was found")
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_one_paragraph_with_the_fix(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -165,6 +247,9 @@ def test_mistake_is_one_paragraph_with_the_fix(
     arguments, words = MISTAKES[name]
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    if name not in FOUND_LATER:
+        monkeypatch.setattr(main.importlib, "import_module", _refuse)
     assert main._run(arguments.split()) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said, said
@@ -182,7 +267,13 @@ print(done.returncode, used.ru_utime + used.ru_stime)
 
 @pytest.mark.parametrize(
     "arguments",
-    ["train --confg=run.py", f"train {CONFIG} {RUN} --config.optim.batch_size=0", "generate --model=Qwen/Qwen9"],
+    [
+        "train --confg=run.py",
+        f"train {CONFIG} {RUN} --config.optim.batch_size=0",
+        f"train {CONFIG} {RUN} --config.model.init_from=half",
+        "generate --model=Qwen/Qwen9",
+        "export --workdir=made --output=out --step=9",
+    ],
 )
 def test_mistake_costs_little_in_a_process_of_its_own(arguments: str, folder: Path) -> None:
     """A busy machine may double the time; with the imports of training it would be five seconds and more."""

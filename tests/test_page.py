@@ -399,8 +399,8 @@ def test_page_of_twenty_long_runs_takes_less_than_four_seconds(tmp_path: Path) -
         ([], "--workdir is missing"),
         (["--workdir={tmp}"], "is neither the folder of a run"),
         (["--workdir={tmp}/sweep,{tmp}/run"], "is a sweep. Give it alone"),
-        (["--workdir={tmp}/run", "--output={tmp}"], "is a folder. Give a file, F.html"),
-        (["--workdir={tmp}/run", "--output={tmp}/no/x.html"], "does not exist"),
+        (["--workdir={tmp}/run", "--output={tmp}"], "is a folder; give a file, F.html"),
+        (["--workdir={tmp}/run", "--output={tmp}/no/x.html"], "there is no folder"),
     ],
 )
 def test_wrong_folder_or_output_is_an_error_message(

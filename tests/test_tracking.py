@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.runs import read_json, read_metrics, run_train, setting
+from mice_jax.cli.tracker_names import check_trackers
 from mice_jax.errors import UserError
 from mice_jax.storage.workdir import Workdir
 from mice_jax.training import trackers
@@ -102,7 +103,7 @@ def test_train_sends_the_lines_of_metrics_jsonl_to_trackers(tmp_path: Path, wand
 
 
 def test_a_tracker_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    trackers.check_trackers(["tensorboard"])
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    check_trackers(["tensorboard"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"log\.trackers has 'wandb'.*\[tracking\]"):
-        trackers.check_trackers(["tensorboard", "wandb"])
+        check_trackers(["tensorboard", "wandb"])

@@ -146,13 +146,14 @@ def early_exit(name: str, argv: Sequence[str]) -> int | None:
 
     def check_and_watch(values: Values) -> int | None:
         nonlocal ended
-        if command.reads_run_config:
-            asked = config_of(values).eval
+        asked = config_of(values).eval if command.reads_run_config else None
+        for flag in command.required:
+            required(values, flag)
+        command.check_flags(values)
+        if asked is not None:
             check_names(asked.tasks, asked.include_path, needs_harness=name == "train")
         if name == "evaluate":
             check_names(values.tasks, values.include_path, needs_harness=True)
-        for flag in command.required:
-            required(values, flag)
         early_checks.check_places(name, values)
         if name == "train" and cluster.is_multi_process(*processes_of(argv)):
             code = watchdog.run_child(command.module, argv, workdir_of(values))

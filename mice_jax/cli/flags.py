@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import config_flags
 
+from mice_jax.cli import flag_checks
 from mice_jax.config import Phase, Published, Source
 
 Values = flags.FlagValues
@@ -285,11 +286,18 @@ class Command(NamedTuple):
     summary: str
     reads_run_config: bool = False  # --config must be a valid config of a run
     required: tuple[str, ...] = ()  # flags without which the command can do nothing
+    check_flags: Callable[[Values], None] = lambda values: None  # raises UserError where a flag is wrong
 
 
 COMMANDS = {
     "train": Command("mice_jax.train", define_train, "fine-tune a model, or resume a run", True, required=("workdir",)),
-    "prepare": Command("mice_jax.prepare", define_prepare, "tokenise the data ahead of a run, and look at it", True),
+    "prepare": Command(
+        "mice_jax.prepare",
+        define_prepare,
+        "tokenise the data ahead of a run, and look at it",
+        True,
+        check_flags=flag_checks.check_prepare,
+    ),
     "plan": Command(
         "mice_jax.plan", define_plan, "predict memory, time and cost on given devices", True, required=("topology",)
     ),
@@ -300,7 +308,13 @@ COMMANDS = {
         "run many trials of a config, and stop the poor ones early",
         required=("config", "workdir"),
     ),
-    "branch": Command("mice_jax.branch", define_branch, "go on from a run's checkpoint with other settings"),
+    "branch": Command(
+        "mice_jax.branch",
+        define_branch,
+        "go on from a run's checkpoint with other settings",
+        required=("from", "at"),
+        check_flags=flag_checks.check_branch,
+    ),
     "report": Command(
         "mice_jax.report",
         define_report,
@@ -308,9 +322,19 @@ COMMANDS = {
         required=("workdir",),
     ),
     "evidence": Command("mice_jax.evidence", define_evidence, "measure what the rules of sweeps save and lose"),
-    "evaluate": Command("mice_jax.evaluate", define_evaluate, "score a model on benchmarks", required=("model",)),
+    "evaluate": Command(
+        "mice_jax.evaluate",
+        define_evaluate,
+        "score a model on benchmarks",
+        required=("model",),
+        check_flags=flag_checks.check_evaluate,
+    ),
     "export": Command(
-        "mice_jax.export", define_export, "write a run's model as a Hugging Face folder", required=("workdir", "output")
+        "mice_jax.export",
+        define_export,
+        "write a run's model as a Hugging Face folder",
+        required=("workdir", "output"),
+        check_flags=flag_checks.check_export,
     ),
     "average": Command(
         "mice_jax.average",
@@ -319,6 +343,10 @@ COMMANDS = {
         required=("workdir", "last"),
     ),
     "generate": Command(
-        "mice_jax.generate", define_generate, "answer prompts with a model, or chat", required=("model",)
+        "mice_jax.generate",
+        define_generate,
+        "answer prompts with a model, or chat",
+        required=("model",),
+        check_flags=flag_checks.check_generate,
     ),
 }

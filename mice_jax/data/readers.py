@@ -242,13 +242,19 @@ def is_remote(path: str) -> bool:
 
 
 def files_of(path: str) -> list[str]:
-    """Returns the sorted files that `path` names: a file, a folder or a glob, local or in an object store."""
+    """Returns the sorted files that `path` names: a file, a folder or a glob, local or in an object store.
+
+    Raises:
+      UserError: It names no file, or one that is not of a kind in READERS.
+    """
     found = _remote_files(path) if is_remote(path) else _local_files(path)
     if not found:
         raise UserError(
             f"the source {path!r} names no file: it is neither a file, nor a folder of {', '.join(READERS)} files, nor "
             f"a glob that matches one{'' if is_remote(path) else f' from {os.getcwd()}'}. Fix Source.path."
         )
+    for file in found:
+        _kind_of(file)
     return sorted(found)
 
 

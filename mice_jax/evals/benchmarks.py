@@ -25,6 +25,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mice_jax import __version__
+from mice_jax.cli.flag_checks import check_scoring
 from mice_jax.cli.task_names import check_harness, check_include_path, describe_unknown
 from mice_jax.errors import UserError, one_line
 from mice_jax.inference.generation_config import FILE, GenerationDefaults
@@ -71,15 +72,7 @@ class Settings:
     log_samples: bool = False
 
     def __post_init__(self) -> None:
-        wrong = []
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            wrong.append(f"num_fewshot={self.num_fewshot} must be at least 0")
-        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and self.limit % 1 == 0)):
-            wrong.append(f"limit={self.limit} must be a number of documents, or a fraction between 0 and 1")
-        if self.fewshot_as_multiturn and not self.apply_chat_template:
-            wrong.append("fewshot_as_multiturn needs apply_chat_template")
-        if wrong:
-            raise UserError("; ".join(wrong) + ".")
+        check_scoring(self.num_fewshot, self.limit, self.apply_chat_template, self.fewshot_as_multiturn)
 
 
 @dataclasses.dataclass(frozen=True)

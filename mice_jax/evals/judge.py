@@ -13,6 +13,7 @@ from typing import Any
 import urllib3
 from urllib3.util import parse_url
 
+from mice_jax.cli.flag_checks import check_judge
 from mice_jax.errors import UserError, one_line
 
 RETRIED = (408, 429, 500, 502, 503, 504)
@@ -159,8 +160,8 @@ def make_judge(url: str | None, model: str | None, key_env: str, **fields: Any) 
     Raises:
       UserError: The address, the model or the key is missing or not valid.
     """
-    if not url or not model:
-        raise UserError("a judge is needed: give --judge_url=https://host/v1 and --judge_model=NAME.")
+    check_judge(url, model)
+    assert url and model
     parsed = parse_url(url)
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise UserError(f"--judge_url={url!r} must begin with http:// or https:// and name a host.")

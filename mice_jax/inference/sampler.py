@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mice_jax.cli.flag_checks import check_sampling
 from mice_jax.cli.flags import DEFAULT_MAX_NEW_TOKENS
 from mice_jax.errors import UserError
 from mice_jax.models.parameters import FLOAT32_PARAMS
@@ -61,19 +62,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        wrong = []
-        if self.max_new_tokens < 1:
-            wrong.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            wrong.append(f"temperature={self.temperature} must be a number from 0 up (0 = the likeliest token)")
-        if not 0 < self.top_p <= 1:
-            wrong.append(f"top_p={self.top_p} must be above 0 and at most 1 (1 = off)")
-        if self.top_k < 0:
-            wrong.append(f"top_k={self.top_k} must not be negative (0 = off)")
-        if not 0 <= self.seed < 2**31:
-            wrong.append(f"seed={self.seed} must be from 0 to {2**31 - 1}")
-        if wrong:
-            raise UserError("; ".join(wrong) + ".")
+        check_sampling(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)

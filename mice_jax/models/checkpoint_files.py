@@ -48,6 +48,12 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return dict.fromkeys(names_in(single), single)
 
 
+def check_files(folder: Path) -> None:
+    """Raises UserError where a safetensors file of a folder is missing or truncated; reads their headers alone."""
+    for file in sorted(set(tensor_files(folder).values())):
+        open_tensors(file)
+
+
 def names_in(file: Path) -> set[str]:
     """Returns the names of the tensors of a safetensors file."""
     with open_tensors(file) as f:

@@ -4,13 +4,16 @@ XLA computes a matrix product with all cores, but much of the rest of a program 
 fixed when JAX starts its backend. This module does not import jax, since the workers of a sweep use it.
 """
 
+import importlib.util
 import math
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from mice_jax.config import Config
+from mice_jax.errors import UserError, format_count
 from mice_jax.runtime.cluster import in_cluster
 
 VARIABLE = "JAX_NUM_CPU_DEVICES"
@@ -77,14 +80,66 @@ def default_count(
     said = VARIABLE in environment or XLA_FLAG in environment.get("XLA_FLAGS", "")
     if said or environment.get("JAX_PLATFORMS", "") not in ("", "cpu") or in_cluster():
         return None
-    shards = batch_size * math.prod(max(1, size) for size in mesh_sizes[2:])
-    return choose(recorded or min(cores or usable_cores(), MOST, shards), mesh_sizes)
+    return choose(_limit(mesh_sizes, batch_size, recorded, cores or usable_cores()), mesh_sizes)
+
+
+def _limit(mesh_sizes: Sequence[int], batch_size: int, recorded: int | None, cores: int) -> int:
+    """Returns the largest number of devices that `default_count` chooses."""
+    return recorded or min(cores, MOST, batch_size * math.prod(max(1, size) for size in mesh_sizes[2:]))
 
 
 def count_of_run(config: Config, recorded: int | None) -> int | None:
     """Returns `default_count` for the mesh and the batch size of a run's config."""
     mesh = config.mesh
     return default_count((mesh.data, mesh.fsdp, mesh.tensor, mesh.sequence), config.optim.batch_size, recorded)
+
+
+def check_mesh(
+    config: Config, recorded: int | None, *, cores: int | None = None, environment: Mapping[str, str] = os.environ
+) -> None:
+    """Checks that the mesh of a run of one process fits the devices of its CPU, where JAX will find no other devices.
+
+    Args:
+      config: The run's config.
+      recorded: As in `default_count`.
+      cores: As in `default_count`.
+      environment: As in `default_count`.
+
+    Raises:
+      UserError: The sizes of the mesh do not multiply to the number of devices.
+    """
+    mesh, cores = config.mesh, cores or usable_cores()
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor, "sequence": mesh.sequence}
+    named = environment.get(VARIABLE, "")
+    limit = int(named) if named.isdigit() else _limit(tuple(sizes.values()), config.optim.batch_size, recorded, cores)
+    given = math.prod(size for size in sizes.values() if size != -1)
+    fits = limit % given == 0 if -1 in sizes.values() else limit == given
+    other = in_cluster() or XLA_FLAG in environment.get("XLA_FLAGS", "") or not _is_cpu_only(environment)
+    if fits or (not named and given <= limit) or other:
+        return
+    if named:
+        there = f"{VARIABLE}={named} is set"
+    elif recorded:
+        there = f"this run has had {recorded} so far, which a resumed run keeps"
+    else:
+        there = (
+            f"this CPU counts as {limit}: one for each core that the run may use, of which there are {cores}, up to "
+            f"{MOST} and to one for each sample of a step"
+        )
+    asked = " x ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    raise UserError(
+        f"{asked} needs {'a multiple of ' * (-1 in sizes.values())}{format_count(given, 'device')}, and {there}. Set "
+        f"the environment variable {VARIABLE}={given}, or change the sizes; one of them may be -1 for the devices that "
+        "are left."
+    )
+
+
+def _is_cpu_only(environment: Mapping[str, str]) -> bool:
+    """Returns whether JAX can find no devices but CPUs; False where that cannot be told without importing it."""
+    if platforms := environment.get("JAX_PLATFORMS", ""):
+        return platforms == "cpu"
+    packages = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    return not packages and not entry_points(group="jax_plugins")
 
 
 def recorded_count(run_config: Mapping[str, Any]) -> int | None:

@@ -45,6 +45,40 @@ def check_model_name(name: str, given_as: str = "") -> None:
         )
 
 
+def check_trained_model(name: str, step: int | None, all_steps: bool = False) -> None:
+    """Checks that the name of a model can be that of trained weights, and of a run where one of its steps is asked for.
+
+    Args:
+      name: As `model.init_from`.
+      step: The step of the checkpoint that is asked for, if any.
+      all_steps: Whether all checkpoints of a run are asked for.
+
+    Raises:
+      UserError: It cannot.
+    """
+    if name.startswith(RANDOM):
+        raise UserError(f"The model {name} has random weights. Give a folder with trained weights.")
+    if "://" in name or "checkpoints" in Path(name).parts or (Path(name) / "checkpoints").is_dir():  # perhaps a run
+        return
+    if step is not None:
+        raise no_run(name, step)
+    if all_steps:
+        raise UserError(f"--all_checkpoints is for a run's workdir; --model={name} is a Hugging Face folder.")
+
+
+def no_run(name: str, step: int) -> UserError:
+    """Returns the error for a step of a model that is not a run."""
+    return UserError(f"step={step} is for a run's workdir, and {name} is a Hugging Face model. Leave it out.")
+
+
+def no_adapter(workdir: RunPath) -> UserError:
+    """Returns the error for the adapter of a run that has none."""
+    return UserError(
+        f"--adapter: {workdir} trained the model's own weights (model.lora.rank=0), so it has no adapter. Leave "
+        "--adapter out to export the model."
+    )
+
+
 def check_workdir(workdir: RunPath) -> None:
     """Raises UserError where a folder is not the workdir of a run."""
     if not (workdir / "model" / "config.json").exists():

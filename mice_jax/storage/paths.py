@@ -4,6 +4,8 @@ A path in a bucket is an etils epath, as in orbax. Workdir works on a local copy
 """
 
 import atexit
+import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -30,22 +32,28 @@ def parse_path(name: str) -> RunPath:
         UserError: if it is in another kind of store, or gcsfs is not installed.
         StoreError: if the bucket cannot be reached.
     """
-    scheme, separator, _ = name.partition("://")
-    if not separator:
+    check_store(name)
+    if "://" not in name:
         return Path(name)
-    if scheme != "gs":
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of what is raised here
+    path = epath.Path(name)
+    try:
+        list_folder(*filesystem(path))
+    except Exception as e:  # each store and each kind of credentials has different exceptions
+        raise StoreError(f"{name} cannot be reached: {one_line(e)}.") from e
+    return path
+
+
+def check_store(name: str) -> None:
+    """Raises UserError where a path is in a store that cannot hold a workdir, or the store's package is missing."""
+    scheme, separator, _ = name.partition("://")
+    if separator and scheme != "gs":
         raise UserError(
             f"{name} is in a {scheme}:// store, but a workdir can be on disk or in a gs:// bucket only. Give one of "
             "these, or mount the store."
         )
-    path = epath.Path(name)
-    try:
-        list_folder(*filesystem(path))
-    except ImportError as e:
-        raise UserError(f"{name} needs the package gcsfs: {install_command('gcs')} ({one_line(e)}).") from e
-    except Exception as e:  # each store and each kind of credentials has different exceptions
-        raise StoreError(f"{name} cannot be reached: {one_line(e)}.") from e
-    return path
+    if separator and importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{name} needs the package gcsfs: {install_command('gcs')}.")
 
 
 def is_remote(path: RunPath) -> bool:
@@ -61,12 +69,6 @@ def write_atomically(file: RunPath, text: str) -> None:
         partial.replace(file)
     else:
         file.write_text(text)
-
-
-def check_new_folder(flag: str, folder: Path) -> None:
-    """Raises UserError where a folder that a command is to write exists and is not empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--{flag}={folder} already exists. Give a folder that does not exist yet, or is empty.")
 
 
 def move(folder: RunPath, to: RunPath) -> None:

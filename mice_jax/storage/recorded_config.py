@@ -1,5 +1,8 @@
 """The config that a run was made with, which a resumed run is compared with before its imports."""
 
+from pathlib import Path
+from typing import Any
+
 from mice_jax.config import Config, differences, to_dict
 from mice_jax.errors import UserError
 from mice_jax.storage.json_file import read_json
@@ -8,6 +11,26 @@ from mice_jax.storage.paths import RunPath
 CONFIG = "config.json"
 AVERAGED = "average.json"  # marks a folder that `mice average` has written, which cannot be resumed
 ADDED = ("resolved", "provenance")  # These keys of config.json are not fields of the config.
+
+
+def read_run_config(flag: str, run: Path) -> dict[str, Any]:
+    """Returns the content of the config.json of a run, the fields of its config and ADDED.
+
+    Args:
+      flag: The flag that gives the run, for messages.
+      run: The workdir of the run, on this disk.
+
+    Raises:
+      UserError: It is not the workdir of a run, or the file is damaged.
+    """
+    there = read_json(run / CONFIG) if "://" not in str(run) else None
+    if there is None or "optim" not in there:
+        what = f"it has no {CONFIG}" if there is None else f"its {CONFIG} is that of a model"
+        raise UserError(
+            f"--{flag}={run} is not the folder of a run on this disk: {what}. Give the --workdir of "
+            "a run of mice train."
+        )
+    return there
 
 
 def check_same_config(workdir: RunPath, config: Config, local: RunPath | None = None) -> None:

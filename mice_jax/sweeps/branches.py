@@ -24,6 +24,7 @@ from mice_jax.statistics.registered_claims import NONE
 from mice_jax.storage import jsonl
 from mice_jax.storage.json_file import read_json
 from mice_jax.storage.paths import write_atomically
+from mice_jax.storage.recorded_config import read_run_config
 from mice_jax.storage.workdir import BRANCH, DIRECTIONS, METRICS
 from mice_jax.sweeps.branch_results import BATCH_SIZE
 from mice_jax.sweeps.trials import fixed_params, settled, trial_config
@@ -122,12 +123,7 @@ def plan(
 
 # ---------------------------------------------------------------------------------------- reading the run
 def _config_of(run: Path) -> Config:
-    if "://" in str(run) or not (run / "config.json").is_file():
-        raise UserError(
-            f"--from={run} is not the folder of a run on this disk: it has no config.json. Give the --workdir of a run "
-            "of mice train."
-        )
-    config = from_dict(read_json(run / "config.json"))
+    config = from_dict(read_run_config("from", run))
     if config.branch.step:
         raise UserError(f"--from={run} is itself a branch. Give the run that it branches off from.")
     return config

@@ -4,29 +4,17 @@ The id that a tracker gives to a run is stored in the workdir, so that a resumed
 """
 
 import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 from mice_jax.config import Config, to_dict
-from mice_jax.errors import UserError, install_command
 from mice_jax.storage.workdir import METRICS, Workdir
 from mice_jax.training.profiler import ProfileWriter
 from mice_jax.training.writers import JsonlWriter, TensorBoardWriter, TerminalWriter, Writer, numbers
 
 IDS = "tracking.json"
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raises UserError if the package of a tracker is not installed."""
-    for name in names:
-        if name != "tensorboard" and importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"log.trackers has {name!r}, but the package {name} is not installed: "
-                f"{install_command('tracking')}, or leave it out."
-            )
 
 
 def make_writers(config: Config, workdir: Workdir, console: Console, steps_done: int, total_steps: int) -> list[Writer]:
