@@ -370,8 +370,10 @@ def _manager(names: Sequence[str], include_path: str) -> Any:
 
     It has only the user's folder if that has all names, because reading the harness's own tasks takes seconds.
     """
+    from datasets import disable_progress_bars  # The harness depends on it.
     from lm_eval.tasks import TaskManager
 
+    disable_progress_bars()  # Progress is shown by cli/progress_display.py.
     if include_path:
         own = TaskManager(include_path=include_path, include_defaults=False)
         if all(_is_whole(name, own.task_index) for name in names):
