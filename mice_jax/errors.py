@@ -38,6 +38,10 @@ class Preempted(Exception):
     exit_code = 75
 
 
+class Interrupted(Preempted):
+    """The user ended the run with Ctrl-C; exits with 75, its state saved."""
+
+
 class Paused(Preempted):
     """The run has come to `train.pause_at_share`, which must be moved to go on; exits with 75, its state saved."""
 

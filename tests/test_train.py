@@ -429,7 +429,7 @@ def test_a_run_that_is_asked_to_leave_saves_and_goes_on_as_if_it_had_not(
         patched.setattr(writers.JsonlWriter, "write", ask)
         assert run_train(config, run) == 75
     err = capsys.readouterr().err
-    assert "preempted: SIGINT after step 7" in err
+    assert "interrupted: SIGINT after step 7" in err
     summary = read_json(run, "summary.json")
     assert (summary["status"], summary["step"]) == ("preempted", 7) and "SIGINT" in summary["reason"]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["7"]

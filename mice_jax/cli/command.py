@@ -22,7 +22,7 @@ from mice_jax.cli.config_file import parse_flags
 from mice_jax.cli.flags import COMMANDS, DefineFlags, Values, define_processes
 from mice_jax.cli.task_names import check_names
 from mice_jax.config import Config, ConfigError
-from mice_jax.errors import Paused, Preempted, StoppedByRule, UserError
+from mice_jax.errors import Interrupted, Paused, Preempted, StoppedByRule, UserError
 from mice_jax.runtime import cluster, slow_imports, watchdog, xla_flags
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ def run(
     try:
         return exit_on_closed_pipe(parse_and_run)
     except (UserError, ConfigError, StoppedByRule, Preempted) as e:
-        label = "paused" if isinstance(e, Paused) else {2: "error", 3: "stopped", 75: "preempted"}[e.exit_code]
+        names = {Paused: "paused", Interrupted: "interrupted"}
+        label = names.get(type(e)) or {2: "error", 3: "stopped", 75: "preempted"}[e.exit_code]
         print(f"{label}: {e}", file=sys.stderr, flush=True)
         if e.exit_code == 2:
             on_user_error(e)

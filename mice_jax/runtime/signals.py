@@ -54,7 +54,8 @@ class PreemptionHandler:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
         if not self._can_save and not jax.distributed.is_initialized():
-            message = f"preempted: {self.signal} before the first step. Nothing is lost; run the same command again."
+            kind = "interrupted" if number == signal.SIGINT else "preempted"
+            message = f"{kind}: {self.signal} before the first step. Nothing is lost; run the same command again."
             self._end(number, Preempted.exit_code, message)
         message = "stopped at once, without saving: run the same command to resume from the last checkpoint"
         signal.signal(signal.SIGINT, lambda number, frame: self._end(number, 128 + number, message))

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from mice_jax.checkpoint import Checkpoints
-from mice_jax.errors import AgreedError, Paused, Preempted, StoppedByRule, StoreError, UserError, one_line
+from mice_jax.errors import AgreedError, Interrupted, Paused, Preempted, StoppedByRule, StoreError, UserError, one_line
 from mice_jax.runtime import distributed, watchdog
 from mice_jax.runtime.signals import PreemptionHandler
 from mice_jax.step import TrainState
@@ -27,7 +27,8 @@ from mice_jax.training.progress import Progress
 from mice_jax.training.writers import Writer
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-STATUS = {StoppedByRule: "stopped", Paused: "paused", Preempted: "preempted"}  # Any other error is a failure.
+# Any other error is a failure.
+STATUS = {StoppedByRule: "stopped", Paused: "paused", Preempted: "preempted", Interrupted: "preempted"}
 
 
 class Run:

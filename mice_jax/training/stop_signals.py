@@ -1,11 +1,12 @@
 """Decides whether a run stops before its last step. All processes of the run come to the same decision."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mice_jax.checkpoint import Checkpoints
-from mice_jax.errors import AgreedError, Paused, Preempted, StoppedByRule, UserError
+from mice_jax.errors import AgreedError, Interrupted, Paused, Preempted, StoppedByRule, UserError
 from mice_jax.runtime import distributed
 from mice_jax.runtime.signals import PreemptionHandler
 from mice_jax.storage.paths import RunPath
@@ -91,7 +92,8 @@ def decide(
         why = "train.max_minutes"
     else:
         why = "another process was asked to stop"
-    return Preempted(f"{why} after step {step}; its state is saved, run the same command to continue.")
+    kind = Interrupted if why == signal.SIGINT.name else Preempted
+    return kind(f"{why} after step {step}; its state is saved, run the same command to continue.")
 
 
 def paused(step: int) -> Paused:
