@@ -6,6 +6,7 @@ from typing import NoReturn
 import jax
 import pytest
 
+from mice_jax.config import Config
 from mice_jax.errors import UserError, install_command
 from mice_jax.runtime import cpu_devices
 from mice_jax.runtime.cpu_devices import choose, default_count, usable_cores
@@ -73,6 +74,38 @@ def test_cpu_is_split_unless_the_user_says_how(
     environment: dict[str, str], recorded: int | None, cores: int, batch_size: int, count: int | None
 ) -> None:
     assert default_count((1, -1, 1), batch_size, recorded, cores=cores, environment=environment) == count
+
+
+CPU = {"JAX_PLATFORMS": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "recorded", "batch_size", "sizes", "words"),
+    [
+        (CPU, None, 64, (1, -1, 1), []),
+        (CPU, None, 64, (1, 2, 1), []),
+        (CPU, None, 64, (1, 1, 1), []),
+        (CPU, None, 64, (1, 8, 1), ["mesh.fsdp=8", "needs 8 devices", "counts as 4", "JAX_NUM_CPU_DEVICES=8,"]),
+        (CPU, None, 64, (3, -1, 2), ["needs a multiple of 6 devices", "counts as 4"]),
+        (CPU, None, 2, (1, 4, 1), ["needs 4 devices", "counts as 2", "each sample of a step"]),
+        (CPU, 2, 64, (1, 4, 1), ["this run has had 2 so far"]),
+        (CPU | {"JAX_NUM_CPU_DEVICES": "8"}, None, 64, (1, 8, 1), []),
+        (CPU | {"JAX_NUM_CPU_DEVICES": "8"}, None, 64, (1, 2, 1), ["needs 2 devices", "JAX_NUM_CPU_DEVICES=8 is set"]),
+        (CPU | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, None, 64, (1, 8, 1), []),
+        ({"JAX_PLATFORMS": "cuda,cpu"}, None, 64, (1, 8, 1), []),  # There may be 8 GPUs.
+    ],
+)
+def test_mesh_beyond_the_devices_of_a_cpu_is_an_error(
+    environment: dict[str, str], recorded: int | None, batch_size: int, sizes: tuple[int, int, int], words: list[str]
+) -> None:
+    config = Config()
+    config.optim.batch_size = batch_size
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = sizes
+    if not words:
+        return cpu_devices.check_mesh(config, recorded, cores=4, environment=environment)
+    with pytest.raises(UserError) as error:
+        cpu_devices.check_mesh(config, recorded, cores=4, environment=environment)
+    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_cores_are_those_of_the_affinity_and_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

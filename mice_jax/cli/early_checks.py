@@ -60,7 +60,7 @@ def _check_mesh(values: Values) -> None:
     from mice_jax.storage.json_file import read_json
     from mice_jax.storage.recorded_config import CONFIG
 
-    if values.num_processes is None and values.expect_devices is None:
+    if all(values[name].value is None for name in ("coordinator_address", "num_processes", "expect_devices")):
         recorded = read_json(Path(values.workdir) / CONFIG) if _is_local(values.workdir) else None
         cpu_devices.check_mesh(values.config, cpu_devices.recorded_count(recorded or {}))
 
