@@ -57,6 +57,12 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         f"train {CONFIG} {RUN} --config.checkpoint.keep_best=1 --config.checkpoint.best_metric=eval/loss",
         ["best_metric='eval/loss'", "holds out no data", "data.validation_fraction"],
     ),
+    "a model's folder as a workdir": (f"train {CONFIG} --workdir=init", ["init holds a model", "not a run"]),
+    "a workdir below a file": (f"train {CONFIG} --workdir=run.py/sft", ["run.py is a file", "must be a folder"]),
+    "a tokenizer that is not there": (
+        f"train {CONFIG} {RUN} --config.data.tokenizer=nowhere",
+        ["the tokenizer 'nowhere' is not a folder", "owner/name"],
+    ),
     "weights that are cut": (
         f"train {CONFIG} {RUN} --config.model.init_from=half",
         ["half/model.safetensors (9 bytes) is damaged or truncated", "Download it again"],
@@ -155,6 +161,8 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     ),
     "a step of a Hugging Face folder": ("generate --model=init --prompt=x --step=3", ["step=3", "a run's workdir"]),
     "a step that was not saved": ("generate --model=made --prompt=x --step=9", ["made/checkpoints has no step 9", "5"]),
+    "the checkpoints as a model": ("generate --model=made/checkpoints --prompt=x", ["the workdir, made", "STEP"]),
+    "a checkpoint that is not there": ("generate --model=made/checkpoints/9 --prompt=x", ["no step 9; it has 5"]),
     "a probability of 2": ("generate --model=init --prompt=x --top_p=2", ["top_p=2.0", "at most 1"]),
     "random weights for an answer": ("generate --model=random:init --prompt=x", ["random weights", "trained weights"]),
     "weights for an answer that are cut": ("generate --model=half --prompt=x", ["half/model.safetensors", "damaged"]),

@@ -42,7 +42,11 @@ def check_inputs(config: Config) -> None:
     Raises:
       UserError: one of them is not there.
     """
+    from mice_jax.storage.model_names import check_tokenizer_name  # it imports huggingface_hub, as below
+
     _check_model(config.model.init_from, "model.init_from=")
+    if config.data.tokenizer:
+        check_tokenizer_name(config.data.tokenizer)
     check_template_name(config.data.chat_template)
     _check_data(config)
 
@@ -95,8 +99,9 @@ def _check_run_folder(values: Values) -> None:
     if not _is_local(values.workdir):
         return
     workdir = Path(values.workdir)
-    if workdir.is_file():
-        raise UserError(f"--workdir={workdir} is a file, and must be the folder of a run. Give another path.")
+    for path in (workdir, *workdir.parents):
+        if path.is_file():
+            raise UserError(f"--workdir={workdir}: {path} is a file, and must be a folder. Give another path.")
     if (workdir / "sweep.json").is_file():
         raise UserError(
             f"--workdir={workdir} is the folder of a sweep, whose runs are in {workdir / 'runs'}. Give the run a "
@@ -133,6 +138,8 @@ def _check_step(workdir: Path, step: int | None) -> int | None:
     """Returns the step of the checkpoint that a command loads; None where the folder is no run on this disk."""
     from mice_jax.storage.checkpoint_steps import choose_step, saved_steps
 
+    if workdir.parent.name == "checkpoints" and workdir.name.isdigit():  # the checkpoint itself
+        workdir, step = workdir.parent.parent, int(workdir.name) if step is None else step
     if not (workdir / "checkpoints").is_dir():
         return None
     return choose_step(workdir / "checkpoints", saved_steps(workdir), step)

@@ -29,6 +29,7 @@ from mice_jax.data.template_names import check_template_name
 from mice_jax.data.template_source import check_defaults, with_defaults
 from mice_jax.errors import UserError, one_line
 from mice_jax.storage import hub
+from mice_jax.storage.model_names import check_tokenizer_name
 
 Span = tuple[int, int]  # characters, the end excluded
 IdsAndSpans = tuple[np.ndarray, np.ndarray]  # ids, int32 [n], and the spans of their tokens, int64 [n, 2]
@@ -60,9 +61,8 @@ def load_tokenizer(
     Raises:
       UserError: if the folder or the template cannot be loaded, or the template does not read a variable.
     """
+    check_tokenizer_name(path)
     folder = hub.fetch(path, weights=False).folder if hub.is_hub_id(path) else Path(path)
-    if not folder.is_dir():
-        raise UserError(f"the tokenizer {path!r} is not a folder. Give a folder, or a model of the Hub (owner/name).")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as e:  # the type of the error depends on the content of the files

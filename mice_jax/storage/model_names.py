@@ -33,6 +33,11 @@ def check_model_name(name: str, given_as: str = "") -> None:
         return
     if hub.is_hub_id(name):
         return hub.check_cached(name)
+    if Path(name).name == "checkpoints" and not (Path(name) / "config.json").exists():
+        raise UserError(
+            f"{given_as}{name} is the folder of a run's checkpoints. Give the workdir, {Path(name).parent}, or one of "
+            f"them, {name}/STEP."
+        )
     if "://" in name or "checkpoints" in Path(name).parts:  # a store, or a checkpoint of a run
         return
     folder = Path(name)
@@ -43,6 +48,12 @@ def check_model_name(name: str, given_as: str = "") -> None:
             f"{given_as}{name} holds no model: it has none of {', '.join(CONTENTS[:2])} and checkpoints/. Give a "
             "Hugging Face folder, an adapter folder of PEFT, or a run's workdir."
         )
+
+
+def check_tokenizer_name(name: str) -> None:
+    """Raises UserError where the name of a tokenizer is neither a folder nor that of a model of the Hub."""
+    if not hub.is_hub_id(name) and not Path(name).is_dir():
+        raise UserError(f"the tokenizer {name!r} is not a folder. Give a folder, or a model of the Hub (owner/name).")
 
 
 def check_trained_model(name: str, step: int | None, all_steps: bool = False) -> None:

@@ -53,6 +53,10 @@ def check_same_config(workdir: RunPath, config: Config, local: RunPath | None = 
     old = read_json(folder / CONFIG)
     if old is None:
         return
+    if "optim" not in old:
+        raise UserError(
+            f"--workdir={workdir} holds a model ({CONFIG} is that of one), and no run. Give another folder."
+        )
     changed = differences({k: v for k, v in old.items() if k not in ADDED}, to_dict(config))
     if changed:
         raise UserError(
