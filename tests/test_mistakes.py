@@ -57,7 +57,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         f"train {CONFIG} {RUN} --config.checkpoint.keep_best=1 --config.checkpoint.best_metric=eval/loss",
         ["best_metric='eval/loss'", "holds out no data", "data.validation_fraction"],
     ),
-    "a model's folder as a workdir": (f"train {CONFIG} --workdir=init", ["init holds a model", "not a run"]),
+    "a model's folder as a workdir": (f"train {CONFIG} --workdir=init", ["init holds a model", "another folder"]),
     "a workdir below a file": (f"train {CONFIG} --workdir=run.py/sft", ["run.py is a file", "must be a folder"]),
     "a tokenizer that is not there": (
         f"train {CONFIG} {RUN} --config.data.tokenizer=nowhere",
