@@ -139,6 +139,8 @@ def early_exit(name: str, argv: Sequence[str]) -> int | None:
     because it reports errors to the other processes too.
     """
     command = COMMANDS[name]
+    if name in ("train", "evaluate"):  # Bars of the harness would disturb those of cli/progress_display.py.
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported.
     if asks_for_help(argv):
         return run(_docstring(command.module), command.define_flags, lambda values: 0, argv)
     if watchdog.is_child() or (name != "train" and _may_be_one_of_several(argv)):
