@@ -310,8 +310,8 @@ def _steps(source: ModelSource, values: command.Values) -> Sequence[int | None]:
                 f"--all_checkpoints is for a run's workdir; --model={values.model} is a Hugging Face folder."
             )
         return [None]
-    if values.all_checkpoints and (values.step is not None or source.step is not None):
-        raise UserError("--all_checkpoints scores all steps of a run, but one of them is named too. Leave one out.")
+    if values.all_checkpoints and source.step is not None:
+        raise flag_checks.one_step_and_all()
     newest = resolve_step(source, values.step)
     if not values.all_checkpoints:
         return [newest]

@@ -174,6 +174,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         "evaluate --model=init --tasks=mmlu --all_checkpoints",
         ["--all_checkpoints is for a run", "--model=init"],
     ),
+    "one checkpoint and all of them": (
+        "evaluate --model=made --tasks=mmlu --all_checkpoints --step=5",
+        ["--all_checkpoints scores all steps", "Leave one out"],
+    ),
     "a folder for scores": ("evaluate --model=init --tasks=mmlu --output=runs", ["runs is a folder", "F.json"]),
     "a judge that is not named": ("evaluate --model=init --tasks=mt_bench --output=a.json", ["--judge_url=https://"]),
     "a dtype that is not stored": ("export --workdir=made --output=out --dtype=fp16", ["fp16", "float32, bfloat16"]),

@@ -38,6 +38,8 @@ def check_evaluate(values: flags.FlagValues) -> None:
     """Checks the flags of `mice evaluate`."""
     if not values.tasks:
         raise UserError("--tasks is missing; give at least one, as in --tasks=mmlu,gsm8k.")
+    if values.all_checkpoints and values.step is not None:
+        raise one_step_and_all()
     check_scoring(values.num_fewshot, values.limit, values.apply_chat_template, values.fewshot_as_multiturn)
     if values.output is not None:
         check_output_file(Path(values.output), "F.json")
@@ -136,6 +138,11 @@ def check_scoring(
         wrong.append("fewshot_as_multiturn needs apply_chat_template")
     if wrong:
         raise UserError("; ".join(wrong) + ".")
+
+
+def one_step_and_all() -> UserError:
+    """Returns the error for a model whose checkpoints are all to be scored, and one of them is named."""
+    return UserError("--all_checkpoints scores all steps of a run, but one of them is named too. Leave one out.")
 
 
 def check_judge(url: str | None, model: str | None) -> None:
