@@ -397,7 +397,7 @@ def test_an_output_of_other_prompts_is_left_alone(
     assert "has 6 lines" in said(capsys, folder, *flags)
     assert "is --input itself" in said(capsys, folder, f"--input={questions}", f"--output={questions}")
     assert "there is no folder" in said(capsys, folder, f"--input={questions}", f"--output={tmp_path}/no/a.jsonl")
-    assert "cannot be read" in said(capsys, folder, f"--input={tmp_path}/no.jsonl", f"--output={answers}")
+    assert "no.jsonl is not a file" in said(capsys, folder, f"--input={tmp_path}/no.jsonl", f"--output={answers}")
 
 
 def test_help_is_short_and_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

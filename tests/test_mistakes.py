@@ -155,6 +155,10 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         "generate --model=init --input=chats.jsonl --output=no/a.jsonl",
         ["--output=no/a.jsonl", "no folder no", "relative to"],
     ),
+    "answers over their questions": (
+        "generate --model=init --input=chats.jsonl --output=chats.jsonl",
+        ["--output=chats.jsonl is --input itself"],
+    ),
     "a folder for answers": (
         "generate --model=init --input=chats.jsonl --output=runs",
         ["runs is a folder", "F.jsonl"],

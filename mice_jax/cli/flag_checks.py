@@ -32,6 +32,8 @@ def check_generate(values: flags.FlagValues) -> None:
         if not Path(values.input).is_file():
             raise UserError(f"--input={values.input} is not a file; paths are relative to {Path.cwd()}.")
         check_output_file(Path(values.output), "F.jsonl")
+        if Path(values.output).exists() and Path(values.output).samefile(values.input):
+            raise UserError(f"--output={values.output} is --input itself; give another file.")
 
 
 def check_evaluate(values: flags.FlagValues) -> None:
