@@ -98,10 +98,39 @@ class CheckpointReader:
           item: "params", or "average" for the running average of the parameters.
 
         Raises:
-          UserError: if the checkpoint cannot be read, or has other parameters, or no average.
+          UserError: if the checkpoint is damaged, or has other parameters, or no average.
         """
+        self._raise_if_damaged(step, item)
         with self._explain_damage(step):
             return self._restore_params(step, abstract, item)
+
+    def _verify(self, step: int, item: str = "") -> str | None:
+        """Compares a checkpoint with its manifest; returns a description of the damage, or None in every process.
+
+        Only the main process reads the files, so it alone knows the details.
+
+        Args:
+          step: the step of the checkpoint.
+          item: the part that is compared, such as "params"; the whole checkpoint by default.
+        """
+        with distributed.raise_on_all_processes(), _explain_store_errors(self.folder):
+            damage = verify(self.folder / str(step), item) if distributed.is_main_process() else None
+        if not distributed.is_true_on_any_process(damage is not None):
+            return None
+        return damage or "the main process found that it differs from its manifest"
+
+    def _raise_if_damaged(self, step: int, item: str = "") -> None:
+        """Raises UserError if a checkpoint differs from its manifest. Orbax reads changed bytes without an error."""
+        if damage := self._verify(step, item):
+            raise UserError(self._unreadable(step, damage))
+
+    def _unreadable(self, step: int, reason: str) -> str:
+        others = ", ".join(str(s) for s in self.steps() if s != step) or "none"
+        return (
+            f"{self.folder / str(step)} cannot be read ({reason}). If it is damaged, use another step "
+            f"(there are {others}) with --step or as model.init_from={self.folder}/STEP. To resume the run, "
+            "move this checkpoint out of that folder; if it is the newest, the run does so itself."
+        )
 
     @contextlib.contextmanager
     def _explain_damage(self, step: int) -> Iterator[None]:
@@ -117,12 +146,7 @@ class CheckpointReader:
             with contextlib.suppress(OSError):
                 found = verify(self.folder / str(step))
             reason = found or one_line(e).partition(" See full TensorStore details")[0][:MAX_ERROR_CHARS].rstrip(".")
-            others = ", ".join(str(s) for s in self.steps() if s != step) or "none"
-            raise UserError(
-                f"{self.folder / str(step)} cannot be read ({reason}). If it is damaged, use another step "
-                f"(there are {others}) with --step or as model.init_from={self.folder}/STEP. To resume the run, "
-                "move this checkpoint out of that folder; if it is the newest, the run does so itself."
-            ) from e
+            raise UserError(self._unreadable(step, reason)) from e
 
     def _restore_params(self, step: int, abstract: Params, item: str) -> Params:
         if item == AVERAGE:
@@ -135,8 +159,9 @@ class CheckpointReader:
         """Restores the state of a step, with the shapes, dtypes and shardings of `abstract`, and the run's progress.
 
         Raises:
-          UserError: if the checkpoint cannot be read, or has other parameters.
+          UserError: if the checkpoint is damaged, or has other parameters.
         """
+        self._raise_if_damaged(step)
         with self._explain_damage(step):
             return self._restore(step, abstract)
 
@@ -368,17 +393,6 @@ class Checkpoints(CheckpointReader):
             steps = self.steps()
         self._raise_if_checkpoints_exist()
         return None
-
-    def _verify(self, step: int) -> str | None:
-        """Compares a checkpoint with its manifest; returns a description of the damage, or None in every process.
-
-        Only the main process reads the files, so it alone knows the details.
-        """
-        with distributed.raise_on_all_processes(), _explain_store_errors(self.folder):
-            damage = verify(self.folder / str(step)) if distributed.is_main_process() else None
-        if not distributed.is_true_on_any_process(damage is not None):
-            return None
-        return damage or "the main process found that it differs from its manifest"
 
     def _try_restore(
         self, step: int, abstract: TrainState

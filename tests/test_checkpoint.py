@@ -263,6 +263,23 @@ def test_a_reader_of_a_damaged_checkpoint_names_the_other_steps(damage: str, run
     reader.close()
 
 
+def test_a_reader_compares_with_the_manifest_what_it_reads(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax itself may read changed bytes without an error."""
+    reader = CheckpointReader(run)
+    monkeypatch.setattr(reader, "_restore_params", lambda *_: "read")
+    monkeypatch.setattr(reader, "_restore", lambda *_: "read")
+    flip(next((run / "checkpoints" / "10" / "opt_state").rglob("d/*")))
+    assert reader.restore_params(10, ABSTRACT.params) == "read", "that file is of no parameter"
+    with pytest.raises(
+        UserError, match=r"checkpoints/10 cannot be read \(opt_state\S+ has other bytes than were written"
+    ):
+        reader.restore(10, ABSTRACT)
+    flip(data_file(run / "checkpoints" / "10"))
+    with pytest.raises(UserError, match=r"checkpoints/10 cannot be read \(params\S+ has other bytes than were written"):
+        reader.restore_params(10, ABSTRACT.params)
+    reader.close()
+
+
 def test_a_reader_names_what_a_checkpoint_lacks(run: Path) -> None:
     step = run / "checkpoints" / "10"
     reader = CheckpointReader(run)
@@ -383,6 +400,7 @@ def test_a_process_lost_while_a_checkpoint_is_read_is_no_damage(
     lost = ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
     with opened(run) as checkpoints, monkeypatch.context() as patch, pytest.raises(ValueError, match="Gloo") as e:
         patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(checkpoints, "_verify", lambda *_: None)  # every process has found it undamaged
         patch.setattr(checkpoints, reads, lose_a_process)
         patch.setattr(checkpoint.distributed, "is_true_on_any_process", lambda flag: pytest.fail("a collective"))
         call(checkpoints)
