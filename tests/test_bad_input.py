@@ -114,11 +114,11 @@ DATA: dict[str, tuple[Spoil, list[str]]] = {
     "nothing to train on": (with_lines(MUTE, MUTE), ["stacked", ": 2 no trained token"]),
     "a template that changes contents": (
         with_template(CHATML.replace("{{ m.content }}", "{{ m.content | upper | reverse }}")),
-        ["chats.jsonl line 1", "generation", "data.chat_template"],
+        ["chats.jsonl lines 1, 2, ", "generation", "data.chat_template"],
     ),
     "a template that ends no turn": (
         with_template("{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"),
-        ["chats.jsonl line 1", "never stop"],
+        ["chats.jsonl lines 1, 2, ", "never stop"],
     ),
     "a template that does not parse": (with_template("{% for m in %}"), ["chat.jinja line 1"]),
     "a template that is not there": (
@@ -127,7 +127,7 @@ DATA: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "a template that refuses the chat": (
         with_template("{{ raise_exception('no chats today') }}"),
-        ["chats.jsonl line 1", "no chats today"],
+        ["chats.jsonl lines 1, 2, ", "no chats today"],
     ),
     "held-out data that is not there": (
         lambda f: ["--config.data.validation_fraction=0.9999"],

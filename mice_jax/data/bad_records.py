@@ -70,7 +70,10 @@ class BadRecords:
         if total == 1:
             (one,) = self.first
             return f"{one.sentence()} {_skip('it')}"
-        listed = "; ".join(f"({i}) {r.where}: {_cut(r.text)}" for i, r in enumerate(self.first, 1))
+        places: dict[str, list[str]] = {}  # by what is wrong there, which is often the same in many records
+        for record in self.first:
+            places.setdefault(_cut(record.text), []).append(record.where)
+        listed = "; ".join(f"({i}) {_places(at)}: {text}" for i, (text, at) in enumerate(places.items(), 1))
         more = f"; and {total - len(self.first):,} more" if total > len(self.first) else ""
         by_reason = ", ".join(f"{n:,} {reason}" for reason, n in self.counts.most_common())
         advice = "".join(f" {a[0].upper()}{a[1:]}." for a in dict.fromkeys(r.advice for r in self.first) if a)
@@ -89,6 +92,15 @@ def merged(errors: Sequence[BadRecordsError]) -> BadRecordsError:
 
 def _skip(them: str) -> str:
     return f"Fix {them}, or set data.skip_bad=True to leave such records out and count them."
+
+
+def _places(where: Sequence[str]) -> str:
+    """Names places such as "a.jsonl line 2", those of one file together: "a.jsonl lines 2, 6"."""
+    numbers: dict[str, list[str]] = {}
+    for place in where:
+        begin, _, number = place.rpartition(" ")  # "a.jsonl line" and "2"
+        numbers.setdefault(begin, []).append(number)
+    return ", ".join(f"{begin}{'s' * (len(n) > 1)} {', '.join(n)}" for begin, n in numbers.items())
 
 
 def _joined(advice: str) -> str:
