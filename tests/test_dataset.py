@@ -58,6 +58,7 @@ def test_overlong_samples_are_dropped_and_counted(build: Any, encoder: ChatEncod
     (source,) = data.report["sources"].values()
     assert (source["read"], source["kept"], source["truncated"]) == (3, 1, 0)
     assert source["dropped"] == {"longer than max_length": 2}
+    assert source["overlong"] == {"tokens": length(encoder, LONG), "where": data.corpus.where(1)}
     assert data.phases[0].pools[0].ids.tolist() == [0]  # of exactly max_length tokens: kept
     assert (source["tokens"], source["length_percentiles"]["100"]) == (most, most)
     _, trained = data.corpus.sample(0)
@@ -184,7 +185,7 @@ def test_bad_lines_are_counted_by_reason_where_they_may_be_skipped(build: Any, t
     file = write_jsonl(tmp_path / "bad.jsonl", [SHORT, SHORT])
     role = json.dumps({"messages": [{"role": "boss", "content": "x"}]})
     file.write_text(file.read_text() + f"{{not json\n{role}\n[1]\n{{oh\n")
-    with pytest.raises(UserError, match=r"bad\.jsonl line 3"):
+    with pytest.raises(UserError, match=r"bad\.jsonl lines 3, 6"):
         build(file)
     data = build(file, skip_bad=True)
     source = data.report["sources"]["bad"]

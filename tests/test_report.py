@@ -98,6 +98,14 @@ def test_good_data_is_not_warned_of() -> None:
             {"dropped": {"longer than max_length": 2, "bad line: not JSON": 1}},
             "3 of its 200 samples are dropped (1.5%): 2 longer than max_length, 1 bad line",
         ),
+        (
+            {"dropped": {"longer than max_length": 1}, "overlong": {"tokens": 1300, "where": "a.jsonl line 2"}},
+            "1 of its 200 samples is dropped: 1 longer than max_length; the longest has 1,300 tokens (a.jsonl line 2)",
+        ),
+        (
+            {"truncated": 3, "overlong": {"tokens": 900, "where": "a.jsonl line 2"}},
+            "what is cut off is not trained on; the longest has 900 tokens (a.jsonl line 2)",
+        ),
         ({"dropped": {"no trained token": 2}}, "2 of its 200 samples are dropped: 2 no trained token"),
         ({"truncated": 3}, "3 samples are truncated"),
         ({"duplicates": 1}, "exact copies of other samples in it: 1,"),

@@ -317,6 +317,11 @@ def test_progress_table_and_results_show_the_state_of_trials(tmp_path: Path) -> 
     assert "completed (best)" in output and "stopped worse than its siblings" in output and "running" in output
     assert "32 steps done, at most " in output and "2.5000" in output
     assert "1 completed, 1 stopped, 1 running, 1 waiting" in output and "best: trial 0, loss 2.5" in output
+    log = io.StringIO()
+    lines = ProgressTable(Console(file=log, force_terminal=False, width=500), study, ["learning_rate", "seed"])
+    for _ in range(2):
+        lines.update()
+    assert log.getvalue() == f"trial 2: running, its log is {study.run_folder(2) / 'log.txt'}\n"
     rows, trials = results(tmp_path / "out"), study_of(tmp_path / "out").trials
     # results.csv is as old as the last trial that ended.
     assert [r["status"] for r in rows] == ["completed", "stopped", "waiting", "waiting"]

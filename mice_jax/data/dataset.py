@@ -153,6 +153,7 @@ class _Pools:
             "kept": len(chosen),
             "dropped": dropped | bad,
             "set_aside": set_aside,
+            "overlong": self._overlong(ids),
             # What is counted for a whole source is reported once, like its bad lines.
             "notes": {} if held_out and fraction else self._stores[key].notes(),
             **self._numbers(chosen),
@@ -174,6 +175,13 @@ class _Pools:
         untrained = ~too_long & (self._corpus.num_trained[ids] == 0)
         dropped = {"longer than max_length": int(too_long.sum()), "no trained token": int(untrained.sum())}
         return ids[~too_long & ~untrained], {reason: n for reason, n in dropped.items() if n}
+
+    def _overlong(self, ids: np.ndarray) -> dict[str, Any]:
+        """The longest sample where it is longer than max_length, whether such samples are dropped or truncated."""
+        lengths = self._corpus.full_lengths[ids]
+        if not len(ids) or lengths.max() <= self._data.max_length:
+            return {}
+        return {"tokens": int(lengths.max()), "where": self._corpus.where(int(ids[lengths.argmax()]))}
 
     def _chosen(self, ids: np.ndarray, source: config.Source) -> tuple[np.ndarray, dict[str, int]]:
         """The samples that `Source.half` and `max_samples` select, in order, and how many they leave out."""

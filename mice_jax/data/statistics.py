@@ -212,17 +212,20 @@ def _warnings_of(entry: Entry) -> list[str]:
             f"only {share:.2%} of its {entry['tokens']:,} tokens are trained on; look at it with --inspect, and at the "
             "roles, data.train_on and the chat template"
         )
+    overlong = entry.get("overlong")
+    longest = f"; the longest has {overlong['tokens']:,} tokens ({overlong['where']})" if overlong else ""
     dropped = sum(entry["dropped"].values())
     if dropped:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in entry["dropped"].items())
         share = f" ({dropped / entry['read']:.1%})" if dropped > MIN_DROPPED_FRACTION * entry["read"] else ""
         found.append(
             f"{dropped:,} of its {format_count(entry['read'], 'sample')} {_are(dropped)} dropped{share}: {reasons}"
+            + (longest if not entry["truncated"] else "")
         )
     if entry["truncated"]:
         found.append(
             f"{format_count(entry['truncated'], 'sample')} {_are(entry['truncated'])} truncated at data.max_length; "
-            "what is cut off is not trained on"
+            f"what is cut off is not trained on{longest}"
         )
     if entry["duplicates"]:
         found.append(

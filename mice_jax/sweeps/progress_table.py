@@ -24,7 +24,7 @@ MIN_ROWS = 4
 
 
 class ProgressTable:
-    """A table of the trials that is redrawn on a terminal; elsewhere, a line whenever a trial ends.
+    """A table of the trials that is redrawn on a terminal; elsewhere, a line when a trial begins and when it ends.
 
     Args:
         console: where to print.
@@ -36,6 +36,7 @@ class ProgressTable:
         self._console, self._study, self._column_names = console, study, column_names
         self._started = time.monotonic()
         self._steps_at_start: int | None = None
+        self._begun: set[int] = set()
         self._reported = {t.number for t in study.trials() if t.state.is_finished()}
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
@@ -55,6 +56,10 @@ class ProgressTable:
             return
         trials = self._study.trials()
         for trial in trials:
+            if status_of(trial) == "running" and trial.number not in self._begun:
+                self._begun.add(trial.number)
+                log = self._study.run_folder(trial.number) / "log.txt"
+                self._console.print(escape(f"trial {trial.number}: running, its log is {log}"))
             if trial.state.is_finished() and trial.number not in self._reported:
                 self._reported.add(trial.number)
                 count = f"({len(self._reported)} of {len(trials)} ended)"
