@@ -94,6 +94,15 @@ DATA: dict[str, tuple[Spoil, list[str]]] = {
         ["chats.jsonl line 1", "asistant", "did you mean 'assistant'"],
     ),
     "an empty data set": (with_lines(), ["chats.jsonl", "no sample"]),
+    "nothing but bad lines, which are skipped": (
+        lambda f: [*with_lines("{", {"turns": []})(f), "--config.data.skip_bad=True"],
+        [
+            "no sample",
+            "all 2 records are bad (1 not JSON, 1 no messages)",
+            "The first:",
+            "chats.jsonl line 1: it is not JSON",
+        ],
+    ),
     "a source that is not there": (gone, ["chats.jsonl", "Source.path"]),
     "a format that is not known": (
         lambda f: ["--config.data.phases[0].sources[0].format=share_gpt"],

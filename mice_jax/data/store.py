@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from mice_jax.data.bad_records import BadRecords, BadRecordsError
+from mice_jax.data.bad_records import BadRecord, BadRecords, BadRecordsError
 from mice_jax.data.chat import ChatEncoder
 from mice_jax.data.readers import open_source
 from mice_jax.data.sample_notes import NoteCounter
@@ -186,12 +186,14 @@ def _write(folder: Path, job: TokenisationJob, log: Callable[[str], None], watch
             _extend(stream, progress, SCHEMA.serialize().to_pybytes())
         written = time.monotonic()
         bad, ended = BadRecords(), ""
+        skipped: BadRecord | None = None  # the first one
         try:
             for done, block in tokenise(job, skip=progress.blocks):
                 if bad or (block.bad and not job.skip_bad):
                     bad.merge(block.bad)
                     watch(done, progress.samples)
                     continue
+                skipped = skipped or next(iter(block.bad.first), None)
                 _append(stream, progress, block)
                 watch(done, progress.samples)
                 if time.monotonic() > written + JOURNAL_EVERY_S:
@@ -210,14 +212,10 @@ def _write(folder: Path, job: TokenisationJob, log: Callable[[str], None], watch
         os.fsync(stream.fileno())  # before the folder is renamed, so that every store with its name is complete
     if not progress.samples:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in progress.bad.items())
-        skipped = (
-            f": all {sum(progress.bad.values()):,} records are bad ({reasons}). Check Source.format; with "
-            "data.skip_bad=False the error names the records"
-            if reasons
-            else ""
-        )
+        why = f": all {sum(progress.bad.values()):,} records are bad ({reasons})" if reasons else ""
+        first = f" The first: {skipped.sentence()}" if skipped else ""
         shutil.rmtree(folder)
-        raise UserError(f"{job.path} holds no sample{skipped}. A source needs at least one record with a sample.")
+        raise UserError(f"{job.path} holds no sample{why}.{first} A source needs at least one record with a sample.")
     meta = {
         "version": VERSION,
         "path": job.path,
