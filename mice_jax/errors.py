@@ -52,8 +52,8 @@ def one_line(error: BaseException) -> str:
 
 
 def sentence(text: str) -> str:
-    """Returns the text with a full stop at its end, unless it ends with a question mark."""
-    return text if text.endswith("?") else f"{text}."
+    """Returns the text with a full stop at its end, unless it ends a sentence by itself."""
+    return text if text.endswith(("?", ".")) else f"{text}."
 
 
 def format_count(count: int, noun: str) -> str:

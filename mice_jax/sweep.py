@@ -33,6 +33,7 @@ from rich.table import Table
 from mice_jax.cli import early_checks
 from mice_jax.cli.config_file import allow_imports_next_to
 from mice_jax.cli.flags import define_sweep
+from mice_jax.cli.format import format_duration
 from mice_jax.config import Config, ConfigError, Sweep
 from mice_jax.errors import Preempted, UserError, format_count
 from mice_jax.report_page import page, read_runs
@@ -180,8 +181,8 @@ def _dry_run(sweep: Sweep, notes: Sequence[str]) -> None:
     console.print(table)
     console.print(
         f"{format_count(len(trials), 'trial')}, {total.steps:,.0f} steps, {total.tokens:,.0f} tokens, "
-        f"{total.flops:.3g} model FLOPs where none is stopped: {total.h100_hours():.3g} hours of one H100 at 40 % of "
-        "its peak"
+        f"{total.flops:.3g} model FLOPs where none is stopped: {format_duration(total.h100_hours() / 24)} of one "
+        "H100 at 40 % of its peak"
     )
     for note in notes:
         console.print(escape(note))

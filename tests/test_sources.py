@@ -35,6 +35,7 @@ def with_message(**keys: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- bad lines
 BAD: dict[str, tuple[bytes, str, str]] = {
     "a byte that is no text": (b'{"messages": "\xff"}', "not UTF-8", r"byte 15 \(0xff\) is not UTF-8"),
+    "a line of UTF-16": (b"\xff\xfe{\x00}\x00", "not UTF-8", "UTF-16; convert the file"),
     "a line cut short": (b'{"messages": [', "not JSON", r"not JSON: .*column 15"),
     "no number": (b'{"messages": NaN}', "not JSON", "NaN"),
     "too many digits": (b'{"a": ' + b"9" * 5000 + b"}", "not JSON", "not JSON"),

@@ -51,7 +51,7 @@ def test_unknown_command_is_not_sent_to_the_model(capsys: pytest.CaptureFixture[
 
 def test_help_lists_every_command_and_exit_ends_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
     chat = TerminalChat(echo)
-    assert chat.handle("/help") and not chat.handle("/exit")
+    assert chat.handle("/help") and not chat.handle("/exit") and not chat.handle("/quit")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [*COMMANDS]
 
 

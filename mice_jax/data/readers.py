@@ -32,6 +32,7 @@ BLOCK_BYTES = 2 * 2**20  # limit of a block, in bytes of decompressed text
 PARQUET_BUFFER = 2**20  # bytes of a column that are read at once, instead of a whole row group
 MAX_CACHED_DIGESTS = 10_000
 MAX_LINE = 256 * 2**20  # bytes; a file with a longer line is not a file of lines
+COPY_AGAIN = "If the file was cut or damaged on its way here, copy it again."
 
 Raw = tuple[int, Any]  # the number of a record in its place, counted from 1, and its line as bytes or parsed
 
@@ -346,7 +347,7 @@ def _lines(file: str) -> Iterator[_Yielded]:
             if lines:
                 yield Lines, number - len(lines) + 1, lines, packed.tell()
     except (OSError, pa.ArrowException) as e:
-        raise UserError(f"{file} cannot be read past line {number}: {one_line(e)}.") from e
+        raise UserError(f"{file} cannot be read past line {number}: {one_line(e)}. {COPY_AGAIN}") from e
 
 
 def _list(file: str) -> Iterator[_Yielded]:
@@ -385,7 +386,7 @@ def _rows(file: str) -> Iterator[_Yielded]:
                 yield Table, number + 1, rows, size * (number + rows.num_rows) // total
                 number += rows.num_rows
     except (OSError, ValueError, pa.ArrowException) as e:
-        raise UserError(f"{file} cannot be read past row {number}: {one_line(e)}.") from e
+        raise UserError(f"{file} cannot be read past row {number}: {one_line(e)}. {COPY_AGAIN}") from e
 
 
 # For each kind of file, the name of a record and the function that reads it.

@@ -136,6 +136,9 @@ def _record(raw: Any) -> Record:
         try:
             raw = DECODER.decode(raw.decode())
         except UnicodeDecodeError as e:
+            if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                text = "it begins with the mark of UTF-16; convert the file, as with iconv -f UTF-16 -t UTF-8"
+                raise _BadRecord("not UTF-8", text) from e
             byte = f"byte {e.start + 1} (0x{raw[e.start]:02x})"
             raise _BadRecord("not UTF-8", f"{byte} is not UTF-8 ({e.reason})") from e
         except RecursionError as e:

@@ -27,7 +27,7 @@ from mice_jax.data import templates
 from mice_jax.data.byte_level import bytes_of_tokens, spans_by_bytes, word_table
 from mice_jax.data.template_names import check_template_name
 from mice_jax.data.template_source import check_defaults, with_defaults
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import UserError, one_line, sentence
 from mice_jax.storage import hub
 from mice_jax.storage.model_names import check_tokenizer_name
 
@@ -114,7 +114,7 @@ def _give_defaults(tokenizer: PreTrainedTokenizerBase, values: Mapping[str, Any]
     try:
         check_defaults(sources, values, tokenizer.special_tokens_map)
     except jinja2.TemplateSyntaxError as e:
-        raise UserError(f"the chat template of {tokenizer.name_or_path!r} does not parse: {e.message}.") from e
+        raise UserError(sentence(f"the chat template of {tokenizer.name_or_path!r} does not parse: {e.message}")) from e
     _change_template(tokenizer, lambda text: with_defaults(text, values))
 
 
@@ -196,7 +196,7 @@ def _read_template(path: str) -> str:
     try:
         render_jinja_template(conversations=[], chat_template=text)  # compiles the template without rendering it
     except jinja2.TemplateSyntaxError as e:
-        raise UserError(f"the chat template {path} line {e.lineno} does not parse: {e.message}.") from e
+        raise UserError(sentence(f"the chat template {path} line {e.lineno} does not parse: {e.message}")) from e
     return text
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "/save": "FILE: append the conversation to a JSONL file, as a sample that can be trained on",
     "/exit": "end the chat; so does the end of the input",
 }
+QUIT = ("/exit", "/quit", "/bye")  # the first is listed; the others are what other chats call it
 WELCOME = "A chat: /help lists the commands, /exit ends it."
 
 
@@ -66,9 +67,9 @@ class TerminalChat:
             print(f"A new conversation, with {'the' if self._system else 'no'} system message.")
         elif name == "/save":
             self._save(argument)
-        elif name != "/exit":
+        elif name not in QUIT:
             print(f"unknown command {name}{nearest(name, COMMANDS)} Nothing was sent to the model.", file=sys.stderr)
-        return name != "/exit"
+        return name not in QUIT
 
     def _save(self, name: str) -> None:
         if not name:

@@ -16,7 +16,7 @@ def read_config(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; a model needs its config.json.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{file} is not JSON: {e}.") from None
+        raise UserError(f"{file} is not JSON: {e}. Download it again.") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} holds a {type(config).__name__}; it must hold an object.")
     return config
