@@ -78,8 +78,8 @@ def _folder(name: str) -> Path:
         raise UserError(f"--workdir: the folder {name} does not exist.")
     if not (read_runs.is_sweep(folder) or read_runs.is_run(folder)):
         raise UserError(
-            f"--workdir: {name} is neither the folder of a run (it would hold config.json or metrics.jsonl) nor that "
-            "of a sweep (sweep.json)."
+            f"--workdir: {name} is neither the folder of a run (it would hold metrics.jsonl or a run's config.json) "
+            "nor that of a sweep (sweep.json)."
         )
     return folder
 

@@ -204,6 +204,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
     "an export of a misspelt run": ("export --workdir=ini --output=out", ["no such folder; did you mean init"]),
     "an export to nowhere": ("export --workdir=runs/sft", ["--output is missing", "folder to write"]),
     "a report of no run": ("report --workdir=runs", ["neither the folder of a run", "sweep.json"]),
+    "a report of a model": ("report --workdir=init", ["init is neither the folder of a run"]),
     "a report of a missing folder": ("report --workdir=nowhere", ["nowhere does not exist"]),
     "an average of no run": ("average --workdir=nowhere --last=3", ["nowhere"]),
     "the evidence of no sweep": ("evidence --sweeps=runs", ["not the folder of a sweep", "sweep.json"]),
@@ -212,7 +213,8 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
 # Those that are not found before the imports of the command, which are light for these commands.
 FOUND_LATER = {
     "a sweep in the folder of a run", "an axis of texts", "a sweep of a model that is not there",
-    "a run's config for a sweep", "a report of no run", "a report of a missing folder", "the evidence of no sweep",
+    "a run's config for a sweep", "a report of no run", "a report of a model", "a report of a missing folder",
+    "the evidence of no sweep",
 }  # fmt: skip
 
 SWEEP = """

@@ -117,8 +117,15 @@ def is_sweep(folder: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is the workdir of a run."""
-    return any((folder / name).exists() for name in (METRICS, "config.json", "summary.json"))
+    """Whether a folder is the workdir of a run, and not that of a model, which has a config.json too."""
+    if any((folder / name).exists() for name in (METRICS, "summary.json")):
+        return True
+    try:
+        return "optim" in json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True  # a run whose config.json is damaged: what else it holds is shown
 
 
 # ---------------------------------------------------------------------------------------- a sweep
