@@ -169,8 +169,10 @@ def _sum_over_devices(
         all_sums = add(jnp.concatenate([loss_sum[None], source_sums]))  # one sum over devices costs less than two
         if not with_gradient:
             return all_sums[0], all_sums[1:], d_hidden, d_weight
-        gradients = d_hidden, add_gradients(d_weight)
-        return all_sums[0], all_sums[1:], *(jax.lax.optimization_barrier(gradients) if add_first else gradients)
+        d_weight = add_gradients(d_weight)
+        if add_first:
+            d_hidden, d_weight = jax.lax.optimization_barrier((d_hidden, d_weight))
+        return all_sums[0], all_sums[1:], d_hidden, d_weight
 
     def over_devices(hidden: jax.Array, weight: jax.Array, *of_slots: jax.Array) -> Any:
         return jax.shard_map(
