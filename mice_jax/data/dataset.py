@@ -165,11 +165,11 @@ class _Pools:
         data, lengths = self._data, self._corpus.full_lengths[ids]
         overlong = lengths > data.max_length
         if data.overlong == "error" and overlong.any():
-            longest = self._corpus.where(int(ids[lengths.argmax()]))
+            longest = self._overlong(ids)
             raise UserError(
                 f"{source.path} has {format_count(int(overlong.sum()), 'sample')} above "
-                f"data.max_length={data.max_length}, the longest of {lengths.max()} tokens ({longest}), and "
-                "data.overlong is 'error'. Increase the length, or set data.overlong to 'drop' or 'truncate'."
+                f"data.max_length={data.max_length}, the longest of {longest['tokens']} tokens ({longest['where']}), "
+                "and data.overlong is 'error'. Increase the length, or set data.overlong to 'drop' or 'truncate'."
             )
         too_long = overlong & (data.overlong == "drop")
         untrained = ~too_long & (self._corpus.num_trained[ids] == 0)

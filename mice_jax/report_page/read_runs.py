@@ -22,6 +22,8 @@ import pyarrow as pa
 import pyarrow.json
 
 from mice_jax.errors import format_count
+from mice_jax.storage.checkpoint_steps import saved_steps
+from mice_jax.storage.recorded_config import CONFIG, is_run_config
 from mice_jax.storage.workdir import (
     ANSWERS,
     CERTIFICATE,
@@ -121,7 +123,7 @@ def is_run(folder: Path) -> bool:
     if any((folder / name).exists() for name in (METRICS, "summary.json")):
         return True
     try:
-        return "optim" in json.loads((folder / "config.json").read_text())
+        return is_run_config(json.loads((folder / CONFIG).read_text()))
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
@@ -194,7 +196,7 @@ def read_run(folder: Path, name: str = "") -> Run:
     evaluations = _evaluations(lines)
     records = _steps_alone(lines)
     _add_scores(evaluations, folder / SCORES, problems)
-    checkpoints = sorted(int(f.name) for f in (folder / "checkpoints").glob("*") if f.name.isdigit())
+    checkpoints = saved_steps(folder)
     events = _lines(folder / EVENTS, problems)
     is_running = _is_running(folder, events)
     status = "running" if is_running else str(summary.get("status", "unknown"))

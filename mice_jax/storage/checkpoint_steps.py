@@ -1,7 +1,6 @@
 """The steps of a run's checkpoints, and the errors about those that are asked for and not there."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from mice_jax.errors import UserError, format_count
 from mice_jax.storage.paths import RunPath
@@ -9,7 +8,7 @@ from mice_jax.storage.paths import RunPath
 AVERAGE = "average"  # the part of a checkpoint that holds the running average of the weights
 
 
-def saved_steps(workdir: Path) -> list[int]:
+def saved_steps(workdir: RunPath) -> list[int]:
     """Returns the steps of the complete checkpoints of a run on disk, in order; one that is being saved is left out."""
     folder = workdir / "checkpoints"
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []

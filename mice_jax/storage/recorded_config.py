@@ -13,6 +13,11 @@ AVERAGED = "average.json"  # marks a folder that `mice average` has written, whi
 ADDED = ("resolved", "provenance")  # These keys of config.json are not fields of the config.
 
 
+def is_run_config(content: Any) -> bool:
+    """Returns whether the content of a config.json is that of a run, and not that of a model."""
+    return "optim" in content
+
+
 def read_run_config(flag: str, run: Path) -> dict[str, Any]:
     """Returns the content of the config.json of a run, the fields of its config and ADDED.
 
@@ -24,7 +29,7 @@ def read_run_config(flag: str, run: Path) -> dict[str, Any]:
       UserError: It is not the workdir of a run, or the file is damaged.
     """
     there = read_json(run / CONFIG) if "://" not in str(run) else None
-    if there is None or "optim" not in there:
+    if there is None or not is_run_config(there):
         what = f"it has no {CONFIG}" if there is None else f"its {CONFIG} is that of a model"
         raise UserError(
             f"--{flag}={run} is not the folder of a run on this disk: {what}. Give the --workdir of "
@@ -53,7 +58,7 @@ def check_same_config(workdir: RunPath, config: Config, local: RunPath | None = 
     old = read_json(folder / CONFIG)
     if old is None:
         return
-    if "optim" not in old:
+    if not is_run_config(old):
         raise UserError(
             f"--workdir={workdir} holds a model ({CONFIG} is that of one), and no run. Give another folder."
         )

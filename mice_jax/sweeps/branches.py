@@ -22,6 +22,7 @@ from mice_jax.data.readers import files_of, is_remote
 from mice_jax.errors import UserError
 from mice_jax.statistics.registered_claims import NONE
 from mice_jax.storage import jsonl
+from mice_jax.storage.checkpoint_steps import saved_steps
 from mice_jax.storage.json_file import read_json
 from mice_jax.storage.paths import write_atomically
 from mice_jax.storage.recorded_config import read_run_config
@@ -131,9 +132,7 @@ def _config_of(run: Path) -> Config:
 
 def _step_at(run: Path, records: Mapping[int, Mapping[str, Any]], at: int) -> int:
     """Returns the step of the checkpoint after a number of samples."""
-    folder = run / "checkpoints"
-    names = [p.name for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    there = {int(records[int(n)]["samples"]): int(n) for n in names if int(n) in records}
+    there = {int(records[step]["samples"]): step for step in saved_steps(run) if step in records}
     if at not in there:
         listed = ", ".join(f"{samples} (step {step})" for samples, step in sorted(there.items())) or "none"
         raise UserError(

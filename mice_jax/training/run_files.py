@@ -19,6 +19,7 @@ from mice_jax.models.spec import ModelSpec
 from mice_jax.models.transformer import Compute
 from mice_jax.runtime import cpu_devices
 from mice_jax.sharding import LENGTH_AXIS
+from mice_jax.storage.checkpoint_steps import saved_steps
 from mice_jax.storage.paths import is_remote
 from mice_jax.storage.recorded_config import CONFIG
 from mice_jax.storage.workdir import Workdir
@@ -54,8 +55,7 @@ def has_checkpoint(workdir: Workdir) -> bool:
     """
     if is_remote(workdir.path):
         return bool(_resolved(workdir))
-    checkpoints = workdir.path / "checkpoints"
-    return checkpoints.is_dir() and any(folder.name.isdigit() for folder in checkpoints.iterdir())
+    return bool(saved_steps(workdir.path))
 
 
 def mesh_and_device(mesh: Mesh) -> dict[str, Any]:

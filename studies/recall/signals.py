@@ -53,10 +53,9 @@ def arms_with_signals(file: Path, metric: str, seed: int | None = None) -> list[
 def _run(sweep: str, base: Mapping[str, float], row: Mapping, metric: str) -> Arm:
     batch_size, rate = (row.get(f"optim.{name}", base[name]) for name in ("batch_size", "learning_rate"))
     ends = {e["samples"]: e.get(metric, math.nan) for e in row["evaluations"]}
-    last = max(e for e in ends)
     half = next(value for samples, value in ends.items() if samples >= HALF_SAMPLES)
     early = {name: float(row[name]) for name in (HELD_OUT, *SIGNALS)}
-    end = ends[last] if row["status"] == "completed" else math.nan
+    end = ends[max(ends)] if row["status"] == "completed" else math.nan
     return Arm(sweep, int(batch_size), float(rate), early, half, end)
 
 
