@@ -230,8 +230,8 @@ class Optim(_Strict):
     """The dtype of the optimizer's moments: float32, bfloat16, or int8 for those of matrices, with a float32 scale for
     each block of at most 128 entries."""
     offload_moments: bool = False
-    """Keep the optimizer's moments in host memory, but for those in 8 bits of what is no stack of layers, and bring
-    those of one layer at a time to the devices."""
+    """Keep the optimizer's moments in host memory, except 8-bit moments of parameters that are not stacked over layers,
+    and bring those of one layer at a time to the devices."""
     accumulate_dtype: str = "float32"
     """The dtype in which the gradients of a step are summed over microbatches, and to which those of bfloat16 weights
     are rounded before: float32 or bfloat16."""

@@ -135,7 +135,7 @@ def _check_model_to_use(values: Values) -> None:
 
 
 def _check_step(workdir: Path, step: int | None) -> int | None:
-    """Returns the step of the checkpoint that a command loads; None where the folder is no run on this disk."""
+    """Returns the step of the checkpoint that a command loads; None if the folder is not a run on this disk."""
     from mice_jax.storage.checkpoint_steps import choose_step, saved_steps
 
     if workdir.parent.name == "checkpoints" and workdir.name.isdigit():  # the checkpoint itself
