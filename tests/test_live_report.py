@@ -30,11 +30,11 @@ def served(tmp_path: Path) -> Iterator[LiveReport]:
 
 
 def add_step(folder: Path, **values: Any) -> None:
-    """Appends a line to a run's metrics, as the run does."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    last = json.loads(lines[-1])
+    """Appends a line to a run's metrics, as the run does: a page may read the file at any time."""
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     line = last | {"step": last["step"] + 1, "samples": last["samples"] + 8} | values
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(line)]) + "\n")
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(line) + "\n")
 
 
 def ask(server: LiveReport, path: str, **headers: str) -> tuple[http.client.HTTPResponse, str]:
