@@ -5,7 +5,6 @@ all layers have are stacked over those that have them, and the other parts over 
 repeating groups (layer_groups.py): compile time depends on how irregular the list of kinds is, but not on its length.
 """
 
-import collections
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -246,48 +245,50 @@ class StackedLayers:
             return jax.lax.scan(one, x, rows)[0]
 
         def through_group(group: Group, layers_before: int, x: jax.Array, rows: _Rows) -> jax.Array:
-            first, before = collections.Counter(), 0 if group.repeats > 1 else layers_before
-            for run in group.runs:
-                with jax.named_scope(layer_scope(before + first[""])):
-                    own = self._take(Group(1, (run,)), rows, first)
+            before = 0 if group.repeats > 1 else layers_before
+            runs = [Group(1, (run,)) for run in group.runs]
+            for run, own in zip(group.runs, self._split(rows, runs), strict=True):
+                with jax.named_scope(layer_scope(before)):
                     x = through_run(run, x, own, in_loop=group.repeats > 1)
+                before += run.count
             return x
 
-        stacks, first = _Rows(self._params, properties), collections.Counter()
-        for group in find_groups(self._spec.mixers):
-            before = first[""]
-            rows = self._take(group, stacks, first)
+        groups, before = find_groups(self._spec.mixers), 0
+        for group, rows in zip(groups, self._split(_Rows(self._params, properties), groups), strict=True):
+            layers_of_one = sum(run.count for run in group.runs)
             if group.repeats == 1:
                 x = through_group(group, before, x, rows)
-                continue
-            rows = jax.tree.map(lambda x, n=group.repeats: x.reshape(n, -1, *x.shape[1:]), rows)
-            once = functools.partial(through_group, group, before)
-            with jax.named_scope(layer_scope(before, sum(run.count for run in group.runs))):
-                x, _ = jax.lax.scan(lambda x, rows, once=once: (once(x, rows), None), x, rows)
+            else:
+                rows = jax.tree.map(lambda x, n=group.repeats: x.reshape(n, -1, *x.shape[1:]), rows)
+                once = functools.partial(through_group, group, before)
+                with jax.named_scope(layer_scope(before, layers_of_one)):
+                    x, _ = jax.lax.scan(lambda x, rows, once=once: (once(x, rows), None), x, rows)
+            before += group.repeats * layers_of_one
         return x
 
-    def _take(self, group: Group, rows: _Rows, first: collections.Counter) -> _Rows:
-        """Takes the rows of a group's layers.
+    def _split(self, rows: _Rows, groups: Sequence[Group]) -> list[_Rows]:
+        """Splits the rows of some layers by the groups that follow one another in them.
 
         Args:
-          group: the group.
-          rows: the rows of it and of other groups.
-          first: the first row of the group in the stack of each varying part and, under "", in those of the other
-            parts; it is advanced to the next group.
+          rows: the rows.
+          groups: the groups, which have all of the layers together.
 
         Returns:
-          The rows.
+          The rows of each group.
         """
-        sizes = collections.Counter({"": group.repeats * sum(run.count for run in group.runs)})
-        for run in group.runs:
-            sizes.update(dict.fromkeys(_parts(run.kind), group.repeats * run.count))
 
-        def take(name: str, stacks: Any) -> Any:
-            start, size = first[name], sizes[name]
-            return jax.tree.map(lambda x: x if x.shape[0] == size else x[start : start + size], stacks)
+        def split(stacks: Any, sizes: list[int]) -> list[Any]:
+            leaves, structure = jax.tree.flatten(stacks)
+            parts = [jax.lax.split(leaf, sizes) for leaf in leaves]  # the gradient is one concatenation
+            return [structure.unflatten(of_group) for of_group in zip(*parts, strict=True)] or [stacks] * len(sizes)
 
-        kept = {name: stacks for name, stacks in rows.params.items() if name not in self._varying or name in sizes}
-        params = {name: take(name if name in self._varying else "", stacks) for name, stacks in kept.items()}
-        taken = _Rows(params, take("", rows.properties))
-        first.update(sizes)
-        return taken
+        layers = [sum(run.count for run in group.runs) * group.repeats for group in groups]
+        params: list[Params] = [{} for _ in groups]
+        for name, stacks in rows.params.items():
+            sizes = layers
+            if name in self._varying:
+                sizes = [sum(run.count for run in g.runs if name in _parts(run.kind)) * g.repeats for g in groups]
+            for of_group, part, size in zip(params, split(stacks, sizes), sizes, strict=True):
+                if size:
+                    of_group[name] = part
+        return [_Rows(*of_group) for of_group in zip(params, split(rows.properties, layers), strict=True)]

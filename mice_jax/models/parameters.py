@@ -17,6 +17,7 @@ from flax import nnx
 from mice_jax.models.lora import LoRA
 from mice_jax.models.matmul import add_bias, matmul, scale_outputs
 from mice_jax.models.spec import ModelSpec
+from mice_jax.numerics.scaled import scaled
 from mice_jax.sharding import constrain_param
 
 # B rows, T slots
@@ -117,7 +118,8 @@ def plus(x: jax.Array, parameter: nnx.Param, reduce_dtype: Any) -> jax.Array:
 def normalized(x: jax.Array, eps: float, dims: int = 1) -> jax.Array:
     """Divides x by the root mean square over its last dims, in float32; returns float32."""
     wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=tuple(range(-dims, 0)), keepdims=True) + eps)
+    factors = jax.lax.rsqrt(jnp.mean(wide * wide, axis=tuple(range(-dims, 0))) + eps)
+    return scaled(wide, factors, range(factors.ndim))
 
 
 class RMSNorm(nnx.Module):
@@ -130,4 +132,4 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes x, whose last dims are `shape`, in float32; returns the same shape and dtype."""
         scale = self.scale[...] + self.offset
-        return (scale * normalized(x, self.eps, scale.ndim)).astype(x.dtype)
+        return scaled(normalized(x, self.eps, scale.ndim), scale, range(x.ndim - scale.ndim, x.ndim)).astype(x.dtype)

@@ -165,7 +165,8 @@ def _backward(
     starts, q_segments, k_segments = blocks
     first, ends = _visited(blocks, scoring.window)
     # The sum over keys of weight * d_weight equals the product of d_out with the output.
-    row_dots = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    exact = lax.Precision.HIGHEST
+    row_dots = jnp.einsum("...d,...d->...", d_out.astype(jnp.float32), out.astype(jnp.float32), precision=exact)
 
     def query_block(grads: tuple[jax.Array, jax.Array], i: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         def key_block(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

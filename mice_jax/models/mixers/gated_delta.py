@@ -27,6 +27,7 @@ from mice_jax.models.mixers.chunks import (
     product_precision,
 )
 from mice_jax.models.mixers.split_rows import entering_state, map_parts, num_parts
+from mice_jax.numerics.scaled import scaled
 
 # B rows, T slots, M chunks, C slots of a chunk, K key heads, N value heads, G = N/K, D key dims, E value dims
 
@@ -174,23 +175,22 @@ def _gated_delta(
     pairs, from_start, to_end, through = (grouped(x, 2) for x in chunk_decays(log_decay, segment_ids, chunk))
 
     # What a slot's correction takes from the values that earlier slots of the chunk have added.
-    overlaps = product("mbkid,mbkjd->mbkij", k, k)[:, :, :, None] * pairs * beta[..., None]
+    overlaps = scaled(scaled(pairs, product("mbkid,mbkjd->mbkij", k, k), (0, 1, 2, 4, 5)), beta, range(5))
     solved = _inverse_of_unit_lower(jnp.tril(overlaps, -1))  # [M B K G C C]
     # The corrections are those of a state of zeros, less a product with the state before the chunk.
-    of_zeros = product("mbkgij,mbkgje->mbkgie", solved, beta[..., None] * v)
-    of_state = product("mbkgij,mbkgjd->mbkgid", solved, (beta * from_start)[..., None] * k[:, :, :, None])
-    remaining = to_end[..., None] * k[:, :, :, None]
+    of_zeros = product("mbkgij,mbkgje->mbkgie", solved, scaled(v, beta, range(5)))
+    of_state = product("mbkgij,mbkjd->mbkgid", scaled(solved, beta * from_start, (0, 1, 2, 3, 5)), k)
 
     def one_chunk(state: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        of_zeros, of_state, remaining, through = inputs
+        of_zeros, of_state, k, to_end, through = inputs
         corrections = of_zeros - product("bkgid,bkgde->bkgie", of_state, state)
-        added = product("bkgid,bkgie->bkgde", remaining, corrections)
-        return through[..., None, None] * state + added, (state, corrections)
+        added = product("bkid,bkgie->bkgde", k, scaled(corrections, to_end, range(4)))
+        return scaled(state, through, range(3)) + added, (state, corrections)
 
-    chunks = (of_zeros, of_state, remaining, through)
+    chunks = (of_zeros, of_state, k, to_end, through)
     state, (states, corrections) = jax.lax.scan(one_chunk, grouped(state, 1), chunks)
-    weights = product("mbkid,mbkjd->mbkij", q, k)[:, :, :, None] * pairs
-    before = product("mbkid,mbkgde->mbkgie", q, states) * from_start[..., None]
+    weights = scaled(pairs, product("mbkid,mbkjd->mbkij", q, k), (0, 1, 2, 4, 5))
+    before = scaled(product("mbkid,mbkgde->mbkgie", q, states), from_start, range(5))
     outputs = before + product("mbkgij,mbkgje->mbkgie", weights, corrections)
     outputs = from_chunks(outputs.reshape(outputs.shape[0], b, n, *outputs.shape[4:]))
     return outputs[:, :t].astype(dtype), state.reshape(b, n, *state.shape[3:])
@@ -201,7 +201,7 @@ def _unit(q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def unit(x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + LENGTH_EPS)
+        return scaled(x, jax.lax.rsqrt(jnp.sum(x * x, axis=-1) + LENGTH_EPS), range(x.ndim - 1))
 
     return unit(q) * q.shape[-1] ** -0.5, unit(k)
 

@@ -11,8 +11,9 @@ from mice_jax.models.mixers.causal_conv import Kernel, empty_conv_state, heads_c
 from mice_jax.models.mixers.chunks import CHUNK
 from mice_jax.models.mixers.costs import MixerWidths, padded
 from mice_jax.models.mixers.gated_delta import gated_delta_of_rows, gated_delta_step
-from mice_jax.models.parameters import param, param_of, product
+from mice_jax.models.parameters import normalized, param, param_of, product
 from mice_jax.models.spec import GatedDelta, ModelSpec
+from mice_jax.numerics.scaled import scaled
 from mice_jax.sharding import constrain
 
 # B rows, T slots, M d_model, K key heads, D key dims, N value heads, E value dims, W taps of the kernels
@@ -103,8 +104,7 @@ class GatedDeltaMixer(nnx.Module):
 
     def _output(self, y: jax.Array, gate: jax.Array, reduce_dtype: Any) -> jax.Array:
         """Normalises each head of [B T N E], multiplies it by its gate, and projects it to [B T M]."""
-        wide = y.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+        normed = scaled(normalized(y, self.eps), self.scale[...], (3,))
         gated = (normed * jax.nn.silu(gate.astype(jnp.float32))).astype(y.dtype)
         return product(gated, self.out, reduce_dtype, in_dims=2)
 

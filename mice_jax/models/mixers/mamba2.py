@@ -24,6 +24,7 @@ from mice_jax.models.mixers.chunks import (
     product_precision,
 )
 from mice_jax.models.mixers.split_rows import entering_state, map_parts, num_parts
+from mice_jax.numerics.scaled import scaled
 
 # B rows, T slots, M chunks, C slots of a chunk, N heads, G groups, R = N/G heads of a group, P head dims, D state dims
 
@@ -176,7 +177,7 @@ def _mamba2(
 ) -> tuple[jax.Array, jax.Array]:
     groups, (rows, slots, n, p) = b.shape[2], x.shape
     product = functools.partial(jnp.einsum, precision=product_precision(x.dtype))
-    added = time_step[..., None] * x.astype(jnp.float32)
+    added = scaled(x.astype(jnp.float32), time_step, (0, 1, 2))
     arrays = (added, time_step * rate, b.astype(jnp.float32), c.astype(jnp.float32))
     segment_ids, added, log_decay, b, c = pad_rows(chunk, segment_ids, *arrays)
     added, b, c = (into_chunks(y, chunk) for y in (added, b, c))
@@ -186,20 +187,20 @@ def _mamba2(
 
     added = grouped(added, 2)
     pairs, from_start, to_end, through = (grouped(y, 2) for y in chunk_decays(log_decay, segment_ids, chunk))
-    weights = product("mbgid,mbgjd->mbgij", c, b)[:, :, :, None] * pairs
+    weights = scaled(pairs, product("mbgid,mbgjd->mbgij", c, b), (0, 1, 2, 4, 5))
     within = product("mbgrij,mbgrjp->mbgrip", weights, added)
-    of_chunk = product("mbgrip,mbgid->mbgrpd", to_end[..., None] * added, b)
+    of_chunk = product("mbgrip,mbgid->mbgrpd", scaled(added, to_end, range(5)), b)
 
     def next_state(state: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         through, of_chunk = part
         return through[..., None, None] * state + of_chunk, state
 
     state, states = jax.lax.scan(next_state, grouped(state, 1), (through, of_chunk))
-    outputs = within + product("mbgid,mbgrpd->mbgrip", c, states) * from_start[..., None]
+    outputs = within + scaled(product("mbgid,mbgrpd->mbgrip", c, states), from_start, range(5))
     outputs = from_chunks(outputs.reshape(outputs.shape[0], rows, n, chunk, p))[:, :slots]
     return _with_skip(outputs, x, skip), state.reshape(rows, n, *state.shape[3:])
 
 
 def _with_skip(outputs: jax.Array, x: jax.Array, skip: jax.Array) -> jax.Array:
     """Adds skip * x to float32 outputs, and returns them in the dtype of `x`."""
-    return (outputs + skip.astype(jnp.float32)[:, None] * x.astype(jnp.float32)).astype(x.dtype)
+    return (outputs + scaled(x.astype(jnp.float32), skip.astype(jnp.float32), (2,))).astype(x.dtype)

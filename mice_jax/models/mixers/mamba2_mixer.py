@@ -11,8 +11,9 @@ from mice_jax.models.mixers.causal_conv import Kernel, empty_conv_state, heads_c
 from mice_jax.models.mixers.chunks import CHUNK
 from mice_jax.models.mixers.costs import MixerWidths, padded
 from mice_jax.models.mixers.mamba2 import mamba2_of_rows, mamba2_step, time_steps
-from mice_jax.models.parameters import param, param_of, plus, product
+from mice_jax.models.parameters import normalized, param, param_of, plus, product
 from mice_jax.models.spec import Mamba2, ModelSpec
+from mice_jax.numerics.scaled import scaled
 from mice_jax.sharding import constrain
 
 # B rows, T slots, D d_model, N heads, P head dims, G groups, S state dims, K taps of the kernels
@@ -121,9 +122,8 @@ class Mamba2Mixer(nnx.Module):
         """Multiplies [B T N P] by its gates, normalises it within groups of heads, and projects it to [B T D]."""
         gated = y.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
         grouped = gated.reshape(*y.shape[:2], self.kind.num_groups, -1)
-        mean_square = jnp.mean(grouped * grouped, axis=-1, keepdims=True)
-        normed = (grouped * jax.lax.rsqrt(mean_square + self.eps)).reshape(y.shape)
-        y = product((normed * self.scale[...]).astype(y.dtype), self.out, reduce_dtype, in_dims=2)
+        normed = scaled(normalized(grouped, self.eps).reshape(y.shape), self.scale[...], (2, 3))
+        y = product(normed.astype(y.dtype), self.out, reduce_dtype, in_dims=2)
         return plus(y, self.out_bias, reduce_dtype) if self.kind.bias else y
 
     @staticmethod
