@@ -97,8 +97,11 @@ def test_model_in_the_cache_is_used_offline(hub: Hub, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("org/tinny", "org/tinny is neither a path on this machine nor a model on the Hub that can be read. Check how"),
-        ("org/ti--ny", "org/ti--ny is neither a path on this machine nor a model"),
+        (
+            "org/tinny",
+            "org/tinny is no path on this machine. The Hub has no model of this name that can be read either.",
+        ),
+        ("org/ti--ny", "org/ti--ny is no path on this machine. The Hub has no model"),
         ("org/gated", "org/gated is gated on the Hub, and HF_TOKEN is not set. Ask for access"),
         ("org/tiny@v9", "org/tiny is on the Hub, but has no revision 'v9'. Give a branch"),
         ("org/pickle", "org/pickle has no *.safetensors at commit "),
@@ -129,9 +132,18 @@ def test_offline_error_says_how_to_fetch(hub: Hub, monkeypatch: pytest.MonkeyPat
 
 def test_hub_that_cannot_be_reached_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    wanted = r"^org/tiny could not be fetched from the Hub \([^.]*\), and .*Check the network .*hf download"
+    wanted = r"As a model of the Hub, org/tiny could not be fetched \([^.]*\), and .*Check the network .*hf download"
     with pytest.raises(UserError, match=wanted):
         fetch("org/tiny")
+
+
+def test_mistyped_path_that_looks_like_a_model_of_the_hub(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "demo" / "hf").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^demo/hff is no path on this machine; did you mean 'demo/hf'\? The Hub has"):
+        fetch("demo/hff")
 
 
 def test_only_the_token_of_the_environment_is_sent(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

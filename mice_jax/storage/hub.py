@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import UserError, did_you_mean, one_line
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?")
 SMALL_FILES = (
@@ -180,8 +180,8 @@ def _reason(name: str, repo: str, revision: str | None, error: Exception) -> str
         )
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         return (
-            f"{name} is neither a path on this machine nor a model on the Hub that can be read. Check how it is "
-            f"spelt. A private model needs a token that may read it: {token}."
+            f"{_no_path(name)} The Hub has no model of this name that can be read either. Check how it is spelt. A "
+            f"private model needs a token that may read it: {token}."
         )
     if isinstance(error, RevisionNotFoundError):
         return (
@@ -192,18 +192,27 @@ def _reason(name: str, repo: str, revision: str | None, error: Exception) -> str
     # The library's own error for a missing file says what its cause says, and gives advice.
     cause = (error.__cause__ or error) if isinstance(error, LocalEntryNotFoundError) else error
     return (
-        f"{repo}{at} could not be fetched from the Hub ({one_line(cause)}), and {constants.HF_HUB_CACHE} does not have "
-        "all of it. Check the network and the disk, and run the same command again, which keeps what was fetched. "
+        f"{_no_path(name)} As a model of the Hub, {repo}{at} could not be fetched ({one_line(cause)}), and "
+        f"{constants.HF_HUB_CACHE} does not have all of it. Check the network and the disk, and run the same command "
+        "again, which keeps what was fetched. "
         f"Without a network, run {_download(repo, revision)}."
     )
 
 
 def _offline(name: str, repo: str, revision: str | None) -> str:
     return (
-        f"{name} is no path on this machine, the Hub's cache in {constants.HF_HUB_CACHE} does not have all of its "
-        "files, and HF_HUB_OFFLINE is set, so nothing is downloaded. Unset HF_HUB_OFFLINE where there is a "
+        f"{_no_path(name)} The Hub's cache in {constants.HF_HUB_CACHE} does not have all files of a model of this "
+        "name, and HF_HUB_OFFLINE is set, so nothing is downloaded. Unset HF_HUB_OFFLINE where there is a "
         f"network, or run {_download(repo, revision)}."
     )
+
+
+def _no_path(name: str) -> str:
+    """Returns the sentence that a name, which may be a mistyped path, is none here."""
+    path = Path(name)
+    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+    near = did_you_mean(name, [str(path.parent / sibling) for sibling in siblings], ".", cutoff=0.8)
+    return f"{name} is no path on this machine{near}"
 
 
 def _download(repo: str, revision: str | None) -> str:
