@@ -208,7 +208,23 @@ def test_unloadable_task_says_why_and_what_to_install(
         (folder / "needy.yaml").write_text(changed)
         assert f"needs the package {module}: pip install {mend}" in said(capsys, hollow, folder, "--tasks=needy")
     (folder / "needy.yaml").write_text(text.replace(str(tasks / "data.jsonl"), "nowhere.jsonl"))
-    assert "the task 'needy' cannot be loaded" in said(capsys, hollow, folder, "--tasks=needy")
+    missing = said(capsys, hollow, folder, "--tasks=needy")
+    assert f"the task 'needy' of {folder / 'needy.yaml'} cannot be loaded" in missing and "nowhere.jsonl" in missing
+    assert "Paths in data_files are relative to" in missing
+    for right, wrong, why in (
+        ("metric: acc\n", "metric: acuracy\n", "its metric 'acuracy' is not known; did you mean 'acc'?"),
+        (
+            "{{question}}",
+            "{{qestion}}",
+            "'qestion' is undefined in one of its templates. A template can use the columns",
+        ),
+    ):
+        assert right in text
+        (folder / "needy.yaml").write_text(text.replace(right, wrong, 1))
+        assert why in said(capsys, hollow, folder, "--tasks=needy")
+    (folder / "needy.yaml").write_text("task: needy\nmetric_list: [\n  - metric: acc\n")
+    with pytest.raises(UserError, match=r"needy\.yaml line 3 is no valid YAML: "):
+        task_names.check_names(["needy"], str(folder), needs_harness=False)
 
     # A package of the very name goes before one that begins with it (onnxruntime-genai).
     packages = {name: benchmarks._package_of(name) for name in ("onnxruntime", "antlr4", "optimum")}

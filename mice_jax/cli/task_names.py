@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import yaml
+
 from mice_jax.errors import UserError, install_command
 
 MT_BENCH = "mt_bench"  # the name of MT-Bench among the tasks; not a task of the harness
@@ -57,14 +59,26 @@ def check_names(names: Sequence[str], include_path: str, needs_harness: bool) ->
     harness = importlib.util.find_spec("lm_eval")
     if harness is None or not harness.submodule_search_locations:
         return
-    files = _files(Path(harness.submodule_search_locations[0]) / "tasks") + _files(include_path)
+    own_files = _files(include_path)
+    files = _files(Path(harness.submodule_search_locations[0]) / "tasks") + own_files
     for name in asked:
+        _check_syntax([file for file in own_files if name in _defined([file])])
         if not _occurs(name, files):
             message = describe_unknown(name, _defined(files))
             if include_path:
                 own = ", ".join(sorted(_defined(_files(include_path)))) or "no task"
                 message += f" The files in include_path={include_path} define {own}."
             raise UserError(message)
+
+
+def _check_syntax(files: Sequence[Path]) -> None:
+    """Raises UserError if one of the files is no YAML."""
+    for file in files:
+        try:
+            yaml.compose(_text(file))
+        except yaml.MarkedYAMLError as e:
+            line = e.problem_mark.line + 1 if e.problem_mark else 1
+            raise UserError(f"{file} line {line} is no valid YAML: {e.problem}. Correct the file.") from None
 
 
 def describe_unknown(name: str, known: Iterable[str]) -> str:

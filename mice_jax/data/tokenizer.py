@@ -131,8 +131,8 @@ def _unloadable(folder: Path, reason: str) -> UserError:
     files = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
     return UserError(
         f"no tokenizer can be loaded from {folder}, which holds {files}: {reason}. The folder needs a "
-        f"tokenizer_config.json and a tokenizer.json, as `save_pretrained` writes it, or a sentencepiece {MODEL}. Set "
-        "data.tokenizer to such a folder."
+        f"tokenizer_config.json and a tokenizer.json, as `save_pretrained` writes it, or a sentencepiece {MODEL}. "
+        "Restore them, or use another folder that has them; for a run, data.tokenizer can name it."
     )
 
 

@@ -4,6 +4,7 @@ The name of a benchmark stands for a task, a group or a tag of the harness, or f
 benchmark is scored separately, so that its results can be cached by its fingerprint.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -27,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from mice_jax import __version__
 from mice_jax.cli.flag_checks import check_scoring
 from mice_jax.cli.task_names import check_harness, check_include_path, describe_unknown
-from mice_jax.errors import UserError, one_line
+from mice_jax.errors import UserError, did_you_mean, one_line, sentence
 from mice_jax.inference.generation_config import FILE, GenerationDefaults
 from mice_jax.models.transformer import Params
 
@@ -394,23 +395,64 @@ def _unknown(name: str, manager: Any, include_path: str) -> str:
     message = describe_unknown(name, manager.all_tasks)
     if include_path:
         known = {e.yaml_path for e in manager.task_index.values() if e.yaml_path}
-        unread = [str(p) for p in sorted(Path(include_path).glob("**/*.yaml")) if p not in known]
+        unread = [path for path in sorted(Path(include_path).glob("**/*.yaml")) if path not in known]
         if unread:
-            files = ", ".join(unread)
+            files = ", ".join(map(str, unread))
             message += f" In include_path={include_path}, these files define no task or cannot be read: {files}."
     return message
+
+
+@contextlib.contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Keeps a logger from printing anything below a critical error."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _not_loaded(name: str, entry: Any, error: Exception) -> str:
+    """Returns the error message for a task that the harness knows but cannot load.
+
+    Args:
+      name: The name of the task.
+      entry: What the harness's index has about it.
+      error: What the harness raised.
+    """
+    from jinja2 import UndefinedError
+    from lm_eval.api.registry import metric_registry
+
+    asked = [m.get("metric") for m in (entry.cfg or {}).get("metric_list") or () if isinstance(m, dict)]
+    unknown = [metric for metric in asked if isinstance(metric, str) and metric not in metric_registry]
+    if isinstance(error, UndefinedError):
+        reason = f"{one_line(error)} in one of its templates. A template can use the columns of the task's documents."
+    elif isinstance(error, FileNotFoundError):
+        reason = f"{sentence(one_line(error))} Paths in data_files are relative to {Path.cwd()}."
+    elif unknown:
+        known = sorted(metric_registry)
+        near = did_you_mean(unknown[0], known, f"; the harness has {', '.join(known)}.")
+        reason = f"its metric {unknown[0]!r} is not known{near}"
+    else:
+        reason = _reason(error)
+    of_file = f" of {entry.yaml_path}" if entry.yaml_path else ""
+    return f"the task {name!r}{of_file} cannot be loaded: {reason}"
 
 
 def _load(name: str, manager: Any, include_path: str, settings: Settings) -> Benchmark:
     _seed()  # Some tasks draw random numbers when they load: GPQA shuffles its options.
     try:
-        loaded = manager.load([name])
+        # The harness prints its own errors before it raises them.
+        with _silent("lm_eval.api.registry"):
+            loaded = manager.load([name])
         tasks, groups = loaded["tasks"], loaded["groups"]
         for task in tasks.values():
             _set_shots(task, settings.num_fewshot, SHOTS.get(name, 0))
         fingerprint = _fingerprint(name, tasks, include_path, settings)
     except Exception as e:  # The files of a task, its data and their download may raise anything.
-        raise UserError(f"the task {name!r} cannot be loaded: {_reason(e)}") from e
+        raise UserError(_not_loaded(name, manager.task_index[name], e)) from e
     if not tasks:
         raise UserError(f"the group {name!r} has no task.")
     return Benchmark(name, tasks, groups, fingerprint)

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from mice_jax.config import Branch, Config, Sweep, from_dict, holds_data_out, locate, to_dict
-from mice_jax.config_checks import OPTIMIZERS_WITH_BETA2, beta2_of, half_life_of_beta2, nearest, rate_for_batch
+from mice_jax.config_checks import OPTIMIZERS_WITH_BETA2, beta2_of, half_life_of_beta2, rate_for_batch
 from mice_jax.data.mixture import Mixture, PhasePools, Pool, Trunk
 from mice_jax.data.readers import files_of, is_remote
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, did_you_mean
 from mice_jax.statistics.registered_claims import NONE
 from mice_jax.storage import jsonl
 from mice_jax.storage.checkpoint_steps import saved_steps
@@ -197,9 +197,10 @@ def _axes(config: Config, texts: Sequence[str]) -> dict[str, list[Any]]:
     for text in (part for t in texts for part in t.replace(";", " ").split()):
         name, equals, listed = text.partition("=")
         if name not in AXES:
+            near = did_you_mean(name, AXES, f"; it can change {', '.join(AXES)}.", cutoff=0.85)
             raise UserError(
-                f"--axes: {name!r} is not a setting that a branch can change{nearest(name, AXES)} The others decide "
-                "what the checkpoint holds, or which samples were trained on before it."
+                f"--axes: {name!r} is not a setting that a branch can change{near} The other settings decide what the "
+                "checkpoint holds, or which samples were trained on before it."
             )
         part, field = locate(config, name)
         if not equals or not listed or name in axes:
