@@ -210,7 +210,8 @@ def value_problems(c: Any, flat: dict[str, Any]) -> list[str]:
     problems = []
     for name, choices in CHOICES.items():
         if flat[name] not in choices:
-            problems.append(f"{name}={flat[name]!r} is not one of {', '.join(choices)}")
+            near = did_you_mean(str(flat[name]), choices, "")
+            problems.append(f"{name}={flat[name]!r} is not one of {', '.join(choices)}{near}")
     for name, (low, high) in BOUNDS.items():
         if not low <= flat[name] <= high:  # also false for NaN
             bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
@@ -538,7 +539,8 @@ def _boundary_problems(where: str, phase: Any, index: int) -> list[str]:
     for name, choices in PHASE_CHOICES.items():
         value = getattr(phase, name)
         if value not in choices:
-            problems.append(f"{where}.{name}={value!r} is not one of {', '.join(choices)}")
+            near = did_you_mean(str(value), choices, "")
+            problems.append(f"{where}.{name}={value!r} is not one of {', '.join(choices)}{near}")
         elif index == 0 and value != choices[0]:
             problems.append(f"{where}.{name}={value!r}: the first phase has none before it, so leave it {choices[0]!r}")
     return problems

@@ -132,7 +132,7 @@ MISTAKES: dict[str, tuple[str, list[str]]] = {
         "evaluate --model=init --tasks=mine --include_path=run.py",
         ["include_path=run.py is not a folder"],
     ),
-    "no number of devices": (f"plan {CONFIG} --topology=H100", ["'' is not a number of devices", "h100:8"]),
+    "no number of devices": (f"plan {CONFIG} --topology=H100", ["the number of devices is missing", "h100:8"]),
     "a branch of a misspelt run": (
         "branch --from=ini --at=9 --workdir=b --axes=optim.beta1=0.8",
         ["--from=ini", "did you mean init"],

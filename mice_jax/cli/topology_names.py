@@ -37,7 +37,8 @@ def parse_topology(topology: str) -> tuple[str, str]:
             f"Examples: {', '.join(EXAMPLES)}."
         )
     if kind not in SLICES and not re.fullmatch(r"[1-9]\d*", shape):
-        raise UserError(f"--topology={topology}: {shape!r} is not a number of devices; write it as in {kind}:8.")
+        problem = f"{shape!r} is not a number of devices" if shape else "the number of devices is missing"
+        raise UserError(f"--topology={topology}: {problem}; write it as in {kind}:8.")
     if kind in SLICES and not re.fullmatch(SHAPES[SLICES[kind][0].count("x")], shape):
         raise UserError(f"--topology={topology} is not a slice of TPU {kind}{nearest(shape, SLICES[kind])}")
     return kind, shape

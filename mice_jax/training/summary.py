@@ -283,6 +283,8 @@ def final_message(run: Run) -> str:
     held_out = f", held-out loss {record['eval/loss']:.4f}" if "eval/loss" in record else ""
     if "eval/average/loss" in record:
         held_out += f" ({record['eval/average/loss']:.4f} of the averaged weights)"
+    if "eval/exact_match" in record:
+        held_out += f", exact match {record['eval/exact_match']:.3f}"
     return (
         f"done: step {record['step']}, {format_count(record['samples'], 'sample')}, "
         f"loss {record['loss']:.4f}{held_out}\n"

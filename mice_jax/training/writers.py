@@ -111,6 +111,8 @@ class TerminalWriter:
             f"{record['tokens_per_s']:,.0f} tok/s"
         )
         held_out = f"  eval/loss {record['eval/loss']:.4f}" if "eval/loss" in record else ""
+        if "eval/exact_match" in record:
+            held_out += f"  eval/exact_match {record['eval/exact_match']:.3f}"
         if self._bar:
             self._bar.update(self._task, completed=step, description=numbers + held_out)
             return
