@@ -79,6 +79,7 @@ def main() -> None:
 
     heading("Right answers to questions that were not trained on, letter for letter")
     print(table(before, after))
+    print(f"  (Before training, the first {BATCH} questions of each phase were asked.)")
     figures = result(after, answers)
     RESULT.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"\nThis took {figures['cpu_s']:.0f} CPU seconds. The figures are in {RESULT}.")

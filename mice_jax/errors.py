@@ -5,6 +5,7 @@ line, field), the value found, and the fix. Invariants of the code are `assert`s
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -72,6 +73,19 @@ def did_you_mean(name: str, names: Collection[str], otherwise: str, cutoff: floa
     """
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else otherwise
+
+
+def nearest_path(path: str | Path, otherwise: str) -> str:
+    """Returns the end of an error message about a path that does not exist.
+
+    Args:
+        path: the path.
+        otherwise: what the message ends with if its folder has no similar name.
+    """
+    folder, name = Path(path).parent, Path(path).name
+    names = os.listdir(folder) if folder.is_dir() else []
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {folder / close[0]}?" if close else otherwise
 
 
 def install_command(extra: str) -> str:

@@ -31,3 +31,15 @@ def test_every_extra_that_a_message_names_is_one_of_pyproject() -> None:
     assert {"eval", "lab", "cuda"} <= named <= {*extras}
     files = [*(ROOT / "mice_jax").rglob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
     assert not [file for file in files if "pip install 'mice_jax[" in file.read_text()]  # no package index has it
+
+
+@pytest.mark.parametrize(
+    ("path", "end"), [("data/chat.jsonl", "; did you mean data/chats.jsonl?"), ("data/x", "."), ("no/chats.jsonl", ".")]
+)
+def test_nearest_path_is_a_name_in_the_same_folder(
+    path: str, end: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "chats.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert errors.nearest_path(path, ".") == end

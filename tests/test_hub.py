@@ -142,7 +142,7 @@ def test_mistyped_path_that_looks_like_a_model_of_the_hub(
 ) -> None:
     (tmp_path / "demo" / "hf").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^demo/hff is no path on this machine; did you mean 'demo/hf'\? The Hub has"):
+    with pytest.raises(UserError, match=r"^demo/hff is no path on this machine; did you mean demo/hf\? The Hub has"):
         fetch("demo/hff")
 
 

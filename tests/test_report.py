@@ -100,7 +100,8 @@ def test_good_data_is_not_warned_of() -> None:
         ),
         (
             {"dropped": {"longer than max_length": 1}, "overlong": {"tokens": 1300, "where": "a.jsonl line 2"}},
-            "1 of its 200 samples is dropped: 1 longer than max_length; the longest has 1,300 tokens (a.jsonl line 2)",
+            "1 of its 200 samples is dropped: 1 longer than max_length; the longest has 1,300 tokens (a.jsonl line 2). "
+            "data.max_length is the limit",
         ),
         (
             {"truncated": 3, "overlong": {"tokens": 900, "where": "a.jsonl line 2"}},

@@ -4,7 +4,6 @@ What is in a store or on a server is not looked for: the command itself finds ou
 from Python skips.
 """
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from mice_jax.cli.tracker_names import check_trackers
 from mice_jax.config import Config, holds_data_out
 from mice_jax.data.source_names import held_out_sources
 from mice_jax.data.template_names import check_template_name
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, nearest_path
 from mice_jax.storage.outputs import check_new_folder
 
 Values = flags.FlagValues
@@ -208,8 +207,7 @@ def _check_trunk(values: Values) -> None:
 
 def _check_exists(flag: str, workdir: Path) -> None:
     if not workdir.exists():
-        near = difflib.get_close_matches(workdir.name, [folder.name for folder in workdir.parent.glob("*")], n=1)
-        end = f"; did you mean {workdir.parent / near[0]}?" if near else f"; paths are relative to {Path.cwd()}."
+        end = nearest_path(workdir, f"; paths are relative to {Path.cwd()}.")
         raise UserError(f"--{flag}={workdir} is not a run's workdir: there is no such folder{end}")
 
 

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from mice_jax.data.arrow_values import json_rows
 from mice_jax.data.json_list import JSONListItems
-from mice_jax.errors import UserError, install_command, one_line
+from mice_jax.errors import UserError, install_command, nearest_path, one_line
 
 BLOCK_RECORDS = 512
 BLOCK_BYTES = 2 * 2**20  # limit of a block, in bytes of decompressed text
@@ -250,9 +250,10 @@ def files_of(path: str) -> list[str]:
     """
     found = _remote_files(path) if is_remote(path) else _local_files(path)
     if not found:
+        end = "." if is_remote(path) else nearest_path(path, f" from {os.getcwd()}.")
         raise UserError(
             f"the source {path!r} names no file: it is neither a file, nor a folder of {', '.join(READERS)} files, nor "
-            f"a glob that matches one{'' if is_remote(path) else f' from {os.getcwd()}'}. Fix Source.path."
+            f"a glob that matches one{end} Fix Source.path."
         )
     for file in found:
         _kind_of(file)

@@ -220,7 +220,7 @@ def _warnings_of(entry: Entry) -> list[str]:
         share = f" ({dropped / entry['read']:.1%})" if dropped > MIN_DROPPED_FRACTION * entry["read"] else ""
         found.append(
             f"{dropped:,} of its {format_count(entry['read'], 'sample')} {_are(dropped)} dropped{share}: {reasons}"
-            + (longest if not entry["truncated"] else "")
+            + (f"{longest}. data.max_length is the limit" if longest and not entry["truncated"] else "")
         )
     if entry["truncated"]:
         found.append(

@@ -212,7 +212,7 @@ def _write(folder: Path, job: TokenisationJob, log: Callable[[str], None], watch
         os.fsync(stream.fileno())  # before the folder is renamed, so that every store with its name is complete
     if not progress.samples:
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in progress.bad.items())
-        why = f": all {sum(progress.bad.values()):,} records are bad ({reasons})" if reasons else ""
+        why = f": all {sum(progress.bad.values()):,} records are bad ({reasons})" if reasons else ": it has no records"
         first = f" The first: {skipped.sentence()}" if skipped else ""
         shutil.rmtree(folder)
         raise UserError(f"{job.path} holds no sample{why}.{first} A source needs at least one record with a sample.")

@@ -196,7 +196,8 @@ def _read_template(path: str) -> str:
     try:
         render_jinja_template(conversations=[], chat_template=text)  # compiles the template without rendering it
     except jinja2.TemplateSyntaxError as e:
-        raise UserError(sentence(f"the chat template {path} line {e.lineno} does not parse: {e.message}")) from e
+        problem = sentence(f"the chat template {path} line {e.lineno} does not parse: {e.message}")
+        raise UserError(f"{problem} Correct it there, or name a built-in template.") from e
     return text
 
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mice_jax.errors import UserError
+from mice_jax.errors import UserError, did_you_mean
 from mice_jax.models import untrained
 from mice_jax.models.checkpoint_files import open_tensors, tensor_files
 from mice_jax.models.checkpoint_files import read_config as read_config
@@ -259,8 +259,10 @@ def stored_dtype(folder: Path) -> str:
 def _family(config: dict[str, Any], file: Path) -> ModuleType:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or names[0] not in list(FAMILIES):
-        known = ", ".join(FAMILIES)
-        raise UserError(f"{file} has architectures={names!r}; the families that can be trained are: {known}.")
+        near = did_you_mean(str(names[0]) if isinstance(names, list) and names else "", FAMILIES, ".")
+        raise UserError(
+            f"{file} has architectures={names!r}{near} The families that can be trained are: {', '.join(FAMILIES)}."
+        )
     return FAMILIES[names[0]]
 
 

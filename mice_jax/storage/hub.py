@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
-from mice_jax.errors import UserError, did_you_mean, one_line
+from mice_jax.errors import UserError, nearest_path, one_line
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[^@\s]+))?")
 SMALL_FILES = (
@@ -209,10 +209,7 @@ def _offline(name: str, repo: str, revision: str | None) -> str:
 
 def _no_path(name: str) -> str:
     """Returns the sentence that a name, which may be a mistyped path, is none here."""
-    path = Path(name)
-    siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-    near = did_you_mean(name, [str(path.parent / sibling) for sibling in siblings], ".", cutoff=0.8)
-    return f"{name} is no path on this machine{near}"
+    return f"{name} is no path on this machine{nearest_path(name, '.')}"
 
 
 def _download(repo: str, revision: str | None) -> str:
