@@ -96,7 +96,8 @@ def test_logits_of_an_adapter_equal_peft_s(changes: dict[str, Any], obstacle: st
             check_continues(source, made)
 
 
-def test_adapter_of_a_fused_matrix_equals_peft_s(tmp_path: Path) -> None:
+def test_adapter_of_a_fused_matrix_equals_peft_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where "../base" is looked up first
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
