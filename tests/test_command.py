@@ -236,6 +236,18 @@ def test_interrupt_is_one_line_and_no_traceback(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err == "interrupted: run the same command again\n"
 
 
+def test_interrupt_of_the_imports_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_run", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main.main()
+    assert capsys.readouterr().err == "interrupted: run the same command again\n"
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     def fail(_: command.Values) -> None:
         raise KeyError("ours")

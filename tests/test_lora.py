@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -56,6 +57,7 @@ from mice_jax.models.transformer import Compute, Decoder, Params, make_decoder
 from mice_jax.optim import make_optimizer
 from mice_jax.sharding import param_shardings, put_rows
 from mice_jax.step import StepFunctions, TrainState, batch_loss, make_abstract_base, make_abstract_state, make_step
+from mice_jax.training import build
 from mice_jax.training.memory_model import MemoryEstimate, MemoryInputs, estimate_memory
 
 RANK, ALPHA, RATE, SLOTS, STEPS = 3, 6.0, 1e-2, 24, 4
@@ -330,6 +332,16 @@ def test_target_modules_of_the_folder_name_no_other_module() -> None:
 
 
 # ---------------------------------------------------------------------------------------- bad input
+def test_tokens_without_trained_embedding_rows_are_an_error() -> None:
+    ids = {"a": 0, "<|im_end|>": 11, "<|im_start|>": 10}
+    source, tokenizer = SimpleNamespace(spec=SimpleNamespace(vocab_size=10)), SimpleNamespace(get_vocab=lambda: ids)
+    found: Any = SimpleNamespace(source=source, tokenizer=tokenizer, spec=lambda: SimpleNamespace(vocab_size=12))
+    with pytest.raises(UserError, match=r"2 tokens beyond the model's 10 .*<\|im_start\|>.*Set data"):
+        build._check_all_tokens_have_rows(found)
+    found.spec = lambda: source.spec
+    build._check_all_tokens_have_rows(found)  # the rows that there are suffice
+
+
 def test_target_that_matches_nothing_names_what_there_is(folder: Path) -> None:
     with pytest.raises(UserError, match=r"targets has 'query', which matches no matrix.*q_proj, k_proj") as raised:
         made_lora(["query"], folder)

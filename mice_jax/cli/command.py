@@ -32,6 +32,7 @@ HELP_FLAGS = {"h", "help", "helpfull"}
 # Environment variables of a process that may be one of several.
 MULTI_PROCESS_ENV = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES")
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended, as shells report SIGINT
+INTERRUPTED_MESSAGE = "interrupted: run the same command again"
 CLOSED_PIPE = 141  # exit code of a command whose output nobody reads any more, as shells report SIGPIPE
 
 
@@ -79,7 +80,7 @@ def run(
             on_user_error(e)
         return e.exit_code
     except KeyboardInterrupt:
-        print("interrupted: run the same command again", file=sys.stderr, flush=True)
+        print(INTERRUPTED_MESSAGE, file=sys.stderr, flush=True)
         return INTERRUPTED
 
 

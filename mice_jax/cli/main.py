@@ -31,7 +31,12 @@ def start() -> None:
 
 def main() -> None:
     """Runs the command that the arguments name, and exits with its code."""
-    sys.exit(command.exit_on_closed_pipe(lambda: _run(sys.argv[1:])))
+    try:
+        code = command.exit_on_closed_pipe(lambda: _run(sys.argv[1:]))
+    except KeyboardInterrupt:  # while the command's modules are imported; later, `command.run` sees it
+        print(command.INTERRUPTED_MESSAGE, file=sys.stderr, flush=True)
+        code = command.INTERRUPTED
+    sys.exit(code)
 
 
 def _run(argv: Sequence[str]) -> int:

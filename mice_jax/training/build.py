@@ -117,7 +117,24 @@ def inputs(config: Config, recorded: Mapping[str, Mapping[str, str]] | None = No
         folder = str(tokenizer_model.folder)
     notes: list[str] = []
     tokenizer = load_tokenizer(folder, data.chat_template, notes, data.template_kwargs)
-    return Inputs(source, tokenizer, notes, hosted)
+    found = Inputs(source, tokenizer, notes, hosted)
+    if config.model.lora.rank:
+        _check_all_tokens_have_rows(found)
+    return found
+
+
+def _check_all_tokens_have_rows(found: Inputs) -> None:
+    """Raises UserError if the tokenizer has tokens without embedding rows: LoRA does not train rows that are added."""
+    rows, ids = found.source.spec.vocab_size, found.tokenizer.get_vocab()
+    if found.spec().vocab_size == rows:
+        return
+    new = sorted((token for token in ids if ids[token] >= rows), key=ids.__getitem__)
+    raise UserError(
+        f"the tokenizer has {format_count(len(new), 'token')} beyond the model's {rows:,} embedding rows, "
+        f"{', '.join(map(repr, new[:3]))}{' and more' if len(new) > 3 else ''}, and model.lora trains adapters alone: "
+        "the rows that are added for them would stay equal, so that the model could not tell these tokens apart or end "
+        "an answer with one. Set data.chat_template to a template whose tokens the model has, or model.lora.rank=0."
+    )
 
 
 def length_warnings(config: Config, source: ModelSource) -> list[str]:

@@ -195,8 +195,6 @@ def _model_warnings(config: Config, source: ModelSource, spec: ModelSpec) -> Ite
             f"the tokenizer has added tokens beyond the model's {rows:,} embedding rows: {spec.vocab_size - rows:,} "
             f"rows are added, {made}; the export has {spec.vocab_size:,}"
         )
-        if config.model.lora.rank:
-            yield "the added embedding rows are not trained, since model.lora trains adapters alone"
 
 
 def _optimizer_warnings(config: Config, source: ModelSource) -> Iterator[str]:
