@@ -225,6 +225,9 @@ def test_unloadable_task_says_why_and_what_to_install(
     (folder / "needy.yaml").write_text("task: needy\nmetric_list: [\n  - metric: acc\n")
     with pytest.raises(UserError, match=r"needy\.yaml line 3 is no valid YAML: "):
         task_names.check_names(["needy"], str(folder), needs_harness=False)
+    (folder / "needy.yaml").write_text("task: needy   # as --tasks names it\n")
+    with pytest.raises(UserError, match=r"there is no task 'neady'; the nearest are needy"):
+        task_names.check_names(["neady"], str(folder), needs_harness=False)
 
     # A package of the very name goes before one that begins with it (onnxruntime-genai).
     packages = {name: benchmarks._package_of(name) for name in ("onnxruntime", "antlr4", "optimum")}

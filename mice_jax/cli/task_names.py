@@ -18,7 +18,7 @@ from mice_jax.errors import UserError, install_command
 MT_BENCH = "mt_bench"  # the name of MT-Bench among the tasks; not a task of the harness
 LEAST_HARNESS = (0, 4, 13)  # the first version of lm-eval that works here
 SUFFIXES = (".yaml", ".yml", "")  # files that others include have none
-DEFINED = re.compile(r"^(?:task|group|tag): *[\"']?([\w./-]+)[\"']? *$", re.M)
+DEFINED = re.compile(r"^(?:task|group|tag): *[\"']?([\w./-]+)[\"']? *(?:#.*)?$", re.M)
 
 
 def check_harness() -> None:

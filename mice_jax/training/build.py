@@ -148,7 +148,8 @@ def length_warnings(config: Config, source: ModelSource) -> list[str]:
         return []
     return [
         f"data.max_length={config.data.max_length} is beyond the max_position_embeddings={source.spec.max_positions} "
-        "that the model was made for"
+        "that the model was made for, which stays the limit of what `generate` takes: lower data.max_length to it, or "
+        "start from a model with more positions"
     ]
 
 
