@@ -148,13 +148,19 @@ def test_200_steps_of_bfloat16_weights_end_close_to_float32() -> None:
 
 @pytest.mark.slow
 def test_bfloat16_weights_are_the_same_on_one_and_on_eight_devices() -> None:
-    """Sums in another order move a weight to the other one of its two nearest values now and then."""
+    """Sums in another order move a weight to the other one of its two nearest values now and then.
+
+    Norms are float32, and small: two updates of 1e-3 or less differ by a few units in the last place of 1.
+    """
     one, eight = (trained(sizes, 7, 2) for sizes in ((1, 1, 1), (2, 2, 2)))
     vocab = one.params["head"]["weight"].shape[0]
     eight.params["head"]["weight"] = eight.params["head"]["weight"][:vocab]
     eight.params["embed"]["table"] = eight.params["embed"]["table"][:vocab]
-    same = [np.mean(a == b) for a, b in zip(*(jax.tree.leaves(s.params) for s in (one, eight)), strict=True)]
-    assert min(same) > 0.97
+    pairs = [*zip(*(jax.tree.leaves(s.params) for s in (one, eight)), strict=True)]
+    narrow, wide = ([(a, b) for a, b in pairs if a.dtype == dtype] for dtype in (jnp.bfloat16, jnp.float32))
+    assert narrow and min(np.mean(a == b) for a, b in narrow) > 0.97
+    for a, b in wide:
+        np.testing.assert_allclose(a, b, rtol=0, atol=4 * 2.0**-23)
 
 
 def test_each_seed_step_and_parameter_has_random_bits_of_its_own() -> None:
